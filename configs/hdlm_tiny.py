@@ -1,0 +1,30 @@
+"""HDLM with 64 clusters, small enough for a laptop: what ./launch/quickstart.sh trains.
+
+    python -m hdlm_jax.main --config=configs/hdlm_tiny.py
+"""
+
+from hdlm_jax import config
+
+
+def get_config():
+    c = config.default()
+    c.tokenizer.kind = "bpe"
+    c.tokenizer.vocab_size = 2048
+    c.hierarchy.clusters = (64,)
+    c.diffusion.weighting = "constant"
+    c.model.width = 128
+    c.model.blocks = 4
+    c.model.heads = 4
+    c.model.seq_len = 128
+    c.model.embeddings = "clusters"
+    c.optimizer.lr = 3e-3
+    c.optimizer.warmup = 50
+    c.train.steps = 500
+    c.train.batch_size = 32
+    c.train.log_every = 20
+    c.checkpoint.every = 250
+    c.evaluate.draws = 4
+    c.evaluate.rows_in_training = 64
+    c.generate.num_samples = 8
+    c.generate.steps = 64
+    return c

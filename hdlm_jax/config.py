@@ -1,0 +1,343 @@
+"""Every choice, its default and its rules, as frozen dataclasses.
+
+A file in configs/ calls `default()`, changes what it wants and returns the ConfigDict; absl flags override it
+(`--config.train.steps=100`); `resolve` checks the whole and freezes it before anything runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from typing import Any
+
+from ml_collections import config_dict
+
+from hdlm_jax.diffusion.process import CLUSTERS, FORCE_TRANSITIONS, WEIGHTINGS
+from hdlm_jax.diffusion.sampler import PLANS
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: one line with the value, the rule and the choices."""
+
+
+def _choice(name: str, value: str, choices: typing.Sequence[str]) -> None:
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{name}={value!r}: choose one of {', '.join(choices)}{hint}")
+
+
+def _rule(ok: bool, name: str, value: Any, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={value!r}: {rule}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where text comes from. `files` and `validation` are paths or globs: .txt or .jsonl, plain or .gz .xz .zst .bz2."""
+
+    source: str = "embedded"  # embedded: the documentation inside Python itself; files: `files`
+    files: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()  # held-out files; empty: by sha256 of the document
+    validation_fraction: float = 0.05  # share of documents held out when `validation` is empty
+    text_field: str = "text"  # field of a jsonl record
+    prompt_field: str = ""  # fine-tuning: this field is given, only text_field is noised and scored
+    txt_documents: str = "file"  # in .txt files a document is the file, or a block between blank lines (blank_line)
+    dir: str = ""  # prepared tokens, to share between runs; empty: <workdir>/data
+
+    def check(self) -> None:
+        _choice("data.source", self.source, ("embedded", "files"))
+        _choice("data.txt_documents", self.txt_documents, ("file", "blank_line"))
+        _rule(bool(self.files) == (self.source == "files"), "data.files", self.files,
+              "needed with data.source='files', and only there")  # fmt: skip
+        _rule(0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
+              "must lie in (0, 1)")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """gpt2 (50,257 words, through tiktoken), bpe (trained on the corpus) or bytes (257)."""
+
+    kind: str = "gpt2"
+    vocab_size: int = 50257
+    file: str = ""  # gpt2 without a network: a local rank file
+    sha256: str = ""  # of that file; checked if given
+
+    def check(self) -> None:
+        _choice("tokenizer.kind", self.kind, ("gpt2", "bpe", "bytes"))
+        fixed = {"gpt2": 50257, "bytes": 257}.get(self.kind)
+        _rule(fixed is None or self.vocab_size == fixed, "tokenizer.vocab_size", self.vocab_size,
+              f"tokenizer.kind={self.kind!r} has {fixed} words")  # fmt: skip
+        _rule(self.vocab_size >= 257, "tokenizer.vocab_size", self.vocab_size,
+              "must be at least 257 (256 bytes and <|endoftext|>)")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Hierarchy:
+    """Clusters of words: sizes fine to coarse, (64,) or (256, 16); (1,) or () is MDLM."""
+
+    clusters: tuple[int, ...] = (64,)
+    embeddings: str = "corpus"  # corpus | FILE.npy | FILE.safetensors:TENSOR | checkpoint:WORKDIR
+    shuffle: bool = False  # control: clusters of the same sizes with random members
+    keep_single: bool = False  # keep a single cluster as a level of its own: (V, 1, 1)
+    seed: int = 0
+
+    def check(self) -> None:
+        c = self.clusters
+        _rule(all(n >= 1 for n in c) and all(a > b for a, b in zip(c, c[1:], strict=False)), "hierarchy.clusters", c,
+              "cluster numbers must be positive and fall, fine to coarse, as in (256, 16)")  # fmt: skip
+        e = self.embeddings
+        known = e == "corpus" or e.endswith(".npy") or ".safetensors:" in e or e.startswith("checkpoint:")
+        _rule(known, "hierarchy.embeddings", e,
+              "choose corpus, a FILE.npy, a FILE.safetensors:TENSOR or checkpoint:WORKDIR")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """The process and the training loss (docs/theory.md sections 2 and 3)."""
+
+    gamma: float = 1.0  # rates (gamma, 1) for two levels
+    rates: tuple[float, ...] = ()  # rates of all K levels, in place of gamma
+    xi: float = 1.0
+    force_transition: str = "cavity"
+    weighting: str = "clip"
+    weight_min: float = 0.0
+    weight_max: float = 2.0
+    hard_training: bool = False
+
+    def check(self) -> None:
+        _choice("diffusion.force_transition", self.force_transition, FORCE_TRANSITIONS)
+        _choice("diffusion.weighting", self.weighting, WEIGHTINGS)
+        _rule(self.gamma > 0, "diffusion.gamma", self.gamma, "must be positive")
+        _rule(not self.rates or self.gamma == 1, "diffusion.rates", self.rates,
+              "only one of diffusion.gamma and diffusion.rates should be given")  # fmt: skip
+        _rule(all(r > 0 for r in self.rates), "diffusion.rates", self.rates, "must be positive")
+        _rule(0 < self.xi <= 1, "diffusion.xi", self.xi, "must lie in (1/n, 1]")
+        _rule(0 <= self.weight_min <= self.weight_max, "diffusion.weight_max", self.weight_max,
+              f"must be at least diffusion.weight_min={self.weight_min}, and that at least 0")  # fmt: skip
+        _rule(self.xi == 1 or self.force_transition != "within", "diffusion.force_transition", "within",
+              f"its bound is infinite at xi={self.xi}: choose none, between or cavity")  # fmt: skip
+
+    def level_rates(self, levels: int) -> tuple[float, ...]:
+        """Rates of the K levels, scaled so that the smallest is 1 (a common factor only relabels time)."""
+        rates = self.rates or ((self.gamma, 1.0) if levels == 2 else (1.0,) * levels)
+        _rule(len(rates) == levels, "diffusion.rates", rates, f"the hierarchy has {levels} levels and needs as many")
+        _rule(self.gamma == 1 or levels <= 2, "diffusion.gamma", self.gamma,
+              f"stands for two levels; give diffusion.rates for the {levels} of this hierarchy")  # fmt: skip
+        return tuple(r / min(rates) for r in rates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The published transformer; defaults are its small size."""
+
+    width: int = 768
+    blocks: int = 12
+    heads: int = 12
+    seq_len: int = 512
+    dropout: float = 0.0
+    time_conditioning: bool = True
+    head: str = "flat"
+    embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by
+    dtype: str = "float32"  # of the computation; parameters and logits are float32
+    remat: bool = False  # recompute activations in the backward pass: less memory, about a third more time
+
+    def check(self) -> None:
+        _choice("model.head", self.head, ("flat",))
+        _choice("model.embeddings", self.embeddings, ("random", "clusters"))
+        _choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        for name in ("width", "blocks", "heads", "seq_len"):
+            _rule(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        _rule(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")
+        _rule(self.width // self.heads % 2 == 0, "model.heads", self.heads,
+              f"model.width/model.heads = {self.width / self.heads:g} must be even (rotary embedding)")  # fmt: skip
+        _rule(0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW as published."""
+
+    lr: float = 5e-4
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-9
+    weight_decay: float = 0.02
+    clip: float = 1.0  # global norm of the gradient
+    warmup: int = 10_000  # steps
+    schedule: str = "cosine"  # to final_lr x lr at the last step | constant
+    final_lr: float = 0.1
+    ema: float = 0.0  # decay of the average of the weights that evaluation uses; 0: none
+
+    def check(self) -> None:
+        _choice("optimizer.schedule", self.schedule, ("cosine", "constant"))
+        _rule(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
+        _rule(self.clip > 0, "optimizer.clip", self.clip, "must be positive")
+        _rule(0 <= self.ema < 1, "optimizer.ema", self.ema, "must lie in [0, 1); 0 is off")
+        _rule(self.warmup >= 0, "optimizer.warmup", self.warmup, "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    steps: int = 500_000
+    batch_size: int = 512  # sequences a step, over all devices
+    microbatches: int = 1  # gradients are summed over as many parts of the batch
+    seed: int = 0
+    log_every: int = 100
+    evaluate_every: int = 0  # steps between measurements on `evaluate.rows_in_training`; 0: at the end alone
+    init_from: str = ""  # workdir of a run whose weights to start from
+
+    def check(self) -> None:
+        for name in ("steps", "batch_size", "microbatches", "log_every"):
+            _rule(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        _rule(self.batch_size % self.microbatches == 0, "train.microbatches", self.microbatches,
+              f"must divide train.batch_size={self.batch_size}")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """The exact NELBO over the whole validation split."""
+
+    draws: int = 8  # passes over the split, each with its own noise
+    batch_size: int = 64
+    rows: int = 0  # only the first so many sequences; 0: all
+    rows_in_training: int = 256  # as many (and one draw) at each train.evaluate_every
+    cv2: float = 0.03  # a of the proposal q_a, the squared coefficient of variation between sequences
+    checkpoint: str = "best"
+    seed: int = 0
+
+    def check(self) -> None:
+        _choice("evaluate.checkpoint", self.checkpoint, ("best", "latest"))
+        _rule(self.draws >= 2, "evaluate.draws", self.draws, "must be at least 2 (for a standard error)")
+        _rule(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "must be at least 1")
+        _rule(self.rows >= 0, "evaluate.rows", self.rows, "must not be negative")
+        _rule(self.rows_in_training >= 2, "evaluate.rows_in_training", self.rows_in_training, "must be at least 2")
+        _rule(self.cv2 > 0, "evaluate.cv2", self.cv2, "must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    num_samples: int = 16
+    steps: int = 128  # of the grid
+    plan: str = "grid"  # grid | events | reveal (docs/theory.md section 4)
+    reveals: int = 1  # tokens that drop a level at each call of plan="reveal"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    clusters: str = "exact"  # xi < 1: exact shows wrong clusters as the process does, clean never does
+    prompt: str = ""
+    batch_size: int = 16
+    checkpoint: str = "best"
+    seed: int = 0
+
+    def check(self) -> None:
+        _choice("generate.plan", self.plan, PLANS)
+        _choice("generate.clusters", self.clusters, CLUSTERS)
+        _choice("generate.checkpoint", self.checkpoint, ("best", "latest"))
+        for name in ("num_samples", "steps", "reveals", "batch_size"):
+            _rule(getattr(self, name) >= 1, f"generate.{name}", getattr(self, name), "must be at least 1")
+        _rule(self.temperature >= 0, "generate.temperature", self.temperature, "must not be negative")
+        _rule(0 < self.top_p <= 1, "generate.top_p", self.top_p, "must lie in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """Shape of the device mesh; one axis may be -1, all the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def check(self) -> None:
+        shape = (self.data, self.fsdp, self.tensor)
+        _rule(all(n == -1 or n >= 1 for n in shape) and shape.count(-1) <= 1, "parallel", shape,
+              "axes must be at least 1, at most one of them -1 (all devices left)")  # fmt: skip
+
+    def shape(self, devices: int) -> tuple[int, int, int]:
+        """Sizes of (data, fsdp, tensor) on so many devices."""
+        shape = [self.data, self.fsdp, self.tensor]
+        given = math.prod(n for n in shape if n > 0)
+        shape = [devices // given if n == -1 else n for n in shape]
+        _rule(math.prod(shape) == devices, "parallel", (self.data, self.fsdp, self.tensor),
+              f"does not multiply to the {devices} devices at hand")  # fmt: skip
+        return shape[0], shape[1], shape[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: int = 5000  # steps
+
+    def check(self) -> None:
+        _rule(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: Data = Data()
+    tokenizer: Tokenizer = Tokenizer()
+    hierarchy: Hierarchy = Hierarchy()
+    diffusion: Diffusion = Diffusion()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    generate: Generate = Generate()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+
+    def check(self) -> None:
+        """Raises ConfigError at the first broken rule, cross-field ones last."""
+        for field in dataclasses.fields(self):
+            getattr(self, field.name).check()
+        n = max(self.hierarchy.clusters, default=1)
+        _rule(n <= self.tokenizer.vocab_size, "hierarchy.clusters", self.hierarchy.clusters,
+              f"more clusters than the tokenizer.vocab_size={self.tokenizer.vocab_size} words")  # fmt: skip
+        single = n == 1 and not (self.hierarchy.keep_single and self.hierarchy.clusters)
+        levels = 1 if single else 1 + sum(c > 1 for c in self.hierarchy.clusters) + (n == 1)
+        self.diffusion.level_rates(levels)
+        low = 1 / n
+        _rule(self.diffusion.xi == 1 or low < self.diffusion.xi, "diffusion.xi", self.diffusion.xi,
+              f"must lie in (1/n, 1] = ({low:.4g}, 1] for n = {n} clusters"
+              if n > 1 else "must be 1 when there is a single cluster (MDLM)")  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def default() -> config_dict.ConfigDict:
+    """All defaults as a ConfigDict with typed, overridable fields."""
+    return config_dict.ConfigDict(Config().as_dict())
+
+
+def resolve(given: Any) -> Config:
+    """A checked, frozen Config from a ConfigDict (or plain nested dict).
+
+    Raises:
+      ConfigError: unknown names, wrong types, broken rules.
+    """
+    given = given.to_dict() if isinstance(given, config_dict.ConfigDict) else dict(given)
+    sections = {f.name: f.default for f in dataclasses.fields(Config)}
+    for name in given:
+        _choice("config section", name, tuple(sections))
+    built = {}
+    for name, section in sections.items():
+        names = {f.name: f for f in dataclasses.fields(section)}
+        values = dict(given.get(name, {}))
+        for key, value in values.items():
+            _choice(f"setting in config.{name}", key, tuple(names))
+            values[key] = _typed(f"{name}.{key}", value, getattr(section, key))
+        built[name] = type(section)(**values)
+    config = Config(**built)
+    config.check()
+    return config
+
+
+def _typed(name: str, value: Any, example: Any) -> Any:
+    if isinstance(example, tuple):
+        _rule(isinstance(value, list | tuple), name, value, "must be a tuple, as in (64,) or (256, 16)")
+        return tuple(value)
+    if isinstance(example, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _rule(type(value) is type(example), name, value, f"must be of type {type(example).__name__}")
+    return value

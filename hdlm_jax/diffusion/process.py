@@ -1,0 +1,447 @@
+"""The hierarchical process: noising, the exact NELBO, the reverse step (docs/theory.md sections 2 to 4).
+
+Words climb to their cluster, clusters to theirs, and so on to the mask; MDLM is the case of a single level. Nothing
+here knows a network: it asks a *prediction*, an object that stands for one distribution f over words per token, for
+
+    log_prob(x)             log f(x) of given words                           [...]
+    log_mass(level, node)   log of f's mass on the words under given nodes     [...]
+    masses(level)           f's mass under every node of a level               [..., n_level]
+    draw(keys, bias, ...)   a word from f(x) exp(bias(x)), per token           [B, S]
+
+`Dense` answers from plain logits [..., V]; wherever a prediction is expected, logits do as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hdlm_jax.diffusion.levels import LevelChain
+
+FORCE_TRANSITIONS = ("none", "within", "between", "cavity")
+WEIGHTINGS = ("none", "constant", "clip", "empirical")
+CLUSTERS = ("exact", "clean")
+_TINY = 1e-30
+
+
+class Dense:
+    """A prediction from logits [..., V] (softmax over the last axis), any float dtype, computed in float32."""
+
+    def __init__(self, logits, hierarchy, temperature: float = 1.0):
+        if logits.shape[-1] != hierarchy.num_words:
+            raise ValueError(f"logits.shape={logits.shape}: the last axis must be the V={hierarchy.num_words} words")
+        self.logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+        self.anc = hierarchy.anc
+        self.sizes = hierarchy.sizes
+        self.log_z = jax.nn.logsumexp(self.logits, axis=-1)
+
+    def log_probs(self):
+        """log f of every word, [..., V]."""
+        return self.logits - self.log_z[..., None]
+
+    def log_prob(self, x):
+        return jnp.take_along_axis(self.logits, x[..., None], axis=-1)[..., 0] - self.log_z
+
+    def log_mass(self, level: int, node):
+        under = wide(self.anc[level], node) == node[..., None]
+        return jax.nn.logsumexp(jnp.where(under, self.logits, -jnp.inf), axis=-1) - self.log_z
+
+    def masses(self, level: int):
+        if level == 0:
+            return jnp.exp(self.log_probs())
+        onto = jax.nn.one_hot(jnp.asarray(self.anc[level]), self.sizes[level], dtype=self.logits.dtype)
+        return jnp.matmul(jnp.exp(self.log_probs()), onto, precision="highest")
+
+    def draw(self, keys, bias, top_p: float = 1.0, greedy: bool = False):
+        """One word per token from f(x) exp(bias(x)): int32 [B, S]; keys [B], one for each row.
+
+        Args:
+          bias: function of the words' ancestors `anc(level) -> int32 [1, 1, V]`; gives [B, S, V] or [B, S, 1].
+          top_p: nucleus, in (0, 1]: keep the fewest most likely words with at least this much mass.
+          greedy: the most likely word instead of a draw.
+        """
+        logits = self.logits + bias(lambda level: wide(self.anc[level], self.log_z))
+        if greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if top_p < 1.0:
+            logits = _nucleus(logits, top_p)
+        return categorical(keys, logits)
+
+
+def _nucleus(logits, top_p: float):
+    """Logits with all but the smallest set of most likely entries whose mass is >= top_p set to -inf."""
+    ordered = -jnp.sort(-logits, axis=-1)
+    probs = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
+    return jnp.where(logits >= jnp.take_along_axis(ordered, last, axis=-1), logits, -jnp.inf)
+
+
+def categorical(keys, logits):
+    """Exact draws from softmax(logits [B, S, V]) with keys [B]: int32 [B, S].
+
+    A block of about sqrt(V) words first, then a word in it: 2 sqrt(V) random numbers a token in place of V. Float32
+    noise with mode="high": the default stops at 15.9 and draws words of probability 1e-7 half as often as it should.
+    """
+    words = logits.shape[-1]
+    block = max(1, math.isqrt(words - 1) + 1)
+    blocks = -(-words // block)
+    pad = [(0, 0)] * (logits.ndim - 1) + [(0, blocks * block - words)]
+    logits = jnp.pad(logits, pad, constant_values=-jnp.inf).reshape(*logits.shape[:-1], blocks, block)
+    pick = jax.vmap(lambda key, row: jax.random.categorical(key, row, mode="high"))
+    outer = pick(fold(keys, 0), jax.nn.logsumexp(logits, axis=-1))
+    inner = pick(fold(keys, 1), jnp.take_along_axis(logits, outer[..., None, None], axis=-2)[..., 0, :])
+    return (outer * block + inner).astype(jnp.int32)
+
+
+def wide(vector, like):
+    """A vector along a new last axis of `like`."""
+    return jnp.asarray(vector).reshape((1,) * like.ndim + (-1,))
+
+
+def fold(keys, data):
+    """fold_in over an array of keys [B]; `data` is an int or int array that broadcasts to them."""
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(data, jnp.uint32), keys.shape))
+
+
+def row_keys(key, rows: int):
+    """Keys [B]: as they are if there is one per row already, else fold_in(key, row)."""
+    return fold(jnp.broadcast_to(key, (rows,)), jnp.arange(rows)) if key.ndim == 0 else key
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HierarchicalProcess:
+    """Words -> clusters -> ... -> mask over a `hierarchy`, climbed by `chain` (docs/theory.md).
+
+    Args:
+      hierarchy: hdlm_jax.text.hierarchy.Hierarchy (or anything with its attributes).
+      chain: LevelChain with as many rates as the hierarchy has levels above the words.
+      xi: probability that a word goes to its own cluster on its first crossing, in (1/n_1, 1]; 1 if n_1 = 1.
+      force_transition: what a prediction becomes at a token that shows a cluster: none, within, between or cavity.
+
+    Raises:
+      ValueError: a wrong number of rates, xi out of range, an unknown force transition.
+    """
+
+    hierarchy: Any
+    chain: LevelChain
+    xi: float = 1.0
+    force_transition: str = "cavity"
+
+    def __post_init__(self):
+        levels, n1 = self.hierarchy.num_levels, self.hierarchy.sizes[1]
+        if self.chain.num_levels != levels:
+            raise ValueError(f"rates={self.chain.rates}: the hierarchy {self.hierarchy.sizes} needs {levels} of them")
+        if n1 == 1 and self.xi != 1:
+            raise ValueError(f"xi={self.xi}: with a single cluster there is no other to go to, so xi must be 1")
+        if not 1 / n1 < self.xi <= 1 and n1 > 1:
+            raise ValueError(f"xi={self.xi}: must lie in (1/n, 1] = ({1 / n1:.4g}, 1] for n = {n1} clusters")
+        if self.force_transition not in FORCE_TRANSITIONS:
+            raise ValueError(f"force_transition={self.force_transition!r}: choose one of {', '.join(FORCE_TRANSITIONS)}")
+
+    @property
+    def num_levels(self) -> int:
+        return self.chain.num_levels
+
+    @property
+    def leak(self) -> float:
+        """d: probability of each wrong cluster on the first crossing."""
+        n1 = self.hierarchy.sizes[1]
+        return (1 - self.xi) / (n1 - 1) if n1 > 1 else 0.0
+
+    # -- symbols ---------------------------------------------------------------------------------------------------
+
+    def level_of(self, z):
+        """Level of each symbol, int32 of z's shape."""
+        return sum((z >= o).astype(jnp.int32) for o in self.hierarchy.offsets[1:])
+
+    def _node(self, z, level: int):
+        """Node of each symbol within `level` (0 where it is of another level)."""
+        h = self.hierarchy
+        return jnp.where(self.level_of(z) == level, z - h.offsets[level], 0)
+
+    def _anc(self, level: int, x):
+        return jnp.asarray(self.hierarchy.anc[level])[x]
+
+    def _under(self, z, level: int, of: int):
+        """[..., n_of]: is node u of level `of` under the node of level `level` that z shows?"""
+        return wide(self._lift(of, level), z) == self._node(z, level)[..., None]
+
+    @functools.lru_cache(maxsize=None)  # noqa: B019  (a process lives as long as its run)
+    def _lift(self, low: int, high: int) -> np.ndarray:
+        """[n_low] ancestors at level `high` of the nodes of level `low`."""
+        up = np.arange(self.hierarchy.sizes[low], dtype=np.int32)
+        for level in range(low, high):
+            up = np.asarray(self.hierarchy.parents[level])[up]
+        return up
+
+    def _count(self, level: int) -> np.ndarray:
+        """[n_level] N_level(v), level-1 nodes under each node, as float32."""
+        return np.asarray(self.hierarchy.level1_count[level], np.float32)
+
+    def _predict(self, prediction):
+        return prediction if hasattr(prediction, "log_prob") else Dense(prediction, self.hierarchy)
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def sample_z(self, key, x, tau):
+        """Noise words x int32 [B, S] to noise time tau [B]: symbols int32 [B, S] (docs/theory.md section 2).
+
+        `key` is one key (row b then uses fold_in(key, b)) or one key per row.
+        """
+        chex.assert_rank([x, tau], [2, 1])
+        keys = row_keys(key, x.shape[0])
+        times = jax.vmap(lambda k: self.chain.crossing_times(k, x.shape[1:]))(fold(keys, 0))
+        level = jnp.sum(times <= tau[:, None, None], axis=-1)
+        z = x
+        first = self._anc(1, x)
+        if self.xi < 1:
+            n1 = self.hierarchy.sizes[1]
+            own = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:]))(fold(keys, 1)) < self.xi
+            other = jax.vmap(lambda k: jax.random.randint(k, x.shape[1:], 0, n1 - 1))(fold(keys, 2))
+            first = jnp.where(own, first, other + (other >= first))
+        for k in range(1, self.num_levels + 1):
+            shown = jnp.asarray(self._lift(1, k))[first] + self.hierarchy.offsets[k]
+            z = jnp.where(level == k, shown, z)
+        return z
+
+    # -- objective -------------------------------------------------------------------------------------------------
+
+    def cost(self, prediction, x, z):
+        """C of docs/theory.md section 3, in nats: float32 of x's shape; zero at words. Exact for every K and xi."""
+        p = self._predict(prediction)
+        costs = self._costs_xi1(p, x) if self.xi == 1 else self._costs(p, x, z)
+        return self._by_level(z, costs)
+
+    def _by_level(self, z, values):
+        """values[k-1] where z is of level k = 1..K, 0 at words."""
+        level = self.level_of(z)
+        out = jnp.zeros_like(values[0])
+        for k, value in enumerate(values, start=1):
+            out = jnp.where(level == k, value, out)
+        return out
+
+    def _chain_masses(self, p, x):
+        """A_l = log f's mass under the word's ancestor at level l = 0..K, each [...]; A_0 = log f(x), A_K = 0."""
+        inner = [p.log_mass(level, self._anc(level, x)) for level in range(1, self.num_levels)]
+        log_f = p.log_prob(x)
+        return [log_f, *inner, jnp.zeros_like(log_f)]
+
+    def _costs_xi1(self, p, x):
+        """Every token shows its own ancestor, so single masses suffice: C = A_k - A_{k-1} once p lies under v."""
+        a = self._chain_masses(p, x)
+        if self.force_transition != "none":  # within, between and cavity are one and the same at xi = 1
+            return [a[k] - a[k - 1] for k in range(1, self.num_levels + 1)]
+        costs = [-a[0]]
+        for k in range(2, self.num_levels):
+            share = jnp.asarray(self._count(k - 1))[self._anc(k - 1, x)] / jnp.asarray(self._count(k))[self._anc(k, x)]
+            outside = -jnp.expm1(jnp.minimum(a[k], -_TINY))
+            costs.append(-jnp.log(jnp.exp(a[k - 1]) + outside * share + _TINY))
+        if self.num_levels >= 2:
+            costs.append(-a[self.num_levels - 1])
+        return costs
+
+    def _costs(self, p, x, z):
+        """The general case, xi < 1: KL over the children of the node on show."""
+        if self.force_transition == "within":
+            raise ValueError("force_transition='within' makes the bound infinite for xi < 1: choose none, between or cavity")
+        costs = [-self._log_prob_at(p, x, z, 1)]
+        for k in range(2, self.num_levels + 1):
+            d, own = self.leak, self.xi - self.leak
+            n_u, n_v = wide(self._count(k - 1), z), jnp.asarray(self._count(k))[self._node(z, k)][..., None]
+            under = self._under(z, k, k - 1)
+            q = self._child_law(p, z, k, k - 1)
+            mine = self._anc(k - 1, x)[..., None] == wide(np.arange(n_u.size), x)
+            inside = (self._anc(k, x) == self._node(z, k))[..., None]
+            target = jnp.where(inside, (d * n_u + own * mine) / (d * n_v + own), n_u / n_v)
+            kl = target * (jnp.log(target) - jnp.log(jnp.where(under, q, 1.0)))
+            costs.append(jnp.sum(jnp.where(under, kl, 0.0), axis=-1))
+        return costs
+
+    def _child_law(self, p, z, k: int, j: int):
+        """Q_{v->j}(u) for tokens that show v of level k, 1 <= j < k: [..., n_j]; means nothing off v's descendants."""
+        d, own = self.leak, self.xi - self.leak
+        n_u, n_v = wide(self._count(j), z), jnp.asarray(self._count(k))[self._node(z, k)][..., None]
+        p_u, p_v, rest = self._forced_masses(p, z, k, j)
+        return (d * n_u * p_v + own * p_u) / (d * n_v + own) + rest * n_u / n_v
+
+    def _forced_masses(self, p, z, k: int, j: int):
+        """Masses after the force transition at tokens that show v of level k: under u [..., n_j], under v, off v."""
+        f = p.masses(j)
+        under = self._under(z, k, j)
+        f_v = jnp.sum(jnp.where(under, f, 0.0), axis=-1, keepdims=True)
+        rest = jnp.sum(jnp.where(under, 0.0, f), axis=-1, keepdims=True)
+        if k == self.num_levels or self.force_transition == "none":
+            return f, f_v, rest
+        inside, outside = (jnp.exp(b)[..., None] for b in self._bias(p, z, k, f_v[..., 0], rest[..., 0]))
+        scale = f_v * inside + rest * outside
+        return f * jnp.where(under, inside, outside) / scale, f_v * inside / scale, rest * outside / scale
+
+    def _bias(self, p, z, k: int, f_v=None, rest=None):
+        """What the force transition adds to log f at tokens showing v of level k: (on words under v, on the others).
+
+        Up to the normaliser; f_v and rest, the masses under v and off it, are asked of the prediction when needed.
+        """
+        n_v = jnp.asarray(self._count(k))[self._node(z, k)]
+        none = jnp.zeros_like(n_v)
+        if k == self.num_levels or self.force_transition == "none":
+            return none, none
+        if self.force_transition == "within" or self.xi == 1:
+            return none, none - jnp.inf
+        d, own = self.leak, self.xi - self.leak
+        if self.force_transition == "cavity":
+            return jnp.log(d * n_v + own), jnp.log(d * n_v)
+        if f_v is None:
+            f, under = p.masses(1), self._under(z, k, 1)
+            f_v, rest = (jnp.sum(jnp.where(m, f, 0.0), axis=-1) for m in (under, ~under))
+        inside = d * n_v + own
+        # where v holds all of the words under it (or none) there is nothing outside: keep the logs finite
+        return jnp.log(inside) - jnp.log(f_v + _TINY), jnp.log(jnp.maximum(1 - inside, _TINY)) - jnp.log(rest + _TINY)
+
+    def _log_prob_at(self, p, x, z, k: int):
+        """log p(x | z) after the force transition, at tokens that show a node of level k: [...]."""
+        log_f = p.log_prob(x)
+        if k == self.num_levels or self.force_transition == "none":
+            return log_f
+        if self.force_transition == "within" or self.xi == 1:
+            return log_f - p.log_mass(k, self._node(z, k))
+        f, under = p.masses(1), self._under(z, k, 1)
+        f_v, rest = (jnp.sum(jnp.where(m, f, 0.0), axis=-1) for m in (under, ~under))
+        inside, outside = self._bias(p, z, k, f_v, rest)
+        log_z = jnp.log(f_v * jnp.exp(inside) + rest * jnp.exp(outside))
+        return log_f + jnp.where(self._anc(k, x) == self._node(z, k), inside, outside) - log_z
+
+    def nelbo_rate(self, prediction, x, z, tau):
+        """w_k(tau) C: nats per unit of noise time, of x's shape [B, S]; tau [B] or of x's shape.
+
+        Its integral over tau in [0, inf), in expectation over z, is the exact NELBO of x.
+        """
+        weights = self.chain.weight(tau)
+        return self._by_level(z, self._spread(weights, x)) * self.cost(prediction, x, z)
+
+    def _spread(self, weights, x):
+        """[B or x.shape, K] -> K arrays that broadcast against x."""
+        weights = weights.reshape(*weights.shape[:-1], *(1,) * (x.ndim + 1 - weights.ndim), weights.shape[-1])
+        return [jnp.broadcast_to(weights[..., k], x.shape) for k in range(self.num_levels)]
+
+    def loss_weight(self, z, tau, weighting: str = "constant", weight_min: float = 0.0, weight_max: float = jnp.inf):
+        """W of the training loss for t = 1 - e^-tau uniform, of z's shape (docs/theory.md "Training weights").
+
+        none: W_k = w_k/(1-t), the NELBO's own; clip: the same within [weight_min, weight_max]; constant: 1;
+        empirical: t^2 - t + 3 at the mask, 3 - 2t below. Zero at words.
+        """
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting={weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
+        t = -jnp.expm1(-tau)[..., None]
+        if weighting == "constant":
+            weights = jnp.ones((*tau.shape, self.num_levels), tau.dtype)
+        elif weighting == "empirical":
+            at_mask = wide(np.arange(1, self.num_levels + 1) == self.num_levels, tau)
+            weights = jnp.where(at_mask, t * t - t + 3, 3 - 2 * t)
+        else:
+            weights = self.chain.weight(tau) * jnp.exp(tau)[..., None]
+            if weighting == "clip":
+                weights = jnp.clip(weights, weight_min, weight_max)
+        return self._by_level(z, self._spread(weights, z))
+
+    def loss(self, prediction, x, z, tau, *, weighting: str = "constant", weight_min: float = 0.0,
+             weight_max: float = jnp.inf, hard_training: bool = False):  # fmt: skip
+        """Training loss W C per token, of x's shape [B, S], for tau = -log(1-t) with t uniform [B].
+
+        hard_training puts -log p(x | z) in place of C at every level >= 2.
+        """
+        p = self._predict(prediction)
+        c = self.cost(p, x, z)
+        if hard_training:
+            hard = [-self._log_prob_at(p, x, z, k) for k in range(1, self.num_levels + 1)]
+            c = jnp.where(self.level_of(z) >= 2, self._by_level(z, hard), c)
+        return self.loss_weight(z, tau, weighting, weight_min, weight_max) * c
+
+    # -- reverse ---------------------------------------------------------------------------------------------------
+
+    def posterior(self, prediction, z, tau_s, tau_t, clusters: str = "exact"):
+        """Law of the symbol at tau_s given z at tau_t: [..., N], dense (docs/theory.md section 4).
+
+        For tests and small vocabularies; `descend` draws from it without building it. tau_s, tau_t: scalars.
+        """
+        p = self._predict(prediction)
+        h, levels = self.hierarchy, self.num_levels
+        law = self.chain.posterior(tau_s, tau_t)
+        onto = jax.nn.one_hot(z, h.num_symbols)
+        out = jnp.where((self.level_of(z) == 0)[..., None], onto, 0.0)
+        for k in range(1, levels + 1):
+            inside, outside = (b[..., None] for b in self._bias(p, z, k))
+            words = jax.nn.softmax(p.log_probs() + jnp.where(self._under(z, k, 0), inside, outside), axis=-1)
+            parts = [law[k, 0] * words]
+            for j in range(1, levels + 1):
+                if j == k:
+                    parts.append(law[k, k] * jax.nn.one_hot(self._node(z, k), h.sizes[k]))
+                elif j > k:
+                    parts.append(jnp.zeros((*z.shape, h.sizes[j])))
+                elif clusters == "clean" or self.xi == 1:
+                    parts.append(law[k, j] * words @ jax.nn.one_hot(h.anc[j], h.sizes[j]))
+                else:
+                    parts.append(law[k, j] * jnp.where(self._under(z, k, j), self._child_law(p, z, k, j), 0.0))
+            out = jnp.where((self.level_of(z) == k)[..., None], jnp.concatenate(parts, axis=-1), out)
+        return out
+
+    def descend(self, key, prediction, z, target, clusters: str = "exact", temperature: float = 1.0, top_p: float = 1.0):
+        """Draw the symbols z [B, S] drops to where its level exceeds `target` int [B, S]; others stay.
+
+        One word x ~ p(x | z) per dropping token, shown at its target level: as itself, as anc_j(x) (xi = 1 or
+        clusters="clean"), or by the exact kernel pi_{v->j}(. | x), which for xi < 1 shows wrong nodes on purpose.
+
+        Args:
+          key: one key (row b uses fold_in(key, b)) or keys [B].
+          prediction: prediction or logits [B, S, V].
+          temperature: divides the log-probabilities of the words (plain logits only); 0 takes the most likely word.
+          top_p: nucleus of the distribution after force transition and temperature.
+        """
+        if clusters not in CLUSTERS:
+            raise ValueError(f"clusters={clusters!r}: choose one of {', '.join(CLUSTERS)}")
+        keys = row_keys(key, z.shape[0])
+        greedy = temperature == 0
+        p = prediction
+        if not hasattr(p, "log_prob"):
+            p = Dense(p, self.hierarchy, 1.0 if greedy else temperature)
+        level = self.level_of(z)
+
+        def bias(anc):
+            out = jnp.zeros((*z.shape, 1))
+            for k in range(1, self.num_levels):
+                inside, outside = (b[..., None] for b in self._bias(p, z, k))
+                here = jnp.where(anc(k) == self._node(z, k)[..., None], inside, outside)
+                out = jnp.where((level == k)[..., None], here, out)
+            return out
+
+        x = p.draw(fold(keys, 0), bias, top_p, greedy)
+        out = jnp.where(target == 0, x, z)
+        for j in range(1, self.num_levels):
+            if clusters == "clean" or self.xi == 1:
+                node = self._anc(j, x)
+            else:
+                node = self._draw_node(fold(keys, 1), x, z, level, j)
+            out = jnp.where(target == j, node + self.hierarchy.offsets[j], out)
+        return jnp.where(target < level, out, z)
+
+    def _draw_node(self, keys, x, z, level, j: int):
+        """u ~ pi_{v->j}(. | x) for tokens that show v of a level k > j: the word's own branch, or any level-1 node."""
+        h, d, own = self.hierarchy, self.leak, self.xi - self.leak
+        shape = z.shape[1:]
+        u_own, u_any = (jax.vmap(lambda k: jax.random.uniform(k, shape))(fold(keys, i)) for i in (0, 1))
+        node = self._anc(j, x)
+        for k in range(j + 1, self.num_levels + 1):
+            v = self._node(z, k)
+            count = jnp.asarray(np.asarray(h.level1_count[k]))[v]
+            keep = (self._anc(k, x) == v) & (u_own * (d * count + own) < own)
+            pick = jnp.minimum((u_any * count).astype(jnp.int32), count - 1) + jnp.asarray(h.level1_start[k])[v]
+            anyone = jnp.asarray(self._lift(1, j))[jnp.asarray(h.level1_order)[pick]]
+            node = jnp.where(level == k, jnp.where(keep, self._anc(j, x), anyone), node)
+        return node

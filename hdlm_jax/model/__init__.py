@@ -1,0 +1,1 @@
+"""Noised tokens -> logits; the only room that knows flax."""

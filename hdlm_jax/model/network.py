@@ -1,0 +1,156 @@
+"""The published transformer: noised symbols and time -> hidden states -> logits.
+
+Bidirectional, rotary positions, adaptive layer norm on time (shift, scale, gate), MLP of 4 D with tanh GELU; layer
+norm in float32 without bias; no bias in qkv and out. Facts from the paper's network (arXiv 2510.08632).
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hdlm_jax.model.heads import FlatHead
+
+_COND, _SINUSOIDS, _PERIOD = 128, 256, 10_000.0
+_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # uniform(+-1/sqrt(fan_in))
+
+
+def rotary(seq_len: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin [1, S, 1, dim] of the half-rotation rotary embedding, base 10000."""
+    angle = np.outer(np.arange(seq_len), _PERIOD ** (-np.arange(0, dim, 2) / dim))
+    angle = np.concatenate([angle, angle], axis=-1)[None, :, None]
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def _rotate(x, cos, sin):
+    half = x.shape[-1] // 2
+    turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    return (x * cos + turned * sin).astype(x.dtype)
+
+
+class Norm(nn.Module):
+    """Layer norm in float32, weight only, eps 1e-5."""
+
+    @nn.compact
+    def __call__(self, x):
+        weight = self.param("weight", nn.initializers.ones_init(), (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
+        return x * weight.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Modulation(nn.Module):
+    """`parts` vectors [B, 1, D] of time, zero at the start; without time they are plain parameters [1, 1, D]."""
+
+    parts: int
+    width: int
+
+    @nn.compact
+    def __call__(self, cond):
+        out = self.parts * self.width
+        bias = self.param("bias", nn.initializers.zeros_init(), (out,)).reshape(1, 1, out)
+        if cond is not None:
+            kernel = self.param("kernel", nn.initializers.zeros_init(), (cond.shape[-1], out))
+            bias = bias + (cond @ kernel)[:, None]
+        return jnp.split(bias, self.parts, axis=-1)
+
+
+class Block(nn.Module):
+    width: int
+    heads: int
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, cond, mask, train: bool):
+        b, s, d = x.shape
+        dense = lambda n, name, bias: nn.Dense(n, use_bias=bias, dtype=self.dtype, kernel_init=_uniform, name=name)  # noqa: E731
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, d, name="modulation")(cond)
+        h = Norm(name="norm1")(x) * (1 + scale1) + shift1
+        q, k, v = jnp.split(dense(3 * d, "qkv", False)(h).reshape(b, s, 3 * self.heads, -1), 3, axis=2)
+        cos, sin = rotary(s, d // self.heads)
+        h = jax.nn.dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, mask=mask)
+        x = x + gate1 * drop(dense(d, "out", False)(h.reshape(b, s, d)))
+        h = Norm(name="norm2")(x) * (1 + scale2) + shift2
+        h = nn.gelu(dense(4 * d, "up", True)(h), approximate=True)
+        return x + gate2 * drop(dense(d, "down", True)(h)), None
+
+
+class Network(nn.Module):
+    """Symbols z int32 [B, S], time t [B] in [0, 1] -> logits float32 [B, S, V].
+
+    Attributes:
+      words, symbols: V and the number of rows of the embedding table (clusters, mask and padding included).
+      dtype: of the matrix products; the residual stream, norms and logits are float32.
+    """
+
+    words: int
+    symbols: int
+    width: int = 768
+    blocks: int = 12
+    heads: int = 12
+    dropout: float = 0.0
+    time_conditioning: bool = True
+    dtype: str = "float32"
+    remat: bool = False
+
+    def setup(self):
+        limit = 1 / math.sqrt(self.width)
+        init = lambda key, shape: jax.random.uniform(key, shape, minval=-limit, maxval=limit)  # noqa: E731
+        self.embedding = self.param("embedding", init, (self.symbols, self.width))
+        if self.time_conditioning:
+            self.time_in = nn.Dense(_COND, kernel_init=_uniform)
+            self.time_out = nn.Dense(_COND, kernel_init=_uniform)
+        block = nn.remat(Block, static_argnums=(4,), prevent_cse=False) if self.remat else Block
+        self.stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+                             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast), length=self.blocks)(
+            self.width, self.heads, self.dropout, jnp.dtype(self.dtype))  # fmt: skip
+        self.norm = Norm()
+        self.modulation = Modulation(2, self.width)
+        self.head = FlatHead(self.words, jnp.dtype(self.dtype))
+
+    def trunk(self, z, t, valid=None, train: bool = False):
+        """Hidden states float32 [B, S, D] before the head. valid: bool [B, S], False where padding must not be seen."""
+        x = self.embedding[z]
+        cond = self._time(t) if self.time_conditioning else None
+        mask = None if valid is None else valid[:, None, None, :]
+        x, _ = self.stack(x, cond, mask, train)
+        shift, scale = self.modulation(cond)
+        return self.norm(x) * (1 + scale) + shift
+
+    def _time(self, t):
+        freq = jnp.exp(-math.log(_PERIOD) * jnp.arange(_SINUSOIDS // 2) / (_SINUSOIDS // 2)).reshape(1, -1)
+        angle = t[:, None] * freq
+        sinusoids = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+        return nn.silu(self.time_out(nn.silu(self.time_in(sinusoids))))
+
+    def __call__(self, z, t, valid=None, train: bool = False):
+        return self.head(self.trunk(z, t, valid, train))
+
+
+def predict(network: Network, head_params, hidden):
+    """Prediction at given hidden states [..., D]: the network's head alone, from its own parameters."""
+    return FlatHead(network.words, jnp.dtype(network.dtype)).apply({"params": head_params}, hidden)
+
+
+def make_network(config, hierarchy) -> Network:
+    """The network of config.model for a hierarchy's words and symbols."""
+    m = config.model
+    return Network(hierarchy.num_words, hierarchy.padded_symbols, m.width, m.blocks, m.heads, m.dropout,
+                   m.time_conditioning, m.dtype, m.remat)  # fmt: skip
+
+
+def flops_per_token(config, words: int) -> float:
+    """FLOPs of a forward and backward pass a token, as the algorithm needs them (2 per multiply-add, x3).
+
+    Trunk products and attention for every token; the head for the half of the tokens that are noised on average.
+    """
+    m = config.model
+    trunk = m.blocks * (12 * m.width**2 + 2 * m.seq_len * m.width)
+    return 6.0 * (trunk + 0.5 * m.width * words)

@@ -1,0 +1,1 @@
+"""Everything that touches devices, disks and time."""

@@ -1,0 +1,201 @@
+"""A trained run in Python: load it, generate, fill in blanks, score texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from hdlm_jax.config import Config, ConfigError, resolve
+from hdlm_jax.diffusion.process import HierarchicalProcess
+from hdlm_jax.model.network import Network
+from hdlm_jax.run import parallel
+from hdlm_jax.run.checkpoint import Checkpoints
+from hdlm_jax.run.evaluate import Evaluator
+from hdlm_jax.run.generate import Sampler, prompt_canvas
+from hdlm_jax.run.stages import Text, data_dir
+from hdlm_jax.run.state import build, init_state, make_optimizer
+from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.text.pipeline import load_manifest
+from hdlm_jax.text.tokens import load_tokenizer
+
+_BLANK = re.compile(r"\[MASK(?::(\d+))?\]|\[LIKE:([^\]]+)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's parts with the weights of one checkpoint (their average, where the run keeps one)."""
+
+    config: Config
+    text: Text
+    hierarchy: Hierarchy
+    network: Network
+    process: HierarchicalProcess
+    mesh: Any
+    params: Any
+    step: int
+
+    @property
+    def num_params(self) -> int:
+        return sum(a.size for a in jax.tree.leaves(self.params))
+
+
+def saved_config(workdir: str) -> Config:
+    """The config a run was trained with; ConfigError where there is none."""
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        raise ConfigError(f"workdir={workdir!r}: no {path}; train first (--mode=train)")
+    with open(path) as f:
+        return resolve(json.load(f))
+
+
+def load_run(config: Config, workdir: str, which: str = "best") -> Run:
+    """A run with the settings given for this use (evaluate, generate, parallel, where its data lies).
+
+    What makes the model (tokenizer, hierarchy, diffusion, model, optimizer) must be as trained.
+
+    Raises:
+      ConfigError: no such run, or settings it was not trained with.
+    """
+    trained = saved_config(workdir)
+    for section in ("tokenizer", "hierarchy", "diffusion", "model"):
+        for name, value in dataclasses.asdict(getattr(config, section)).items():
+            was = getattr(getattr(trained, section), name)
+            if value != was:
+                raise ConfigError(f"{section}.{name}={value!r}: {workdir} was trained with {was!r}")
+    folder = data_dir(config, workdir)
+    tokenizer = load_tokenizer(folder)
+    hierarchy = Hierarchy.load(os.path.join(workdir, "hierarchy.npz"), tokenizer.fingerprint)
+    mesh = parallel.make_mesh(config)
+    network, process = build(config, hierarchy)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.choose(which)
+    saved = checkpoints.meta(step)
+    if saved["hierarchy"] != hierarchy.fingerprint:
+        raise ConfigError(f"{workdir}: hierarchy.npz {hierarchy.fingerprint[:12]} is not the checkpoint's "
+                          f"{saved['hierarchy'][:12]}")  # fmt: skip
+    shape = jax.eval_shape(lambda: init_state(trained, hierarchy, network, make_optimizer(trained)[0], jax.random.key(0)))
+    shardings = parallel.state_shardings(mesh, shape.params)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shape.params, shardings)
+    params = checkpoints.params(step, abstract, bool(trained.optimizer.ema))
+    checkpoints.close()
+    return Run(config, Text(folder, load_manifest(folder), tokenizer), hierarchy, network, process, mesh, params, step)
+
+
+def load_params(workdir: str, which: str, tokenizer_fingerprint: str) -> Any:
+    """Host weights of another run; ConfigError if its tokenizer is another one."""
+    config = dataclasses.replace(saved_config(workdir))
+    run = load_run(config, workdir, which)
+    if run.text.tokenizer.fingerprint != tokenizer_fingerprint:
+        raise ConfigError(f"{workdir}: tokenizer {run.text.tokenizer.fingerprint[:12]} is not this run's "
+                          f"{tokenizer_fingerprint[:12]}")  # fmt: skip
+    return jax.tree.map(np.asarray, run.params)
+
+
+def checkpoint_embedding(workdir: str) -> np.ndarray:
+    """Word rows of a run's embedding table, float32 [V, D], to cluster words by."""
+    run = load_run(saved_config(workdir), workdir)
+    return np.asarray(run.params["embedding"])[: run.hierarchy.num_words]
+
+
+class Model:
+    """What `hdlm_jax.load(workdir)` gives: a trained run to use in a notebook.
+
+    Attributes:
+      hierarchy: hdlm_jax.text.hierarchy.Hierarchy.
+      tokenizer: hdlm_jax.text.tokens.Tokenizer.
+      run: the parts beneath: config, network, process, params.
+    """
+
+    def __init__(self, workdir: str, checkpoint: str = "best"):
+        self.run = load_run(saved_config(workdir), workdir, checkpoint)
+        self.hierarchy, self.tokenizer = self.run.hierarchy, self.run.text.tokenizer
+        self._draw = Sampler(self.run.network, self.run.process, self.run.mesh, self.run.params)
+        self._evaluator: Evaluator | None = None
+
+    @property
+    def seq_len(self) -> int:
+        return self.run.config.model.seq_len
+
+    def generate(self, num_samples: int = 4, steps: int = 128, prompt: str = "", **settings: Any) -> list[str]:
+        """Texts of seq_len tokens, after a prompt if there is one.
+
+        Args:
+          steps: of the grid; settings: any other of config.Generate (plan, reveals, temperature, top_p, seed, ...).
+        """
+        ids = self.tokenizer.encode(prompt) if prompt else np.zeros(0, np.int32)
+        canvas = prompt_canvas(ids, num_samples, self.seq_len, self.hierarchy.mask_id)
+        return self._fill(canvas, steps=steps, num_samples=num_samples, **settings)
+
+    def infill(self, text: str, num_samples: int = 1, steps: int = 64, **settings: Any) -> list[str]:
+        """The text with its blanks filled in; everything else stays.
+
+        Blanks: [MASK] one token, [MASK:5] five, [LIKE:word] one token of the same cluster as the given word's first
+        (at xi = 1; the cluster is shown to the model, the word is not).
+        """
+        ids: list[int] = []
+        end = 0
+        for blank in _BLANK.finditer(text):
+            ids += self.tokenizer.encode(text[end : blank.start()]).tolist()
+            if blank[2]:
+                if self.hierarchy.num_levels < 2:
+                    raise ValueError(f"{blank[0]}: this model has no clusters (MDLM); use [MASK]")
+                word = int(self.tokenizer.encode(blank[2])[0])
+                ids.append(int(self.hierarchy.symbol(1, self.hierarchy.anc[1][word])))
+            else:
+                ids += [self.hierarchy.mask_id] * int(blank[1] or 1)
+            end = blank.end()
+        if end == 0:
+            raise ValueError(f"infill: no blank in {text!r}; write [MASK], [MASK:5] or [LIKE:word] where words are missing")
+        ids += self.tokenizer.encode(text[end:]).tolist()
+        if len(ids) > self.seq_len:
+            raise ValueError(f"infill: {len(ids)} tokens, the model takes at most seq_len={self.seq_len}")
+        # the rest of the canvas is text the model makes up and nobody reads
+        canvas = np.full((num_samples, self.seq_len), self.hierarchy.mask_id, np.int32)
+        canvas[:, : len(ids)] = ids
+        return self._fill(canvas, length=len(ids), steps=steps, num_samples=num_samples, **settings)
+
+    def _fill(self, canvas: np.ndarray, length: int | None = None, **settings: Any) -> list[str]:
+        g = dataclasses.replace(self.run.config.generate, **settings)
+        g.check()
+        tokens = self._draw(canvas, g)["tokens"][:, :length]
+        return [self.tokenizer.decode(row) for row in tokens]
+
+    def nelbo(self, texts: list[str], draws: int = 16) -> list[dict[str, float]]:
+        """Upper bounds on -log p of each text followed by the end of text, in nats.
+
+        Texts longer than seq_len are scored in pieces that do not see each other.
+
+        Returns:
+          per text: nats, se (of the noise), tokens (end of text counted), bits_per_byte.
+        """
+        if draws < 2:
+            raise ValueError(f"draws={draws}: must be at least 2 (for a standard error)")
+        s, pieces, owner = self.seq_len, [], []
+        for i, text in enumerate(texts):
+            ids = np.append(self.tokenizer.encode(text), self.tokenizer.eot)
+            for start in range(0, len(ids), s):
+                pieces.append(ids[start : start + s])
+                owner.append(i)
+        x = np.full((len(pieces), s), self.tokenizer.eot, np.int32)
+        valid = np.zeros((len(pieces), s), bool)
+        for row, piece in enumerate(pieces):
+            x[row, : len(piece)], valid[row, : len(piece)] = piece, True
+        if self._evaluator is None:
+            run = self.run
+            self._evaluator = Evaluator(run.config, run.network, run.process, run.mesh, run.params)
+        rows = {"x": x, "valid": valid, "score": valid}
+        nats, _, _ = self._evaluator.nats(self.run.params, rows, draws, "nelbo")
+        per_draw = np.zeros((draws, len(texts)))
+        np.add.at(per_draw, (slice(None), np.asarray(owner)), nats.sum(-1))
+        out = []
+        for i, text in enumerate(texts):
+            mean, count = per_draw[:, i].mean(), sum(len(p) for p, o in zip(pieces, owner, strict=True) if o == i)
+            out.append({"nats": float(mean), "se": float(per_draw[:, i].std(ddof=1) / np.sqrt(draws)), "tokens": count,
+                        "bits_per_byte": float(mean / np.log(2) / max(1, len(text.encode())))})  # fmt: skip
+        return out

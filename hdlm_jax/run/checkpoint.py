@@ -1,0 +1,98 @@
+"""Checkpoints: best and latest kept, written aside and renamed, with everything a resume needs."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+_PRESERVE = ocp.checkpoint_managers
+
+
+class Checkpoints:
+    """Orbax checkpoints under <workdir>/checkpoints: state and EMA as arrays, meta as JSON.
+
+    meta holds the config, the fingerprints of tokenizer and hierarchy, and the data position.
+    """
+
+    def __init__(self, workdir: str, read_only: bool = False):
+        self.path = os.path.abspath(os.path.join(workdir, "checkpoints"))
+        if read_only and not os.path.isdir(self.path):
+            raise FileNotFoundError(f"{self.path}: no checkpoint there; train first (--mode=train)")
+        best = _PRESERVE.BestN(get_metric_fn=_score, reverse=True, n=1)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_PRESERVE.AnyPreservationPolicy([_PRESERVE.LatestN(1), best]), best_fn=_score,
+            best_mode="min", create=not read_only, read_only=read_only)  # fmt: skip
+        self.manager = ocp.CheckpointManager(self.path, options=options)
+
+    def latest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def choose(self, which: str) -> int:
+        """Step of the 'best' (lowest validation NELBO) or 'latest' checkpoint."""
+        step = self.manager.best_step() if which == "best" else self.manager.latest_step()
+        step = self.manager.latest_step() if step is None else step
+        if step is None:
+            raise FileNotFoundError(f"{self.path}: no checkpoint there; train first (--mode=train)")
+        return step
+
+    def save(self, step: int, state: Any, meta: dict, metrics: dict[str, float]) -> None:
+        """Starts an asynchronous save; a kill while it runs leaves the checkpoints before it."""
+        if step in self.manager.all_steps():
+            return
+        ema = state.ema
+        items = {"state": ocp.args.StandardSave(state._replace(ema={})), "meta": ocp.args.JsonSave(meta)}
+        if ema:
+            items["ema"] = ocp.args.StandardSave(ema)
+        self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def meta(self, step: int) -> dict:
+        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """The state of a step, placed as the abstract state's shardings say."""
+        ema = abstract_state.ema
+        items = {"state": ocp.args.StandardRestore(abstract_state._replace(ema={}))}
+        if ema:
+            items["ema"] = ocp.args.StandardRestore(ema)
+        found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        return found["state"]._replace(ema=found["ema"] if ema else {})
+
+    def params(self, step: int, abstract_params: Any, ema: bool) -> Any:
+        """Parameters alone (the EMA where the run has one): no optimizer state is read."""
+        if ema:
+            args = ocp.args.Composite(ema=ocp.args.StandardRestore(abstract_params))
+            return self.manager.restore(step, args=args)["ema"]
+        item = {"params": abstract_params}
+        restore = ocp.args.PyTreeRestore(item, partial_restore=True,
+                                         restore_args=ocp.checkpoint_utils.construct_restore_args(item))  # fmt: skip
+        return self.manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"]
+
+    def wait(self) -> None:
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics.get("nelbo", float("inf"))
+
+
+def write_json(path: str, value: Any) -> None:
+    """Writes aside and renames, so that the file is never half there."""
+    aside = f"{path}.tmp{os.getpid()}"
+    with open(aside, "w") as f:
+        json.dump(value, f, indent=1, default=_plain)
+        f.write("\n")
+    os.replace(aside, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -1,0 +1,158 @@
+"""The exact NELBO over the whole validation split (docs/theory.md section 3, "Variance").
+
+Noise times come from q_a, stratified over all (sequence, draw) pairs; nats, tokens and bytes are summed and divided
+once. Every pair has its own random numbers, so the result does not depend on batch size or device count.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hdlm_jax.config import Config
+from hdlm_jax.diffusion.levels import Proposal
+from hdlm_jax.diffusion.process import HierarchicalProcess, fold
+from hdlm_jax.model.heads import map_over_noised
+from hdlm_jax.model.network import Network, predict
+from hdlm_jax.run import parallel
+from hdlm_jax.run.checkpoint import write_json
+from hdlm_jax.run.metrics import progress, say
+
+
+def make_nelbo_step(network: Network, process: HierarchicalProcess, groups: int = 1):
+    """step(params, batch, key) -> float32 [b, K]: nats of each row at each level, as an estimate w C / q.
+
+    batch: x int32 [b, S], valid and score bool [b, S], tau and inv_q float32 [b], pair int32 [b] (its random numbers).
+    """
+
+    def step(params, batch, key):
+        x, tau = batch["x"], batch["tau"]
+        z = process.sample_z(fold(jnp.broadcast_to(key, tau.shape), batch["pair"]), x, tau)
+        z = jnp.where(batch["score"], z, x)
+        h = network.apply({"params": params}, z, -jnp.expm1(-tau), batch["valid"], method="trunk")
+        fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape))
+        level = process.level_of(z)
+        rate = map_over_noised(lambda h, f: process.nelbo_rate(predict(network, params["head"], h), *f), h, level > 0,
+                               fields, groups=groups)  # fmt: skip
+        by_level = [jnp.sum(jnp.where(level == k, rate, 0.0), axis=-1) for k in range(1, process.num_levels + 1)]
+        return jnp.stack(by_level, axis=-1) * batch["inv_q"][:, None]
+
+    return step
+
+
+class Evaluator:
+    """Compiled once, used for any rows and parameters of the same shapes."""
+
+    def __init__(self, config: Config, network: Network, process: HierarchicalProcess, mesh, params):
+        self.process, self.mesh, self.seed = process, mesh, config.evaluate.seed
+        shards = math.lcm(parallel.batch_shards(mesh), jax.process_count())
+        self.batch_size = -(-config.evaluate.batch_size // shards) * shards
+        self.proposal = Proposal(process.chain, config.model.seq_len, config.evaluate.cv2)
+        step = make_nelbo_step(network, process, parallel.batch_shards(mesh))
+        self.step = parallel.compile_batch_step(step, mesh, params)
+
+    def pairs(self, rows: int, draws: int):
+        """tau and q of every pair, float64 [draws, rows]: one stratum of q's CDF a pair, each pass spread over all."""
+        rng = np.random.Generator(np.random.Philox(self.seed))
+        place = np.stack([rng.permutation(rows) for _ in range(draws)])
+        part = np.stack([rng.permutation(draws) for _ in range(rows)], axis=1)  # of stratum s, which pass gets which
+        part = np.take_along_axis(part, place, axis=1)
+        u = (place * draws + part + rng.random((draws, rows))) / (rows * draws)
+        return self.proposal.quantile(u)
+
+    def nats(self, params, rows: dict[str, np.ndarray], draws: int, name: str = "evaluate"):
+        """Estimates [draws, rows, K] in nats, and the noise times and densities [draws, rows] they were made at."""
+        n = len(rows["x"])
+        tau, q = self.pairs(n, draws)
+        key = jax.random.key(self.seed)
+        where = np.tile(np.arange(n), draws)
+        flat_tau, flat_q = tau.reshape(-1), q.reshape(-1)
+        out = np.zeros((n * draws, self.process.num_levels))
+        with progress(n * draws, unit="seq", name=name) as bar:
+            for start in range(0, n * draws, self.batch_size):
+                pick = np.arange(start, min(start + self.batch_size, n * draws))
+                batch = {"x": rows["x"][where[pick]], "valid": rows["valid"][where[pick]],
+                         "score": rows["score"][where[pick]], "tau": flat_tau[pick].astype(np.float32),
+                         "inv_q": (1 / flat_q[pick]).astype(np.float32), "pair": pick.astype(np.int32)}  # fmt: skip
+                batch = parallel.pad_rows(batch, self.batch_size)
+                mine = parallel.local_rows(self.batch_size)
+                batch = parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
+                out[pick] = np.asarray(self.step(params, batch, key))[: len(pick)]
+                bar.update(len(pick))
+        return out.reshape(draws, n, -1), tau, q
+
+
+def summarise(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarray) -> dict[str, Any]:
+    """Nats per token with standard errors from estimates [draws, rows, K] and tokens [rows].
+
+    se_time: between whole passes over the split (noise times and noise). se_data: between sequences, with the
+    variance inside a sequence taken off. se is both. uniform_t_variance: variance of the stratified estimate with t
+    uniform, as a multiple of what it has here; both are E[v(tau)/q], v from neighbours in noise time.
+    """
+    draws, n, _ = nats.shape
+    total = tokens.sum()
+    per_pair = nats.sum(-1)
+    nelbo = per_pair.mean(0).sum() / total
+    passes = per_pair.sum(1) / total
+    se_time = passes.std(ddof=1) / math.sqrt(draws) if draws > 1 else float("nan")
+    rest = per_pair.mean(0) - nelbo * tokens
+    between = n / max(n - 1, 1) * np.sum(rest**2) / total**2
+    inside = np.sum(per_pair.var(0, ddof=1)) / draws / total**2 if draws > 1 else 0.0
+    se_data = math.sqrt(max(between - inside, 0.0))
+    order = np.argsort(tau, axis=None)
+    h = (per_pair * q / np.maximum(tokens, 1)).reshape(-1)[order]  # the integrand itself
+    q, tau = q.reshape(-1)[order], tau.reshape(-1)[order]
+    v = 0.5 * np.diff(h) ** 2
+    here = np.mean(v / q[1:] ** 2)
+    uniform = np.mean(v / (q[1:] * np.exp(-tau[1:])))
+    ok = tokens > 0
+    cost = per_pair.mean(0)[ok] / tokens[ok]
+    return {
+        "nelbo": nelbo, "se": math.hypot(se_data, se_time if draws > 1 else 0.0), "se_data": se_data, "se_time": se_time,
+        "perplexity": math.exp(nelbo), "levels": (nats.mean(0).sum(0) / total).tolist(),
+        "uniform_t_variance": uniform / here, "cv2": float(np.var(cost) / np.mean(cost) ** 2),
+        "tokens": int(total), "rows": n, "draws": draws,
+    }  # fmt: skip
+
+
+def evaluate(config: Config, workdir: str) -> dict[str, Any]:
+    """Measures a run's checkpoint on its validation split; writes and returns <workdir>/evaluate.json.
+
+    Nats of each sequence go to evaluate_rows.npz, for paired comparisons.
+    """
+    from hdlm_jax.run.api import load_run
+    from hdlm_jax.text.pipeline import valid_rows
+
+    run = load_run(config, workdir, config.evaluate.checkpoint)
+    rows = valid_rows(run.text.dir, config.model.seq_len, config.evaluate.rows)
+    evaluator = Evaluator(config, run.network, run.process, run.mesh, run.params)
+    started = time.time()
+    nats, tau, q = evaluator.nats(run.params, rows, config.evaluate.draws)
+    seconds = time.time() - started
+    tokens = rows["score"].sum(-1)
+    result = summarise(nats, tokens, tau, q)
+    manifest = run.text.manifest
+    whole = result["tokens"] == manifest.valid_scored_tokens
+    per_byte = manifest.valid_scored_tokens / manifest.valid_scored_bytes / math.log(2)
+    if whole:
+        result |= {"bits_per_byte": result["nelbo"] * per_byte, "bits_per_byte_se": result["se"] * per_byte,
+                   "unigram_bits_per_byte": manifest.unigram_nats * per_byte}  # fmt: skip
+    result |= {
+        "perplexity_se": result["perplexity"] * result["se"], "unigram_nelbo": manifest.unigram_nats,
+        "unigram_perplexity": math.exp(manifest.unigram_nats), "bytes": manifest.valid_scored_bytes if whole else None,
+        "whole_split": whole, "step": run.step, "checkpoint": config.evaluate.checkpoint, "ema": bool(config.optimizer.ema),
+        "seconds": seconds, "tokens_per_s": result["tokens"] * result["draws"] / seconds,
+        "corpus": manifest.corpus_fingerprint, "hierarchy": list(run.hierarchy.sizes), "params": run.num_params,
+    }  # fmt: skip
+    write_json(os.path.join(workdir, "evaluate.json"), result)
+    np.savez(os.path.join(workdir, "evaluate_rows.npz"), nats=nats.mean(0).sum(-1), tokens=tokens)
+    say(f"evaluate: step {run.step}, {result['tokens']:,} tokens x {result['draws']} draws in {seconds:.0f} s: "
+        f"NELBO {result['nelbo']:.4f} +- {result['se']:.4f} nats/token (data {result['se_data']:.4f}, "
+        f"time {result['se_time']:.4f}), perplexity {result['perplexity']:.2f}; unigram {manifest.unigram_nats:.4f}")  # fmt: skip
+    return result

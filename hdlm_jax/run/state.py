@@ -1,0 +1,153 @@
+"""Everything a step changes, and the step itself."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hdlm_jax.diffusion.process import HierarchicalProcess, fold
+from hdlm_jax.diffusion.sampler import LevelChain
+from hdlm_jax.model.heads import sum_over_noised
+from hdlm_jax.model.network import Network, make_network, predict
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32, updates done
+    params: Any
+    opt_state: Any
+    ema: Any  # average of params, or {} when off
+
+
+def make_process(config, hierarchy) -> HierarchicalProcess:
+    d = config.diffusion
+    chain = LevelChain(d.level_rates(hierarchy.num_levels))
+    return HierarchicalProcess(hierarchy, chain, d.xi, d.force_transition)
+
+
+def make_optimizer(config) -> tuple[optax.GradientTransformation, Any]:
+    """AdamW with clipping by the global norm, and its learning-rate schedule (steps -> lr)."""
+    o, steps = config.optimizer, config.train.steps
+    rest = max(1, steps - o.warmup)
+    after = optax.cosine_decay_schedule(o.lr, rest, o.final_lr) if o.schedule == "cosine" else optax.constant_schedule(o.lr)
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, o.lr, max(1, o.warmup)), after], [o.warmup])
+    # the update made from state.step = 0 is the first one, so that its rate is not zero
+    tx = optax.chain(optax.clip_by_global_norm(o.clip),
+                     optax.adamw(lambda n: schedule(n + 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay))  # fmt: skip
+    return tx, lambda n: schedule(n + 1)
+
+
+def init_state(config, hierarchy, network: Network, tx, key, table=None) -> TrainState:
+    """A fresh state (jit it with out_shardings, so that it is born where it lives).
+
+    Args:
+      table: float32 [rows, D] start of the embedding table, or None for a random one.
+    """
+    z = jnp.zeros((1, config.model.seq_len), jnp.int32)
+    params = network.init(key, z, jnp.zeros((1,)))["params"]
+    if table is not None:
+        params = {**params, "embedding": jnp.asarray(table)}
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema else {}
+    return TrainState(jnp.int32(0), params, tx.init(params), ema)
+
+
+def stratified_tau(keys, index, batch: int):
+    """Noise times [b] of rows `index` of a batch: t = (index + u)/batch uniform, one stratum a row, in (0, 1).
+
+    1 - t is formed by itself, so that neither end of time is cut off or rounded.
+    """
+    u = jax.vmap(lambda k: jax.random.uniform(k))(keys) + 2.0**-25
+    i = index.astype(jnp.float32)
+    t, rest = (i + u) / batch, ((batch - 1 - i) + (1 - u)) / batch
+    return jnp.where(t < 0.5, -jnp.log1p(-t), -jnp.log(rest))
+
+
+def make_loss_sums(config, network: Network, process: HierarchicalProcess, groups: int = 1):
+    """loss_sums(params, batch, key) -> (loss, nelbo, tokens): sums over the rows given, in nats.
+
+    batch: x int32 [b, S], index int32 [b] (rows of the global batch), optionally score bool [b, S] (False where the
+    text is given, not modelled). Each row draws from fold_in(key, index) alone, so any split of a batch adds up to it.
+    nelbo is the unweighted estimate for t uniform; only loss has gradients.
+    """
+    d, m = config.diffusion, config.model
+    loss_of = functools.partial(process.loss, weighting=d.weighting, weight_min=d.weight_min, weight_max=d.weight_max,
+                                hard_training=d.hard_training)  # fmt: skip
+
+    def hidden(params, z, t, keys):
+        if not m.dropout:
+            return network.apply({"params": params}, z, t, method="trunk")
+
+        def row(z, t, key):  # a row's own key, so that its dropout does not depend on its batch mates
+            rngs = {"dropout": key}
+            return network.apply({"params": params}, z[None], t[None], train=True, rngs=rngs, method="trunk")[0]
+
+        return jax.vmap(row)(z, t, keys)
+
+    def loss_sums(params, batch, key):
+        x, index = batch["x"], batch["index"]
+        keys = fold(jnp.broadcast_to(key, index.shape), index)
+        tau = stratified_tau(fold(keys, 0), index, config.train.batch_size)
+        z = process.sample_z(fold(keys, 1), x, tau)
+        score = batch.get("score", jnp.ones(x.shape, bool))
+        z = jnp.where(score, z, x)
+        h = hidden(params, z, -jnp.expm1(-tau), fold(keys, 2))
+
+        def token_loss(head, h, fields):
+            x, z, tau = fields
+            p = process._predict(predict(network, head, h))
+            loss = loss_of(p, x, z, tau)
+            nelbo = process.nelbo_rate(p, x, z, tau) * jnp.exp(tau)
+            return loss, jax.lax.stop_gradient(nelbo)
+
+        fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape))
+        loss, nelbo = sum_over_noised(token_loss, params["head"], h, process.level_of(z) > 0, fields, groups=groups)
+        return loss, nelbo, jnp.sum(score).astype(jnp.float32)
+
+    return loss_sums
+
+
+def make_train_step(config, network, process, tx, groups: int = 1):
+    """train_step(state, batch, key) -> (state, metrics), pure and global.
+
+    Gradients are those of the batch's loss in nats per scored token, whatever the number of microbatches.
+    metrics: loss, nelbo (nats/token), tokens, grad_norm: float32 scalars.
+    """
+    loss_sums = make_loss_sums(config, network, process, groups)
+    parts, ema = config.train.microbatches, config.optimizer.ema
+
+    def sums(params, batch, key):
+        loss, nelbo, tokens = loss_sums(params, batch, key)
+        return loss, (nelbo, tokens)
+
+    def gradients(params, batch, key):
+        if parts == 1:
+            return jax.value_and_grad(sums, has_aux=True)(params, batch, key)
+        # rows i, i + parts, ... make a part: contiguous rows stay on their device
+        split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
+
+        def add(carry, part):
+            return jax.tree.map(jnp.add, carry, jax.value_and_grad(sums, has_aux=True)(params, part, key)), None
+
+        zero = jnp.float32(0)
+        carry, _ = jax.lax.scan(add, ((zero, (zero, zero)), jax.tree.map(jnp.zeros_like, params)), split)
+        return carry
+
+    def train_step(state: TrainState, batch, key):
+        key = jax.random.fold_in(key, state.step)
+        (loss, (nelbo, tokens)), grads = gradients(state.params, batch, key)
+        grads = jax.tree.map(lambda g: g / tokens, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params) if ema else {}
+        metrics = {"loss": loss / tokens, "nelbo": nelbo / tokens, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state, average), metrics
+
+    return train_step
+
+
+def build(config, hierarchy):
+    """(network, process) of a config and hierarchy."""
+    return make_network(config, hierarchy), make_process(config, hierarchy)

@@ -1,0 +1,253 @@
+"""The training loop: batches in, checkpoints and metrics out; rerunning it resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from hdlm_jax.config import Config, ConfigError
+from hdlm_jax.model.network import flops_per_token
+from hdlm_jax.run import parallel
+from hdlm_jax.run.checkpoint import Checkpoints, write_json
+from hdlm_jax.run.evaluate import Evaluator, summarise
+from hdlm_jax.run.metrics import MetricsFile, TensorBoard, peak_flops, plot_curves, progress, read_metrics, say
+from hdlm_jax.run.stages import cluster, prepare, word_vectors
+from hdlm_jax.run.state import build, init_state, make_optimizer, make_train_step
+
+RESUME_EXIT = 75  # leaving on SIGTERM with everything saved: run the same command again
+# sections in which a resumed run must not differ, and the settings in them that may
+_FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "optimizer", "train")
+_FREE = ("train.steps", "train.log_every", "train.microbatches", "train.evaluate_every", "model.remat")
+
+
+class TrainingStopped(RuntimeError):
+    """The loss is no longer finite: the step, the last finite metrics and the checkpoint to go back to."""
+
+
+def check_resume(config: Config, meta: dict, path: str) -> None:
+    """ConfigError if a checkpoint belongs to another configuration."""
+    now = json.loads(json.dumps(config.as_dict()))
+    for section in _FIXED:
+        for name, value in now[section].items():
+            saved = meta["config"][section].get(name)
+            if saved != value and f"{section}.{name}" not in _FREE:
+                raise ConfigError(f"{section}.{name}={value!r}: the checkpoint in {path} was trained with {saved!r}; "
+                                  "use another --workdir or the old setting")  # fmt: skip
+
+
+def abstract_state(config: Config, hierarchy, network, tx, mesh):
+    """Shapes of the state, each with the sharding it has on the mesh."""
+    shape = jax.eval_shape(lambda: init_state(config, hierarchy, network, tx, jax.random.key(0)))
+    shardings = parallel.state_shardings(mesh, shape)
+    add = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(add, shape, shardings), shardings
+
+
+def train(config: Config, workdir: str, profile: bool = False) -> Any:
+    """Trains (or goes on training) to config.train.steps; returns the final TrainState.
+
+    Under workdir: config.json, checkpoints/, metrics.jsonl, curves.png, and what prepare and cluster make.
+
+    Raises:
+      ConfigError: a checkpoint of another configuration. TrainingStopped: the loss is not finite.
+    """
+    from hdlm_jax.text.pipeline import TrainBatches, valid_rows
+
+    text = prepare(config, workdir)
+    hierarchy = cluster(config, workdir, text)
+    mesh = parallel.make_mesh(config)
+    shards = parallel.batch_shards(mesh)
+    if config.train.batch_size % (shards * config.train.microbatches):
+        raise ConfigError(f"train.batch_size={config.train.batch_size}: must be a multiple of the {shards} batch shards "
+                          f"of the mesh times train.microbatches={config.train.microbatches}")  # fmt: skip
+    network, process = build(config, hierarchy)
+    tx, schedule = make_optimizer(config)
+    abstract, shardings = abstract_state(config, hierarchy, network, tx, mesh)
+    step_fn = parallel.compile_train_step(make_train_step(config, network, process, tx, shards), mesh, shardings)
+    batches = TrainBatches(text.dir, config.model.seq_len, config.train.batch_size, config.train.seed,
+                           jax.process_index(), jax.process_count())  # fmt: skip
+
+    checkpoints = Checkpoints(workdir)
+    meta = {"config": config.as_dict(), "data": text.manifest.fingerprint, "tokenizer": text.tokenizer.fingerprint,
+            "hierarchy": hierarchy.fingerprint}  # fmt: skip
+    start = checkpoints.latest()
+    if start is not None:
+        saved = checkpoints.meta(start)
+        check_resume(config, saved, checkpoints.path)
+        for name in ("data", "tokenizer", "hierarchy"):
+            if saved[name] != meta[name]:
+                raise ConfigError(f"{name} fingerprint {meta[name][:12]}: the checkpoint in {checkpoints.path} was trained "
+                                  f"with {saved[name][:12]}; use another --workdir")  # fmt: skip
+        state = checkpoints.restore(start, abstract)
+        say(f"train: resuming from step {start:,} of {config.train.steps:,}")
+    else:
+        start = 0
+        state = _fresh_state(config, text, hierarchy, network, tx, shardings)
+        write_json(os.path.join(workdir, "config.json"), config.as_dict())
+    params = sum(a.size for a in jax.tree.leaves(abstract.params))
+    say(f"train: {params:,} parameters, {config.train.batch_size} x {config.model.seq_len} tokens a step, "
+        f"{config.train.steps:,} steps, {jax.device_count()} {jax.devices()[0].device_kind} "
+        f"({dict(mesh.shape)}), workdir {workdir}")  # fmt: skip
+    if start >= config.train.steps:
+        say(f"train: nothing to do, step {start:,} is there")
+        checkpoints.close()
+        return state
+
+    evaluator = Evaluator(config, network, process, mesh, abstract.params)
+    rows = valid_rows(text.dir, config.model.seq_len, config.evaluate.rows_in_training)
+    metrics_path = os.path.join(workdir, "metrics.jsonl")
+    writers = [MetricsFile(metrics_path, start), TensorBoard(os.path.join(workdir, "tensorboard"))]
+    peak = peak_flops(jax.devices()[0].device_kind)
+    flops = flops_per_token(config, hierarchy.num_words)
+    every = config.train.evaluate_every or config.checkpoint.every
+    key = jax.random.key(config.train.seed)
+    stop = _on_sigterm()
+    tokens_a_step = config.train.batch_size * config.model.seq_len
+    window: list[dict[str, float]] = []
+    clock = {"since": time.time(), "wait": 0.0, "steps": 0}
+    last: dict[str, Any] = {}
+
+    def finish(done) -> dict[str, Any] | None:
+        """Reads the metrics of a dispatched step; a record where one is due."""
+        nonlocal last
+        step, device_metrics = done
+        values = {k: float(v) for k, v in device_metrics.items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            back = checkpoints.latest()
+            raise TrainingStopped(
+                f"train: loss={values['loss']} grad_norm={values['grad_norm']} at step {step}; last finite metrics {last}; "
+                + (f"checkpoint to go back to: step {back} in {checkpoints.path}" if back else "no checkpoint yet"))
+        last = {"step": step, **values}
+        window.append(values)
+        clock["steps"] += 1
+        if step % config.train.log_every and step != config.train.steps:
+            return None
+        seconds = max(time.time() - clock["since"], 1e-9)
+        rate = clock["steps"] * tokens_a_step / seconds
+        record = {"step": step, "loss": np.mean([v["loss"] for v in window]), "nelbo": np.mean([v["nelbo"] for v in window]),
+                  "tokens": step * tokens_a_step, "tokens_per_s": rate,
+                  "grad_norm": np.mean([v["grad_norm"] for v in window]), "lr": float(schedule(step - 1)),
+                  "mfu": rate * flops / peak / jax.device_count() if peak else None,
+                  "input_wait": clock["wait"] / seconds}  # fmt: skip
+        record = {k: float(v) if isinstance(v, np.floating) else v for k, v in record.items()}
+        window.clear()
+        clock.update(since=time.time(), wait=0.0, steps=0)
+        mfu = f" mfu={record['mfu']:.1%}" if peak else ""
+        bar.set_postfix_str(f"loss={record['loss']:.3f} {rate:,.0f} tok/s{mfu}", refresh=False)
+        return record
+
+    def measure(step: int) -> dict[str, float]:
+        nonlocal clock
+        pause = time.time()
+        nats, tau, q = evaluator.nats(state.ema or state.params, rows, 1, "validation")
+        result = summarise(nats, rows["score"].sum(-1), tau, q)
+        clock["since"] += time.time() - pause
+        return {"valid_nelbo": float(result["nelbo"]), "valid_se": float(result["se"])}
+
+    def save(step: int, valid: dict[str, float]) -> None:
+        checkpoints.save(step, state, meta | {"next_step": step}, {"nelbo": valid.get("valid_nelbo", math.inf)})
+
+    iterator = batches.iterator(start)
+    pending = None
+    first = time.time()
+    bar = progress(config.train.steps, start, "step", os.path.basename(os.path.normpath(workdir)))
+    try:
+        for step in range(start + 1, config.train.steps + 1):
+            waited = time.time()
+            batch = parallel.put_batch(mesh, next(iterator))
+            clock["wait"] += time.time() - waited
+            if profile and step == start + 10:
+                jax.profiler.start_trace(os.path.join(workdir, "profile"))
+            state, device_metrics = step_fn(state, batch, key)
+            if step == start + 1:
+                jax.block_until_ready(device_metrics)
+                say(f"train: first step after {time.time() - first:.1f} s (compilation)")
+                clock["since"] = time.time()
+            if profile and step == start + 13:
+                jax.block_until_ready(device_metrics)
+                jax.profiler.stop_trace()
+                say(f"train: profile of 4 steps in {os.path.join(workdir, 'profile')}")
+            bar.update()
+            due = [finish(pending)] if pending else []
+            pending = (step, device_metrics)
+            end = step == config.train.steps
+            saves = end or step % config.checkpoint.every == 0
+            leave = stop["asked"]
+            valid: dict[str, float] = {}
+            if end or saves or leave or step % every == 0:
+                record = finish(pending)
+                pending = None
+                if not leave:
+                    valid = measure(step)
+                    due.append((record or {"step": step, "tokens": step * tokens_a_step}) | valid)
+                else:
+                    due.append(record)
+            for record in filter(None, due):
+                for writer in writers:
+                    writer.write(record)
+            if saves or leave:
+                save(step, valid)
+            if leave:
+                checkpoints.wait()
+                say(f"train: asked to stop, saved step {step:,}; the same command resumes")
+                raise SystemExit(RESUME_EXIT)
+    finally:
+        bar.close()
+        checkpoints.wait()
+        checkpoints.close()
+        for writer in writers:
+            writer.close()
+    records = read_metrics(metrics_path)
+    curves = os.path.join(workdir, "curves.png")
+    drawn = plot_curves(curves, records, text.manifest.unigram_nats)
+    final = [r for r in records if "valid_nelbo" in r][-1]
+    say(f"train: done, step {config.train.steps:,}, validation NELBO {final['valid_nelbo']:.4f} +- {final['valid_se']:.4f} "
+        f"nats/token on {len(rows['x'])} sequences (unigram {text.manifest.unigram_nats:.4f})"
+        + (f", curves in {curves}" if drawn else ""))  # fmt: skip
+    return state
+
+
+def _fresh_state(config: Config, text, hierarchy, network, tx, shardings):
+    """A state at step 0: random, from the clustering embeddings, or from another run's weights."""
+    key = jax.random.key(config.train.seed)
+    table = None
+    if config.train.init_from:
+        from hdlm_jax.run.api import load_params
+
+        found = load_params(config.train.init_from, "best", text.tokenizer.fingerprint)
+        state = jax.jit(lambda k: init_state(config, hierarchy, network, tx, k), out_shardings=shardings)(key)
+        want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, found))
+        if want != got:
+            raise ConfigError(f"train.init_from={config.train.init_from!r}: its weights have other shapes than this model; "
+                              "model and hierarchy sizes must agree")  # fmt: skip
+        params = jax.tree.map(lambda a, s: jax.device_put(a, s), found, shardings.params)
+        ema = jax.tree.map(lambda a: a.copy(), params) if config.optimizer.ema else {}
+        say(f"train: starting from the weights of {config.train.init_from}")
+        return state._replace(params=params, ema=ema)
+    if config.model.embeddings == "clusters":
+        from hdlm_jax.text.clusters import initial_table
+
+        table = initial_table(word_vectors(config, text), hierarchy, config.model.width, seed=config.train.seed)
+    init = jax.jit(lambda k, t: init_state(config, hierarchy, network, tx, k, t), out_shardings=shardings)
+    return init(key, table)
+
+
+def _on_sigterm() -> dict[str, bool]:
+    """{"asked": True} once the process has been asked to stop (preemption)."""
+    flag = {"asked": False}
+
+    def ask(*_):
+        flag["asked"] = True
+
+    try:
+        signal.signal(signal.SIGTERM, ask)
+    except ValueError:  # not the main thread: whoever runs us decides
+        pass
+    return flag

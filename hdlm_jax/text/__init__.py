@@ -1,0 +1,1 @@
+"""Text -> tokens -> batches, and the hierarchy of words and clusters."""

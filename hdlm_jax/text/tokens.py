@@ -1,0 +1,213 @@
+"""Text <-> token ids: GPT-2's words, a byte-pair encoding trained on the corpus, or plain bytes.
+
+In all three V counts the end-of-text token, which is the last id and ends every document. The string
+'<|endoftext|>' inside raw text is ordinary text, and `decode(encode(x)) == x` for any valid Unicode.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+KINDS = ("gpt2", "bpe", "bytes")
+END_OF_TEXT = "<|endoftext|>"
+RANK_FILE, JSON_FILE = "tokenizer.tiktoken", "tokenizer.json"
+
+# GPT-2's way to cut text into pieces, which the trained BPE shares: no merge ever crosses a piece. Words keep
+# their leading space and nothing else, so that a word is one token and clusters of tokens are of words.
+PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""")
+
+# `\s+(?!\S)` backtracks: the regex engine gives up on a run of about a million blanks. Longer runs are cut.
+_LONG_BLANK = re.compile(r"\s{4096}")
+
+
+class Tokenizer:
+    """Words 0..V-2 are byte strings, word V-1 is the end of text. Make one with `make_tokenizer`.
+
+    Attributes:
+      kind: 'gpt2', 'bpe' or 'bytes'.   vocab_size: V.   eot: V - 1.
+      fingerprint: sha256 (hex) of all that decides the ids: the cutting pattern and the words in order.
+    """
+
+    def __init__(self, kind: str, words: Sequence[bytes]):
+        if kind not in KINDS:
+            raise ValueError(f"tokenizer.kind is {kind!r}; choices: {', '.join(KINDS)}")
+        self.kind = kind
+        self._words = tuple(words)
+        self.eot = len(self._words)
+        self.vocab_size = self.eot + 1
+        state = hashlib.sha256(b"" if kind == "bytes" else PATTERN.encode())
+        for word in self._words:
+            state.update(len(word).to_bytes(4, "big") + word)
+        self.fingerprint = state.hexdigest()
+
+    @functools.cached_property
+    def _encoding(self):
+        import tiktoken
+        return tiktoken.Encoding(self.kind, pat_str=PATTERN, special_tokens={END_OF_TEXT: self.eot},
+                                 mergeable_ranks={word: rank for rank, word in enumerate(self._words)})
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of `text`, int32 [n], without end of text. ValueError for a lone surrogate."""
+        try:
+            raw = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text is not Unicode: lone surrogate at character {error.start}") from None
+        if self.kind == "bytes":
+            return np.frombuffer(raw, np.uint8).astype(np.int32)
+        parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _bounded(text)]
+        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[np.ndarray]:
+        """`encode` of each text, on `threads` threads (0: one per core, at most 8)."""
+        threads = threads or min(8, os.cpu_count() or 1)
+        if self.kind == "bytes" or threads == 1 or len(texts) < 2:
+            return [self.encode(text) for text in texts]
+        _ = self._encoding  # built once, not by every thread
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one id (of the end of text: its name). ValueError for an id outside 0..V-1."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token id is {token}; must be in 0..{self.vocab_size - 1}")
+        return END_OF_TEXT.encode() if token == self.eot else self._words[token]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are no UTF-8 (possible for ids a model made) show as U+FFFD."""
+        return b"".join(self.token_bytes(int(token)) for token in ids).decode("utf-8", errors="replace")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the folder `path`: the words as a rank file (tiktoken's format), a .json with its sha256."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        ranks = b"".join(base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(self._words))
+        write_atomic(folder / RANK_FILE, ranks)
+        facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "pattern": PATTERN,
+                 "sha256": hashlib.sha256(ranks).hexdigest(), "fingerprint": self.fingerprint}
+        write_atomic(folder / JSON_FILE, json.dumps(facts, indent=2).encode() + b"\n")
+
+
+def _bounded(text: str) -> Iterator[str]:
+    """`text` in consecutive non-empty parts, cut inside very long runs of blanks only."""
+    start = 0
+    for blank in _LONG_BLANK.finditer(text):
+        yield text[start:blank.end()]
+        start = blank.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def write_atomic(path: Path, raw: bytes) -> None:
+    """Writes a small file whole or not at all (temporary name, then os.replace)."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_bytes(raw)
+    os.replace(temporary, path)
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a folder written by `Tokenizer.save`; ValueError if files are missing or changed."""
+    folder = Path(path)
+    try:
+        facts = json.loads((folder / JSON_FILE).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no tokenizer in {folder}: {JSON_FILE} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / JSON_FILE}: not JSON ({error})") from None
+    tokenizer = Tokenizer(facts["kind"], read_ranks(folder / RANK_FILE, facts["sha256"]))
+    if tokenizer.fingerprint != facts["fingerprint"]:
+        raise ValueError(f"{folder}: tokenizer fingerprint is {tokenizer.fingerprint[:12]}, was saved as "
+                         f"{facts['fingerprint'][:12]} (another cutting pattern?)")
+    return tokenizer
+
+
+def read_ranks(path: str | os.PathLike, sha256: str = "") -> list[bytes]:
+    """Words in order of rank from a file in tiktoken's format (lines of base64 and rank).
+
+    tiktoken's own reader copies even local files into TIKTOKEN_CACHE_DIR, so the few lines are here.
+    ValueError: no such file, wrong sha256 (when given), a malformed line, ranks not 0..n-1, a byte missing.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"tokenizer.file {str(path)!r} cannot be read: {error.strerror}") from None
+    found = hashlib.sha256(raw).hexdigest()
+    if sha256 and found != sha256.lower():
+        raise ValueError(f"{path}: sha256 is {found}, must be {sha256}")
+    ranks: dict[int, bytes] = {}
+    lines = 0
+    for number, line in enumerate(raw.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            word, rank = line.split()
+            lines += 1
+            ranks[int(rank)] = base64.b64decode(word, validate=True)
+        except (ValueError, binascii.Error):
+            raise ValueError(f"{path}:{number}: must be '<base64> <rank>', is {line[:40]!r}") from None
+    words = [ranks[rank] for rank in sorted(ranks)]
+    if sorted(ranks) != list(range(lines)) or len(set(words)) != len(words) or b"" in words:
+        raise ValueError(f"{path}: ranks must be 0..n-1, each once and with a word of its own")
+    if missing := set(range(256)) - {word[0] for word in words if len(word) == 1}:
+        raise ValueError(f"{path}: all 256 single bytes must be words; {len(missing)} are missing")
+    return words
+
+
+def make_tokenizer(kind: str, vocab_size: int = 0, documents: Iterable[str] | None = None, file: str = "",
+                   sha256: str = "") -> Tokenizer:
+    """Makes a tokenizer.
+
+    Args:
+      kind: 'gpt2' (V = 50,257; tiktoken's download or cache, or `file`), 'bpe' (trained on `documents`, or
+        read from `file`), 'bytes' (V = 257).
+      vocab_size: V asked of a trained BPE, counting 256 bytes and the end of text; otherwise ignored. A small
+        corpus may hold fewer merges: `.vocab_size` of the result is what counts.
+      documents: training texts, read once, as a stream.
+      file: a rank file in tiktoken's format; sha256: its hash, checked when given.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"tokenizer.kind is {kind!r}; choices: {', '.join(KINDS)}")
+    if kind == "bytes":
+        return Tokenizer(kind, [bytes([byte]) for byte in range(256)])
+    if file:
+        words = read_ranks(os.path.expanduser(os.path.expandvars(file)), sha256)
+        if kind == "gpt2" and len(words) != 50256:
+            raise ValueError(f"{file}: {len(words)} words, GPT-2 has 50256; "
+                             "tokenizer.kind='bpe' reads other rank files")
+        return Tokenizer(kind, words)
+    if kind == "gpt2":
+        return Tokenizer(kind, _gpt2_words())
+    if vocab_size < 257:
+        raise ValueError(f"tokenizer.vocab_size is {vocab_size}; must be at least 257 "
+                         f"(256 bytes and {END_OF_TEXT})")
+    if documents is None:
+        raise ValueError("tokenizer.kind='bpe' needs documents to train on, or tokenizer.file")
+    import rustbpe
+    trainer = rustbpe.Tokenizer()
+    parts = (part for text in documents for part in _bounded(text))
+    trainer.train_from_iterator(parts, vocab_size - 1, pattern=PATTERN)  # - 1: the end of text
+    ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    return Tokenizer(kind, [bytes(word) for word, _ in ranks])
+
+
+def _gpt2_words() -> list[bytes]:
+    import tiktoken
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever the network layer raises
+        raise ValueError(
+            f"GPT-2's tokenizer could not be fetched ({type(error).__name__}): without a network set "
+            "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files, or tokenizer.file to a rank file "
+            "(gpt2.tiktoken or r50k_base.tiktoken)") from error
+    return [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]

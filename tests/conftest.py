@@ -1,0 +1,38 @@
+"""Settings shared by all tests: 8 simulated CPU devices, no silent rank promotion, where local data lies.
+
+To reuse compiled programs between runs, set JAX's own JAX_COMPILATION_CACHE_DIR to a folder.
+"""
+import os
+from pathlib import Path
+
+import pytest
+
+# Both are read when JAX starts its backend: they have to be set before anything imports jax.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A first example compiles for seconds, so no deadline. CI draws the same examples in every run.
+hypothesis.settings.register_profile("hdlm_jax", deadline=None, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("hdlm_jax")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of local data sets: $HDLM_DATA, or ../shared/data beside the repository. Skips where absent."""
+    folder = Path(os.environ.get("HDLM_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no local data: {folder} is not a folder (set HDLM_DATA)")
+    return folder

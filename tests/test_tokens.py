@@ -1,0 +1,222 @@
+"""hdlm_jax/text/tokens.py: every tokenizer gives the text back, is saved and checked, and fails clearly."""
+import base64
+import functools
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hdlm_jax.text import corpus, tokens
+
+EOT = tokens.END_OF_TEXT
+
+
+@functools.cache
+def bpe(size: int = 1024) -> tokens.Tokenizer:
+    documents = corpus.embedded_corpus()[0][:120]
+    return tokens.make_tokenizer("bpe", size, (document.text for document in documents))
+
+
+@functools.cache
+def plain() -> tokens.Tokenizer:
+    return tokens.make_tokenizer("bytes")
+
+
+@pytest.mark.parametrize("make", [bpe, plain])
+@settings(max_examples=150)
+@given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\t\x00 a'"))))
+@example(text="\x00\x00")
+@example(text=f"a{EOT}b {EOT}{EOT}")
+@example(text="e\u0301 é 👩‍👩‍👧 \U0010ffff \ufeff\u2028\x85\x1c don't  \r\n\n ")
+@example(text=" " * 9000)
+def test_decode_gives_the_text_back(make, text):
+    tokenizer = make()
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32 and ids.ndim == 1
+    assert tokenizer.decode(ids) == text
+    assert b"".join(tokenizer.token_bytes(token) for token in ids) == text.encode()
+    assert ((ids >= 0) & (ids < tokenizer.eot)).all()  # raw text never makes the end of text
+
+
+def test_end_of_text_is_the_last_id():
+    for tokenizer in (bpe(), plain()):
+        assert tokenizer.eot == tokenizer.vocab_size - 1
+        assert tokenizer.token_bytes(tokenizer.eot) == EOT.encode()
+        assert tokenizer.decode([tokenizer.eot]) == EOT
+        assert tokenizer.decode([]) == ""
+        for wrong in (-1, tokenizer.vocab_size):
+            with pytest.raises(ValueError, match=f"token id is {wrong}; must be in 0..{tokenizer.eot}"):
+                tokenizer.token_bytes(wrong)
+    assert plain().vocab_size == 257 and plain().encode("é").tolist() == [0xC3, 0xA9]
+    assert plain().decode([0xC3, 0x41]) == "\ufffdA"
+
+
+def test_batch_equals_one_by_one():
+    texts = [document.text for document in corpus.embedded_corpus()[0][:40]] + ["", EOT]
+    for tokenizer in (bpe(), plain()):
+        for threads in (0, 1, 3):
+            for text, ids in zip(texts, tokenizer.encode_batch(texts, threads), strict=True):
+                np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+def test_lone_surrogates_are_refused():
+    for tokenizer in (bpe(), plain()):
+        with pytest.raises(ValueError, match="text is not Unicode: lone surrogate at character 1"):
+            tokenizer.encode("a\ud800")
+
+
+@pytest.mark.parametrize("piece", [" ", "\n", "a", "!", "é\x00", " x"])
+def test_very_long_runs(piece):
+    """A million blanks make the regex engine give up; they are cut before it sees them."""
+    text = piece * 1_000_000 + "end"
+    raw = b"".join(map(bpe()._words.__getitem__, bpe().encode(text).tolist()))
+    assert raw == text.encode()
+    small = tokens.make_tokenizer("bpe", 260, [text])
+    assert small.decode(small.encode(text[-5000:])) == text[-5000:]
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def test_bpe_has_the_size_asked_and_is_reproducible():
+    import rustbpe
+    texts = [document.text for document in corpus.embedded_corpus()[0][:120]]
+    assert bpe().vocab_size == 1024
+    again = tokens.make_tokenizer("bpe", 1024, iter(texts))
+    assert again.fingerprint == bpe().fingerprint and again._words == bpe()._words
+    assert tokens.make_tokenizer("bpe", 1023, texts).fingerprint != bpe().fingerprint
+    trainer = rustbpe.Tokenizer()  # our encoding is the trainer's own
+    trainer.train_from_iterator(iter(texts), 1023, pattern=tokens.PATTERN)
+    assert trainer.encode(texts[7]) == bpe().encode(texts[7]).tolist()
+    assert len(bpe().encode(texts[7])) < 0.6 * len(texts[7].encode())
+    assert all(bpe().token_bytes(byte) == bytes([byte]) for byte in range(256))
+
+
+def test_bpe_sizes_at_the_edges():
+    assert tokens.make_tokenizer("bpe", 257, ["hello hello"]).vocab_size == 257
+    few = tokens.make_tokenizer("bpe", 5000, ["hello hello"])
+    assert 257 < few.vocab_size < 300 and few.decode(few.encode("hello there")) == "hello there"
+    assert tokens.make_tokenizer("bpe", 5000, []).vocab_size == 257
+    with pytest.raises(ValueError, match="tokenizer.vocab_size is 256; must be at least 257"):
+        tokens.make_tokenizer("bpe", 256, ["hello"])
+    with pytest.raises(ValueError, match="needs documents"):
+        tokens.make_tokenizer("bpe", 300)
+    with pytest.raises(ValueError, match="tokenizer.kind is 'word'; choices: gpt2, bpe, bytes"):
+        tokens.make_tokenizer("word", 300)
+
+    def failing():
+        yield "abc"
+        raise ValueError("file.txt: broken")
+
+    with pytest.raises(ValueError, match="file.txt: broken"):
+        tokens.make_tokenizer("bpe", 300, failing())
+
+
+# ------------------------------------------------------------------------------------------- saved and loaded
+
+
+@pytest.mark.parametrize("make", [bpe, plain])
+def test_saved_and_loaded(tmp_path, make):
+    tokenizer = make()
+    tokenizer.save(tmp_path / "t")
+    back = tokens.load_tokenizer(tmp_path / "t")
+    for name in ("kind", "vocab_size", "eot", "fingerprint", "_words"):
+        assert getattr(back, name) == getattr(tokenizer, name)
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == [tokens.JSON_FILE, tokens.RANK_FILE]
+    facts = json.loads((tmp_path / "t" / tokens.JSON_FILE).read_text())
+    raw = (tmp_path / "t" / tokens.RANK_FILE).read_bytes()
+    assert facts["sha256"] == hashlib.sha256(raw).hexdigest()
+    # the rank file alone is enough, here or in tiktoken
+    again = tokens.make_tokenizer("bpe", file=str(tmp_path / "t" / tokens.RANK_FILE), sha256=facts["sha256"])
+    assert again.encode("hello").tolist() == tokenizer.encode("hello").tolist()
+
+
+def test_fingerprint_is_of_words_in_order_and_pattern():
+    words = list(bpe()._words)
+    swapped = [*words[:-2], words[-1], words[-2]]
+    kinds = {tokens.Tokenizer("bpe", words).fingerprint, tokens.Tokenizer("bpe", swapped).fingerprint,
+             tokens.Tokenizer("bpe", words[:256]).fingerprint, plain().fingerprint}
+    assert len(kinds) == 4
+    assert tokens.Tokenizer("gpt2", words).fingerprint == bpe().fingerprint  # same ids, same tokenizer
+
+
+def test_damaged_or_missing_files(tmp_path):
+    with pytest.raises(ValueError, match=f"no tokenizer in {tmp_path}: tokenizer.json is missing"):
+        tokens.load_tokenizer(tmp_path)
+    bpe().save(tmp_path)
+    ranks = tmp_path / tokens.RANK_FILE
+    ranks.write_bytes(ranks.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="tokenizer.tiktoken: sha256 is [0-9a-f]{64}, must be"):
+        tokens.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda lines: [*lines, b"=== x"], r":301: must be '<base64> <rank>'"),
+    (lambda lines: [*lines, b"YWJj"], r":301: must be '<base64> <rank>'"),
+    (lambda lines: lines[:-2] + lines[-1:], "ranks must be 0..n-1"),
+    (lambda lines: [*lines, lines[5]], "ranks must be 0..n-1"),
+    (lambda lines: [*lines, lines[5].split()[0] + b" 300"], "with a word of its own"),
+    (lambda lines: lines[:200], "56 are missing"),
+])
+def test_malformed_rank_files(tmp_path, change, message):
+    bpe().save(tmp_path)
+    lines = (tmp_path / tokens.RANK_FILE).read_bytes().splitlines()[:300]
+    (tmp_path / "ranks.tiktoken").write_bytes(b"\n".join(change(lines)) + b"\n")
+    with pytest.raises(ValueError, match=message):
+        tokens.make_tokenizer("bpe", file=str(tmp_path / "ranks.tiktoken"))
+    with pytest.raises(ValueError, match="tokenizer.file .*nothing.* cannot be read: No such file"):
+        tokens.make_tokenizer("bpe", file=str(tmp_path / "nothing"))
+
+
+# ------------------------------------------------------------------------------------------------------ GPT-2
+
+
+def test_gpt2_without_a_network_says_what_to_do(tmp_path, monkeypatch):
+    import tiktoken.load
+    import tiktoken.registry
+
+    def no_network(*_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(tiktoken.load, "read_file", no_network)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    advice = r"could not be fetched \(OSError\).*TIKTOKEN_CACHE_DIR.*tokenizer.file"
+    with pytest.raises(ValueError, match=advice) as error:
+        tokens.make_tokenizer("gpt2")
+    assert "\n" not in str(error.value)
+
+
+def test_gpt2_from_cache_and_from_rank_file(tmp_path, monkeypatch, data_dir):
+    import tiktoken.registry
+    cache = data_dir / "tiktoken_cache"
+    if not cache.is_dir():
+        pytest.skip("no tiktoken_cache in the local data")
+    shutil.copytree(cache, tmp_path / "cache", copy_function=shutil.copyfile)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    cached = tokens.make_tokenizer("gpt2")
+    assert (cached.vocab_size, cached.eot) == (50257, 50256)
+    assert cached.encode("hello world").tolist() == [31373, 995]
+    assert cached.encode(EOT).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(EOT)
+
+    ranks = tmp_path / "cache" / "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"
+    before = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    monkeypatch.setenv("SOME_DIR", str(ranks.parent))
+    sha256 = hashlib.sha256(ranks.read_bytes()).hexdigest()
+    local = tokens.make_tokenizer("gpt2", file=f"$SOME_DIR/{ranks.name}", sha256=sha256)
+    assert local.fingerprint == cached.fingerprint
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == before  # nothing written there
+    text = "".join(document.text for document in corpus.embedded_corpus()[0][:20])
+    assert local.encode(text).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+    assert local.decode(local.encode(text)) == text
+    with pytest.raises(ValueError, match="sha256 is .*, must be 00"):
+        tokens.make_tokenizer("gpt2", file=str(ranks), sha256="00")
+    short = tmp_path / "short.tiktoken"
+    short.write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)))
+    with pytest.raises(ValueError, match="256 words, GPT-2 has 50256"):
+        tokens.make_tokenizer("gpt2", file=str(short))

@@ -36,7 +36,7 @@ def _rule(ok: bool, name: str, value: Any, rule: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where text comes from. `files` and `validation` are paths or globs: .txt or .jsonl, plain or .gz .xz .zst .bz2."""
+    """Where text comes from; `files` and `validation`: paths or globs, .txt or .jsonl, plain or .gz .xz .zst .bz2."""
 
     source: str = "embedded"  # embedded: the documentation inside Python itself; files: `files`
     files: tuple[str, ...] = ()
@@ -51,9 +51,9 @@ class Data:
         _choice("data.source", self.source, ("embedded", "files"))
         _choice("data.txt_documents", self.txt_documents, ("file", "blank_line"))
         _rule(bool(self.files) == (self.source == "files"), "data.files", self.files,
-              "needed with data.source='files', and only there")  # fmt: skip
+              "needed with data.source='files', and only there")
         _rule(0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
-              "must lie in (0, 1)")  # fmt: skip
+              "must lie in (0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Tokenizer:
         _choice("tokenizer.kind", self.kind, ("gpt2", "bpe", "bytes"))
         fixed = {"gpt2": 50257, "bytes": 257}.get(self.kind)
         _rule(fixed is None or self.vocab_size == fixed, "tokenizer.vocab_size", self.vocab_size,
-              f"tokenizer.kind={self.kind!r} has {fixed} words")  # fmt: skip
+              f"tokenizer.kind={self.kind!r} has {fixed} words")
         _rule(self.vocab_size >= 257, "tokenizer.vocab_size", self.vocab_size,
-              "must be at least 257 (256 bytes and <|endoftext|>)")  # fmt: skip
+              "must be at least 257 (256 bytes and <|endoftext|>)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +87,11 @@ class Hierarchy:
     def check(self) -> None:
         c = self.clusters
         _rule(all(n >= 1 for n in c) and all(a > b for a, b in zip(c, c[1:], strict=False)), "hierarchy.clusters", c,
-              "cluster numbers must be positive and fall, fine to coarse, as in (256, 16)")  # fmt: skip
+              "cluster numbers must be positive and fall, fine to coarse, as in (256, 16)")
         e = self.embeddings
         known = e == "corpus" or e.endswith(".npy") or ".safetensors:" in e or e.startswith("checkpoint:")
         _rule(known, "hierarchy.embeddings", e,
-              "choose corpus, a FILE.npy, a FILE.safetensors:TENSOR or checkpoint:WORKDIR")  # fmt: skip
+              "choose corpus, a FILE.npy, a FILE.safetensors:TENSOR or checkpoint:WORKDIR")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,20 +112,20 @@ class Diffusion:
         _choice("diffusion.weighting", self.weighting, WEIGHTINGS)
         _rule(self.gamma > 0, "diffusion.gamma", self.gamma, "must be positive")
         _rule(not self.rates or self.gamma == 1, "diffusion.rates", self.rates,
-              "only one of diffusion.gamma and diffusion.rates should be given")  # fmt: skip
+              "only one of diffusion.gamma and diffusion.rates should be given")
         _rule(all(r > 0 for r in self.rates), "diffusion.rates", self.rates, "must be positive")
         _rule(0 < self.xi <= 1, "diffusion.xi", self.xi, "must lie in (1/n, 1]")
         _rule(0 <= self.weight_min <= self.weight_max, "diffusion.weight_max", self.weight_max,
-              f"must be at least diffusion.weight_min={self.weight_min}, and that at least 0")  # fmt: skip
+              f"must be at least diffusion.weight_min={self.weight_min}, and that at least 0")
         _rule(self.xi == 1 or self.force_transition != "within", "diffusion.force_transition", "within",
-              f"its bound is infinite at xi={self.xi}: choose none, between or cavity")  # fmt: skip
+              f"its bound is infinite at xi={self.xi}: choose none, between or cavity")
 
     def level_rates(self, levels: int) -> tuple[float, ...]:
         """Rates of the K levels, scaled so that the smallest is 1 (a common factor only relabels time)."""
         rates = self.rates or ((self.gamma, 1.0) if levels == 2 else (1.0,) * levels)
         _rule(len(rates) == levels, "diffusion.rates", rates, f"the hierarchy has {levels} levels and needs as many")
         _rule(self.gamma == 1 or levels <= 2, "diffusion.gamma", self.gamma,
-              f"stands for two levels; give diffusion.rates for the {levels} of this hierarchy")  # fmt: skip
+              f"stands for two levels; give diffusion.rates for the {levels} of this hierarchy")
         return tuple(r / min(rates) for r in rates)
 
 
@@ -152,7 +152,7 @@ class Model:
             _rule(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         _rule(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")
         _rule(self.width // self.heads % 2 == 0, "model.heads", self.heads,
-              f"model.width/model.heads = {self.width / self.heads:g} must be even (rotary embedding)")  # fmt: skip
+              f"model.width/model.heads = {self.width / self.heads:g} must be even (rotary embedding)")
         _rule(0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
 
 
@@ -193,7 +193,7 @@ class Train:
         for name in ("steps", "batch_size", "microbatches", "log_every"):
             _rule(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         _rule(self.batch_size % self.microbatches == 0, "train.microbatches", self.microbatches,
-              f"must divide train.batch_size={self.batch_size}")  # fmt: skip
+              f"must divide train.batch_size={self.batch_size}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +252,7 @@ class Parallel:
     def check(self) -> None:
         shape = (self.data, self.fsdp, self.tensor)
         _rule(all(n == -1 or n >= 1 for n in shape) and shape.count(-1) <= 1, "parallel", shape,
-              "axes must be at least 1, at most one of them -1 (all devices left)")  # fmt: skip
+              "axes must be at least 1, at most one of them -1 (all devices left)")
 
     def shape(self, devices: int) -> tuple[int, int, int]:
         """Sizes of (data, fsdp, tensor) on so many devices."""
@@ -260,7 +260,7 @@ class Parallel:
         given = math.prod(n for n in shape if n > 0)
         shape = [devices // given if n == -1 else n for n in shape]
         _rule(math.prod(shape) == devices, "parallel", (self.data, self.fsdp, self.tensor),
-              f"does not multiply to the {devices} devices at hand")  # fmt: skip
+              f"does not multiply to the {devices} devices at hand")
         return shape[0], shape[1], shape[2]
 
 
@@ -292,14 +292,14 @@ class Config:
             getattr(self, field.name).check()
         n = max(self.hierarchy.clusters, default=1)
         _rule(n <= self.tokenizer.vocab_size, "hierarchy.clusters", self.hierarchy.clusters,
-              f"more clusters than the tokenizer.vocab_size={self.tokenizer.vocab_size} words")  # fmt: skip
+              f"more clusters than the tokenizer.vocab_size={self.tokenizer.vocab_size} words")
         single = n == 1 and not (self.hierarchy.keep_single and self.hierarchy.clusters)
         levels = 1 if single else 1 + sum(c > 1 for c in self.hierarchy.clusters) + (n == 1)
         self.diffusion.level_rates(levels)
         low = 1 / n
         _rule(self.diffusion.xi == 1 or low < self.diffusion.xi, "diffusion.xi", self.diffusion.xi,
               f"must lie in (1/n, 1] = ({low:.4g}, 1] for n = {n} clusters"
-              if n > 1 else "must be 1 when there is a single cluster (MDLM)")  # fmt: skip
+              if n > 1 else "must be 1 when there is a single cluster (MDLM)")
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -317,7 +317,7 @@ def resolve(given: Any) -> Config:
       ConfigError: unknown names, wrong types, broken rules.
     """
     given = given.to_dict() if isinstance(given, config_dict.ConfigDict) else dict(given)
-    sections = {f.name: f.default for f in dataclasses.fields(Config)}
+    sections: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Config)}
     for name in given:
         _choice("config section", name, tuple(sections))
     built = {}

@@ -1,11 +1,13 @@
 """Brute force on tiny vocabularies, in numpy float64 alone, written from docs/theory.md in the plainest way.
 
-Nothing here is shared with the library: one dense rate matrix over all symbols (words, clusters, mask), its matrix
-exponential, Bayes' rule on dense tables, and enumeration of every sequence. The rate of the NELBO is derived from
-the Kullback-Leibler divergence of path measures (true against modelled reverse jumps), not from the formulas of
-docs/theory.md section 3, which are written out apart (`Toy.cost_by_formula`) so that the two can be compared.
+Nothing here is shared with the library: one dense rate matrix over all symbols (words, clusters, mask), its
+matrix exponential, Bayes' rule on dense tables, and enumeration of every sequence. The rate of the NELBO is
+derived from the Kullback-Leibler divergence of path measures (true against modelled reverse jumps), not from
+the formulas of docs/theory.md section 3, which are written out apart (`Toy.cost_by_formula`) so that the two
+can be compared.
 
-Symbols are numbered words, level 1, ..., mask. Shapes: V words, N symbols, S positions, Z = N^S sequences of symbols.
+Symbols are numbered words, level 1, ..., mask. Shapes: V words, N symbols, S positions, Z = N^S sequences of
+symbols.
 """
 
 import itertools
@@ -17,7 +19,7 @@ FORCES = ("none", "within", "between", "cavity")
 
 
 def expm(matrix, tau):
-    """exp(tau R) of a rate matrix R, all terms non-negative, so that even entries of 1e-40 are right to 1e-13."""
+    """exp(tau R) of a rate matrix R; no term is negative, so entries of 1e-40 are right to 1e-13 as well."""
     top = max(-np.diag(matrix).min(), 1e-300)
     a = np.eye(len(matrix)) + matrix / top
     x = top * tau
@@ -112,7 +114,7 @@ class Toy:
         n1 = self.sizes[1]
         self.d = (1 - xi) / (n1 - 1) if n1 > 1 else 0.0
 
-    # ---- forward process -------------------------------------------------------------------------------------
+    # ---- forward process -------------------------------------------------------------------------
 
     def kernel(self):
         """[V, n_1] where a word goes when it first crosses."""
@@ -133,7 +135,8 @@ class Toy:
             r[x, self.offsets[1] : self.offsets[1] + self.sizes[1]] = self.rates[0] * kernel[x]
         for level in range(1, self.K):
             for u in range(self.sizes[level]):
-                r[self.offsets[level] + u, self.offsets[level + 1] + self.parents[level][u]] = self.rates[level]
+                v = self.parents[level][u]
+                r[self.offsets[level] + u, self.offsets[level + 1] + v] = self.rates[level]
         return r - np.diag(r.sum(1))
 
     def q(self, tau):
@@ -141,7 +144,7 @@ class Toy:
         return expm(self.rate_matrix(), tau)[: self.V]
 
     def shown(self, level):
-        """M_k, [V, n_k]: law of the node of a token of that level, by pushing the kernel up the parent maps."""
+        """M_k, [V, n_k]: law of the node of a token of that level, the kernel pushed up the parent maps."""
         m = np.eye(self.V) if level == 0 else self.kernel()
         for k in range(1, level):
             up = np.zeros((self.sizes[k], self.sizes[k + 1]))
@@ -167,7 +170,8 @@ class Toy:
     def pi(self, symbol, j):
         """[V, n_j] law of the level-j node under a symbol given the word, by Bayes on dense tables.
 
-        Where the word cannot show the symbol (xi = 1), the limit xi -> 1, from any xi < 1: it does not depend on xi.
+        Where the word cannot show the symbol (xi = 1): the limit xi -> 1. Any xi < 1 gives it, as it does not
+        depend on xi.
         """
         if j == 0:
             return np.eye(self.V)
@@ -182,7 +186,7 @@ class Toy:
     def _limit(self):
         return Toy(self.given, self.rates, 1 / self.sizes[1] + 0.7 * (1 - 1 / self.sizes[1]), self.V)
 
-    # ---- networks: tables [Z, S, V], one distribution over words for each position of each sequence of symbols ----
+    # ---- networks: tables [Z, S, V], a distribution over words at each position of each z --------
 
     def sequences(self, length):
         """[Z, S] every sequence of symbols, first position slowest."""
@@ -244,7 +248,7 @@ class Toy:
             return p_in * inside / p_in.sum() + p_out
         return p / p.sum()
 
-    # ---- NELBO --------------------------------------------------------------------------------------------------
+    # ---- NELBO -----------------------------------------------------------------------------------
 
     def reverse_rates(self, tau):
         """[V, N, N] rate of the reverse jump v -> u at tau, of a token whose word is x: indexed [x, v, u].
@@ -318,7 +322,7 @@ class Toy:
         return out
 
     def nelbo(self, network, rates_table=None):
-        """[V] * S NELBO of every sequence of words in nats, by quadrature over noise time and enumeration of z.
+        """[V] * S NELBO of every sequence of words in nats: quadrature over noise time, enumeration of z.
 
         `rates_table(network, tau)` -> [Z, S, V] lets a test put the library's rates in place of these.
         """
@@ -334,12 +338,12 @@ class Toy:
                 total += weight * (law * cost).sum(1)
         return total.reshape((self.V,) * length)
 
-    # ---- reverse process ------------------------------------------------------------------------------------------
+    # ---- reverse process -------------------------------------------------------------------------
 
     def step_table(self, tau_s, tau_t):
         """[V, N, N] law of the symbol at tau_s (last axis) given the word and the symbol at tau_t, by Bayes.
 
-        tau_t may be inf: then only the mask's row means anything. Where the word cannot show the symbol, the limit.
+        tau_t may be inf: then only the mask's row means anything. Where the word cannot show it, the limit.
         """
         out, done = np.zeros((self.V, self.N, self.N)), np.zeros((self.V, self.N), bool)
         if math.isinf(tau_t):
@@ -385,7 +389,7 @@ class Toy:
         return out
 
     def p_model(self, network):
-        """[V] * S what a sampler that drops one token by one level a call writes, by all orders of the crossings."""
+        """[V] * S what one drop of one level a call writes, by all orders of the crossings."""
         length = network.shape[1]
         drops = np.zeros((self.N**length, length, self.N))
         for row, z in enumerate(self.sequences(length)):
@@ -413,10 +417,10 @@ class Toy:
 
 
 def total_variation(counts, p):
-    """Distance of an empirical law from p, and its mean and standard deviation if the sample really were from p.
+    """Distance of an empirical law from p, and its mean and standard deviation if the sample were from p.
 
-    |c - np| of each cell is treated as that of a normal variable, sqrt(2/pi) sd; the deviation ignores the (negative)
-    covariances, so it is on the safe side.
+    |c - np| of each cell is treated as that of a normal variable, sqrt(2/pi) sd; the deviation ignores the
+    (negative) covariances, so it is on the safe side.
     """
     counts, p = np.asarray(counts, float).ravel(), np.asarray(p, float).ravel()
     n = counts.sum()

@@ -59,13 +59,14 @@ def test_transition_and_posterior_in_float32(rates):
 def test_posterior_at_the_ends():
     rates = (1.0, 2.0, 0.5)
     chain = LevelChain(rates)
+    posterior = jax.jit(chain.posterior)
     for tau_s in (1e-6, 0.3, 7.0):
-        np.testing.assert_allclose(chain.posterior(tau_s, jnp.inf)[-1], oracle.level_beta(rates, tau_s), rtol=1e-5)
+        np.testing.assert_allclose(posterior(tau_s, jnp.inf)[-1], oracle.level_beta(rates, tau_s), rtol=1e-5)
     words = np.eye(4)[[0, 0, 0, 0]]
-    np.testing.assert_allclose(chain.posterior(0.0, 1.5), words, rtol=2e-7)  # tau_s = 0: everything is a word
-    np.testing.assert_array_equal(chain.posterior(0.0, jnp.inf)[-1], words[-1])
-    np.testing.assert_allclose(chain.posterior(1.5, 1.5), np.eye(4), atol=1e-6)
-    assert np.isfinite(np.asarray(chain.posterior(0.0, 0.0))).all()
+    np.testing.assert_allclose(posterior(0.0, 1.5), words, rtol=2e-7)  # tau_s = 0: everything is a word
+    np.testing.assert_array_equal(posterior(0.0, jnp.inf)[-1], words[-1])
+    np.testing.assert_allclose(posterior(1.5, 1.5), np.eye(4), atol=1e-6)
+    assert np.isfinite(np.asarray(posterior(0.0, 0.0))).all()
 
 
 def test_other_shapes_and_numpy_float64():
@@ -73,7 +74,8 @@ def test_other_shapes_and_numpy_float64():
     chain = LevelChain(rates)
     assert chain.num_levels == 3
     assert chain.beta(0.3).shape == (4,)
-    assert chain.beta(jnp.ones((2, 5))).shape == (2, 5, 4) and chain.weight(jnp.ones((2, 5))).shape == (2, 5, 3)
+    assert chain.beta(jnp.ones((2, 5))).shape == (2, 5, 4)
+    assert chain.weight(jnp.ones((2, 5))).shape == (2, 5, 3)
     assert chain.transition(jnp.ones((2, 5))).shape == (2, 5, 4, 4)
     for t in (1e-12, 0.3, 30.0):
         np.testing.assert_allclose(chain.beta(np.array(t), np), oracle.level_beta(rates, t), rtol=1e-12)
@@ -125,7 +127,7 @@ def test_crossing_times_law(rates):
 @pytest.mark.parametrize("rates", [(1.0,), (1.0, 1.0), (1.0, 1.0, 1.0), (4.0, 0.25, 1.0)])
 @pytest.mark.parametrize("tokens, cv2", [(1, 1.0), (1024, 0.03)])
 def test_proposal_is_unbiased(rates, tokens, cv2):
-    """Fact 1 through the table: E r_k beta_{k-1}/q = 1; the density is the slope of the table, and sums to one."""
+    """Fact 1 through the table: E r_k beta_{k-1}/q = 1, because q is the slope of the table."""
     chain = LevelChain(rates)
     proposal = Proposal(chain, tokens, cv2)
     draws = 20_000

@@ -115,7 +115,7 @@ def test_between_is_a_bound_but_not_lossless(xi, above):
 
 
 def test_misreadings_of_the_cost_are_not_the_entropy():
-    """Cross-entropy of the ancestor in place of the divergence, and a divergence over all nodes of the level."""
+    """Cross-entropy of the ancestor in place of the divergence; a divergence over all of a level's nodes."""
     toy = _toy(THREE, (1.0, 1.0, 1.0), 0.9)
     joint = random_joint(5, 2, seed=3)
     optimum = toy.bayes(joint)

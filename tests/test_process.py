@@ -1,5 +1,6 @@
-"""HierarchicalProcess against the oracle: exact rates, NELBO = entropy, noising, reverse step, weights, gradients."""
+"""HierarchicalProcess against the oracle: rates, NELBO = entropy, noising, reverse step, weights, gradients."""
 
+import functools
 import math
 
 import jax
@@ -64,10 +65,10 @@ def z_scores(counts, law):
     return np.where(sd > 1e-6, off / np.maximum(sd, 1.0), np.where(np.abs(off) > 1e-3, np.inf, 0.0))
 
 
-# ---- objective -----------------------------------------------------------------------------------------------
+# ---- objective ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape, rates, xi", [*CASES, (FOUR, (1.0, 0.5, 2.0, 1.0), 0.8), (FOUR, (1.0,) * 4, 1.0)])
+@pytest.mark.parametrize("shape, rates, xi", [*CASES[:2], *CASES[3:], (FOUR, (1.0, 0.5, 2.0, 1.0), 0.8)])
 @pytest.mark.parametrize("force", FORCES)
 def test_rate_is_the_oracle_s(shape, rates, xi, force):
     """w_k C at every word and symbol, for a network that knows nothing."""
@@ -81,7 +82,8 @@ def test_rate_is_the_oracle_s(shape, rates, xi, force):
     rate = jax.jit(process.nelbo_rate)
     p = [toy.force_one(q[0], s[0], force) for q, s in zip(softmax(logits), z, strict=True)]
     for tau in (0.01, 0.8, 5.0):
-        got = np.asarray(rate(jnp.asarray(logits), jnp.asarray(x), jnp.asarray(z), jnp.full(len(x), tau, jnp.float32)))
+        taus = jnp.full(len(x), tau, jnp.float32)
+        got = np.asarray(rate(jnp.asarray(logits), jnp.asarray(x), jnp.asarray(z), taus))
         tau = float(np.float32(tau))
         reverse = toy.reverse_rates(tau)
         want = [toy.rate(p[i], x[i, 0], z[i, 0], tau, reverse) for i in range(len(x))]
@@ -146,7 +148,7 @@ def test_nelbo_bounds_the_likelihood_of_the_sampled_model(force):
 
 @pytest.mark.parametrize("force", ["none", "cavity"])
 def test_a_single_cluster_is_mdlm(force):
-    """Fact 4: (V, 1, 1) has the NELBO of (V, 1), whatever r_2, for a network that cannot tell the two symbols apart."""
+    """Fact 4: (V, 1, 1) has the NELBO of (V, 1), whatever r_2, for a network blind to the difference."""
     flat, flat_process = make(dict(parents=[], num_words=3), (1.0,), 1.0, force)
     network = flat.random_network(2, seed=7)
     want = flat.nelbo(network, library_rates(flat, flat_process))
@@ -163,21 +165,22 @@ def test_cost_takes_any_leading_shape_and_rate_any_tau():
     x, z = (jnp.asarray(a[:12].reshape(3, 4)) for a in every_pair(toy))
     logits = jnp.asarray(random_logits(12, 5).reshape(3, 4, 5))
     tau = jnp.array([0.1, 0.5, 2.0])
-    assert process.cost(logits, x, z).shape == (3, 4)
-    per_row = process.nelbo_rate(logits, x, z, tau)
-    per_token = process.nelbo_rate(logits, x, z, jnp.broadcast_to(tau[:, None], (3, 4)))
+    cost = jax.jit(process.cost)
+    assert cost(logits, x, z).shape == (3, 4)
+    rate = jax.jit(process.nelbo_rate)
+    per_row = rate(logits, x, z, tau)
+    per_token = rate(logits, x, z, jnp.broadcast_to(tau[:, None], (3, 4)))
     np.testing.assert_allclose(per_row, per_token, rtol=1e-6)
-    half = process.cost(logits.astype(jnp.bfloat16), x, z)  # computed in float32
+    half = cost(logits.astype(jnp.bfloat16), x, z)  # computed in float32
     assert half.dtype == jnp.float32
-    np.testing.assert_array_equal(half, process.cost(logits.astype(jnp.bfloat16).astype(jnp.float32), x, z))
+    np.testing.assert_allclose(half, cost(logits.astype(jnp.bfloat16).astype(jnp.float32), x, z), rtol=1e-6)
 
 
-# ---- training losses ---------------------------------------------------------------------------------------------
+# ---- training losses ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weighting", ["none", "constant", "clip", "empirical"])
-@pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("xi", [1.0, 0.8])
+@pytest.mark.parametrize("hard, xi", [(False, 0.8), (True, 0.8), (True, 1.0)])
 def test_training_loss(weighting, hard, xi):
     rates = (1.0, 2.0, 1.0)
     toy, process = make(THREE, rates, xi, "cavity")
@@ -188,7 +191,7 @@ def test_training_loss(weighting, hard, xi):
     @jax.jit
     def loss(tau):
         return process.loss(jnp.asarray(logits), jnp.asarray(x), jnp.asarray(z), jnp.full(len(x), tau),
-                            weighting=weighting, weight_min=0.0, weight_max=2.5, hard_training=hard)  # fmt: skip
+                            weighting=weighting, weight_max=2.5, hard_training=hard)  # fmt: skip
 
     for t in (0.02, 0.6):
         tau = -math.log1p(-t)
@@ -196,7 +199,8 @@ def test_training_loss(weighting, hard, xi):
         exact = oracle.level_weight(rates, tau) / (1 - t)
         assert (exact > 2.5).any()  # clipping does something
         empirical = np.array([3 - 2 * t, 3 - 2 * t, t * t - t + 3])
-        weight = {"none": exact, "constant": np.ones(3), "clip": np.clip(exact, 0, 2.5), "empirical": empirical}
+        clipped = np.minimum(exact, 2.5)
+        weight = {"none": exact, "constant": np.ones(3), "clip": clipped, "empirical": empirical}
         for i in range(len(x)):
             k = toy.level[z[i, 0]]
             c = -math.log(p[i][x[i, 0]]) if hard and k >= 2 else toy.cost_by_formula(p[i], x[i, 0], z[i, 0])
@@ -208,8 +212,9 @@ def test_clip_has_a_lower_end_too():
     toy, process = make(TWO, (1.0, 1.0), 1.0)
     x, z = (jnp.asarray(a) for a in every_pair(toy))
     logits, tau = jnp.asarray(random_logits(len(x), 4)), jnp.full(len(x), 0.5)
-    clipped = process.loss(logits, x, z, tau, weighting="clip", weight_min=7.0, weight_max=7.0)
-    np.testing.assert_allclose(clipped, 7 * process.loss(logits, x, z, tau, weighting="constant"), rtol=1e-6)
+    loss = jax.jit(functools.partial(process.loss, weight_min=7.0, weight_max=7.0), static_argnames="weighting")
+    clipped, plain = (loss(logits, x, z, tau, weighting=w) for w in ("clip", "constant"))
+    np.testing.assert_allclose(clipped, 7 * plain, rtol=1e-6)
 
 
 def test_published_clip_makes_every_weight_two():
@@ -226,7 +231,7 @@ def test_mdlm_weight_is_one_over_t():
     t = np.array([1e-4, 0.1, 0.5, 0.99])
     x, z = jnp.full((4, 1), 2), jnp.full((4, 1), toy.mask)
     logits, tau = jnp.asarray(random_logits(4, 4)), jnp.asarray(-np.log1p(-t), jnp.float32)
-    loss = process.loss(logits, x, z, tau, weighting="none")
+    loss = jax.jit(functools.partial(process.loss, weighting="none"))(logits, x, z, tau)
     ce = -np.log(softmax(logits)[:, 0, 2])
     np.testing.assert_allclose(loss[:, 0], ce / t, rtol=2e-5)
     np.testing.assert_allclose(process.nelbo_rate(logits, x, z, tau)[:, 0], ce / np.expm1(tau), rtol=2e-5)
@@ -260,7 +265,7 @@ def test_gradients_against_finite_differences(shape, xi, force):
         assert (gradient[np.asarray(toy.level[z])[:, 0] == 0] == 0).all()
 
 
-@pytest.mark.parametrize("shape, rates, xi", [(MDLM, (1.0,), 1.0), (THREE, (1.0,) * 3, 1.0), (THREE, (1.0,) * 3, 0.9)])
+@pytest.mark.parametrize("shape, rates, xi", [CASES[0], CASES[4], CASES[5]])
 @pytest.mark.parametrize("force", FORCES)
 def test_extreme_logits_stay_finite(shape, rates, xi, force):
     if force == "within" and xi < 1:
@@ -286,11 +291,12 @@ def test_a_confident_mistake_is_charged_in_full(xi):
     """Log space: 200 nats are 200 nats in float32 at level 1, where probabilities underflow at 103."""
     toy, process = make(TWO, (1.0, 1.0), xi, "cavity")
     logits = jnp.array([[[0.0, -200.0, -200.0, -200.0]]])
-    cost = process.cost(logits, jnp.array([[2]]), jnp.array([[toy.offsets[1]]]))  # shows the cluster of words 0 and 2
+    shown = jnp.array([[toy.offsets[1]]])  # the cluster of words 0 and 2
+    cost = process.cost(logits, jnp.array([[2]]), shown)
     assert float(cost[0, 0]) == pytest.approx(200, rel=1e-5)
 
 
-# ---- forward process -----------------------------------------------------------------------------------------
+# ---- forward process ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape, rates, xi", [CASES[0], CASES[1], CASES[4], CASES[5], CASES[6]])
@@ -313,7 +319,7 @@ def test_sample_z_frequencies(shape, rates, xi):
 
 @pytest.mark.parametrize("xi", [1.0, 0.6])
 def test_levels_of_one_token_share_one_chain(xi):
-    """With one key and rising tau a token climbs, and every symbol is under the next: the wrong branch is kept."""
+    """With one key and rising tau a token climbs, every symbol under the next: a wrong branch is kept."""
     toy, process = make(FOUR, (1.0, 1.0, 1.0, 1.0), xi)
     rows = 2000
     x = jnp.asarray(np.random.default_rng(0).integers(0, toy.V, (rows, 3)), jnp.int32)
@@ -337,23 +343,24 @@ def test_levels_of_one_token_share_one_chain(xi):
 
 
 def test_sample_z_rows_do_not_depend_on_the_batch():
-    """One key per row: row b is fold_in(key, b), so that any split of a batch over devices gives the same z."""
+    """Row b is fold_in(key, b), so that any split of a batch over devices gives the same z."""
     toy, process = make(THREE, (1.0, 1.0, 1.0), 0.7)
     x = jnp.asarray(np.random.default_rng(1).integers(0, 5, (8, 16)), jnp.int32)
     tau = jnp.linspace(0.1, 3.0, 8)
     key = jax.random.key(3)
-    whole = process.sample_z(key, x, tau)
+    sample = jax.jit(process.sample_z)
+    whole = sample(key, x, tau)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(8))
-    np.testing.assert_array_equal(whole, process.sample_z(keys, x, tau))
-    np.testing.assert_array_equal(whole[4:], process.sample_z(keys[4:], x[4:], tau[4:]))
-    np.testing.assert_array_equal(whole[:3], process.sample_z(key, x[:3], tau[:3]))
+    np.testing.assert_array_equal(whole, sample(keys, x, tau))
+    np.testing.assert_array_equal(whole[4:], sample(keys[4:], x[4:], tau[4:]))
+    np.testing.assert_array_equal(whole[:3], sample(key, x[:3], tau[:3]))
     assert len({tuple(r) for r in np.asarray(toy.level[np.asarray(whole)]).tolist()}) > 4
 
 
-# ---- reverse process -----------------------------------------------------------------------------------------
+# ---- reverse process ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape, rates, xi", CASES)
+@pytest.mark.parametrize("shape, rates, xi", [CASES[0], CASES[1], CASES[3], CASES[4], CASES[6]])
 @pytest.mark.parametrize("force", FORCES)
 def test_posterior_is_the_oracle_s(shape, rates, xi, force):
     """Bayes over dense matrices; `within` below xi = 1 is allowed here."""
@@ -372,10 +379,21 @@ def test_posterior_is_the_oracle_s(shape, rates, xi, force):
             np.testing.assert_allclose(got[v], want, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("shape, rates, xi", [CASES[0], CASES[1], CASES[3], CASES[4], CASES[6]])
-@pytest.mark.parametrize("force, clusters", [("none", "exact"), ("cavity", "exact"), ("between", "exact"), ("cavity", "clean")])
+@pytest.mark.parametrize(
+    "shape, rates, xi, force, clusters",
+    [
+        (*CASES[0], "none", "exact"),
+        (*CASES[1], "cavity", "exact"),
+        (*CASES[3], "none", "exact"),
+        (*CASES[3], "within", "exact"),
+        (*CASES[4], "none", "exact"),
+        (*CASES[6], "cavity", "exact"),
+        (*CASES[6], "between", "exact"),
+        (*CASES[6], "cavity", "clean"),
+    ],
+)
 def test_descend_frequencies(shape, rates, xi, force, clusters):
-    """Draws at every symbol and lower level follow Bayes given that level; levels that do not fall keep the symbol."""
+    """Draws at every symbol and lower level follow Bayes given that level; where none falls, z stays."""
     toy, process = make(shape, rates, xi, force)
     rows = 8000
     cases = [(v, j) for v in range(toy.N) for j in range(toy.K + 1)]
@@ -385,7 +403,8 @@ def test_descend_frequencies(shape, rates, xi, force, clusters):
     p = softmax(logits)
     descend = jax.jit(process.descend, static_argnames="clusters")
     batch = jnp.broadcast_to(jnp.asarray(logits), (rows, *logits.shape))
-    out = np.asarray(descend(jax.random.key(4), batch, jnp.asarray(z), jnp.asarray(target), clusters=clusters))
+    key = jax.random.key(4)
+    out = np.asarray(descend(key, batch, jnp.asarray(z), jnp.asarray(target), clusters=clusters))
     assert out.dtype == np.int32
     for i, (v, j) in enumerate(cases):
         if j >= toy.level[v]:
@@ -407,7 +426,8 @@ def test_descend_draws_positions_and_rows_apart():
     toy, process = make(TWO, (1.0, 1.0), 1.0)
     rows = 20_000
     z = jnp.full((rows, 2), toy.mask)
-    out = np.asarray(jax.jit(process.descend)(jax.random.key(5), jnp.zeros((rows, 2, 4)), z, jnp.zeros_like(z)))
+    descend = jax.jit(process.descend)
+    out = np.asarray(descend(jax.random.key(5), jnp.zeros((rows, 2, 4)), z, jnp.zeros_like(z)))
     counts = np.zeros((4, 4))
     np.add.at(counts, tuple(out.T), 1)
     assert np.abs(z_scores(counts, np.full((4, 4), 1 / 16))).max() < 4.5
@@ -416,7 +436,7 @@ def test_descend_draws_positions_and_rows_apart():
     assert np.abs(z_scores(counts, np.full((4, 4), 1 / 16))).max() < 4.5
 
 
-# ---- errors --------------------------------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------
 
 
 def test_errors_name_the_value_and_the_choices():

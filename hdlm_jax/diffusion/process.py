@@ -63,7 +63,7 @@ class Dense:
         """One word per token from f(x) exp(bias(x)): int32 [B, S]; keys [B], one for each row.
 
         Args:
-          bias: function of the words' ancestors `anc(level) -> int32 [1, 1, V]`; gives [B, S, V] or [B, S, 1].
+          bias: function of `anc(level) -> int32 [1, 1, V]`, the words' ancestors; gives [B, S, V] or [B, S, 1].
           top_p: nucleus, in (0, 1]: keep the fewest most likely words with at least this much mass.
           greedy: the most likely word instead of a draw.
         """
@@ -144,7 +144,8 @@ class HierarchicalProcess:
         if not 1 / n1 < self.xi <= 1 and n1 > 1:
             raise ValueError(f"xi={self.xi}: must lie in (1/n, 1] = ({1 / n1:.4g}, 1] for n = {n1} clusters")
         if self.force_transition not in FORCE_TRANSITIONS:
-            raise ValueError(f"force_transition={self.force_transition!r}: choose one of {', '.join(FORCE_TRANSITIONS)}")
+            choices = ', '.join(FORCE_TRANSITIONS)
+            raise ValueError(f"force_transition={self.force_transition!r}: choose one of {choices}")
 
     @property
     def num_levels(self) -> int:
@@ -174,7 +175,7 @@ class HierarchicalProcess:
         """[..., n_of]: is node u of level `of` under the node of level `level` that z shows?"""
         return wide(self._lift(of, level), z) == self._node(z, level)[..., None]
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019  (a process lives as long as its run)
+    @functools.cache  # noqa: B019  (a process lives as long as its run)
     def _lift(self, low: int, high: int) -> np.ndarray:
         """[n_low] ancestors at level `high` of the nodes of level `low`."""
         up = np.arange(self.hierarchy.sizes[low], dtype=np.int32)
@@ -251,7 +252,7 @@ class HierarchicalProcess:
     def _costs(self, p, x, z):
         """The general case, xi < 1: KL over the children of the node on show."""
         if self.force_transition == "within":
-            raise ValueError("force_transition='within' makes the bound infinite for xi < 1: choose none, between or cavity")
+            raise ValueError("force_transition='within': infinite bound for xi < 1; choose none, between or cavity")
         costs = [-self._log_prob_at(p, x, z, 1)]
         for k in range(2, self.num_levels + 1):
             d, own = self.leak, self.xi - self.leak
@@ -352,7 +353,7 @@ class HierarchicalProcess:
         return self._by_level(z, self._spread(weights, z))
 
     def loss(self, prediction, x, z, tau, *, weighting: str = "constant", weight_min: float = 0.0,
-             weight_max: float = jnp.inf, hard_training: bool = False):  # fmt: skip
+             weight_max: float = jnp.inf, hard_training: bool = False):
         """Training loss W C per token, of x's shape [B, S], for tau = -log(1-t) with t uniform [B].
 
         hard_training puts -log p(x | z) in place of C at every level >= 2.
@@ -392,7 +393,8 @@ class HierarchicalProcess:
             out = jnp.where((self.level_of(z) == k)[..., None], jnp.concatenate(parts, axis=-1), out)
         return out
 
-    def descend(self, key, prediction, z, target, clusters: str = "exact", temperature: float = 1.0, top_p: float = 1.0):
+    def descend(self, key, prediction, z, target, clusters: str = "exact", temperature: float = 1.0,
+                top_p: float = 1.0):
         """Draw the symbols z [B, S] drops to where its level exceeds `target` int [B, S]; others stay.
 
         One word x ~ p(x | z) per dropping token, shown at its target level: as itself, as anc_j(x) (xi = 1 or

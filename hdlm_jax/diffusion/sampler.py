@@ -54,10 +54,10 @@ def plan(key, chain: LevelChain, level0, kind: str = "grid", steps: int = 128, r
     chex.assert_rank(level0, 2)
     rows, tokens = level0.shape
     levels = chain.num_levels
-    calls = num_calls(kind, tokens, levels, steps, reveals)
+    num_calls(kind, tokens, levels, steps, reveals)  # refuses an unknown kind
     keys = row_keys(key, rows)
     times = jax.vmap(lambda k: chain.crossing_times(k, (tokens,)))(keys)
-    counts = wide(jnp.arange(1, levels + 1), level0) <= level0[..., None]  # [B, S, K]: this token has that crossing to undo
+    counts = wide(jnp.arange(1, levels + 1), level0) <= level0[..., None]  # has that crossing to undo
     if kind == "grid":
         # 1 - t = e^-tau; step c undoes the crossings with c/T <= 1 - t < (c+1)/T
         call = jnp.minimum(jnp.floor(jnp.exp(-times) * steps).astype(jnp.int32), steps - 1)
@@ -74,7 +74,7 @@ def plan(key, chain: LevelChain, level0, kind: str = "grid", steps: int = 128, r
 
 
 def sample(key, denoise, process, z, plan: Plan, *, clusters: str = "exact", temperature: float = 1.0,
-           top_p: float = 1.0):  # fmt: skip
+           top_p: float = 1.0):
     """Fill symbols z int32 [B, S] along `plan`; every call at which no token of the batch drops is skipped.
 
     Args:

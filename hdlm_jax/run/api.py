@@ -78,8 +78,9 @@ def load_run(config: Config, workdir: str, which: str = "best") -> Run:
     saved = checkpoints.meta(step)
     if saved["hierarchy"] != hierarchy.fingerprint:
         raise ConfigError(f"{workdir}: hierarchy.npz {hierarchy.fingerprint[:12]} is not the checkpoint's "
-                          f"{saved['hierarchy'][:12]}")  # fmt: skip
-    shape = jax.eval_shape(lambda: init_state(trained, hierarchy, network, make_optimizer(trained)[0], jax.random.key(0)))
+                          f"{saved['hierarchy'][:12]}")
+    tx, _ = make_optimizer(trained)
+    shape = jax.eval_shape(lambda: init_state(trained, hierarchy, network, tx, jax.random.key(0)))
     shardings = parallel.state_shardings(mesh, shape.params)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shape.params, shardings)
     params = checkpoints.params(step, abstract, bool(trained.optimizer.ema))
@@ -93,7 +94,7 @@ def load_params(workdir: str, which: str, tokenizer_fingerprint: str) -> Any:
     run = load_run(config, workdir, which)
     if run.text.tokenizer.fingerprint != tokenizer_fingerprint:
         raise ConfigError(f"{workdir}: tokenizer {run.text.tokenizer.fingerprint[:12]} is not this run's "
-                          f"{tokenizer_fingerprint[:12]}")  # fmt: skip
+                          f"{tokenizer_fingerprint[:12]}")
     return jax.tree.map(np.asarray, run.params)
 
 
@@ -151,7 +152,7 @@ class Model:
                 ids += [self.hierarchy.mask_id] * int(blank[1] or 1)
             end = blank.end()
         if end == 0:
-            raise ValueError(f"infill: no blank in {text!r}; write [MASK], [MASK:5] or [LIKE:word] where words are missing")
+            raise ValueError(f"infill: no blank in {text!r}; write [MASK], [MASK:5] or [LIKE:word] for what is missing")
         ids += self.tokenizer.encode(text[end:]).tolist()
         if len(ids) > self.seq_len:
             raise ValueError(f"infill: {len(ids)} tokens, the model takes at most seq_len={self.seq_len}")
@@ -192,10 +193,11 @@ class Model:
         rows = {"x": x, "valid": valid, "score": valid}
         nats, _, _ = self._evaluator.nats(self.run.params, rows, draws, "nelbo")
         per_draw = np.zeros((draws, len(texts)))
-        np.add.at(per_draw, (slice(None), np.asarray(owner)), nats.sum(-1))
+        for piece, text_index in enumerate(owner):
+            per_draw[:, text_index] += nats[:, piece].sum(-1)
         out = []
         for i, text in enumerate(texts):
             mean, count = per_draw[:, i].mean(), sum(len(p) for p, o in zip(pieces, owner, strict=True) if o == i)
             out.append({"nats": float(mean), "se": float(per_draw[:, i].std(ddof=1) / np.sqrt(draws)), "tokens": count,
-                        "bits_per_byte": float(mean / np.log(2) / max(1, len(text.encode())))})  # fmt: skip
+                        "bits_per_byte": float(mean / np.log(2) / max(1, len(text.encode())))})
         return out

@@ -26,7 +26,7 @@ class Checkpoints:
         best = _PRESERVE.BestN(get_metric_fn=_score, reverse=True, n=1)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_PRESERVE.AnyPreservationPolicy([_PRESERVE.LatestN(1), best]), best_fn=_score,
-            best_mode="min", create=not read_only, read_only=read_only)  # fmt: skip
+            best_mode="min", create=not read_only, read_only=read_only)
         self.manager = ocp.CheckpointManager(self.path, options=options)
 
     def latest(self) -> int | None:
@@ -69,7 +69,7 @@ class Checkpoints:
             return self.manager.restore(step, args=args)["ema"]
         item = {"params": abstract_params}
         restore = ocp.args.PyTreeRestore(item, partial_restore=True,
-                                         restore_args=ocp.checkpoint_utils.construct_restore_args(item))  # fmt: skip
+                                         restore_args=ocp.checkpoint_utils.construct_restore_args(item))
         return self.manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"]
 
     def wait(self) -> None:

@@ -39,7 +39,7 @@ def make_nelbo_step(network: Network, process: HierarchicalProcess, groups: int 
         fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape))
         level = process.level_of(z)
         rate = map_over_noised(lambda h, f: process.nelbo_rate(predict(network, params["head"], h), *f), h, level > 0,
-                               fields, groups=groups)  # fmt: skip
+                               fields, groups=groups)
         by_level = [jnp.sum(jnp.where(level == k, rate, 0.0), axis=-1) for k in range(1, process.num_levels + 1)]
         return jnp.stack(by_level, axis=-1) * batch["inv_q"][:, None]
 
@@ -79,7 +79,7 @@ class Evaluator:
                 pick = np.arange(start, min(start + self.batch_size, n * draws))
                 batch = {"x": rows["x"][where[pick]], "valid": rows["valid"][where[pick]],
                          "score": rows["score"][where[pick]], "tau": flat_tau[pick].astype(np.float32),
-                         "inv_q": (1 / flat_q[pick]).astype(np.float32), "pair": pick.astype(np.int32)}  # fmt: skip
+                         "inv_q": (1 / flat_q[pick]).astype(np.float32), "pair": pick.astype(np.int32)}
                 batch = parallel.pad_rows(batch, self.batch_size)
                 mine = parallel.local_rows(self.batch_size)
                 batch = parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
@@ -114,11 +114,12 @@ def summarise(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarr
     ok = tokens > 0
     cost = per_pair.mean(0)[ok] / tokens[ok]
     return {
-        "nelbo": nelbo, "se": math.hypot(se_data, se_time if draws > 1 else 0.0), "se_data": se_data, "se_time": se_time,
+        "nelbo": nelbo, "se": math.hypot(se_data, se_time if draws > 1 else 0.0),
+        "se_data": se_data, "se_time": se_time,
         "perplexity": math.exp(nelbo), "levels": (nats.mean(0).sum(0) / total).tolist(),
         "uniform_t_variance": uniform / here, "cv2": float(np.var(cost) / np.mean(cost) ** 2),
         "tokens": int(total), "rows": n, "draws": draws,
-    }  # fmt: skip
+    }
 
 
 def evaluate(config: Config, workdir: str) -> dict[str, Any]:
@@ -142,17 +143,18 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     per_byte = manifest.valid_scored_tokens / manifest.valid_scored_bytes / math.log(2)
     if whole:
         result |= {"bits_per_byte": result["nelbo"] * per_byte, "bits_per_byte_se": result["se"] * per_byte,
-                   "unigram_bits_per_byte": manifest.unigram_nats * per_byte}  # fmt: skip
+                   "unigram_bits_per_byte": manifest.unigram_nats * per_byte}
     result |= {
         "perplexity_se": result["perplexity"] * result["se"], "unigram_nelbo": manifest.unigram_nats,
         "unigram_perplexity": math.exp(manifest.unigram_nats), "bytes": manifest.valid_scored_bytes if whole else None,
-        "whole_split": whole, "step": run.step, "checkpoint": config.evaluate.checkpoint, "ema": bool(config.optimizer.ema),
+        "whole_split": whole, "step": run.step, "checkpoint": config.evaluate.checkpoint,
+        "ema": bool(config.optimizer.ema),
         "seconds": seconds, "tokens_per_s": result["tokens"] * result["draws"] / seconds,
         "corpus": manifest.corpus_fingerprint, "hierarchy": list(run.hierarchy.sizes), "params": run.num_params,
-    }  # fmt: skip
+    }
     write_json(os.path.join(workdir, "evaluate.json"), result)
     np.savez(os.path.join(workdir, "evaluate_rows.npz"), nats=nats.mean(0).sum(-1), tokens=tokens)
     say(f"evaluate: step {run.step}, {result['tokens']:,} tokens x {result['draws']} draws in {seconds:.0f} s: "
         f"NELBO {result['nelbo']:.4f} +- {result['se']:.4f} nats/token (data {result['se_data']:.4f}, "
-        f"time {result['se_time']:.4f}), perplexity {result['perplexity']:.2f}; unigram {manifest.unigram_nats:.4f}")  # fmt: skip
+        f"time {result['se_time']:.4f}), perplexity {result['perplexity']:.2f}; unigram {manifest.unigram_nats:.4f}")
     return result

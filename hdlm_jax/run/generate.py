@@ -34,9 +34,9 @@ def make_sample_step(network: Network, process: HierarchicalProcess, g: Generate
         plan = sampler.plan(fold(keys, 0), process.chain, process.level_of(z), g.plan, g.steps, g.reveals)
         denoise = lambda z, t: network.apply({"params": params}, z, t)  # noqa: E731
         tokens, stats = sampler.sample(fold(keys, 1), denoise, process, z, plan, clusters=g.clusters,
-                                       temperature=g.temperature, top_p=g.top_p)  # fmt: skip
+                                       temperature=g.temperature, top_p=g.top_p)
         return {"tokens": tokens, "calls": jnp.broadcast_to(stats["calls"], z.shape[:1]),
-                "row_forwards": stats["row_forwards"]}  # fmt: skip
+                "row_forwards": stats["row_forwards"]}
 
     return step
 
@@ -60,8 +60,8 @@ class Sampler:
         parts = []
         with progress(n, unit="sample", name="generate") as bar:
             for start in range(0, n, rows):
-                batch = {"z": canvas[start : start + rows], "index": np.arange(start, min(start + rows, n), dtype=np.int32)}
-                count = len(batch["z"])
+                count = min(rows, n - start)
+                batch = {"z": canvas[start : start + count], "index": np.arange(start, start + count, dtype=np.int32)}
                 batch = parallel.pad_rows(batch, rows)  # padding is all words: nothing to do there
                 mine = parallel.local_rows(rows)
                 batch = parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
@@ -70,14 +70,14 @@ class Sampler:
                 bar.update(count)
         out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
         if out["tokens"].max(initial=0) >= self.process.hierarchy.num_words:
-            raise RuntimeError("generate: a cluster or mask symbol is left in a sample; this is a bug, please report it")
+            raise RuntimeError("generate: a cluster or mask symbol is left in a sample; a bug, please report it")
         return out
 
 
 def _static(g: Generate) -> Generate:
     """Only what the compiled step depends on."""
     return Generate(steps=g.steps, plan=g.plan, reveals=g.reveals, temperature=g.temperature, top_p=g.top_p,
-                    clusters=g.clusters)  # fmt: skip
+                    clusters=g.clusters)
 
 
 def prompt_canvas(prompt_ids: np.ndarray, num_samples: int, seq_len: int, mask_id: int) -> np.ndarray:
@@ -111,7 +111,7 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
         "network_calls": float(out["calls"].mean()), "row_forwards": float(out["row_forwards"].mean()),
         "unigram_entropy": _entropy(out["tokens"]), "seconds": seconds, "tokens_per_s": words / seconds,
         "seconds_to_first": compiled - started, "step": run.step,
-    }  # fmt: skip
+    }
     write_json(os.path.join(workdir, "generate.json"), result)
     path = os.path.join(workdir, "samples.txt")
     with open(path, "w") as f:

@@ -12,7 +12,7 @@ from typing import Any
 PEAK_FLOPS = {
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
     "TPU v6 lite": 918e12, "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
-}  # fmt: skip
+}
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -61,7 +61,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-    """The same scalars for TensorBoard where the extra is installed (`pip install hdlm_jax[tensorboard]`), else nothing."""
+    """The same scalars for TensorBoard where its extra is installed (hdlm_jax[tensorboard]), else nothing."""
 
     def __init__(self, folder: str):
         try:
@@ -106,9 +106,9 @@ def plot_curves(path: str, records: list[dict[str, Any]], unigram_nats: float) -
     axes[0].plot([r["tokens"] for r in train], [r["loss"] for r in train], color="tab:blue", lw=1)
     axes[0].set(title="training loss (weighted)", xlabel="tokens", ylabel="nats per token")
     axes[1].plot([r["tokens"] for r in train], [r["nelbo"] for r in train], color="0.8", lw=0.8,
-                 label="training batches, t uniform (noisy)")  # fmt: skip
+                 label="training batches, t uniform (noisy)")
     axes[1].plot([r["tokens"] for r in valid], [r["valid_nelbo"] for r in valid], color="tab:orange", marker="o", ms=3,
-                 label="validation (exact bound)")  # fmt: skip
+                 label="validation (exact bound)")
     axes[1].axhline(unigram_nats, color="0.3", ls="--", lw=1, label="unigram")
     low = min([r["valid_nelbo"] for r in valid], default=unigram_nats)
     axes[1].set(title="NELBO", xlabel="tokens", ylabel="nats per token", ylim=(low - 0.5, unigram_nats + 1.5))

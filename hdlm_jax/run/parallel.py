@@ -37,7 +37,7 @@ def state_shardings(mesh, abstract_state):
     """NamedSharding for every leaf: tensor by the layer's name, FSDP on the largest axis that divides."""
 
     def place(path, leaf):
-        spec = [None] * len(leaf.shape)
+        spec: list[str | None] = [None] * len(leaf.shape)
         names = [str(getattr(p, "key", getattr(p, "name", ""))) for p in path]
         axis = next((_TENSOR[n] for n in names if n in _TENSOR), None)
         if axis is not None and len(spec) >= -axis and leaf.shape[axis] % mesh.shape["tensor"] == 0:
@@ -60,7 +60,7 @@ def put_batch(mesh, batch):
 def compile_train_step(step, mesh, shardings):
     """jit of step(state, batch, key) -> (state, metrics): state stays where it is and is donated."""
     return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
-                   out_shardings=(shardings, replicated(mesh)), donate_argnums=0)  # fmt: skip
+                   out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
 
 
 def compile_batch_step(step, mesh, params):

@@ -41,19 +41,20 @@ def table(workdirs: list[str]) -> str:
     unigram = None
     for workdir in workdirs:
         e, g = _read(workdir, "evaluate.json"), _read(workdir, "generate.json")
-        speeds = [r["tokens_per_s"] for r in read_metrics(os.path.join(workdir, "metrics.jsonl")) if "tokens_per_s" in r]
+        records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+        speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
         bits = f"{e['bits_per_byte']:.4f} ± {e['bits_per_byte_se']:.4f}" if e["whole_split"] else "-"
         rows.append([os.path.basename(os.path.normpath(workdir)), " → ".join(map(str, e["hierarchy"])),
                      f"{e['nelbo']:.4f} ± {e['se']:.4f}", bits, f"{e['perplexity']:.1f} ± {e['perplexity_se']:.1f}",
-                     f"{np.median(speeds):,.0f}", f"{g['tokens_per_s']:,.0f}", f"{g['network_calls']:.0f}"])  # fmt: skip
+                     f"{np.median(speeds):,.0f}", f"{g['tokens_per_s']:,.0f}", f"{g['network_calls']:.0f}"])
         bits = f"{e['unigram_bits_per_byte']:.4f}" if e["whole_split"] else "-"
         unigram = ["unigram", "", f"{e['unigram_nelbo']:.4f}", bits, f"{e['unigram_perplexity']:.1f}", "", "", ""]
     if unigram:
         rows.append(unigram)
     widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-    line = lambda r: "| " + " | ".join((c * w if c == "---"[:1] else c.ljust(w)) for c, w in zip(r, widths, strict=True)) + " |"  # noqa: E731, E501
     rows[1] = ["-" * w for w in widths]
-    return "\n".join(line(r) for r in rows)
+    padded = [[c.ljust(w) for c, w in zip(r, widths, strict=True)] for r in rows]
+    return "\n".join(f"| {' | '.join(r)} |" for r in padded)
 
 
 def main(workdirs: list[str]) -> None:
@@ -62,7 +63,7 @@ def main(workdirs: list[str]) -> None:
     results = [_read(w, "evaluate.json") for w in workdirs]
     print(table(workdirs))
     print(f"\nvalidation: {results[0]['tokens']:,} tokens, {results[0]['bytes'] or 0:,} bytes, "
-          f"corpus {results[0]['corpus'][:12]}; ± is one standard error (data and noise times)")  # fmt: skip
+          f"corpus {results[0]['corpus'][:12]}; ± is one standard error (data and noise times)")
     for workdir in workdirs[1:]:
         mean, se = compare(workdirs[0], workdir)
         names = [os.path.basename(os.path.normpath(w)) for w in (workdir, workdirs[0])]
@@ -76,8 +77,8 @@ def main(workdirs: list[str]) -> None:
         with open(os.path.join(workdir, "samples.jsonl")) as f:
             text = json.loads(f.readline())["text"]
         print("  a sample: " + " ".join(text.split())[:240])
-    print("\nModels this small, trained for minutes, have learnt spelling, frequent words, short phrases and the layout of "
-          "the text;\nwhat they write has no meaning yet.")  # fmt: skip
+    print("\nModels this small, trained for minutes, have learnt spelling, frequent words, short phrases and the\n"
+          "layout of the text; what they write has no meaning yet.")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def prepare(config: Config, workdir: str) -> Text:
         folder, source=d.source, files=d.files, text_field=d.text_field, prompt_field=d.prompt_field,
         txt_documents=d.txt_documents, validation=d.validation, validation_fraction=d.validation_fraction,
         tokenizer_kind=t.kind, vocab_size=t.vocab_size, tokenizer_file=t.file, tokenizer_sha256=t.sha256, say=say,
-    )  # fmt: skip
+    )
     return Text(folder, manifest, tokens.load_tokenizer(folder))
 
 
@@ -49,7 +49,7 @@ def word_vectors(config: Config, text: Text) -> np.ndarray:
 
     vectors = clusters.embeddings(h.embeddings, vocab_size=text.manifest.vocab_size, eot=text.manifest.eot, seed=h.seed,
                                   tokens=pipeline.read_tokens(text.dir) if h.embeddings == "corpus" else None,
-                                  load_checkpoint_embedding=checkpoint_embedding)  # fmt: skip
+                                  load_checkpoint_embedding=checkpoint_embedding)
     if h.embeddings == "corpus":
         aside = f"{kept}.{os.getpid()}.tmp.npy"
         np.save(aside, vectors)
@@ -71,21 +71,22 @@ def cluster(config: Config, workdir: str, text: Text) -> Hierarchy:
         for name, value in settings.items():
             if made.get(name) != value:
                 raise ConfigError(f"hierarchy.{name}={value!r}: {path} was made with {made.get(name)!r}; "
-                                  "use another --workdir or remove that file")  # fmt: skip
+                                  "use another --workdir or remove that file")
         hierarchy = Hierarchy.load(path, text.tokenizer.fingerprint)
         say(f"hierarchy: reusing {path}, levels {' -> '.join(map(str, hierarchy.sizes))}")
         return hierarchy
     h, words = config.hierarchy, text.manifest.vocab_size
-    vectors = None
+    vectors: np.ndarray | None = None
+    report: dict = {}
     if max(h.clusters, default=1) > words:
         raise ConfigError(f"hierarchy.clusters={h.clusters!r}: more clusters than the tokenizer's {words} words")
     if max(h.clusters, default=1) == 1:
         parents = [np.zeros(words, np.int32)] if h.keep_single and h.clusters else []
-        hierarchy, report = Hierarchy.from_parents(parents, num_words=words, keep_single=h.keep_single), {}
+        hierarchy = Hierarchy.from_parents(parents, num_words=words, keep_single=h.keep_single)
     else:
         vectors = word_vectors(config, text)
         hierarchy, report = clusters.build_hierarchy(vectors, h.clusters, special=(text.manifest.eot,), seed=h.seed,
-                                                     shuffle=h.shuffle)  # fmt: skip
+                                                     shuffle=h.shuffle)
     os.makedirs(workdir, exist_ok=True)
     if vectors is not None:
         counts = np.bincount(pipeline.read_tokens(text.dir), minlength=words)

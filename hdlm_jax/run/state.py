@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.diffusion.process import HierarchicalProcess, fold
-from hdlm_jax.diffusion.sampler import LevelChain
 from hdlm_jax.model.heads import sum_over_noised
 from hdlm_jax.model.network import Network, make_network, predict
 
@@ -32,11 +32,13 @@ def make_optimizer(config) -> tuple[optax.GradientTransformation, Any]:
     """AdamW with clipping by the global norm, and its learning-rate schedule (steps -> lr)."""
     o, steps = config.optimizer, config.train.steps
     rest = max(1, steps - o.warmup)
-    after = optax.cosine_decay_schedule(o.lr, rest, o.final_lr) if o.schedule == "cosine" else optax.constant_schedule(o.lr)
+    after = optax.constant_schedule(o.lr)
+    if o.schedule == "cosine":
+        after = optax.cosine_decay_schedule(o.lr, rest, o.final_lr)
     schedule = optax.join_schedules([optax.linear_schedule(0.0, o.lr, max(1, o.warmup)), after], [o.warmup])
     # the update made from state.step = 0 is the first one, so that its rate is not zero
     tx = optax.chain(optax.clip_by_global_norm(o.clip),
-                     optax.adamw(lambda n: schedule(n + 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay))  # fmt: skip
+                     optax.adamw(lambda n: schedule(n + 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay))
     return tx, lambda n: schedule(n + 1)
 
 
@@ -74,7 +76,7 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, group
     """
     d, m = config.diffusion, config.model
     loss_of = functools.partial(process.loss, weighting=d.weighting, weight_min=d.weight_min, weight_max=d.weight_max,
-                                hard_training=d.hard_training)  # fmt: skip
+                                hard_training=d.hard_training)
 
     def hidden(params, z, t, keys):
         if not m.dropout:
@@ -113,7 +115,7 @@ def make_train_step(config, network, process, tx, groups: int = 1):
     """train_step(state, batch, key) -> (state, metrics), pure and global.
 
     Gradients are those of the batch's loss in nats per scored token, whatever the number of microbatches.
-    metrics: loss, nelbo (nats/token), tokens, grad_norm: float32 scalars.
+    metrics: loss, nelbo (nats/token), grad_norm: float32 scalars.
     """
     loss_sums = make_loss_sums(config, network, process, groups)
     parts, ema = config.train.microbatches, config.optimizer.ema
@@ -142,7 +144,7 @@ def make_train_step(config, network, process, tx, groups: int = 1):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params) if ema else {}
-        metrics = {"loss": loss / tokens, "nelbo": nelbo / tokens, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss / tokens, "nelbo": nelbo / tokens, "grad_norm": optax.global_norm(grads)}
         return TrainState(state.step + 1, params, opt_state, average), metrics
 
     return train_step

@@ -39,13 +39,13 @@ def check_resume(config: Config, meta: dict, path: str) -> None:
             saved = meta["config"][section].get(name)
             if saved != value and f"{section}.{name}" not in _FREE:
                 raise ConfigError(f"{section}.{name}={value!r}: the checkpoint in {path} was trained with {saved!r}; "
-                                  "use another --workdir or the old setting")  # fmt: skip
+                                  "use another --workdir or the old setting")
 
 
 def abstract_state(config: Config, hierarchy, network, tx, mesh):
     """Shapes of the state, each with the sharding it has on the mesh."""
     shape = jax.eval_shape(lambda: init_state(config, hierarchy, network, tx, jax.random.key(0)))
-    shardings = parallel.state_shardings(mesh, shape)
+    shardings: Any = parallel.state_shardings(mesh, shape)
     add = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
     return jax.tree.map(add, shape, shardings), shardings
 
@@ -65,26 +65,26 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     mesh = parallel.make_mesh(config)
     shards = parallel.batch_shards(mesh)
     if config.train.batch_size % (shards * config.train.microbatches):
-        raise ConfigError(f"train.batch_size={config.train.batch_size}: must be a multiple of the {shards} batch shards "
-                          f"of the mesh times train.microbatches={config.train.microbatches}")  # fmt: skip
+        raise ConfigError(f"train.batch_size={config.train.batch_size}: must be a multiple of the {shards} batch "
+                          f"shards of the mesh times train.microbatches={config.train.microbatches}")
     network, process = build(config, hierarchy)
     tx, schedule = make_optimizer(config)
     abstract, shardings = abstract_state(config, hierarchy, network, tx, mesh)
     step_fn = parallel.compile_train_step(make_train_step(config, network, process, tx, shards), mesh, shardings)
     batches = TrainBatches(text.dir, config.model.seq_len, config.train.batch_size, config.train.seed,
-                           jax.process_index(), jax.process_count())  # fmt: skip
+                           jax.process_index(), jax.process_count())
 
     checkpoints = Checkpoints(workdir)
-    meta = {"config": config.as_dict(), "data": text.manifest.fingerprint, "tokenizer": text.tokenizer.fingerprint,
-            "hierarchy": hierarchy.fingerprint}  # fmt: skip
+    facts = {"data": text.manifest.fingerprint, "tokenizer": text.tokenizer.fingerprint,
+             "hierarchy": hierarchy.fingerprint}
     start = checkpoints.latest()
     if start is not None:
         saved = checkpoints.meta(start)
         check_resume(config, saved, checkpoints.path)
-        for name in ("data", "tokenizer", "hierarchy"):
-            if saved[name] != meta[name]:
-                raise ConfigError(f"{name} fingerprint {meta[name][:12]}: the checkpoint in {checkpoints.path} was trained "
-                                  f"with {saved[name][:12]}; use another --workdir")  # fmt: skip
+        for name in facts:
+            if saved[name] != facts[name]:
+                raise ConfigError(f"{name} fingerprint {facts[name][:12]}: the checkpoint in {checkpoints.path} was "
+                                  f"trained with {saved[name][:12]}; use another --workdir")
         state = checkpoints.restore(start, abstract)
         say(f"train: resuming from step {start:,} of {config.train.steps:,}")
     else:
@@ -94,7 +94,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     params = sum(a.size for a in jax.tree.leaves(abstract.params))
     say(f"train: {params:,} parameters, {config.train.batch_size} x {config.model.seq_len} tokens a step, "
         f"{config.train.steps:,} steps, {jax.device_count()} {jax.devices()[0].device_kind} "
-        f"({dict(mesh.shape)}), workdir {workdir}")  # fmt: skip
+        f"({dict(mesh.shape)}), workdir {workdir}")
     if start >= config.train.steps:
         say(f"train: nothing to do, step {start:,} is there")
         checkpoints.close()
@@ -103,7 +103,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     evaluator = Evaluator(config, network, process, mesh, abstract.params)
     rows = valid_rows(text.dir, config.model.seq_len, config.evaluate.rows_in_training)
     metrics_path = os.path.join(workdir, "metrics.jsonl")
-    writers = [MetricsFile(metrics_path, start), TensorBoard(os.path.join(workdir, "tensorboard"))]
+    writers: list[Any] = [MetricsFile(metrics_path, start), TensorBoard(os.path.join(workdir, "tensorboard"))]
     peak = peak_flops(jax.devices()[0].device_kind)
     flops = flops_per_token(config, hierarchy.num_words)
     every = config.train.evaluate_every or config.checkpoint.every
@@ -122,7 +122,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             back = checkpoints.latest()
             raise TrainingStopped(
-                f"train: loss={values['loss']} grad_norm={values['grad_norm']} at step {step}; last finite metrics {last}; "
+                f"train: loss={values['loss']} grad_norm={values['grad_norm']} at step {step}; last finite {last}; "
                 + (f"checkpoint to go back to: step {back} in {checkpoints.path}" if back else "no checkpoint yet"))
         last = {"step": step, **values}
         window.append(values)
@@ -131,12 +131,11 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
             return None
         seconds = max(time.time() - clock["since"], 1e-9)
         rate = clock["steps"] * tokens_a_step / seconds
-        record = {"step": step, "loss": np.mean([v["loss"] for v in window]), "nelbo": np.mean([v["nelbo"] for v in window]),
-                  "tokens": step * tokens_a_step, "tokens_per_s": rate,
-                  "grad_norm": np.mean([v["grad_norm"] for v in window]), "lr": float(schedule(step - 1)),
+        mean = {name: float(np.mean([v[name] for v in window])) for name in ("loss", "nelbo", "grad_norm")}
+        record = {"step": step, "tokens": step * tokens_a_step, **mean, "tokens_per_s": rate,
+                  "lr": float(schedule(step - 1)),
                   "mfu": rate * flops / peak / jax.device_count() if peak else None,
-                  "input_wait": clock["wait"] / seconds}  # fmt: skip
-        record = {k: float(v) if isinstance(v, np.floating) else v for k, v in record.items()}
+                  "input_wait": clock["wait"] / seconds}
         window.clear()
         clock.update(since=time.time(), wait=0.0, steps=0)
         mfu = f" mfu={record['mfu']:.1%}" if peak else ""
@@ -152,7 +151,8 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         return {"valid_nelbo": float(result["nelbo"]), "valid_se": float(result["se"])}
 
     def save(step: int, valid: dict[str, float]) -> None:
-        checkpoints.save(step, state, meta | {"next_step": step}, {"nelbo": valid.get("valid_nelbo", math.inf)})
+        meta = facts | {"config": config.as_dict(), "next_step": step}
+        checkpoints.save(step, state, meta, {"nelbo": valid.get("valid_nelbo", math.inf)})
 
     iterator = batches.iterator(start)
     pending = None
@@ -175,7 +175,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
                 jax.profiler.stop_trace()
                 say(f"train: profile of 4 steps in {os.path.join(workdir, 'profile')}")
             bar.update()
-            due = [finish(pending)] if pending else []
+            due: list[dict[str, Any] | None] = [finish(pending)] if pending else []
             pending = (step, device_metrics)
             end = step == config.train.steps
             saves = end or step % config.checkpoint.every == 0
@@ -208,9 +208,9 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     curves = os.path.join(workdir, "curves.png")
     drawn = plot_curves(curves, records, text.manifest.unigram_nats)
     final = [r for r in records if "valid_nelbo" in r][-1]
-    say(f"train: done, step {config.train.steps:,}, validation NELBO {final['valid_nelbo']:.4f} +- {final['valid_se']:.4f} "
-        f"nats/token on {len(rows['x'])} sequences (unigram {text.manifest.unigram_nats:.4f})"
-        + (f", curves in {curves}" if drawn else ""))  # fmt: skip
+    say(f"train: done, step {config.train.steps:,}, validation NELBO {final['valid_nelbo']:.4f} +- "
+        f"{final['valid_se']:.4f} nats/token on {len(rows['x'])} sequences (unigram {text.manifest.unigram_nats:.4f})"
+        + (f", curves in {curves}" if drawn else ""))
     return state
 
 
@@ -225,8 +225,8 @@ def _fresh_state(config: Config, text, hierarchy, network, tx, shardings):
         state = jax.jit(lambda k: init_state(config, hierarchy, network, tx, k), out_shardings=shardings)(key)
         want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, found))
         if want != got:
-            raise ConfigError(f"train.init_from={config.train.init_from!r}: its weights have other shapes than this model; "
-                              "model and hierarchy sizes must agree")  # fmt: skip
+            raise ConfigError(f"train.init_from={config.train.init_from!r}: its weights have other shapes than this "
+                              "model; model and hierarchy sizes must agree")
         params = jax.tree.map(lambda a, s: jax.device_put(a, s), found, shardings.params)
         ema = jax.tree.map(lambda a: a.copy(), params) if config.optimizer.ema else {}
         say(f"train: starting from the weights of {config.train.init_from}")

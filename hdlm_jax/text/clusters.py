@@ -238,7 +238,8 @@ def build_hierarchy(vectors: np.ndarray, clusters: Sequence[int] = (64,), *, spe
       special: word ids, usually `(eot,)`.
       seed: of k-means and of the shuffle.
       min_ratio, max_ratio: limits of the sizes, as a multiple of the average.
-      shuffle: the control: clusters of the same sizes with random members.
+      shuffle: the control: the same tree with the words on it shuffled, so that all sizes are the same (the
+        report's `mean_cosine` is that of the clusters before shuffling).
 
     Returns:
       The hierarchy and a report (plain json types): how each level came to be.
@@ -269,8 +270,6 @@ def build_hierarchy(vectors: np.ndarray, clusters: Sequence[int] = (64,), *, spe
         parent[apart] = n - len(apart) + np.arange(len(apart))
         low, high = _limits(len(points), n, len(apart), min_ratio, max_ratio)
         parent[common], moves = _balanced_clusters(points[common], n - len(apart), low, high, seed)
-        if shuffle and level == 1:
-            parent[common] = np.random.default_rng([seed, 1]).permutation(parent[common])
         sizes = np.bincount(parent, minlength=n)
         centroids = _unit(_sum_by(points, parent, n))
         report["levels"].append({
@@ -279,6 +278,9 @@ def build_hierarchy(vectors: np.ndarray, clusters: Sequence[int] = (64,), *, spe
             "mean_cosine": float(np.mean(np.sum(points * centroids[parent], 1)[common])), **moves})
         parents.append(parent)
         points = centroids
+    if shuffle and parents:  # after the upper levels: the control is the same tree with other words on it
+        common = np.setdiff1d(np.arange(num_words), np.asarray(own, np.int64))
+        parents[0][common] = np.random.default_rng([seed, 1]).permutation(parents[0][common])
     return Hierarchy.from_parents(parents, num_words=num_words, special=own), report
 
 
@@ -317,9 +319,12 @@ def _kmeans(points: np.ndarray, n: int, seed: int) -> np.ndarray:
         return points
     import faiss
 
+    # Few points (upper levels) end in poor optima from a random start, many (words) do not: measured.
+    few = {"nredo": 10, "init_method": faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS}
     # faiss keeps 256 points per centroid unless told otherwise, and prints about too few points.
     kmeans = faiss.Kmeans(points.shape[1], n, niter=25, seed=seed + 1, spherical=True,
-                          max_points_per_centroid=10**9, min_points_per_centroid=1)
+                          max_points_per_centroid=10**9, min_points_per_centroid=1,
+                          **(few if len(points) * n < 100_000 else {}))
     kmeans.train(np.ascontiguousarray(points, np.float32))
     return np.nan_to_num(np.asarray(kmeans.centroids, np.float32).reshape(n, -1))
 
@@ -444,7 +449,7 @@ def _show(decode: Callable[[list[int]], str], word: int) -> str:
 
 def _report_text(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[list[int]], str],
                  counts: np.ndarray, words_shown: int = 16) -> str:
-    lines = [f"Hierarchy {hierarchy.fingerprint[:12]}: {hierarchy.sizes} nodes a level, the last is the mask.",
+    lines = [f"Hierarchy {hierarchy.fingerprint[:12]}: {hierarchy.sizes} nodes a level, last the mask.",
              f"{int((counts > 0).sum())} of {hierarchy.num_words} words occur in {int(counts.sum())} "
              f"training tokens. {_SPACE} is a space; words are listed most frequent first."]
     if hierarchy.num_levels == 1:
@@ -462,8 +467,8 @@ def _report_text(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[li
         quartiles = "/".join(f"{q:.0f}" for q in np.quantile(sizes, (0.25, 0.5, 0.75)))
         cosine = close.mean() if len(close) else 0.0
         lines += ["",
-                  f"Level {level}: {n} clusters; words in each: mean {sizes.mean():.1f}, smallest {sizes.min()}, "
-                  f"quartiles {quartiles}, largest {sizes.max()} (special words left out).",
+                  f"Level {level}: {n} clusters; words in each: mean {sizes.mean():.1f}, smallest "
+                  f"{sizes.min()}, quartiles {quartiles}, largest {sizes.max()} (special words left out).",
                   f"  Mean cosine of a word and its centroid {cosine:.3f}; entropy of the cluster "
                   f"{_entropy(share[level]):.3f} nats (at most log n = {math.log(n):.3f})."]
     frequent_first = np.argsort(-counts, kind="stable")
@@ -481,8 +486,8 @@ def _report_text(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[li
             above = int(hierarchy.level1_anc[level][node])
             if previous[level] != above:
                 previous[level] = above
-                below, words = hierarchy.level1_count[level][above], hierarchy.word_count[level][above]
-                lines += ["", f"== Level {level}, node {above}: {below} clusters, {words} words, "
+                clusters, size = hierarchy.level1_count[level][above], hierarchy.word_count[level][above]
+                lines += ["", f"== Level {level}, node {above}: {clusters} clusters, {size} words, "
                               f"{share[level][above]:.2%} of tokens"]
         words = members[node]
         used = sum(counts[w] > 0 for w in words)
@@ -533,7 +538,7 @@ def _picture(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[list[i
              counts: np.ndarray, path: Path, max_words: int = 3000) -> bool:
     """Draws the most frequent words, coloured by level-1 cluster; False where it could not."""
     unit = _unit(np.asarray(vectors, np.float32))
-    drawable = unit.any(1)
+    drawable = np.linalg.norm(unit, axis=1) > 0
     drawable[list(hierarchy.special)] = False
     words = [w for w in np.argsort(-counts, kind="stable") if drawable[w]][:max_words]
     if hierarchy.num_levels == 1 or len(words) < 3:
@@ -560,7 +565,8 @@ def _picture(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[list[i
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     size = 9 + 70 * np.sqrt(counts[words] / max(counts[words].max(), 1))
-    axes.scatter(*at.T, s=size, c=colours[np.searchsorted(present, cluster)], alpha=0.75, linewidths=0)
+    axes.scatter(at[:, 0], at[:, 1], s=size, c=colours[np.searchsorted(present, cluster)], alpha=0.75,
+                 linewidths=0)
     axes.set(xticks=[], yticks=[], title=(
         f"The {len(words)} most frequent words, coloured by cluster ({hierarchy.sizes[1]} of them). "
         "Words that stand close have like neighbours in the text."))
@@ -572,7 +578,7 @@ def _picture(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[list[i
         if per_cluster[c] < 5 and not np.any(np.all(np.abs(placed - point) < room, axis=1)):
             placed = np.concatenate([placed, point[None]])
             per_cluster[c] += 1
-            axes.text(*point, _show(decode, word).replace(_SPACE, "_"), fontsize=8.5,
+            axes.text(point[0], point[1], _show(decode, word).replace(_SPACE, "_"), fontsize=8.5,
                       ha="center", va="center", color=ink[c], parse_math=False,
                       path_effects=[withStroke(linewidth=2.5, foreground="white", alpha=0.8)])
     figure.savefig(path)

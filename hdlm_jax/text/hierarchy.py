@@ -176,7 +176,7 @@ class Hierarchy:
         return _frozen(out)
 
     @cached_property
-    def level1_anc(self) -> tuple[np.ndarray | None, ...]:
+    def level1_anc(self) -> tuple[Any, ...]:
         """level1_anc[k]: int32 [n_1], the level-k node above each level-1 node, k = 1..K (index 0: None)."""
         out = [np.arange(self.sizes[1], dtype=np.int32)]
         for parent in self.parents[1:]:
@@ -184,7 +184,7 @@ class Hierarchy:
         return (None, *_frozen(out))
 
     @cached_property
-    def level1_count(self) -> tuple[np.ndarray | None, ...]:
+    def level1_count(self) -> tuple[Any, ...]:
         """level1_count[k]: int32 [n_k] = N_k(v): how many level-1 nodes are under v, k = 1..K (0: None)."""
         return (None, *_frozen([np.bincount(a) for a in self.level1_anc[1:]]))
 
@@ -200,7 +200,7 @@ class Hierarchy:
         return _frozen([np.lexsort(keys)])[0]
 
     @cached_property
-    def level1_start(self) -> tuple[np.ndarray | None, ...]:
+    def level1_start(self) -> tuple[Any, ...]:
         """level1_start[k]: int32 [n_k], where v's run starts in `level1_order`, k = 1..K (index 0: None).
 
         The run of v is `level1_order[level1_start[k][v]:][:level1_count[k][v]]`.
@@ -242,7 +242,7 @@ class Hierarchy:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {f"parents_{level}": parent for level, parent in enumerate(self.parents)}
+        arrays: dict[str, Any] = {f"parents_{level}": parent for level, parent in enumerate(self.parents)}
         header = {"format": _FORMAT, "levels": self.num_levels, "fingerprint": self.fingerprint,
                   "special": list(self.special), "tokenizer": tokenizer_fingerprint,
                   "extra": dict(extra or {})}

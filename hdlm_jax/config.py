@@ -177,6 +177,10 @@ class Optimizer:
         _rule(self.clip > 0, "optimizer.clip", self.clip, "must be positive")
         _rule(0 <= self.ema < 1, "optimizer.ema", self.ema, "must lie in [0, 1); 0 is off")
         _rule(self.warmup >= 0, "optimizer.warmup", self.warmup, "must not be negative")
+        for name in ("b1", "b2"):
+            _rule(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)")
+        for name in ("eps", "weight_decay", "final_lr"):
+            _rule(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,27 +321,44 @@ def resolve(given: Any) -> Config:
       ConfigError: unknown names, wrong types, broken rules.
     """
     given = given.to_dict() if isinstance(given, config_dict.ConfigDict) else dict(given)
-    sections: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Config)}
-    for name in given:
-        _choice("config section", name, tuple(sections))
     built = {}
-    for name, section in sections.items():
-        names = {f.name: f for f in dataclasses.fields(section)}
-        values = dict(given.get(name, {}))
-        for key, value in values.items():
-            _choice(f"setting in config.{name}", key, tuple(names))
-            values[key] = _typed(f"{name}.{key}", value, getattr(section, key))
-        built[name] = type(section)(**values)
+    for name in given:
+        check_name(name)
+    for field in dataclasses.fields(Config):
+        name, section = field.name, field.default
+        values = given.get(name, {})
+        _rule(isinstance(values, dict), f"config.{name}", values, f"is a section; its settings are {_names(section)}")
+        types = typing.get_type_hints(type(section))
+        for key in values:
+            check_name(f"{name}.{key}")
+        built[name] = type(section)(**{k: _typed(f"{name}.{k}", v, types[k]) for k, v in values.items()})
     config = Config(**built)
     config.check()
     return config
 
 
-def _typed(name: str, value: Any, example: Any) -> Any:
-    if isinstance(example, tuple):
+def check_name(name: str) -> None:
+    """ConfigError unless `name` is a section ("train") or a setting ("train.steps") of the config."""
+    sections = {f.name: f.default for f in dataclasses.fields(Config)}
+    section, dot, key = name.partition(".")
+    known = tuple(f.name for f in dataclasses.fields(sections[section])) if section in sections and dot else None
+    here, choices = (key, known) if known else (section, tuple(sections))
+    if here not in choices:
+        close = difflib.get_close_matches(here, choices, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        kind = "setting" if known else "section"
+        raise ConfigError(f"config.{name}: no such {kind}; choose one of {', '.join(choices)}{hint}")
+
+
+def _names(section: Any) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(section))
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    if typing.get_origin(kind) is tuple:
         _rule(isinstance(value, list | tuple), name, value, "must be a tuple, as in (64,) or (256, 16)")
-        return tuple(value)
-    if isinstance(example, float) and isinstance(value, int) and not isinstance(value, bool):
+        return tuple(_typed(name, v, typing.get_args(kind)[0]) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    _rule(type(value) is type(example), name, value, f"must be of type {type(example).__name__}")
+    _rule(type(value) is kind, name, value, f"must be of type {kind.__name__}")
     return value

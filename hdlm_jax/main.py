@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -18,11 +20,41 @@ _PROFILE = flags.DEFINE_bool("profile", False, "Write a profiler trace of a few 
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts (jax.distributed.initialize).")
 
 
+def parse(argv: list[str]) -> list[str]:
+    """absl's flags; what is wrong with them, or in the config file, as one line and exit code 1."""
+    from hdlm_jax.config import ConfigError, check_name
+
+    given = [a for a in argv[1:] if re.match(r"--?config(=|$)", a)]
+    try:
+        for arg in argv[1:]:
+            if found := re.match(r"--?config\.([^=\[]+)", arg):
+                check_name(found[1])
+        rest = flags.FLAGS(argv)
+        if not given:
+            raise ConfigError("--config is missing; give a recipe, as in --config=configs/hdlm_tiny.py")
+        if len(rest) > 1:
+            raise ConfigError(f"unexpected argument {rest[1]!r}; flags begin with --")
+        _CONFIG.value.items()  # ml_collections tells only now that it found no file
+    except ConfigError as error:
+        _stop(error)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        text = lines[-1] if "config file:" in lines[0] else " ".join(lines)  # there a whole traceback is the message
+        kind = "" if isinstance(error, flags.Error | OSError) else f"{type(error).__name__}: "
+        _stop(ConfigError(f"{given[0] if given else '--config is missing'}: {kind}{text}"), error)
+    return rest
+
+
+def _stop(error: Exception, cause: Exception | None = None) -> NoReturn:
+    if os.environ.get("HDLM_TRACEBACK"):
+        raise error from cause
+    print(f"hdlm_jax: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(1)
+
+
 def main(argv: list[str]) -> None:
     from hdlm_jax.config import ConfigError, resolve
 
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; flags begin with --")
     if _MODE.value not in MODES:
         close = difflib.get_close_matches(_MODE.value, MODES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -35,6 +67,7 @@ def main(argv: list[str]) -> None:
 
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
+    config.parallel.shape(jax.device_count())  # a mesh that does not fit is refused before any work
     logging.info("%d devices, process %d of %d", jax.device_count(), jax.process_index(), jax.process_count())
     from hdlm_jax.run import evaluate, generate, stages, train
 
@@ -56,14 +89,10 @@ def run(argv: list[str]) -> None:
 
     try:
         main(argv)
-    except (ValueError, FileNotFoundError, TrainingStopped) as error:
-        if os.environ.get("HDLM_TRACEBACK"):
-            raise
-        print(f"hdlm_jax: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+    except (ValueError, OSError, TrainingStopped) as error:
+        _stop(error, error.__cause__)
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
     logging.set_verbosity(logging.WARNING)
-    app.run(run)
+    app.run(run, flags_parser=parse)

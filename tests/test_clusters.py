@@ -86,6 +86,13 @@ def test_words_with_the_same_contexts_get_the_same_vector() -> None:
     assert cosine[1, 3] < 0.6 and cosine[0, 1] < 0.6
 
 
+def test_corpus_of_few_directions_and_of_none() -> None:
+    e = C.embeddings("corpus", tokens=np.array([0, 1] * 50), vocab_size=6, dim=5)
+    assert e.shape == (6, 5) and np.isfinite(e).all() and e[:2].any(1).all() and not e[2:].any()
+    none = C.embeddings("corpus", tokens=np.array([3, 3, 3]), vocab_size=6, eot=3, dim=5)
+    assert none.shape == (6, 5) and not none.any()
+
+
 def test_corpus_embeddings_are_deterministic_and_take_a_memmap(tmp_path) -> None:
     tokens = np.random.default_rng(3).zipf(1.5, 5000).clip(max=99).astype(np.uint16)
     tokens.tofile(tmp_path / "train.bin")
@@ -319,7 +326,7 @@ def test_all_points_are_used() -> None:
     # 256 points a centroid is faiss's silent default; a small far group would then often go unseen.
     import faiss
 
-    seen = []
+    seen, threads = [], faiss.omp_get_max_threads()
     real = faiss.Kmeans
 
     class Spy(real):
@@ -332,6 +339,7 @@ def test_all_points_are_used() -> None:
         C.build_hierarchy(_blobs(2000), (3,))
     finally:
         faiss.Kmeans = real
+    assert faiss.omp_get_max_threads() == threads  # put back
     assert seen[0]["max_points_per_centroid"] * 3 >= 2000 and seen[0]["spherical"]
 
 
@@ -395,7 +403,8 @@ def _decode(ids: list[int]) -> str:
     return "".join({0: "\n", 1: " $a_b$", 2: "\ufffd", 3: " \u2423\t"}.get(i, f" w{i}") for i in ids)
 
 
-def test_report_names_every_cluster_once(tmp_path) -> None:
+def test_report_names_every_cluster_once(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(C, "_picture", lambda *_: False)
     e = _blobs()
     h, _ = C.build_hierarchy(e, (20, 4), special=(299,))
     counts = np.arange(300)[::-1] ** 2
@@ -465,11 +474,11 @@ def test_real_text_gives_clusters_that_predict_their_neighbours(data_dir) -> Non
     path = data_dir / "tinyshakespeare" / "input.txt.gz"
     if not path.is_file():
         pytest.skip(f"{path} is missing")
-    words = re.findall(r"\w+|[^\w\s]|\n\n", gzip.decompress(path.read_bytes()).decode())
+    words = re.findall(r"\w+|[^\w\s]|\n\n", gzip.decompress(path.read_bytes()).decode()[:600_000])
     vocabulary = {w: i for i, w in enumerate(sorted(set(words)))}
     tokens = np.array([vocabulary[w] for w in words])
     eot = vocabulary["\n\n"]
-    e = C.embeddings("corpus", tokens=tokens, vocab_size=len(vocabulary), eot=eot, dim=64)
+    e = C.embeddings("corpus", tokens=tokens, vocab_size=len(vocabulary), eot=eot, dim=32)
 
     def shared(h: Hierarchy) -> float:
         c = h.parents[0][tokens].astype(np.int64)
@@ -480,7 +489,6 @@ def test_real_text_gives_clusters_that_predict_their_neighbours(data_dir) -> Non
     real, _ = C.build_hierarchy(e, (32,), special=(eot,))
     control, _ = C.build_hierarchy(e, (32,), special=(eot,), shuffle=True)
     assert shared(real) > 1.5 * shared(control)
-    same = real.parents[0]
-    # Possessives cluster together, and apart from verbs.
-    his, our, verb, past = (same[vocabulary[w]] for w in ("his", "our", "is", "was"))
-    assert his == our != verb == past
+    near = C._unit(e) @ C._unit(e).T
+    his, her, was = (vocabulary[w] for w in ("his", "her", "was"))
+    assert near[his, her] > 0.5 > near[his, was]

@@ -15,7 +15,7 @@ import numpy as np
 
 from hdlm_jax.model.heads import FlatHead
 
-_COND, _SINUSOIDS, _PERIOD = 128, 256, 10_000.0
+_SINUSOIDS, _PERIOD = 256, 10_000.0
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # uniform(+-1/sqrt(fan_in))
 
 
@@ -103,6 +103,7 @@ class Network(nn.Module):
     Attributes:
       words, symbols: V and the number of rows of the embedding table (clusters, mask and padding included).
       dtype: of the matrix products; the residual stream, norms and logits are float32.
+      cond: width of the embedded time.
     """
 
     words: int
@@ -114,14 +115,15 @@ class Network(nn.Module):
     time_conditioning: bool = True
     dtype: str = "float32"
     remat: bool = False
+    cond: int = 128
 
     def setup(self):
         limit = 1 / math.sqrt(self.width)
         init = lambda key, shape: jax.random.uniform(key, shape, minval=-limit, maxval=limit)  # noqa: E731
         self.embedding = self.param("embedding", init, (self.symbols, self.width))
         if self.time_conditioning:
-            self.time_in = nn.Dense(_COND, kernel_init=_uniform)
-            self.time_out = nn.Dense(_COND, kernel_init=_uniform)
+            self.time_in = nn.Dense(self.cond, kernel_init=_uniform)
+            self.time_out = nn.Dense(self.cond, kernel_init=_uniform)
         block = nn.remat(Block, static_argnums=(4,), prevent_cse=False) if self.remat else Block
         # a loop of the CPU's compiled code costs more than its body is long
         unroll = self.blocks if jax.default_backend() == "cpu" else 1

@@ -193,8 +193,8 @@ class Model:
         rows = {"x": x, "valid": valid, "score": valid}
         nats, _, _ = self._evaluator.nats(self.run.params, rows, draws, "nelbo")
         per_draw = np.zeros((draws, len(texts)))
-        for piece, text_index in enumerate(owner):
-            per_draw[:, text_index] += nats[:, piece].sum(-1)
+        for place, text_index in enumerate(owner):
+            per_draw[:, text_index] += nats[:, place].sum(-1)
         out = []
         for i, text in enumerate(texts):
             mean, count = per_draw[:, i].mean(), sum(len(p) for p, o in zip(pieces, owner, strict=True) if o == i)

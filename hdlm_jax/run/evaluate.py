@@ -92,8 +92,8 @@ def summarise(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarr
     """Nats per token with standard errors from estimates [draws, rows, K] and tokens [rows].
 
     se_time: between whole passes over the split (noise times and noise). se_data: between sequences, with the
-    variance inside a sequence taken off. se is both. uniform_t_variance: variance of the stratified estimate with t
-    uniform, as a multiple of what it has here; both are E[v(tau)/q], v from neighbours in noise time.
+    variance inside a sequence taken off. se is both. uniform_t_variance: what the variance by noise times would be
+    with t uniform (stratified as well), as a multiple of what it is; None where too few draws tell.
     """
     draws, n, _ = nats.shape
     total = tokens.sum()
@@ -105,19 +105,20 @@ def summarise(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarr
     between = n / max(n - 1, 1) * np.sum(rest**2) / total**2
     inside = np.sum(per_pair.var(0, ddof=1)) / draws / total**2 if draws > 1 else 0.0
     se_data = math.sqrt(max(between - inside, 0.0))
+    # v(tau), the variance of the integrand h at a noise time, from neighbours in noise time; a share b of it is the
+    # spread between sequences, which says nothing about noise times
     order = np.argsort(tau, axis=None)
-    h = (per_pair * q / np.maximum(tokens, 1)).reshape(-1)[order]  # the integrand itself
+    h = (per_pair * q / np.maximum(tokens, 1)).reshape(-1)[order]
     q, tau = q.reshape(-1)[order], tau.reshape(-1)[order]
-    v = 0.5 * np.diff(h) ** 2
-    here = np.mean(v / q[1:] ** 2)
-    uniform = np.mean(v / (q[1:] * np.exp(-tau[1:])))
+    v, b = 0.5 * np.diff(h) ** 2, se_data**2 * n
+    here, uniform = np.mean(v / q[1:] ** 2) - b, np.mean(v / (q[1:] * np.exp(-tau[1:]))) - b
     ok = tokens > 0
     cost = per_pair.mean(0)[ok] / tokens[ok]
     return {
         "nelbo": nelbo, "se": math.hypot(se_data, se_time if draws > 1 else 0.0),
         "se_data": se_data, "se_time": se_time,
         "perplexity": math.exp(nelbo), "levels": (nats.mean(0).sum(0) / total).tolist(),
-        "uniform_t_variance": uniform / here, "cv2": float(np.var(cost) / np.mean(cost) ** 2),
+        "uniform_t_variance": uniform / here if min(uniform, here) > 0 else None, "cv2": float(np.var(cost) / np.mean(cost) ** 2),
         "tokens": int(total), "rows": n, "draws": draws,
     }
 

@@ -16,9 +16,11 @@ BATCH = ("data", "fsdp")
 _TENSOR = {"qkv": -1, "up": -1, "out": -2, "down": -2, "embedding": -2, "head": -1}
 
 
-def make_mesh(config):
-    """The mesh ('data', 'fsdp', 'tensor') over all devices; ConfigError if the shape does not fit them."""
-    return jax.make_mesh(config.parallel.shape(jax.device_count()), AXES, axis_types=(AxisType.Auto,) * 3)
+def make_mesh(config, devices=None):
+    """The mesh ('data', 'fsdp', 'tensor') over all devices (or those given); ConfigError if the shape does not fit."""
+    devices = jax.devices() if devices is None else devices
+    shape = config.parallel.shape(len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def batch_shards(mesh) -> int:

@@ -89,7 +89,9 @@ def corpus_embeddings(tokens: np.ndarray, vocab_size: int, *, eot: int | None = 
     """
     matrix = ppmi(cooccurrence(tokens, vocab_size, eot=eot, window=window, max_tokens=max_tokens))
     left, values = _truncated_svd(matrix, min(dim, vocab_size), seed)
-    return np.ascontiguousarray(left * np.sqrt(values), np.float32)
+    out = np.zeros((vocab_size, min(dim, vocab_size)), np.float32)
+    out[:, :len(values)] = left * np.sqrt(values)  # a corpus of few words may have fewer directions
+    return out
 
 
 def cooccurrence(tokens: np.ndarray, vocab_size: int, *, eot: int | None = None, window: int = 4,
@@ -144,22 +146,34 @@ def ppmi(follows: Any, smoothing: float = 0.75) -> Any:
 
 def _truncated_svd(matrix: Any, rank: int, seed: int, oversample: int = 16,
                    iterations: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Left singular vectors [V, rank] and values [rank], by randomised subspace iteration.
+    """Left singular vectors [V, <= rank] and values, falling, by randomised subspace iteration.
 
-    Deterministic (seeded start, signs fixed); exact when rank + oversample reaches V.
+    Deterministic (seeded start, signs fixed); exact when rank + oversample reaches the rank of the matrix.
+    Only products are large: LAPACK's QR and SVD of tall matrices are slow where cores are shared.
     """
     transposed = matrix.T.tocsr()
     rng = np.random.default_rng(seed)
     width = min(rank + oversample, *matrix.shape)
-    basis = np.linalg.qr(_product(matrix, rng.standard_normal((matrix.shape[1], width), np.float32)))[0]
+    basis = _orthonormal(_product(matrix, rng.standard_normal((matrix.shape[1], width), np.float32)))
     for _ in range(iterations):
-        basis = np.linalg.qr(_product(transposed, basis))[0]
-        basis = np.linalg.qr(_product(matrix, basis))[0]
-    small, values, _ = np.linalg.svd(_product(transposed, basis).T, full_matrices=False)
-    left = (basis @ small)[:, :rank]
-    left *= np.sign(left[np.abs(left).argmax(0), np.arange(left.shape[1])] + 1e-30)
+        basis = _orthonormal(_product(transposed, basis))
+        basis = _orthonormal(_product(matrix, basis))
+    small = _product(transposed, basis).astype(np.float64)
+    squares, turn = np.linalg.eigh(small.T @ small)
+    left = (basis @ turn[:, ::-1].astype(np.float32))[:, :rank]
+    values = np.sqrt(np.maximum(squares[::-1], 0.0))[:rank]
+    if left.size:
+        left *= np.sign(left[np.abs(left).argmax(0), np.arange(left.shape[1])] + 1e-30)
     left[np.diff(matrix.indptr) == 0] = 0.0  # a word without contexts: exactly nothing, not rounding errors
-    return left, values[:rank]
+    return left, values
+
+
+def _orthonormal(columns: np.ndarray) -> np.ndarray:
+    """An orthonormal basis float32 of the span of tall `columns`, by its Gram matrix in float64."""
+    wide = columns.astype(np.float64)
+    squares, turn = np.linalg.eigh(wide.T @ wide)
+    keep = squares > 1e-12 * squares.max(initial=1e-300)
+    return (wide @ (turn[:, keep] / np.sqrt(squares[keep]))).astype(np.float32)
 
 
 def _product(matrix: Any, dense: np.ndarray) -> np.ndarray:
@@ -325,7 +339,14 @@ def _kmeans(points: np.ndarray, n: int, seed: int) -> np.ndarray:
     kmeans = faiss.Kmeans(points.shape[1], n, niter=25, seed=seed + 1, spherical=True,
                           max_points_per_centroid=10**9, min_points_per_centroid=1,
                           **(few if len(points) * n < 100_000 else {}))
-    kmeans.train(np.ascontiguousarray(points, np.float32))
+    # One thread: the result must not depend on how many cores there are, and on a busy machine the threads
+    # wait for each other a hundred times longer than they compute. GPT-2's 50,257 words take seconds.
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        kmeans.train(np.ascontiguousarray(points, np.float32))
+    finally:
+        faiss.omp_set_num_threads(threads)
     return np.nan_to_num(np.asarray(kmeans.centroids, np.float32).reshape(n, -1))
 
 

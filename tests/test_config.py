@@ -1,0 +1,213 @@
+"""Every choice and its rules: what resolves, what is refused, and in what words."""
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+from ml_collections import config_dict
+
+from hdlm_jax import config
+from hdlm_jax.config import ConfigError, check_name, default, resolve
+
+TINY = {"tokenizer": {"kind": "bytes", "vocab_size": 257}}
+
+
+def with_(**sections):
+    """A resolved config of plain dicts over a small base."""
+    return resolve(TINY | sections)
+
+
+def refused(match, **sections):
+    with pytest.raises(ConfigError, match=match) as error:
+        with_(**sections)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_defaults_resolve_to_themselves():
+    assert resolve(default()) == config.Config() == resolve({})
+    assert issubclass(ConfigError, ValueError)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolve({}).train.steps = 1
+    names = {"data": "source files text_field validation", "tokenizer": "kind vocab_size",
+             "hierarchy": "clusters embeddings seed",
+             "model": "width blocks heads seq_len dropout time_conditioning head",
+             "diffusion": "gamma rates xi force_transition weighting weight_min weight_max hard_training",
+             "train": "steps batch_size microbatches seed log_every init_from", "evaluate": "draws",
+             "generate": "num_samples steps plan temperature top_p", "parallel": "data fsdp tensor",
+             "checkpoint": "every"}  # fmt: skip
+    for section, settings in names.items():  # names that others rely on
+        for name in settings.split():
+            check_name(f"{section}.{name}")
+
+
+def recipes():
+    from pathlib import Path
+    files = sorted(p.name for p in (Path(__file__).parent.parent / "configs").glob("*.py"))
+    books = [f"books.py:{kind}{options}" for kind in ("mdlm", "hdlm", "shuffled") for options in ("", "-warm-s1")]
+    return [f for f in files if not f.startswith("_")] + books
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_recipe_resolves(root, recipe):
+    file, *argument = recipe.split(":")
+    spec = importlib.util.spec_from_file_location("recipe", root / "configs" / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    resolved = resolve(module.get_config(*argument))
+    assert json.loads(json.dumps(resolved.as_dict())), "can be saved"
+    assert f"configs/{file}" in module.__doc__, "its docstring gives the command"
+    if argument:
+        assert resolved.hierarchy.clusters == ((1,) if "mdlm" in recipe else (64,))
+        assert resolved.hierarchy.shuffle == ("shuffled" in recipe)
+        assert (resolved.model.embeddings, resolved.train.seed) == (("clusters", 1) if "-s1" in recipe
+                                                                    else ("random", 0))  # fmt: skip
+
+
+def test_mdlm_and_hdlm_recipes_differ_in_the_clusters_alone(root):
+    from configs import hdlm_small, hdlm_tiny, mdlm_small, mdlm_tiny
+    for ours, mdlm in ((hdlm_tiny, mdlm_tiny), (hdlm_small, mdlm_small)):
+        a, b = resolve(ours.get_config()), resolve(mdlm.get_config())
+        assert a != b and dataclasses.replace(a, hierarchy=b.hierarchy) == b
+
+
+def test_overrides_keep_their_type():
+    c = default()
+    c.train.steps, c.optimizer.lr, c.hierarchy.clusters, c.diffusion.hard_training = 7, 1e-2, (32, 8), True
+    found = resolve(c)
+    assert (found.train.steps, found.optimizer.lr, found.hierarchy.clusters) == (7, 1e-2, (32, 8))
+    assert found.diffusion.hard_training is True and found.train.batch_size == config.Train().batch_size
+    with pytest.raises(TypeError):
+        c.train.steps = "many"
+    whole = resolve({"optimizer": {"lr": 1}})
+    assert whole.optimizer.lr == 1.0 and type(whole.optimizer.lr) is float
+    refused(r"train.steps='5': must be of type int", train={"steps": "5"})
+    refused(r"train.steps=1.5: must be of type int", train={"steps": 1.5})
+    refused(r"train.steps=True: must be of type int", train={"steps": True})
+    refused(r"diffusion.hard_training=1: must be of type bool", diffusion={"hard_training": 1})
+    refused(r"optimizer.lr=True: must be of type float", optimizer={"lr": True})
+    refused(r"hierarchy.clusters=64: must be a tuple", hierarchy={"clusters": 64})
+    refused(r"hierarchy.clusters='many': must be of type int", hierarchy={"clusters": ("many",)})
+    refused(r"data.files='a.txt': must be a tuple", data={"source": "files", "files": "a.txt"})
+    refused(r"config.train=5: is a section; its settings are steps, batch_size", train=5)
+
+
+def test_saved_and_read_again():
+    c = with_(hierarchy={"clusters": (32, 8)}, diffusion={"rates": (2.0, 1.0, 1.0), "xi": 0.9},
+              data={"source": "files", "files": ("a.txt", "b.jsonl.gz")})  # fmt: skip
+    again = resolve(json.loads(json.dumps(c.as_dict())))
+    assert again == c and isinstance(again.hierarchy.clusters, tuple) and isinstance(again.data.files, tuple)
+    assert resolve(config_dict.ConfigDict(c.as_dict())) == c
+
+
+def test_unknown_names_say_what_was_meant():
+    message = refused("config.train.stpes: no such setting", train={"stpes": 5})
+    assert "did you mean 'steps'?" in message and "batch_size" in message
+    message = refused("config.modle: no such section", modle={"width": 8})
+    assert "did you mean 'model'?" in message and "tokenizer" in message
+    assert "did you mean" not in refused("config.train.qqqq: no such setting", train={"qqqq": 5})
+    check_name("train")
+    check_name("train.steps")
+    for name in ("train.", "train.steps.x", "nope.steps", ""):
+        with pytest.raises(ConfigError, match="no such"):
+            check_name(name)
+
+
+@pytest.mark.parametrize("section, name, wrong, meant", [
+    ("diffusion", "weighting", "constnat", "constant"), ("diffusion", "force_transition", "cavty", "cavity"),
+    ("data", "source", "fiels", "files"), ("data", "txt_documents", "blankline", "blank_line"),
+    ("tokenizer", "kind", "byte", "bytes"), ("model", "head", "flatt", "flat"),
+    ("model", "dtype", "float23", "float32"),
+    ("model", "embeddings", "cluster", "clusters"), ("optimizer", "schedule", "cosin", "cosine"),
+    ("generate", "plan", "event", "events"), ("generate", "clusters", "exakt", "exact"),
+    ("evaluate", "checkpoint", "bset", "best"), ("generate", "checkpoint", "lastest", "latest"),
+])  # fmt: skip
+def test_names_of_choices(section, name, wrong, meant):
+    values = TINY.get(section, {}) | {name: wrong}
+    message = refused(f"{section}.{name}='{wrong}': choose one of", **{section: values})
+    assert f"did you mean '{meant}'?" in message
+
+
+@pytest.mark.parametrize("section, name, wrong, rule", [
+    ("model", "heads", 5, "must divide model.width=768"), ("model", "heads", 256, "must be even"),
+    ("model", "width", 0, "at least 1"), ("model", "seq_len", 0, "at least 1"), ("model", "dropout", 1.0, r"\[0, 1\)"),
+    ("tokenizer", "vocab_size", 256, "257"), ("data", "files", ("a.txt",), "data.source='files'"),
+    ("data", "source", "files", "data.source='files'"), ("data", "validation_fraction", 0.0, r"\(0, 1\)"),
+    ("hierarchy", "clusters", (16, 64), "fall, fine to coarse"), ("hierarchy", "clusters", (64, 64), "fall"),
+    ("hierarchy", "clusters", (8, 0), "positive"), ("hierarchy", "clusters", (300,), "more clusters than .*257 words"),
+    ("hierarchy", "embeddings", "gpt2", "corpus, a FILE.npy"),
+    ("diffusion", "gamma", 0.0, "positive"), ("diffusion", "rates", (1.0, -1.0), "positive"),
+    ("diffusion", "rates", (1.0,), "the hierarchy has 2 levels"), ("diffusion", "weight_min", 3.0, "weight_min=3.0"),
+    ("optimizer", "lr", 0.0, "positive"), ("optimizer", "lr", float("nan"), "positive"),
+    ("optimizer", "ema", 1.0, r"\[0, 1\)"),
+    ("optimizer", "warmup", -1, "negative"), ("optimizer", "b2", 1.0, r"\[0, 1\)"),
+    ("optimizer", "weight_decay", -0.1, "negative"), ("optimizer", "clip", 0.0, "positive"),
+    ("train", "steps", 0, "at least 1"), ("train", "microbatches", 3, "must divide train.batch_size=512"),
+    ("evaluate", "draws", 1, "at least 2"), ("evaluate", "cv2", 0.0, "positive"), ("evaluate", "rows", -1, "negative"),
+    ("generate", "top_p", 0.0, r"\(0, 1\]"), ("generate", "top_p", 1.5, r"\(0, 1\]"),
+    ("generate", "temperature", -1.0, "negative"), ("generate", "steps", 0, "at least 1"),
+    ("generate", "reveals", 0, "at least 1"), ("checkpoint", "every", 0, "at least 1"),
+    ("parallel", "fsdp", 0, "at least 1"), ("parallel", "fsdp", -1, "at most one of them -1"),
+])  # fmt: skip
+def test_rules(section, name, wrong, rule):
+    message = refused(rule, **{section: TINY.get(section, {}) | {name: wrong}})
+    assert repr(wrong).strip("()") in message or section == "parallel" or name in ("source", "weight_min")
+    assert section in message
+
+
+def test_fixed_vocabularies():
+    refused("tokenizer.kind='gpt2' has 50257 words", tokenizer={"kind": "gpt2", "vocab_size": 50000})
+    refused("tokenizer.kind='bytes' has 257 words", tokenizer={"kind": "bytes", "vocab_size": 300})
+    assert with_(tokenizer={"kind": "bpe", "vocab_size": 257}).tokenizer.vocab_size == 257
+
+
+def test_xi_names_the_n_at_hand():
+    for xi in (0.125, 0.1, 0.0, 1.1, -1.0):
+        refused(r"diffusion.xi=.*must lie in \(1/n, 1\]", diffusion={"xi": xi}, hierarchy={"clusters": (8,)})
+    assert "(0.125, 1] for n = 8 clusters" in refused("xi", diffusion={"xi": 0.125}, hierarchy={"clusters": (8, 2)})
+    assert with_(diffusion={"xi": 0.126}, hierarchy={"clusters": (8,)}).diffusion.xi == 0.126
+    for clusters in ((1,), ()):
+        refused("must be 1 when there is a single cluster", diffusion={"xi": 0.9}, hierarchy={"clusters": clusters})
+    refused("its bound is infinite at xi=0.9", diffusion={"xi": 0.9, "force_transition": "within"})
+    assert with_(diffusion={"force_transition": "within"})
+
+
+def test_rates_of_levels():
+    assert config.Diffusion().level_rates(3) == (1.0, 1.0, 1.0)
+    assert config.Diffusion(gamma=2.0).level_rates(2) == (2.0, 1.0)
+    assert config.Diffusion(gamma=0.5).level_rates(2) == (1.0, 2.0), "the smallest is 1: only their ratio matters"
+    assert config.Diffusion(rates=(3.0, 1.5, 6.0)).level_rates(3) == (2.0, 1.0, 4.0)
+    refused("only one of diffusion.gamma and diffusion.rates", diffusion={"gamma": 2.0, "rates": (2.0, 1.0)})
+    refused("stands for two levels; give diffusion.rates for the 3", diffusion={"gamma": 2.0},
+            hierarchy={"clusters": (256, 16)})  # fmt: skip
+    three = with_(diffusion={"rates": (1.0, 2.0, 1.0)}, hierarchy={"clusters": (256, 16)})
+    assert three.diffusion.level_rates(3) == (1.0, 2.0, 1.0)
+
+
+@pytest.mark.parametrize("clusters, keep, levels", [
+    ((), False, 1), ((1,), False, 1), ((1,), True, 2), ((64,), False, 2), ((64, 1), False, 2), ((64, 8), False, 3),
+])  # fmt: skip
+def test_levels_counted_as_the_hierarchy_does(clusters, keep, levels):
+    """As many rates as Hierarchy.from_parents makes levels, no more and no fewer."""
+    from hdlm_jax.text.hierarchy import Hierarchy
+    parents, below = [], 257
+    for n in clusters:
+        parents.append([i % n for i in range(below)])
+        below = n
+    made = Hierarchy.from_parents(parents, num_words=257, keep_single=keep).num_levels
+    assert made == levels
+    for rates in range(1, 5):
+        sections = {"diffusion": {"rates": (1.0,) * rates}, "hierarchy": {"clusters": clusters, "keep_single": keep}}
+        if rates == levels:
+            assert with_(**sections)
+        else:
+            refused(f"has {levels} levels", **sections)
+
+
+def test_mesh_shapes():
+    p = config.Parallel
+    assert p().shape(8) == (8, 1, 1) and p(data=2, fsdp=-1).shape(8) == (2, 4, 1)
+    assert p(data=-1, fsdp=2, tensor=2).shape(8) == (2, 2, 2) and p(data=1).shape(1) == (1, 1, 1)
+    for shape in (p(data=3), p(data=4), p(fsdp=3), p(data=16), p(fsdp=16)):
+        with pytest.raises(ConfigError, match="does not multiply to the 8 devices at hand"):
+            shape.shape(8)

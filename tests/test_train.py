@@ -1,0 +1,368 @@
+"""The training step and loop: one path for any devices and microbatches, exact resume, clear stops."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hdlm_jax import config as config_lib
+from hdlm_jax.config import ConfigError
+from hdlm_jax.diffusion import sampler
+from hdlm_jax.diffusion.process import fold
+from hdlm_jax.run import parallel, train
+from hdlm_jax.run.generate import make_sample_step
+from hdlm_jax.run.metrics import read_metrics
+from hdlm_jax.run.state import (
+    build,
+    init_state,
+    make_loss_sums,
+    make_optimizer,
+    make_train_step,
+    stratified_tau,
+)
+from hdlm_jax.text.hierarchy import Hierarchy
+
+V, S, B = 40, 8, 16
+HIERARCHY = Hierarchy.from_parents([np.arange(V) % 6, np.arange(6) % 2])
+
+
+def make_config(**changes):
+    c = config_lib.default()
+    c.tokenizer.kind, c.tokenizer.vocab_size = "bytes", 257
+    c.hierarchy.clusters = (6, 2)
+    c.diffusion.weighting = "none"
+    c.diffusion.xi = 0.9
+    c.model.width, c.model.blocks, c.model.heads, c.model.seq_len = 16, 2, 2, S
+    c.optimizer.warmup, c.optimizer.lr, c.optimizer.ema = 2, 1e-2, 0.9
+    c.train.batch_size, c.train.steps = B, 6
+    for name, value in changes.items():
+        section, field = name.split("__")
+        c[section][field] = value
+    return config_lib.resolve(c)
+
+
+def make_batch(step=0, score=False):
+    rng = np.random.default_rng(step)
+    batch = {"x": rng.integers(0, V, (B, S)).astype(np.int32), "index": np.arange(B, dtype=np.int32)}
+    if score:  # unequal counts per row, hence per device
+        batch["score"] = np.arange(S)[None] >= np.arange(B)[:, None] % (S - 1)
+    return batch
+
+
+def warm_params(config):
+    """Parameters with nothing at zero, so that every gradient and every draw depends on everything."""
+    network, _ = build(config, HIERARCHY)
+    tx, _ = make_optimizer(config)
+    params = jax.jit(lambda k: init_state(config, HIERARCHY, network, tx, k))(jax.random.key(0)).params
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda a: np.float32(a + 0.2 * rng.standard_normal(a.shape)), params)
+
+
+def run_steps(config, devices, steps=4):
+    network, process = build(config, HIERARCHY)
+    tx, _ = make_optimizer(config)
+    mesh = parallel.make_mesh(config, devices)
+    _, shardings = train.abstract_state(config, HIERARCHY, network, tx, mesh)
+    state = jax.jit(lambda k: init_state(config, HIERARCHY, network, tx, k), out_shardings=shardings)(jax.random.key(0))
+    step = make_train_step(config, network, process, tx, parallel.batch_shards(mesh))
+    step = parallel.compile_train_step(step, mesh, shardings)
+    losses = []
+    for i in range(steps):
+        state, metrics = step(state, parallel.put_batch(mesh, make_batch(i)), jax.random.key(7))
+        losses.append([float(metrics[k]) for k in ("loss", "nelbo", "grad_norm")])
+    return np.array(losses), jax.tree.map(np.asarray, state)
+
+
+@functools.cache
+def one_device():
+    return run_steps(make_config(), jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(parallel__data=2, parallel__fsdp=2, parallel__tensor=2),
+        dict(train__microbatches=2),
+        dict(model__remat=True),
+    ],
+    ids=["data8", "data2-fsdp2-tensor2", "microbatches2", "remat"],
+)
+def test_one_path_for_any_mesh_and_microbatches(changes):
+    losses, state = run_steps(make_config(**changes), jax.devices())
+    expected, reference = one_device()
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, reference.params)
+    assert max(jax.tree.leaves(moved)) < 2e-4  # Adam divides by tiny second moments; losses hold the tight bound
+
+
+def test_parameters_are_really_sharded():
+    config = make_config(parallel__data=2, parallel__fsdp=2, parallel__tensor=2)
+    network, _ = build(config, HIERARCHY)
+    mesh = parallel.make_mesh(config)
+    abstract, _ = train.abstract_state(config, HIERARCHY, network, make_optimizer(config)[0], mesh)
+    table = abstract.params["embedding"]
+    assert table.sharding.spec == jax.sharding.PartitionSpec("tensor", "fsdp")
+    assert abstract.opt_state[1][0].mu["embedding"].sharding == table.sharding
+
+
+def test_literal_pmap_equals_jit():
+    """Per-device sums and counts with unequal padding: jax.pmap on 8 devices gives the loss and gradient of jit."""
+    config = make_config()
+    network, process = build(config, HIERARCHY)
+    params, batch, key = warm_params(config), make_batch(score=True), jax.random.key(1)
+    loss_sums = make_loss_sums(config, network, process)
+
+    def loss_and_grad(params, batch):
+        (loss, (_, tokens)), grads = jax.value_and_grad(
+            lambda p: (lambda a, b, c: (a, (b, c)))(*loss_sums(p, batch, key)), has_aux=True)(params)
+        return loss, tokens, grads
+
+    loss, tokens, grads = jax.jit(loss_and_grad)(params, batch)
+
+    def on_device(params, batch):
+        return jax.lax.psum(loss_and_grad(params, batch), "i")
+
+    split = {k: v.reshape(8, B // 8, *v.shape[1:]) for k, v in batch.items()}
+    counts = split["score"].sum((1, 2))
+    assert len(set(counts.tolist())) > 1
+    loss_p, tokens_p, grads_p = jax.pmap(on_device, axis_name="i", in_axes=(None, 0))(params, split)
+    assert float(tokens_p[0]) == float(tokens) == batch["score"].sum()
+    np.testing.assert_allclose(loss_p[0] / tokens_p[0], loss / tokens, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads_p), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a[0] / tokens, b / tokens, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("plan", sampler.PLANS)
+def test_pmap_and_eight_devices_sample_the_same_tokens(plan):
+    config = make_config(generate__plan=plan, generate__steps=5, generate__reveals=3)
+    network, process = build(config, HIERARCHY)
+    params, key = warm_params(config), jax.random.key(2)
+    batch = {"z": np.full((B, S), HIERARCHY.mask_id, np.int32), "index": np.arange(B, dtype=np.int32)}
+    step = make_sample_step(network, process, config.generate)
+    expected = jax.jit(step)(params, batch, key)["tokens"]
+    mesh = parallel.make_mesh(config)
+    placed = jax.device_put(params, parallel.replicated(mesh))
+    eight = parallel.compile_batch_step(step, mesh, placed)(placed, parallel.put_batch(mesh, batch), key)["tokens"]
+    np.testing.assert_array_equal(eight, expected)
+    split = {k: v.reshape(8, B // 8, *v.shape[1:]) for k, v in batch.items()}
+    mapped = jax.pmap(step, in_axes=(None, 0, None))(params, split, key)["tokens"]
+    np.testing.assert_array_equal(mapped.reshape(B, S), expected)
+    assert np.asarray(expected).max() < V
+
+
+def test_sums_over_parts_of_a_batch_add_up():
+    """Randomness belongs to the row: halves of a batch give the sums of the whole, with dropout as well."""
+    config = make_config(model__dropout=0.3)
+    network, process = build(config, HIERARCHY)
+    sums = jax.jit(make_loss_sums(config, network, process))
+    params, batch, key = warm_params(config), make_batch(), jax.random.key(5)
+    whole = np.array(sums(params, batch, key))
+    halves = [{k: v[i : i + B // 2] for k, v in batch.items()} for i in (0, B // 2)]
+    np.testing.assert_allclose(sum(np.array(sums(params, h, key)) for h in halves), whole, rtol=1e-5)
+
+
+def test_prompts_are_neither_noised_nor_scored():
+    config = make_config(diffusion__xi=1.0)
+    network, process = build(config, HIERARCHY)
+    params, batch, key = warm_params(config), make_batch(score=True), jax.random.key(5)
+    sums = jax.jit(make_loss_sums(config, network, process))
+    loss, _, tokens = sums(params, batch, key)
+    assert float(tokens) == batch["score"].sum()
+    # all of a row given: nothing is noised, whatever the time, so there is no loss at all
+    nothing = batch | {"score": np.zeros((B, S), bool)}
+    assert float(sums(params, nothing, key)[0]) == 0.0
+    assert float(loss) > 0.0
+
+
+def test_stratified_times_cover_the_strata():
+    n = 4096
+    keys = fold(jnp.broadcast_to(jax.random.key(0), (n,)), jnp.arange(n))
+    tau = np.asarray(jax.jit(stratified_tau, static_argnums=2)(keys, jnp.arange(n), n), np.float64)
+    assert np.isfinite(tau).all() and (tau > 0).all()
+    t = -np.expm1(-tau)
+    np.testing.assert_array_equal(np.floor(t * n + 1e-3 * (np.arange(n) == 0)).astype(int)[:-1], np.arange(n)[:-1])
+    # one row in all: uniform on (0, 1), so tau is a unit exponential
+    alone = np.asarray(jax.vmap(lambda k: stratified_tau(k[None], jnp.zeros(1, int), 1)[0])(keys), np.float64)
+    assert abs(alone.mean() - 1) < 4 / math.sqrt(n)
+    assert abs((alone**2).mean() - 2) < 4 * math.sqrt(20 / n)
+
+
+def test_schedule_and_first_update():
+    config = make_config(train__steps=100, optimizer__warmup=10, optimizer__lr=1.0)
+    schedule = make_optimizer(config)[1]
+    assert float(schedule(0)) == pytest.approx(0.1) and float(schedule(9)) == pytest.approx(1.0)
+    assert float(schedule(99)) == pytest.approx(0.1, abs=1e-3)
+    constant = make_optimizer(make_config(optimizer__schedule="constant", optimizer__lr=1.0))[1]
+    assert float(constant(1000)) == 1.0
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+SENTENCE = "the cat sat on the mat and the dog sat on the log. "
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    with open(folder / "text.jsonl", "w") as f:
+        for i in range(60):
+            f.write(json.dumps({"text": SENTENCE * (1 + i % 5) + str(i)}) + "\n")
+    return folder
+
+
+def loop_config(corpus, **changes):
+    c = config_lib.default()
+    c.data.source, c.data.files = "files", (str(corpus / "text.jsonl"),)
+    c.data.validation_fraction = 0.2
+    c.data.dir = str(corpus / "data")
+    c.tokenizer.kind, c.tokenizer.vocab_size = "bytes", 257
+    c.hierarchy.clusters = (8,)
+    c.diffusion.weighting = "constant"
+    c.model.width, c.model.blocks, c.model.heads, c.model.seq_len = 16, 1, 2, 16
+    c.optimizer.warmup, c.optimizer.lr, c.optimizer.ema = 2, 1e-2, 0.5
+    c.train.batch_size, c.train.steps, c.train.log_every, c.checkpoint.every = 16, 10, 1, 4
+    c.evaluate.rows_in_training, c.evaluate.batch_size = 8, 8
+    for name, value in changes.items():
+        section, field = name.split("__")
+        c[section][field] = value
+    return c
+
+
+def flat(state):
+    return [np.asarray(a) for a in jax.tree.leaves(state)]
+
+
+def test_rerun_resumes_and_ends_as_if_never_stopped(corpus, tmp_path):
+    """Stopped at step 6 (checkpoint 4 and 6 saved), then the full run: bit for bit the undisturbed one."""
+    whole = train.train(config_lib.resolve(loop_config(corpus)), str(tmp_path / "whole"))
+    workdir = str(tmp_path / "parts")
+    # a constant rate, so that the shorter run is a prefix of the longer one
+    train.train(config_lib.resolve(loop_config(corpus, optimizer__schedule="constant", train__steps=6)), workdir)
+    parts = train.train(config_lib.resolve(loop_config(corpus, optimizer__schedule="constant")), workdir)
+    constant = train.train(config_lib.resolve(loop_config(corpus, optimizer__schedule="constant")), str(tmp_path / "c"))
+    for a, b in zip(flat(parts), flat(constant), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any(not np.array_equal(a, b) for a, b in zip(flat(whole), flat(constant), strict=True))
+    steps = [r["step"] for r in read_metrics(os.path.join(workdir, "metrics.jsonl"))]
+    assert steps == list(range(1, 11))
+    again = train.train(config_lib.resolve(loop_config(corpus, optimizer__schedule="constant")), workdir)
+    np.testing.assert_array_equal(flat(again)[0], flat(parts)[0])
+    with pytest.raises(ConfigError, match="optimizer.lr=0.5"):
+        train.train(config_lib.resolve(loop_config(corpus, optimizer__schedule="constant", optimizer__lr=0.5)), workdir)
+
+
+def test_killed_and_resumed_equals_never_killed(corpus, tmp_path):
+    """SIGKILL off a checkpoint boundary, then the same command: params, optimizer, EMA and position bit for bit."""
+    config = loop_config(corpus, train__steps=60, checkpoint__every=20)
+    script = tmp_path / "config.py"
+    script.write_text("from hdlm_jax import config\nimport json\ndef get_config():\n c = config.default()\n"
+                      f" c.update(json.loads({json.dumps(config.to_json_best_effort())!r}))\n return c\n")
+    env = os.environ | {"XLA_FLAGS": "", "CI": "1"}
+
+    def command(workdir):
+        return [sys.executable, "-m", "hdlm_jax.main", f"--config={script}", f"--workdir={workdir}"]
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command(killed), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.time() + 240
+    seen = 0
+    while time.time() < deadline and seen < 23:
+        seen = max([r["step"] for r in read_metrics(str(killed / "metrics.jsonl"))], default=0)
+        if process.poll() is not None:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    output = process.communicate()[0].decode()
+    assert process.returncode == -signal.SIGKILL, output
+    assert 23 <= seen < 60 and seen % 20
+    for workdir in (killed, tmp_path / "whole"):
+        done = subprocess.run(command(workdir), env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        if workdir == killed:
+            assert "resuming from step 20" in done.stdout or "resuming from step 40" in done.stdout
+    from hdlm_jax.run.checkpoint import Checkpoints
+
+    states = []
+    for workdir in (killed, tmp_path / "whole"):
+        checkpoints = Checkpoints(str(workdir), read_only=True)
+        assert checkpoints.latest() == 60 and checkpoints.meta(60)["next_step"] == 60
+        resolved = config_lib.resolve(config)
+        hierarchy = Hierarchy.load(workdir / "hierarchy.npz")
+        network, _ = build(resolved, hierarchy)
+        mesh = parallel.make_mesh(resolved)
+        abstract, _ = train.abstract_state(resolved, hierarchy, network, make_optimizer(resolved)[0], mesh)
+        states.append(flat(checkpoints.restore(60, abstract)))
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [r["step"] for r in read_metrics(str(killed / "metrics.jsonl"))] == list(range(1, 61))
+
+
+def test_learns_and_starts_from_another_run(corpus, tmp_path):
+    config = config_lib.resolve(loop_config(corpus, train__steps=60, checkpoint__every=60, train__log_every=10))
+    train.train(config, str(tmp_path / "first"))
+    records = read_metrics(str(tmp_path / "first" / "metrics.jsonl"))
+    assert records[-1]["valid_nelbo"] < 3.2 and records[-1]["loss"] < 0.75 * records[0]["loss"]
+    from hdlm_jax.run.api import load_params
+
+    more = config_lib.resolve(loop_config(corpus, train__steps=1, train__init_from=str(tmp_path / "first"),
+                                          optimizer__lr=1e-9))
+    state = train.train(more, str(tmp_path / "second"))
+    first = load_params(str(tmp_path / "first"), "best", _tokenizer(corpus).fingerprint)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(first), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+    with pytest.raises(ConfigError, match="other shapes"):
+        bad = loop_config(corpus, train__init_from=str(tmp_path / "first"), model__width=32)
+        train.train(config_lib.resolve(bad), str(tmp_path / "third"))
+
+
+def _tokenizer(corpus):
+    from hdlm_jax.text.tokens import load_tokenizer
+
+    return load_tokenizer(corpus / "data")
+
+
+def test_stops_at_a_loss_that_is_not_finite(corpus, tmp_path, monkeypatch):
+    real = train.make_train_step
+
+    def poisoned(*args):
+        step = real(*args)
+
+        def wrapped(state, batch, key):
+            state, metrics = step(state, batch, key)
+            return state, metrics | {"loss": jnp.where(state.step == 6, jnp.nan, metrics["loss"])}
+
+        return wrapped
+
+    monkeypatch.setattr(train, "make_train_step", poisoned)
+    with pytest.raises(train.TrainingStopped, match=r"loss=nan .* at step 6; last finite .*'step': 5.*step 4 in"):
+        train.train(config_lib.resolve(loop_config(corpus)), str(tmp_path / "run"))
+
+
+def test_batch_must_divide_over_devices(corpus, tmp_path):
+    with pytest.raises(ConfigError, match="train.batch_size=12.*8 batch shards"):
+        train.train(config_lib.resolve(loop_config(corpus, train__batch_size=12)), str(tmp_path / "run"))
+
+
+def test_sigterm_saves_and_says_resume(corpus, tmp_path, monkeypatch):
+    config = config_lib.resolve(loop_config(corpus, checkpoint__every=100))
+    monkeypatch.setattr(train, "_on_sigterm", lambda: {"asked": True})
+    with pytest.raises(SystemExit) as stop:
+        train.train(config, str(tmp_path / "run"))
+    assert stop.value.code == train.RESUME_EXIT
+    monkeypatch.undo()
+    state = train.train(config, str(tmp_path / "run"))
+    whole = train.train(config, str(tmp_path / "whole"))
+    for a, b in zip(flat(state), flat(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert dataclasses.asdict(config)["checkpoint"]["every"] == 100

@@ -325,7 +325,8 @@ def resolve(given: Any) -> Config:
     for name in given:
         check_name(name)
     for field in dataclasses.fields(Config):
-        name, section = field.name, field.default
+        name = field.name
+        section: Any = field.default
         values = given.get(name, {})
         _rule(isinstance(values, dict), f"config.{name}", values, f"is a section; its settings are {_names(section)}")
         types = typing.get_type_hints(type(section))
@@ -339,7 +340,7 @@ def resolve(given: Any) -> Config:
 
 def check_name(name: str) -> None:
     """ConfigError unless `name` is a section ("train") or a setting ("train.steps") of the config."""
-    sections = {f.name: f.default for f in dataclasses.fields(Config)}
+    sections: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Config)}
     section, dot, key = name.partition(".")
     known = tuple(f.name for f in dataclasses.fields(sections[section])) if section in sections and dot else None
     here, choices = (key, known) if known else (section, tuple(sections))

@@ -38,14 +38,16 @@ def parse(argv: list[str]) -> list[str]:
     except ConfigError as error:
         _stop(error)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        text = lines[-1] if "config file:" in lines[0] else " ".join(lines)  # there a whole traceback is the message
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+        in_file = not isinstance(error, flags.Error) or "config file:" in lines[0]  # then the message is a traceback
+        name = given[0] if given else "--config is missing"
         kind = "" if isinstance(error, flags.Error | OSError) else f"{type(error).__name__}: "
-        _stop(ConfigError(f"{given[0] if given else '--config is missing'}: {kind}{text}"), error)
+        text = lines[-1] if kind == "" else " ".join(lines)
+        _stop(ConfigError(f"{name}: {kind}{text}" if in_file or not given else " ".join(lines)), error)
     return rest
 
 
-def _stop(error: Exception, cause: Exception | None = None) -> NoReturn:
+def _stop(error: Exception, cause: BaseException | None = None) -> NoReturn:
     if os.environ.get("HDLM_TRACEBACK"):
         raise error from cause
     print(f"hdlm_jax: {' '.join(str(error).split())}", file=sys.stderr)

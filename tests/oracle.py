@@ -321,7 +321,7 @@ class Toy:
             out = out * q[words[:, i]][:, z[:, i]]
         return out
 
-    def nelbo(self, network, rates_table=None):
+    def nelbo(self, network, rates_table=None, nodes=16):
         """[V] * S NELBO of every sequence of words in nats: quadrature over noise time, enumeration of z.
 
         `rates_table(network, tau)` -> [Z, S, V] lets a test put the library's rates in place of these.
@@ -330,7 +330,7 @@ class Toy:
         rates_table = rates_table or self.rates_table
         words = self.words(length)
         total = np.zeros(len(words))
-        for tau, weight in zip(*quadrature(self.rates), strict=True):
+        for tau, weight in zip(*quadrature(self.rates, nodes), strict=True):
             table = np.asarray(rates_table(network, tau), float)
             law = self.occupancy(tau, length)
             for i in range(length):

@@ -124,8 +124,10 @@ def test_crossing_times_law(rates):
     assert np.abs(off).max() < 4.5 / math.sqrt(n / 2)
 
 
-@pytest.mark.parametrize("rates", [(1.0,), (1.0, 1.0), (1.0, 1.0, 1.0), (4.0, 0.25, 1.0)])
-@pytest.mark.parametrize("tokens, cv2", [(1, 1.0), (1024, 0.03)])
+@pytest.mark.parametrize(
+    "rates, tokens, cv2",
+    [((1.0,), 1, 1.0), ((1.0, 1.0), 1024, 0.03), ((1.0,) * 3, 64, 1.0), ((4.0, 0.5, 1.0), 1024, 0.1)],
+)
 def test_proposal_is_unbiased(rates, tokens, cv2):
     """Fact 1 through the table: E r_k beta_{k-1}/q = 1, because q is the slope of the table."""
     chain = LevelChain(rates)

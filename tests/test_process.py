@@ -28,6 +28,7 @@ CASES = [
     (THREE, (1.5, 1.0, 4.0), 0.6),
 ]
 FORCES = ("none", "within", "between", "cavity")
+NODES = 4  # a panel of the quadrature (32 in all): exact to 1e-6 nats here, less than float32 leaves
 
 
 def make(shape, rates, xi, force="cavity", keep_single=False):
@@ -81,7 +82,7 @@ def test_rate_is_the_oracle_s(shape, rates, xi, force):
         return
     rate = jax.jit(process.nelbo_rate)
     p = [toy.force_one(q[0], s[0], force) for q, s in zip(softmax(logits), z, strict=True)]
-    for tau in (0.01, 0.8, 5.0):
+    for tau in (0.01, 1.7):
         taus = jnp.full(len(x), tau, jnp.float32)
         got = np.asarray(rate(jnp.asarray(logits), jnp.asarray(x), jnp.asarray(z), taus))
         tau = float(np.float32(tau))
@@ -114,7 +115,7 @@ def test_nelbo_of_the_optimum_is_the_entropy(shape, rates, xi, force):
     toy, process = make(shape, rates, xi, force)
     joint = oracle.random_joint(toy.V, 2, seed=3)
     network = toy.bayes(joint, cavity=force == "cavity")
-    nelbo = (joint * toy.nelbo(network, library_rates(toy, process))).sum()
+    nelbo = (joint * toy.nelbo(network, library_rates(toy, process), NODES)).sum()
     assert nelbo == pytest.approx(oracle.entropy(joint), abs=1e-4)
 
 
@@ -123,7 +124,7 @@ def test_between_is_above_the_entropy(xi):
     toy, process = make(TWO, (1.0, 1.0), xi, "between")
     joint = oracle.random_joint(4, 2, seed=3)
     network = toy.bayes(joint)
-    nelbo = (joint * toy.nelbo(network, library_rates(toy, process))).sum()
+    nelbo = (joint * toy.nelbo(network, library_rates(toy, process), NODES)).sum()
     assert nelbo > oracle.entropy(joint) + 0.005
     assert nelbo == pytest.approx((joint * toy.nelbo(toy.force(network, "between"))).sum(), abs=1e-4)
 
@@ -131,7 +132,7 @@ def test_between_is_above_the_entropy(xi):
 def test_within_at_xi_one_is_exact_too():
     toy, process = make(THREE, (1.0, 2.0, 1.0), 1.0, "within")
     joint = oracle.random_joint(5, 2, seed=3)
-    nelbo = (joint * toy.nelbo(toy.bayes(joint, cavity=True), library_rates(toy, process))).sum()
+    nelbo = (joint * toy.nelbo(toy.bayes(joint, cavity=True), library_rates(toy, process), NODES)).sum()
     assert nelbo == pytest.approx(oracle.entropy(joint), abs=1e-4)
 
 
@@ -140,7 +141,7 @@ def test_nelbo_bounds_the_likelihood_of_the_sampled_model(force):
     """Fact 6 with the library's rates: a random network, all orders of the crossings."""
     toy, process = make(THREE, (1.0, 0.5, 2.0), 0.8, force)
     network = toy.random_network(2, seed=8)
-    nelbo = toy.nelbo(network, library_rates(toy, process))
+    nelbo = toy.nelbo(network, library_rates(toy, process), NODES)
     p = toy.p_model(toy.force(network, force))
     assert p.sum() == pytest.approx(1, abs=1e-9)
     assert (nelbo + np.log(p)).min() > 1e-4
@@ -151,13 +152,13 @@ def test_a_single_cluster_is_mdlm(force):
     """Fact 4: (V, 1, 1) has the NELBO of (V, 1), whatever r_2, for a network blind to the difference."""
     flat, flat_process = make(dict(parents=[], num_words=3), (1.0,), 1.0, force)
     network = flat.random_network(2, seed=7)
-    want = flat.nelbo(network, library_rates(flat, flat_process))
+    want = flat.nelbo(network, library_rates(flat, flat_process), NODES)
     for r_2 in (0.5, 3.0):
         deep, process = make(dict(parents=[[0, 0, 0]]), (1.0, r_2), 1.0, force, keep_single=True)
         assert process.hierarchy.sizes == (3, 1, 1)
         rows = np.minimum(deep.sequences(2), flat.mask)
         twin = network[rows[:, 0] * flat.N + rows[:, 1]]
-        np.testing.assert_allclose(deep.nelbo(twin, library_rates(deep, process)), want, rtol=1e-5)
+        np.testing.assert_allclose(deep.nelbo(twin, library_rates(deep, process), NODES), want, rtol=1e-5)
 
 
 def test_cost_takes_any_leading_shape_and_rate_any_tau():
@@ -179,8 +180,16 @@ def test_cost_takes_any_leading_shape_and_rate_any_tau():
 # ---- training losses ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weighting", ["none", "constant", "clip", "empirical"])
-@pytest.mark.parametrize("hard, xi", [(False, 0.8), (True, 0.8), (True, 1.0)])
+@pytest.mark.parametrize(
+    "weighting, hard, xi",
+    [
+        ("none", False, 0.8),
+        ("constant", True, 0.8),
+        ("constant", True, 1.0),
+        ("clip", False, 1.0),
+        ("empirical", False, 0.8),
+    ],
+)
 def test_training_loss(weighting, hard, xi):
     rates = (1.0, 2.0, 1.0)
     toy, process = make(THREE, rates, xi, "cavity")
@@ -237,7 +246,7 @@ def test_mdlm_weight_is_one_over_t():
     np.testing.assert_allclose(process.nelbo_rate(logits, x, z, tau)[:, 0], ce / np.expm1(tau), rtol=2e-5)
 
 
-@pytest.mark.parametrize("shape, xi", [(TWO, 1.0), (THREE, 1.0), (THREE, 0.7)])
+@pytest.mark.parametrize("shape, xi", [(THREE, 1.0), (THREE, 0.7)])
 @pytest.mark.parametrize("force", FORCES)
 def test_gradients_against_finite_differences(shape, xi, force):
     if force == "within" and xi < 1:

@@ -1,6 +1,5 @@
 """The training step and loop: one path for any devices and microbatches, exact resume, clear stops."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -44,6 +43,7 @@ def make_config(**changes):
     c.diffusion.xi = 0.9
     c.model.width, c.model.blocks, c.model.heads, c.model.seq_len = 16, 2, 2, S
     c.optimizer.warmup, c.optimizer.lr, c.optimizer.ema = 2, 1e-2, 0.9
+    c.optimizer.eps = 1e-3  # so that Adam does not blow rounding up to whole steps
     c.train.batch_size, c.train.steps = B, 6
     for name, value in changes.items():
         section, field = name.split("__")
@@ -89,21 +89,21 @@ def one_device():
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "devices, changes",
     [
-        dict(),
-        dict(parallel__data=2, parallel__fsdp=2, parallel__tensor=2),
-        dict(train__microbatches=2),
-        dict(model__remat=True),
+        (8, dict()),
+        (8, dict(parallel__data=2, parallel__fsdp=2, parallel__tensor=2, train__microbatches=2)),
+        (1, dict(train__microbatches=4)),
+        (1, dict(model__remat=True)),
     ],
-    ids=["data8", "data2-fsdp2-tensor2", "microbatches2", "remat"],
+    ids=["data8", "data2-fsdp2-tensor2-microbatches2", "microbatches4", "remat"],
 )
-def test_one_path_for_any_mesh_and_microbatches(changes):
-    losses, state = run_steps(make_config(**changes), jax.devices())
+def test_one_path_for_any_mesh_and_microbatches(devices, changes):
+    losses, state = run_steps(make_config(**changes), jax.devices()[:devices])
     expected, reference = one_device()
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, reference.params)
-    assert max(jax.tree.leaves(moved)) < 2e-4  # Adam divides by tiny second moments; losses hold the tight bound
+    assert max(jax.tree.leaves(moved)) < 1e-5
 
 
 def test_parameters_are_really_sharded():
@@ -143,7 +143,7 @@ def test_literal_pmap_equals_jit():
         np.testing.assert_allclose(a[0] / tokens, b / tokens, rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("plan", sampler.PLANS)
+@pytest.mark.parametrize("plan", ["grid", *(pytest.param(p, marks=pytest.mark.slow) for p in sampler.PLANS[1:])])
 def test_pmap_and_eight_devices_sample_the_same_tokens(plan):
     config = make_config(generate__plan=plan, generate__steps=5, generate__reveals=3)
     network, process = build(config, HIERARCHY)
@@ -221,6 +221,13 @@ def corpus(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """The loop on one of the simulated devices: it compiles in a fraction of the time."""
+    make = parallel.make_mesh
+    monkeypatch.setattr(parallel, "make_mesh", lambda config, devices=None: make(config, jax.devices()[:1]))
+
+
 def loop_config(corpus, **changes):
     c = config_lib.default()
     c.data.source, c.data.files = "files", (str(corpus / "text.jsonl"),)
@@ -243,7 +250,7 @@ def flat(state):
     return [np.asarray(a) for a in jax.tree.leaves(state)]
 
 
-def test_rerun_resumes_and_ends_as_if_never_stopped(corpus, tmp_path):
+def test_rerun_resumes_and_ends_as_if_never_stopped(corpus, tmp_path, alone):
     """Stopped at step 6 (checkpoint 4 and 6 saved), then the full run: bit for bit the undisturbed one."""
     whole = train.train(config_lib.resolve(loop_config(corpus)), str(tmp_path / "whole"))
     workdir = str(tmp_path / "parts")
@@ -266,8 +273,8 @@ def test_killed_and_resumed_equals_never_killed(corpus, tmp_path):
     """SIGKILL off a checkpoint boundary, then the same command: params, optimizer, EMA and position bit for bit."""
     config = loop_config(corpus, train__steps=60, checkpoint__every=20)
     script = tmp_path / "config.py"
-    script.write_text("from hdlm_jax import config\nimport json\ndef get_config():\n c = config.default()\n"
-                      f" c.update(json.loads({json.dumps(config.to_json_best_effort())!r}))\n return c\n")
+    script.write_text("import json\nfrom hdlm_jax import config\n\ndef get_config():\n    c = config.default()\n"
+                      f"    c.update(json.loads({config.to_json()!r}))\n    return c\n")
     env = os.environ | {"XLA_FLAGS": "", "CI": "1"}
 
     def command(workdir):
@@ -308,7 +315,7 @@ def test_killed_and_resumed_equals_never_killed(corpus, tmp_path):
     assert [r["step"] for r in read_metrics(str(killed / "metrics.jsonl"))] == list(range(1, 61))
 
 
-def test_learns_and_starts_from_another_run(corpus, tmp_path):
+def test_learns_and_starts_from_another_run(corpus, tmp_path, alone):
     config = config_lib.resolve(loop_config(corpus, train__steps=60, checkpoint__every=60, train__log_every=10))
     train.train(config, str(tmp_path / "first"))
     records = read_metrics(str(tmp_path / "first" / "metrics.jsonl"))
@@ -332,7 +339,7 @@ def _tokenizer(corpus):
     return load_tokenizer(corpus / "data")
 
 
-def test_stops_at_a_loss_that_is_not_finite(corpus, tmp_path, monkeypatch):
+def test_stops_at_a_loss_that_is_not_finite(corpus, tmp_path, monkeypatch, alone):
     real = train.make_train_step
 
     def poisoned(*args):
@@ -354,15 +361,13 @@ def test_batch_must_divide_over_devices(corpus, tmp_path):
         train.train(config_lib.resolve(loop_config(corpus, train__batch_size=12)), str(tmp_path / "run"))
 
 
-def test_sigterm_saves_and_says_resume(corpus, tmp_path, monkeypatch):
+def test_sigterm_saves_and_says_resume(corpus, tmp_path, monkeypatch, alone):
     config = config_lib.resolve(loop_config(corpus, checkpoint__every=100))
-    monkeypatch.setattr(train, "_on_sigterm", lambda: {"asked": True})
-    with pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "_on_sigterm", lambda: {"asked": True})
         train.train(config, str(tmp_path / "run"))
     assert stop.value.code == train.RESUME_EXIT
-    monkeypatch.undo()
     state = train.train(config, str(tmp_path / "run"))
     whole = train.train(config, str(tmp_path / "whole"))
     for a, b in zip(flat(state), flat(whole), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert dataclasses.asdict(config)["checkpoint"]["every"] == 100

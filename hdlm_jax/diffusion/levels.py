@@ -143,7 +143,9 @@ class LevelChain:
 
     def crossing_times(self, key, shape: tuple[int, ...]):
         """Noise times at which tokens reach levels 1..K: float32 [*shape, K], increasing along the last axis."""
-        waits = jax.random.exponential(key, (*shape, self.num_levels))
+        # half a step of the generator's lattice up: neither 0 nor 1 is drawn, and the mean is right to 1e-8
+        u = jax.random.uniform(key, (*shape, self.num_levels), jnp.float32) + 2.0**-24
+        waits = -jnp.log1p(-u)
         return jnp.cumsum(waits / np.asarray(self.rates, np.float32).reshape((1,) * len(shape) + (-1,)), axis=-1)
 
 

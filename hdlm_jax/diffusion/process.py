@@ -34,10 +34,10 @@ _TINY = 1e-30
 class Dense:
     """A prediction from logits [..., V] (softmax over the last axis), any float dtype, computed in float32."""
 
-    def __init__(self, logits, hierarchy, temperature: float = 1.0):
+    def __init__(self, logits, hierarchy):
         if logits.shape[-1] != hierarchy.num_words:
             raise ValueError(f"logits.shape={logits.shape}: the last axis must be the V={hierarchy.num_words} words")
-        self.logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+        self.logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         self.anc = hierarchy.anc
         self.sizes = hierarchy.sizes
         self.log_z = jax.nn.logsumexp(self.logits, axis=-1)
@@ -59,17 +59,18 @@ class Dense:
         onto = jax.nn.one_hot(jnp.asarray(self.anc[level]), self.sizes[level], dtype=self.logits.dtype)
         return jnp.matmul(jnp.exp(self.log_probs()), onto, precision="highest")
 
-    def draw(self, keys, bias, top_p: float = 1.0, greedy: bool = False):
+    def draw(self, keys, bias, temperature: float = 1.0, top_p: float = 1.0):
         """One word per token from f(x) exp(bias(x)): int32 [B, S]; keys [B], one for each row.
 
         Args:
           bias: function of `anc(level) -> int32 [1, 1, V]`, the words' ancestors; gives [B, S, V] or [B, S, 1].
+          temperature: divides the log-probabilities; 0 takes the most likely word.
           top_p: nucleus, in (0, 1]: keep the fewest most likely words with at least this much mass.
-          greedy: the most likely word instead of a draw.
         """
         logits = self.logits + bias(lambda level: wide(self.anc[level], self.log_z))
-        if greedy:
+        if temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / temperature
         if top_p < 1.0:
             logits = _nucleus(logits, top_p)
         return categorical(keys, logits)
@@ -156,6 +157,11 @@ class HierarchicalProcess:
         """d: probability of each wrong cluster on the first crossing."""
         n1 = self.hierarchy.sizes[1]
         return (1 - self.xi) / (n1 - 1) if n1 > 1 else 0.0
+
+    @property
+    def _stays_under(self) -> bool:
+        """Whether a word drawn at a cluster always lies under it, so that its own ancestor is the exact next node."""
+        return self.xi == 1 and (self.force_transition != "none" or self.num_levels <= 2)
 
     # -- symbols ---------------------------------------------------------------------------------------------------
 
@@ -386,7 +392,7 @@ class HierarchicalProcess:
                     parts.append(law[k, k] * jax.nn.one_hot(self._node(z, k), h.sizes[k]))
                 elif j > k:
                     parts.append(jnp.zeros((*z.shape, h.sizes[j])))
-                elif clusters == "clean" or self.xi == 1:
+                elif clusters == "clean" or self._stays_under:
                     parts.append(law[k, j] * words @ jax.nn.one_hot(h.anc[j], h.sizes[j]))
                 else:
                     parts.append(law[k, j] * jnp.where(self._under(z, k, j), self._child_law(p, z, k, j), 0.0))
@@ -397,22 +403,19 @@ class HierarchicalProcess:
                 top_p: float = 1.0):
         """Draw the symbols z [B, S] drops to where its level exceeds `target` int [B, S]; others stay.
 
-        One word x ~ p(x | z) per dropping token, shown at its target level: as itself, as anc_j(x) (xi = 1 or
-        clusters="clean"), or by the exact kernel pi_{v->j}(. | x), which for xi < 1 shows wrong nodes on purpose.
+        One word x ~ p(x | z) per dropping token, shown at its target level: as itself, as anc_j(x) where x is sure to
+        lie under what is shown (or clusters="clean"), or by the exact kernel pi_{v->j}(. | x), which for xi < 1 shows
+        wrong nodes on purpose.
 
         Args:
           key: one key (row b uses fold_in(key, b)) or keys [B].
           prediction: prediction or logits [B, S, V].
-          temperature: divides the log-probabilities of the words (plain logits only); 0 takes the most likely word.
-          top_p: nucleus of the distribution after force transition and temperature.
+          temperature, top_p: of the words' distribution after the force transition, temperature first.
         """
         if clusters not in CLUSTERS:
             raise ValueError(f"clusters={clusters!r}: choose one of {', '.join(CLUSTERS)}")
         keys = row_keys(key, z.shape[0])
-        greedy = temperature == 0
-        p = prediction
-        if not hasattr(p, "log_prob"):
-            p = Dense(p, self.hierarchy, 1.0 if greedy else temperature)
+        p = self._predict(prediction)
         level = self.level_of(z)
 
         def bias(anc):
@@ -423,10 +426,10 @@ class HierarchicalProcess:
                 out = jnp.where((level == k)[..., None], here, out)
             return out
 
-        x = p.draw(fold(keys, 0), bias, top_p, greedy)
+        x = p.draw(fold(keys, 0), bias, temperature, top_p)
         out = jnp.where(target == 0, x, z)
         for j in range(1, self.num_levels):
-            if clusters == "clean" or self.xi == 1:
+            if clusters == "clean" or self._stays_under:
                 node = self._anc(j, x)
             else:
                 node = self._draw_node(fold(keys, 1), x, z, level, j)

@@ -62,6 +62,7 @@ def load_run(config: Config, workdir: str, which: str = "best") -> Run:
     Raises:
       ConfigError: no such run, or settings it was not trained with.
     """
+    dataclasses.replace(config.evaluate, checkpoint=which).check()
     trained = saved_config(workdir)
     for section in ("tokenizer", "hierarchy", "diffusion", "model"):
         for name, value in dataclasses.asdict(getattr(config, section)).items():
@@ -177,6 +178,8 @@ class Model:
         """
         if draws < 2:
             raise ValueError(f"draws={draws}: must be at least 2 (for a standard error)")
+        if not texts:
+            return []
         s, pieces, owner = self.seq_len, [], []
         for i, text in enumerate(texts):
             ids = np.append(self.tokenizer.encode(text), self.tokenizer.eot)

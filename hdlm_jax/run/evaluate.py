@@ -112,13 +112,11 @@ def summarise(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarr
     q, tau = q.reshape(-1)[order], tau.reshape(-1)[order]
     v, b = 0.5 * np.diff(h) ** 2, se_data**2 * n
     here, uniform = np.mean(v / q[1:] ** 2) - b, np.mean(v / (q[1:] * np.exp(-tau[1:]))) - b
-    ok = tokens > 0
-    cost = per_pair.mean(0)[ok] / tokens[ok]
     return {
         "nelbo": nelbo, "se": math.hypot(se_data, se_time if draws > 1 else 0.0),
         "se_data": se_data, "se_time": se_time,
         "perplexity": math.exp(nelbo), "levels": (nats.mean(0).sum(0) / total).tolist(),
-        "uniform_t_variance": uniform / here if min(uniform, here) > 0 else None, "cv2": float(np.var(cost) / np.mean(cost) ** 2),
+        "uniform_t_variance": uniform / here if min(uniform, here) > 0 else None, "cv2": se_data**2 * n / nelbo**2,
         "tokens": int(total), "rows": n, "draws": draws,
     }
 

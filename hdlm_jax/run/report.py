@@ -30,6 +30,8 @@ def compare(workdir_a: str, workdir_b: str) -> tuple[float, float]:
     tokens, difference = a["tokens"], b["nats"] - a["nats"]
     mean = difference.sum() / tokens.sum()
     n = len(tokens)
+    if n < 2:
+        return float(mean), math.nan
     se = math.sqrt(n / (n - 1) * np.sum((difference - mean * tokens) ** 2)) / tokens.sum()
     return float(mean), float(se)
 

@@ -144,7 +144,7 @@ def make_train_step(config, network, process, tx, groups: int = 1):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params) if ema else {}
-        metrics = {"loss": loss / tokens, "nelbo": nelbo / tokens, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss / tokens, "nelbo": nelbo / tokens, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, average), metrics
 
     return train_step

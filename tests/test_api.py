@@ -1,0 +1,169 @@
+"""hdlm_jax.load: generate, infill, nelbo, hierarchy, and what it refuses."""
+import dataclasses
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+from tiny import SEQ_LEN, model, read_recipe, trained
+
+import hdlm_jax
+from hdlm_jax.config import ConfigError
+from hdlm_jax.run import api
+from hdlm_jax.text.hierarchy import Hierarchy
+
+FEW = {"steps": 6, "batch_size": 8}  # the settings that are compiled already
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Canvas and tokens of every call of the sampler."""
+    calls, draw = [], model()._draw
+
+    def spy(canvas, g):
+        out = draw(canvas, g)
+        calls.append((canvas, out["tokens"]))
+        return out
+
+    monkeypatch.setattr(model(), "_draw", spy)
+    return calls
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the run to do harm to."""
+    return shutil.copytree(trained()[1], tmp_path / "run")
+
+
+def test_generate(drawn):
+    texts = model().generate(3, prompt="The ", **FEW)
+    assert len(texts) == 3 and all(isinstance(t, str) and t.startswith("The ") for t in texts)
+    assert len(set(texts)) == 3
+    canvas, tokens = drawn[0]
+    assert tokens.shape == (3, SEQ_LEN) and (canvas[:, 4:] == model().hierarchy.mask_id).all()
+    assert [model().tokenizer.decode(row) for row in tokens] == texts
+    assert model().generate(3, prompt="The ", **FEW) == texts
+    assert not set(model().generate(3, prompt="The ", seed=1, **FEW)) & set(texts)
+    assert model().generate(9, prompt="The ", **FEW)[:3] == texts
+    with pytest.raises(ConfigError, match="generate.plan='evnts': choose one of .*did you mean 'events'"):
+        model().generate(plan="evnts")
+    with pytest.raises(ConfigError, match="generate.num_samples=0: must be at least 1"):
+        model().generate(0)
+    with pytest.raises(ConfigError, match="generate.prompt has 16 tokens: must be fewer than model.seq_len=16"):
+        model().generate(prompt="a" * SEQ_LEN)
+    with pytest.raises(TypeError, match="tempreature"):
+        model().generate(tempreature=1.0)
+
+
+def test_infill_keeps_everything_but_the_blanks(drawn):
+    texts = model().infill("ab[MASK]cd[MASK:3]ef", num_samples=8, **FEW)
+    canvas, tokens = drawn[0]
+    mask = model().hierarchy.mask_id
+    assert canvas[0, :10].tolist() == [97, 98, mask, 99, 100, mask, mask, mask, 101, 102]
+    given = canvas[:, :10] != mask
+    np.testing.assert_array_equal(tokens[:, :10][given], canvas[:, :10][given])
+    assert len(texts) == 8 and len(set(texts)) == 8
+    for text, row in zip(texts, tokens, strict=True):
+        assert re.fullmatch("ab.+cd.+ef", text, re.DOTALL)
+        assert text == model().tokenizer.decode(row[:10]), "and nothing after the text"
+
+
+def test_infill_like_a_word_stays_in_its_cluster(drawn):
+    h = model().hierarchy
+    word = next(int(w) for w in b"etaoin" if h.word_count[1][h.anc[1][w]] > 5)
+    model().infill(f"ab[LIKE:{chr(word)}xyz]", num_samples=8, **FEW)
+    canvas, tokens = drawn[0]
+    assert (canvas[:, 2] == h.symbol(1, h.anc[1][word])).all(), "only the cluster of its first token is shown"
+    assert (h.anc[1][tokens[:, 2]] == h.anc[1][word]).all() and len(np.unique(tokens[:, 2])) > 1
+    assert (tokens[:, :2] == [97, 98]).all()
+
+
+def test_infill_refuses(monkeypatch):
+    with pytest.raises(ValueError, match=r"no blank in 'text'; write \[MASK\]"):
+        model().infill("text")
+    with pytest.raises(ValueError, match="infill: 17 tokens, the model takes at most seq_len=16"):
+        model().infill("a[MASK:16]")
+    with pytest.raises(ConfigError, match="num_samples=0"):
+        model().infill("a[MASK]", num_samples=0)
+    monkeypatch.setattr(model(), "hierarchy", Hierarchy.from_parents([], num_words=257))
+    with pytest.raises(ValueError, match=r"\[LIKE:x\]: this model has no clusters"):
+        model().infill("a[LIKE:x]")
+
+
+def test_nelbo():
+    """After three steps the model is close to uniform: about log 257 nats a token, padding not among them."""
+    texts = ["hello", "a" * 40, ""]
+    found = model().nelbo(texts, draws=256)
+    assert model().nelbo(texts, draws=256) == found
+    for text, score in zip(texts, found, strict=True):
+        tokens = len(text) + 1  # and the end of text
+        assert score["tokens"] == tokens and score["se"] > 0
+        assert abs(score["nats"] - tokens * math.log(257)) < 4 * score["se"] + 0.05 * score["nats"], text
+        assert score["bits_per_byte"] == pytest.approx(score["nats"] / math.log(2) / max(1, len(text)))
+    few = model().nelbo(texts, draws=4)
+    assert sum(s["se"] for s in found) < 0.5 * sum(s["se"] for s in few)
+    assert model().nelbo([]) == []
+    with pytest.raises(ValueError, match="draws=1: must be at least 2"):
+        model().nelbo(["x"], draws=1)
+
+
+def test_parts():
+    m = model()
+    assert m.hierarchy.sizes == (257, 8, 1) and m.tokenizer.kind == "bytes" and m.seq_len == SEQ_LEN
+    assert m.hierarchy == Hierarchy.load(trained()[1] / "hierarchy.npz")
+    assert m.run.step == 3 and m.run.config == read_recipe(trained()[0])
+    assert m.run.num_params == sum(a.size for a in _leaves(m.run.params)) > 30_000
+    table = api.checkpoint_embedding(str(trained()[1]))
+    np.testing.assert_array_equal(table, np.asarray(m.run.params["embedding"])[:257])
+    same = api.load_params(str(trained()[1]), "latest", m.tokenizer.fingerprint)
+    for a, b in zip(_leaves(same), _leaves(m.run.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ConfigError, match="is not this run's 000000000000"):
+        api.load_params(str(trained()[1]), "best", "0" * 64)
+
+
+def _leaves(tree):
+    import jax
+    return jax.tree.leaves(tree)
+
+
+def test_load_refuses(tmp_path, copied):
+    """Each with one line that says what to do."""
+    workdir = str(copied)
+
+    def refused(match, error=ConfigError, where=workdir, **kwargs):
+        with pytest.raises(error, match=match) as found:
+            hdlm_jax.load(where, **kwargs)
+        assert "\n" not in str(found.value)
+
+    refused("train first", where=str(tmp_path / "nothing"))
+    refused("checkpoint='worst': choose one of best, latest", checkpoint="worst")
+    path, h = copied / "hierarchy.npz", Hierarchy.load(copied / "hierarchy.npz")
+    parent = h.parents[0].copy()
+    parent[:2] = parent[:2][::-1] if parent[0] != parent[1] else (parent[:2] + 1) % 8
+    Hierarchy.from_parents([parent], special=h.special).save(path, model().tokenizer.fingerprint)
+    refused("is not the checkpoint's")
+    h.save(path, "0" * 64)
+    refused("was made for tokenizer 000000000000", ValueError)
+    h.save(path, model().tokenizer.fingerprint)
+    hdlm_jax.load(workdir)
+    shutil.rmtree(copied / "checkpoints")
+    refused("train first", FileNotFoundError)
+
+
+@pytest.mark.parametrize("section, change", [("model", {"width": 64}), ("diffusion", {"xi": 0.5}),
+                                             ("hierarchy", {"seed": 1}), ("model", {"time_conditioning": False})])
+def test_a_run_is_used_as_it_was_trained(section, change):
+    config = read_recipe(trained()[0])
+    config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **change)})
+    (name, value), = change.items()
+    with pytest.raises(ConfigError, match=f"{section}.{name}={value!r}: .* was trained with"):
+        api.load_run(config, str(trained()[1]))
+
+
+def test_saved_config_is_the_config():
+    with open(trained()[1] / "config.json") as f:
+        assert json.load(f)["train"]["steps"] == 3
+    assert api.saved_config(str(trained()[1])) == read_recipe(trained()[0])

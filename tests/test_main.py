@@ -1,0 +1,152 @@
+"""The front door: each mistake is one clear line and exit code 1, before any work; every mode works."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from tiny import SEQ_LEN, trained, write_recipe
+
+from hdlm_jax import main
+from hdlm_jax.run import report, state
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """call(*flags) -> (exit code, stdout, stderr) of the front door in this process, run from an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        argv = ["hdlm_jax", *map(str, args)]
+        monkeypatch.setattr(sys, "argv", argv)
+        for name in [n for n in flags.FLAGS if n.startswith("config.")]:
+            delattr(flags.FLAGS, name)
+        for name in ("config", "workdir", "mode", "profile", "distributed"):
+            flags.FLAGS[name].unparse()
+        flags.FLAGS.unparse_flags()
+        sys.modules.pop("config_config", None)  # the config file before, as ml_collections names it
+        capsys.readouterr()
+        try:
+            main.run(main.parse(argv))
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_recipe(tmp_path / "recipe")
+
+
+def one_line(code, out, err, match):
+    assert code == 1 and err.startswith("hdlm_jax: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert re.search(match, err), err
+    assert len(err) < 500 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("args, match", [
+    (["--config.train.stpes=5"], "config.train.stpes: no such setting; .*did you mean 'steps'"),
+    (["--config.trian.steps=5"], "config.trian.steps: no such section; .*did you mean 'train'"),
+    (["--config.train=5"], "config.train.*: "),
+    (["--config.train.steps=abc"], "train.steps=abc: .*'abc'"),
+    (["--config.train.steps=0"], "train.steps=0: must be at least 1"),
+    (["--mode=trian"], "--mode='trian': choose one of prepare, .*did you mean 'train'"),
+    (["--wrkdir=x"], "[Uu]nknown.* flag 'wrkdir'. Did you mean: workdir"),
+    (["evaluate"], "unexpected argument 'evaluate'; flags begin with --"),
+    (["--config.diffusion.xi=0.1"], r"diffusion.xi=0.1: must lie in \(1/n, 1\] = \(0.125, 1\] for n = 8 clusters"),
+    (["--config.model.heads=5"], "model.heads=5: must divide model.width=32"),
+    (["--config.hierarchy.clusters=(300,)"], r"hierarchy.clusters=\(300,\): more clusters than .*257 words"),
+    (["--config.hierarchy.clusters=(2.5,)"], "hierarchy.clusters=2.5: must be of type int"),
+    (["--config.tokenizer.kind=bpe", "--config.tokenizer.vocab_size=100"], "tokenizer.vocab_size=100: .*at least 257"),
+    (["--config.parallel.data=3"], r"parallel=\(3, 1, 1\): does not multiply to the 8 devices at hand"),
+    (["--mode=evaluate"], "train first"),
+    (["--mode=generate"], "train first"),
+    (["--config.data.files=('nowhere/*.jsonl',)"], "nowhere/.*.jsonl"),
+])
+def test_mistakes_before_anything_is_made(call, recipe, tmp_path, args, match):
+    one_line(*call(f"--config={recipe}", *args), match)
+    assert not (tmp_path / "runs" / "recipe" / "config.json").exists()
+    if "nowhere" not in match:
+        assert not (tmp_path / "runs").exists(), "nothing was written"
+
+
+def test_the_config_file_itself(call, tmp_path):
+    one_line(*call(), "--config is missing; give a recipe, as in --config=configs/hdlm_tiny.py")
+    one_line(*call("--config.train.steps=5"), "--config")
+    one_line(*call("--config=nope.py"), "--config=nope.py: .*No such file")
+    one_line(*call("--config=nope.py", "--config.train.steps=5"), "--config=nope.py: .*No such file")
+    head = "from hdlm_jax import config\n\ndef get_config(kind=''):\n"
+    broken = {"no_function": "x = 1", "syntax": "def get_config(:", "key": head + "  return {}[kind]",
+              "typo": head + "  c = config.default()\n  c.train.stpes = 5\n  return c",
+              "value": head + "  raise ValueError('not this')"}  # fmt: skip
+    for name, text in broken.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    one_line(*call("--config=no_function.py"), "--config=no_function.py: .*get_config")
+    one_line(*call("--config=syntax.py"), "--config=syntax.py: SyntaxError")
+    one_line(*call("--config=typo.py"), "stpes")
+    one_line(*call("--config=key.py:mdln"), "--config=key.py:mdln: KeyError: 'mdln'")
+    one_line(*call("--config=value.py"), "not this")
+
+
+def test_a_traceback_can_be_asked_for(call, monkeypatch):
+    monkeypatch.setenv("HDLM_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="--config is missing"):
+        call()
+
+
+def test_text_that_does_not_fit(call, recipe, tmp_path, monkeypatch):
+    """Prepared but not trained on: no weight is made before the settings are known to fit the text."""
+    monkeypatch.setattr(state, "init_state", None)
+    run = [f"--config={recipe}", "--workdir=w"]
+    one_line(*call(*run, "--config.model.seq_len=5000"), "model.seq_len is 5000; .*at most the 1390 training tokens")
+    code, out, err = call(*run, "--mode=cluster")
+    assert code == 0 and "tokens: reusing" in out and "hierarchy: reusing" in out and not err
+    other = ["--config.tokenizer.kind=bpe", "--config.tokenizer.vocab_size=300"]
+    one_line(*call(*run, *other), "tokens in .* were made with tokenizer.kind='bytes', it is now 'bpe'")
+    one_line(*call(*run, "--config.hierarchy.clusters=(4,)"), r"hierarchy.clusters=\[4\].* was made with \[8\]")
+    (tmp_path / "w" / "hierarchy.npz").write_bytes(b"nonsense")
+    one_line(*call(*run), "hierarchy.npz is no hierarchy file, or damaged")
+    (tmp_path / "recipe" / "corpus.jsonl").write_text('{"txet": "a"}\n')
+    one_line(*call(f"--config={recipe}", "--workdir=v"), "corpus.jsonl.*text")
+
+
+def test_modes_of_a_trained_run(call, tmp_path):
+    recipe, workdir = trained()[0], shutil.copytree(trained()[1], tmp_path / "run")
+    run = [f"--config={recipe}", f"--workdir={workdir}"]
+    one_line(*call(*run, "--mode=evaluate", "--config.model.width=64"), "model.width=64: .* was trained with 32")
+    one_line(*call(*run, "--config.optimizer.lr=0.5"), "optimizer.lr=0.5: the checkpoint in .* trained with 0.001")
+    code, out, err = call(*run)
+    assert code == 0 and "nothing to do, step 3 is there" in out and not err
+    code, out, err = call(*run, "--mode=generate", "--config.generate.prompt=The ")
+    assert code == 0 and "3 samples, 6 network calls a batch" in out and not err
+    result = json.loads((workdir / "generate.json").read_text())
+    assert (result["samples"], result["network_calls"], result["steps"], result["prompt"]) == (3, 6.0, 6, "The ")
+    assert 0 < result["row_forwards"] <= 6 and result["tokens_per_s"] > 0
+    records = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+    assert len(records) == 3 and all(r["text"].startswith("The ") and len(r["ids"]) == SEQ_LEN for r in records)
+    assert max(max(r["ids"]) for r in records) < 257
+    text = (workdir / "samples.txt").read_text()
+    assert all(f"--- sample {i} ---\n{r['text']}\n" in text for i, r in enumerate(records))
+    code, out, err = call(*run, "--mode=evaluate")
+    assert code == 0 and "evaluate: step 3" in out and not err
+    assert json.loads((workdir / "evaluate.json").read_text())["rows"] == 8
+    report.main([str(workdir)])
+
+
+def test_real_processes(recipe, root, tmp_path):
+    """What a user sees: one line on stderr, exit code 1; and the help."""
+    def real(*args):
+        env = os.environ | {"PYTHONPATH": str(root)}
+        done = subprocess.run([sys.executable, "-m", "hdlm_jax.main", *args], cwd=tmp_path, env=env, text=True,
+                              capture_output=True, timeout=300)  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    one_line(*real(f"--config={recipe}", "--config.train.stpes=5"), "no such setting; .*did you mean 'steps'")
+    one_line(*real(f"--config={recipe}", "--config.data.files=('nowhere/*.txt',)"), "nowhere/.*.txt")
+    assert "--config" in real("--help")[1]

@@ -12,6 +12,8 @@ from hdlm_jax import config
 
 def get_config(run="hdlm"):
     kind, *options = run.split("-")
+    if kind not in ("mdlm", "hdlm", "shuffled") or not set(options) <= {"warm", "s1"}:
+        raise ValueError(f"books.py:{run}: choose mdlm, hdlm or shuffled, then any of -warm, -s1")
     c = config.default()
     c.data.source = "files"
     c.data.files = (

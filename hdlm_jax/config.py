@@ -88,6 +88,8 @@ class Hierarchy:
         c = self.clusters
         _rule(all(n >= 1 for n in c) and all(a > b for a, b in zip(c, c[1:], strict=False)), "hierarchy.clusters", c,
               "cluster numbers must be positive and fall, fine to coarse, as in (256, 16)")
+        _rule(not self.keep_single or c == (1,), "hierarchy.keep_single", self.keep_single,
+              f"goes with hierarchy.clusters=(1,), not {c}")
         e = self.embeddings
         known = e == "corpus" or e.endswith(".npy") or ".safetensors:" in e or e.startswith("checkpoint:")
         _rule(known, "hierarchy.embeddings", e,

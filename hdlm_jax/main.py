@@ -96,5 +96,5 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # what users should read is said in words
     app.run(run, flags_parser=parse)

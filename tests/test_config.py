@@ -35,7 +35,7 @@ def test_defaults_resolve_to_themselves():
              "diffusion": "gamma rates xi force_transition weighting weight_min weight_max hard_training",
              "train": "steps batch_size microbatches seed log_every init_from", "evaluate": "draws",
              "generate": "num_samples steps plan temperature top_p", "parallel": "data fsdp tensor",
-             "checkpoint": "every"}  # fmt: skip
+             "checkpoint": "every"}
     for section, settings in names.items():  # names that others rely on
         for name in settings.split():
             check_name(f"{section}.{name}")
@@ -61,7 +61,7 @@ def test_every_recipe_resolves(root, recipe):
         assert resolved.hierarchy.clusters == ((1,) if "mdlm" in recipe else (64,))
         assert resolved.hierarchy.shuffle == ("shuffled" in recipe)
         assert (resolved.model.embeddings, resolved.train.seed) == (("clusters", 1) if "-s1" in recipe
-                                                                    else ("random", 0))  # fmt: skip
+                                                                    else ("random", 0))
 
 
 def test_mdlm_and_hdlm_recipes_differ_in_the_clusters_alone(root):
@@ -94,7 +94,7 @@ def test_overrides_keep_their_type():
 
 def test_saved_and_read_again():
     c = with_(hierarchy={"clusters": (32, 8)}, diffusion={"rates": (2.0, 1.0, 1.0), "xi": 0.9},
-              data={"source": "files", "files": ("a.txt", "b.jsonl.gz")})  # fmt: skip
+              data={"source": "files", "files": ("a.txt", "b.jsonl.gz")})
     again = resolve(json.loads(json.dumps(c.as_dict())))
     assert again == c and isinstance(again.hierarchy.clusters, tuple) and isinstance(again.data.files, tuple)
     assert resolve(config_dict.ConfigDict(c.as_dict())) == c
@@ -121,7 +121,7 @@ def test_unknown_names_say_what_was_meant():
     ("model", "embeddings", "cluster", "clusters"), ("optimizer", "schedule", "cosin", "cosine"),
     ("generate", "plan", "event", "events"), ("generate", "clusters", "exakt", "exact"),
     ("evaluate", "checkpoint", "bset", "best"), ("generate", "checkpoint", "lastest", "latest"),
-])  # fmt: skip
+])
 def test_names_of_choices(section, name, wrong, meant):
     values = TINY.get(section, {}) | {name: wrong}
     message = refused(f"{section}.{name}='{wrong}': choose one of", **{section: values})
@@ -148,7 +148,7 @@ def test_names_of_choices(section, name, wrong, meant):
     ("generate", "temperature", -1.0, "negative"), ("generate", "steps", 0, "at least 1"),
     ("generate", "reveals", 0, "at least 1"), ("checkpoint", "every", 0, "at least 1"),
     ("parallel", "fsdp", 0, "at least 1"), ("parallel", "fsdp", -1, "at most one of them -1"),
-])  # fmt: skip
+])
 def test_rules(section, name, wrong, rule):
     message = refused(rule, **{section: TINY.get(section, {}) | {name: wrong}})
     assert repr(wrong).strip("()") in message or section == "parallel" or name in ("source", "weight_min")
@@ -179,14 +179,14 @@ def test_rates_of_levels():
     assert config.Diffusion(rates=(3.0, 1.5, 6.0)).level_rates(3) == (2.0, 1.0, 4.0)
     refused("only one of diffusion.gamma and diffusion.rates", diffusion={"gamma": 2.0, "rates": (2.0, 1.0)})
     refused("stands for two levels; give diffusion.rates for the 3", diffusion={"gamma": 2.0},
-            hierarchy={"clusters": (256, 16)})  # fmt: skip
+            hierarchy={"clusters": (256, 16)})
     three = with_(diffusion={"rates": (1.0, 2.0, 1.0)}, hierarchy={"clusters": (256, 16)})
     assert three.diffusion.level_rates(3) == (1.0, 2.0, 1.0)
 
 
 @pytest.mark.parametrize("clusters, keep, levels", [
     ((), False, 1), ((1,), False, 1), ((1,), True, 2), ((64,), False, 2), ((64, 1), False, 2), ((64, 8), False, 3),
-])  # fmt: skip
+])
 def test_levels_counted_as_the_hierarchy_does(clusters, keep, levels):
     """As many rates as Hierarchy.from_parents makes levels, no more and no fewer."""
     from hdlm_jax.text.hierarchy import Hierarchy

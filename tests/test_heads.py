@@ -12,10 +12,10 @@ B, S, D, V = 4, 10, 6, 13
 def example(case="some", batch=B, seq=S, words=V, seed=0):
     rng = np.random.default_rng(seed)
     params = {"kernel": jnp.asarray(rng.standard_normal((D, words)), jnp.float32),
-              "bias": jnp.asarray(rng.standard_normal(words), jnp.float32)}  # fmt: skip
+              "bias": jnp.asarray(rng.standard_normal(words), jnp.float32)}
     hidden = jnp.asarray(rng.standard_normal((batch, seq, D)), jnp.float32)
     fields = (jnp.asarray(rng.integers(0, words, (batch, seq)), jnp.int32),
-              jnp.asarray(rng.random((batch, seq)), jnp.float32))  # fmt: skip
+              jnp.asarray(rng.random((batch, seq)), jnp.float32))
     some = rng.random((batch, seq)) < 0.4
     some[0], some[1] = False, True  # groups with different numbers of noised tokens
     noised = {"some": some, "none": np.zeros_like(some), "all": np.ones_like(some)}[case]
@@ -42,7 +42,7 @@ def close(a, b):
 
 # T = 40 / groups tokens a group: chunks that divide it, that do not, and that are longer than it
 @pytest.mark.parametrize("case, groups, chunk", [("some", 1, 7), ("some", 2, 4), ("some", 4, 3), ("some", 4, 64),
-                                                 ("none", 2, 7), ("all", 1, 8)])  # fmt: skip
+                                                 ("none", 2, 7), ("all", 1, 8)])
 def test_sum_equals_dense(case, groups, chunk):
     params, hidden, noised, fields = example(case)
 
@@ -75,7 +75,7 @@ def test_gradient_is_of_the_loss_alone():
 def test_map_equals_dense(case, groups, chunk):
     params, hidden, noised, fields = example(case)
     found = jax.jit(lambda h, n: map_over_noised(lambda h, f: token_loss(params, h, f)[0], h, n, fields,
-                                                 groups=groups, chunk=chunk))(hidden, noised)  # fmt: skip
+                                                 groups=groups, chunk=chunk))(hidden, noised)
     assert found.shape == (B, S) and found.dtype == jnp.float32
     close(found, jnp.where(noised, token_loss(params, hidden, fields)[0], 0.0))
 

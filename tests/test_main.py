@@ -84,7 +84,7 @@ def test_the_config_file_itself(call, tmp_path):
     head = "from hdlm_jax import config\n\ndef get_config(kind=''):\n"
     broken = {"no_function": "x = 1", "syntax": "def get_config(:", "key": head + "  return {}[kind]",
               "typo": head + "  c = config.default()\n  c.train.stpes = 5\n  return c",
-              "value": head + "  raise ValueError('not this')"}  # fmt: skip
+              "value": head + "  raise ValueError('not this')"}
     for name, text in broken.items():
         (tmp_path / f"{name}.py").write_text(text)
     one_line(*call("--config=no_function.py"), "--config=no_function.py: .*get_config")
@@ -144,7 +144,7 @@ def test_real_processes(recipe, root, tmp_path):
     def real(*args):
         env = os.environ | {"PYTHONPATH": str(root)}
         done = subprocess.run([sys.executable, "-m", "hdlm_jax.main", *args], cwd=tmp_path, env=env, text=True,
-                              capture_output=True, timeout=300)  # fmt: skip
+                              capture_output=True, timeout=300)
         return done.returncode, done.stdout, done.stderr
 
     one_line(*real(f"--config={recipe}", "--config.train.stpes=5"), "no such setting; .*did you mean 'steps'")

@@ -110,7 +110,7 @@ def make_run(folder, nelbo, sizes, whole=True):
     evaluated = {"nelbo": nelbo, "se": 0.0123, "perplexity": math.exp(nelbo), "perplexity_se": 0.5,
                  "bits_per_byte": 2.25, "bits_per_byte_se": 0.01, "whole_split": whole, "hierarchy": sizes,
                  "unigram_nelbo": 6.5, "unigram_bits_per_byte": 3.75, "unigram_perplexity": 665.0, "tokens": 320,
-                 "bytes": 1000 if whole else None, "corpus": "0123456789abcdef"}  # fmt: skip
+                 "bytes": 1000 if whole else None, "corpus": "0123456789abcdef"}
     (folder / "evaluate.json").write_text(json.dumps(evaluated))
     (folder / "generate.json").write_text(json.dumps({"tokens_per_s": 456.7, "network_calls": 31.6}))
     (folder / "samples.jsonl").write_text(json.dumps({"text": "some  sampled\ntext"}) + "\n")

@@ -129,13 +129,13 @@ def test_equals_published_network(data_dir):
         b = f"blocks.{i}."
         return {"norm1": {"weight": w[b + "norm1.weight"]}, "norm2": {"weight": w[b + "norm2.weight"]},
                 "qkv": linear(b + "attn_qkv"), "out": linear(b + "attn_out"), "up": affine(b + "mlp.0"),
-                "down": affine(b + "mlp.2"), "modulation": affine(b + "adaLN_modulation")}  # fmt: skip
+                "down": affine(b + "mlp.2"), "modulation": affine(b + "adaLN_modulation")}
 
     network = Network(words=128, symbols=128, width=32, blocks=2, heads=4, cond=16)
     params = {"embedding": w["vocab_embed.embedding"], "time_in": affine("sigma_map.mlp.0"),
               "time_out": affine("sigma_map.mlp.2"), "stack": jax.tree.map(lambda *a: np.stack(a), block(0), block(1)),
               "norm": {"weight": w["output_layer.norm_final.weight"]},
-              "modulation": affine("output_layer.adaLN_modulation"), "head": affine("output_layer.linear")}  # fmt: skip
+              "modulation": affine("output_layer.adaLN_modulation"), "head": affine("output_layer.linear")}
     shapes = jax.tree.map(jnp.shape, params)
     assert shapes == jax.tree.map(jnp.shape, random_params(network)), "every parameter of ours, in our shape"
     z, t, attn = jnp.asarray(data["z"], jnp.int32), jnp.asarray(data["t"]), data["attn"].astype(bool)
@@ -224,7 +224,7 @@ def test_predict_is_the_head_of_the_trunk():
     hidden = apply(network, params, z, t, method="trunk")
     assert hidden.shape == (B, S, SIZES["width"])
     np.testing.assert_allclose(predict(network, params["head"], hidden), apply(network, params, z, t),
-                               rtol=1e-5, atol=1e-5)  # fmt: skip
+                               rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_only_in_training():

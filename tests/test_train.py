@@ -364,7 +364,7 @@ def test_batch_must_divide_over_devices(corpus, tmp_path):
 def test_sigterm_saves_and_says_resume(corpus, tmp_path, monkeypatch, alone):
     config = config_lib.resolve(loop_config(corpus, checkpoint__every=100))
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(train, "_on_sigterm", lambda: {"asked": True})
+        patch.setattr(train, "_on_sigterm", lambda: ({"asked": True}, lambda: None))
         train.train(config, str(tmp_path / "run"))
     assert stop.value.code == train.RESUME_EXIT
     state = train.train(config, str(tmp_path / "run"))

@@ -26,7 +26,7 @@ class Checkpoints:
         best = _PRESERVE.BestN(get_metric_fn=_score, reverse=True, n=1)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_PRESERVE.AnyPreservationPolicy([_PRESERVE.LatestN(1), best]), best_fn=_score,
-            best_mode="min", create=not read_only, read_only=read_only)
+            best_mode="min", create=not read_only, read_only=read_only, save_interval_steps=0 if read_only else 1)
         self.manager = ocp.CheckpointManager(self.path, options=options)
 
     def latest(self) -> int | None:
@@ -34,6 +34,8 @@ class Checkpoints:
 
     def choose(self, which: str) -> int:
         """Step of the 'best' (lowest validation NELBO) or 'latest' checkpoint."""
+        if which not in ("best", "latest"):
+            raise ValueError(f"checkpoint={which!r}: choose one of best, latest")
         step = self.manager.best_step() if which == "best" else self.manager.latest_step()
         step = self.manager.latest_step() if step is None else step
         if step is None:

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,19 +61,19 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     """
     from hdlm_jax.text.pipeline import TrainBatches, valid_rows
 
-    text = prepare(config, workdir)
-    hierarchy = cluster(config, workdir, text)
     mesh = parallel.make_mesh(config)
     shards = parallel.batch_shards(mesh)
     if config.train.batch_size % (shards * config.train.microbatches):
         raise ConfigError(f"train.batch_size={config.train.batch_size}: must be a multiple of the {shards} batch "
                           f"shards of the mesh times train.microbatches={config.train.microbatches}")
+    text = prepare(config, workdir)
+    batches = TrainBatches(text.dir, config.model.seq_len, config.train.batch_size, config.train.seed,
+                           jax.process_index(), jax.process_count())
+    hierarchy = cluster(config, workdir, text)
     network, process = build(config, hierarchy)
     tx, schedule = make_optimizer(config)
     abstract, shardings = abstract_state(config, hierarchy, network, tx, mesh)
     step_fn = parallel.compile_train_step(make_train_step(config, network, process, tx, shards), mesh, shardings)
-    batches = TrainBatches(text.dir, config.model.seq_len, config.train.batch_size, config.train.seed,
-                           jax.process_index(), jax.process_count())
 
     checkpoints = Checkpoints(workdir)
     facts = {"data": text.manifest.fingerprint, "tokenizer": text.tokenizer.fingerprint,
@@ -108,7 +109,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     flops = flops_per_token(config, hierarchy.num_words)
     every = config.train.evaluate_every or config.checkpoint.every
     key = jax.random.key(config.train.seed)
-    stop = _on_sigterm()
+    stop, stop_listening = _on_sigterm()
     tokens_a_step = config.train.batch_size * config.model.seq_len
     window: list[dict[str, float]] = []
     clock = {"since": time.time(), "wait": 0.0, "steps": 0}
@@ -199,6 +200,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
                 say(f"train: asked to stop, saved step {step:,}; the same command resumes")
                 raise SystemExit(RESUME_EXIT)
     finally:
+        stop_listening()
         bar.close()
         checkpoints.wait()
         checkpoints.close()
@@ -239,15 +241,15 @@ def _fresh_state(config: Config, text, hierarchy, network, tx, shardings):
     return init(key, table)
 
 
-def _on_sigterm() -> dict[str, bool]:
-    """{"asked": True} once the process has been asked to stop (preemption)."""
+def _on_sigterm() -> tuple[dict[str, bool], Callable[[], Any]]:
+    """{"asked": True} once the process has been asked to stop (preemption), and what puts the old handler back."""
     flag = {"asked": False}
 
     def ask(*_):
         flag["asked"] = True
 
     try:
-        signal.signal(signal.SIGTERM, ask)
+        old = signal.signal(signal.SIGTERM, ask)
     except ValueError:  # not the main thread: whoever runs us decides
-        pass
-    return flag
+        return flag, lambda: None
+    return flag, lambda: signal.signal(signal.SIGTERM, old)

@@ -193,7 +193,8 @@ class HierarchicalProcess:
         """[n_level] N_level(v), level-1 nodes under each node, as float32."""
         return np.asarray(self.hierarchy.level1_count[level], np.float32)
 
-    def _predict(self, prediction):
+    def as_prediction(self, prediction):
+        """A prediction as it is; logits [..., V] as a Dense one."""
         return prediction if hasattr(prediction, "log_prob") else Dense(prediction, self.hierarchy)
 
     # -- forward ---------------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ class HierarchicalProcess:
 
     def cost(self, prediction, x, z):
         """C of docs/theory.md section 3, in nats: float32 of x's shape; zero at words. Exact for every K and xi."""
-        p = self._predict(prediction)
+        p = self.as_prediction(prediction)
         costs = self._costs_xi1(p, x) if self.xi == 1 else self._costs(p, x, z)
         return self._by_level(z, costs)
 
@@ -364,7 +365,7 @@ class HierarchicalProcess:
 
         hard_training puts -log p(x | z) in place of C at every level >= 2.
         """
-        p = self._predict(prediction)
+        p = self.as_prediction(prediction)
         c = self.cost(p, x, z)
         if hard_training:
             hard = [-self._log_prob_at(p, x, z, k) for k in range(1, self.num_levels + 1)]
@@ -378,7 +379,7 @@ class HierarchicalProcess:
 
         For tests and small vocabularies; `descend` draws from it without building it. tau_s, tau_t: scalars.
         """
-        p = self._predict(prediction)
+        p = self.as_prediction(prediction)
         h, levels = self.hierarchy, self.num_levels
         law = self.chain.posterior(tau_s, tau_t)
         onto = jax.nn.one_hot(z, h.num_symbols)
@@ -415,7 +416,7 @@ class HierarchicalProcess:
         if clusters not in CLUSTERS:
             raise ValueError(f"clusters={clusters!r}: choose one of {', '.join(CLUSTERS)}")
         keys = row_keys(key, z.shape[0])
-        p = self._predict(prediction)
+        p = self.as_prediction(prediction)
         level = self.level_of(z)
 
         def bias(anc):

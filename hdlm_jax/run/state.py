@@ -99,7 +99,7 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, group
 
         def token_loss(head, h, fields):
             x, z, tau = fields
-            p = process._predict(predict(network, head, h))
+            p = process.as_prediction(predict(network, head, h))
             loss = loss_of(p, x, z, tau)
             nelbo = process.nelbo_rate(p, x, z, tau) * jnp.exp(tau)
             return loss, jax.lax.stop_gradient(nelbo)

@@ -44,7 +44,7 @@ def table(workdirs: list[str]) -> str:
     for workdir in workdirs:
         e, g = _read(workdir, "evaluate.json"), _read(workdir, "generate.json")
         records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
-        speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
+        speeds = [r["tokens_per_s"] for r in records if r.get("tokens_per_s")]
         bits = f"{e['bits_per_byte']:.4f} ± {e['bits_per_byte_se']:.4f}" if e["whole_split"] else "-"
         rows.append([os.path.basename(os.path.normpath(workdir)), " → ".join(map(str, e["hierarchy"])),
                      f"{e['nelbo']:.4f} ± {e['se']:.4f}", bits, f"{e['perplexity']:.1f} ± {e['perplexity_se']:.1f}",

@@ -131,16 +131,19 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         if step % config.train.log_every and step != config.train.steps:
             return None
         seconds = max(time.time() - clock["since"], 1e-9)
-        rate = clock["steps"] * tokens_a_step / seconds
+        rate: float | None = clock["steps"] * tokens_a_step / seconds
+        if clock["steps"] < config.train.log_every:  # too short to time: step and read-out overlap by one
+            rate = None
         mean = {name: float(np.mean([v[name] for v in window])) for name in ("loss", "nelbo", "grad_norm")}
         record = {"step": step, "tokens": step * tokens_a_step, **mean, "tokens_per_s": rate,
                   "lr": float(schedule(step - 1)),
-                  "mfu": rate * flops / peak / jax.device_count() if peak else None,
+                  "mfu": rate * flops / peak / jax.device_count() if peak and rate else None,
                   "input_wait": clock["wait"] / seconds}
         window.clear()
         clock.update(since=time.time(), wait=0.0, steps=0)
-        mfu = f" mfu={record['mfu']:.1%}" if peak else ""
-        bar.set_postfix_str(f"loss={record['loss']:.3f} {rate:,.0f} tok/s{mfu}", refresh=False)
+        speed = f" {rate:,.0f} tok/s" if rate else ""
+        mfu = f" mfu={record['mfu']:.1%}" if record["mfu"] else ""
+        bar.set_postfix_str(f"loss={record['loss']:.3f}{speed}{mfu}", refresh=False)
         return record
 
     def measure(step: int) -> dict[str, float]:

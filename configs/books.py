@@ -40,6 +40,7 @@ def get_config(run="hdlm"):
     c.train.evaluate_every = 250
     c.checkpoint.every = 500
     c.evaluate.draws = 8
+    c.evaluate.checkpoint = "latest"  # at equal steps
     c.generate.num_samples = 16
     c.generate.steps = 128
     return c

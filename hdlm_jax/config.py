@@ -16,6 +16,7 @@ from ml_collections import config_dict
 
 from hdlm_jax.diffusion.process import CLUSTERS, FORCE_TRANSITIONS, WEIGHTINGS
 from hdlm_jax.diffusion.sampler import PLANS
+from hdlm_jax.text.clusters import default_clusters
 
 
 class ConfigError(ValueError):
@@ -78,7 +79,7 @@ class Tokenizer:
 class Hierarchy:
     """Clusters of words: sizes fine to coarse, (64,) or (256, 16); (1,) or () is MDLM."""
 
-    clusters: tuple[int, ...] = (64,)
+    clusters: tuple[int, ...] = (0,)  # (0,): one level of about sqrt(V) clusters, a power of two
     embeddings: str = "corpus"  # corpus | FILE.npy | FILE.safetensors:TENSOR | checkpoint:WORKDIR
     shuffle: bool = False  # control: clusters of the same sizes with random members
     keep_single: bool = False  # keep a single cluster as a level of its own: (V, 1, 1)
@@ -198,6 +199,7 @@ class Train:
     def check(self) -> None:
         for name in ("steps", "batch_size", "microbatches", "log_every"):
             _rule(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        _rule(self.evaluate_every >= 0, "train.evaluate_every", self.evaluate_every, "must not be negative")
         _rule(self.batch_size % self.microbatches == 0, "train.microbatches", self.microbatches,
               f"must divide train.batch_size={self.batch_size}")
 
@@ -335,6 +337,9 @@ def resolve(given: Any) -> Config:
         for key in values:
             check_name(f"{name}.{key}")
         built[name] = type(section)(**{k: _typed(f"{name}.{k}", v, types[k]) for k, v in values.items()})
+    if built["hierarchy"].clusters == (0,):
+        clusters = default_clusters(built["tokenizer"].vocab_size)
+        built["hierarchy"] = dataclasses.replace(built["hierarchy"], clusters=clusters)
     config = Config(**built)
     config.check()
     return config

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The comparison of docs/results.md on textbooks and novels: trains, evaluates and samples every run of
-# configs/books.py that is not done yet, then prints the table. Needs the data under $HDLM_DATA (../shared/data).
+# configs/books.py (what is done is reused), then prints the table. Needs the data under $HDLM_DATA (../shared/data).
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 
@@ -10,7 +10,6 @@ runs=runs/books
 names=(mdlm hdlm shuffled mdlm-warm hdlm-warm mdlm-s1 hdlm-s1)
 for name in "${names[@]}"; do
   for mode in train evaluate generate; do
-    if [ -e "$runs/$name/$mode.json" ]; then continue; fi
     say "$name: $mode"
     "$PY" -m hdlm_jax.main --config="configs/books.py:$name" --workdir="$runs/$name" --mode="$mode" \
       --config.data.dir="$runs/data" "$@"

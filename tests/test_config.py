@@ -25,7 +25,9 @@ def refused(match, **sections):
 
 
 def test_defaults_resolve_to_themselves():
-    assert resolve(default()) == config.Config() == resolve({})
+    resolved = dataclasses.replace(config.Config(), hierarchy=config.Hierarchy(clusters=(256,)))
+    assert resolve(default()) == resolved == resolve({})  # about sqrt(50257) clusters
+    assert resolve({"tokenizer": {"kind": "bpe", "vocab_size": 4096}}).hierarchy.clusters == (64,)
     assert issubclass(ConfigError, ValueError)
     with pytest.raises(dataclasses.FrozenInstanceError):
         resolve({}).train.steps = 1

@@ -106,7 +106,7 @@ def test_text_that_does_not_fit(call, recipe, tmp_path, monkeypatch):
     run = [f"--config={recipe}", "--workdir=w"]
     one_line(*call(*run, "--config.model.seq_len=5000"), "model.seq_len is 5000; .*at most the 1390 training tokens")
     code, out, err = call(*run, "--mode=cluster")
-    assert code == 0 and "tokens: reusing" in out and "hierarchy: reusing" in out and not err
+    assert code == 0 and "tokens: reusing" in out and "hierarchy: levels 257 -> 8 -> 1" in out and not err
     other = ["--config.tokenizer.kind=bpe", "--config.tokenizer.vocab_size=300"]
     one_line(*call(*run, *other), "tokens in .* were made with tokenizer.kind='bytes', it is now 'bpe'")
     one_line(*call(*run, "--config.hierarchy.clusters=(4,)"), r"hierarchy.clusters=\[4\].* was made with \[8\]")
@@ -126,7 +126,10 @@ def test_modes_of_a_trained_run(call, tmp_path):
     code, out, err = call(*run, "--mode=generate", "--config.generate.prompt=The ")
     assert code == 0 and "3 samples, 6 network calls a batch" in out and not err
     result = json.loads((workdir / "generate.json").read_text())
-    assert (result["samples"], result["network_calls"], result["steps"], result["prompt"]) == (3, 6.0, 6, "The ")
+    settings = result["settings"]
+    assert (result["samples"], result["network_calls"], settings["steps"], settings["prompt"]) == (3, 6.0, 6, "The ")
+    code, out, err = call(*run, "--mode=generate", "--config.generate.prompt=The ")
+    assert code == 0 and "generate: reusing" in out and "network calls" not in out
     assert 0 < result["row_forwards"] <= 6 and result["tokens_per_s"] > 0
     records = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
     assert len(records) == 3 and all(r["text"].startswith("The ") and len(r["ids"]) == SEQ_LEN for r in records)

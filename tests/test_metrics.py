@@ -110,7 +110,7 @@ def make_run(folder, nelbo, sizes, whole=True):
     evaluated = {"nelbo": nelbo, "se": 0.0123, "perplexity": math.exp(nelbo), "perplexity_se": 0.5,
                  "bits_per_byte": 2.25, "bits_per_byte_se": 0.01, "whole_split": whole, "hierarchy": sizes,
                  "unigram_nelbo": 6.5, "unigram_bits_per_byte": 3.75, "unigram_perplexity": 665.0, "tokens": 320,
-                 "bytes": 1000 if whole else None, "corpus": "0123456789abcdef"}
+                 "bytes": 1000 if whole else None, "corpus": "0123456789abcdef", "step": 70}
     (folder / "evaluate.json").write_text(json.dumps(evaluated))
     (folder / "generate.json").write_text(json.dumps({"tokens_per_s": 456.7, "network_calls": 31.6}))
     (folder / "samples.jsonl").write_text(json.dumps({"text": "some  sampled\ntext"}) + "\n")
@@ -125,9 +125,9 @@ def test_table(tmp_path, capsys):
     lines = report.table([one, two + "/"]).splitlines()
     assert len(lines) == 5 and len({len(line) for line in lines}) == 1 and set(lines[1]) <= set("|- ")
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
-    assert cells[2] == ["mdlm", "2048 → 1", "5.5000 ± 0.0123", "2.2500 ± 0.0100", "244.7 ± 0.5", "1,234", "457", "32"]
-    assert cells[3][:4] == ["hdlm", "2048 → 64 → 1", "5.2500 ± 0.0123", "-"]
-    assert cells[4][:5] == ["unigram", "", "6.5000", "-", "665.0"]
+    assert cells[2] == ["mdlm", "2048 → 1", "70", "5.5000 ± 0.0123", "2.2500 ± 0.0100", "244.7 ± 0.5", "1,234", "457", "32"]
+    assert cells[3][:5] == ["hdlm", "2048 → 64 → 1", "70", "5.2500 ± 0.0123", "-"]
+    assert cells[4][:6] == ["unigram", "", "", "6.5000", "-", "665.0"]
     report.main([one, two])
     said = capsys.readouterr().out
     mean, se = report.compare(one, two)
@@ -136,6 +136,10 @@ def test_table(tmp_path, capsys):
     assert "validation: 320 tokens, 1,000 bytes, corpus 0123456789ab" in said
     assert "a sample: some sampled text" in said and str(tmp_path / "mdlm" / "metrics.jsonl") in said
     assert "curves.png" not in said, "files that are not there are not listed"
+    other = tmp_path / "hdlm" / "evaluate.json"
+    other.write_text(other.read_text().replace("0123456789abcdef", "another"))
+    with pytest.raises(SystemExit, match="different text .corpus differs"):
+        report.main([one, two])
 
 
 def test_report_says_what_is_missing(tmp_path):

@@ -75,7 +75,7 @@ def run_steps(config, devices, steps=4):
     _, shardings = train.abstract_state(config, HIERARCHY, network, tx, mesh)
     state = jax.jit(lambda k: init_state(config, HIERARCHY, network, tx, k), out_shardings=shardings)(jax.random.key(0))
     step = make_train_step(config, network, process, tx, parallel.batch_shards(mesh))
-    step = parallel.compile_train_step(step, mesh, shardings)
+    step = parallel.compile_step(step, mesh, shardings)
     losses = []
     for i in range(steps):
         state, metrics = step(state, parallel.put_batch(mesh, make_batch(i)), jax.random.key(7))
@@ -265,6 +265,8 @@ def test_rerun_resumes_and_ends_as_if_never_stopped(corpus, tmp_path, alone):
     assert steps == list(range(1, 11))
     again = train.train(config_lib.resolve(loop_config(corpus, optimizer__schedule="constant")), workdir)
     np.testing.assert_array_equal(flat(again)[0], flat(parts)[0])
+    with pytest.raises(ConfigError, match="train.steps=12"):
+        train.train(config_lib.resolve(loop_config(corpus, train__steps=12)), str(tmp_path / "whole"))
     with pytest.raises(ConfigError, match="optimizer.lr=0.5"):
         train.train(config_lib.resolve(loop_config(corpus, optimizer__schedule="constant", optimizer__lr=0.5)), workdir)
 
@@ -332,6 +334,15 @@ def test_learns_and_starts_from_another_run(corpus, tmp_path, alone):
     with pytest.raises(ConfigError, match="other shapes"):
         bad = loop_config(corpus, train__init_from=str(tmp_path / "first"), model__width=32)
         train.train(config_lib.resolve(bad), str(tmp_path / "third"))
+    # on other text, where clustering anew would give cluster ids that the weights do not mean
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "text.jsonl").write_text("".join(
+        json.dumps({"question": f"how many? {i}", "text": SENTENCE[::-1] * 3 + str(i)}) + "\n" for i in range(40)))
+    tuned = loop_config(tmp_path / "new", train__steps=2, train__init_from=str(tmp_path / "first"),
+                        data__prompt_field="question")
+    train.train(config_lib.resolve(tuned), str(tmp_path / "tuned"))
+    theirs, ours = (Hierarchy.load(tmp_path / name / "hierarchy.npz") for name in ("first", "tuned"))
+    assert theirs.fingerprint == ours.fingerprint
 
 
 def _tokenizer(corpus):

@@ -11,18 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from hdlm_jax.config import Config, ConfigError, resolve
+from hdlm_jax.config import Config, ConfigError, Parallel, resolve
 from hdlm_jax.diffusion.process import HierarchicalProcess
 from hdlm_jax.model.network import Network
 from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import Checkpoints
 from hdlm_jax.run.evaluate import Evaluator
 from hdlm_jax.run.generate import Sampler, prompt_canvas
-from hdlm_jax.run.stages import Text, data_dir
+from hdlm_jax.run.stages import data_dir
 from hdlm_jax.run.state import build, init_state, make_optimizer
 from hdlm_jax.text.hierarchy import Hierarchy
-from hdlm_jax.text.pipeline import load_manifest
-from hdlm_jax.text.tokens import load_tokenizer
+from hdlm_jax.text.tokens import Tokenizer, load_tokenizer
 
 _BLANK = re.compile(r"\[MASK(?::(\d+))?\]|\[LIKE:([^\]]+)\]")
 
@@ -32,13 +31,15 @@ class Run:
     """A run's parts with the weights of one checkpoint (their average, where the run keeps one)."""
 
     config: Config
-    text: Text
+    data_dir: str  # of its prepared text; only evaluation needs it to be there
+    tokenizer: Tokenizer
     hierarchy: Hierarchy
     network: Network
     process: HierarchicalProcess
     mesh: Any
     params: Any
     step: int
+    ema: bool  # whether params are the average of the weights
 
     @property
     def num_params(self) -> int:
@@ -63,14 +64,16 @@ def load_run(config: Config, workdir: str, which: str = "best") -> Run:
       ConfigError: no such run, or settings it was not trained with.
     """
     dataclasses.replace(config.evaluate, checkpoint=which).check()
+    from hdlm_jax.run.train import FREE
+
     trained = saved_config(workdir)
     for section in ("tokenizer", "hierarchy", "diffusion", "model"):
         for name, value in dataclasses.asdict(getattr(config, section)).items():
             was = getattr(getattr(trained, section), name)
-            if value != was:
+            if value != was and f"{section}.{name}" not in FREE:
                 raise ConfigError(f"{section}.{name}={value!r}: {workdir} was trained with {was!r}")
-    folder = data_dir(config, workdir)
-    tokenizer = load_tokenizer(folder)
+    folder = config.data.dir or trained.data.dir or data_dir(config, workdir)
+    tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
     hierarchy = Hierarchy.load(os.path.join(workdir, "hierarchy.npz"), tokenizer.fingerprint)
     mesh = parallel.make_mesh(config)
     network, process = build(config, hierarchy)
@@ -84,24 +87,29 @@ def load_run(config: Config, workdir: str, which: str = "best") -> Run:
     shape = jax.eval_shape(lambda: init_state(trained, hierarchy, network, tx, jax.random.key(0)))
     shardings = parallel.state_shardings(mesh, shape.params)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shape.params, shardings)
-    params = checkpoints.params(step, abstract, bool(trained.optimizer.ema))
+    ema = bool(trained.optimizer.ema)
+    params = checkpoints.params(step, abstract, ema)
     checkpoints.close()
-    return Run(config, Text(folder, load_manifest(folder), tokenizer), hierarchy, network, process, mesh, params, step)
+    return Run(config, folder, tokenizer, hierarchy, network, process, mesh, params, step, ema)
+
+
+def load_here(workdir: str, which: str = "best") -> Run:
+    """A run as trained, on the devices at hand whatever mesh it was trained on."""
+    return load_run(dataclasses.replace(saved_config(workdir), parallel=Parallel()), workdir, which)
 
 
 def load_params(workdir: str, which: str, tokenizer_fingerprint: str) -> Any:
     """Host weights of another run; ConfigError if its tokenizer is another one."""
-    config = dataclasses.replace(saved_config(workdir))
-    run = load_run(config, workdir, which)
-    if run.text.tokenizer.fingerprint != tokenizer_fingerprint:
-        raise ConfigError(f"{workdir}: tokenizer {run.text.tokenizer.fingerprint[:12]} is not this run's "
+    run = load_here(workdir, which)
+    if run.tokenizer.fingerprint != tokenizer_fingerprint:
+        raise ConfigError(f"{workdir}: tokenizer {run.tokenizer.fingerprint[:12]} is not this run's "
                           f"{tokenizer_fingerprint[:12]}")
     return jax.tree.map(np.asarray, run.params)
 
 
 def checkpoint_embedding(workdir: str) -> np.ndarray:
     """Word rows of a run's embedding table, float32 [V, D], to cluster words by."""
-    run = load_run(saved_config(workdir), workdir)
+    run = load_here(workdir)
     return np.asarray(run.params["embedding"])[: run.hierarchy.num_words]
 
 
@@ -115,8 +123,8 @@ class Model:
     """
 
     def __init__(self, workdir: str, checkpoint: str = "best"):
-        self.run = load_run(saved_config(workdir), workdir, checkpoint)
-        self.hierarchy, self.tokenizer = self.run.hierarchy, self.run.text.tokenizer
+        self.run = load_here(workdir, checkpoint)
+        self.hierarchy, self.tokenizer = self.run.hierarchy, self.run.tokenizer
         self._draw = Sampler(self.run.network, self.run.process, self.run.mesh, self.run.params)
         self._evaluator: Evaluator | None = None
 
@@ -138,16 +146,20 @@ class Model:
         """The text with its blanks filled in; everything else stays.
 
         Blanks: [MASK] one token, [MASK:5] five, [LIKE:word] one token of the same cluster as the given word's first
-        (at xi = 1; the cluster is shown to the model, the word is not).
+        (at xi = 1; the cluster is shown to the model, the word is not). A single space in front of a blank is left to
+        it, as words of most tokenizers begin with theirs.
         """
         ids: list[int] = []
         end = 0
         for blank in _BLANK.finditer(text):
-            ids += self.tokenizer.encode(text[end : blank.start()]).tolist()
+            before = text[end : blank.start()]
+            # a word carries the space in front of it, so a blank (or the word it is like) takes that space along
+            space = before.endswith(" ") and not before.endswith("  ")
+            ids += self.tokenizer.encode(before[:-1] if space else before).tolist()
             if blank[2]:
                 if self.hierarchy.num_levels < 2:
                     raise ValueError(f"{blank[0]}: this model has no clusters (MDLM); use [MASK]")
-                word = int(self.tokenizer.encode(blank[2])[0])
+                word = int(self.tokenizer.encode(" " * space + blank[2])[0])
                 ids.append(int(self.hierarchy.symbol(1, self.hierarchy.anc[1][word])))
             else:
                 ids += [self.hierarchy.mask_id] * int(blank[1] or 1)

@@ -94,6 +94,15 @@ def write_json(path: str, value: Any) -> None:
     os.replace(aside, path)
 
 
+def reuse(path: str, made_from: dict) -> dict | None:
+    """A result written by write_json, if it is there and was made from the same things."""
+    if not os.path.exists(path):
+        return None
+    with open(path) as f:
+        found = json.load(f)
+    return found if all(found.get(k) == json.loads(json.dumps(v)) for k, v in made_from.items()) else None
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return np.asarray(value).tolist()

@@ -6,6 +6,7 @@ once. Every pair has its own random numbers, so the result does not depend on ba
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -21,7 +22,7 @@ from hdlm_jax.diffusion.process import HierarchicalProcess, fold
 from hdlm_jax.model.heads import map_over_noised
 from hdlm_jax.model.network import Network, predict
 from hdlm_jax.run import parallel
-from hdlm_jax.run.checkpoint import write_json
+from hdlm_jax.run.checkpoint import reuse, write_json
 from hdlm_jax.run.metrics import progress, say
 
 
@@ -127,17 +128,23 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     Nats of each sequence go to evaluate_rows.npz, for paired comparisons.
     """
     from hdlm_jax.run.api import load_run
-    from hdlm_jax.text.pipeline import valid_rows
+    from hdlm_jax.text.pipeline import load_manifest, valid_rows
 
     run = load_run(config, workdir, config.evaluate.checkpoint)
-    rows = valid_rows(run.text.dir, config.model.seq_len, config.evaluate.rows)
+    manifest = load_manifest(run.data_dir)
+    made_from = {"step": run.step, "data": manifest.fingerprint, "hierarchy_fingerprint": run.hierarchy.fingerprint,
+                 "settings": dataclasses.asdict(config.evaluate)}
+    path = os.path.join(workdir, "evaluate.json")
+    if found := reuse(path, made_from):
+        say(f"evaluate: reusing {path} of step {run.step}, NELBO {found['nelbo']:.4f} +- {found['se']:.4f} nats/token")
+        return found
+    rows = valid_rows(run.data_dir, config.model.seq_len, config.evaluate.rows)
     evaluator = Evaluator(config, run.network, run.process, run.mesh, run.params)
     started = time.time()
     nats, tau, q = evaluator.nats(run.params, rows, config.evaluate.draws)
     seconds = time.time() - started
     tokens = rows["score"].sum(-1)
     result = summarise(nats, tokens, tau, q)
-    manifest = run.text.manifest
     whole = result["tokens"] == manifest.valid_scored_tokens
     per_byte = manifest.valid_scored_tokens / manifest.valid_scored_bytes / math.log(2)
     if whole:
@@ -146,13 +153,12 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     result |= {
         "perplexity_se": result["perplexity"] * result["se"], "unigram_nelbo": manifest.unigram_nats,
         "unigram_perplexity": math.exp(manifest.unigram_nats), "bytes": manifest.valid_scored_bytes if whole else None,
-        "whole_split": whole, "step": run.step, "checkpoint": config.evaluate.checkpoint,
-        "ema": bool(config.optimizer.ema),
+        "whole_split": whole, "ema": run.ema,
         "seconds": seconds, "tokens_per_s": result["tokens"] * result["draws"] / seconds,
         "corpus": manifest.corpus_fingerprint, "hierarchy": list(run.hierarchy.sizes), "params": run.num_params,
-    }
-    write_json(os.path.join(workdir, "evaluate.json"), result)
+    } | made_from
     np.savez(os.path.join(workdir, "evaluate_rows.npz"), nats=nats.mean(0).sum(-1), tokens=tokens)
+    write_json(path, result)
     say(f"evaluate: step {run.step}, {result['tokens']:,} tokens x {result['draws']} draws in {seconds:.0f} s: "
         f"NELBO {result['nelbo']:.4f} +- {result['se']:.4f} nats/token (data {result['se_data']:.4f}, "
         f"time {result['se_time']:.4f}), perplexity {result['perplexity']:.2f}; unigram {manifest.unigram_nats:.4f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -18,7 +19,7 @@ from hdlm_jax.diffusion import sampler
 from hdlm_jax.diffusion.process import HierarchicalProcess, fold
 from hdlm_jax.model.network import Network
 from hdlm_jax.run import parallel
-from hdlm_jax.run.checkpoint import write_json
+from hdlm_jax.run.checkpoint import reuse, write_json
 from hdlm_jax.run.metrics import progress, say
 
 
@@ -95,7 +96,13 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
 
     g = config.generate
     run = load_run(config, workdir, g.checkpoint)
-    ids = run.text.tokenizer.encode(g.prompt) if g.prompt else np.zeros(0, np.int32)
+    made_from = {"step": run.step, "hierarchy_fingerprint": run.hierarchy.fingerprint,
+                 "settings": dataclasses.asdict(g)}
+    summary = os.path.join(workdir, "generate.json")
+    if found := reuse(summary, made_from):
+        say(f"generate: reusing {os.path.join(workdir, 'samples.txt')} of step {run.step}")
+        return found
+    ids = run.tokenizer.encode(g.prompt) if g.prompt else np.zeros(0, np.int32)
     canvas = prompt_canvas(ids, g.num_samples, config.model.seq_len, run.hierarchy.mask_id)
     draw = Sampler(run.network, run.process, run.mesh, run.params)
     started = time.time()
@@ -103,16 +110,14 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
     compiled = time.time()
     out = draw(canvas, g)
     seconds = time.time() - compiled
-    texts = [run.text.tokenizer.decode(row) for row in out["tokens"]]
+    texts = [run.tokenizer.decode(row) for row in out["tokens"]]
     words = out["tokens"].size - canvas.shape[0] * len(ids)
     result = {
-        "samples": len(texts), "seq_len": config.model.seq_len, "plan": g.plan, "steps": g.steps, "reveals": g.reveals,
-        "temperature": g.temperature, "top_p": g.top_p, "clusters": g.clusters, "prompt": g.prompt,
+        "samples": len(texts), "seq_len": config.model.seq_len,
         "network_calls": float(out["calls"].mean()), "row_forwards": float(out["row_forwards"].mean()),
-        "unigram_entropy": _entropy(out["tokens"]), "seconds": seconds, "tokens_per_s": words / seconds,
-        "seconds_to_first": compiled - started, "step": run.step,
-    }
-    write_json(os.path.join(workdir, "generate.json"), result)
+        "unigram_entropy": _entropy(out["tokens"][:, len(ids) :]), "seconds": seconds, "tokens_per_s": words / seconds,
+        "seconds_to_first": compiled - started,
+    } | made_from
     path = os.path.join(workdir, "samples.txt")
     with open(path, "w") as f:
         for i, text in enumerate(texts):
@@ -120,6 +125,7 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
     with open(os.path.join(workdir, "samples.jsonl"), "w") as f:
         for text, row, calls in zip(texts, out["tokens"], out["row_forwards"], strict=True):
             f.write(json.dumps({"text": text, "ids": row.tolist(), "row_forwards": int(calls)}) + "\n")
+    write_json(summary, result)
     say(f"generate: {len(texts)} samples, {result['network_calls']:.0f} network calls a batch, "
         f"{result['tokens_per_s']:,.0f} tokens/s, in {path}; the first one:\n{texts[0]}")
     return result

@@ -59,7 +59,7 @@ def put_batch(mesh, batch):
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def compile_train_step(step, mesh, shardings):
+def compile_step(step, mesh, shardings):
     """jit of step(state, batch, key) -> (state, metrics): state stays where it is and is donated."""
     return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
                    out_shardings=(shardings, replicated(mesh)), donate_argnums=0)

@@ -38,7 +38,8 @@ def compare(workdir_a: str, workdir_b: str) -> tuple[float, float]:
 
 def table(workdirs: list[str]) -> str:
     """Markdown: what each run reaches on its validation split, and what it costs."""
-    head = ["", "levels", "nats/token", "bits/byte", "perplexity", "train tok/s", "sample tok/s", "network calls"]
+    head = ["", "levels", "step", "nats/token", "bits/byte", "perplexity", "train tok/s", "sample tok/s",
+            "network calls"]
     rows = [head, ["---"] * len(head)]
     unigram = None
     for workdir in workdirs:
@@ -46,11 +47,12 @@ def table(workdirs: list[str]) -> str:
         records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
         speeds = [r["tokens_per_s"] for r in records if r.get("tokens_per_s")]
         bits = f"{e['bits_per_byte']:.4f} ± {e['bits_per_byte_se']:.4f}" if e["whole_split"] else "-"
-        rows.append([os.path.basename(os.path.normpath(workdir)), " → ".join(map(str, e["hierarchy"])),
+        rows.append([os.path.basename(os.path.normpath(workdir)), " → ".join(map(str, e["hierarchy"])), str(e["step"]),
                      f"{e['nelbo']:.4f} ± {e['se']:.4f}", bits, f"{e['perplexity']:.1f} ± {e['perplexity_se']:.1f}",
-                     f"{np.median(speeds):,.0f}", f"{g['tokens_per_s']:,.0f}", f"{g['network_calls']:.0f}"])
+                     f"{np.median(speeds):,.0f}" if speeds else "-", f"{g['tokens_per_s']:,.0f}",
+                     f"{g['network_calls']:.0f}"])
         bits = f"{e['unigram_bits_per_byte']:.4f}" if e["whole_split"] else "-"
-        unigram = ["unigram", "", f"{e['unigram_nelbo']:.4f}", bits, f"{e['unigram_perplexity']:.1f}", "", "", ""]
+        unigram = ["unigram", "", "", f"{e['unigram_nelbo']:.4f}", bits, f"{e['unigram_perplexity']:.1f}", "", "", ""]
     if unigram:
         rows.append(unigram)
     widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
@@ -63,6 +65,9 @@ def main(workdirs: list[str]) -> None:
     if not workdirs:
         raise SystemExit("usage: python -m hdlm_jax.run.report WORKDIR [WORKDIR ...]")
     results = [_read(w, "evaluate.json") for w in workdirs]
+    for name in ("corpus", "tokens", "data"):
+        if len({str(r.get(name)) for r in results}) > 1:
+            raise SystemExit(f"report: the runs were evaluated on different text ({name} differs)")
     print(table(workdirs))
     print(f"\nvalidation: {results[0]['tokens']:,} tokens, {results[0]['bytes'] or 0:,} bytes, "
           f"corpus {results[0]['corpus'][:12]}; ± is one standard error (data and noise times)")

@@ -30,10 +30,13 @@ def prepare(config: Config, workdir: str) -> Text:
     """Tokens under data.dir (default <workdir>/data), made or reused."""
     d, t = config.data, config.tokenizer
     folder = data_dir(config, workdir)
+    file = t.file
+    if config.train.init_from and t.kind != "bytes":  # another run's weights speak that run's words
+        file = os.path.join(config.train.init_from, "tokenizer", tokens.RANK_FILE)
     manifest = pipeline.prepare(
         folder, source=d.source, files=d.files, text_field=d.text_field, prompt_field=d.prompt_field,
         txt_documents=d.txt_documents, validation=d.validation, validation_fraction=d.validation_fraction,
-        tokenizer_kind=t.kind, vocab_size=t.vocab_size, tokenizer_file=t.file, tokenizer_sha256=t.sha256, say=say,
+        tokenizer_kind=t.kind, vocab_size=t.vocab_size, tokenizer_file=file, tokenizer_sha256=t.sha256, say=say,
     )
     return Text(folder, manifest, tokens.load_tokenizer(folder))
 
@@ -65,7 +68,7 @@ def cluster(config: Config, workdir: str, text: Text) -> Hierarchy:
     """
     path = os.path.join(workdir, "hierarchy.npz")
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config.hierarchy).items()}
-    settings["data"] = text.manifest.fingerprint
+    settings |= {"data": text.manifest.fingerprint, "init_from": config.train.init_from}
     if os.path.exists(path):
         made = read_extra(path).get("settings", {})
         for name, value in settings.items():
@@ -74,6 +77,12 @@ def cluster(config: Config, workdir: str, text: Text) -> Hierarchy:
                                   "use another --workdir or remove that file")
         hierarchy = Hierarchy.load(path, text.tokenizer.fingerprint)
         say(f"hierarchy: reusing {path}, levels {' -> '.join(map(str, hierarchy.sizes))}")
+        return hierarchy
+    if config.train.init_from:  # its cluster ids are what the weights mean
+        theirs = os.path.join(config.train.init_from, "hierarchy.npz")
+        hierarchy = Hierarchy.load(theirs, text.tokenizer.fingerprint)
+        hierarchy.save(path, text.tokenizer.fingerprint, {"settings": settings})
+        say(f"hierarchy: that of {theirs}, levels {' -> '.join(map(str, hierarchy.sizes))}")
         return hierarchy
     h, words = config.hierarchy, text.manifest.vocab_size
     vectors: np.ndarray | None = None

@@ -25,7 +25,7 @@ from hdlm_jax.run.state import build, init_state, make_optimizer, make_train_ste
 RESUME_EXIT = 75  # leaving on SIGTERM with everything saved: run the same command again
 # sections in which a resumed run must not differ, and the settings in them that may
 _FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "optimizer", "train")
-_FREE = ("train.steps", "train.log_every", "train.microbatches", "train.evaluate_every", "model.remat")
+FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "model.remat")
 
 
 class TrainingStopped(RuntimeError):
@@ -38,7 +38,8 @@ def check_resume(config: Config, meta: dict, path: str) -> None:
     for section in _FIXED:
         for name, value in now[section].items():
             saved = meta["config"][section].get(name)
-            if saved != value and f"{section}.{name}" not in _FREE:
+            free = f"{section}.{name}" in FREE or (name == "steps" and config.optimizer.schedule == "constant")
+            if saved != value and not free:
                 raise ConfigError(f"{section}.{name}={value!r}: the checkpoint in {path} was trained with {saved!r}; "
                                   "use another --workdir or the old setting")
 
@@ -73,7 +74,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     network, process = build(config, hierarchy)
     tx, schedule = make_optimizer(config)
     abstract, shardings = abstract_state(config, hierarchy, network, tx, mesh)
-    step_fn = parallel.compile_train_step(make_train_step(config, network, process, tx, shards), mesh, shardings)
+    step_fn = parallel.compile_step(make_train_step(config, network, process, tx, shards), mesh, shardings)
 
     checkpoints = Checkpoints(workdir)
     facts = {"data": text.manifest.fingerprint, "tokenizer": text.tokenizer.fingerprint,
@@ -91,7 +92,11 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     else:
         start = 0
         state = _fresh_state(config, text, hierarchy, network, tx, shardings)
-        write_json(os.path.join(workdir, "config.json"), config.as_dict())
+    if jax.process_index() == 0:
+        text.tokenizer.save(os.path.join(workdir, "tokenizer"))
+        kept = config.as_dict()
+        kept["data"]["dir"] = config.data.dir and os.path.abspath(config.data.dir)
+        write_json(os.path.join(workdir, "config.json"), kept)
     params = sum(a.size for a in jax.tree.leaves(abstract.params))
     say(f"train: {params:,} parameters, {config.train.batch_size} x {config.model.seq_len} tokens a step, "
         f"{config.train.steps:,} steps, {jax.device_count()} {jax.devices()[0].device_kind} "
@@ -112,11 +117,11 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     stop, stop_listening = _on_sigterm()
     tokens_a_step = config.train.batch_size * config.model.seq_len
     window: list[dict[str, float]] = []
-    clock = {"since": time.time(), "wait": 0.0, "steps": 0}
+    clock = {"since": time.time(), "wait": 0.0, "steps": -1}  # the first step compiles and is not timed
     last: dict[str, Any] = {}
 
-    def finish(done) -> dict[str, Any] | None:
-        """Reads the metrics of a dispatched step; a record where one is due."""
+    def finish(done, force: bool = False) -> dict[str, Any] | None:
+        """Reads the metrics of a dispatched step; a record where one is due or forced."""
         nonlocal last
         step, device_metrics = done
         values = {k: float(v) for k, v in device_metrics.items()}
@@ -128,7 +133,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         last = {"step": step, **values}
         window.append(values)
         clock["steps"] += 1
-        if step % config.train.log_every and step != config.train.steps:
+        if step % config.train.log_every and not force:
             return None
         seconds = max(time.time() - clock["since"], 1e-9)
         rate: float | None = clock["steps"] * tokens_a_step / seconds
@@ -158,6 +163,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         meta = facts | {"config": config.as_dict(), "next_step": step}
         checkpoints.save(step, state, meta, {"nelbo": valid.get("valid_nelbo", math.inf)})
 
+    trace = (min(start + 10, config.train.steps), min(start + 13, config.train.steps)) if profile else (-1, -1)
     iterator = batches.iterator(start)
     pending = None
     first = time.time()
@@ -167,32 +173,29 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
             waited = time.time()
             batch = parallel.put_batch(mesh, next(iterator))
             clock["wait"] += time.time() - waited
-            if profile and step == start + 10:
+            if step == trace[0]:
                 jax.profiler.start_trace(os.path.join(workdir, "profile"))
             state, device_metrics = step_fn(state, batch, key)
             if step == start + 1:
                 jax.block_until_ready(device_metrics)
                 say(f"train: first step after {time.time() - first:.1f} s (compilation)")
                 clock["since"] = time.time()
-            if profile and step == start + 13:
+            if step == trace[1]:
                 jax.block_until_ready(device_metrics)
                 jax.profiler.stop_trace()
-                say(f"train: profile of 4 steps in {os.path.join(workdir, 'profile')}")
+                say(f"train: profile of {trace[1] - trace[0] + 1} steps in {os.path.join(workdir, 'profile')}")
             bar.update()
             due: list[dict[str, Any] | None] = [finish(pending)] if pending else []
             pending = (step, device_metrics)
             end = step == config.train.steps
             saves = end or step % config.checkpoint.every == 0
-            leave = stop["asked"]
+            leave = stop["asked"] and not end
             valid: dict[str, float] = {}
             if end or saves or leave or step % every == 0:
-                record = finish(pending)
+                record = finish(pending, force=True) or {}
                 pending = None
-                if not leave:
-                    valid = measure(step)
-                    due.append((record or {"step": step, "tokens": step * tokens_a_step}) | valid)
-                else:
-                    due.append(record)
+                valid = {} if leave else measure(step)
+                due.append(record | valid)
             for record in filter(None, due):
                 for writer in writers:
                     writer.write(record)
@@ -214,7 +217,8 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     drawn = plot_curves(curves, records, text.manifest.unigram_nats)
     final = [r for r in records if "valid_nelbo" in r][-1]
     say(f"train: done, step {config.train.steps:,}, validation NELBO {final['valid_nelbo']:.4f} +- "
-        f"{final['valid_se']:.4f} nats/token on {len(rows['x'])} sequences (unigram {text.manifest.unigram_nats:.4f})"
+        f"{final['valid_se']:.4f} nats/token on {len(rows['x'])} sequences "
+        f"(unigram of the whole split {text.manifest.unigram_nats:.4f})"
         + (f", curves in {curves}" if drawn else ""))
     return state
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Checks and tests: ./launch/test.sh [--slow] [--no-second-python] [pytest arguments]
-#   (nothing)            ruff, mypy, the fast tests; then the core tests on the newest jax, where a Python >= 3.12
-#                        is at hand (and the environment is older than that)
+# Checks and tests: ./launch/test.sh [--slow] [--second-python] [pytest arguments]
+#   (nothing)            ruff, mypy, the fast tests
 #   --slow               the slow tests as well
-#   --no-second-python   leave the newest jax out (its environment: .venv-new, or $VENV_NEW)
+#   --second-python      then the core tests on the newest jax, where a Python >= 3.12 is at hand and the
+#                        environment is older than that (in .venv-new, or $VENV_NEW); CI does this
 #   pytest arguments     e.g. tests/test_levels.py or -k posterior: those tests only, in the first Python only
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
@@ -12,12 +12,12 @@ source "$(dirname "$0")/common.sh"
 core=(tests/test_levels.py tests/test_process.py tests/test_sampler.py tests/test_hierarchy.py
       tests/test_network.py tests/test_train.py)
 
-slow=no second=yes
+slow=no second=no
 arguments=()
 for argument in "$@"; do
   case "$argument" in
     --slow) slow=yes ;;
-    --no-second-python) second=no ;;
+    --second-python) second=yes ;;
     -h | --help) sed -n '2,7s/^# //p' "$0"; exit ;;
     *) arguments+=("$argument") ;;
   esac
@@ -43,7 +43,7 @@ say "mypy"
 # Announced before the tests, so that the closing line is pytest's own.
 new_python=
 if [ ${#arguments[@]} -gt 0 ] || [ "$second" = no ]; then
-  say "tests; not on a second Python, as asked"
+  say "tests"
 elif runs_python "$PY" 12; then
   say "tests; these are the newest versions already, so no second Python"
 elif new_python=$(find_new_python); then

@@ -152,7 +152,6 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         return record
 
     def measure(step: int) -> dict[str, float]:
-        nonlocal clock
         pause = time.time()
         nats, tau, q = evaluator.nats(state.ema or state.params, rows, 1, "validation")
         result = summarise(nats, rows["score"].sum(-1), tau, q)

@@ -14,6 +14,6 @@ def get_config():
     c.model.width = 1024
     c.model.blocks = 24
     c.model.heads = 16
-    c.model.remat = True
+    c.model.remat = "all"
     c.train.microbatches = 1
     return c

@@ -142,16 +142,18 @@ class Model:
     seq_len: int = 512
     dropout: float = 0.0
     time_conditioning: bool = True
-    head: str = "flat"
+    head: str = "flat"  # flat: a logit for every word | factorised: p(cluster) p(word | cluster), needs clusters
+    prototypes: int = 1  # vectors a cluster, factorised head
     embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by
     dtype: str = "float32"  # of the computation; parameters and logits are float32
-    remat: bool = False  # recompute activations in the backward pass: less memory, about a third more time
+    remat: str = "auto"  # recomputed in the backward pass: none | cheap (all but products) | all | auto by backend
 
     def check(self) -> None:
-        _choice("model.head", self.head, ("flat",))
+        _choice("model.head", self.head, ("flat", "factorised"))
+        _choice("model.remat", self.remat, ("auto", "none", "cheap", "all"))
         _choice("model.embeddings", self.embeddings, ("random", "clusters"))
         _choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-        for name in ("width", "blocks", "heads", "seq_len"):
+        for name in ("width", "blocks", "heads", "seq_len", "prototypes"):
             _rule(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         _rule(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")
         _rule(self.width // self.heads % 2 == 0, "model.heads", self.heads,
@@ -209,7 +211,7 @@ class Evaluate:
     """The exact NELBO over the whole validation split."""
 
     draws: int = 8  # passes over the split, each with its own noise
-    batch_size: int = 64
+    batch_size: int = 0  # sequences at once; 0: as many as fit. Changes no result
     rows: int = 0  # only the first so many sequences; 0: all
     rows_in_training: int = 256  # as many (and one draw) at each train.evaluate_every
     cv2: float = 0.03  # a of the proposal q_a, the squared coefficient of variation between sequences
@@ -219,7 +221,7 @@ class Evaluate:
     def check(self) -> None:
         _choice("evaluate.checkpoint", self.checkpoint, ("best", "latest"))
         _rule(self.draws >= 2, "evaluate.draws", self.draws, "must be at least 2 (for a standard error)")
-        _rule(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "must be at least 1")
+        _rule(self.batch_size >= 0, "evaluate.batch_size", self.batch_size, "must not be negative; 0 is what fits")
         _rule(self.rows >= 0, "evaluate.rows", self.rows, "must not be negative")
         _rule(self.rows_in_training >= 2, "evaluate.rows_in_training", self.rows_in_training, "must be at least 2")
         _rule(self.cv2 > 0, "evaluate.cv2", self.cv2, "must be positive")
@@ -228,6 +230,7 @@ class Evaluate:
 @dataclasses.dataclass(frozen=True)
 class Generate:
     num_samples: int = 16
+    length: int = 0  # tokens of a text, prompt and all; 0: model.seq_len
     steps: int = 128  # of the grid
     plan: str = "grid"  # grid | events | reveal (docs/theory.md section 4)
     reveals: int = 1  # tokens that drop a level at each call of plan="reveal"
@@ -245,6 +248,7 @@ class Generate:
         _choice("generate.checkpoint", self.checkpoint, ("best", "latest"))
         for name in ("num_samples", "steps", "reveals", "batch_size"):
             _rule(getattr(self, name) >= 1, f"generate.{name}", getattr(self, name), "must be at least 1")
+        _rule(self.length >= 0, "generate.length", self.length, "must not be negative; 0 is model.seq_len")
         _rule(self.temperature >= 0, "generate.temperature", self.temperature, "must not be negative")
         _rule(0 < self.top_p <= 1, "generate.top_p", self.top_p, "must lie in (0, 1]")
 
@@ -304,6 +308,8 @@ class Config:
         single = n == 1 and not (self.hierarchy.keep_single and self.hierarchy.clusters)
         levels = 1 if single else 1 + sum(c > 1 for c in self.hierarchy.clusters) + (n == 1)
         self.diffusion.level_rates(levels)
+        _rule(self.model.head == "flat" or levels > 1, "model.head", self.model.head,
+              "needs clusters of words; MDLM (a single level) has none, choose 'flat'")
         low = 1 / n
         _rule(self.diffusion.xi == 1 or low < self.diffusion.xi, "diffusion.xi", self.diffusion.xi,
               f"must lie in (1/n, 1] = ({low:.4g}, 1] for n = {n} clusters"

@@ -71,7 +71,9 @@ def main(argv: list[str]) -> None:
         jax.distributed.initialize()
     config.parallel.shape(jax.device_count())  # a mesh that does not fit is refused before any work
     logging.info("%d devices, process %d of %d", jax.device_count(), jax.process_index(), jax.process_count())
-    from hdlm_jax.run import evaluate, generate, stages, train
+    from hdlm_jax.run import evaluate, generate, parallel, stages, train
+
+    parallel.keep_compiled()
 
     if _MODE.value in ("prepare", "cluster"):
         text = stages.prepare(config, workdir)

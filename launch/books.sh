@@ -7,7 +7,7 @@ source "$(dirname "$0")/common.sh"
 export HDLM_DATA=${HDLM_DATA:-../shared/data}
 setup_venv
 runs=runs/books
-names=(mdlm hdlm shuffled mdlm-warm hdlm-warm mdlm-s1 hdlm-s1)
+names=(mdlm hdlm shuffled mdlm-warm hdlm-warm mdlm-s1 hdlm-s1 hdlm-factorised hdlm-factorised-s1)
 for name in "${names[@]}"; do
   for mode in train evaluate generate; do
     say "$name: $mode"

@@ -4,6 +4,8 @@
 #   VENV     the folder of the environment (default: .venv in the repository root)
 # shellcheck shell=bash
 set -euo pipefail
+# Huge pages for large temporary arrays (glibc, Linux): about a tenth more speed on CPU, for JAX as for PyTorch.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '\n[%s] %s\n' "$(basename "$0" .sh)" "$*"; }

@@ -10,6 +10,8 @@ import pytest
 # Both are read when JAX starts its backend: they have to be set before anything imports jax.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # tests leave nothing behind
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -51,7 +51,7 @@ def test_generate(drawn):
         model().generate(plan="evnts")
     with pytest.raises(ConfigError, match="generate.num_samples=0: must be at least 1"):
         model().generate(0)
-    with pytest.raises(ConfigError, match="generate.prompt has 16 tokens: must be fewer than model.seq_len=16"):
+    with pytest.raises(ConfigError, match="generate.prompt has 16 tokens: must be fewer than the 16 of a text"):
         model().generate(prompt="a" * SEQ_LEN)
     with pytest.raises(TypeError, match="tempreature"):
         model().generate(tempreature=1.0)

@@ -124,17 +124,18 @@ def test_modes_of_a_trained_run(call, tmp_path):
     code, out, err = call(*run)
     assert code == 0 and "nothing to do, step 3 is there" in out and not err
     code, out, err = call(*run, "--mode=generate", "--config.generate.prompt=The ")
-    assert code == 0 and "3 samples, 6 network calls a batch" in out and not err
+    assert code == 0 and "3 samples, 6 network calls" in out and not err
     result = json.loads((workdir / "generate.json").read_text())
     settings = result["settings"]
-    assert (result["samples"], result["network_calls"], settings["steps"], settings["prompt"]) == (3, 6.0, 6, "The ")
+    assert (result["samples"], settings["steps"], settings["prompt"]) == (3, 6, "The ")
+    assert 5 < result["network_calls"] <= 6 and result["compile_s"] > 0
     code, out, err = call(*run, "--mode=generate", "--config.generate.prompt=The ")
     assert code == 0 and "generate: reusing" in out and "network calls" not in out
     assert 0 < result["row_forwards"] <= 6 and result["tokens_per_s"] > 0
     records = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
     assert len(records) == 3 and all(r["text"].startswith("The ") and len(r["ids"]) == SEQ_LEN for r in records)
     assert max(max(r["ids"]) for r in records) < 257
-    text = (workdir / "samples.txt").read_text()
+    text = (workdir / "samples.txt").read_bytes().decode()
     assert all(f"--- sample {i} ---\n{r['text']}\n" in text for i, r in enumerate(records))
     code, out, err = call(*run, "--mode=evaluate")
     assert code == 0 and "evaluate: step 3" in out and not err

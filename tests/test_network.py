@@ -1,4 +1,5 @@
 """The transformer against an independent float64 numpy twin, and against outputs of the published PyTorch network."""
+import dataclasses
 import functools
 import math
 
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 
 from hdlm_jax import config
+from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.model import network as network_module
-from hdlm_jax.model.network import Network, attention, flops_per_token, make_network, predict
+from hdlm_jax.model.heads import FactorisedHead, FlatHead
+from hdlm_jax.model.network import Network, attention, flops_per_token, make_network
 from hdlm_jax.text.hierarchy import Hierarchy
 
 B, S, V, N = 3, 10, 150, 256
-SIZES = {"words": V, "symbols": N, "width": 16, "blocks": 2, "heads": 2}
+FLAT = FlatHead(Hierarchy.from_parents([], num_words=V))
+SIZES = {"head": FLAT, "symbols": N, "width": 16, "blocks": 2, "heads": 2}
 
 
 def random_params(network, seed=0, scale=0.3):
@@ -94,7 +98,7 @@ def numpy_network(params, z, t, heads, valid=None):
         x = x + gate2 * (h @ w["down"]["kernel"] + w["down"]["bias"])
     shift, scale = modulation(p["modulation"], 2)
     h = numpy_norm(x, p["norm"]["weight"]) * (1 + scale) + shift
-    return h @ p["head"]["kernel"] + p["head"]["bias"]
+    return h @ p["head"]["kernel"].T + p["head"]["bias"]
 
 
 @pytest.mark.parametrize("time, padded", [(True, False), (True, True), (False, False)])
@@ -131,11 +135,13 @@ def test_equals_published_network(data_dir):
                 "qkv": linear(b + "attn_qkv"), "out": linear(b + "attn_out"), "up": affine(b + "mlp.0"),
                 "down": affine(b + "mlp.2"), "modulation": affine(b + "adaLN_modulation")}
 
-    network = Network(words=128, symbols=128, width=32, blocks=2, heads=4, cond=16)
+    head = FlatHead(Hierarchy.from_parents([], num_words=128))
+    network = Network(head, symbols=128, width=32, blocks=2, heads=4, cond=16)
     params = {"embedding": w["vocab_embed.embedding"], "time_in": affine("sigma_map.mlp.0"),
               "time_out": affine("sigma_map.mlp.2"), "stack": jax.tree.map(lambda *a: np.stack(a), block(0), block(1)),
               "norm": {"weight": w["output_layer.norm_final.weight"]},
-              "modulation": affine("output_layer.adaLN_modulation"), "head": affine("output_layer.linear")}
+              "modulation": affine("output_layer.adaLN_modulation"),
+              "head": {"kernel": w["output_layer.linear.weight"], "bias": w["output_layer.linear.bias"]}}
     shapes = jax.tree.map(jnp.shape, params)
     assert shapes == jax.tree.map(jnp.shape, random_params(network)), "every parameter of ours, in our shape"
     z, t, attn = jnp.asarray(data["z"], jnp.int32), jnp.asarray(data["t"]), data["attn"].astype(bool)
@@ -161,7 +167,7 @@ def test_start():
     assert limit * 0.98 < np.abs(params["embedding"]).max() <= limit
     zero = [params["stack"]["modulation"], params["modulation"], params["head"]]
     assert not any(np.any(a) for a in jax.tree.leaves(zero))
-    assert params["head"]["kernel"].shape == (SIZES["width"], 256), "padded to a multiple of 128"
+    assert params["head"]["kernel"].shape == (256, SIZES["width"]), "padded to a multiple of 128"
     fan_in = {"qkv": 16, "out": 16, "up": 16, "down": 64}
     for name, n in fan_in.items():
         kernel = np.asarray(params["stack"][name]["kernel"])
@@ -194,8 +200,9 @@ def test_padding_is_not_seen():
     assert np.abs(a[1:] - b[1:])[valid[1:]].max() > 1e-2, "without `valid` it is seen"
 
 
-def test_remat_changes_memory_not_results():
-    plain, remat = (Network(**(SIZES | {"blocks": 1}), remat=flag) for flag in (False, True))
+@pytest.mark.parametrize("kind", ["cheap", "all"])
+def test_remat_changes_memory_not_results(kind):
+    plain, remat = (Network(**(SIZES | {"blocks": 1}), remat=flag) for flag in ("none", kind))
     params, (z, t) = random_params(plain), inputs()
     found = {}
     for name, network in (("plain", plain), ("remat", remat)):
@@ -213,18 +220,21 @@ def test_bfloat16_computes_but_does_not_store():
     born = jax.eval_shape(lambda: bf16.init(jax.random.key(0), z, t))["params"]
     assert {a.dtype for a in jax.tree.leaves(born)} == {jnp.dtype("float32")}
     a, b = (apply(n, params, z, t, method="trunk") for n in (f32, bf16))
-    assert a.dtype == b.dtype == predict(bf16, params["head"], b).dtype == jnp.float32
+    assert a.dtype == b.dtype == FlatHead(FLAT.hierarchy, jnp.bfloat16).logits(params["head"], b).dtype == jnp.float32
     error = np.abs(a - b).max() / np.std(a)
     assert 1e-3 < error < 0.2, "bfloat16 has 8 bits"
 
 
-def test_predict_is_the_head_of_the_trunk():
-    network = Network(**SIZES)
+@pytest.mark.parametrize("kind", ["flat", "factorised"])
+def test_denoise_is_the_head_of_the_trunk_at_the_tokens_asked_for(kind):
+    head = FLAT if kind == "flat" else FactorisedHead(Hierarchy.from_parents([np.arange(V) % 7]), prototypes=2)
+    network = Network(**(SIZES | {"head": head}))
     params, (z, t) = random_params(network), inputs()
-    hidden = apply(network, params, z, t, method="trunk")
-    assert hidden.shape == (B, S, SIZES["width"])
-    np.testing.assert_allclose(predict(network, params["head"], hidden), apply(network, params, z, t),
-                               rtol=1e-5, atol=1e-5)
+    assert apply(network, params, z, t, method="trunk").shape == (B, S, SIZES["width"])
+    whole = jax.nn.log_softmax(apply(network, params, z, t)).reshape(B * S, V)
+    some = jnp.asarray([7, 0, 29, 7])
+    found = network.denoise(params, z, t).select(some).log_probs()
+    np.testing.assert_allclose(found, whole[some], rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_only_in_training():
@@ -256,17 +266,22 @@ def test_make_network_and_its_flops():
     hierarchy = Hierarchy.from_parents([np.arange(257) % 8])
     network = make_network(c, hierarchy)
     params = random_params(network)
-    assert params["embedding"].shape == (384, 16) and network.words == 257
+    assert params["embedding"].shape == (384, 16) and params["head"]["kernel"].shape == (384, 16)
     products = sum(params["stack"][name]["kernel"].size for name in ("qkv", "out", "up", "down"))
     attended = 2 * 2 * S * 16  # blocks x (scores and values) x positions x width
     # two FLOPs a multiply-add, the backward pass costs two forward ones, half of the tokens reach the head
-    assert flops_per_token(c, 257) == 3 * 2 * (products + attended + 0.5 * 16 * 257)
+    chain = LevelChain((1.0, 1.0))
+    assert flops_per_token(c, hierarchy, chain) == pytest.approx(6 * (products + attended + 0.5 * 16 * 257), rel=1e-3)
+    # a quarter of them show a cluster and need one block; half of them need the 8 x 3 prototypes
+    c = dataclasses.replace(c, model=dataclasses.replace(c.model, head="factorised", prototypes=3))
+    want = 6 * (products + attended + 0.5 * 16 * 24 + 0.25 * 16 * 257 / 8)
+    assert flops_per_token(c, hierarchy, chain) == pytest.approx(want, rel=1e-3)
 
 
 def test_published_sizes():
     """The three published sizes, by their parameter counts (embedding, output table and time included)."""
     for width, blocks, heads, millions in ((512, 8, 8, 79), (768, 12, 12, 170), (1024, 24, 16, 425)):
-        network = Network(50257, 50432, width, blocks, heads)
+        network = Network(FlatHead(Hierarchy.from_parents([np.arange(50257) % 64])), 50432, width, blocks, heads)
         z, t = jnp.zeros((1, 8), jnp.int32), jnp.zeros((1,))
         shapes = jax.eval_shape(network.init, jax.random.key(0), z, t)["params"]
         count = sum(math.prod(a.shape) for a in jax.tree.leaves(shapes))

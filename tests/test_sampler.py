@@ -13,7 +13,7 @@ from oracle import Toy
 
 from hdlm_jax.diffusion import sampler
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.diffusion.process import HierarchicalProcess, categorical
+from hdlm_jax.diffusion.process import HierarchicalProcess, categorical, draw_from
 from hdlm_jax.text.hierarchy import Hierarchy
 
 MDLM = dict(parents=[], num_words=4)
@@ -204,6 +204,11 @@ def test_a_given_cluster_conditions_exactly():
 # ---- plans --------------------------------------------------------------------------------------
 
 
+def times_of(plan):
+    """[B, calls] t that the network is told at each call."""
+    return np.stack([np.asarray(plan.time(call)) for call in range(int(plan.calls))], axis=1)
+
+
 def levels_along(plan, calls):
     """[calls + 1, B, S] levels before each call and after the last."""
     drop_call = np.asarray(plan.drop_call)
@@ -220,13 +225,14 @@ def test_plans_bring_every_token_down(kind, steps, reveals, rates):
     level0[0], level0[1] = k, 0
     draw = jax.jit(lambda key: sampler.plan(key, chain, jnp.asarray(level0), kind, steps, reveals))
     plan = draw(jax.random.key(2))
-    calls = sampler.num_calls(kind, tokens, k, steps, reveals)
-    assert plan.time.shape == (rows, calls) and plan.drop_call.shape == (rows, tokens, k)
+    calls = {"grid": steps, "events": tokens * k, "reveal": -(-tokens * k // reveals)}[kind]
+    assert plan.calls == calls and plan.drop_call.shape == (rows, tokens, k)
+    time = times_of(plan)
     levels = levels_along(plan, calls)
     np.testing.assert_array_equal(levels[0], level0)
     assert (levels[-1] == 0).all() and (np.diff(levels, axis=0) <= 0).all()
-    assert (np.asarray(plan.time) >= 0).all() and (np.asarray(plan.time) <= 1).all()
-    assert (np.diff(plan.time, axis=1) <= 0).all()
+    assert (time >= 0).all() and (time <= 1).all() and (np.diff(time, axis=1) <= 0).all()
+    assert kind == "grid" or (time[:, 0] > time[:, -1])[level0.sum(1) > reveals].all()
     drops = -np.diff(levels, axis=0).sum(-1)  # [calls, B]
     if kind != "grid":
         total = level0.sum(1)
@@ -245,7 +251,7 @@ def test_event_times_have_the_chain_s_law(rates):
     rows, tokens = 20_000, 2
     chain = LevelChain(rates)
     plan = sampler.plan(jax.random.key(3), chain, jnp.full((rows, tokens), 2), "events")
-    tau = -np.log1p(-np.minimum(np.asarray(plan.time, float), 1 - 1e-9))
+    tau = -np.log1p(-np.minimum(times_of(plan).astype(float), 1 - 1e-9))
 
     def distance(sample, cdf):
         at = np.sort(sample)[:: rows // 200]
@@ -303,7 +309,7 @@ def test_grid_times_in_one_step_follow_the_chain():
     """P(level after call c) = beta at the end of that step: the grid's edges are where they should be."""
     rates, steps, rows = (1.0, 0.5), 5, 50_000
     plan = sampler.plan(jax.random.key(5), LevelChain(rates), jnp.full((rows, 1), 2), "grid", steps)
-    np.testing.assert_allclose(plan.time[0], 1 - np.arange(steps) / steps, rtol=1e-6)
+    np.testing.assert_allclose(times_of(plan)[0], 1 - np.arange(steps) / steps, rtol=1e-6)
     levels = levels_along(plan, steps)[..., 0]
     for c in range(steps):
         beta = oracle.level_beta(rates, -math.log((c + 1) / steps))
@@ -326,14 +332,22 @@ def setup_small(rows=6, length=3):
     "kind, steps, clusters", [("grid", 12, "exact"), ("events", 1, "clean"), ("reveal", 1, "exact")]
 )
 def test_compiled_loop_equals_its_python_twin(kind, steps, clusters):
-    """Token for token: the same plan walked in plain Python, the network asked only where something drops."""
+    """Token for token: the same plan walked in plain Python, the network asked only where something drops.
+
+    However few rows and drops are worked on at once.
+    """
     toy, process, network, start = setup_small()
     denoise = denoiser(toy, network)
     plan = sampler.plan(jax.random.key(6), process.chain, process.level_of(start), kind, steps, 2)
-    run = jax.jit(functools.partial(sampler.sample, denoise=denoise, process=process, clusters=clusters))
-    words, stats = run(jax.random.key(7), z=start, plan=plan)
+    run = functools.partial(sampler.sample, denoise=denoise, process=process, clusters=clusters)
+    words, stats = jax.jit(run)(jax.random.key(7), z=start, plan=plan)
+    for rows, drops in ((4, 5), (1, 1)):
+        small = functools.partial(run, rows=rows, drops=drops)
+        again, counted = jax.jit(small)(jax.random.key(7), z=start, plan=plan)
+        np.testing.assert_array_equal(again, words)
+        np.testing.assert_array_equal(counted["row_forwards"], stats["row_forwards"])
 
-    drop_call, time = np.asarray(plan.drop_call), np.asarray(plan.time)
+    drop_call, time = np.asarray(plan.drop_call), times_of(plan)
     keys = [jax.random.fold_in(jax.random.key(7), row) for row in range(len(start))]
     descend = jax.jit(process.descend, static_argnames="clusters")
     z, calls, forwards = np.asarray(start), 0, np.zeros(len(start), int)
@@ -383,10 +397,10 @@ def test_the_network_is_told_the_time_of_its_call():
 
     def denoise(z, t):  # shows what it was told: the word that t falls on
         word = jnp.clip((t * 4).astype(jnp.int32), 0, 3)
-        return jnp.where(jnp.arange(4)[None, None] == word[:, None, None], 0.0, -1e4) + jnp.zeros((3, 4, 1))
+        return jnp.where(jnp.arange(4)[None, None] == word[:, None, None], 0.0, -1e4) + jnp.zeros((len(t), 4, 1))
 
     words, _ = sampler.sample(jax.random.key(10), denoise, process, start, plan)
-    told = np.take_along_axis(np.asarray(plan.time), np.asarray(plan.drop_call)[..., 0], axis=1)
+    told = np.take_along_axis(times_of(plan), np.asarray(plan.drop_call)[..., 0], axis=1)
     np.testing.assert_array_equal(words, (told * 4).astype(int))
 
 
@@ -409,6 +423,8 @@ def test_temperature():
         assert_law(draw_words(logits, temperature=temperature), p / p.sum())
     assert (draw_words(logits, rows=50, temperature=0.0) == 1).all()
     assert (draw_words(logits, rows=50, temperature=1e-3) == 1).all()
+    traced = jax.jit(lambda t: draw_from(jax.random.split(jax.random.key(1), 50), jnp.tile(logits, (50, 1)), t))
+    assert (traced(1e-3) == 1).all() and (traced(3.0) != 1).any()
 
 
 def test_greedy_takes_the_best_word_of_the_cluster():
@@ -454,7 +470,7 @@ def test_words_of_small_probability_are_drawn_as_often_as_they_should():
     def rare(key):
         def call(i):
             keys = jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(key, i), r))(jnp.arange(rows))
-            drawn = categorical(keys, jnp.broadcast_to(logits, (rows, 1, words)))
+            drawn = categorical(keys, jnp.broadcast_to(logits[0], (rows, words)))
             return jnp.sum(drawn != 12_345)
 
         return jax.lax.map(call, jnp.arange(calls)).sum()
@@ -467,6 +483,6 @@ def test_words_of_small_probability_are_drawn_as_often_as_they_should():
 def test_categorical_over_any_number_of_words(words):
     p = np.random.default_rng(words).dirichlet(np.ones(words))
     logits = jnp.asarray(np.log(p), jnp.float32)
-    keys = jax.random.split(jax.random.key(12), 400)
+    keys = jax.random.split(jax.random.key(12), (400, 50))
     drawn = np.asarray(jax.jit(lambda k: categorical(k, jnp.broadcast_to(logits, (400, 50, words))))(keys))
     assert_law(drawn.reshape(-1, 1), p)

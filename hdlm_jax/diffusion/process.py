@@ -4,11 +4,14 @@ Words climb to their cluster, clusters to theirs, and so on to the mask; MDLM is
 here knows a network: it asks a *prediction*, an object that stands for one distribution f over words per token, for
 
     log_prob(x)             log f(x) of given words                           [...]
+    log_within(x)           log of f(x) given the word's own level-1 node      [...]
     log_mass(level, node)   log of f's mass on the words under given nodes     [...]
     masses(level)           f's mass under every node of a level               [..., n_level]
-    draw(keys, bias, ...)   a word from f(x) exp(bias(x)), per token           [B, S]
+    draw(keys, bias, ...)   a word from f(x) exp(bias(x)), per token           [...]
+    select(index)           the prediction at some of the tokens [B, S], by number in B S
 
-`Dense` answers from plain logits [..., V]; wherever a prediction is expected, logits do as well.
+`Dense` answers from plain logits [..., V]; wherever a prediction is expected, logits do as well. The heads of
+hdlm_jax.model.heads have one that never makes the logits of all words.
 """
 
 from __future__ import annotations
@@ -46,8 +49,17 @@ class Dense:
         """log f of every word, [..., V]."""
         return self.logits - self.log_z[..., None]
 
+    def select(self, index):
+        out = object.__new__(type(self))
+        out.anc, out.sizes = self.anc, self.sizes
+        out.logits, out.log_z = self.logits.reshape(-1, self.logits.shape[-1])[index], self.log_z.reshape(-1)[index]
+        return out
+
     def log_prob(self, x):
         return jnp.take_along_axis(self.logits, x[..., None], axis=-1)[..., 0] - self.log_z
+
+    def log_within(self, x):
+        return self.log_prob(x) - self.log_mass(1, jnp.asarray(self.anc[1])[x])
 
     def log_mass(self, level: int, node):
         under = wide(self.anc[level], node) == node[..., None]
@@ -59,24 +71,35 @@ class Dense:
         onto = jax.nn.one_hot(jnp.asarray(self.anc[level]), self.sizes[level], dtype=self.logits.dtype)
         return jnp.matmul(jnp.exp(self.log_probs()), onto, precision="highest")
 
-    def draw(self, keys, bias, temperature: float = 1.0, top_p: float = 1.0):
-        """One word per token from f(x) exp(bias(x)): int32 [B, S]; keys [B], one for each row.
+    def draw(self, keys, bias, wanted, temperature: Any = 1.0, top_p: Any = 1.0):
+        """One word per token from f(x) exp(bias(x)): int32 [...]; keys [...], one for each token.
 
         Args:
-          bias: function of `anc(level) -> int32 [1, 1, V]`, the words' ancestors; gives [B, S, V] or [B, S, 1].
-          temperature: divides the log-probabilities; 0 takes the most likely word.
+          bias: function of `anc(level) -> int32 [1, .., V]`, the words' ancestors; gives [..., V] or [..., 1].
+          wanted: bool [...]; elsewhere only the word's level-1 node will be looked at.
+          temperature: divides the log-probabilities; 0 (a Python number) takes the most likely word.
           top_p: nucleus, in (0, 1]: keep the fewest most likely words with at least this much mass.
         """
-        logits = self.logits + bias(lambda level: wide(self.anc[level], self.log_z))
-        if temperature == 0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return draw_from(keys, self.logits + bias(lambda level: wide(self.anc[level], self.log_z)), temperature, top_p)
+
+
+def is_off(value) -> bool:
+    """Is a temperature or top_p the Python number 1, so that it does nothing? (A traced number never is.)"""
+    return isinstance(value, int | float) and value == 1
+
+
+def draw_from(keys, logits, temperature: Any = 1.0, top_p: Any = 1.0):
+    """Words int32 [...] from logits [..., V] after temperature and nucleus (see Dense.draw); keys [...]."""
+    if isinstance(temperature, int | float) and temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if not is_off(temperature):
         logits = logits / temperature
-        if top_p < 1.0:
-            logits = _nucleus(logits, top_p)
-        return categorical(keys, logits)
+    if not is_off(top_p):
+        logits = _nucleus(logits, top_p)
+    return categorical(keys, logits)
 
 
-def _nucleus(logits, top_p: float):
+def _nucleus(logits, top_p):
     """Logits with all but the smallest set of most likely entries whose mass is >= top_p set to -inf."""
     ordered = -jnp.sort(-logits, axis=-1)
     probs = jax.nn.softmax(ordered, axis=-1)
@@ -86,20 +109,20 @@ def _nucleus(logits, top_p: float):
 
 
 def categorical(keys, logits):
-    """Exact draws from softmax(logits [B, S, V]) with keys [B]: int32 [B, S].
+    """Exact draws from softmax(logits [..., V]) with keys [...], one for each token: int32 [...].
 
     A block of about sqrt(V) words first, then a word in it: 2 sqrt(V) random numbers a token in place of V. Float32
     noise with mode="high": the default stops at 15.9 and draws words of probability 1e-7 half as often as it should.
     """
-    words = logits.shape[-1]
+    shape, words = logits.shape[:-1], logits.shape[-1]
     block = max(1, math.isqrt(words - 1) + 1)
     blocks = -(-words // block)
-    pad = [(0, 0)] * (logits.ndim - 1) + [(0, blocks * block - words)]
-    logits = jnp.pad(logits, pad, constant_values=-jnp.inf).reshape(*logits.shape[:-1], blocks, block)
+    logits = jnp.pad(logits.reshape(-1, words), [(0, 0), (0, blocks * block - words)], constant_values=-jnp.inf)
+    logits, keys = logits.reshape(-1, blocks, block), keys.reshape(-1)
     pick = jax.vmap(lambda key, row: jax.random.categorical(key, row, mode="high"))
     outer = pick(fold(keys, 0), jax.nn.logsumexp(logits, axis=-1))
-    inner = pick(fold(keys, 1), jnp.take_along_axis(logits, outer[..., None, None], axis=-2)[..., 0, :])
-    return (outer * block + inner).astype(jnp.int32)
+    inner = pick(fold(keys, 1), jnp.take_along_axis(logits, outer[:, None, None], axis=1)[:, 0])
+    return (outer * block + inner).astype(jnp.int32).reshape(shape)
 
 
 def wide(vector, like):
@@ -108,13 +131,22 @@ def wide(vector, like):
 
 
 def fold(keys, data):
-    """fold_in over an array of keys [B]; `data` is an int or int array that broadcasts to them."""
-    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(data, jnp.uint32), keys.shape))
+    """fold_in over an array of keys [...]; `data` is an int or int array that broadcasts to them."""
+    data = jnp.broadcast_to(jnp.asarray(data, jnp.uint32), keys.shape)
+    return jax.vmap(jax.random.fold_in)(keys.reshape(-1), data.reshape(-1)).reshape(keys.shape)
 
 
 def row_keys(key, rows: int):
     """Keys [B]: as they are if there is one per row already, else fold_in(key, row)."""
     return fold(jnp.broadcast_to(key, (rows,)), jnp.arange(rows)) if key.ndim == 0 else key
+
+
+def token_keys(key, shape: tuple[int, ...]):
+    """Keys of tokens: as they are if of that shape [B, S] already, else fold_in(row's key, position)."""
+    if key.shape == shape:
+        return key
+    rows = jnp.broadcast_to(row_keys(key, shape[0])[:, None], shape)
+    return fold(rows, jnp.broadcast_to(jnp.arange(shape[1])[None], shape))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -195,7 +227,7 @@ class HierarchicalProcess:
 
     def as_prediction(self, prediction):
         """A prediction as it is; logits [..., V] as a Dense one."""
-        return prediction if hasattr(prediction, "log_prob") else Dense(prediction, self.hierarchy)
+        return prediction if hasattr(prediction, "select") else Dense(prediction, self.hierarchy)
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -222,56 +254,67 @@ class HierarchicalProcess:
 
     # -- objective -------------------------------------------------------------------------------------------------
 
-    def cost(self, prediction, x, z):
-        """C of docs/theory.md section 3, in nats: float32 of x's shape; zero at words. Exact for every K and xi."""
+    def asks(self, hard_training: bool = False) -> str:
+        """What costs ask of a prediction (see hdlm_jax.model.heads.sum_over_noised): within, word or all."""
+        if hard_training or self.num_levels == 1:
+            return "all"
+        return "within" if self.xi == 1 and self.force_transition != "none" else "word"
+
+    def cost(self, prediction, x, z, levels: tuple[int, ...] | None = None, hard_training: bool = False):
+        """C of docs/theory.md section 3, in nats: float32 of x's shape; zero at words. Exact for every K and xi.
+
+        Args:
+          levels: the only levels z is of, where that is known beforehand; nothing is computed for the others.
+          hard_training: -log p(x | z) in place of C at every level >= 2.
+        """
         p = self.as_prediction(prediction)
-        costs = self._costs_xi1(p, x) if self.xi == 1 else self._costs(p, x, z)
-        return self._by_level(z, costs)
+
+        def one(k):
+            if hard_training and k > 1:
+                return -self._log_prob_at(p, x, z, k)
+            return self._cost_xi1(p, x, k) if self.xi == 1 else self._cost(p, x, z, k)
+
+        return self._by_level(z, {k: one(k) for k in levels or range(1, self.num_levels + 1)})
 
     def _by_level(self, z, values):
-        """values[k-1] where z is of level k = 1..K, 0 at words."""
-        level = self.level_of(z)
-        out = jnp.zeros_like(values[0])
-        for k, value in enumerate(values, start=1):
+        """values[k] where z is of level k, 0 elsewhere; values: dict of arrays of z's shape."""
+        level, out = self.level_of(z), jnp.zeros((), jnp.float32)
+        for k, value in values.items():
             out = jnp.where(level == k, value, out)
         return out
 
-    def _chain_masses(self, p, x):
-        """A_l = log f's mass under the word's ancestor at level l = 0..K, each [...]; A_0 = log f(x), A_K = 0."""
-        inner = [p.log_mass(level, self._anc(level, x)) for level in range(1, self.num_levels)]
-        log_f = p.log_prob(x)
-        return [log_f, *inner, jnp.zeros_like(log_f)]
+    def _cost_xi1(self, p, x, k: int):
+        """Every token shows its own ancestor, so single masses suffice: C = A_k - A_{k-1} once p lies under v.
 
-    def _costs_xi1(self, p, x):
-        """Every token shows its own ancestor, so single masses suffice: C = A_k - A_{k-1} once p lies under v."""
-        a = self._chain_masses(p, x)
+        A_l is the log of f's mass under the word's ancestor at level l: A_0 = log f(x), A_K = 0.
+        """
+        if k == 1:
+            return -p.log_within(x) if self.asks() == "within" else -p.log_prob(x)
+        below = p.log_mass(k - 1, self._anc(k - 1, x))
+        if k == self.num_levels:
+            return -below
+        here = p.log_mass(k, self._anc(k, x))
         if self.force_transition != "none":  # within, between and cavity are one and the same at xi = 1
-            return [a[k] - a[k - 1] for k in range(1, self.num_levels + 1)]
-        costs = [-a[0]]
-        for k in range(2, self.num_levels):
-            share = jnp.asarray(self._count(k - 1))[self._anc(k - 1, x)] / jnp.asarray(self._count(k))[self._anc(k, x)]
-            outside = -jnp.expm1(jnp.minimum(a[k], -_TINY))
-            costs.append(-jnp.log(jnp.exp(a[k - 1]) + outside * share + _TINY))
-        if self.num_levels >= 2:
-            costs.append(-a[self.num_levels - 1])
-        return costs
+            return here - below
+        share = jnp.asarray(self._count(k - 1))[self._anc(k - 1, x)] / jnp.asarray(self._count(k))[self._anc(k, x)]
+        outside = -jnp.expm1(jnp.minimum(here, -_TINY))
+        return -jnp.log(jnp.exp(below) + outside * share + _TINY)
 
-    def _costs(self, p, x, z):
+    def _cost(self, p, x, z, k: int):
         """The general case, xi < 1: KL over the children of the node on show."""
         if self.force_transition == "within":
             raise ValueError("force_transition='within': infinite bound for xi < 1; choose none, between or cavity")
-        costs = [-self._log_prob_at(p, x, z, 1)]
-        for k in range(2, self.num_levels + 1):
-            d, own = self.leak, self.xi - self.leak
-            n_u, n_v = wide(self._count(k - 1), z), jnp.asarray(self._count(k))[self._node(z, k)][..., None]
-            under = self._under(z, k, k - 1)
-            q = self._child_law(p, z, k, k - 1)
-            mine = self._anc(k - 1, x)[..., None] == wide(np.arange(n_u.size), x)
-            inside = (self._anc(k, x) == self._node(z, k))[..., None]
-            target = jnp.where(inside, (d * n_u + own * mine) / (d * n_v + own), n_u / n_v)
-            kl = target * (jnp.log(target) - jnp.log(jnp.where(under, q, 1.0)))
-            costs.append(jnp.sum(jnp.where(under, kl, 0.0), axis=-1))
-        return costs
+        if k == 1:
+            return -self._log_prob_at(p, x, z, 1)
+        d, own = self.leak, self.xi - self.leak
+        n_u, n_v = wide(self._count(k - 1), z), jnp.asarray(self._count(k))[self._node(z, k)][..., None]
+        under = self._under(z, k, k - 1)
+        q = self._child_law(p, z, k, k - 1)
+        mine = self._anc(k - 1, x)[..., None] == wide(np.arange(n_u.size), x)
+        inside = (self._anc(k, x) == self._node(z, k))[..., None]
+        target = jnp.where(inside, (d * n_u + own * mine) / (d * n_v + own), n_u / n_v)
+        kl = target * (jnp.log(target) - jnp.log(jnp.where(under, q, 1.0)))
+        return jnp.sum(jnp.where(under, kl, 0.0), axis=-1)
 
     def _child_law(self, p, z, k: int, j: int):
         """Q_{v->j}(u) for tokens that show v of level k, 1 <= j < k: [..., n_j]; means nothing off v's descendants."""
@@ -326,18 +369,21 @@ class HierarchicalProcess:
         log_z = jnp.log(f_v * jnp.exp(inside) + rest * jnp.exp(outside))
         return log_f + jnp.where(self._anc(k, x) == self._node(z, k), inside, outside) - log_z
 
+    def nelbo_weight(self, z, tau):
+        """w_k(tau) of z's levels, of z's shape [B, S]; tau [B] or of z's shape. Zero at words."""
+        return self._by_level(z, self._spread(self.chain.weight(tau), z))
+
     def nelbo_rate(self, prediction, x, z, tau):
         """w_k(tau) C: nats per unit of noise time, of x's shape [B, S]; tau [B] or of x's shape.
 
         Its integral over tau in [0, inf), in expectation over z, is the exact NELBO of x.
         """
-        weights = self.chain.weight(tau)
-        return self._by_level(z, self._spread(weights, x)) * self.cost(prediction, x, z)
+        return self.nelbo_weight(z, tau) * self.cost(prediction, x, z)
 
     def _spread(self, weights, x):
-        """[B or x.shape, K] -> K arrays that broadcast against x."""
+        """[B or x.shape, K] -> {level: array of x's shape}."""
         weights = weights.reshape(*weights.shape[:-1], *(1,) * (x.ndim + 1 - weights.ndim), weights.shape[-1])
-        return [jnp.broadcast_to(weights[..., k], x.shape) for k in range(self.num_levels)]
+        return {k: jnp.broadcast_to(weights[..., k - 1], x.shape) for k in range(1, self.num_levels + 1)}
 
     def loss_weight(self, z, tau, weighting: str = "constant", weight_min: float = 0.0, weight_max: float = jnp.inf):
         """W of the training loss for t = 1 - e^-tau uniform, of z's shape (docs/theory.md "Training weights").
@@ -361,16 +407,9 @@ class HierarchicalProcess:
 
     def loss(self, prediction, x, z, tau, *, weighting: str = "constant", weight_min: float = 0.0,
              weight_max: float = jnp.inf, hard_training: bool = False):
-        """Training loss W C per token, of x's shape [B, S], for tau = -log(1-t) with t uniform [B].
-
-        hard_training puts -log p(x | z) in place of C at every level >= 2.
-        """
-        p = self.as_prediction(prediction)
-        c = self.cost(p, x, z)
-        if hard_training:
-            hard = [-self._log_prob_at(p, x, z, k) for k in range(1, self.num_levels + 1)]
-            c = jnp.where(self.level_of(z) >= 2, self._by_level(z, hard), c)
-        return self.loss_weight(z, tau, weighting, weight_min, weight_max) * c
+        """Training loss W C per token, of x's shape [B, S], for tau = -log(1-t) with t uniform [B]."""
+        cost = self.cost(prediction, x, z, hard_training=hard_training)
+        return self.loss_weight(z, tau, weighting, weight_min, weight_max) * cost
 
     # -- reverse ---------------------------------------------------------------------------------------------------
 
@@ -400,8 +439,7 @@ class HierarchicalProcess:
             out = jnp.where((self.level_of(z) == k)[..., None], jnp.concatenate(parts, axis=-1), out)
         return out
 
-    def descend(self, key, prediction, z, target, clusters: str = "exact", temperature: float = 1.0,
-                top_p: float = 1.0):
+    def descend(self, key, prediction, z, target, clusters: str = "exact", temperature: Any = 1.0, top_p: Any = 1.0):
         """Draw the symbols z [B, S] drops to where its level exceeds `target` int [B, S]; others stay.
 
         One word x ~ p(x | z) per dropping token, shown at its target level: as itself, as anc_j(x) where x is sure to
@@ -409,13 +447,14 @@ class HierarchicalProcess:
         wrong nodes on purpose.
 
         Args:
-          key: one key (row b uses fold_in(key, b)) or keys [B].
-          prediction: prediction or logits [B, S, V].
+          key: one key (row b uses fold_in(key, b)) or keys [B] (position s uses fold_in(key of b, s)) or keys of
+            z's shape, which may then be any (also a list of tokens [n]).
+          prediction: prediction or logits of z's shape.
           temperature, top_p: of the words' distribution after the force transition, temperature first.
         """
         if clusters not in CLUSTERS:
             raise ValueError(f"clusters={clusters!r}: choose one of {', '.join(CLUSTERS)}")
-        keys = row_keys(key, z.shape[0])
+        keys = token_keys(key, z.shape)
         p = self.as_prediction(prediction)
         level = self.level_of(z)
 
@@ -427,7 +466,7 @@ class HierarchicalProcess:
                 out = jnp.where((level == k)[..., None], here, out)
             return out
 
-        x = p.draw(fold(keys, 0), bias, temperature, top_p)
+        x = p.draw(fold(keys, 0), bias, (target == 0) & (level > 0), temperature, top_p)
         out = jnp.where(target == 0, x, z)
         for j in range(1, self.num_levels):
             if clusters == "clean" or self._stays_under:
@@ -440,8 +479,8 @@ class HierarchicalProcess:
     def _draw_node(self, keys, x, z, level, j: int):
         """u ~ pi_{v->j}(. | x) for tokens that show v of a level k > j: the word's own branch, or any level-1 node."""
         h, d, own = self.hierarchy, self.leak, self.xi - self.leak
-        shape = z.shape[1:]
-        u_own, u_any = (jax.vmap(lambda k: jax.random.uniform(k, shape))(fold(keys, i)) for i in (0, 1))
+        uniform = jax.vmap(jax.random.uniform)
+        u_own, u_any = (uniform(fold(keys, i).reshape(-1)).reshape(z.shape) for i in (0, 1))
         node = self._anc(j, x)
         for k in range(j + 1, self.num_levels + 1):
             v = self._node(z, k)

@@ -7,99 +7,131 @@ positions are chosen without looking at what is drawn there (choose-then-draw), 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.diffusion.process import fold, row_keys, wide
+from hdlm_jax.diffusion.process import fold, row_keys, token_keys, wide
 
 PLANS = ("grid", "events", "reveal")
 
 
 class Plan(NamedTuple):
-    """When each token drops.
+    """When each token drops. Every number may be traced: another T or m is no other program.
 
     drop_call: int32 [B, S, K], the call at which a token falls below level k = 1..K; -1 where it never was that high.
-    time: float32 [B, calls], t in [0, 1] that a time-conditioned network is told at each call.
+    calls: int32, calls there are at most.
+    clock: float32 [B, S K], t of each row's drops in their order, `group` of them a call; None for a grid, which
+      tells the network t = 1 - call/calls.
     """
 
     drop_call: jax.Array
-    time: jax.Array
+    calls: jax.Array
+    clock: jax.Array | None = None
+    group: jax.Array | int = 1
 
     def target(self, call):
         """Levels after call number `call`: int32 [B, S]; before the first one for -1."""
         return jnp.sum(self.drop_call > call, axis=-1, dtype=jnp.int32)
 
-
-def num_calls(kind: str, tokens: int, levels: int, steps: int, reveals: int = 1) -> int:
-    """Calls a plan may need at most (static): T for a grid, S K events, or those in groups of `reveals`."""
-    if kind not in PLANS:
-        raise ValueError(f"plan={kind!r}: choose one of {', '.join(PLANS)}")
-    if kind == "grid":
-        return steps
-    return -(-tokens * levels // (reveals if kind == "reveal" else 1))
+    def time(self, call):
+        """t in [0, 1] that a time-conditioned network is told: float32 [B]."""
+        if self.clock is None:
+            return jnp.broadcast_to(1.0 - call / self.calls, self.drop_call.shape[:1]).astype(jnp.float32)
+        at = jnp.minimum(call * self.group, self.clock.shape[1] - 1)
+        return jax.lax.dynamic_index_in_dim(self.clock, at, axis=1, keepdims=False)
 
 
-def plan(key, chain: LevelChain, level0, kind: str = "grid", steps: int = 128, reveals: int = 1) -> Plan:
+def plan(key, chain: LevelChain, level0, kind: str = "grid", steps: Any = 128, reveals: Any = 1) -> Plan:
     """Draw the levels' reverse trajectory from start levels level0 int [B, S] (K at a mask, 0 at given words).
 
     Args:
       key: one key (row b uses fold_in(key, b)) or keys [B].
       kind: "grid", the exact ancestral kernel on T = `steps` equal steps of t; "events", one drop a call in each row
         (no discretisation error); "reveal", exactly `reveals` drops a call in each row, the last call taking the rest.
+      steps, reveals: integers, traced or not.
     """
     chex.assert_rank(level0, 2)
+    if kind not in PLANS:
+        raise ValueError(f"plan={kind!r}: choose one of {', '.join(PLANS)}")
     rows, tokens = level0.shape
     levels = chain.num_levels
-    num_calls(kind, tokens, levels, steps, reveals)  # refuses an unknown kind
     keys = row_keys(key, rows)
     times = jax.vmap(lambda k: chain.crossing_times(k, (tokens,)))(keys)
     counts = wide(jnp.arange(1, levels + 1), level0) <= level0[..., None]  # has that crossing to undo
     if kind == "grid":
         # 1 - t = e^-tau; step c undoes the crossings with c/T <= 1 - t < (c+1)/T
         call = jnp.minimum(jnp.floor(jnp.exp(-times) * steps).astype(jnp.int32), steps - 1)
-        time = jnp.broadcast_to(1.0 - jnp.arange(steps) / steps, (rows, steps))
-    else:
-        # highest level first in a token, so that a tie keeps its order
-        order_by = jnp.where(counts, times, -1.0)[..., ::-1].reshape(rows, -1)
-        order = jnp.argsort(-order_by, axis=-1, stable=True)
-        group = reveals if kind == "reveal" else 1
-        call = jnp.argsort(order, axis=-1).astype(jnp.int32).reshape(rows, tokens, levels)[..., ::-1] // group
-        falling = jnp.take_along_axis(order_by, order, axis=-1)[:, ::group]
-        time = -jnp.expm1(-jnp.maximum(falling, 0.0))
-    return Plan(jnp.where(counts, call, -1), time.astype(jnp.float32))
+        return Plan(jnp.where(counts, call, -1), jnp.int32(steps))
+    # highest level first in a token, so that a tie keeps its order
+    order_by = jnp.where(counts, times, -1.0)[..., ::-1].reshape(rows, -1)
+    order = jnp.argsort(-order_by, axis=-1, stable=True)
+    group = jnp.int32(reveals if kind == "reveal" else 1)
+    call = jnp.argsort(order, axis=-1).astype(jnp.int32).reshape(rows, tokens, levels)[..., ::-1] // group
+    falling = jnp.take_along_axis(order_by, order, axis=-1)
+    clock = -jnp.expm1(-jnp.maximum(falling, 0.0))
+    return Plan(jnp.where(counts, call, -1), (tokens * levels + group - 1) // group, clock.astype(jnp.float32), group)
 
 
-def sample(key, denoise, process, z, plan: Plan, *, clusters: str = "exact", temperature: float = 1.0,
-           top_p: float = 1.0):
-    """Fill symbols z int32 [B, S] along `plan`; every call at which no token of the batch drops is skipped.
+def together(tokens: int) -> tuple[int, int]:
+    """Rows of so many tokens, and tokens, that are worked on at once by default: what fills the device."""
+    rows, drops = (1024, 64) if jax.default_backend() == "cpu" else (65_536, 2048)
+    return max(1, rows // tokens), drops
+
+
+def sample(key, denoise, process, z, plan: Plan, *, clusters: str = "exact", temperature: Any = 1.0,
+           top_p: Any = 1.0, rows: int | None = None, drops: int | None = None):
+    """Fill symbols z int32 [B, S] along `plan`, in one loop on the device.
+
+    At each call the network sees only the rows in which a token drops, and the prediction is asked only at the tokens
+    that drop. A row's forward pass is never repeated while the row stays as it is.
 
     Args:
       key: one key (row b uses fold_in(key, b)) or keys [B]; results do not depend on a row's batch mates.
-      denoise: function (z [B, S], t [B]) -> prediction or logits [B, S, V].
+      denoise: function (z [b, S], t [b]) -> prediction (asked for select(index) alone) or logits [b, S, V].
       process, clusters, temperature, top_p: see HierarchicalProcess.descend.
+      rows, drops: rows and tokens that are worked on at once (see `together`); they change no result.
 
     Returns:
       (words int32 [B, S], stats): stats["calls"] int32, network calls made; stats["row_forwards"] int32 [B], those
       at which this row changed.
     """
-    keys = row_keys(key, z.shape[0])
+    batch, length = z.shape
+    keys = row_keys(key, batch)
+    rows, drops = (min(a or b, c) for a, b, c in zip((rows, drops), together(length), (batch, 1 << 30), strict=True))
+    drops = min(drops, rows * length)
+
+    def write(z, target, t, keys):
+        """The rows z [rows, S] after the drops to `target`."""
+        keys, target = token_keys(keys, z.shape).reshape(-1), target.reshape(-1)
+        prediction = process.as_prediction(denoise(z, t))
+        dropping = process.level_of(z).reshape(-1) > target
+        order = jnp.argsort(~dropping, stable=True)
+
+        def some(i, flat):  # the last ones overlap those before: a token that has dropped drops no more
+            at = jax.lax.dynamic_slice_in_dim(order, i * drops, drops)
+            new = process.descend(keys[at], prediction.select(at), flat[at], target[at], clusters, temperature, top_p)
+            return flat.at[at].set(new)
+
+        count = (jnp.sum(dropping) + drops - 1) // drops
+        return jax.lax.fori_loop(0, count, some, z.reshape(-1)).reshape(z.shape)
 
     def step(call, carry):
         z, calls, forwards = carry
-        target = plan.target(call)
-        drops = jnp.any(target < plan.target(call - 1), axis=-1)
+        target, t = plan.target(call), plan.time(call)
+        busy = jnp.any(target < process.level_of(z), axis=-1)
+        order, here = jnp.argsort(~busy, stable=True), fold(keys, call)
 
-        def fill(z):
-            prediction = denoise(z, jax.lax.dynamic_index_in_dim(plan.time, call, axis=1, keepdims=False))
-            return process.descend(fold(keys, call), prediction, z, target, clusters, temperature, top_p)
+        def some(i, z):
+            at = jax.lax.dynamic_slice_in_dim(order, i * rows, rows)
+            return z.at[at].set(write(z[at], target[at], t[at], here[at]))
 
-        busy = jnp.any(drops)
-        return jax.lax.cond(busy, fill, lambda z: z, z), calls + busy, forwards + drops
+        z = jax.lax.fori_loop(0, (jnp.sum(busy) + rows - 1) // rows, some, z)
+        return z, calls + jnp.any(busy), forwards + busy
 
     start = (z, jnp.int32(0), jnp.zeros(z.shape[:1], jnp.int32))
-    z, calls, forwards = jax.lax.fori_loop(0, plan.time.shape[1], step, start)
+    z, calls, forwards = jax.lax.fori_loop(0, plan.calls, step, start)
     return z, {"calls": calls, "row_forwards": forwards}

@@ -1,131 +1,415 @@
-"""Heads: hidden states -> predictions over words."""
+"""Heads: hidden states -> predictions over words, without the logits of all tokens at once (docs/theory.md section 5).
+
+`FlatHead` has one logit per word. `FactorisedHead` has p(cluster | h) p(word | cluster, h): a token costs the
+clusters' logits and one block of words in place of all of them. What training and evaluation sum over tokens is
+worked on in pieces, noised tokens alone; a piece of word logits in the factorised head is some tokens of one cluster.
+"""
 
 from __future__ import annotations
 
-import flax.linen as nn
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from hdlm_jax.diffusion.process import Dense, categorical, draw_from, fold, is_off, wide
 
 
-class FlatHead(nn.Module):
-    """One logit per word, float32 [..., V] (docs/theory.md: never mass on clusters, mask or padding).
+def chunk_size() -> int:
+    """Tokens whose logits of all words exist at once on a device."""
+    return 128 if jax.default_backend() == "cpu" else 2048
 
-    The table is padded to a multiple of 128 columns so that it shards and tiles; the padding is cut off the logits.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(h, table, dtype):
+    """h [..., D] times table [R, D] -> float32 [..., R]; products in `dtype` both ways, sums in float32."""
+    return jnp.einsum("...d,rd->...r", h.astype(dtype), table.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _product_forward(h, table, dtype):
+    return product(h, table, dtype), (h, table)
+
+
+def _product_backward(dtype, saved, d_out):
+    h, table = saved
+    d_out = d_out.astype(dtype)
+    d_h = jnp.einsum("...r,rd->...d", d_out, table.astype(dtype), preferred_element_type=jnp.float32)
+    d_table = jnp.einsum("...r,...d->rd", d_out, h.astype(dtype), preferred_element_type=jnp.float32)
+    return d_h.astype(h.dtype), d_table.astype(table.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _affine(params, h, dtype):
+    return product(h, params["kernel"], dtype) + wide(params["bias"], h[..., 0])
+
+
+def _padded(rows: int) -> int:
+    """Rows of a table, so that it shards and tiles: the next multiple of 128."""
+    return -(-rows // 128) * 128
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FlatHead:
+    """One logit per word (never mass on clusters, mask or padding). Parameters: kernel [rows, D], bias [rows]."""
+
+    hierarchy: Any
+    dtype: Any = jnp.float32
+
+    def init(self, key, width: int):
+        del key
+        rows = _padded(self.hierarchy.num_words)
+        return {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)}
+
+    def logits(self, params, h):
+        """float32 [..., V]."""
+        return _affine(params, h, self.dtype)[..., : self.hierarchy.num_words]
+
+    def predict(self, params, h):
+        return Dense(self.logits(params, h), self.hierarchy)
+
+    def streams(self, level, x, asks: str):
+        return [_Chunks(level > 0, None, self.predict, ("kernel", "bias"))]
+
+
+class Blocks:
+    """The words' rows in a table in which every level-1 node is one block, and blocks of like size are neighbours.
+
+    Attributes (numpy, int32):
+      row [V]: of each word; word [rows]: of each row (0 in the padding behind the last block).
+      start, size [n]: first row and number of words of each node; rank [n]: place of its block; node [n]: by place.
+      classes: ((first place, last place + 1, width), ...): nodes whose blocks are read as so many rows.
     """
 
-    words: int
-    dtype: jnp.dtype
+    def __init__(self, hierarchy):
+        self.size = np.asarray(hierarchy.word_count[1])
+        anc, top = np.asarray(hierarchy.anc[1]), int(self.size.max())
+        widths = np.array(sorted({-(-math.ceil(top / 2**i) // 8) * 8 for i in range(4)}))
+        kind = np.searchsorted(widths, self.size)
+        self.node = np.lexsort([np.arange(len(kind)), -kind]).astype(np.int32)  # the widest first
+        self.rank = np.argsort(self.node).astype(np.int32)
+        first = np.concatenate([[0], np.cumsum(self.size[self.node])])[:-1]
+        self.start = first[self.rank].astype(np.int32)
+        order = np.lexsort([np.arange(len(anc)), self.rank[anc]])
+        self.row = np.argsort(order).astype(np.int32)
+        self.rows = _padded(max(len(anc), int((self.start + widths[kind]).max())))
+        self.word = np.zeros(self.rows, np.int32)
+        self.word[: len(anc)] = order
+        ends = np.cumsum(np.bincount(kind, minlength=len(widths))[::-1])
+        self.classes = [(int(a), int(b), int(w)) for a, b, w in
+                        zip([0, *ends[:-1]], ends, widths[::-1], strict=True) if b > a]
 
-    @nn.compact
-    def __call__(self, h):
-        padded = -(-self.words // 128) * 128
-        kernel = self.param("kernel", nn.initializers.zeros_init(), (h.shape[-1], padded))
-        bias = self.param("bias", nn.initializers.zeros_init(), (padded,))
-        logits = jnp.matmul(h.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-        logits = logits + bias.reshape((1,) * (h.ndim - 1) + (-1,))
-        return logits[..., : self.words]
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class FactorisedHead:
+    """p(x | h) = p(c(x) | h) p(x | c(x), h), c(x) the word's level-1 node.
 
-def noised_first(noised, groups: int, chunk: int):
-    """An order of the tokens, noised ones first, and how many chunks hold them all.
-
-    Args:
-      noised: bool [B, S].
-      groups: parts of the batch that are ordered apart, a divisor of B: as many as it has shards, so that no token
-        moves between devices. Changes no result.
-      chunk: tokens of a group that are worked on at once.
-
-    Returns:
-      order int32 [groups, T], T a multiple of `chunk` >= B S/groups (repeating token 0), real bool [groups, T] (True
-      at noised tokens), and the number of leading chunks with noised tokens, int32.
+    Parameters: kernel [rows, D] and bias [rows] of the words, block by block; clusters.kernel [n P, D] and
+    clusters.bias [n P]: a node's logit is the log-sum-exp of its P `prototypes` (a flat head's is one over its words).
     """
-    flat = noised.reshape(groups, -1)
-    order = jnp.argsort(~flat, axis=-1, stable=True)
-    extra = -flat.shape[1] % chunk
-    order = jnp.pad(order, ((0, 0), (0, extra)))
-    count = jnp.sum(flat, axis=-1)
-    real = jnp.arange(order.shape[1]).reshape(1, -1) < count[:, None]
-    return order, real, (jnp.max(count) + chunk - 1) // chunk
+
+    hierarchy: Any
+    dtype: Any = jnp.float32
+    prototypes: int = 1
+
+    @functools.cached_property
+    def blocks(self) -> Blocks:
+        return Blocks(self.hierarchy)
+
+    def init(self, key, width: int):
+        rows, n = self.blocks.rows, self.hierarchy.sizes[1] * self.prototypes
+        # prototypes of a node must differ, or they never will
+        spread = 0.0 if self.prototypes == 1 else 0.5 / math.sqrt(width)
+        return {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows),
+                "clusters": {"kernel": spread * jax.random.normal(key, (n, width)), "bias": jnp.zeros(n)}}
+
+    def log_clusters(self, params, h):
+        """log p(node | h) of the level-1 nodes, float32 [..., n]."""
+        logits = _affine(params["clusters"], h, self.dtype)
+        if self.prototypes > 1:
+            logits = jax.nn.logsumexp(logits.reshape(*logits.shape[:-1], -1, self.prototypes), axis=-1)
+        return jax.nn.log_softmax(logits, axis=-1)
+
+    def logits(self, params, h):
+        """log p(x | h) of every word, put together from the two factors: float32 [..., V]."""
+        b, anc = self.blocks, np.asarray(self.hierarchy.anc[1])
+        column = np.arange(int(b.size.max()))[None]
+        index = np.minimum(b.start[:, None] + column, b.rows - 1)
+        words = jnp.where(_like(column < b.size[:, None], h), _affine(params, h, self.dtype)[..., index], -jnp.inf)
+        both = jax.nn.log_softmax(words, axis=-1) + self.log_clusters(params, h)[..., None]
+        place = anc * column.size + (b.row - b.start[anc])
+        return both.reshape(*both.shape[:-2], -1)[..., place]
+
+    def predict(self, params, h):
+        return Factorised(self, params, h)
+
+    def streams(self, level, x, asks: str):
+        """Tokens that need a word's probability, by cluster; then the rest, which need the clusters' alone."""
+        words = level > 0 if asks == "all" else level == 1
+        node = jnp.asarray(self.hierarchy.anc[1])[x]
+        tiles = _Tiles(self, words, node, None if asks == "all" else (1,), asks != "within")
+        if asks == "all":
+            return [tiles]
+        above = tuple(range(2, self.hierarchy.num_levels + 1))
+        return [tiles, _Chunks(level > 1, above, self.predict, ("clusters",))]
 
 
-def _take(tree, order):
-    """Leaves [B, S, ...] -> [groups, T, ...] in the given order."""
-
-    def take(leaf):
-        leaf = leaf.reshape(order.shape[0], -1, *leaf.shape[2:])
-        return jnp.take_along_axis(leaf, order.reshape(*order.shape, *(1,) * (leaf.ndim - 2)), axis=1)
-
-    return jax.tree.map(take, tree)
+def _like(mask, h):
+    return mask.reshape((1,) * (h.ndim - 1) + mask.shape)
 
 
-def _slice(tree, start, chunk: int):
-    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, chunk, axis=1), tree)
+class Factorised:
+    """Prediction of a FactorisedHead at hidden states [..., D] (see hdlm_jax.diffusion.process).
+
+    block, start: log p(word | cluster) [..., width] in the one block that is asked about, and its first row; without
+    them every word's is made when one is needed.
+    """
+
+    def __init__(self, head: FactorisedHead, params, h, block=None, start=None):
+        self.head, self.params, self.h, self.block, self.start = head, params, h, block, start
+        self.log_clusters: Any = head.log_clusters(params, h) if "clusters" in params else None
+
+    def select(self, index):
+        return Factorised(self.head, self.params, self.h.reshape(-1, self.h.shape[-1])[index])
+
+    def log_probs(self):
+        return self.head.logits(self.params, self.h)
+
+    def log_within(self, x):
+        if self.block is None:
+            return self.log_prob(x) - self.log_mass(1, jnp.asarray(self.head.hierarchy.anc[1])[x])
+        place = jnp.clip(jnp.asarray(self.head.blocks.row)[x] - self.start, 0, self.block.shape[-1] - 1)
+        return jnp.take_along_axis(self.block, place[..., None], axis=-1)[..., 0]
+
+    def log_prob(self, x):
+        if self.block is None:
+            return jnp.take_along_axis(self.log_probs(), x[..., None], axis=-1)[..., 0]
+        return self.log_mass(1, jnp.asarray(self.head.hierarchy.anc[1])[x]) + self.log_within(x)
+
+    def log_mass(self, level: int, node):
+        if level == 1:
+            return jnp.take_along_axis(self.log_clusters, node[..., None], axis=-1)[..., 0]
+        under = wide(self.head.hierarchy.level1_anc[level], node) == node[..., None]
+        return jax.nn.logsumexp(jnp.where(under, self.log_clusters, -jnp.inf), axis=-1)
+
+    def masses(self, level: int):
+        if level == 0:
+            return jnp.exp(self.log_probs())
+        masses = jnp.exp(self.log_clusters)
+        if level == 1:
+            return masses
+        h = self.head.hierarchy
+        onto = jax.nn.one_hot(jnp.asarray(h.level1_anc[level]), h.sizes[level], dtype=masses.dtype)
+        return jnp.matmul(masses, onto, precision="highest")
+
+    def draw(self, keys, bias, wanted, temperature: Any = 1.0, top_p: Any = 1.0):
+        """See Dense.draw: the node first, then a word of its block where one is wanted, else any of its words."""
+        h = self.head.hierarchy
+        if not (is_off(temperature) and is_off(top_p)):  # these act on words: put the words together
+            return draw_from(keys, self.log_probs() + bias(lambda level: wide(h.anc[level], keys)), temperature, top_p)
+        node = categorical(fold(keys, 0), self.log_clusters + bias(lambda level: wide(h.level1_anc[level], keys)))
+        blocks, hidden, each = self.head.blocks, self.h.reshape(-1, self.h.shape[-1]), fold(keys, 1).reshape(-1)
+
+        def words(rows, piece):
+            prediction = piece.predict(piece.take(self.params), hidden[piece.index])
+            drawn = prediction.start + categorical(each[piece.index], prediction.block)
+            return rows.at[piece.index].add(jnp.where(piece.keep, drawn - rows[piece.index], 0))
+
+        tiles = _Tiles(self.head, wanted.reshape(-1), node.reshape(-1), None, False)
+        rows = tiles.loop(words, jnp.asarray(blocks.start)[node.reshape(-1)])
+        return jnp.asarray(blocks.word)[rows].reshape(node.shape)
 
 
-def sum_over_noised(fn, params, hidden, noised, fields, *, groups: int = 1, chunk: int = 256):
-    """Sums of fn(params, h, fields) over the noised tokens, and its gradient, without logits of all tokens at once.
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Some tokens [c] that are worked on at once, and the part of a head's parameters they need.
 
-    The loss is a sum, so its gradients are made chunk by chunk in the forward pass (a custom_vjp) and merely scaled
+    index, keep: int32 and bool [c], numbers of tokens, and which of them count. take(params) -> part;
+    predict(part, h [c, D]) -> prediction; add(params, part) -> params with a part added where it was taken.
+    """
+
+    index: jax.Array
+    keep: jax.Array
+    take: Callable
+    predict: Callable
+    add: Callable
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Chunks:
+    """Wanted tokens [N], so many at a time that their logits fit; chunks without any are not visited."""
+
+    wanted: Any
+    levels: tuple[int, ...] | None  # the levels they are of; None: any
+    predict: Callable
+    uses: tuple[str, ...]  # the parameters that have a part in it
+
+    def loop(self, body, carry):
+        """carry = body(carry, piece) for every piece."""
+        chunk = min(chunk_size(), self.wanted.size)
+        order = jnp.pad(jnp.argsort(~self.wanted, stable=True), (0, chunk))
+        count = jnp.sum(self.wanted)
+
+        def take(params):
+            return {name: params[name] for name in self.uses}
+
+        def add(params, part):
+            return params | {name: jax.tree.map(jnp.add, params[name], part[name]) for name in self.uses}
+
+        def step(i, carry):
+            index = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+            return body(carry, Piece(index, i * chunk + jnp.arange(chunk) < count, take, self.predict, add))
+
+        return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, step, carry)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tiles:
+    """Wanted tokens [N], some of one cluster at a time, with that cluster's block of words.
+
+    Any number of tokens in any number of clusters: a tile has room for about an average cluster's tokens, a cluster
+    takes as many tiles as it needs, and one without tokens takes none.
+    """
+
+    head: FactorisedHead
+    wanted: Any
+    node: Any  # int32 [N], whose block
+    levels: tuple[int, ...] | None
+    clusters: bool  # whether the prediction needs p(cluster) as well
+
+    def loop(self, body, carry):
+        """carry = body(carry, piece) for every piece."""
+        b, n = self.head.blocks, len(self.head.blocks.size)
+        tile = min(max(8, 2 ** round(math.log2(max(self.wanted.size / 4 / n, 1)))), 512)
+        place = jnp.where(self.wanted, jnp.asarray(b.rank)[self.node], n)
+        order = jnp.pad(jnp.argsort(place, stable=True), (0, tile))
+        first = jnp.searchsorted(jnp.sort(place), jnp.arange(n + 1))  # of each place's tokens in that order
+        tiles = jnp.pad(jnp.cumsum((jnp.diff(first) + tile - 1) // tile), (1, 0))  # before each place
+        starts, sizes = jnp.asarray(b.start[b.node]), jnp.asarray(b.size[b.node])
+        rest = ("clusters",) if self.clusters else ()
+
+        def step(width, i, carry):
+            at = jnp.searchsorted(tiles[1:], i, side="right")
+            begin = first[at] + (i - tiles[at]) * tile
+            index = jax.lax.dynamic_slice_in_dim(order, begin, tile)
+            keep = begin + jnp.arange(tile) < first[at + 1]
+            start, shown = starts[at], (jnp.arange(width) < sizes[at])[None]
+
+            def take(params):
+                part = {k: jax.lax.dynamic_slice_in_dim(params[k], start, width) for k in ("kernel", "bias")}
+                return part | {name: params[name] for name in rest}
+
+            def predict(part, h):
+                words = jnp.where(shown, _affine(part, h, self.head.dtype), -jnp.inf)
+                return Factorised(self.head, part, h, jax.nn.log_softmax(words, axis=-1), start)
+
+            def add(params, part):
+                old = take(params)
+                new = {k: jax.lax.dynamic_update_slice_in_dim(params[k], old[k] + part[k], start, 0)
+                       for k in ("kernel", "bias")}
+                return params | new | {k: jax.tree.map(jnp.add, old[k], part[k]) for k in rest}
+
+            return body(carry, Piece(index, keep, take, predict, add))
+
+        for low, high, width in b.classes:
+            carry = jax.lax.fori_loop(tiles[low], tiles[high], functools.partial(step, width), carry)
+        return carry
+
+
+def _whole(run):
+    """All tokens are here: nothing to divide."""
+    return run
+
+
+def _tokens(tree):
+    """Leaves [B, S, ...] -> [B S, ...]."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
+
+
+def sum_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "all", shard=_whole):
+    """Sums of fn over the noised tokens, and their gradients, without logits of all tokens at once.
+
+    The loss is a sum, so its gradients are made piece by piece in the forward pass (a custom_vjp) and merely scaled
     in the backward one. Tokens that are not noised are never seen by fn.
 
     Args:
-      fn: (params, h [G, c, D], fields [G, c]) -> (loss [G, c], aux [G, c]), both in nats.
-      params: what fn's gradient is taken in, beside hidden.
-      hidden: float32 [B, S, D]; noised: bool [B, S]; fields: pytree of [B, S].
-      groups, chunk: see noised_first.
+      head: FlatHead or FactorisedHead; params: its parameters, what gradients are taken in beside hidden.
+      fn: (prediction, fields [c], levels) -> (loss [c], aux [c]), both in nats; levels: those the tokens are of, None
+        if any.
+      hidden: float32 [B, S, D]; level, x: int32 [B, S], level of the symbol on show and the word; fields: pytree of
+        [B, S].
+      asks: what fn asks of a prediction: "within" log_within alone at level 1 and masses above, "word" anything
+        about x at level 1, "all" anything anywhere.
+      shard: what makes run(params, *rows) -> (sums, rows) work on every batch shard's own rows, the sums then summed
+        (parallel.over_batch): no token moves between devices, and gradients of parameters are summed once.
 
     Returns:
       (sum of loss, sum of aux), float32 scalars; gradients flow through the first alone.
     """
-    order, real, chunks = noised_first(noised, groups, chunk)
-    rows = _take(fields, order)
+    def pieces(params, hidden, level, x, fields, gradients: bool):
+        shape, (hidden, level, x, fields) = hidden.shape, _tokens((hidden, level, x, fields))
+        carry: Any = (jnp.float32(0), jnp.float32(0))
+        if gradients:
+            carry += (jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(hidden))
+        for stream in head.streams(level, x, asks):
 
-    def sums(params, h, part, keep):
-        loss, aux = fn(params, h, part)
-        return jnp.sum(jnp.where(keep, loss, 0.0)), jnp.sum(jnp.where(keep, aux, 0.0))
+            def body(carry, piece, levels=stream.levels):
+                some = jax.tree.map(lambda a: a[piece.index], fields)
 
-    def at(i, h, rows, real):
-        return _slice((h, rows, real), i * chunk, chunk)
+                def sums(part, h):
+                    loss, aux = fn(piece.predict(part, h), some, levels)
+                    return jnp.sum(jnp.where(piece.keep, loss, 0.0)), jnp.sum(jnp.where(piece.keep, aux, 0.0))
+
+                part, h = piece.take(params), hidden[piece.index]
+                if not gradients:
+                    return jax.tree.map(jnp.add, carry, sums(part, h))
+                loss, aux, d_params, d_hidden = carry
+                (more, more_aux), (d_part, d_h) = jax.value_and_grad(sums, argnums=(0, 1), has_aux=True)(part, h)
+                d_hidden = d_hidden.at[piece.index].add(jnp.where(piece.keep[:, None], d_h, 0.0))
+                return loss + more, aux + more_aux, piece.add(d_params, d_part), d_hidden
+
+            carry = stream.loop(body, carry)
+        return (carry[:-1], carry[-1].reshape(shape)) if gradients else (carry, ())
 
     @jax.custom_vjp
-    def total(params, h, rows, real, chunks):
-        def body(i, carry):
-            loss, aux = sums(params, *at(i, h, rows, real))
-            return carry[0] + loss, carry[1] + aux
+    def total(params, hidden, level, x, fields):
+        return shard(functools.partial(pieces, gradients=False))(params, hidden, level, x, fields)[0]
 
-        return jax.lax.fori_loop(0, chunks, body, (jnp.float32(0), jnp.float32(0)))
+    def forward(params, hidden, level, x, fields):
+        run = shard(functools.partial(pieces, gradients=True))
+        (loss, aux, d_params), d_hidden = run(params, hidden, level, x, fields)
+        return (loss, aux), (d_params, d_hidden)
 
-    def forward(params, h, rows, real, chunks):
-        def body(i, carry):
-            loss, aux, d_params, d_h = carry
-            part = at(i, h, rows, real)
-            (more, more_aux), (dp, dh) = jax.value_and_grad(sums, argnums=(0, 1), has_aux=True)(params, *part)
-            d_h = jax.lax.dynamic_update_slice_in_dim(d_h, dh, i * chunk, axis=1)
-            return loss + more, aux + more_aux, jax.tree.map(jnp.add, d_params, dp), d_h
-
-        zero = jax.tree.map(jnp.zeros_like, params)
-        start = (jnp.float32(0), jnp.float32(0), zero, jnp.zeros_like(h))
-        loss, aux, d_params, d_h = jax.lax.fori_loop(0, chunks, body, start)
-        return (loss, aux), (d_params, d_h)
-
-    def backward(saved, cotangent):
-        scale = cotangent[0]
-        d_params, d_h = jax.tree.map(lambda g: g * scale, saved)
-        return d_params, d_h, None, None, None
+    def backward(gradients, cotangent):
+        d_params, d_hidden = jax.tree.map(lambda g: g * cotangent[0], gradients)
+        return d_params, d_hidden, None, None, None
 
     total.defvjp(forward, backward)
-    return total(params, _take(hidden, order), rows, real, chunks)
+    return total(params, hidden, level, x, fields)
 
 
-def map_over_noised(fn, hidden, noised, fields, *, groups: int = 1, chunk: int = 256):
-    """fn(h [G, c, D], fields [G, c]) -> float32 [G, c] at every noised token, zero elsewhere: [B, S]."""
-    order, real, chunks = noised_first(noised, groups, chunk)
-    rows = (_take(hidden, order), _take(fields, order), real)
+def map_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "all", shard=_whole):
+    """fn(prediction, fields [c], levels) -> float32 [c] at every noised token, zero elsewhere: [B, S].
 
-    def body(i, out):
-        h, part, keep = _slice(rows, i * chunk, chunk)
-        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(keep, fn(h, part), 0.0), i * chunk, axis=1)
+    Arguments as in sum_over_noised.
+    """
+    def pieces(params, hidden, level, x, fields):
+        shape, (hidden, level, x, fields) = level.shape, _tokens((hidden, level, x, fields))
+        out = jnp.zeros(level.shape, jnp.float32)
+        for stream in head.streams(level, x, asks):
 
-    out = jax.lax.fori_loop(0, chunks, body, jnp.zeros(order.shape, jnp.float32))
-    flat = jnp.zeros((groups, noised.size // groups), jnp.float32)
-    return jax.vmap(lambda f, o, v: f.at[o].add(v))(flat, order, out).reshape(noised.shape)
+            def body(out, piece, levels=stream.levels):
+                prediction = piece.predict(piece.take(params), hidden[piece.index])
+                values = fn(prediction, jax.tree.map(lambda a: a[piece.index], fields), levels)
+                return out.at[piece.index].add(jnp.where(piece.keep, values, 0.0))
+
+            out = stream.loop(body, out)
+        return (), out.reshape(shape)
+
+    return shard(pieces)(params, hidden, level, x, fields)[1]

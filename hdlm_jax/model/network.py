@@ -1,4 +1,4 @@
-"""The published transformer: noised symbols and time -> hidden states -> logits.
+"""The published transformer: noised symbols and time -> hidden states -> (by a head) predictions over words.
 
 Bidirectional, rotary positions, adaptive layer norm on time (shift, scale, gate), MLP of 4 D with tanh GELU; layer
 norm in float32 without bias; no bias in qkv and out. Facts from the paper's network (arXiv 2510.08632).
@@ -7,13 +7,14 @@ norm in float32 without bias; no bias in qkv and out. Facts from the paper's net
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.model.heads import FlatHead
+from hdlm_jax.model.heads import FactorisedHead, FlatHead
 
 _SINUSOIDS, _PERIOD = 256, 10_000.0
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # uniform(+-1/sqrt(fan_in))
@@ -101,12 +102,15 @@ class Network(nn.Module):
     """Symbols z int32 [B, S], time t [B] in [0, 1] -> logits float32 [B, S, V].
 
     Attributes:
-      words, symbols: V and the number of rows of the embedding table (clusters, mask and padding included).
+      head: FlatHead or FactorisedHead.
+      symbols: number of rows of the embedding table (words, clusters, mask and padding).
       dtype: of the matrix products; the residual stream, norms and logits are float32.
+      remat: what the backward pass makes anew: "none", "cheap" (all but matrix products), "all", or "auto": cheap on
+        CPU, where that is faster as well, none elsewhere.
       cond: width of the embedded time.
     """
 
-    words: int
+    head: Any
     symbols: int
     width: int = 768
     blocks: int = 12
@@ -114,7 +118,7 @@ class Network(nn.Module):
     dropout: float = 0.0
     time_conditioning: bool = True
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "auto"
     cond: int = 128
 
     def setup(self):
@@ -124,15 +128,17 @@ class Network(nn.Module):
         if self.time_conditioning:
             self.time_in = nn.Dense(self.cond, kernel_init=_uniform)
             self.time_out = nn.Dense(self.cond, kernel_init=_uniform)
-        block = nn.remat(Block, static_argnums=(4,), prevent_cse=False) if self.remat else Block
-        # a loop of the CPU's compiled code costs more than its body is long
-        unroll = self.blocks if jax.default_backend() == "cpu" else 1
+        cheap = self.remat == "cheap" or self.remat == "auto" and jax.default_backend() == "cpu"
+        block: Any = Block
+        if cheap or self.remat == "all":
+            policy = jax.checkpoint_policies.dots_saveable if cheap else None
+            block = nn.remat(Block, static_argnums=(4,), prevent_cse=False, policy=policy)
         self.stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-                             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast), length=self.blocks, unroll=unroll)(
+                             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast), length=self.blocks)(
             self.width, self.heads, self.dropout, jnp.dtype(self.dtype))
         self.norm = Norm()
         self.modulation = Modulation(2, self.width)
-        self.head = FlatHead(self.words, jnp.dtype(self.dtype))
+        self.head_params = self.param("head", self.head.init, self.width)
 
     def trunk(self, z, t, valid=None, train: bool = False):
         """Hidden states float32 [B, S, D] before the head. valid: bool [B, S], False where padding must not be seen."""
@@ -150,26 +156,46 @@ class Network(nn.Module):
         return nn.silu(self.time_out(nn.silu(self.time_in(sinusoids))))
 
     def __call__(self, z, t, valid=None, train: bool = False):
-        return self.head(self.trunk(z, t, valid, train))
+        return self.head.logits(self.head_params, self.trunk(z, t, valid, train))
+
+    def denoise(self, params, z, t, valid=None):
+        """The prediction at all tokens, made only where it is asked for (sampling)."""
+        hidden: Any = self.apply({"params": params}, z, t, valid, method="trunk")
+        return At(self.head, params["head"], hidden)
 
 
-def predict(network: Network, head_params, hidden):
-    """Prediction at given hidden states [..., D]: the network's head alone, from its own parameters."""
-    return FlatHead(network.words, jnp.dtype(network.dtype)).apply({"params": head_params}, hidden)
+class At(NamedTuple):
+    """A head waiting for the tokens it is asked about."""
+
+    head: Any
+    params: Any
+    hidden: jax.Array
+
+    def select(self, index):
+        return self.head.predict(self.params, self.hidden.reshape(-1, self.hidden.shape[-1])[index])
 
 
 def make_network(config, hierarchy) -> Network:
     """The network of config.model for a hierarchy's words and symbols."""
     m = config.model
-    return Network(hierarchy.num_words, hierarchy.padded_symbols, m.width, m.blocks, m.heads, m.dropout,
-                   m.time_conditioning, m.dtype, m.remat)
+    dtype = jnp.dtype(m.dtype)
+    head = FlatHead(hierarchy, dtype) if m.head == "flat" else FactorisedHead(hierarchy, dtype, m.prototypes)
+    return Network(head, hierarchy.padded_symbols, m.width, m.blocks, m.heads, m.dropout, m.time_conditioning,
+                   m.dtype, m.remat)
 
 
-def flops_per_token(config, words: int) -> float:
+def flops_per_token(config, hierarchy, chain) -> float:
     """FLOPs of a forward and backward pass a token, as the algorithm needs them (2 per multiply-add, x3).
 
-    Trunk products and attention for every token; the head for the half of the tokens that are noised on average.
+    Trunk products and attention for every token; the head for those that are noised, t uniform: all words in the flat
+    one, all prototypes and (at level 1) an average cluster's words in the factorised one.
     """
     m = config.model
     trunk = m.blocks * (12 * m.width**2 + 2 * m.seq_len * m.width)
-    return 6.0 * (trunk + 0.5 * m.width * words)
+    t = (np.arange(2000) + 0.5) / 2000
+    share = chain.beta(-np.log1p(-t), np).mean(0)  # of tokens at every level
+    rows = (1 - share[0]) * hierarchy.num_words
+    if m.head == "factorised":
+        n = hierarchy.sizes[1]
+        rows = (1 - share[0]) * n * m.prototypes + share[1] * hierarchy.num_words / n
+    return float(6.0 * (trunk + m.width * rows))

@@ -133,14 +133,15 @@ class Model:
         return self.run.config.model.seq_len
 
     def generate(self, num_samples: int = 4, steps: int = 128, prompt: str = "", **settings: Any) -> list[str]:
-        """Texts of seq_len tokens, after a prompt if there is one.
+        """Texts of seq_len tokens (or `length` of them), after a prompt if there is one.
 
         Args:
           steps: of the grid; settings: any other of config.Generate (plan, reveals, temperature, top_p, seed, ...).
         """
         ids = self.tokenizer.encode(prompt) if prompt else np.zeros(0, np.int32)
-        canvas = prompt_canvas(ids, num_samples, self.seq_len, self.hierarchy.mask_id)
-        return self._fill(canvas, steps=steps, num_samples=num_samples, **settings)
+        length = settings.get("length") or self.seq_len
+        canvas = prompt_canvas(ids, num_samples, self.seq_len, self.hierarchy.mask_id, length)
+        return self._fill(canvas, length, steps=steps, num_samples=num_samples, **settings)
 
     def infill(self, text: str, num_samples: int = 1, steps: int = 64, **settings: Any) -> list[str]:
         """The text with its blanks filled in; everything else stays.
@@ -172,12 +173,12 @@ class Model:
         # the rest of the canvas is text the model makes up and nobody reads
         canvas = np.full((num_samples, self.seq_len), self.hierarchy.mask_id, np.int32)
         canvas[:, : len(ids)] = ids
-        return self._fill(canvas, length=len(ids), steps=steps, num_samples=num_samples, **settings)
+        return self._fill(canvas, len(ids), steps=steps, num_samples=num_samples, **settings)
 
-    def _fill(self, canvas: np.ndarray, length: int | None = None, **settings: Any) -> list[str]:
+    def _fill(self, canvas: np.ndarray, keep: int, **settings: Any) -> list[str]:
         g = dataclasses.replace(self.run.config.generate, **settings)
         g.check()
-        tokens = self._draw(canvas, g)["tokens"][:, :length]
+        tokens = self._draw(canvas, g)["tokens"][:, :keep]
         return [self.tokenizer.decode(row) for row in tokens]
 
     def nelbo(self, texts: list[str], draws: int = 16) -> list[dict[str, float]]:

@@ -20,31 +20,39 @@ from hdlm_jax.config import Config
 from hdlm_jax.diffusion.levels import Proposal
 from hdlm_jax.diffusion.process import HierarchicalProcess, fold
 from hdlm_jax.model.heads import map_over_noised
-from hdlm_jax.model.network import Network, predict
+from hdlm_jax.model.network import Network
 from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import reuse, write_json
 from hdlm_jax.run.metrics import progress, say
 
 
-def make_nelbo_step(network: Network, process: HierarchicalProcess, groups: int = 1):
+def make_nelbo_step(network: Network, process: HierarchicalProcess, mesh=None):
     """step(params, batch, key) -> float32 [b, K]: nats of each row at each level, as an estimate w C / q.
 
     batch: x int32 [b, S], valid and score bool [b, S], tau and inv_q float32 [b], pair int32 [b] (its random numbers).
     """
+
+    divide = {} if mesh is None else {"shard": parallel.over_batch(mesh)}
 
     def step(params, batch, key):
         x, tau = batch["x"], batch["tau"]
         z = process.sample_z(fold(jnp.broadcast_to(key, tau.shape), batch["pair"]), x, tau)
         z = jnp.where(batch["score"], z, x)
         h = network.apply({"params": params}, z, -jnp.expm1(-tau), batch["valid"], method="trunk")
-        fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape))
         level = process.level_of(z)
-        rate = map_over_noised(lambda h, f: process.nelbo_rate(predict(network, params["head"], h), *f), h, level > 0,
-                               fields, groups=groups)
+        cost_of = lambda p, xz, levels: process.cost(p, xz[0], xz[1], levels)  # noqa: E731
+        cost = map_over_noised(network.head, cost_of, params["head"], h, level, x, (x, z), asks=process.asks(),
+                               **divide)
+        rate = process.nelbo_weight(z, tau) * cost
         by_level = [jnp.sum(jnp.where(level == k, rate, 0.0), axis=-1) for k in range(1, process.num_levels + 1)]
         return jnp.stack(by_level, axis=-1) * batch["inv_q"][:, None]
 
     return step
+
+
+def _rows_at_once(seq_len: int) -> int:
+    """Sequences that fill a device; fewer where they do not fit."""
+    return max(1, (8192 if jax.default_backend() == "cpu" else 262_144) // seq_len)
 
 
 class Evaluator:
@@ -53,10 +61,15 @@ class Evaluator:
     def __init__(self, config: Config, network: Network, process: HierarchicalProcess, mesh, params):
         self.process, self.mesh, self.seed = process, mesh, config.evaluate.seed
         shards = math.lcm(parallel.batch_shards(mesh), jax.process_count())
-        self.batch_size = -(-config.evaluate.batch_size // shards) * shards
+        self.rows, self.shards = config.evaluate.batch_size or _rows_at_once(config.model.seq_len), shards
         self.proposal = Proposal(process.chain, config.model.seq_len, config.evaluate.cv2)
-        step = make_nelbo_step(network, process, parallel.batch_shards(mesh))
-        self.step = parallel.compile_batch_step(step, mesh, params)
+        step = make_nelbo_step(network, process, mesh)
+        self._jitted = parallel.compile_batch_step(step, mesh, params)
+        self._compiled: Any = None
+
+    def _put(self, batch):
+        mine = parallel.local_rows(len(batch["pair"]))
+        return parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
 
     def pairs(self, rows: int, draws: int):
         """tau and q of every pair, float64 [draws, rows]: one stratum of q's CDF a pair, each pass spread over all."""
@@ -72,19 +85,27 @@ class Evaluator:
         n = len(rows["x"])
         tau, q = self.pairs(n, draws)
         key = jax.random.key(self.seed)
+        if self._compiled is None:  # a batch as large as fits
+
+            def example(count):
+                some = {name: np.zeros((count, *rows[name].shape[1:]), rows[name].dtype) for name in rows}
+                one = np.ones(count, np.float32)
+                return self._put(some | {"tau": one, "inv_q": one, "pair": np.zeros(count, np.int32)})
+
+            most = -(-n * draws // self.shards) * self.shards
+            self._compiled, self.rows = parallel.fitting(self._jitted, params, example, min(self.rows, most),
+                                                         self.shards, key)
         where = np.tile(np.arange(n), draws)
         flat_tau, flat_q = tau.reshape(-1), q.reshape(-1)
         out = np.zeros((n * draws, self.process.num_levels))
         with progress(n * draws, unit="seq", name=name) as bar:
-            for start in range(0, n * draws, self.batch_size):
-                pick = np.arange(start, min(start + self.batch_size, n * draws))
+            for start in range(0, n * draws, self.rows):
+                pick = np.arange(start, min(start + self.rows, n * draws))
                 batch = {"x": rows["x"][where[pick]], "valid": rows["valid"][where[pick]],
                          "score": rows["score"][where[pick]], "tau": flat_tau[pick].astype(np.float32),
                          "inv_q": (1 / flat_q[pick]).astype(np.float32), "pair": pick.astype(np.int32)}
-                batch = parallel.pad_rows(batch, self.batch_size)
-                mine = parallel.local_rows(self.batch_size)
-                batch = parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
-                out[pick] = np.asarray(self.step(params, batch, key))[: len(pick)]
+                batch = self._put(parallel.pad_rows(batch, self.rows))
+                out[pick] = np.asarray(self._compiled(params, batch, key))[: len(pick)]
                 bar.update(len(pick))
         return out.reshape(draws, n, -1), tau, q
 

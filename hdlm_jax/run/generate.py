@@ -23,23 +23,52 @@ from hdlm_jax.run.checkpoint import reuse, write_json
 from hdlm_jax.run.metrics import progress, say
 
 
-def make_sample_step(network: Network, process: HierarchicalProcess, g: Generate):
-    """step(params, batch, key) -> {tokens int32 [b, S], calls int32 [b], row_forwards int32 [b]}.
+def make_sample_step(network: Network, process: HierarchicalProcess, g: Generate, mesh=None):
+    """step((params, numbers), batch, key) -> {tokens int32 [b, S], calls int32 [b], row_forwards int32 [b]}.
 
-    batch: z int32 [b, S], the canvas (masks where free, words and clusters where given); index int32 [b].
+    batch: z int32 [b, S], the canvas (masks where free, words and clusters where given); index int32 [b]. numbers: what
+    of g may change without compiling again (see `numbers_of`).
     """
+    divide = parallel.over_batch(mesh) if mesh is not None else lambda run: run
 
-    def step(params, batch, key):
-        z = batch["z"]
+    def step(given, batch, key):
         keys = fold(jnp.broadcast_to(key, batch["index"].shape), batch["index"])
-        plan = sampler.plan(fold(keys, 0), process.chain, process.level_of(z), g.plan, g.steps, g.reveals)
-        denoise = lambda z, t: network.apply({"params": params}, z, t)  # noqa: E731
-        tokens, stats = sampler.sample(fold(keys, 1), denoise, process, z, plan, clusters=g.clusters,
-                                       temperature=g.temperature, top_p=g.top_p)
-        return {"tokens": tokens, "calls": jnp.broadcast_to(stats["calls"], z.shape[:1]),
-                "row_forwards": stats["row_forwards"]}
+
+        def run(given, z, keys):
+            params, numbers = given
+            plan = sampler.plan(fold(keys, 0), process.chain, process.level_of(z), g.plan, numbers["steps"],
+                                numbers["reveals"])
+            valid = jnp.arange(z.shape[1])[None] < numbers["length"]
+
+            def denoise(z, t):
+                seen = jnp.broadcast_to(valid, z.shape) if g.length else None
+                return network.denoise(params, z, t, seen)
+
+            tokens, stats = sampler.sample(fold(keys, 1), denoise, process, z, plan, clusters=g.clusters,
+                                           temperature=numbers.get("temperature", g.temperature),
+                                           top_p=numbers.get("top_p", 1.0))
+            return (), {"tokens": tokens, "calls": jnp.broadcast_to(stats["calls"], z.shape[:1]),
+                        "row_forwards": stats["row_forwards"]}
+
+        return divide(run)(given, batch["z"], keys)[1]
 
     return step
+
+
+def numbers_of(g: Generate, seq_len: int) -> dict[str, Any]:
+    """The settings that are inputs of the compiled loop. Temperatures 0 and 1 and a nucleus of 1 are other programs."""
+    numbers: dict[str, Any] = {"steps": np.int32(g.steps), "reveals": np.int32(g.reveals),
+                               "length": np.int32(g.length or seq_len)}
+    if g.temperature not in (0, 1):
+        numbers["temperature"] = np.float32(g.temperature)
+    if g.top_p != 1:
+        numbers["top_p"] = np.float32(g.top_p)
+    return numbers
+
+
+def bucket(n: int, most: int) -> int:
+    """The next power of two, at most `most`: so that ten sizes are not ten programs."""
+    return min(1 << (n - 1).bit_length(), most)
 
 
 class Sampler:
@@ -50,14 +79,16 @@ class Sampler:
         self._step = functools.lru_cache(maxsize=8)(self._compile)
 
     def _compile(self, g: Generate):
-        return parallel.compile_batch_step(make_sample_step(self.network, self.process, g), self.mesh, self.params)
+        step = make_sample_step(self.network, self.process, g, self.mesh)
+        return parallel.compile_sample_step(step, self.mesh, self.params)
 
     def __call__(self, canvas: np.ndarray, g: Generate) -> dict[str, np.ndarray]:
-        """tokens int32 [n, S], calls [n] (of the batch a sample was in), row_forwards [n]."""
+        """tokens int32 [n, S], calls [n] (of the batch shard a sample was in), row_forwards [n]."""
         n = len(canvas)
         shards = math.lcm(parallel.batch_shards(self.mesh), jax.process_count())
-        rows = -(-min(g.batch_size, n) // shards) * shards
+        rows = -(-bucket(min(g.batch_size, n), g.batch_size) // shards) * shards
         step = self._step(_static(g))
+        numbers = numbers_of(g, canvas.shape[1])
         parts = []
         with progress(n, unit="sample", name="generate") as bar:
             for start in range(0, n, rows):
@@ -66,7 +97,7 @@ class Sampler:
                 batch = parallel.pad_rows(batch, rows)  # padding is all words: nothing to do there
                 mine = parallel.local_rows(rows)
                 batch = parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
-                found = step(self.params, batch, jax.random.key(g.seed))
+                found = step((self.params, numbers), batch, jax.random.key(g.seed))
                 parts.append({k: np.asarray(v)[:count] for k, v in found.items()})
                 bar.update(count)
         out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
@@ -77,15 +108,24 @@ class Sampler:
 
 def _static(g: Generate) -> Generate:
     """Only what the compiled step depends on."""
-    return Generate(steps=g.steps, plan=g.plan, reveals=g.reveals, temperature=g.temperature, top_p=g.top_p,
-                    clusters=g.clusters)
+    return Generate(plan=g.plan, temperature=g.temperature if g.temperature in (0, 1) else 0.5,
+                    top_p=1.0 if g.top_p == 1 else 0.5, clusters=g.clusters, length=int(g.length > 0))
 
 
-def prompt_canvas(prompt_ids: np.ndarray, num_samples: int, seq_len: int, mask_id: int) -> np.ndarray:
-    """Canvases int32 [n, S] that begin with the prompt and are masked after it."""
-    if len(prompt_ids) >= seq_len:
-        raise ConfigError(f"generate.prompt has {len(prompt_ids)} tokens: must be fewer than model.seq_len={seq_len}")
-    canvas = np.full((num_samples, seq_len), mask_id, np.int32)
+def prompt_canvas(prompt_ids: np.ndarray, num_samples: int, seq_len: int, mask_id: int, length: int = 0) -> np.ndarray:
+    """Canvases int32 [n, S] that begin with the prompt and are masked after it.
+
+    length: tokens of a text, prompt and all; fewer than seq_len give a canvas of the next power of two, with words
+    (that are not looked at) behind the text. 0: seq_len.
+    """
+    length = length or seq_len
+    if length > seq_len:
+        raise ConfigError(f"generate.length={length}: must be at most model.seq_len={seq_len}")
+    if len(prompt_ids) >= length:
+        raise ConfigError(f"generate.prompt has {len(prompt_ids)} tokens: must be fewer than the {length} of a text "
+                          f"(model.seq_len={seq_len}, generate.length)")
+    canvas = np.zeros((num_samples, bucket(length, seq_len)), np.int32)
+    canvas[:, :length] = mask_id
     canvas[:, : len(prompt_ids)] = prompt_ids
     return canvas
 
@@ -103,20 +143,22 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
         say(f"generate: reusing {os.path.join(workdir, 'samples.txt')} of step {run.step}")
         return found
     ids = run.tokenizer.encode(g.prompt) if g.prompt else np.zeros(0, np.int32)
-    canvas = prompt_canvas(ids, g.num_samples, config.model.seq_len, run.hierarchy.mask_id)
+    length = g.length or config.model.seq_len
+    canvas = prompt_canvas(ids, g.num_samples, config.model.seq_len, run.hierarchy.mask_id, length)
     draw = Sampler(run.network, run.process, run.mesh, run.params)
     started = time.time()
-    draw(canvas[: min(len(canvas), g.batch_size)], g)  # compiles
+    draw(np.zeros_like(canvas[: g.batch_size]), g)  # all words, nothing to do: compiles
     compiled = time.time()
     out = draw(canvas, g)
     seconds = time.time() - compiled
+    out["tokens"] = out["tokens"][:, :length]
     texts = [run.tokenizer.decode(row) for row in out["tokens"]]
     words = out["tokens"].size - canvas.shape[0] * len(ids)
     result = {
-        "samples": len(texts), "seq_len": config.model.seq_len,
+        "samples": len(texts), "seq_len": length,
         "network_calls": float(out["calls"].mean()), "row_forwards": float(out["row_forwards"].mean()),
         "unigram_entropy": _entropy(out["tokens"][:, len(ids) :]), "seconds": seconds, "tokens_per_s": words / seconds,
-        "seconds_to_first": compiled - started,
+        "compile_s": compiled - started,
     } | made_from
     path = os.path.join(workdir, "samples.txt")
     with open(path, "w") as f:

@@ -5,6 +5,10 @@ Steps are pure functions of global arrays; data, FSDP and tensor parallelism are
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
@@ -13,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 # axis of a weight (from its last) that the tensor axis splits: outputs of the first product, inputs of the second
-_TENSOR = {"qkv": -1, "up": -1, "out": -2, "down": -2, "embedding": -2, "head": -1}
+_TENSOR = {"qkv": -1, "up": -1, "out": -2, "down": -2, "embedding": -2, "head": -2}
 
 
 def make_mesh(config, devices=None):
@@ -59,16 +63,86 @@ def put_batch(mesh, batch):
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
+def over_batch(mesh):
+    """What runs a function of rows on every batch shard's own rows (a `shard_map` over the batch axes alone).
+
+    shard(run)(params, *rows): run(params, *rows) -> (sums, rows), trees of arrays. params come whole (but for the
+    tensor axis), rows are divided; sums are summed over the shards, rows stay where they are.
+    """
+    def shard(run):
+        if batch_shards(mesh) == 1:
+            return run
+
+        def local(params, *rows):
+            sums, rows = run(params, *rows)
+            return jax.lax.psum(sums, BATCH), rows
+
+        def call(params, *rows):
+            return jax.shard_map(local, mesh=mesh, in_specs=(P(), *(P(BATCH) for _ in rows)),
+                                 out_specs=(P(), P(BATCH)), axis_names=set(BATCH), check_vma=False)(params, *rows)
+
+        return call
+
+    return shard
+
+
 def compile_step(step, mesh, shardings):
     """jit of step(state, batch, key) -> (state, metrics): state stays where it is and is donated."""
     return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
                    out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
 
 
+def compile_ahead(jitted, *args):
+    """Compiles for arguments of these shapes and places, and gives back what memory that took."""
+    compiled = jitted.lower(*args).compile()
+    trim_memory()
+    return compiled
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs between runs: in $JAX_COMPILATION_CACHE_DIR, else a folder in the user's cache.
+
+    JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    if not getattr(jax.config, "jax_compilation_cache_dir"):  # noqa: B009  (mypy does not know the name)
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "hdlm_jax", "compiled"))
+
+
+def fitting(jitted, params, make_batch, rows: int, shards: int, key):
+    """(compiled, rows): jitted(params, make_batch(rows), key) for as many rows as fit into a device's free memory.
+
+    Halves `rows`, which stay a multiple of shards; where the device does not tell its memory (CPU) they stay.
+    """
+    rows = -(-rows // shards) * shards
+    while True:
+        compiled = compile_ahead(jitted, params, make_batch(rows), key)
+        stats = jax.local_devices()[0].memory_stats() or {}
+        free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+        if free <= 0 or rows <= shards or compiled.memory_analysis().temp_size_in_bytes < 0.9 * free:
+            return compiled, rows
+        rows = max(shards, rows // 2 // shards * shards)
+
+
 def compile_batch_step(step, mesh, params):
     """jit of step(params, batch, key) -> arrays with the batch in front, gathered to every host."""
     where = jax.tree.map(lambda a: a.sharding, params)
     return jax.jit(step, in_shardings=(where, batch_sharding(mesh), replicated(mesh)), out_shardings=replicated(mesh))
+
+
+def compile_sample_step(step, mesh, params):
+    """The same for step((params, numbers), batch, key) with numbers a dictionary of host scalars."""
+    where = jax.tree.map(lambda a: a.sharding, params)
+    return jax.jit(step, in_shardings=((where, replicated(mesh)), batch_sharding(mesh), replicated(mesh)),
+                   out_shardings=replicated(mesh))
+
+
+def trim_memory() -> None:
+    """Gives back to the system what compiling has freed (some hundred MiB that glibc would keep)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def local_rows(rows: int) -> slice:

@@ -12,7 +12,8 @@ import optax
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.diffusion.process import HierarchicalProcess, fold
 from hdlm_jax.model.heads import sum_over_noised
-from hdlm_jax.model.network import Network, make_network, predict
+from hdlm_jax.model.network import Network, make_network
+from hdlm_jax.run import parallel
 
 
 class TrainState(NamedTuple):
@@ -56,6 +57,14 @@ def init_state(config, hierarchy, network: Network, tx, key, table=None) -> Trai
     return TrainState(jnp.int32(0), params, tx.init(params), ema)
 
 
+def abstract_state(config, hierarchy, network, tx, mesh):
+    """Shapes of the state, each with the sharding it has on the mesh; and the shardings."""
+    shape = jax.eval_shape(lambda: init_state(config, hierarchy, network, tx, jax.random.key(0)))
+    shardings: Any = parallel.state_shardings(mesh, shape)
+    add = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(add, shape, shardings), shardings
+
+
 def stratified_tau(keys, index, batch: int):
     """Noise times [b] of rows `index` of a batch: t = (index + u)/batch uniform, one stratum a row, in (0, 1).
 
@@ -67,7 +76,7 @@ def stratified_tau(keys, index, batch: int):
     return jnp.where(t < 0.5, -jnp.log1p(-t), -jnp.log(rest))
 
 
-def make_loss_sums(config, network: Network, process: HierarchicalProcess, groups: int = 1):
+def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=None):
     """loss_sums(params, batch, key) -> (loss, nelbo, tokens): sums over the rows given, in nats.
 
     batch: x int32 [b, S], index int32 [b] (rows of the global batch), optionally score bool [b, S] (False where the
@@ -75,8 +84,9 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, group
     nelbo is the unweighted estimate for t uniform; only loss has gradients.
     """
     d, m = config.diffusion, config.model
-    loss_of = functools.partial(process.loss, weighting=d.weighting, weight_min=d.weight_min, weight_max=d.weight_max,
-                                hard_training=d.hard_training)
+    divide = {} if mesh is None else {"shard": parallel.over_batch(mesh)}
+    weigh = functools.partial(process.loss_weight, weighting=d.weighting, weight_min=d.weight_min,
+                              weight_max=d.weight_max)
 
     def hidden(params, z, t, keys):
         if not m.dropout:
@@ -97,27 +107,27 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, group
         z = jnp.where(score, z, x)
         h = hidden(params, z, -jnp.expm1(-tau), fold(keys, 2))
 
-        def token_loss(head, h, fields):
-            x, z, tau = fields
-            p = process.as_prediction(predict(network, head, h))
-            loss = loss_of(p, x, z, tau)
-            nelbo = process.nelbo_rate(p, x, z, tau) * jnp.exp(tau)
-            return loss, jax.lax.stop_gradient(nelbo)
+        def token_loss(p, fields, levels):
+            x, z, weight, nelbo_weight = fields
+            cost = process.cost(p, x, z, levels)
+            hard = process.cost(p, x, z, levels, hard_training=True) if d.hard_training else cost
+            return weight * hard, jax.lax.stop_gradient(nelbo_weight * cost)
 
-        fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape))
-        loss, nelbo = sum_over_noised(token_loss, params["head"], h, process.level_of(z) > 0, fields, groups=groups)
+        fields = (x, z, weigh(z, tau), process.nelbo_weight(z, tau) * jnp.exp(tau)[:, None])
+        loss, nelbo = sum_over_noised(network.head, token_loss, params["head"], h, process.level_of(z), x, fields,
+                                      asks=process.asks(d.hard_training), **divide)
         return loss, nelbo, jnp.sum(score).astype(jnp.float32)
 
     return loss_sums
 
 
-def make_train_step(config, network, process, tx, groups: int = 1):
+def make_train_step(config, network, process, tx, mesh=None):
     """train_step(state, batch, key) -> (state, metrics), pure and global.
 
     Gradients are those of the batch's loss in nats per scored token, whatever the number of microbatches.
     metrics: loss, nelbo (nats/token), grad_norm: float32 scalars.
     """
-    loss_sums = make_loss_sums(config, network, process, groups)
+    loss_sums = make_loss_sums(config, network, process, mesh)
     parts, ema = config.train.microbatches, config.optimizer.ema
 
     def sums(params, batch, key):

@@ -20,7 +20,7 @@ from hdlm_jax.run.checkpoint import Checkpoints, write_json
 from hdlm_jax.run.evaluate import Evaluator, summarise
 from hdlm_jax.run.metrics import MetricsFile, TensorBoard, peak_flops, plot_curves, progress, read_metrics, say
 from hdlm_jax.run.stages import cluster, prepare, word_vectors
-from hdlm_jax.run.state import build, init_state, make_optimizer, make_train_step
+from hdlm_jax.run.state import abstract_state, build, init_state, make_optimizer, make_train_step
 
 RESUME_EXIT = 75  # leaving on SIGTERM with everything saved: run the same command again
 # sections in which a resumed run must not differ, and the settings in them that may
@@ -44,14 +44,6 @@ def check_resume(config: Config, meta: dict, path: str) -> None:
                                   "use another --workdir or the old setting")
 
 
-def abstract_state(config: Config, hierarchy, network, tx, mesh):
-    """Shapes of the state, each with the sharding it has on the mesh."""
-    shape = jax.eval_shape(lambda: init_state(config, hierarchy, network, tx, jax.random.key(0)))
-    shardings: Any = parallel.state_shardings(mesh, shape)
-    add = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
-    return jax.tree.map(add, shape, shardings), shardings
-
-
 def train(config: Config, workdir: str, profile: bool = False) -> Any:
     """Trains (or goes on training) to config.train.steps; returns the final TrainState.
 
@@ -62,6 +54,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     """
     from hdlm_jax.text.pipeline import TrainBatches, valid_rows
 
+    began = time.time()
     mesh = parallel.make_mesh(config)
     shards = parallel.batch_shards(mesh)
     if config.train.batch_size % (shards * config.train.microbatches):
@@ -74,24 +67,28 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     network, process = build(config, hierarchy)
     tx, schedule = make_optimizer(config)
     abstract, shardings = abstract_state(config, hierarchy, network, tx, mesh)
-    step_fn = parallel.compile_step(make_train_step(config, network, process, tx, shards), mesh, shardings)
+    jitted = parallel.compile_step(make_train_step(config, network, process, tx, mesh), mesh, shardings)
 
     checkpoints = Checkpoints(workdir)
     facts = {"data": text.manifest.fingerprint, "tokenizer": text.tokenizer.fingerprint,
              "hierarchy": hierarchy.fingerprint}
-    start = checkpoints.latest()
-    if start is not None:
+    start = checkpoints.latest() or 0
+    if start:
         saved = checkpoints.meta(start)
         check_resume(config, saved, checkpoints.path)
         for name in facts:
             if saved[name] != facts[name]:
                 raise ConfigError(f"{name} fingerprint {facts[name][:12]}: the checkpoint in {checkpoints.path} was "
                                   f"trained with {saved[name][:12]}; use another --workdir")
-        state = checkpoints.restore(start, abstract)
         say(f"train: resuming from step {start:,} of {config.train.steps:,}")
-    else:
-        start = 0
-        state = _fresh_state(config, text, hierarchy, network, tx, shardings)
+    key = jax.random.key(config.train.seed)
+    first_batch = parallel.put_batch(mesh, batches.batch(start))
+    compiling = time.time()
+    # before the state is made, so that the memory of compiling is free again
+    step_fn = parallel.compile_ahead(jitted, abstract, first_batch, key) if start < config.train.steps else jitted
+    compiled = time.time()
+    state = (checkpoints.restore(start, abstract) if start else
+             _fresh_state(config, text, hierarchy, network, tx, shardings))
     if jax.process_index() == 0:
         text.tokenizer.save(os.path.join(workdir, "tokenizer"))
         kept = config.as_dict()
@@ -111,14 +108,14 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     metrics_path = os.path.join(workdir, "metrics.jsonl")
     writers: list[Any] = [MetricsFile(metrics_path, start), TensorBoard(os.path.join(workdir, "tensorboard"))]
     peak = peak_flops(jax.devices()[0].device_kind)
-    flops = flops_per_token(config, hierarchy.num_words)
+    flops = flops_per_token(config, hierarchy, process.chain)
     every = config.train.evaluate_every or config.checkpoint.every
-    key = jax.random.key(config.train.seed)
     stop, stop_listening = _on_sigterm()
     tokens_a_step = config.train.batch_size * config.model.seq_len
     window: list[dict[str, float]] = []
     clock = {"since": time.time(), "wait": 0.0, "steps": -1}  # the first step compiles and is not timed
     last: dict[str, Any] = {}
+    first: dict[str, float] = {}
 
     def finish(done, force: bool = False) -> dict[str, Any] | None:
         """Reads the metrics of a dispatched step; a record where one is due or forced."""
@@ -165,7 +162,6 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     trace = (min(start + 10, config.train.steps), min(start + 13, config.train.steps)) if profile else (-1, -1)
     iterator = batches.iterator(start)
     pending = None
-    first = time.time()
     bar = progress(config.train.steps, start, "step", os.path.basename(os.path.normpath(workdir)))
     try:
         for step in range(start + 1, config.train.steps + 1):
@@ -177,8 +173,10 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
             state, device_metrics = step_fn(state, batch, key)
             if step == start + 1:
                 jax.block_until_ready(device_metrics)
-                say(f"train: first step after {time.time() - first:.1f} s (compilation)")
-                clock["since"] = time.time()
+                first = {"compile_s": round(compiled - compiling, 3), "first_step_s": round(time.time() - began, 3)}
+                say(f"train: first step done after {first['first_step_s']:.1f} s, {first['compile_s']:.1f} s of it "
+                    "compilation")
+                clock.update(since=time.time(), wait=0.0)
             if step == trace[1]:
                 jax.block_until_ready(device_metrics)
                 jax.profiler.stop_trace()
@@ -196,6 +194,8 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
                 valid = {} if leave else measure(step)
                 due.append(record | valid)
             for record in filter(None, due):
+                record |= first
+                first = {}
                 for writer in writers:
                     writer.write(record)
             if saves or leave:

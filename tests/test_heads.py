@@ -137,7 +137,7 @@ def test_predictions_answer_as_dense_ones(head):
         return [p.log_probs(), p.log_prob(flat(x)), p.log_within(flat(x)), *(p.masses(k) for k in range(4)),
                 *(p.log_mass(k, flat(nodes[k])) for k in range(1, 4))]
 
-    index = jnp.asarray([7, 0, 7])
+    index = jnp.asarray([7, 0, 7, 2])
 
     @jit
     def run(params, hidden):
@@ -261,9 +261,6 @@ def test_without_clusters_the_factorised_head_is_flat(small):
     assert_equality(process, FactorisedHead(process.hierarchy))
 
 
-TENSOR = "HANG: loops of different lengths exchange over the tensor axis"  # see parallel.over_batch
-
-
 def mesh_of(shape):
     return jax.make_mesh(shape, parallel.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
@@ -281,11 +278,11 @@ def placer(mesh):
     ((4, 2, 1), 2, 1.0, FactorisedHead), ((2, 2, 2), 3, 0.8, FactorisedHead),
     pytest.param((2, 2, 2), 2, 1.0, FactorisedHead, marks=pytest.mark.slow),
     pytest.param((4, 2, 1), 3, 0.8, FactorisedHead, marks=pytest.mark.slow),
-    pytest.param((2, 2, 2), 2, 1.0, FlatHead, marks=pytest.mark.skip(TENSOR)), ((4, 2, 1), 2, 1.0, FlatHead)])
+    ((2, 2, 2), 2, 1.0, FlatHead), pytest.param((4, 2, 1), 2, 1.0, FlatHead, marks=pytest.mark.slow)])
 def test_eight_devices_are_one(small, shape, levels, xi, head):
     """Every shard works on its own rows, however different; sums and gradients are those of all."""
     process, mesh = make(levels, xi), mesh_of(shape)
-    assert_equality(process, head(process.hierarchy), False, parallel.over_batch(mesh), placer(mesh),
+    assert_equality(process, head(process.hierarchy), False, parallel.OverBatch(mesh), placer(mesh),
                     only=("any", "one cluster, at level 1", "nothing noised"))
 
 
@@ -310,10 +307,10 @@ def test_work_is_for_noised_tokens_alone(small):
     level = np.zeros((B, S), np.int32)
     assert visit(FlatHead(h), jnp.asarray(level), jnp.asarray(x)) == []
     assert visit(FactorisedHead(h), jnp.asarray(level), jnp.asarray(x)) == []
-    level[0, :12], level[5, 2:6], level[7, 1] = 1, 3, 2  # 3 tokens of cluster 0, 9 of cluster 3, 5 above
+    level[0, :12], level[5, 2:10], level[7, 1] = 1, 3, 2  # 3 tokens of cluster 0, 9 of cluster 3, 9 above
     assert visit(FlatHead(h), jnp.asarray(level), jnp.asarray(x)) == [(None, 7)] * 3
     tile = [((1,), 8)]  # 128 tokens, 5 clusters: room for 8
-    assert visit(FactorisedHead(h), jnp.asarray(level), jnp.asarray(x)) == tile * 3 + [((2, 3), 7)]
+    assert visit(FactorisedHead(h), jnp.asarray(level), jnp.asarray(x)) == tile * 3 + [((2, 3), 7)] * 2
 
 
 # ---- memory and communication ---------------------------------------------------------------------------------------
@@ -386,8 +383,7 @@ def collectives(text):
 
 
 @pytest.mark.parametrize("shape, head", [
-    ((4, 2, 1), FactorisedHead),
-    pytest.param((2, 2, 2), FlatHead, marks=pytest.mark.xfail(strict=True, reason=TENSOR))])
+    ((4, 2, 1), FactorisedHead), pytest.param((4, 2, 1), FlatHead, marks=pytest.mark.slow)])
 def test_no_token_moves_between_devices(small, shape, head):
     """Parameters are gathered once and their gradients summed once, outside of all loops; hidden states stay.
 
@@ -408,7 +404,7 @@ def test_no_token_moves_between_devices(small, shape, head):
 
             hidden = inputs * params["trunk"][None, None]
             return sum_over_noised(head, fn, params["head"], hidden, process.level_of(z), x, (x, z),
-                                   asks=process.asks(), shard=parallel.over_batch(mesh))
+                                   asks=process.asks(), shard=parallel.OverBatch(mesh))
 
         (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         return jax.tree.map(lambda p, g: p - g, params, gradients), value, aux

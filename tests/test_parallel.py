@@ -57,11 +57,11 @@ def test_over_batch_sums_over_shards_and_leaves_rows_where_they_are():
         assert x.shape == (2, 3), "a shard's own rows"
         return jnp.sum(scale * x), x + 1
 
-    total, rows = jax.jit(parallel.over_batch(mesh)(run))(2.0, x)
+    total, rows = jax.jit(parallel.OverBatch(mesh)(run))(2.0, x)
     assert float(total) == 2 * 24 * 23 / 2
     np.testing.assert_array_equal(rows, x + 1)
     one = parallel.make_mesh(SimpleNamespace(parallel=SimpleNamespace(shape=lambda n: (1, 1, n))))
-    assert parallel.over_batch(one)(run) is run, "a single shard needs no division"
+    assert parallel.OverBatch(one)(run) is run, "a single shard needs no division"
 
 
 def test_trim_memory_is_harmless():

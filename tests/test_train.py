@@ -170,6 +170,25 @@ def test_pmap_and_eight_devices_sample_the_same_tokens(plan):
     assert np.asarray(expected).max() < V
 
 
+@pytest.mark.parametrize("head", ["factorised", pytest.param("flat", marks=pytest.mark.slow)])
+def test_shards_with_more_and_less_to_do_keep_step(head):
+    """A tensor axis exchanges inside the sampler's loops: a shard that is done must wait for the others, not they."""
+    split = dict(parallel__data=2, parallel__fsdp=2, parallel__tensor=2)
+    config = make_config(model__head=head, generate__steps=4, **split)
+    network, process = build(config, HIERARCHY)
+    params, key = warm_params(config), jax.random.key(2)
+    canvas = np.full((B, S), HIERARCHY.mask_id, np.int32)
+    canvas[: B // 4], canvas[B // 4, 1:] = 3, 5  # nothing to do for the first of four shards, one row less for another
+    batch = {"z": canvas, "index": np.arange(B, dtype=np.int32)}
+    given = (params, numbers_of(config.generate, S))
+    expected = jax.jit(make_sample_step(network, process, config.generate))(given, batch, key)["tokens"]
+    mesh = parallel.make_mesh(config)
+    placed = jax.device_put(params, parallel.state_shardings(mesh, params))
+    step = parallel.compile_sample_step(make_sample_step(network, process, config.generate, mesh), mesh, placed)
+    found = step((placed, given[1]), parallel.put_batch(mesh, batch), key)["tokens"]
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_sums_over_parts_of_a_batch_add_up():
     """Randomness belongs to the row: halves of a batch give the sums of the whole, with dropout as well."""
     config = make_config(model__dropout=0.3)

@@ -71,7 +71,7 @@ class Dense:
         onto = jax.nn.one_hot(jnp.asarray(self.anc[level]), self.sizes[level], dtype=self.logits.dtype)
         return jnp.matmul(jnp.exp(self.log_probs()), onto, precision="highest")
 
-    def draw(self, keys, bias, wanted, temperature: Any = 1.0, top_p: Any = 1.0):
+    def draw(self, keys, bias, wanted, temperature: Any = 1.0, top_p: Any = 1.0, most=None):
         """One word per token from f(x) exp(bias(x)): int32 [...]; keys [...], one for each token.
 
         Args:
@@ -79,6 +79,7 @@ class Dense:
           wanted: bool [...]; elsewhere only the word's level-1 node will be looked at.
           temperature: divides the log-probabilities; 0 (a Python number) takes the most likely word.
           top_p: nucleus, in (0, 1]: keep the fewest most likely words with at least this much mass.
+          most: see `sampler.sample`.
         """
         return draw_from(keys, self.logits + bias(lambda level: wide(self.anc[level], self.log_z)), temperature, top_p)
 
@@ -439,7 +440,8 @@ class HierarchicalProcess:
             out = jnp.where((self.level_of(z) == k)[..., None], jnp.concatenate(parts, axis=-1), out)
         return out
 
-    def descend(self, key, prediction, z, target, clusters: str = "exact", temperature: Any = 1.0, top_p: Any = 1.0):
+    def descend(self, key, prediction, z, target, clusters: str = "exact", temperature: Any = 1.0, top_p: Any = 1.0,
+                most=lambda count: count):
         """Draw the symbols z [B, S] drops to where its level exceeds `target` int [B, S]; others stay.
 
         One word x ~ p(x | z) per dropping token, shown at its target level: as itself, as anc_j(x) where x is sure to
@@ -451,6 +453,7 @@ class HierarchicalProcess:
             z's shape, which may then be any (also a list of tokens [n]).
           prediction: prediction or logits of z's shape.
           temperature, top_p: of the words' distribution after the force transition, temperature first.
+          most: see `sampler.sample`.
         """
         if clusters not in CLUSTERS:
             raise ValueError(f"clusters={clusters!r}: choose one of {', '.join(CLUSTERS)}")
@@ -466,7 +469,7 @@ class HierarchicalProcess:
                 out = jnp.where((level == k)[..., None], here, out)
             return out
 
-        x = p.draw(fold(keys, 0), bias, (target == 0) & (level > 0), temperature, top_p)
+        x = p.draw(fold(keys, 0), bias, (target == 0) & (level > 0), temperature, top_p, most)
         out = jnp.where(target == 0, x, z)
         for j in range(1, self.num_levels):
             if clusters == "clean" or self._stays_under:

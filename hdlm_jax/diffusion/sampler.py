@@ -83,7 +83,7 @@ def together(tokens: int) -> tuple[int, int]:
 
 
 def sample(key, denoise, process, z, plan: Plan, *, clusters: str = "exact", temperature: Any = 1.0,
-           top_p: Any = 1.0, rows: int | None = None, drops: int | None = None):
+           top_p: Any = 1.0, rows: int | None = None, drops: int | None = None, most=lambda count: count):
     """Fill symbols z int32 [B, S] along `plan`, in one loop on the device.
 
     At each call the network sees only the rows in which a token drops, and the prediction is asked only at the tokens
@@ -94,6 +94,8 @@ def sample(key, denoise, process, z, plan: Plan, *, clusters: str = "exact", tem
       denoise: function (z [b, S], t [b]) -> prediction (asked for select(index) alone) or logits [b, S, V].
       process, clusters, temperature, top_p: see HierarchicalProcess.descend.
       rows, drops: rows and tokens that are worked on at once (see `together`); they change no result.
+      most: how often a loop is gone through that is needed `count` times here: where devices that share the batch must
+        keep step, the largest count of all (parallel.OverBatch). Changes no result.
 
     Returns:
       (words int32 [B, S], stats): stats["calls"] int32, network calls made; stats["row_forwards"] int32 [B], those
@@ -113,11 +115,12 @@ def sample(key, denoise, process, z, plan: Plan, *, clusters: str = "exact", tem
 
         def some(i, flat):  # the last ones overlap those before: a token that has dropped drops no more
             at = jax.lax.dynamic_slice_in_dim(order, i * drops, drops)
-            new = process.descend(keys[at], prediction.select(at), flat[at], target[at], clusters, temperature, top_p)
+            new = process.descend(keys[at], prediction.select(at), flat[at], target[at], clusters, temperature, top_p,
+                                  most)
             return flat.at[at].set(new)
 
         count = (jnp.sum(dropping) + drops - 1) // drops
-        return jax.lax.fori_loop(0, count, some, z.reshape(-1)).reshape(z.shape)
+        return jax.lax.fori_loop(0, most(count), some, z.reshape(-1)).reshape(z.shape)
 
     def step(call, carry):
         z, calls, forwards = carry
@@ -129,7 +132,7 @@ def sample(key, denoise, process, z, plan: Plan, *, clusters: str = "exact", tem
             at = jax.lax.dynamic_slice_in_dim(order, i * rows, rows)
             return z.at[at].set(write(z[at], target[at], t[at], here[at]))
 
-        z = jax.lax.fori_loop(0, (jnp.sum(busy) + rows - 1) // rows, some, z)
+        z = jax.lax.fori_loop(0, most((jnp.sum(busy) + rows - 1) // rows), some, z)
         return z, calls + jnp.any(busy), forwards + busy
 
     start = (z, jnp.int32(0), jnp.zeros(z.shape[:1], jnp.int32))

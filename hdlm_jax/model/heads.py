@@ -25,6 +25,19 @@ def chunk_size() -> int:
     return 128 if jax.default_backend() == "cpu" else 2048
 
 
+class Whole:
+    """All tokens are here: nothing to divide (else parallel.OverBatch)."""
+
+    def __call__(self, run):
+        return run
+
+    def most(self, count):
+        return count
+
+
+WHOLE = Whole()
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(h, table, dtype):
     """h [..., D] times table [R, D] -> float32 [..., R]; products in `dtype` both ways, sums in float32."""
@@ -208,7 +221,7 @@ class Factorised:
         onto = jax.nn.one_hot(jnp.asarray(h.level1_anc[level]), h.sizes[level], dtype=masses.dtype)
         return jnp.matmul(masses, onto, precision="highest")
 
-    def draw(self, keys, bias, wanted, temperature: Any = 1.0, top_p: Any = 1.0):
+    def draw(self, keys, bias, wanted, temperature: Any = 1.0, top_p: Any = 1.0, most=WHOLE.most):
         """See Dense.draw: the node first, then a word of its block where one is wanted, else any of its words."""
         h = self.head.hierarchy
         if not (is_off(temperature) and is_off(top_p)):  # these act on words: put the words together
@@ -222,7 +235,7 @@ class Factorised:
             return rows.at[piece.index].add(jnp.where(piece.keep, drawn - rows[piece.index], 0))
 
         tiles = _Tiles(self.head, wanted.reshape(-1), node.reshape(-1), None, False)
-        rows = tiles.loop(words, jnp.asarray(blocks.start)[node.reshape(-1)])
+        rows = tiles.loop(words, jnp.asarray(blocks.start)[node.reshape(-1)], most)
         return jnp.asarray(blocks.word)[rows].reshape(node.shape)
 
 
@@ -250,8 +263,8 @@ class _Chunks:
     predict: Callable
     uses: tuple[str, ...]  # the parameters that have a part in it
 
-    def loop(self, body, carry):
-        """carry = body(carry, piece) for every piece."""
+    def loop(self, body, carry, most):
+        """carry = body(carry, piece) for every piece; most: see parallel.OverBatch."""
         chunk = min(chunk_size(), self.wanted.size)
         order = jnp.pad(jnp.argsort(~self.wanted, stable=True), (0, chunk))
         count = jnp.sum(self.wanted)
@@ -266,7 +279,7 @@ class _Chunks:
             index = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
             return body(carry, Piece(index, i * chunk + jnp.arange(chunk) < count, take, self.predict, add))
 
-        return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, step, carry)
+        return jax.lax.fori_loop(0, most((count + chunk - 1) // chunk), step, carry)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -283,8 +296,8 @@ class _Tiles:
     levels: tuple[int, ...] | None
     clusters: bool  # whether the prediction needs p(cluster) as well
 
-    def loop(self, body, carry):
-        """carry = body(carry, piece) for every piece."""
+    def loop(self, body, carry, most):
+        """carry = body(carry, piece) for every piece; most: see parallel.OverBatch."""
         b, n = self.head.blocks, len(self.head.blocks.size)
         tile = min(max(8, 2 ** round(math.log2(max(self.wanted.size / 4 / n, 1)))), 512)
         place = jnp.where(self.wanted, jnp.asarray(b.rank)[self.node], n)
@@ -294,11 +307,12 @@ class _Tiles:
         starts, sizes = jnp.asarray(b.start[b.node]), jnp.asarray(b.size[b.node])
         rest = ("clusters",) if self.clusters else ()
 
-        def step(width, i, carry):
+        def step(width, low, high, i, carry):
+            i = i + tiles[low]
             at = jnp.searchsorted(tiles[1:], i, side="right")
             begin = first[at] + (i - tiles[at]) * tile
             index = jax.lax.dynamic_slice_in_dim(order, begin, tile)
-            keep = begin + jnp.arange(tile) < first[at + 1]
+            keep = (begin + jnp.arange(tile) < first[at + 1]) & (i < tiles[high])
             start, shown = starts[at], (jnp.arange(width) < sizes[at])[None]
 
             def take(params):
@@ -318,13 +332,9 @@ class _Tiles:
             return body(carry, Piece(index, keep, take, predict, add))
 
         for low, high, width in b.classes:
-            carry = jax.lax.fori_loop(tiles[low], tiles[high], functools.partial(step, width), carry)
+            count = most(tiles[high] - tiles[low])
+            carry = jax.lax.fori_loop(0, count, functools.partial(step, width, low, high), carry)
         return carry
-
-
-def _whole(run):
-    """All tokens are here: nothing to divide."""
-    return run
 
 
 def _tokens(tree):
@@ -332,11 +342,11 @@ def _tokens(tree):
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
 
 
-def sum_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "all", shard=_whole):
+def sum_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "all", shard=WHOLE):
     """Sums of fn over the noised tokens, and their gradients, without logits of all tokens at once.
 
     The loss is a sum, so its gradients are made piece by piece in the forward pass (a custom_vjp) and merely scaled
-    in the backward one. Tokens that are not noised are never seen by fn.
+    in the backward one. What fn gives at tokens that are not noised (they fill up a piece) is dropped.
 
     Args:
       head: FlatHead or FactorisedHead; params: its parameters, what gradients are taken in beside hidden.
@@ -347,7 +357,7 @@ def sum_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "
       asks: what fn asks of a prediction: "within" log_within alone at level 1 and masses above, "word" anything
         about x at level 1, "all" anything anywhere.
       shard: what makes run(params, *rows) -> (sums, rows) work on every batch shard's own rows, the sums then summed
-        (parallel.over_batch): no token moves between devices, and gradients of parameters are summed once.
+        (parallel.OverBatch): no token moves between devices, and gradients of parameters are summed once.
 
     Returns:
       (sum of loss, sum of aux), float32 scalars; gradients flow through the first alone.
@@ -374,7 +384,7 @@ def sum_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "
                 d_hidden = d_hidden.at[piece.index].add(jnp.where(piece.keep[:, None], d_h, 0.0))
                 return loss + more, aux + more_aux, piece.add(d_params, d_part), d_hidden
 
-            carry = stream.loop(body, carry)
+            carry = stream.loop(body, carry, shard.most)
         return (carry[:-1], carry[-1].reshape(shape)) if gradients else (carry, ())
 
     @jax.custom_vjp
@@ -394,7 +404,7 @@ def sum_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "
     return total(params, hidden, level, x, fields)
 
 
-def map_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "all", shard=_whole):
+def map_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "all", shard=WHOLE):
     """fn(prediction, fields [c], levels) -> float32 [c] at every noised token, zero elsewhere: [B, S].
 
     Arguments as in sum_over_noised.
@@ -409,7 +419,7 @@ def map_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "
                 values = fn(prediction, jax.tree.map(lambda a: a[piece.index], fields), levels)
                 return out.at[piece.index].add(jnp.where(piece.keep, values, 0.0))
 
-            out = stream.loop(body, out)
+            out = stream.loop(body, out, shard.most)
         return (), out.reshape(shape)
 
     return shard(pieces)(params, hidden, level, x, fields)[1]

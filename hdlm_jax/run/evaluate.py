@@ -19,7 +19,7 @@ import numpy as np
 from hdlm_jax.config import Config
 from hdlm_jax.diffusion.levels import Proposal
 from hdlm_jax.diffusion.process import HierarchicalProcess, fold
-from hdlm_jax.model.heads import map_over_noised
+from hdlm_jax.model.heads import WHOLE, map_over_noised
 from hdlm_jax.model.network import Network
 from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import reuse, write_json
@@ -32,7 +32,7 @@ def make_nelbo_step(network: Network, process: HierarchicalProcess, mesh=None):
     batch: x int32 [b, S], valid and score bool [b, S], tau and inv_q float32 [b], pair int32 [b] (its random numbers).
     """
 
-    divide = {} if mesh is None else {"shard": parallel.over_batch(mesh)}
+    shard: Any = WHOLE if mesh is None else parallel.OverBatch(mesh)
 
     def step(params, batch, key):
         x, tau = batch["x"], batch["tau"]
@@ -42,7 +42,7 @@ def make_nelbo_step(network: Network, process: HierarchicalProcess, mesh=None):
         level = process.level_of(z)
         cost_of = lambda p, xz, levels: process.cost(p, xz[0], xz[1], levels)  # noqa: E731
         cost = map_over_noised(network.head, cost_of, params["head"], h, level, x, (x, z), asks=process.asks(),
-                               **divide)
+                               shard=shard)
         rate = process.nelbo_weight(z, tau) * cost
         by_level = [jnp.sum(jnp.where(level == k, rate, 0.0), axis=-1) for k in range(1, process.num_levels + 1)]
         return jnp.stack(by_level, axis=-1) * batch["inv_q"][:, None]

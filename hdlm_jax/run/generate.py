@@ -17,6 +17,7 @@ import numpy as np
 from hdlm_jax.config import Config, ConfigError, Generate
 from hdlm_jax.diffusion import sampler
 from hdlm_jax.diffusion.process import HierarchicalProcess, fold
+from hdlm_jax.model.heads import WHOLE
 from hdlm_jax.model.network import Network
 from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import reuse, write_json
@@ -29,7 +30,7 @@ def make_sample_step(network: Network, process: HierarchicalProcess, g: Generate
     batch: z int32 [b, S], the canvas (masks where free, words and clusters where given); index int32 [b]. numbers: what
     of g may change without compiling again (see `numbers_of`).
     """
-    divide = parallel.over_batch(mesh) if mesh is not None else lambda run: run
+    shard: Any = WHOLE if mesh is None else parallel.OverBatch(mesh)
 
     def step(given, batch, key):
         keys = fold(jnp.broadcast_to(key, batch["index"].shape), batch["index"])
@@ -46,11 +47,11 @@ def make_sample_step(network: Network, process: HierarchicalProcess, g: Generate
 
             tokens, stats = sampler.sample(fold(keys, 1), denoise, process, z, plan, clusters=g.clusters,
                                            temperature=numbers.get("temperature", g.temperature),
-                                           top_p=numbers.get("top_p", 1.0))
+                                           top_p=numbers.get("top_p", 1.0), most=shard.most)
             return (), {"tokens": tokens, "calls": jnp.broadcast_to(stats["calls"], z.shape[:1]),
                         "row_forwards": stats["row_forwards"]}
 
-        return divide(run)(given, batch["z"], keys)[1]
+        return shard(run)(given, batch["z"], keys)[1]
 
     return step
 

@@ -63,13 +63,26 @@ def put_batch(mesh, batch):
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def over_batch(mesh):
+class OverBatch:
     """What runs a function of rows on every batch shard's own rows (a `shard_map` over the batch axes alone).
 
     shard(run)(params, *rows): run(params, *rows) -> (sums, rows), trees of arrays. params come whole (but for the
     tensor axis), rows are divided; sums are summed over the shards, rows stay where they are.
     """
-    def shard(run):
+
+    def __init__(self, mesh):
+        self.mesh = mesh
+
+    def most(self, count):
+        """Inside `run`: how often a loop that one shard needs `count` times has to be gone through.
+
+        With a tensor axis by all shards alike: the exchanges over it inside the loop wait for every device.
+        """
+        alone = batch_shards(self.mesh) == 1 or self.mesh.shape["tensor"] == 1
+        return count if alone else jax.lax.pmax(count, BATCH)
+
+    def __call__(self, run):
+        mesh = self.mesh
         if batch_shards(mesh) == 1:
             return run
 
@@ -82,8 +95,6 @@ def over_batch(mesh):
                                  out_specs=(P(), P(BATCH)), axis_names=set(BATCH), check_vma=False)(params, *rows)
 
         return call
-
-    return shard
 
 
 def compile_step(step, mesh, shardings):

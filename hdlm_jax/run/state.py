@@ -11,7 +11,7 @@ import optax
 
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.diffusion.process import HierarchicalProcess, fold
-from hdlm_jax.model.heads import sum_over_noised
+from hdlm_jax.model.heads import WHOLE, sum_over_noised
 from hdlm_jax.model.network import Network, make_network
 from hdlm_jax.run import parallel
 
@@ -84,7 +84,7 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=
     nelbo is the unweighted estimate for t uniform; only loss has gradients.
     """
     d, m = config.diffusion, config.model
-    divide = {} if mesh is None else {"shard": parallel.over_batch(mesh)}
+    shard: Any = WHOLE if mesh is None else parallel.OverBatch(mesh)
     weigh = functools.partial(process.loss_weight, weighting=d.weighting, weight_min=d.weight_min,
                               weight_max=d.weight_max)
 
@@ -115,7 +115,7 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=
 
         fields = (x, z, weigh(z, tau), process.nelbo_weight(z, tau) * jnp.exp(tau)[:, None])
         loss, nelbo = sum_over_noised(network.head, token_loss, params["head"], h, process.level_of(z), x, fields,
-                                      asks=process.asks(d.hard_training), **divide)
+                                      asks=process.asks(d.hard_training), shard=shard)
         return loss, nelbo, jnp.sum(score).astype(jnp.float32)
 
     return loss_sums

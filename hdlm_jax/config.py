@@ -143,7 +143,7 @@ class Model:
     dropout: float = 0.0
     time_conditioning: bool = True
     head: str = "flat"  # flat: a logit for every word | factorised: p(cluster) p(word | cluster), needs clusters
-    prototypes: int = 1  # vectors a cluster, factorised head
+    prototypes: int = 8  # vectors a cluster, factorised head
     embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by
     dtype: str = "float32"  # of the computation; parameters and logits are float32
     remat: str = "auto"  # recomputed in the backward pass: none | cheap (all but products) | all | auto by backend

@@ -310,6 +310,8 @@ class Config:
         self.diffusion.level_rates(levels)
         _rule(self.model.head == "flat" or levels > 1, "model.head", self.model.head,
               "needs clusters of words; MDLM (a single level) has none, choose 'flat'")
+        _rule(self.generate.length <= self.model.seq_len, "generate.length", self.generate.length,
+              f"must be at most model.seq_len={self.model.seq_len}")
         low = 1 / n
         _rule(self.diffusion.xi == 1 or low < self.diffusion.xi, "diffusion.xi", self.diffusion.xi,
               f"must lie in (1/n, 1] = ({low:.4g}, 1] for n = {n} clusters"

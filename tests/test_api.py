@@ -167,3 +167,30 @@ def test_saved_config_is_the_config():
     with open(trained()[1] / "config.json") as f:
         assert json.load(f)["train"]["steps"] == 3
     assert api.saved_config(str(trained()[1])) == read_recipe(trained()[0])
+
+
+def test_a_run_of_the_old_layout_is_refused(copied):
+    saved = json.loads((copied / "config.json").read_text())
+    del saved["model"]["prototypes"]
+    (copied / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match="made by an earlier version"):
+        hdlm_jax.load(str(copied))
+
+
+def test_a_length_in_the_config_is_for_generation_alone(monkeypatch):
+    config = model().run.config
+    monkeypatch.setattr(model(), "run", dataclasses.replace(
+        model().run, config=dataclasses.replace(config, generate=dataclasses.replace(config.generate, length=5))))
+    short = model().generate(2, **FEW)
+    assert all(len(text) <= 5 for text in short)
+    blanks = model().infill("abc [MASK:3] xyz", 2, **FEW)
+    monkeypatch.undo()
+    assert blanks == model().infill("abc [MASK:3] xyz", 2, **FEW), "all of the text is looked at"
+    with pytest.raises(TypeError, match="length"):
+        model().infill("[MASK]", length=4)
+
+
+def test_few_and_many_texts_are_scored_in_batches_of_their_own():
+    scores = [model().nelbo(texts, draws=2) for texts in (["hi"], ["hi"] * 40, ["hi"])]
+    assert {2, 128} <= set(model()._evaluator._compiled)
+    assert scores[0] == scores[2]

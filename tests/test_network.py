@@ -272,9 +272,9 @@ def test_make_network_and_its_flops():
     # two FLOPs a multiply-add, the backward pass costs two forward ones, half of the tokens reach the head
     chain = LevelChain((1.0, 1.0))
     assert flops_per_token(c, hierarchy, chain) == pytest.approx(6 * (products + attended + 0.5 * 16 * 257), rel=1e-3)
-    # a quarter of them show a cluster and need one block; half of them need the 8 x 3 prototypes
+    # a quarter of them show a cluster and need one block; the masked quarter needs the 8 x 3 prototypes
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, head="factorised", prototypes=3))
-    want = 6 * (products + attended + 0.5 * 16 * 24 + 0.25 * 16 * 257 / 8)
+    want = 6 * (products + attended + 0.25 * 16 * 24 + 0.25 * 16 * 257 / 8)
     assert flops_per_token(c, hierarchy, chain) == pytest.approx(want, rel=1e-3)
 
 

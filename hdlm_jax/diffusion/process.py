@@ -41,8 +41,7 @@ class Dense:
         if logits.shape[-1] != hierarchy.num_words:
             raise ValueError(f"logits.shape={logits.shape}: the last axis must be the V={hierarchy.num_words} words")
         self.logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        self.anc = hierarchy.anc
-        self.sizes = hierarchy.sizes
+        self.hierarchy, self.anc, self.sizes = hierarchy, hierarchy.anc, hierarchy.sizes
         self.log_z = jax.nn.logsumexp(self.logits, axis=-1)
 
     def log_probs(self):
@@ -50,10 +49,7 @@ class Dense:
         return self.logits - self.log_z[..., None]
 
     def select(self, index):
-        out = object.__new__(type(self))
-        out.anc, out.sizes = self.anc, self.sizes
-        out.logits, out.log_z = self.logits.reshape(-1, self.logits.shape[-1])[index], self.log_z.reshape(-1)[index]
-        return out
+        return Dense(self.logits.reshape(-1, self.logits.shape[-1])[index], self.hierarchy)
 
     def log_prob(self, x):
         return jnp.take_along_axis(self.logits, x[..., None], axis=-1)[..., 0] - self.log_z

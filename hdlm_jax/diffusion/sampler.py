@@ -98,13 +98,14 @@ def sample(key, denoise, process, z, plan: Plan, *, clusters: str = "exact", tem
         keep step, the largest count of all (parallel.OverBatch). Changes no result.
 
     Returns:
-      (words int32 [B, S], stats): stats["calls"] int32, network calls made; stats["row_forwards"] int32 [B], those
-      at which this row changed.
+      (words int32 [B, S], stats): stats["calls"] int32, calls at which any row here changed; stats["row_forwards"]
+      int32 [B], those at which this row changed.
     """
     batch, length = z.shape
     keys = row_keys(key, batch)
-    rows, drops = (min(a or b, c) for a, b, c in zip((rows, drops), together(length), (batch, 1 << 30), strict=True))
-    drops = min(drops, rows * length)
+    fill = together(length)
+    rows = min(rows or fill[0], batch)
+    drops = min(drops or fill[1], rows * length)
 
     def write(z, target, t, keys):
         """The rows z [rows, S] after the drops to `target`."""

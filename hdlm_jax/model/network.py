@@ -188,7 +188,7 @@ def flops_per_token(config, hierarchy, chain) -> float:
     """FLOPs of a forward and backward pass a token, as the algorithm needs them (2 per multiply-add, x3).
 
     Trunk products and attention for every token; the head for those that are noised, t uniform: all words in the flat
-    one, all prototypes and (at level 1) an average cluster's words in the factorised one.
+    one; in the factorised one all prototypes where clusters are asked for, at level 1 an average cluster's words.
     """
     m = config.model
     trunk = m.blocks * (12 * m.width**2 + 2 * m.seq_len * m.width)
@@ -196,6 +196,6 @@ def flops_per_token(config, hierarchy, chain) -> float:
     share = chain.beta(-np.log1p(-t), np).mean(0)  # of tokens at every level
     rows = (1 - share[0]) * hierarchy.num_words
     if m.head == "factorised":
-        n = hierarchy.sizes[1]
-        rows = (1 - share[0]) * n * m.prototypes + share[1] * hierarchy.num_words / n
+        n, within = hierarchy.sizes[1], config.diffusion.xi == 1 and config.diffusion.force_transition != "none"
+        rows = share[2 if within else 1 :].sum() * n * m.prototypes + share[1] * hierarchy.num_words / n
     return float(6.0 * (trunk + m.width * rows))

@@ -46,13 +46,21 @@ class Run:
         return sum(a.size for a in jax.tree.leaves(self.params))
 
 
+def check_format(saved: dict, path: str) -> None:
+    """ConfigError for what the versions before the factorised head wrote: their output table was transposed."""
+    if "prototypes" not in saved["model"]:
+        raise ConfigError(f"{path}: made by an earlier version, whose output table had another layout; train it again")
+
+
 def saved_config(workdir: str) -> Config:
     """The config a run was trained with; ConfigError where there is none."""
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         raise ConfigError(f"workdir={workdir!r}: no {path}; train first (--mode=train)")
     with open(path) as f:
-        return resolve(json.load(f))
+        saved = json.load(f)
+    check_format(saved, workdir)
+    return resolve(saved)
 
 
 def load_run(config: Config, workdir: str, which: str = "best") -> Run:
@@ -139,9 +147,10 @@ class Model:
           steps: of the grid; settings: any other of config.Generate (plan, reveals, temperature, top_p, seed, ...).
         """
         ids = self.tokenizer.encode(prompt) if prompt else np.zeros(0, np.int32)
-        length = settings.get("length") or self.seq_len
+        length = settings.pop("length", self.run.config.generate.length)
         canvas = prompt_canvas(ids, num_samples, self.seq_len, self.hierarchy.mask_id, length)
-        return self._fill(canvas, length, steps=steps, num_samples=num_samples, **settings)
+        settings |= {"length": length, "steps": steps, "num_samples": num_samples}
+        return self._fill(canvas, length or self.seq_len, **settings)
 
     def infill(self, text: str, num_samples: int = 1, steps: int = 64, **settings: Any) -> list[str]:
         """The text with its blanks filled in; everything else stays.
@@ -173,7 +182,7 @@ class Model:
         # the rest of the canvas is text the model makes up and nobody reads
         canvas = np.full((num_samples, self.seq_len), self.hierarchy.mask_id, np.int32)
         canvas[:, : len(ids)] = ids
-        return self._fill(canvas, len(ids), steps=steps, num_samples=num_samples, **settings)
+        return self._fill(canvas, len(ids), length=0, steps=steps, num_samples=num_samples, **settings)
 
     def _fill(self, canvas: np.ndarray, keep: int, **settings: Any) -> list[str]:
         g = dataclasses.replace(self.run.config.generate, **settings)

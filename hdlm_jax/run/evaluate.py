@@ -61,11 +61,12 @@ class Evaluator:
     def __init__(self, config: Config, network: Network, process: HierarchicalProcess, mesh, params):
         self.process, self.mesh, self.seed = process, mesh, config.evaluate.seed
         shards = math.lcm(parallel.batch_shards(mesh), jax.process_count())
-        self.rows, self.shards = config.evaluate.batch_size or _rows_at_once(config.model.seq_len), shards
+        here = parallel.batch_shards(mesh) * _rows_at_once(config.model.seq_len)
+        self.most_rows, self.shards = config.evaluate.batch_size or here, shards
         self.proposal = Proposal(process.chain, config.model.seq_len, config.evaluate.cv2)
         step = make_nelbo_step(network, process, mesh)
         self._jitted = parallel.compile_batch_step(step, mesh, params)
-        self._compiled: Any = None
+        self._compiled: dict[int, Any] = {}  # by rows asked for: (program, rows that fit)
 
     def _put(self, batch):
         mine = parallel.local_rows(len(batch["pair"]))
@@ -85,27 +86,27 @@ class Evaluator:
         n = len(rows["x"])
         tau, q = self.pairs(n, draws)
         key = jax.random.key(self.seed)
-        if self._compiled is None:  # a batch as large as fits
+        asked = parallel.bucket(n * draws, self.most_rows)
+        if asked not in self._compiled:
 
             def example(count):
-                some = {name: np.zeros((count, *rows[name].shape[1:]), rows[name].dtype) for name in rows}
+                some = {field: np.zeros((count, *a.shape[1:]), a.dtype) for field, a in rows.items()}
                 one = np.ones(count, np.float32)
                 return self._put(some | {"tau": one, "inv_q": one, "pair": np.zeros(count, np.int32)})
 
-            most = -(-n * draws // self.shards) * self.shards
-            self._compiled, self.rows = parallel.fitting(self._jitted, params, example, min(self.rows, most),
-                                                         self.shards, key)
+            self._compiled[asked] = parallel.fitting(self._jitted, params, example, asked, self.shards, key)
+        step, at_once = self._compiled[asked]
         where = np.tile(np.arange(n), draws)
         flat_tau, flat_q = tau.reshape(-1), q.reshape(-1)
         out = np.zeros((n * draws, self.process.num_levels))
         with progress(n * draws, unit="seq", name=name) as bar:
-            for start in range(0, n * draws, self.rows):
-                pick = np.arange(start, min(start + self.rows, n * draws))
+            for start in range(0, n * draws, at_once):
+                pick = np.arange(start, min(start + at_once, n * draws))
                 batch = {"x": rows["x"][where[pick]], "valid": rows["valid"][where[pick]],
                          "score": rows["score"][where[pick]], "tau": flat_tau[pick].astype(np.float32),
                          "inv_q": (1 / flat_q[pick]).astype(np.float32), "pair": pick.astype(np.int32)}
-                batch = self._put(parallel.pad_rows(batch, self.rows))
-                out[pick] = np.asarray(self._compiled(params, batch, key))[: len(pick)]
+                batch = self._put(parallel.pad_rows(batch, at_once))
+                out[pick] = np.asarray(step(params, batch, key))[: len(pick)]
                 bar.update(len(pick))
         return out.reshape(draws, n, -1), tau, q
 

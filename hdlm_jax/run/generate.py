@@ -67,11 +67,6 @@ def numbers_of(g: Generate, seq_len: int) -> dict[str, Any]:
     return numbers
 
 
-def bucket(n: int, most: int) -> int:
-    """The next power of two, at most `most`: so that ten sizes are not ten programs."""
-    return min(1 << (n - 1).bit_length(), most)
-
-
 class Sampler:
     """Compiled sampling of canvases [n, S] in batches; every sample has its own random numbers."""
 
@@ -87,7 +82,7 @@ class Sampler:
         """tokens int32 [n, S], calls [n] (of the batch shard a sample was in), row_forwards [n]."""
         n = len(canvas)
         shards = math.lcm(parallel.batch_shards(self.mesh), jax.process_count())
-        rows = -(-bucket(min(g.batch_size, n), g.batch_size) // shards) * shards
+        rows = -(-parallel.bucket(min(g.batch_size, n), g.batch_size) // shards) * shards
         step = self._step(_static(g))
         numbers = numbers_of(g, canvas.shape[1])
         parts = []
@@ -125,7 +120,7 @@ def prompt_canvas(prompt_ids: np.ndarray, num_samples: int, seq_len: int, mask_i
     if len(prompt_ids) >= length:
         raise ConfigError(f"generate.prompt has {len(prompt_ids)} tokens: must be fewer than the {length} of a text "
                           f"(model.seq_len={seq_len}, generate.length)")
-    canvas = np.zeros((num_samples, bucket(length, seq_len)), np.int32)
+    canvas = np.zeros((num_samples, parallel.bucket(length, seq_len)), np.int32)
     canvas[:, :length] = mask_id
     canvas[:, : len(prompt_ids)] = prompt_ids
     return canvas

@@ -11,6 +11,7 @@ import sys
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -125,13 +126,19 @@ def fitting(jitted, params, make_batch, rows: int, shards: int, key):
 
     Halves `rows`, which stay a multiple of shards; where the device does not tell its memory (CPU) they stay.
     """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    if jax.process_count() > 1:  # all processes must run the same program
+        free = int(multihost_utils.process_allgather(np.asarray(free)).min())
     rows = -(-rows // shards) * shards
     while True:
-        compiled = compile_ahead(jitted, params, make_batch(rows), key)
-        stats = jax.local_devices()[0].memory_stats() or {}
-        free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-        if free <= 0 or rows <= shards or compiled.memory_analysis().temp_size_in_bytes < 0.9 * free:
-            return compiled, rows
+        try:
+            compiled = compile_ahead(jitted, params, make_batch(rows), key)
+            if free <= 0 or rows <= shards or compiled.memory_analysis().temp_size_in_bytes < 0.9 * free:
+                return compiled, rows
+        except jax.errors.JaxRuntimeError as error:  # some compilers refuse what does not fit
+            if "RESOURCE_EXHAUSTED" not in str(error) or rows <= shards:
+                raise
         rows = max(shards, rows // 2 // shards * shards)
 
 
@@ -154,6 +161,11 @@ def trim_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def bucket(n: int, most: int) -> int:
+    """The next power of two, at most `most`: so that ten sizes are not ten programs."""
+    return min(1 << (n - 1).bit_length(), most)
 
 
 def local_rows(rows: int) -> slice:

@@ -34,6 +34,9 @@ class TrainingStopped(RuntimeError):
 
 def check_resume(config: Config, meta: dict, path: str) -> None:
     """ConfigError if a checkpoint belongs to another configuration."""
+    from hdlm_jax.run.api import check_format
+
+    check_format(meta["config"], path)
     now = json.loads(json.dumps(config.as_dict()))
     for section in _FIXED:
         for name, value in now[section].items():
@@ -83,6 +86,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         say(f"train: resuming from step {start:,} of {config.train.steps:,}")
     key = jax.random.key(config.train.seed)
     first_batch = parallel.put_batch(mesh, batches.batch(start))
+    stop, stop_listening = _on_sigterm()
     compiling = time.time()
     # before the state is made, so that the memory of compiling is free again
     step_fn = parallel.compile_ahead(jitted, abstract, first_batch, key) if start < config.train.steps else jitted
@@ -99,6 +103,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         f"{config.train.steps:,} steps, {jax.device_count()} {jax.devices()[0].device_kind} "
         f"({dict(mesh.shape)}), workdir {workdir}")
     if start >= config.train.steps:
+        stop_listening()
         say(f"train: nothing to do, step {start:,} is there")
         checkpoints.close()
         return state
@@ -110,7 +115,6 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     peak = peak_flops(jax.devices()[0].device_kind)
     flops = flops_per_token(config, hierarchy, process.chain)
     every = config.train.evaluate_every or config.checkpoint.every
-    stop, stop_listening = _on_sigterm()
     tokens_a_step = config.train.batch_size * config.model.seq_len
     window: list[dict[str, float]] = []
     clock = {"since": time.time(), "wait": 0.0, "steps": -1}  # the first step compiles and is not timed

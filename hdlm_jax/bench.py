@@ -332,13 +332,13 @@ def _plot_heads(path: str, records: list[dict[str, Any]]) -> None:
 
 
 def _plot_sampling(path: str, records: list[dict[str, Any]], length: int) -> None:
-    fig, axes = _axes(2, f"sampling, case {records[0]['case']}, {records[0]['batch_size']} samples a call")
+    fig, axes = _axes(2, f"sampling, case {records[0]['case']}, {records[0]['batch_size']} samples a batch")
     for column, (x, fixed, at) in enumerate((("seq_len", "steps", 32), ("steps", "seq_len", length))):
         for head, process in SERIES:
             mine = [r for r in records if (r["head"], r["process"], r[fixed]) == (head, process, at)]
             mine.sort(key=lambda r: r[x])
             at_x = [r[x] for r in mine]
-            for ax, y, name in zip(axes[:, column], ("seconds", "tokens_per_s"), ("seconds a call", "tokens/s"),
+            for ax, y, name in zip(axes[:, column], ("seconds", "tokens_per_s"), ("seconds a batch", "tokens/s"),
                                    strict=True):
                 ax.plot(at_x, [r[y] for r in mine], "o-", ms=3, label=f"{process}, {head}")
                 ax.set(xlabel=x, ylabel=name, title=f"{fixed} = {at}")

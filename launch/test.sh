@@ -10,7 +10,8 @@ source "$(dirname "$0")/common.sh"
 
 # What has to hold on both ends of the supported versions: the mathematics, the network and the training step.
 core=(tests/test_levels.py tests/test_process.py tests/test_sampler.py tests/test_hierarchy.py
-      tests/test_network.py tests/test_train.py)
+      tests/test_network.py tests/test_train.py::test_one_path_for_any_mesh_and_microbatches
+      tests/test_train.py::test_killed_and_resumed_equals_never_killed)
 
 slow=no second=no
 arguments=()

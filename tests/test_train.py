@@ -95,7 +95,7 @@ SPLIT = dict(parallel__data=2, parallel__fsdp=2, parallel__tensor=2, train__micr
 @pytest.mark.parametrize(
     "head, devices, changes",
     [
-        ("flat", 8, dict()),
+        pytest.param("flat", 8, dict(), marks=pytest.mark.slow),
         ("flat", 8, SPLIT),
         ("flat", 1, dict(train__microbatches=4)),
         ("flat", 1, dict(model__remat="all")),
@@ -346,6 +346,7 @@ def test_killed_and_resumed_equals_never_killed(corpus, tmp_path):
     assert [r["step"] for r in read_metrics(str(killed / "metrics.jsonl"))] == list(range(1, 201))
 
 
+@pytest.mark.slow
 def test_learns_and_starts_from_another_run(corpus, tmp_path, alone):
     config = config_lib.resolve(loop_config(corpus, train__steps=60, checkpoint__every=60, train__log_every=10))
     train.train(config, str(tmp_path / "first"))

@@ -80,9 +80,9 @@ setup_torch() {
   pip=("$TORCH_PY" -m pip install -qq --disable-pip-version-check --no-input)
   if [ $device = gpu ]; then
     "${pip[@]}" "torch==$torch" numpy || die "pip could not install torch==$torch (message above)"
-  else  # the small build: from the configured index where it has one, else PyTorch's own
+  else  # the small build where the package index has it, else the one build it has, which runs on CPU as well
     "${pip[@]}" "torch==$torch+cpu" numpy 2>/dev/null \
-      || "${pip[@]}" --index-url https://download.pytorch.org/whl/cpu "torch==$torch" numpy \
+      || "${pip[@]}" "torch==$torch" numpy \
       || die "pip could not install torch==$torch (message above); TORCH_PY=... names an interpreter that has it"
   fi
   echo "$stamp" >"$folder/installed"

@@ -56,7 +56,7 @@ def _rows_at_once(seq_len: int) -> int:
 
 
 class Evaluator:
-    """Compiled once, used for any rows and parameters of the same shapes."""
+    """Compiled once for each size of batch, used for any rows and parameters of the same shapes."""
 
     def __init__(self, config: Config, network: Network, process: HierarchicalProcess, mesh, params):
         self.process, self.mesh, self.seed = process, mesh, config.evaluate.seed

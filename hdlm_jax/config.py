@@ -17,6 +17,8 @@ from ml_collections import config_dict
 from hdlm_jax.diffusion.process import CLUSTERS, FORCE_TRANSITIONS, WEIGHTINGS
 from hdlm_jax.diffusion.sampler import PLANS
 from hdlm_jax.text.clusters import default_clusters
+from hdlm_jax.text.corpus import DETOKENIZERS, FORMATS, TXT_DOCUMENTS
+from hdlm_jax.text.pipeline import PACKINGS
 
 
 class ConfigError(ValueError):
@@ -37,37 +39,68 @@ def _rule(ok: bool, name: str, value: Any, rule: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where text comes from; `files` and `validation`: paths or globs, .txt or .jsonl, plain or .gz .xz .zst .bz2."""
+    """Where text comes from, how it is split, and how sequences are made of it (hdlm_jax.text)."""
 
     source: str = "embedded"  # embedded: the documentation inside Python itself; files: `files`
-    files: tuple[str, ...] = ()
-    validation: tuple[str, ...] = ()  # held-out files; empty: by sha256 of the document
-    validation_fraction: float = 0.05  # share of documents held out when `validation` is empty
-    text_field: str = "text"  # field of a jsonl record
+    files: tuple[str, ...] = ()  # paths, globs or URLs of text, jsonl, parquet or (nested) tar, plain or compressed
+    format: str = "auto"  # of the files: auto, by their names; or txt, jsonl, parquet, tar
+    validation: tuple[str, ...] = ()  # held-out files; empty: by `split`
+    split: str = "hash"  # hash: by sha256 of the document; last: the last `validation_documents`
+    validation_fraction: float = 0.05  # share of documents held out by split="hash"
+    validation_documents: int = 100_000  # documents held out by split="last"
+    text_field: str = "text"  # field of a jsonl record or parquet row
     prompt_field: str = ""  # fine-tuning: this field is given, only text_field is noised and scored
-    txt_documents: str = "file"  # in .txt files a document is the file, or a block between blank lines (blank_line)
+    txt_documents: str = "file"  # a document of a text file: the file, all between blank lines (blank_line), a line
+    detokenize: str = ""  # undo a corpus's own tokenisation: lm1b
+    bad_share: float = 0.001  # stop when more of the records than this cannot be read
     dir: str = ""  # prepared tokens, to share between runs; empty: <workdir>/data
+    prepare_shard: str = ""  # i/n: prepare as worker i (0..n-1) of n on one shared data.dir; the last one merges
+    stream: bool = False  # train on raw documents, tokenised on the fly; only validation and a sample are prepared
+    sample_bytes: int = 100_000_000  # size of that sample (clusters, unigram), bytes of training text
+    shuffle_documents: int = 10_000  # streaming: documents shuffled at once
+    packing: str = "concat"  # concat | documents: attention inside documents alone | crop: a window of one document
+    variable_share: float = 0.0  # of the sequences cut to a random length in 1..seq_len
 
     def check(self) -> None:
         _choice("data.source", self.source, ("embedded", "files"))
-        _choice("data.txt_documents", self.txt_documents, ("file", "blank_line"))
+        _choice("data.format", self.format, FORMATS)
+        _choice("data.split", self.split, ("hash", "last"))
+        _choice("data.txt_documents", self.txt_documents, TXT_DOCUMENTS)
+        _choice("data.detokenize", self.detokenize, DETOKENIZERS)
+        _choice("data.packing", self.packing, PACKINGS)
         _rule(bool(self.files) == (self.source == "files"), "data.files", self.files,
               "needed with data.source='files', and only there")
         _rule(0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
               "must lie in (0, 1)")
+        _rule(0 <= self.bad_share < 1, "data.bad_share", self.bad_share, "must lie in [0, 1)")
+        _rule(0 <= self.variable_share <= 1, "data.variable_share", self.variable_share, "must lie in [0, 1]")
+        for name in ("validation_documents", "sample_bytes", "shuffle_documents"):
+            _rule(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
+        _rule(not self.stream or bool(self.validation) or self.split == "hash", "data.split", self.split,
+              "data.stream does not know which documents are the last: choose hash, or give data.validation")
+        self.worker()
+
+    def worker(self) -> tuple[int, int]:
+        """(i, n) of data.prepare_shard; (0, 1) where it is not given."""
+        i, slash, n = (self.prepare_shard or "0/1").partition("/")
+        ok = bool(slash) and i.isdigit() and n.isdigit() and int(i) < int(n)
+        _rule(ok, "data.prepare_shard", self.prepare_shard, "must be i/n with 0 <= i < n, as in 0/8")
+        return int(i), int(n)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """gpt2 (50,257 words, through tiktoken), bpe (trained on the corpus) or bytes (257)."""
+    """gpt2 (50,257 words, through tiktoken), bpe (trained on the corpus), bytes (257) or bert (WordPiece of a file)."""
 
     kind: str = "gpt2"
     vocab_size: int = 50257
-    file: str = ""  # gpt2 without a network: a local rank file
+    file: str = ""  # gpt2 without a network: a local rank file; bert: its vocab.txt
     sha256: str = ""  # of that file; checked if given
 
     def check(self) -> None:
-        _choice("tokenizer.kind", self.kind, ("gpt2", "bpe", "bytes"))
+        _choice("tokenizer.kind", self.kind, ("gpt2", "bpe", "bytes", "bert"))
+        _rule(self.kind != "bert" or bool(self.file), "tokenizer.file", self.file,
+              "tokenizer.kind='bert' needs a local vocab.txt (one word a line)")
         fixed = {"gpt2": 50257, "bytes": 257}.get(self.kind)
         _rule(fixed is None or self.vocab_size == fixed, "tokenizer.vocab_size", self.vocab_size,
               f"tokenizer.kind={self.kind!r} has {fixed} words")
@@ -195,12 +228,14 @@ class Train:
     microbatches: int = 1  # gradients are summed over as many parts of the batch
     seed: int = 0
     log_every: int = 100
+    nonfinite_limit: int = 10  # steps whose loss or gradient is not finite are skipped; stop after more than so many
     evaluate_every: int = 0  # steps between measurements on `evaluate.rows_in_training`; 0: at the end alone
     init_from: str = ""  # workdir of a run whose weights to start from
 
     def check(self) -> None:
         for name in ("steps", "batch_size", "microbatches", "log_every"):
             _rule(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        _rule(self.nonfinite_limit >= 0, "train.nonfinite_limit", self.nonfinite_limit, "must not be negative")
         _rule(self.evaluate_every >= 0, "train.evaluate_every", self.evaluate_every, "must not be negative")
         _rule(self.batch_size % self.microbatches == 0, "train.microbatches", self.microbatches,
               f"must divide train.batch_size={self.batch_size}")

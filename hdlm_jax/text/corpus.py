@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 SOURCES = ("embedded", "files")
-TXT_DOCUMENTS = ("file", "blank_line")
+TXT_DOCUMENTS = ("file", "blank_line", "line")
+FORMATS = ("auto", "txt", "jsonl", "parquet", "tar")
+DETOKENIZERS = ("", "lm1b")
 KINDS = (".txt", ".jsonl")
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 

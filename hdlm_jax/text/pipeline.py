@@ -27,6 +27,7 @@ from hdlm_jax.text import corpus, tokens
 
 MANIFEST = "manifest.json"
 VERSION = 1
+PACKINGS = ("concat", "documents", "crop")
 BPE_TRAINING_BYTES = 100_000_000
 _VERIFY_BYTES = 1 << 30  # shards up to this size are hashed again before they are reused
 _BATCH_BYTES = 4 << 20

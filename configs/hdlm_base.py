@@ -1,8 +1,9 @@
 """HDLM-base of the paper: 24 blocks of width 1024, 128 clusters, 425M parameters (published: 19.22 PPL).
 
-    python -m hdlm_jax.main --config=configs/hdlm_base.py --config.data.files='("owt/*.jsonl.gz",)'
+    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=configs/hdlm_base.py
 
-Not run by us at this scale. On a pod add --distributed on every host, and --config.parallel.fsdp=8 where memory asks.
+Not run by us at this scale. On a pod see docs/scale.md (--distributed on every host, --config.parallel.fsdp=8 where
+memory asks).
 """
 
 from configs import hdlm_small

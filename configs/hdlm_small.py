@@ -1,19 +1,19 @@
 """HDLM-small of the paper: 12 blocks of width 768, 64 clusters, S = 512, 131B tokens of OpenWebText (PPL 23.36).
 
-    python -m hdlm_jax.main --config=configs/hdlm_small.py --config.data.files='("owt/*.jsonl.gz",)'
+    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=configs/hdlm_small.py
 
-Give your copy of OpenWebText as data.files; the GPT-2 tokenizer comes through tiktoken. Not run by us at this scale.
+OPENWEBTEXT is your copy, in any of its layouts (configs/data.py); the GPT-2 tokenizer comes through tiktoken. Not run
+by us at this scale.
 Weights are clipped to [0, 2] as published, which at gamma = 1 is unweighted cross-entropy (docs/theory.md section 3).
 """
 
+from configs import data
 from hdlm_jax import config
 
 
 def get_config():
     c = config.default()
-    c.data.source = "files"
-    c.data.files = ("owt/*.jsonl.gz",)
-    c.data.validation_fraction = 0.0125
+    data.openwebtext(c)
     c.hierarchy.clusters = (64,)
     c.model.width = 768
     c.model.blocks = 12

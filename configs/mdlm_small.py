@@ -1,6 +1,6 @@
 """MDLM-small: the recipe of hdlm_small.py with n = 1 (published as HDLM's n = 1: 25.72 PPL; GIDD's own MDM: 24.37).
 
-    python -m hdlm_jax.main --config=configs/mdlm_small.py --config.data.files='("owt/*.jsonl.gz",)'
+    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=configs/mdlm_small.py
 
 The same weighting as HDLM, so that the two differ in the process alone. Not run by us at this scale.
 """

@@ -11,13 +11,13 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ("prepare", "cluster", "train", "evaluate", "generate")
+MODES = ("prepare", "cluster", "train", "evaluate", "generate", "export")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; fields as --config.train.steps=100.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run lies; default runs/<config name>.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}; train first makes what is missing.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a profiler trace of a few training steps.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other hosts (jax.distributed.initialize).")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run (see parallel.join).")
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -67,24 +67,28 @@ def main(argv: list[str]) -> None:
 
     import jax
 
+    from hdlm_jax.run import evaluate, export, generate, metrics, parallel, stages, train
+
     if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+        parallel.join()
+        if not parallel.is_first():
+            metrics.mute()
     config.parallel.shape(jax.device_count())  # a mesh that does not fit is refused before any work
     logging.info("%d devices, process %d of %d", jax.device_count(), jax.process_index(), jax.process_count())
-    from hdlm_jax.run import evaluate, generate, parallel, stages, train
-
     parallel.keep_compiled()
 
-    if _MODE.value in ("prepare", "cluster"):
-        text = stages.prepare(config, workdir)
-        if _MODE.value == "cluster":
-            stages.cluster(config, workdir, text)
+    if _MODE.value == "prepare":
+        stages.make_tokens(config, workdir)
+    elif _MODE.value == "cluster":
+        stages.cluster(config, workdir, stages.prepare(config, workdir))
     elif _MODE.value == "train":
         train.train(config, workdir, _PROFILE.value)
     elif _MODE.value == "evaluate":
         evaluate.evaluate(config, workdir)
-    else:
+    elif _MODE.value == "generate":
         generate.generate(config, workdir)
+    else:
+        export.export(config, workdir)
 
 
 def run(argv: list[str]) -> None:

@@ -1,8 +1,12 @@
 """Settings shared by all tests: 8 simulated CPU devices, no silent rank promotion, where local data lies.
 
-To reuse compiled programs between runs, set JAX's own JAX_COMPILATION_CACHE_DIR to a folder.
+Programs compiled twice in a session (a run and its resume) are kept in a folder that goes with it; to reuse them
+between sessions, set JAX's own JAX_COMPILATION_CACHE_DIR to a folder.
 """
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,9 @@ import pytest
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # tests leave nothing behind
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="hdlm_jax_compiled_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

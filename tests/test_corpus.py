@@ -1,25 +1,70 @@
-"""hdlm_jax/text/corpus.py: the embedded corpus, and files of every kind with their error messages."""
+"""hdlm_jax/text/corpus.py: the embedded corpus, files of every kind, and what cannot be read of them."""
 import ast
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
+import pickle
 import subprocess
 import sys
+import tarfile
+import tracemalloc
+from pathlib import Path
 
+import owt
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from hdlm_jax.text import corpus
-from hdlm_jax.text.corpus import Document
+from hdlm_jax.text.corpus import Bad, Document, Reader
+
+PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress,
+        ".zst": zstandard.ZstdCompressor().compress}
 
 
 def pack(raw: bytes, suffix: str) -> bytes:
-    if suffix == ".zst":
-        zstandard = pytest.importorskip("zstandard")
-        half = len(raw) // 2  # two frames, as parallel compressors write
-        return b"".join(zstandard.ZstdCompressor().compress(part) for part in (raw[:half], raw[half:]))
-    return {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}[suffix](raw)
+    """`raw` in two streams, as parallel compressors write, with padding between where the format knows it."""
+    half = len(raw) // 2
+    padding = b"\0" * 4 if suffix in (".gz", ".xz") else b""
+    return PACK[suffix](raw[:half]) + padding + PACK[suffix](raw[half:]) if suffix else raw
+
+
+def tar(members: dict[str, bytes], **kinds: bytes) -> bytes:
+    """An archive of `members` in order; `kinds` are types of members that are no files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, raw in members.items():
+            header = tarfile.TarInfo(name)
+            header.type, header.size = kinds.get(name, tarfile.REGTYPE), len(raw)
+            archive.addfile(header, io.BytesIO(raw))
+    return buffer.getvalue()
+
+
+def parquet(columns: dict, **options) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, **options)
+    return buffer.getvalue()
+
+
+def jsonl(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def read(path: Path, raw: bytes | None = None, **settings) -> list[Document | Bad]:
+    """All records of a file, which is made of `raw` when that is given."""
+    if raw is not None:
+        path.write_bytes(raw)
+    return list(Reader(**settings).read(str(path)))
+
+
+def texts(records: list[Document | Bad]) -> list[str]:
+    """The texts of records that must all be documents."""
+    assert not [record for record in records if isinstance(record, Bad)]
+    return [record.text for record in records]
 
 
 # --------------------------------------------------------------------------------------------------- embedded
@@ -69,123 +114,430 @@ def test_split_is_by_sha256_of_the_text():
     assert abs(held - 400) < 5 * (4000 * 0.09) ** 0.5
 
 
-def test_fingerprint_sees_boundaries_order_and_text_only():
-    def of(*found):
-        state = corpus.Fingerprint()
-        for document in found:
-            state.add(document)
-        return state.hexdigest()
-
-    a, b = Document("a", "1"), Document("b", "2")
-    assert of(a, b) == of(Document("a", "x"), b)
-    assert len({of(a, b), of(b, a), of(Document("ab", "")), of(a), of(), of(Document("", "", "a"))}) == 6
+# ------------------------------------------------------------------------------------------------ kinds of files
 
 
-# ------------------------------------------------------------------------------------------------------ files
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".bz2", ".zst"])
+@pytest.mark.parametrize("suffix", PACK)
 def test_every_kind_and_compression_gives_the_same_documents(tmp_path, suffix):
     rows = [{"text": f"text {i} é\n\nmore\r\n", "q": f"ask {i}", "n": i} for i in range(300)]
-    lines = "\n".join(json.dumps(row) for row in rows) + "\n\n" + json.dumps({"text": " ", "q": "empty"})
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(lines.encode(), suffix))
-    got = list(corpus.documents("files", str(tmp_path / "*.jsonl*"), "text", "q"))
-    assert got == [Document(row["text"], f"a.jsonl{suffix}:{i + 1}", row["q"]) for i, row in enumerate(rows)]
-    raw = "one\r\nline é\n\n\n  \ntwo\n"
-    (tmp_path / f"b.txt{suffix}").write_bytes(pack(raw.encode(), suffix))
-    path = str(tmp_path / f"b.txt{suffix}")
-    assert [document.text for document in corpus.documents("files", path)] == [raw]
-    blank = list(corpus.documents("files", [path], txt_documents="blank_line"))
-    assert [(document.text, document.name) for document in blank] == [
-        ("one\r\nline é", f"b.txt{suffix}:1"), ("two", f"b.txt{suffix}:6")]
+    lines = jsonl(rows) + b"\n" + jsonl([{"text": " ", "q": "empty"}])
+    for kind in ("jsonl", "ndjson", "json"):
+        name = f"a.{kind}{suffix}"
+        got = read(tmp_path / name, pack(lines, suffix), prompt_field="q")
+        assert got == [Document(row["text"], f"{name}:{i + 1}", row["q"]) for i, row in enumerate(rows)]
+    columns = {key: [row[key] for row in rows] + [" "] for key in ("text", "q")}
+    name = f"a.parquet{suffix}"
+    got = read(tmp_path / name, pack(parquet(columns, row_group_size=70), suffix), prompt_field="q")
+    assert got == [Document(row["text"], f"{name}:{i + 1}", row["q"]) for i, row in enumerate(rows)]
+
+    raw = "one\r\nline é\n\n\n  \ntwo\n".encode()
+    name = f"b.txt{suffix}"
+    assert read(tmp_path / name, pack(raw, suffix)) == [Document(raw.decode(), name)]
+    assert read(tmp_path / name, txt_documents="blank_line") == [
+        Document("one\r\nline é", f"{name}:1"), Document("two", f"{name}:6")]
+    assert read(tmp_path / name, txt_documents="line") == [
+        Document("one", f"{name}:1"), Document("line é", f"{name}:2"), Document("two", f"{name}:6")]
+
+    # The same inside of archives, where the contents decide: a tar in a tar, files named as they like.
+    members = {"x/deep": pack(tar({"1.txt": b"first", "2": pack(raw, suffix)}), suffix), "lines.jsonl": lines,
+               f"x/rows.{'p' if suffix else 'parquet'}": pack(parquet(columns), suffix), "x/3.TXT": b"last"}
+    names = [f"c.tar{suffix}", *({".gz": ["c.tgz"], ".xz": ["c.txz"]}.get(suffix, []))]
+    for name in names:
+        got = read(tmp_path / name, pack(tar(members), suffix))
+        assert texts(got) == ["first", raw.decode(), *columns["text"][:-1], *columns["text"][:-1], "last"]
+        assert [record.name for record in got[:3]] == [
+            f"{name}:x/deep/1.txt", f"{name}:x/deep/2", f"{name}:lines.jsonl:1"]
+
+
+@pytest.mark.parametrize("layout", owt.LAYOUTS)
+def test_openwebtext_as_it_is_distributed(tmp_path, layout):
+    documents = owt.openwebtext_documents(40)
+    paths = owt.make_openwebtext(tmp_path, documents, outer=layout)
+    sources = corpus.resolve(str(tmp_path / "*"))
+    assert sources == [str(path) for path in paths] and len(paths) == 1 + (layout != "tar.xz")
+    got = [record for source in sources for record in Reader().read(source)]
+    assert texts(got) == documents
+    if "tar" in layout:
+        assert got[0].name.startswith(f"{paths[0].name}:openwebtext/urlsf_subset00-1_data.xz/0000001-")
+
+
+def test_openwebtext_unpacked_once(tmp_path):
+    """urlsf_subset00-1_data.xz on disk: neither name says that it is a tar, its content does."""
+    documents = owt.openwebtext_documents(10)
+    (path,) = owt.make_openwebtext(tmp_path, documents, subsets=1, members=1)
+    with tarfile.open(path) as archive:
+        raw = archive.extractfile("openwebtext/urlsf_subset00-1_data.xz").read()
+    path = tmp_path / "urlsf_subset00-1_data.xz"
+    assert texts(read(path, raw)) == documents and Reader().check(str(path)) == "tar"
+
+
+def test_lm1b_as_it_is_distributed(tmp_path):
+    folder = "1-billion-word-language-modeling-benchmark-r13output"
+    raw = tar({folder: b"", f"{folder}/README": b"a word\n", f"{folder}/.DS_Store": b"\xff", f"{folder}/._x": b"\xff",
+               f"{folder}/training-monolingual.tokenized.shuffled/news.en-00001-of-00100": b"It 's so .\nIs it ?\n",
+               f"{folder}/link": b""}, **{folder: tarfile.DIRTYPE, f"{folder}/link": tarfile.SYMTYPE})
+    got = read(tmp_path / "lm1b.tar.gz", gzip.compress(raw), txt_documents="line", detokenize="lm1b")
+    assert texts(got) == ["a word", "It's so.", "Is it?"]
+    assert got[2].name.endswith("news.en-00001-of-00100:2")
+
+
+def test_format_overrides_the_name(tmp_path):
+    row = jsonl([{"text": "x"}])
+    assert texts(read(tmp_path / "news.en-00001-of-00100", row, format="jsonl")) == ["x"]
+    assert texts(read(tmp_path / "a.jsonl", row, format="txt")) == [row.decode()]
+    assert texts(read(tmp_path / "b", gzip.compress(row), format="txt")) == [row.decode()]  # packed, and not so named
+    assert texts(read(tmp_path / "c.data", parquet({"text": ["x"]}))) == ["x"]
+    assert texts(read(tmp_path / "d", parquet({"text": ["x"]}), format="parquet")) == ["x"]
+
+
+def test_columns_of_any_type_of_text(tmp_path):
+    words = ["a", "b\u00e9", "a"]
+    types = [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int8(), pyarrow.string())]
+    for kind in types:
+        raw = parquet({"text": pyarrow.array(words, kind), "id": [1, 2, 3]})
+        assert texts(read(tmp_path / "a.parquet", raw)) == words
+    raw = parquet({"text": pyarrow.array([b"a", b"\xff", None, b"c"], pyarrow.binary())})
+    path = tmp_path / "a.parquet"
+    assert read(path, raw) == [
+        Document("a", "a.parquet:1"),
+        Bad(str(path), "row 2", "field 'text' is not Unicode (UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff "
+                                "in position 0: invalid start byte)"),
+        Bad(str(path), "row 3", "field 'text' must be a string, not NoneType"), Document("c", "a.parquet:4")]
+    with pytest.raises(ValueError, match="a.parquet: text must be text .*int64"):
+        read(path, parquet({"text": [1]}))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    assert texts(read(tmp_path / "a.txt", b"\xef\xbb\xbfhello")) == ["hello"]
+    assert texts(read(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "hello"}')) == ["hello"]
+    assert texts(read(tmp_path / "a.jsonl", b"\xef\xbb\xbf")) == []
+
+
+def test_embedded_source(tmp_path):
+    assert tuple(Reader().read(corpus.EMBEDDED)) == corpus.embedded_corpus()[0]
+    assert corpus.facts_of(corpus.EMBEDDED) == ["embedded", 0]
+
+
+def test_a_reader_travels_to_other_processes(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo")
+    reader = pickle.loads(pickle.dumps(Reader(txt_documents="line")))
+    assert texts(list(reader.read(str(tmp_path / "a.txt")))) == ["one", "two"]
+
+
+# ---------------------------------------------------------------------------------------------------- sources
 
 
 def test_globs_are_sorted_and_files_come_once(tmp_path, monkeypatch):
     for name in ("b.txt", "a.txt", "c[1].txt", "sub/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    (tmp_path / "empty.txt").write_text("\n")
     monkeypatch.setenv("TEST_DATA", str(tmp_path))
     monkeypatch.chdir(tmp_path)
 
     def names(*patterns):
-        return [document.text for document in corpus.documents("files", patterns)]
+        return [record.text for source in corpus.resolve(patterns) for record in Reader().read(source)]
 
     assert names("$TEST_DATA/*.txt") == ["a.txt", "b.txt", "c[1].txt"]
     assert names("b.txt", "./*.txt", str(tmp_path / "a.txt")) == ["b.txt", "a.txt", "c[1].txt"]
     assert names("c[1].txt") == ["c[1].txt"]
     assert names("**/d.txt") == ["sub/d.txt"]
+    assert corpus.facts_of("sub/d.txt") == ["d.txt", 9]
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}')
-    assert {document.text for document in corpus.documents("files", str(tmp_path / "*"))} == {"hello"}
+def test_urls(monkeypatch):
+    """fsspec's file system in memory stands for s3, gs and https."""
+    import fsspec
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    documents = ["one", "two", "three"]
+    raws = {"a-0.jsonl.xz": lzma.compress(jsonl([{"text": "one"}])), "a-1.parquet": parquet({"text": ["two"]}),
+            "a-2.tar": tar({"x.txt": b"three"})}
+    for name, raw in raws.items():
+        files.pipe(f"/sub/{name}", raw)
+    sources = corpus.resolve(["memory://sub/a*", "memory://sub/a-1.parquet"])
+    assert [source.rpartition("/")[2] for source in sources] == list(raws)  # each once
+    assert texts([record for source in sources for record in Reader().read(source)]) == documents
+    assert [corpus.facts_of(source) for source in sources] == [[name, len(raw)] for name, raw in raws.items()]
+    assert [record.name for record in Reader().read(sources[2])] == ["a-2.tar:x.txt"]
+    with pytest.raises(ValueError, match=r"data.validation: no file matches 'memory://sub/\*.txt'"):
+        corpus.resolve("memory://sub/*.txt", "data.validation")
+    with pytest.raises(ValueError, match="no file matches 'memory://sub/a'"):
+        corpus.resolve("memory://sub/a")
+    with pytest.raises(ValueError, match="memory://sub/a: cannot be read .FileNotFoundError"):
+        corpus.facts_of("memory://sub/a")
+
+    def no_network(*_, **__):
+        raise TimeoutError("no route")
+
+    monkeypatch.setattr(type(files), "open", no_network)
+    with pytest.raises(ValueError, match=r"a-0.jsonl.xz: cannot be read \(TimeoutError: no route\)"):
+        list(Reader().read(sources[0]))
+    monkeypatch.setattr(type(files), "info", no_network)
+    with pytest.raises(ValueError, match=r"a-0.jsonl.xz: cannot be read \(TimeoutError: no route\)"):
+        corpus.resolve(sources[0])
 
 
-@pytest.mark.parametrize("name, raw, message", [
-    ("a.jsonl", b'{"text": "x"}\n{"body": 1, "id": 2}', "a.jsonl:2: no field 'text'; fields here: 'body'"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": 5}\n', r"a\.jsonl:2: field 'text' must be a string, not int"),
-    ("a.jsonl", b'\n{"text": \n', r"a\.jsonl:2: not JSON"),
-    ("a.jsonl", b'[1]', r"a\.jsonl:1: a line must be a JSON object, not list"),
-    ("a.jsonl", b'{"text": "x\\ud800"}', r"a\.jsonl:1: field 'text' is not Unicode: lone surrogate"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', r"a\.jsonl: not valid UTF-8 at line 2, byte 24 \(0xff"),
-    ("a.txt", b"abc\xe9def", r"a\.txt: not valid UTF-8 at byte 3 \(0xe9"),
-    ("a.txt", b"\xef\xbb\xbfabc\xe9", r"a\.txt: not valid UTF-8 at byte 6 "),
-    ("a.txt.gz", b"plain", r"a\.txt\.gz: cannot be read \(BadGzipFile"),
-    ("a.txt.xz", b"plain", r"a\.txt\.xz: cannot be read \(LZMAError"),
-    ("a.txt.bz2", b"plain", r"a\.txt\.bz2: cannot be read \(OSError"),
-    ("a.txt.zst", b"plain", r"a\.txt\.zst: cannot be read \(ZstdError"),
-    ("a.csv", b"x", r"a\.csv: kind of file '\.csv' is unknown; choices: \.txt, \.jsonl, plain or with \.gz"),
-    ("a.gz", b"x", r"a\.gz: kind of file '\.gz' is unknown"),
+@pytest.mark.parametrize("error", [ConnectionResetError("gone"), OSError("gone"), RuntimeError("gone")])
+@pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz", "b.tar.bz2", "b.parquet"])
+def test_a_network_that_fails_midway_is_no_bad_record(monkeypatch, name, error):
+    """For what is left would be lost; bare OSErrors are also what bz2 and pyarrow raise for damaged data."""
+    from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+    lines = [hashlib.shake_128(str(i).encode()).hexdigest(1000) for i in range(1600)]
+    make = {"b.jsonl": lambda: jsonl([{"text": line} for line in lines]),
+            "b.jsonl.gz": lambda: gzip.compress(make["b.jsonl"](), 1),
+            "b.tar.bz2": lambda: bz2.compress(tar({f"{i}.txt": line.encode() for i, line in enumerate(lines)})),
+            "b.parquet": lambda: parquet({"text": lines}, row_group_size=100, use_dictionary=False)}
+    raw = make[name]()
+
+    class Failing(MemoryFile):
+        def readinto(self, buffer):
+            if self.tell() <= 0.8 * len(raw) < self.tell() + len(buffer):
+                raise error
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(MemoryFileSystem, "open", lambda *_, **__: Failing(None, "/b", raw))
+    records = Reader().read(f"memory://{name}")
+    assert next(records).text == lines[0]
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read \({type(error).__name__}: gone\)"):
+        for record in records:
+            assert isinstance(record, Document)
+
+
+@pytest.mark.parametrize("name, module, message", [
+    ("a.txt.zst", "zstandard", r"a\.txt\.zst: needs the zstandard package: pip install 'hdlm_jax\[zstd\]'"),
+    ("a.parquet", "pyarrow.parquet", r"a\.parquet: needs the pyarrow package: pip install 'hdlm_jax\[parquet\]'"),
+    ("a.tar", "pyarrow", r"a\.tar: needs the pyarrow package: pip install 'hdlm_jax\[parquet\]'"),
 ])
-def test_errors_name_file_and_place(tmp_path, name, raw, message):
-    if name.endswith(".zst"):
-        pytest.importorskip("zstandard")
-    (tmp_path / name).write_bytes(raw)
+def test_missing_packages_say_what_to_install(tmp_path, monkeypatch, name, module, message):
+    (tmp_path / name).write_bytes(tar({"x": parquet({"text": ["a"]})}))
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=message):
+        if name == "a.tar":  # what is inside shows when it is read
+            read(tmp_path / name)
+        Reader().check(str(tmp_path / name))
+
+
+def test_urls_without_their_packages(monkeypatch):
+    with pytest.raises(ValueError, match=r"^nothing://x/a\.txt: .*pip install 'hdlm_jax\[remote\]'"):
+        corpus.resolve("nothing://x/a.txt")
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    with pytest.raises(ValueError, match=r"^gs://x/a\.txt: needs the fsspec package: pip install 'hdlm_jax\[remote\]'"):
+        corpus.resolve("gs://x/a.txt")
+
+
+@pytest.mark.parametrize("files, message", [
+    ((), "data.files is empty"),
+    (("nowhere/*.txt",), r"data.files: no file matches 'nowhere/\*.txt'"),
+    ("$NO_SUCH_VAR/a.txt", r"no file matches .* is the variable set\?"),
+])
+def test_no_sources(files, message):
+    with pytest.raises(ValueError, match=message):
+        corpus.resolve(files)
+
+
+@pytest.mark.parametrize("name, raw, settings, message", [
+    ("a.csv", b"x", {}, r"a\.csv: kind of file '\.csv' is unknown; choices: \.txt, \.jsonl.* with \.gz.*data\.format"),
+    ("a.gz", b"x", {}, r"a\.gz: kind of file '\.gz' is unknown"),
+    ("a.csv.gz", gzip.compress(b"x"), {}, r"kind of file '\.csv\.gz' is unknown"),
+    ("a.txt", b"x", dict(prompt_field="q"), r"a\.txt: data\.prompt_field='q' needs jsonl or parquet, not txt"),
+    ("a.tar", tar({"b": b"x"}), dict(prompt_field="q"), r"a\.tar:b: data\.prompt_field='q' needs jsonl or parquet"),
+    ("a.jsonl", b'\n{"body": 1, "id": 2}', {}, r"a\.jsonl: no field 'text' in its first .* there: 'body', 'id'"),
+    ("a.jsonl", b'[]\n{"text": "x"}', dict(prompt_field="q"), r"no field 'q' in its first record; .* there: 'text'"),
+    ("a.parquet", parquet({"body": ["x"]}), {}, r"a\.parquet: no field 'text' in its first record; .* there: 'body'"),
+])
+def test_wrong_settings(tmp_path, name, raw, settings, message):
     with pytest.raises(ValueError, match=message) as error:
-        list(corpus.documents("files", str(tmp_path / name)))
+        read(tmp_path / name, raw, **settings)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zst"])
-def test_a_file_cut_short_is_an_error(tmp_path, suffix):
-    raw = pack("".join(json.dumps({"text": str(i)}) + "\n" for i in range(5000)).encode(), suffix)
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(raw[:-40])
-    with pytest.raises(ValueError, match=r"a\.jsonl\.\w+: (cannot be read \(EOFError|not valid|.*not JSON)"):
-        list(corpus.documents("files", str(tmp_path / f"a.jsonl{suffix}")))
+def test_wrong_choices(tmp_path):
+    with pytest.raises(ValueError, match="data.txt_documents is 'page'; choices: file, blank_line, line"):
+        Reader(txt_documents="page")
+    with pytest.raises(ValueError, match="data.format is 'csv'; choices: auto, txt, jsonl, parquet, tar"):
+        Reader(format="csv")
+    with pytest.raises(ValueError, match="data.detokenize is 'ptb'; choices: lm1b"):
+        Reader(detokenize="ptb")
+    with pytest.raises(ValueError, match="embedded: data.prompt_field='q' needs"):
+        Reader(prompt_field="q").read(corpus.EMBEDDED)  # at once, not with the first document
+    with pytest.raises(ValueError, match="nothing.txt: no such file"):
+        Reader().read(str(tmp_path / "nothing.txt"))
 
 
-def test_zst_without_its_package_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "a.txt.zst").write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(ValueError, match="a.txt.zst: .zst needs the zstandard package: pip install"):
-        list(corpus.documents("files", str(tmp_path / "a.txt.zst")))
+# ------------------------------------------------------------------------------------------------- bad records
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(source="web"), "data.source is 'web'; choices: embedded, files"),
-    (dict(source="files"), "data.files is empty"),
-    (dict(source="files", files=("nowhere/*.txt",)), r"data.files: no file matches 'nowhere/\*.txt'"),
-    (dict(source="files", files="$NO_SUCH_VAR/a.txt"), r"no file matches .* is the variable set\?"),
-    (dict(source="files", files=__file__), r"kind of file '\.py' is unknown"),
+@pytest.mark.parametrize("name, raw, position, reason", [
+    ("a.jsonl", b'{"body": 1, "id": 2}\n', "line 2", "no field 'text'; fields here: 'body', 'id'"),
+    ("a.jsonl", b'{"text": 5}\n', "line 2", "field 'text' must be a string, not int"),
+    ("a.jsonl", b'{"text": \n', "line 2", "not JSON (JSONDecodeError: Expecting value: line 2 column 1 (char 10))"),
+    ("a.jsonl", b'[1]\n', "line 2", "a line must be a JSON object, not list"),
+    ("a.jsonl", b"[" * 100_000 + b"\n", "line 2", "not JSON (RecursionError: "),
+    ("a.jsonl", b'{"text": "x\\ud800"}\n', "line 2", "field 'text' is not Unicode (UnicodeEncodeError: "),
+    ("a.jsonl", b'{"text": "\xff"}\n', "line 2, byte 10", "not valid UTF-8 (0xff: invalid start byte)"),
+    ("line.txt", b"abc\xe9def\n", "line 2, byte 3", "not valid UTF-8 (0xe9: invalid continuation byte)"),
+    ("blank_line.txt", b"\nabc\n\xe9def\n\xff\n\n", "line 4, byte 0", "not valid UTF-8 (0xe9: "),
 ])
-def test_wrong_sources(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        list(corpus.documents(**arguments))
+def test_a_bad_record_leaves_the_others(tmp_path, name, raw, position, reason):
+    good = b'{"text": "x"}\n'
+    settings = {} if name.endswith("jsonl") else dict(txt_documents=name.removesuffix(".txt"))
+    first, bad, last = read(tmp_path / name, good + raw + good, **settings)
+    assert (bad.file, bad.position) == (str(tmp_path / name), position) and bad.reason.startswith(reason)
+    assert "\n" not in bad.reason
+    end = good.count(b"\n") + raw.count(b"\n") + 1
+    text = "x" if name.endswith("jsonl") else good.decode().strip()
+    assert (first, last) == (Document(text, f"{name}:1"), Document(text, f"{name}:{end}"))
 
 
-def test_wrong_options(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match="data.txt_documents is 'line'; choices: file, blank_line"):
-        list(corpus.documents("files", str(tmp_path / "a.txt"), txt_documents="line"))
-    with pytest.raises(ValueError, match="data.prompt_field='q' needs .jsonl files"):
-        list(corpus.documents("files", str(tmp_path / "a.txt"), prompt_field="q"))
+@pytest.mark.parametrize("name, raw, position, reason", [
+    ("a.txt", b"abc\xe9def", "byte 3", "not valid UTF-8 (0xe9: "),
+    ("a.txt", b"\xef\xbb\xbfabc\xe9", "byte 6", "not valid UTF-8 (0xe9: "),
+    ("a.txt.gz", b"plain", "byte 0", "this is no .gz data"),
+    ("a.jsonl.xz", b"", "byte 0", "this is no .xz data"),  # a download that never began
+    ("a.tar", b"", "byte 0", "ReadError: empty header: the archive is damaged or cut short"),
+    ("a.tar", b"plain" * 1000, "byte 5000", "ReadError: invalid header: the archive is "),
+    ("a.parquet", b"plain" * 10, "byte 50", "ArrowInvalid: Parquet magic bytes not found"),
+])
+def test_a_file_that_is_bad_as_a_whole(tmp_path, name, raw, position, reason):
+    (bad,) = read(tmp_path / name, raw)
+    assert (bad.file, bad.position) == (str(tmp_path / name), position) and bad.reason.startswith(reason)
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("kind", ["tar", "jsonl"])
+def test_a_file_cut_short_anywhere(tmp_path, kind, suffix):
+    """All documents before the cut, then one Bad; nothing is taken for whole."""
+    wanted = [f"{i} {hashlib.sha256(bytes([i])).hexdigest() * 20}" for i in range(8)]
+    raw = (tar({f"{i}.txt": text.encode() for i, text in enumerate(wanted)}) if kind == "tar"
+           else jsonl([{"text": text} for text in wanted]))
+    if kind == "tar":
+        raw = raw[:8 * (512 + 1536) + 512]  # the first block of the end mark, nothing that fills up the record
+    packed = pack(raw, suffix)
+    assert texts(read(tmp_path / f"a.{kind}{suffix}", packed)) == wanted
+    found = set()
+    for cut in range(0, len(packed), 101):
+        records = read(tmp_path / f"a.{kind}{suffix}", packed[:cut])
+        if kind == "jsonl" and not suffix and packed[:cut][-1:] in (b"", b"\n", b"}"):
+            continue  # a whole file of fewer lines
+        assert [record.text for record in records[:-1]] == wanted[:len(records) - 1], cut
+        assert isinstance(records[-1], Bad), cut
+        found.add(len(records) - 1)
+    assert max(found) >= 4  # the first of the two streams, at least
+
+
+def test_a_bad_member_leaves_the_others(tmp_path):
+    raw = lzma.compress(tar({"a.txt": b"a" * 2000, "b.txt": b"b"}))
+    broken = bytearray(lzma.compress(tar({"deep.txt": bytes(range(128)) * 500})))
+    broken[len(broken) // 2] ^= 255
+    members = {"good.xz": raw, "cut.xz": raw[:-20], "broken.xz": bytes(broken), "latin.txt": b"abc\xe9",
+               "empty.gz": b"", "two.tar": tar({"c.txt": b"c"}) * 2, "a.parquet": b"PAR1" * 9,
+               "lines.jsonl": b'{"text": "x"}\n{"text"\n', "last.txt": b"last", "end.gz": b""}
+    path = tmp_path / "a.tar.xz"
+    records = read(path, lzma.compress(tar(members)))
+    good = [record.text for record in records if isinstance(record, Document)]
+    assert good == ["a" * 2000, "b", "a" * 2000, "b", "c", "x", "last"]
+    bad = [(record.position, record.reason.partition(":")[0]) for record in records if isinstance(record, Bad)]
+    assert {record.file for record in records if isinstance(record, Bad)} == {str(path)}
+    assert bad == [("member cut.xz", "the compressed data is cut short"), ("member broken.xz", "LZMAError"),
+                   ("member latin.txt, byte 3", "not valid UTF-8 (0xe9"), ("member empty.gz", "this is no .gz data"),
+                   ("member two.tar", "ReadError"), ("member a.parquet", "ArrowInvalid"),
+                   ("member lines.jsonl, line 2", "not JSON (JSONDecodeError"),
+                   ("member end.gz", "this is no .gz data")]
+
+
+def test_a_broken_archive_is_one_bad_record(tmp_path):
+    """An archive cut inside a member is not reported for the member as well."""
+    inner = lzma.compress(tar({f"{i}.txt": hashlib.sha256(bytes([i])).digest().hex().encode() * 30 for i in range(50)}))
+    raw = tar({"1.xz": inner, "2.xz": inner, "3.xz": inner})
+    path = tmp_path / "a.tar"
+    for cut in range(600, len(raw) - 1024, 4096):
+        records = read(path, raw[:cut])
+        assert [type(record) for record in records].count(Bad) == 1 and isinstance(records[-1], Bad)
+        assert records[-1].position.startswith("byte ")
+
+
+def test_headers_of_an_archive_are_checked(tmp_path):
+    """tarfile alone takes a damaged header for the end of the archive."""
+    raw = bytearray(tar({"a": b"a", "b": b"b", "c": b"c"}))
+    raw[1024 + 5] ^= 1  # the name of b
+    records = read(tmp_path / "a.tar", bytes(raw))
+    assert records[0] == Document("a", "a.tar:a") and len(records) == 2
+    assert isinstance(records[1], Bad) and "bad checksum" in records[1].reason
+
+
+def test_names_in_archives_may_be_any_bytes(tmp_path):
+    raw = bytearray(tar({"x.txt": b"text", "y.txt": b"\xff"}))
+    for start, letter in ((0, "x"), (1024, "y")):
+        raw[start] = 0xE9  # and the sum in the header, which is of its bytes
+        total = int(raw[start + 148:start + 154], 8) + 0xE9 - ord(letter)
+        raw[start + 148:start + 154] = b"%06o" % total
+    document, bad = read(tmp_path / "a.tar", bytes(raw))
+    assert (document.name, bad.position) == ("a.tar:\ufffd.txt", "member \ufffd.txt, byte 0")
+
+
+# ------------------------------------------------------------------------------------------------ in small memory
+
+
+def test_files_are_read_as_streams(tmp_path):
+    """8 MB of text each, of which some hundred kB are held."""
+    lines = [hashlib.shake_128(str(i).encode()).hexdigest(1000) for i in range(4000)]
+    files = {"a.tar": tar({"a": gzip.compress(tar({f"{i}": line.encode() for i, line in enumerate(lines)}), 1)}),
+             "b.jsonl.gz": gzip.compress(jsonl([{"text": line} for line in lines]), 1),
+             "c.txt.zst": PACK[".zst"]("\n".join(lines).encode())}
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw)
+        records = Reader(txt_documents="line" if name == "c.txt.zst" else "file").read(str(tmp_path / name))
+        next(records)
+        tracemalloc.start()
+        try:
+            count = sum(1 for _ in records)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert count == len(lines) - 1 and peak < 1.5e6, (name, peak)
+
+
+def test_a_row_group_is_read_in_parts(tmp_path):
+    rows = [hashlib.sha256(str(i).encode()).hexdigest() * 40 for i in range(8000)]
+    path = tmp_path / "a.parquet"
+    path.write_bytes(parquet({"text": rows}, compression="none", use_dictionary=False))
+    before, most = pyarrow.total_allocated_bytes(), 0
+    tracemalloc.start()
+    try:
+        for wanted, record in zip(rows, Reader().read(str(path)), strict=True):
+            assert record.text == wanted
+            most = max(most, pyarrow.total_allocated_bytes() - before)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 20e6 and most < 6e6 and peak < 6e6
+
+
+# ----------------------------------------------------------------------------------------------- detokenizing
+
+
+@pytest.mark.parametrize("raw, wanted", [
+    ("They 've said : \" we 're here , \" he added .", "They've said: \"we're here,\" he added."),
+    ("Why not ? Because ! Really !", "Why not? Because! Really!"),
+    ("Is it ?", "Is it?"),
+    ("The U.S. government 's $ 700 billion ( about £ 400 billion ) plan ; and / or this",
+     "The U.S. government's $700 billion (about £400 billion) plan; and/or this"),
+    ("See http : / / www.example.com and https : / / example.org [ sic ] .",
+     "See http://www.example.com and https://example.org [sic] ."),  # as they have it: only words take a full stop
+    ("It ended . Then it began .", "It ended. Then it began."),
+    ("a , b , c : d ; e", "a, b, c: d; e"),
+    ("nothing to do", "nothing to do"),
+])
+def test_lm1b_is_detokenized(tmp_path, raw, wanted):
+    assert corpus.lm1b(Document(raw, "n", raw)) == Document(wanted, "n", wanted)
+    rows = jsonl([{"text": raw, "q": f"{raw} ?"}])
+    (got,) = read(tmp_path / "a.jsonl", rows, prompt_field="q", detokenize="lm1b")
+    assert got.text == wanted and got.prompt == corpus.lm1b(Document(f"{raw} ?", "")).text
 
 
 def test_local_books(data_dir):
     path = data_dir / "openstax" / "openstax_cc_by.valid.jsonl.xz"
     if not path.exists():
         pytest.skip(f"no {path.name} in the local data")
-    found = list(corpus.documents("files", str(path)))
-    assert len(found) == 82 and found[-1].name == "openstax_cc_by.valid.jsonl.xz:82"
+    found = read(path)
+    assert len(texts(found)) == 82 and found[-1].name == "openstax_cc_by.valid.jsonl.xz:82"

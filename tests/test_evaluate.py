@@ -33,7 +33,7 @@ def make_rows(n=21):
     rng = np.random.default_rng(0)
     valid = np.ones((n, S), bool)
     valid[-1, 3:] = False
-    return {"x": rng.integers(0, V, (n, S)).astype(np.int32), "valid": valid, "score": valid.copy()}
+    return {"x": rng.integers(0, V, (n, S)).astype(np.int32), "segment": valid.astype(np.int32) - 1, "score": valid}
 
 
 @functools.cache

@@ -34,8 +34,8 @@ def inputs(seed=1):
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("train", "method"))
-def apply(network, params, z, t, valid=None, **kwargs):
-    return network.apply({"params": params}, z, t, valid, **kwargs)
+def apply(network, params, z, t, segment=None, **kwargs):
+    return network.apply({"params": params}, z, t, segment, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------------- the numpy twin
@@ -85,7 +85,7 @@ def numpy_network(params, z, t, heads, valid=None):
         w = jax.tree.map(lambda a, i=i: a[i], p["stack"])
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(w["modulation"], 6)
         h = numpy_norm(x, w["norm1"]["weight"]) * (1 + scale1) + shift1
-        q, k, v = ((h @ part).reshape(b, s, heads, -1) for part in np.split(w["qkv"]["kernel"], 3, -1))
+        q, k, v = ((h @ w["qkv"]["kernel"][:, i]).reshape(b, s, heads, -1) for i in range(3))
         scores = np.einsum("bqhd,bkhd->bhqk", numpy_rotate(q), numpy_rotate(k)) / math.sqrt(d // heads)
         if valid is not None:
             scores = np.where(np.asarray(valid)[:, None, None, :], scores, -1e30)
@@ -108,7 +108,7 @@ def test_equals_numpy(time, padded):
     valid = np.ones((B, S), bool)
     if padded:
         valid[0, 6:] = False
-    logits = apply(network, params, z, t, jnp.asarray(valid) if padded else None)
+    logits = apply(network, params, z, t, jnp.asarray(valid, jnp.int32) if padded else None)
     want = numpy_network(params, z, t, SIZES["heads"], valid)[..., :V]
     assert logits.shape == (B, S, V) and logits.dtype == jnp.float32
     np.testing.assert_allclose(logits[valid], want[valid], rtol=1e-4, atol=1e-5 * np.abs(want).max())
@@ -132,8 +132,8 @@ def test_equals_published_network(data_dir):
     def block(i):
         b = f"blocks.{i}."
         return {"norm1": {"weight": w[b + "norm1.weight"]}, "norm2": {"weight": w[b + "norm2.weight"]},
-                "qkv": linear(b + "attn_qkv"), "out": linear(b + "attn_out"), "up": affine(b + "mlp.0"),
-                "down": affine(b + "mlp.2"), "modulation": affine(b + "adaLN_modulation")}
+                "qkv": {"kernel": linear(b + "attn_qkv")["kernel"].reshape(32, 3, 32)}, "out": linear(b + "attn_out"),
+                "up": affine(b + "mlp.0"), "down": affine(b + "mlp.2"), "modulation": affine(b + "adaLN_modulation")}
 
     head = FlatHead(Hierarchy.from_parents([], num_words=128))
     network = Network(head, symbols=128, width=32, blocks=2, heads=4, cond=16)
@@ -194,10 +194,21 @@ def test_padding_is_not_seen():
     params, (z, t) = random_params(network), inputs()
     valid = np.arange(S)[None] < np.array([[S], [6], [3]])
     other = jnp.where(jnp.asarray(valid), z, (z + 7) % N)
-    a, b = (np.asarray(apply(network, params, x, t, jnp.asarray(valid))) for x in (z, other))
+    a, b = (np.asarray(apply(network, params, x, t, jnp.asarray(valid, jnp.int32))) for x in (z, other))
     np.testing.assert_array_equal(a[valid], b[valid])
     a, b = (np.asarray(apply(network, params, x, t)) for x in (z, other))
-    assert np.abs(a[1:] - b[1:])[valid[1:]].max() > 1e-2, "without `valid` it is seen"
+    assert np.abs(a[1:] - b[1:])[valid[1:]].max() > 1e-2, "without a segment it is seen"
+
+
+def test_documents_of_a_row_are_as_if_alone():
+    network = Network(**SIZES)
+    params, (z, t) = random_params(network), inputs()
+    segment = jnp.broadcast_to(jnp.asarray([[0] * 3 + [1] * 4 + [-1] * 3]), z.shape)
+    packed = np.asarray(apply(network, params, z, t, segment))
+    for first, end in ((0, 3), (3, 7)):
+        alone = apply(network, params, z[:, first:end], t)
+        np.testing.assert_allclose(packed[:, first:end], alone, rtol=1e-4, atol=1e-4)
+    assert np.abs(packed - np.asarray(apply(network, params, z, t))).max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["cheap", "all"])

@@ -1,304 +1,193 @@
-"""hdlm_jax/text/pipeline.py: prepared folders are whole, checked, reused; batches are pure and resume."""
+"""hdlm_jax/text/pipeline.py: rows by enumeration against brute force; batches are pure, streams resume exactly."""
+import collections
 import dataclasses
-import gzip
-import hashlib
+import gc
+import itertools
 import json
-import math
-import shutil
-import subprocess
-import sys
-import time
+import os
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hdlm_jax.text import corpus, pipeline, tokens
+from hdlm_jax.text import corpus, pipeline, prepare, tokens
 
-BYTES = dict(tokenizer_kind="bytes")
-
-
-def write_jsonl(path: Path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+EOT = 999  # of the folders below; no other token of theirs has this number
+SETTINGS = list(itertools.product(pipeline.PACKINGS, (0.0, 0.5)))  # packing, variable_share
 
 
-def text(i: int) -> str:
-    return f"document {i} says é {'x' * (i % 7)}"
+def write_folder(folder: Path, train: list, valid: list, *, shards: int = 1, prompts: bool = False,
+                 dtype: str = "uint16") -> Path:
+    """A folder of tokens as `prepare` writes it: lists of documents, each a (prompt, text) pair of token lists.
+
+    A split is cut into `shards` ranges. With several, a range lies between documents of no split, and the order of
+    the ranges is not that of the files.
+    """
+    folder.mkdir(parents=True)
+    splits: dict[str, list] = {"train": [], "valid": []}
+    for split, documents in (("train", train), ("valid", valid)):
+        bounds = np.linspace(0, len(documents), shards + 1).astype(int)
+        for number, (first, end) in enumerate(itertools.pairwise(bounds)):
+            foreign = [([7], [7] * 4 * (number + 1))] * (shards > 1)
+            stem = f"{split}-{shards - number:05d}-000"
+            inside = [len(prompt) + len(text) + 1 for prompt, text in documents[first:end]]
+            before = sum(len(prompt) + len(text) + 1 for prompt, text in foreign)
+            rows, flat = [], []
+            for prompt, text in [*foreign, *documents[first:end], *foreign]:
+                flat += [*prompt, *text, EOT]
+                rows.append([len(prompt) + len(text) + 1, len(prompt) + len(text), len(prompt), len(prompt)])
+            np.array(flat, np.dtype(dtype).newbyteorder("<")).tofile(folder / f"{stem}.bin")
+            np.array(rows, "<u4").tofile(folder / f"{stem}.idx")
+            splits[split].append([stem, before, before + sum(inside), len(foreign), len(foreign) + int(end - first)])
+    facts = {field.name: 0 for field in dataclasses.fields(prepare.Manifest)} | dict(
+        version=prepare.VERSION, vocab_size=EOT + 1, eot=EOT, dtype=dtype, prompts=prompts, splits=splits)
+    (folder / prepare.MANIFEST).write_text(json.dumps(facts))
+    return folder
 
 
-def numbered(path: Path, count: int = 60) -> str:
-    return write_jsonl(path, [{"text": text(i), "q": f"what {i}?"} for i in range(count)])
+def lengths_to_documents(lengths: list[int], prompts: list[int] | None = None) -> list:
+    """Documents of so many tokens with the end of text; their other tokens count 0, 1, 2, ... through all of them."""
+    count = itertools.count()
+    return [([next(count) for _ in range(prompt)], [next(count) for _ in range(length - prompt - 1)])
+            for length, prompt in zip(lengths, prompts or [0] * len(lengths), strict=True)]
+
+
+def flat_tokens(documents: list) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens of documents one after the other, and whether each is scored."""
+    flat = [token for prompt, text in documents for token in [*prompt, *text, EOT]]
+    score = [scored for prompt, text in documents for scored in [False] * len(prompt) + [True] * (len(text) + 1)]
+    return np.array(flat), np.array(score)
+
+
+def segments(row: np.ndarray, length: int) -> list[int]:
+    """Brute force: the number of the document within the row, -1 on padding."""
+    found, document = [], 0
+    for place, token in enumerate(row):
+        found.append(document if place < length else -1)
+        document += int(token) == EOT
+    return found
+
+
+# 40 documents of 1 to 12 tokens (of which up to 9 prompt) and three long ones; 300 tokens or so
+LENGTHS = [1, 2, 12, 5, 3, 3, 8, 1, 1, 6, 31, 4, 7, 2, 9, 10, 11, 12, 3, 5] * 2 + [23]
+PROMPTS = [0, 1, 9, 2, 0, 1, 7, 0, 0, 3, 28, 1, 2, 0, 8, 0, 10, 4, 2, 4] * 2 + [22]
 
 
 @pytest.fixture(scope="module")
-def embedded(tmp_path_factory) -> tuple[Path, pipeline.Manifest]:
-    folder = tmp_path_factory.mktemp("embedded")
-    return folder, pipeline.prepare(folder, vocab_size=1024, say=lambda _: None)
+def folders(tmp_path_factory) -> dict:
+    """The same documents in one shard and in four, without prompts and with them."""
+    base = tmp_path_factory.mktemp("folders")
+    made = {}
+    for prompts, shards in itertools.product((False, True), (1, 4)):
+        documents = lengths_to_documents(LENGTHS, PROMPTS if prompts else None)
+        made[prompts, shards] = write_folder(base / f"{prompts}{shards}", documents, documents[5:27],
+                                             shards=shards, prompts=prompts)
+    return made
 
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory) -> Path:
     """A folder whose training tokens are 0, 1, ..., T-1 (T = 1003): every token says where it is from."""
-    base = tmp_path_factory.mktemp("ring")
-    source = write_jsonl(base / "a.jsonl", [{"text": "x" * 1002}])
-    held = write_jsonl(base / "b.jsonl", [{"text": "y"}])
-    manifest = pipeline.prepare(base / "tokens", source="files", files=source, validation=held, **BYTES)
-    assert manifest.train_tokens == 1003
-    np.arange(1003, dtype="<u2").tofile(base / "tokens" / "train.bin")
-    return base / "tokens"
+    folder = write_folder(tmp_path_factory.mktemp("ring") / "tokens", [([], [0] * 1002)], [([], [0])])
+    np.arange(1003, dtype="<u2").tofile(folder / "train-00001-000.bin")
+    return folder
 
 
-# ---------------------------------------------------------------------------------------------------- prepare
+def one_document(folder: Path, length: int, prompt: int) -> Path:
+    return write_folder(folder, lengths_to_documents([length], [prompt]), [([], [0])], prompts=prompt > 0)
 
 
-def test_embedded_corpus_prepared(embedded):
-    folder, manifest = embedded
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["manifest.json", tokens.JSON_FILE, tokens.RANK_FILE, "train.bin", "valid.bin"])
-    assert manifest == pipeline.load_manifest(folder)
-    assert (manifest.vocab_size, manifest.eot, manifest.dtype) == (1024, 1023, "uint16")
-    assert not manifest.masks
-    tokenizer = tokens.load_tokenizer(folder)
-    assert tokenizer.fingerprint == manifest.tokenizer_fingerprint
-    documents = corpus.embedded_corpus()[0]
-    fingerprint = corpus.Fingerprint()
-    for document in documents:
-        fingerprint.add(document)
-    assert manifest.corpus_fingerprint == fingerprint.hexdigest()
-    for split, held in (("train", False), ("valid", True)):
-        flat = pipeline.read_tokens(folder, split)
-        wanted = [document.text for document in documents if corpus.split(document, 0.05) == held]
-        ends = np.flatnonzero(flat == manifest.eot)
-        pieces = np.split(flat, ends + 1)
-        assert len(pieces.pop()) == 0 and len(pieces) == len(wanted)
-        assert [tokenizer.decode(piece[:-1]) for piece in pieces[:20]] == wanted[:20]
-        assert getattr(manifest, f"{split}_documents") == len(wanted)
-        assert getattr(manifest, f"{split}_tokens") == len(flat)
-        assert getattr(manifest, f"{split}_scored_tokens") == len(flat)
-        assert getattr(manifest, f"{split}_bytes") == sum(len(text.encode()) for text in wanted)
-        raw = (folder / f"{split}.bin").read_bytes()
-        facts = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-        assert manifest.shards[f"{split}.bin"] == facts
-    # the BPE saw training documents only
-    assert manifest.bpe_training_bytes == manifest.train_bytes
-    texts = [document.text for document in documents if not corpus.split(document, 0.05)]
-    assert tokens.make_tokenizer("bpe", 1024, texts).fingerprint == manifest.tokenizer_fingerprint
+# ------------------------------------------------------------------------------------------- a folder of tokens
 
 
-def test_unigram_nats_by_hand(embedded):
-    folder, manifest = embedded
-    train = pipeline.read_tokens(folder).tolist()
-    valid = pipeline.read_tokens(folder, "valid").tolist()
-    counts = [1] * manifest.vocab_size
-    for token in train:
-        counts[token] += 1
-    nats = -sum(math.log(counts[token] / (len(train) + manifest.vocab_size)) for token in valid) / len(valid)
-    assert manifest.unigram_nats == pytest.approx(nats, rel=1e-12)
-    bits = nats * len(valid) / math.log(2)
-    assert manifest.unigram_bits_per_byte == pytest.approx(bits / manifest.valid_bytes, rel=1e-12)
-    assert 4.0 < nats < math.log(1024)
+@pytest.mark.parametrize("prompts", [False, True])
+def test_shards_are_one_ring(folders, prompts, monkeypatch):
+    flat, score = flat_tokens(lengths_to_documents(LENGTHS, PROMPTS if prompts else None))
+    held, held_score = flat_tokens(lengths_to_documents(LENGTHS, PROMPTS if prompts else None)[5:27])
+    monkeypatch.setattr(pipeline, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(pipeline, "_COUNTED_TOKENS", 50)
+    for shards in (1, 4):
+        folder = folders[prompts, shards]
+        split = pipeline.Split(folder, pipeline.load_manifest(folder), "train")
+        starts = np.arange(split.tokens)
+        for size in (1, 17, len(flat), 2 * len(flat) + 3):  # the ring, once and again
+            places = (starts[:, None] + np.arange(size)) % len(flat)
+            rows = split.gather(starts, size)
+            assert rows.dtype == np.int32
+            np.testing.assert_array_equal(rows, flat[places])
+            np.testing.assert_array_equal(split.scored(starts, size), score[places])
+        sizes = [len(prompt) + len(text) + 1 for prompt, text in lengths_to_documents(LENGTHS)]
+        assert split.documents.starts.dtype == np.int64
+        assert split.documents.starts.tolist() == [0, *itertools.accumulate(sizes)]
+        assert split.documents.prompts.tolist() == (PROMPTS if prompts else [0] * len(LENGTHS))
+        gc.collect()
+        open_files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        assert sum(str(folder) in name for name in open_files) == min(shards, 2)  # the rest is closed again
+        for name, tokens_there, scored in (("train", flat, score), ("valid", held, held_score)):
+            found = pipeline.read_tokens(folder, name)
+            assert found.dtype == np.uint16
+            np.testing.assert_array_equal(found, tokens_there)
+            np.testing.assert_array_equal(pipeline.read_tokens(folder, name, 70), tokens_there[:70])
+            assert len(pipeline.read_tokens(folder, name, 10**9)) == len(tokens_there)
+            counts = pipeline.token_counts(folder, name)
+            assert counts.dtype == np.int64
+            np.testing.assert_array_equal(counts, np.bincount(tokens_there[scored], minlength=EOT + 1))
+    view = pipeline.read_tokens(folders[prompts, 1])
+    assert not view.flags.writeable and not view.flags.owndata  # on disk, not in memory
 
 
-def test_prepare_is_idempotent_and_says_so(tmp_path):
-    files = numbered(tmp_path / "a.jsonl")
-    said: list[str] = []
-    arguments = dict(source="files", files=files, validation_fraction=0.2, say=said.append, **BYTES)
-    first = pipeline.prepare(tmp_path / "tokens", **arguments)
-    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}
-    assert pipeline.prepare(tmp_path / "tokens", **arguments) == first
-    assert times == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}
-    assert len(said) == 2 and "made" in said[0] and "reusing" in said[1]
-    assert first.corpus_fingerprint[:12] in said[1]
-    assert all("\n" not in line for line in said)
-    # the same in another place gives the same bytes
-    other = pipeline.prepare(tmp_path / "other", **arguments)
-    assert other == first and other.fingerprint == first.fingerprint
-    for name in first.shards:
-        assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "tokens" / name).read_bytes()
-    # tokens go on where their source is not (a pod that was sent the folder)
-    Path(files).unlink()
-    assert pipeline.prepare(tmp_path / "tokens", **arguments) == first
-    assert "source files are not on this machine" in said[-1]
-    with pytest.raises(ValueError, match="no file matches"):
-        pipeline.prepare(tmp_path / "third", **arguments)
+def test_wide_tokens(tmp_path):
+    wide = [([], [70_000, 3, 2**31 - 1])]
+    folder = write_folder(tmp_path / "tokens", wide, wide, dtype="uint32")
+    assert pipeline.read_tokens(folder).dtype == np.uint32
+    assert pipeline.valid_rows(folder, 4)["x"].tolist() == [[70_000, 3, 2**31 - 1, EOT]]
 
 
-@pytest.mark.parametrize("change, named", [
-    (dict(text_field="q"), "data.text_field='text', it is now 'q'"),
-    (dict(validation_fraction=0.3), "data.validation_fraction=0.2, it is now 0.3"),
-    (dict(tokenizer_kind="bpe"), "tokenizer.kind='bytes', it is now 'bpe'"),
-    (dict(prompt_field="q"), "data.prompt_field='', it is now 'q'"),
-    (dict(source="embedded", files=()), "data.source='files', it is now 'embedded'"),
-])
-def test_other_settings_are_named(tmp_path, change, named):
-    arguments = dict(source="files", files=numbered(tmp_path / "a.jsonl"), validation_fraction=0.2, **BYTES)
-    pipeline.prepare(tmp_path / "tokens", **arguments)
-    pipeline.prepare(tmp_path / "tokens", **arguments, vocab_size=7)  # of no importance to bytes
-    with pytest.raises(ValueError, match=named) as error:
-        pipeline.prepare(tmp_path / "tokens", **(arguments | change))
-    assert "\n" not in str(error.value) and f"delete {tmp_path / 'tokens'}" in str(error.value)
-
-
-def test_changed_files_and_damaged_shards_are_named(tmp_path):
-    arguments = dict(source="files", files=str(tmp_path / "*.jsonl"), validation_fraction=0.2, **BYTES)
-    numbered(tmp_path / "a.jsonl")
-    pipeline.prepare(tmp_path / "tokens", **arguments)
-    numbered(tmp_path / "b.jsonl", 3)
-    with pytest.raises(ValueError, match=r"from other files: b\.jsonl \(\d+ bytes\)"):
-        pipeline.prepare(tmp_path / "tokens", **arguments)
-    (tmp_path / "b.jsonl").unlink()
-    raw = bytearray((tmp_path / "tokens" / "valid.bin").read_bytes())
-    raw[0] ^= 1
-    (tmp_path / "tokens" / "valid.bin").write_bytes(raw)
-    with pytest.raises(ValueError, match=r"valid\.bin is damaged or missing: delete"):
-        pipeline.prepare(tmp_path / "tokens", **arguments)
-    (tmp_path / "tokens" / "valid.bin").unlink()
-    with pytest.raises(ValueError, match=r"valid\.bin is damaged or missing: delete"):
-        pipeline.prepare(tmp_path / "tokens", **arguments)
-
-
-def test_a_failed_prepare_leaves_no_manifest_and_is_done_again(tmp_path):
-    path = tmp_path / "a.jsonl"
-    numbered(path)
-    good = path.read_text()
-    path.write_text(good + '{"text": 1}\n')
-    arguments = dict(source="files", files=str(path), validation_fraction=0.2, **BYTES)
-    with pytest.raises(ValueError, match=r"a\.jsonl:61: field 'text' must be a string"):
-        pipeline.prepare(tmp_path / "tokens", **arguments)
-    assert list((tmp_path / "tokens").iterdir()) == []  # not even temporary files
-    with pytest.raises(ValueError, match=r"no tokens in .*\(manifest.json is missing\); run --mode=prepare"):
-        pipeline.TrainBatches(tmp_path / "tokens", 8, 2)
-    path.write_text(good)
-    assert pipeline.prepare(tmp_path / "tokens", **arguments).train_documents > 30
-
-
-def test_killed_prepare_is_done_again(tmp_path):
-    """SIGKILL while documents stream: what stays behind is never taken for whole."""
-    path = tmp_path / "a.jsonl"
-    numbered(path, 60_000)
-    code = ("import sys; from hdlm_jax.text import pipeline; pipeline._BATCH_BYTES = 2000; "
-            f"pipeline.prepare({str(tmp_path / 'tokens')!r}, source='files', files={str(path)!r}, "
-            "tokenizer_kind='bytes', say=print)")
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(file.stat().st_size for file in tmp_path.glob("tokens/train.bin.tmp*")):
-            break
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "tokens" / "manifest.json").exists()
-    manifest = pipeline.prepare(tmp_path / "tokens", source="files", files=str(path), **BYTES)
-    again = pipeline.prepare(tmp_path / "clean", source="files", files=str(path), **BYTES)
-    assert manifest == again
-
-
-def test_validation_files_and_leaks(tmp_path):
-    numbered(tmp_path / "train.jsonl", 50)
-    with gzip.open(tmp_path / "held.jsonl.gz", "wt") as file:
-        for i in (3, 7, 99):
-            file.write(json.dumps({"text": text(i), "q": ""}) + "\n")
-    manifest = pipeline.prepare(tmp_path / "tokens", source="files", files=str(tmp_path / "train.jsonl"),
-                                validation=[str(tmp_path / "held*")], vocab_size=300)
-    assert (manifest.train_documents, manifest.valid_documents, manifest.left_out) == (48, 3, 2)
-    assert manifest.bpe_training_bytes == manifest.train_bytes
-    assert manifest.settings["data.validation_fraction"] is None
-    assert [name for name, _ in manifest.sources] == ["train.jsonl", "held.jsonl.gz"]
-
-
-def test_bpe_training_text_is_a_share_of_each_file(tmp_path):
-    for name in "ab":
-        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i:03} " * 10} for i in range(200)])
-    held = write_jsonl(tmp_path / "held.jsonl", [{"text": "z"}])
-    arguments = dict(source="files", files=str(tmp_path / "[ab].jsonl"), validation=held)
-    manifest = pipeline.prepare(tmp_path / "tokens", vocab_size=400, bpe_training_bytes=2020, **arguments)
-    assert manifest.bpe_training_bytes == 2020
-    texts = [(f"{name}{i:03} " * 10)[:1010 - 50 * i] for name in "ab" for i in range(21)]
-    assert manifest.tokenizer_fingerprint == tokens.make_tokenizer("bpe", 400, texts).fingerprint
-    said: list[str] = []
-    less = pipeline.prepare(tmp_path / "less", vocab_size=50_000, say=said.append, **arguments)
-    assert less.vocab_size < 50_000
-    assert "50,000 were asked for" in said[0] and f"V={less.vocab_size:,}" in said[0]
-
-
-def test_wide_vocabularies_take_uint32(tmp_path):
-    words = [bytes([i]) for i in range(256)] + [b"%d" % i for i in range(10, 66_000)]
-    tokens.Tokenizer("bpe", words).save(tmp_path / "t")
-    files = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i} {i}"} for i in range(65_000, 65_100)])
-    manifest = pipeline.prepare(tmp_path / "tokens", source="files", files=files, validation_fraction=0.2,
-                                tokenizer_file=str(tmp_path / "t" / tokens.RANK_FILE))
-    assert manifest.dtype == "uint32" and manifest.vocab_size == len(words) + 1
-    rows = pipeline.valid_rows(tmp_path / "tokens", 7)
-    assert rows["x"].max() == manifest.eot > 65_535
-    with pytest.raises(ValueError, match="tokenizer.file"):
-        pipeline.prepare(tmp_path / "tokens", source="files", files=files, validation_fraction=0.2)
+def test_wrong_folders(folders, tmp_path):
+    with pytest.raises(ValueError, match="split is 'test'; choices: train, valid"):
+        pipeline.read_tokens(folders[False, 1], "test")
+    with pytest.raises(ValueError, match="no tokens in .* run --mode=prepare"):
+        pipeline.valid_rows(tmp_path, 8)
+    documents = lengths_to_documents([5, 6], [1, 2])
+    folder = write_folder(tmp_path / "tokens", documents, documents, prompts=True)
+    for suffix, message in (
+            ("idx", r"001-000\.idx does not fit train-00001-000\.bin: documents 0 to 2 must have 11 tokens; run"),
+            ("bin", r"001-000\.bin cannot be read up to token 11 \(.*\); run --mode=prepare")):
+        path = folder / f"train-00001-000.{suffix}"
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-16] if suffix == "idx" else raw[:-2])
+        with pytest.raises(ValueError, match=message) as error:
+            pipeline.TrainBatches(folder, 3, 1).batch(0)
+        assert "\n" not in str(error.value)
+        path.unlink()
+        with pytest.raises(ValueError, match=rf"{path.name} cannot be read .*; run --mode=prepare"):
+            pipeline.TrainBatches(folder, 3, 1).batch(0)
+        path.write_bytes(raw)
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(source="web"), "data.source is 'web'; choices: embedded, files"),
-    (dict(source="files"), "data.files is empty"),
-    (dict(files="a.txt"), "data.files and data.prompt_field need data.source='files'"),
-    (dict(validation_fraction=0.0), "data.validation_fraction is 0.0; must be between 0 and 1"),
-    (dict(validation="no/such.txt"), "data.validation: no file matches 'no/such.txt'"),
-    (dict(vocab_size=100), "tokenizer.vocab_size is 100; must be at least 257"),
-    (dict(tokenizer_kind="words"), "tokenizer.kind is 'words'; choices: gpt2, bpe, bytes"),
-    (dict(tokenizer_file="no/such"), "tokenizer.file 'no/such' cannot be read"),
+    (dict(packing="best"), "data.packing is 'best'; choices: concat, documents, crop"),
+    (dict(variable_share=1.5), r"data.variable_share is 1.5; must be in 0\.\.1"),
+    (dict(seq_len=0), "model.seq_len is 0; must be at least 1"),
+    (dict(seq_len=1004), "model.seq_len is 1004; .* at most the 1003 training tokens"),
+    (dict(batch_size=5, process_count=2), "train.batch_size is 5; .* multiple of the 2 processes"),
+    (dict(process_index=2, process_count=2), r"process_index is 2; must be in 0\.\.1"),
 ])
-def test_wrong_arguments(tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        pipeline.prepare(tmp_path / "tokens", **arguments)
-    assert not (tmp_path / "tokens").exists()
-
-
-def test_an_empty_split_is_an_error(tmp_path):
-    (tmp_path / "a.txt").write_text("one document\n\nonly")
-    with pytest.raises(ValueError, match="no document of 1 falls in the valid split: .*blank_line") as error:
-        pipeline.prepare(tmp_path / "tokens", source="files", files=str(tmp_path / "a.txt"), **BYTES)
+def test_wrong_settings(ring, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        pipeline.TrainBatches(ring, **(dict(seq_len=10, batch_size=6) | arguments))
     assert "\n" not in str(error.value)
-
-
-# ---------------------------------------------------------------------------------------------------- prompts
-
-
-def test_prompts_are_tokens_that_are_not_scored(tmp_path):
-    files = numbered(tmp_path / "a.jsonl")
-    manifest = pipeline.prepare(tmp_path / "tokens", source="files", files=files, prompt_field="q",
-                                validation_fraction=0.3, **BYTES)
-    assert manifest.masks and set(manifest.shards) == {
-        "train.bin", "train.mask.bin", "valid.bin", "valid.mask.bin"}
-    documents = list(corpus.documents("files", files, "text", "q"))
-    held = [document for document in documents if corpus.split(document, 0.3)]
-    prompts, texts = ([getattr(document, name).encode() for document in held] for name in ("prompt", "text"))
-    flat = b"".join(prompt + text + b"\x00" for prompt, text in zip(prompts, texts, strict=True))
-    rows = pipeline.valid_rows(tmp_path / "tokens", 16)
-    x, score = rows["x"][rows["valid"]], rows["score"][rows["valid"]]
-    assert np.where(x == 256, 0, x).astype(np.uint8).tobytes() == flat
-    wanted = np.concatenate([[0] * len(prompt) + [1] * (len(text) + 1)
-                             for prompt, text in zip(prompts, texts, strict=True)])
-    np.testing.assert_array_equal(score, wanted)
-    assert not rows["score"][~rows["valid"]].any()
-    assert manifest.valid_scored_tokens == score.sum() < manifest.valid_tokens == len(x)
-    assert manifest.valid_scored_bytes == sum(map(len, texts))
-    assert manifest.valid_bytes == sum(map(len, texts)) + sum(map(len, prompts))
-    # training rows carry the mask of the same tokens
-    flat_x = pipeline.read_tokens(tmp_path / "tokens")
-    flat_mask = np.fromfile(tmp_path / "tokens" / "train.mask.bin", np.uint8)
-    batch = pipeline.TrainBatches(tmp_path / "tokens", 11, 6, seed=3).batch(2)
-    assert batch["score"].dtype == np.bool_
-    doubled, doubled_mask = np.tile(flat_x, 2), np.tile(flat_mask, 2)
-    for x, score in zip(batch["x"], batch["score"], strict=True):
-        places = [i for i in range(len(flat_x)) if (doubled[i:i + 11] == x).all()]
-        assert any((doubled_mask[i:i + 11] == score).all() for i in places)
 
 
 # --------------------------------------------------------------------------------------------------- training
 
 
-def epoch_rows(batches: pipeline.TrainBatches, epoch: int) -> np.ndarray:
-    """All windows of an epoch, from whole batches: needs B to divide W."""
+def epoch_rows(batches: pipeline.TrainBatches, epoch: int, name: str = "x") -> np.ndarray:
+    """All rows of an epoch, from whole batches: needs B to divide W."""
     steps = batches.windows // batches.batch_size
-    return np.concatenate([batches.batch(epoch * steps + step)["x"] for step in range(steps)])
+    return np.concatenate([batches.batch(epoch * steps + step)[name] for step in range(steps)])
 
 
 def test_an_epoch_sees_every_window_once(ring):
@@ -342,110 +231,394 @@ def test_steps_may_straddle_epochs(ring):
 def test_seq_len_up_to_all_tokens(ring):
     x = pipeline.TrainBatches(ring, 1003, 3).batch(0)["x"]
     assert all(sorted(row) == list(range(1003)) for row in x)
-    with pytest.raises(ValueError, match="model.seq_len is 1004; .* at most the 1003 training tokens"):
-        pipeline.TrainBatches(ring, 1004, 3)
 
 
-def test_processes_share_the_batch_in_contiguous_rows(ring):
-    one = pipeline.TrainBatches(ring, 10, 24, seed=9)
-    for count in (2, 3, 4):
-        parts = [pipeline.TrainBatches(ring, 10, 24, 9, index, count) for index in range(count)]
-        for step in (0, 3, 4, 1000):
-            for name, array in one.batch(step).items():
-                joined = np.concatenate([part.batch(step)[name] for part in parts])
-                np.testing.assert_array_equal(joined, array)
-                assert joined.dtype == array.dtype
-    assert set(one.batch(0)) == {"x", "index"}
-    np.testing.assert_array_equal(one.batch(7)["index"], np.arange(24, dtype=np.int32))
-    with pytest.raises(ValueError, match="train.batch_size is 24; .* multiple of the 5 processes"):
-        pipeline.TrainBatches(ring, 10, 24, 0, 0, 5)
-    with pytest.raises(ValueError, match="process_index is 2; must be in 0..1"):
-        pipeline.TrainBatches(ring, 10, 24, 0, 2, 2)
-
-
-def test_batches_do_not_depend_on_what_was_asked_before(ring):
-    steps = [0, 57, 3, 1_000_000, 3, 0]
-    batches = pipeline.TrainBatches(ring, 10, 16, seed=2)
-    wanted = {step: pipeline.TrainBatches(ring, 10, 16, seed=2).batch(step)["x"] for step in steps}
-    with ThreadPoolExecutor(4) as pool:
-        for step, batch in zip(steps * 20, pool.map(batches.batch, steps * 20), strict=True):
-            np.testing.assert_array_equal(batch["x"], wanted[step])
-    batches.batch(0)["x"][:] = 0  # a caller's own copy
-    batches.batch(0)["index"][:] = 0
-    np.testing.assert_array_equal(batches.batch(0)["x"], wanted[0])
-    assert batches.batch(0)["index"][-1] == 15
-
-
-def test_order_is_pinned(ring):
+def test_order_is_pinned(ring, folders):
     """A saved data position means the same rows in later versions of NumPy and of this code."""
     batches = pipeline.TrainBatches(ring, 10, 4, seed=0)
     firsts = [batches.batch(step)["x"][:, 0].tolist() for step in (0, 26)]
     assert firsts == [[650, 530, 420, 680], [973, 340, 750, 140]]
+    crops = pipeline.TrainBatches(folders[False, 4], 8, 6, seed=0, packing="crop", variable_share=0.5).batch(3)
+    firsts = [(row[0], size) for row, size in zip(crops["x"].tolist(), crops["score"].sum(1).tolist(), strict=True)]
+    assert firsts == [(143, 6), (116, 2), (168, 8), (185, 3), (12, 5), (4, 8)]
+    assert [document.text[:4] for document in streamed(6)] == ["<2.0", "<2.2", "<2.3", "<2.1", "<2.4", "<2.9"]
+    iterator = stream().iterator()
+    state = [(next(iterator), iterator.get_state()) for _ in range(9)][-1][1]
+    assert state == {"next_index": 9, "epoch": 1, "source": 1, "record": 11, "window": 2, "place": 0, "offset": 8}
+
+
+@pytest.mark.parametrize("packing, share", SETTINGS)
+@pytest.mark.parametrize("prompts", [False, True])
+def test_batches_are_the_same_everywhere(folders, prompts, packing, share):
+    """However many shards, processes, rows a batch and threads, and whatever was asked before."""
+    settings = dict(packing=packing, variable_share=share)
+    one = pipeline.TrainBatches(folders[prompts, 1], 9, 24, 3, **settings)
+    fields = {"x": (np.int32, (24, 9)), "index": (np.int32, (24,)), "score": (np.bool_, (24, 9)),
+              "segment": (np.int32, (24, 9))}
+    fields = {name: fields[name] for name in ["x", "index"] + ["score"] * (prompts or packing == "crop" or share > 0)
+              + ["segment"] * (packing != "concat" or share > 0)}
+    wanted = {}
+    for step in (0, 1, 2, 7, 1000):
+        wanted[step] = one.batch(step)
+        assert {name: (array.dtype, array.shape) for name, array in wanted[step].items()} == fields
+        np.testing.assert_array_equal(wanted[step]["index"], np.arange(24))
+    example = one.example()
+    assert {name: (array.dtype, array.shape) for name, array in example.items()} == fields
+    assert not any(array.any() for array in example.values())
+    for count in (1, 2, 4):
+        parts = [pipeline.TrainBatches(folders[prompts, 4], 9, 24, 3, index, count, **settings)
+                 for index in range(count)]
+        for part in parts:
+            assert {name: array.shape for name, array in part.example().items()} == {
+                name: (24 // count, *shape[1:]) for name, (_, shape) in fields.items()}
+        for step, batch in wanted.items():
+            for name, array in batch.items():
+                np.testing.assert_array_equal(np.concatenate([part.batch(step)[name] for part in parts]), array)
+    halves = pipeline.TrainBatches(folders[prompts, 1], 9, 12, 3, **settings)  # other batches, the same rows
+    for name in set(fields) - {"index"}:
+        joined = np.concatenate([halves.batch(14)[name], halves.batch(15)[name]])
+        np.testing.assert_array_equal(joined, wanted[7][name])
+    with ThreadPoolExecutor(4) as pool:
+        asked = [7, 1000, 0, 2, 1] * 4
+        for step, batch in zip(asked, pool.map(one.batch, asked), strict=True):
+            for name, array in batch.items():
+                np.testing.assert_array_equal(array, wanted[step][name])
+                array[:] = 1  # a caller's own copy
+    assert not (pipeline.TrainBatches(folders[prompts, 1], 9, 24, 4, **settings).batch(0)["x"] == wanted[0]["x"]).all()
+
+
+@pytest.mark.parametrize("packing, share", SETTINGS)
+@pytest.mark.parametrize("prompts", [False, True])
+def test_every_row_against_brute_force(folders, prompts, packing, share):
+    """Each row is a piece of the text; score and segment are those of a loop over the tokens of one document."""
+    documents = lengths_to_documents(LENGTHS, PROMPTS if prompts else None)
+    flat, scored = flat_tokens(documents)
+    size = 10
+    batches = pipeline.TrainBatches(folders[prompts, 4], size, 8, seed=5, packing=packing, variable_share=share)
+    parts = [flat_tokens([document]) for document in documents] if packing == "crop" else [
+        (np.tile(flat, 2), np.tile(scored, 2))]
+    there = collections.defaultdict(set)  # what a row may show -> the scores that go with it
+    for ids, score in parts:
+        for start in range(len(ids)):
+            for length in range(1, min(size, len(ids) - start) + 1):
+                there[tuple(ids[start:start + length])].add(tuple(score[start:start + length]))
+    for step in range(20):
+        batch = batches.batch(step)
+        everything = np.ones((8, size), bool)
+        score, segment = batch.get("score", everything), batch.get("segment", np.where(everything, 0, 0))
+        for row, row_score, row_segment in zip(batch["x"], score, segment, strict=True):
+            length = int((row_segment >= 0).sum())
+            assert length >= 1
+            assert tuple(row_score[:length]) in there[tuple(row[:length])]
+            assert (row[length:] == EOT).all() and not row_score[length:].any()
+            numbered = segments(row, length)
+            assert row_segment.tolist() == (numbered if packing == "documents" else np.minimum(numbered, 0).tolist())
+            assert packing != "crop" or row_score.any()  # something to learn in every row
+            assert share or length == size or packing == "crop"
+
+
+def test_crop_visits_every_document_once(folders):
+    firsts = [([*prompt, *text, EOT])[0] for prompt, text in lengths_to_documents(LENGTHS)]
+    batches = pipeline.TrainBatches(folders[False, 4], max(LENGTHS), 1, seed=2, packing="crop")
+    assert batches.windows == len(LENGTHS)
+    orders = []
+    for epoch in range(3):
+        rows, segment = epoch_rows(batches, epoch), epoch_rows(batches, epoch, "segment")
+        seen = [tuple(row[part == 0]) for row, part in zip(rows, segment, strict=True)]
+        assert sorted(seen) == sorted((*prompt, *text, EOT) for prompt, text in lengths_to_documents(LENGTHS))
+        orders.append([row[0] for row in seen])
+        assert orders[-1] != firsts
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("length, prompt", [(30, 0), (30, 5), (30, 24), (30, 29), (10, 9), (11, 0)])
+def test_crop_draws_every_window_equally_often(tmp_path, length, prompt):
+    """All windows of S = 10 tokens in which something is scored, the last one with its end of text too."""
+    batches = pipeline.TrainBatches(one_document(tmp_path / "t", length, prompt), 10, 400, seed=1, packing="crop")
+    rows = np.concatenate([batches.batch(step)["x"] for step in range(5)])
+    starts = np.bincount(rows[:, 0])  # tokens count from 0, so the first one says where the window is
+    allowed = [start for start in range(length - 9) if start + 10 > prompt]
+    assert np.flatnonzero(starts).tolist() == allowed
+    expected = 2000 / len(allowed)
+    assert ((starts[allowed] - expected) ** 2 / expected).sum() < len(allowed) + 5 * (2 * len(allowed)) ** 0.5
+
+
+@pytest.mark.parametrize("packing", pipeline.PACKINGS)
+def test_lengths_vary(ring, packing):
+    batches = pipeline.TrainBatches(ring, 10, 500, seed=3, packing=packing, variable_share=0.3)
+    lengths = np.concatenate([(batches.batch(step)["segment"] >= 0).sum(1) for step in range(20)])
+    counts = np.bincount(lengths, minlength=11)
+    share, n = 0.3, 10_000
+    expected = np.array([0.0] + [share / 10] * 9 + [1 - share * 9 / 10]) * n
+    assert counts[0] == 0
+    assert ((counts - expected)[1:] ** 2 / expected[1:]).sum() < 9 + 5 * 18 ** 0.5
+    same = pipeline.TrainBatches(ring, 10, 500, seed=3, packing=packing, variable_share=0.3)
+    other = pipeline.TrainBatches(ring, 10, 500, seed=4, packing=packing, variable_share=0.3)
+    first = lengths[:500]
+    assert ((same.batch(0)["segment"] >= 0).sum(1) == first).all()
+    assert not ((other.batch(0)["segment"] >= 0).sum(1) == first).all()
+    assert not (lengths[500:1000] == first).all()
 
 
 def test_iterator_resumes_exactly(ring):
     batches = pipeline.TrainBatches(ring, 10, 12, seed=4)
     iterator = batches.iterator()
+    assert iterator.get_state() == batches.position(0)
     for step in range(11):
         np.testing.assert_array_equal(next(iterator)["x"], batches.batch(step)["x"])
     state = json.loads(json.dumps(iterator.get_state()))
-    assert state == {"next_index": 11}
-    wanted = [next(iterator) for _ in range(30)]
+    assert state == batches.position(11) == {"next_index": 11}
     resumed = pipeline.TrainBatches(ring, 10, 12, seed=4).iterator()
     resumed.set_state(state)
-    started = pipeline.TrainBatches(ring, 10, 12, seed=4).iterator(start_step=11, threads=1)
-    iterator.set_state(state)
-    for batch in wanted:
-        for other in (resumed, started, iterator):
-            got = next(other)
-            for name in batch:
-                np.testing.assert_array_equal(got[name], batch[name])
+    started = pipeline.TrainBatches(ring, 10, 12, seed=4).iterator(state, threads=1)
+    halves = [pipeline.TrainBatches(ring, 10, 12, 4, index, 2).iterator(state) for index in range(2)]
+    for step in range(11, 41):
+        for name, array in batches.batch(step).items():
+            joined = np.concatenate([next(half)[name] for half in halves]) if name == "x" else array
+            np.testing.assert_array_equal(joined, array)
+        for other in (resumed, started):
+            np.testing.assert_array_equal(next(other)["x"], batches.batch(step)["x"])
     assert resumed.get_state() == started.get_state() == {"next_index": 41}
-
-
-def test_two_processes_iterate_over_halves(ring):
-    whole = pipeline.TrainBatches(ring, 10, 8, seed=4).iterator(5)
-    halves = [pipeline.TrainBatches(ring, 10, 8, 4, index, 2).iterator(5) for index in range(2)]
-    for _ in range(30):
-        batch, parts = next(whole), [next(half) for half in halves]
-        for name in batch:
-            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), batch[name])
+    with pytest.raises(ValueError, match="a data position has step, here it must have next_index: .*data.stream"):
+        batches.iterator({"step": 3})
 
 
 # ------------------------------------------------------------------------------------------------- validation
 
 
-@pytest.mark.parametrize("seq_len", [1, 7, 128, 10**6])
-def test_validation_counts_every_token_once(embedded, seq_len):
-    folder, manifest = embedded
-    rows = pipeline.valid_rows(folder, seq_len)
-    flat = pipeline.read_tokens(folder, "valid")
-    assert rows["x"].shape == (-(-len(flat) // seq_len), seq_len) == rows["valid"].shape
-    assert rows["x"].dtype == np.int32 and rows["valid"].dtype == rows["score"].dtype == np.bool_
-    np.testing.assert_array_equal(rows["x"][rows["valid"]], flat)
-    assert (rows["x"][~rows["valid"]] == manifest.eot).all()
-    np.testing.assert_array_equal(rows["score"], rows["valid"])
-    assert rows["score"].sum() == manifest.valid_scored_tokens
-    part = pipeline.valid_rows(folder, seq_len, limit=3)
-    for name in rows:
-        np.testing.assert_array_equal(part[name], rows[name][:3])
+@pytest.mark.parametrize("packing", pipeline.PACKINGS)
+@pytest.mark.parametrize("prompts", [False, True])
+@pytest.mark.parametrize("seq_len", [1, 7, 128, 10**4])
+def test_validation_has_every_token_once(folders, prompts, packing, seq_len):
+    documents = lengths_to_documents(LENGTHS, PROMPTS if prompts else None)[5:27]
+    wanted, length = [], []
+    for part in ([document] for document in documents) if packing == "crop" else [documents]:
+        flat, score = flat_tokens(part)
+        for start in range(0, len(flat), seq_len):
+            row, scored = flat[start:start + seq_len], score[start:start + seq_len]
+            length.append(len(row))
+            padding = seq_len - len(row)
+            wanted.append((np.pad(row, (0, padding), constant_values=EOT), np.pad(scored, (0, padding))))
+    for shards in (1, 4):
+        rows = pipeline.valid_rows(folders[prompts, shards], seq_len, packing=packing)
+        assert {name: array.dtype for name, array in rows.items()} == {
+            "x": np.int32, "score": np.bool_, "segment": np.int32}
+        np.testing.assert_array_equal(rows["x"], [row for row, _ in wanted])
+        np.testing.assert_array_equal(rows["score"], [score for _, score in wanted])
+        numbered = [segments(row, size) for (row, _), size in zip(wanted, length, strict=True)]
+        np.testing.assert_array_equal(rows["segment"], numbered if packing == "documents" else np.minimum(numbered, 0))
+        part = pipeline.valid_rows(folders[prompts, shards], seq_len, limit=3, packing=packing)
+        for name in rows:
+            np.testing.assert_array_equal(part[name], rows[name][:3])
+    with pytest.raises(ValueError, match="data.packing is 'all'; choices"):
+        pipeline.valid_rows(folders[prompts, 1], seq_len, packing="all")
+    with pytest.raises(ValueError, match="seq_len is 0 and limit -1"):
+        pipeline.valid_rows(folders[prompts, 1], 0, -1)
 
 
-def test_wrong_folders(embedded, tmp_path):
-    folder, manifest = embedded
-    with pytest.raises(ValueError, match="split is 'test'; choices: train, valid"):
-        pipeline.read_tokens(folder, "test")
-    with pytest.raises(ValueError, match="no tokens in .* run --mode=prepare"):
-        pipeline.valid_rows(tmp_path, 8)
-    facts = dataclasses.asdict(manifest) | {"version": 0}
-    (tmp_path / "manifest.json").write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match="version is 0, this code reads 1"):
-        pipeline.load_manifest(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
-        pipeline.load_manifest(tmp_path)
-    shutil.copytree(folder, tmp_path / "copy")
-    plain = tokens.make_tokenizer("bytes")
-    plain.save(tmp_path / "copy")
-    with pytest.raises(ValueError, match="is not the one the tokens were made with"):
-        pipeline.prepare(tmp_path / "copy", vocab_size=1024)
+# ------------------------------------------------------------------------------------------------ raw documents
+
+
+class Text(str):
+    """A str whose life can be watched: plain ones take no weak reference."""
+
+
+@dataclasses.dataclass
+class Shelf:
+    """A reader of made-up documents: source s has 3 + 4s training documents, some others, and records that are bad."""
+
+    prompt_field: str = ""
+    read_documents: int = 0
+    most: int = 0  # documents in memory at once
+    texts: list = dataclasses.field(default_factory=list)
+
+    def read(self, source: str):
+        number = int(source)
+        for i in range(3 + 4 * number):
+            if i % 4 == number:
+                yield corpus.Bad(source, f"line {i}", "not JSON")
+            if i % 3 == number:
+                yield corpus.Document("held out", source, "what?" * bool(self.prompt_field))
+            prompt = f"prompt {number}.{i} " * (i % 3) if self.prompt_field else ""
+            text = Text(f"<{number}.{i}" + "=" * (i * 7 % 25 + 60 * (i == 9)) + ">")
+            self.read_documents += 1
+            self.texts.append(weakref.ref(text))
+            self.most = max(self.most, sum(text() is not None for text in self.texts))
+            yield corpus.Document(text, source, prompt)
+
+
+class CountingTokenizer(tokens.Tokenizer):
+    def __init__(self):
+        super().__init__("bytes", [bytes([byte]) for byte in range(256)])
+        self.encoded = 0
+
+    def encode_batch(self, texts, threads=0):
+        self.encoded += len(texts)
+        return super().encode_batch(texts, threads)
+
+
+SOURCES = ["0", "1", "2"]
+SHELF = {prompts: [document for source in SOURCES for document in Shelf("q" if prompts else "").read(source)
+                   if isinstance(document, corpus.Document) and document.text != "held out"]
+         for prompts in (False, True)}  # 3 + 7 + 11 training documents
+
+
+def stream(prompts: bool = False, **settings) -> pipeline.StreamBatches:
+    settings = dict(seq_len=16, batch_size=4, seed=1, shuffle_documents=5, eot=256) | settings
+    return pipeline.StreamBatches(Shelf("q" if prompts else ""), SOURCES, CountingTokenizer(),
+                                  lambda document: document.text != "held out", **settings)
+
+
+def streamed(count: int, prompts: bool = False, **settings) -> list[corpus.Document]:
+    """The first documents of a stream, read back from its concatenated tokens."""
+    iterator = stream(prompts, **settings).iterator()
+    known = {(document.prompt + document.text).encode(): document for document in SHELF[prompts]}
+    flat: list[int] = []
+    while flat.count(256) < count:
+        flat += next(iterator)["x"].ravel().tolist()
+    pieces = bytes(token % 256 for token in flat).split(b"\0")  # end of text, 256, becomes 0
+    return [known[piece] for piece in pieces[:count]]
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_a_stream_reads_every_document_once_an_epoch(prompts):
+    read = streamed(63, prompts, shuffle_documents=1)  # three epochs as they are read
+    orders = []
+    for epoch in range(3):
+        groups = [(source, list(group)) for source, group in itertools.groupby(
+            read[21 * epoch:21 * (epoch + 1)], lambda document: document.name)]
+        assert sorted(source for source, _ in groups) == SOURCES
+        for source, group in groups:  # each source in one go, from its beginning
+            assert group == [document for document in SHELF[prompts] if document.name == source]
+        orders.append([source for source, _ in groups])
+    assert len(set(map(tuple, orders))) > 1
+    shuffled = streamed(63, prompts, shuffle_documents=5)
+    moved = []
+    for epoch in range(3):  # the last window of an epoch is shorter
+        for first in (0, 5, 10, 15, 20):
+            window = slice(21 * epoch + first, 21 * epoch + min(first + 5, 21))
+            assert sorted(shuffled[window]) == sorted(read[window])
+            moved.append(tuple(read[window].index(document) for document in shuffled[window]))
+    assert len(set(moved)) > 8  # of 12 windows of 5 documents
+    assert streamed(21, prompts, shuffle_documents=5, seed=2) != shuffled[:21]
+    everything = streamed(42, prompts, shuffle_documents=1000)
+    assert sorted(everything[:21]) == sorted(everything[21:]) == sorted(SHELF[prompts])
+
+
+@pytest.mark.parametrize("packing, share", SETTINGS)
+@pytest.mark.parametrize("prompts", [False, True])
+def test_streamed_rows_against_brute_force(prompts, packing, share, monkeypatch):
+    documents = streamed(200, prompts)
+    monkeypatch.setattr(pipeline, "_ENCODED_CHARS", 40)  # a few documents at once
+    ids = [[*document.prompt.encode(), *document.text.encode(), 256] for document in documents]
+    scored = [[place >= len(document.prompt) for place in range(len(row))]
+              for document, row in zip(documents, ids, strict=True)]
+    flat, flat_score = sum(ids, []), sum(scored, [])
+    batches = stream(prompts, packing=packing, variable_share=share)
+    iterator, lengths, windows = batches.iterator(), [], set()
+    for step in range(40):
+        batch = next(iterator)
+        for (name, array), like in zip(batch.items(), batches.example().items(), strict=True):
+            assert (name, array.dtype, array.shape) == (like[0], like[1].dtype, like[1].shape)
+        everything = np.ones((4, 16), bool)
+        score, segment = batch.get("score", everything), batch.get("segment", np.where(everything, 0, 0))
+        for i in range(4):
+            number, length = 4 * step + i, int((segment[i] >= 0).sum())
+            row, row_score = batch["x"][i].tolist(), score[i].tolist()
+            if packing == "crop":
+                found = [start for start in range(len(ids[number]) - length + 1)
+                         if (row[:length], row_score[:length])
+                         == (ids[number][start:start + length], scored[number][start:start + length])]
+                assert found and any(row_score)
+                windows.add((found[0], len(ids[number]) - length))
+            else:
+                begin = 16 * number
+                assert (row[:length], row_score[:length]) == (flat[begin:begin + length],
+                                                              flat_score[begin:begin + length])
+            numbered = segments(np.where(batch["x"][i] == 256, EOT, 0), length)
+            assert segment[i].tolist() == (numbered if packing == "documents" else np.minimum(numbered, 0).tolist())
+            assert row[length:] == [256] * (16 - length) and not any(row_score[length:])
+            whole = min(16, len(ids[number])) if packing == "crop" else 16
+            assert 1 <= length <= whole
+            lengths.append(length == whole)
+    assert all(lengths) if share == 0 else 0.4 < np.mean(lengths) < 0.75
+    if packing == "crop":
+        assert any(start == 0 < last for start, last in windows) and any(start == last > 0 for start, last in windows)
+
+
+@pytest.mark.parametrize("packing, share", SETTINGS)
+@pytest.mark.parametrize("prompts", [False, True])
+def test_a_stream_goes_on_from_every_position(prompts, packing, share):
+    """From any batch, on any number of processes, read ahead or not: batches and positions of an undisturbed run."""
+    settings = dict(packing=packing, variable_share=share, batch_size=4, shuffle_documents=4)
+    iterator = stream(prompts, **settings).iterator(prefetch=3)
+    wanted, states = [], [json.loads(json.dumps(iterator.get_state()))]
+    for _ in range(40):
+        wanted.append(next(iterator))
+        states.append(json.loads(json.dumps(iterator.get_state())))
+    assert states[-1]["epoch"] >= 1 and states[-1]["next_index"] == 40
+    for step in range(0, 37):
+        count = (1, 2, 4)[step % 3]
+        parts = [stream(prompts, process_index=index, process_count=count, **settings).iterator(
+            states[step], prefetch=step % 2) for index in range(count)]
+        for later in range(step, step + 1 + 3 * (step % 5 == 0)):
+            batches = [next(part) for part in parts]
+            for name, array in wanted[later].items():
+                np.testing.assert_array_equal(np.concatenate([batch[name] for batch in batches]), array)
+            assert [part.get_state() for part in parts] == [states[later + 1]] * count
+    iterator.set_state(states[7])
+    np.testing.assert_array_equal(next(iterator)["x"], wanted[7]["x"])
+
+
+def test_a_stream_skips_without_tokenising_and_holds_one_window():
+    batches = stream(shuffle_documents=4)
+    iterator = batches.iterator(prefetch=0)
+    for _ in range(60):
+        next(iterator)
+        used = batches._tokenizer.encoded
+        assert batches._reader.read_documents <= used + 4  # no more than the window
+    assert batches._reader.most <= 4 + 1  # and the one being read
+    state = iterator.get_state()
+    assert used > 50 and state["record"] + state["window"] > 4
+    resumed = stream(shuffle_documents=4)
+    next(resumed.iterator(state, prefetch=0))
+    assert resumed._tokenizer.encoded <= 8 < 21
+
+
+def test_a_stream_that_cannot_work_says_why():
+    class Broken(Shelf):
+        def read(self, source):
+            yield from super().read("0")
+            raise ValueError(f"{source}: no such file")
+
+    never = stream()
+    never._is_training = lambda document: False
+    with pytest.raises(ValueError, match="data.files: no training document in the 3 sources"):
+        next(never.iterator())
+    broken = pipeline.StreamBatches(Broken(), ["a.txt"], CountingTokenizer(), lambda _: True, seq_len=4, batch_size=1,
+                                    eot=256)
+    with pytest.raises(ValueError, match="a.txt: no such file"):
+        next(broken.iterator())
+    with pytest.raises(ValueError, match="data.shuffle_documents is 0; must be at least 1"):
+        stream(shuffle_documents=0)
+    with pytest.raises(ValueError, match="a data position has next_index, here it must have next_index, epoch, "):
+        stream().iterator({"next_index": 3})
+    state = stream().iterator().get_state()
+    for other in (dict(place=5), dict(offset=10**6)):
+        with pytest.raises(ValueError, match="the data position is of other documents"):
+            next(stream().iterator(state | other))
+
+
+def test_a_stream_of_files(tmp_path):
+    """`corpus.Reader` on files, one of them with a bad line; the tokens are those of the tokenizer."""
+    texts = {name: [f"{name} {i} " + "word " * i for i in range(9)] for name in "ab"}
+    for name, lines in texts.items():
+        rows = [json.dumps({"text": text}) for text in lines]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*rows[:4], "{", *rows[4:]]))
+    tokenizer = tokens.make_tokenizer("bpe", 300, itertools.chain(*texts.values()))
+    sources = corpus.resolve(str(tmp_path / "*.jsonl"))
+    batches = pipeline.StreamBatches(corpus.Reader(), sources, tokenizer, lambda document: "3" not in document.text,
+                                     seq_len=64, batch_size=16, packing="crop", eot=tokenizer.eot)
+    batch = next(batches.iterator())
+    found = [tokenizer.decode(row[there][:-1]) for row, there in zip(batch["x"], batch["score"], strict=True)]
+    assert sorted(found) == sorted(text for lines in texts.values() for text in lines if "3" not in text)

@@ -1,9 +1,12 @@
-"""hdlm_jax/text/tokens.py: every tokenizer gives the text back, is saved and checked, and fails clearly."""
+"""hdlm_jax/text/tokens.py: tokenizers give the text back (BERT's what it keeps), are saved, and fail clearly."""
 import base64
 import functools
 import hashlib
 import json
 import shutil
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +27,20 @@ def bpe(size: int = 1024) -> tokens.Tokenizer:
 @functools.cache
 def plain() -> tokens.Tokenizer:
     return tokens.make_tokenizer("bytes")
+
+
+# A vocabulary like BERT's: words in brackets anywhere, lower-case words, pieces, every letter alone and as a piece.
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+BERT = ["[PAD]", *LETTERS, "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "un", "##aff", "##able", "hello", "world", "sep",
+        ",", ".", "'", "[", "]", *("##" + letter for letter in LETTERS), "中"]
+
+
+@functools.cache
+def bert() -> tokens.Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "vocab.txt")
+        path.write_text("\n".join(BERT) + "\n", encoding="utf-8")
+        return tokens.make_tokenizer("bert", file=str(path))
 
 
 @pytest.mark.parametrize("make", [bpe, plain])
@@ -56,15 +73,15 @@ def test_end_of_text_is_the_last_id():
 
 
 def test_batch_equals_one_by_one():
-    texts = [document.text for document in corpus.embedded_corpus()[0][:40]] + ["", EOT]
-    for tokenizer in (bpe(), plain()):
+    texts = [document.text for document in corpus.embedded_corpus()[0][:40]] + ["", EOT, "[SEP]"]
+    for tokenizer in (bpe(), plain(), bert()):
         for threads in (0, 1, 3):
             for text, ids in zip(texts, tokenizer.encode_batch(texts, threads), strict=True):
                 np.testing.assert_array_equal(ids, tokenizer.encode(text))
 
 
 def test_lone_surrogates_are_refused():
-    for tokenizer in (bpe(), plain()):
+    for tokenizer in (bpe(), plain(), bert()):
         with pytest.raises(ValueError, match="text is not Unicode: lone surrogate at character 1"):
             tokenizer.encode("a\ud800")
 
@@ -119,7 +136,7 @@ def test_bpe_sizes_at_the_edges():
 # ------------------------------------------------------------------------------------------- saved and loaded
 
 
-@pytest.mark.parametrize("make", [bpe, plain])
+@pytest.mark.parametrize("make", [bpe, plain, bert])
 def test_saved_and_loaded(tmp_path, make):
     tokenizer = make()
     tokenizer.save(tmp_path / "t")
@@ -130,6 +147,9 @@ def test_saved_and_loaded(tmp_path, make):
     facts = json.loads((tmp_path / "t" / tokens.JSON_FILE).read_text())
     raw = (tmp_path / "t" / tokens.RANK_FILE).read_bytes()
     assert facts["sha256"] == hashlib.sha256(raw).hexdigest()
+    np.testing.assert_array_equal(back.encode("Hello, unaffable"), tokenizer.encode("Hello, unaffable"))
+    if make is bert:
+        return
     # the rank file alone is enough, here or in tiktoken
     again = tokens.make_tokenizer("bpe", file=str(tmp_path / "t" / tokens.RANK_FILE), sha256=facts["sha256"])
     assert again.encode("hello").tolist() == tokenizer.encode("hello").tolist()
@@ -220,3 +240,74 @@ def test_gpt2_from_cache_and_from_rank_file(tmp_path, monkeypatch, data_dir):
     short.write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)))
     with pytest.raises(ValueError, match="256 words, GPT-2 has 50256"):
         tokens.make_tokenizer("gpt2", file=str(short))
+
+
+# ------------------------------------------------------------------------------------------------------- BERT
+
+
+@pytest.mark.parametrize("text, pieces, back", [
+    ("Hello, world.", "hello , world .", "hello , world ."),
+    ("unaffable", "un ##aff ##able", "unaffable"),
+    ("Héllo\tWORLD\x00\n", "hello world", "hello world"),  # case, accents, control characters
+    ("the [SEP] [UNK] sep", "the [ sep ] [ un ##k ] sep", "the [ sep ] [ unk ] sep"),
+    ("1 ☃ the", "[UNK] [UNK] the", "[UNK] [UNK] the"),
+    ("中中the", "中 中 the", "中 中 the"),  # a Chinese character is a word
+    ("a" * 100 + " " + "a" * 101, " ".join(["a"] + ["##a"] * 99 + ["[UNK]"]), "a" * 100 + " [UNK]"),
+    ("", "", ""),
+])
+def test_bert_pieces(text, pieces, back):
+    ids = bert().encode(text)
+    assert ids.dtype == np.int32 and [BERT[token] for token in ids] == pieces.split()
+    assert bert().decode(ids) == back
+
+
+def test_bert_vocabulary():
+    assert (bert().kind, bert().vocab_size, bert().eot) == ("bert", len(BERT), BERT.index("[SEP]"))
+    assert bert().decode([BERT.index("hello"), bert().eot, 1]) == "hello [SEP] a"
+    assert [bert().token_bytes(token).decode() for token in range(bert().vocab_size)] == BERT
+    with pytest.raises(ValueError, match=f"token id is {len(BERT)}; must be in 0..{len(BERT) - 1}"):
+        bert().decode([len(BERT)])
+
+
+@settings(max_examples=80)
+@given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("abc [SEP]##'"))))
+def test_bert_encodes_no_text_to_the_end_of_text(text):
+    ids = bert().encode(text)
+    assert bert().eot not in ids.tolist() and ((ids >= 0) & (ids < bert().vocab_size)).all()
+    if BERT.index("[UNK]") not in ids:  # what it keeps, it keeps
+        np.testing.assert_array_equal(bert().encode(bert().decode(ids)), ids)
+
+
+def test_bert_fingerprint_is_of_kind_and_order(tmp_path):
+    prints = {bert().fingerprint}
+    for i, words in enumerate([BERT[::-1], BERT[:-1], BERT]):
+        (tmp_path / str(i)).write_text("\r\n".join(words), encoding="utf-8")  # line ends do not count
+        prints.add(tokens.make_tokenizer("bert", file=str(tmp_path / str(i))).fingerprint)
+    assert len(prints) == 3
+    assert tokens.Tokenizer("bpe", [word.encode() for word in BERT]).fingerprint not in prints
+
+
+@pytest.mark.parametrize("raw, message", [
+    (b"[UNK]\nthe\n", r"no word \[SEP\]"),
+    (b"[SEP]\nthe\n", r"no word \[UNK\]"),
+    (b"[UNK]\nthe\n[SEP]\nthe\n", r"vocab.txt:4: must be a word of its own, is line 2 again"),
+    (b"[UNK]\n\n[SEP]\n", r"vocab.txt:2: must be a word of its own, is empty"),
+    (b"[UNK]\n[SEP]\n\xff\n", r"vocab.txt:3: not valid UTF-8"),
+])
+def test_bert_files_that_are_no_vocabulary(tmp_path, raw, message):
+    (tmp_path / "vocab.txt").write_bytes(raw)
+    with pytest.raises(ValueError, match=message):
+        tokens.make_tokenizer("bert", file=str(tmp_path / "vocab.txt"))
+
+
+def test_bert_without_file_or_package(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="tokenizer.kind='bert' needs tokenizer.file"):
+        tokens.make_tokenizer("bert")
+    with pytest.raises(ValueError, match="tokenizer.file .*nothing' cannot be read: No such file"):
+        tokens.make_tokenizer("bert", file=str(tmp_path / "nothing"))
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[SEP]\n")
+    with pytest.raises(ValueError, match="sha256 is .*, must be 00"):
+        tokens.make_tokenizer("bert", file=str(tmp_path / "vocab.txt"), sha256="00")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r"needs the tokenizers package: pip install 'hdlm_jax\[bert\]'"):
+        tokens.make_tokenizer("bert", file=str(tmp_path / "vocab.txt"))

@@ -19,6 +19,7 @@ from hdlm_jax.config import ConfigError
 from hdlm_jax.diffusion import sampler
 from hdlm_jax.diffusion.process import fold
 from hdlm_jax.run import parallel, train
+from hdlm_jax.run import state as state_lib
 from hdlm_jax.run.generate import make_sample_step, numbers_of
 from hdlm_jax.run.metrics import read_metrics
 from hdlm_jax.run.state import (
@@ -334,7 +335,7 @@ def test_killed_and_resumed_equals_never_killed(corpus, tmp_path):
     states = []
     for workdir in (killed, tmp_path / "whole"):
         checkpoints = Checkpoints(str(workdir), read_only=True)
-        assert checkpoints.latest() == 200 and checkpoints.meta(200)["next_step"] == 200
+        assert checkpoints.latest() == 200 and checkpoints.meta(200)["position"] == {"next_index": 200}
         resolved = config_lib.resolve(config)
         hierarchy = Hierarchy.load(workdir / "hierarchy.npz")
         network, _ = build(resolved, hierarchy)
@@ -357,7 +358,7 @@ def test_learns_and_starts_from_another_run(corpus, tmp_path, alone):
     more = config_lib.resolve(loop_config(corpus, train__steps=1, train__init_from=str(tmp_path / "first"),
                                           optimizer__lr=1e-9))
     state = train.train(more, str(tmp_path / "second"))
-    first = load_params(str(tmp_path / "first"), "best", _tokenizer(corpus).fingerprint)
+    first = load_params(more, _tokenizer(corpus).fingerprint)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(first), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7)
     with pytest.raises(ConfigError, match="other shapes"):
@@ -380,21 +381,60 @@ def _tokenizer(corpus):
     return load_tokenizer(corpus / "data")
 
 
-def test_stops_at_a_loss_that_is_not_finite(corpus, tmp_path, monkeypatch, alone):
-    real = train.make_train_step
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(steps): the loss of these steps (from 1) is not a number, and so are its gradients."""
+    real = state_lib.make_loss_sums
 
-    def poisoned(*args):
-        step = real(*args)
+    def at(*steps):
+        bad = jnp.stack([jax.random.key_data(jax.random.fold_in(jax.random.key(0), step - 1)) for step in steps])
 
-        def wrapped(state, batch, key):
-            state, metrics = step(state, batch, key)
-            return state, metrics | {"loss": jnp.where(state.step == 6, jnp.nan, metrics["loss"])}
+        def poisoned(*args):
+            sums = real(*args)
 
-        return wrapped
+            def wrapped(params, batch, key):
+                loss, nelbo, tokens = sums(params, batch, key)
+                here = jnp.any(jnp.all(bad == jax.random.key_data(key)[None], axis=-1))
+                return loss * jnp.where(here, jnp.nan, 1.0), nelbo, tokens
 
-    monkeypatch.setattr(train, "make_train_step", poisoned)
-    with pytest.raises(train.TrainingStopped, match=r"loss=nan .* at step 6; last finite .*'step': 5.*step 4 in"):
-        train.train(config_lib.resolve(loop_config(corpus)), str(tmp_path / "run"))
+            return wrapped
+
+        monkeypatch.setattr(state_lib, "make_loss_sums", poisoned)
+
+    return at
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(corpus, tmp_path, poison, alone, capsys):
+    poison(5)
+    config = loop_config(corpus, train__steps=5, checkpoint__every=4, optimizer__schedule="constant")
+    after = train.train(config_lib.resolve(config), str(tmp_path / "run"))
+    assert int(after.step) == 5 and int(after.skipped) == 1
+    assert 'step 5: skipped the batch at position {"next_index": 4} of data' in capsys.readouterr().out
+    config.train.steps = 4
+    before = train.train(config_lib.resolve(config), str(tmp_path / "shorter"))
+    for a, b in zip(flat(after[2:]), flat(before[2:]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    last = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))[-1]
+    assert last["step"] == 5 and last["loss"] is None and last["skipped"] == 1 and last["valid_nelbo"] > 0
+    config.train.steps = 6
+    state = train.train(config_lib.resolve(config), str(tmp_path / "run"))
+    assert int(state.skipped) == 1 and int(state.step) == 6, "the count is part of the state"
+    assert np.abs(flat(state.params)[0] - flat(after.params)[0]).max() > 0
+
+
+def test_too_many_of_them_stop_the_run_and_leave_the_batch(corpus, tmp_path, poison, alone):
+    from hdlm_jax.text.pipeline import TrainBatches
+
+    poison(3, 6)
+    config = config_lib.resolve(loop_config(corpus, train__nonfinite_limit=1))
+    with pytest.raises(train.TrainingStopped, match=r"loss=nan .* at step 6; last finite .*'step': 5.*2 steps skipped, "
+                       r"train.nonfinite_limit=1. To replay: .*next_index\": 5.*step 4 in"):
+        train.train(config, str(tmp_path / "run"))
+    kept = np.load(tmp_path / "run" / "nonfinite-6-0.npz")
+    want = TrainBatches(corpus / "data", 16, 16, 0).batch(5)
+    assert set(kept) == set(want)
+    for name in want:
+        np.testing.assert_array_equal(kept[name], want[name])
 
 
 def test_batch_must_divide_over_devices(corpus, tmp_path):
@@ -405,7 +445,7 @@ def test_batch_must_divide_over_devices(corpus, tmp_path):
 def test_sigterm_saves_and_says_resume(corpus, tmp_path, monkeypatch, alone):
     config = config_lib.resolve(loop_config(corpus, checkpoint__every=100))
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(train, "_on_sigterm", lambda: ({"asked": True}, lambda: None))
+        patch.setattr(train._Stop, "at", lambda self, step: True)
         train.train(config, str(tmp_path / "run"))
     assert stop.value.code == train.RESUME_EXIT
     state = train.train(config, str(tmp_path / "run"))

@@ -7,6 +7,8 @@ worked on in pieces, noised tokens alone; a piece of word logits in the factoris
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
@@ -19,10 +21,27 @@ import numpy as np
 
 from hdlm_jax.diffusion.process import Dense, categorical, draw_from, fold, is_off, wide
 
+_target: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
+
+
+def backend() -> str:
+    """What programs are made for: where this process computes, unless `compiling_for` names another place."""
+    return _target.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str):
+    """Traces as for "cpu", "gpu" or "tpu", wherever we are (hdlm_jax.run.plan)."""
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
 
 def chunk_size() -> int:
     """Tokens whose logits of all words exist at once on a device."""
-    return 128 if jax.default_backend() == "cpu" else 2048
+    return 128 if backend() == "cpu" else 2048
 
 
 class Whole:
@@ -123,7 +142,7 @@ class Blocks:
 class FactorisedHead:
     """p(x | h) = p(c(x) | h) p(x | c(x), h), c(x) the word's level-1 node.
 
-    Parameters: kernel [rows, D] and bias [rows] of the words, block by block; clusters.kernel [n P, D] and
+    Parameters: words.kernel [rows, D] and words.bias [rows], block by block; clusters.kernel [n P, D] and
     clusters.bias [n P]: a node's logit is the log-sum-exp of its P `prototypes` (a flat head's is one over its words).
     """
 
@@ -139,7 +158,7 @@ class FactorisedHead:
         rows, n = self.blocks.rows, self.hierarchy.sizes[1] * self.prototypes
         # prototypes of a node must differ, or they never will
         spread = 0.0 if self.prototypes == 1 else 0.5 / math.sqrt(width)
-        return {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows),
+        return {"words": {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)},
                 "clusters": {"kernel": spread * jax.random.normal(key, (n, width)), "bias": jnp.zeros(n)}}
 
     def log_clusters(self, params, h):
@@ -154,7 +173,8 @@ class FactorisedHead:
         b, anc = self.blocks, np.asarray(self.hierarchy.anc[1])
         column = np.arange(int(b.size.max()))[None]
         index = np.minimum(b.start[:, None] + column, b.rows - 1)
-        words = jnp.where(_like(column < b.size[:, None], h), _affine(params, h, self.dtype)[..., index], -jnp.inf)
+        words = _affine(params["words"], h, self.dtype)[..., index]
+        words = jnp.where(_like(column < b.size[:, None], h), words, -jnp.inf)
         both = jax.nn.log_softmax(words, axis=-1) + self.log_clusters(params, h)[..., None]
         place = anc * column.size + (b.row - b.start[anc])
         return both.reshape(*both.shape[:-2], -1)[..., place]
@@ -316,18 +336,17 @@ class _Tiles:
             start, shown = starts[at], (jnp.arange(width) < sizes[at])[None]
 
             def take(params):
-                part = {k: jax.lax.dynamic_slice_in_dim(params[k], start, width) for k in ("kernel", "bias")}
-                return part | {name: params[name] for name in rest}
+                block = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, width), params["words"])
+                return {"words": block} | {name: params[name] for name in rest}
 
             def predict(part, h):
-                words = jnp.where(shown, _affine(part, h, self.head.dtype), -jnp.inf)
+                words = jnp.where(shown, _affine(part["words"], h, self.head.dtype), -jnp.inf)
                 return Factorised(self.head, part, h, jax.nn.log_softmax(words, axis=-1), start)
 
             def add(params, part):
-                old = take(params)
-                new = {k: jax.lax.dynamic_update_slice_in_dim(params[k], old[k] + part[k], start, 0)
-                       for k in ("kernel", "bias")}
-                return params | new | {k: jax.tree.map(jnp.add, old[k], part[k]) for k in rest}
+                new = jax.tree.map(jnp.add, take(params), part)
+                put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+                return params | new | {"words": jax.tree.map(put, params["words"], new["words"])}
 
             return body(carry, Piece(index, keep, take, predict, add))
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.model.heads import FactorisedHead, FlatHead
+from hdlm_jax.model.heads import FactorisedHead, FlatHead, backend
 
 _SINUSOIDS, _PERIOD = 256, 10_000.0
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # uniform(+-1/sqrt(fan_in))
@@ -34,11 +34,11 @@ def _rotate(x, cos, sin):
 
 
 def attention(q, k, v, mask=None):
-    """Bidirectional attention [B, S, H, D/H] -> the same; mask bool [B, 1, 1, S], False where keys are not seen.
+    """Bidirectional attention [B, S, H, D/H] -> the same; mask bool [B, 1, S, S], False where a key is not seen.
 
     On CPU written out with the heads in front: XLA's gradient of the library's layout is about half as fast there.
     """
-    if jax.default_backend() != "cpu":
+    if backend() != "cpu":
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
@@ -85,11 +85,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, cond, mask, train: bool):
         b, s, d = x.shape
-        dense = lambda n, name, bias: nn.Dense(n, use_bias=bias, dtype=self.dtype, kernel_init=_uniform, name=name)  # noqa: E731
+        dense = lambda n, name, bias: nn.DenseGeneral(  # noqa: E731
+            n, use_bias=bias, dtype=self.dtype, kernel_init=_uniform, name=name)
         drop = nn.Dropout(self.dropout, deterministic=not train)
         shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, d, name="modulation")(cond)
         h = Norm(name="norm1")(x) * (1 + scale1) + shift1
-        q, k, v = jnp.split(dense(3 * d, "qkv", False)(h).reshape(b, s, 3 * self.heads, -1), 3, axis=2)
+        # kernel [D, 3, D], so that a tensor shard of its last axis holds whole heads of each of q, k and v
+        q, k, v = jnp.moveaxis(dense((3, d), "qkv", False)(h).reshape(b, s, 3, self.heads, -1), 2, 0)
         cos, sin = rotary(s, d // self.heads)
         h = attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, mask)
         x = x + gate1 * drop(dense(d, "out", False)(h.reshape(b, s, d)))
@@ -128,7 +130,7 @@ class Network(nn.Module):
         if self.time_conditioning:
             self.time_in = nn.Dense(self.cond, kernel_init=_uniform)
             self.time_out = nn.Dense(self.cond, kernel_init=_uniform)
-        cheap = self.remat == "cheap" or self.remat == "auto" and jax.default_backend() == "cpu"
+        cheap = self.remat == "cheap" or self.remat == "auto" and backend() == "cpu"
         block: Any = Block
         if cheap or self.remat == "all":
             policy = jax.checkpoint_policies.dots_saveable if cheap else None
@@ -140,11 +142,14 @@ class Network(nn.Module):
         self.modulation = Modulation(2, self.width)
         self.head_params = self.param("head", self.head.init, self.width)
 
-    def trunk(self, z, t, valid=None, train: bool = False):
-        """Hidden states float32 [B, S, D] before the head. valid: bool [B, S], False where padding must not be seen."""
+    def trunk(self, z, t, segment=None, train: bool = False):
+        """Hidden states float32 [B, S, D] before the head.
+
+        segment: int32 [B, S]; tokens see those of the same number alone (documents of a packed row, padding).
+        """
         x = self.embedding[z]
         cond = self._time(t) if self.time_conditioning else None
-        mask = None if valid is None else valid[:, None, None, :]
+        mask = None if segment is None else segment[:, None, :, None] == segment[:, None, None, :]
         x, _ = self.stack(x, cond, mask, train)
         shift, scale = self.modulation(cond)
         return self.norm(x) * (1 + scale) + shift
@@ -155,12 +160,12 @@ class Network(nn.Module):
         sinusoids = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
         return nn.silu(self.time_out(nn.silu(self.time_in(sinusoids))))
 
-    def __call__(self, z, t, valid=None, train: bool = False):
-        return self.head.logits(self.head_params, self.trunk(z, t, valid, train))
+    def __call__(self, z, t, segment=None, train: bool = False):
+        return self.head.logits(self.head_params, self.trunk(z, t, segment, train))
 
-    def denoise(self, params, z, t, valid=None):
+    def denoise(self, params, z, t, segment=None):
         """The prediction at all tokens, made only where it is asked for (sampling)."""
-        hidden: Any = self.apply({"params": params}, z, t, valid, method="trunk")
+        hidden: Any = self.apply({"params": params}, z, t, segment, method="trunk")
         return At(self.head, params["head"], hidden)
 
 

@@ -31,6 +31,7 @@ class Run:
     """A run's parts with the weights of one checkpoint (their average, where the run keeps one)."""
 
     config: Config
+    trained: Config  # as it was trained: how sequences were made of the text
     data_dir: str  # of its prepared text; only evaluation needs it to be there
     tokenizer: Tokenizer
     hierarchy: Hierarchy
@@ -47,9 +48,9 @@ class Run:
 
 
 def check_format(saved: dict, path: str) -> None:
-    """ConfigError for what the versions before the factorised head wrote: their output table was transposed."""
-    if "prototypes" not in saved["model"]:
-        raise ConfigError(f"{path}: made by an earlier version, whose output table had another layout; train it again")
+    """ConfigError for what earlier versions wrote: their weights and states had another layout."""
+    if "packing" not in saved["data"]:
+        raise ConfigError(f"{path}: made by an earlier version, whose checkpoints had another layout; train it again")
 
 
 def saved_config(workdir: str) -> Config:
@@ -59,12 +60,13 @@ def saved_config(workdir: str) -> Config:
         raise ConfigError(f"workdir={workdir!r}: no {path}; train first (--mode=train)")
     with open(path) as f:
         saved = json.load(f)
+    saved = saved.get("config", saved)  # an export says more about itself
     check_format(saved, workdir)
     return resolve(saved)
 
 
 def load_run(config: Config, workdir: str, which: str = "best") -> Run:
-    """A run with the settings given for this use (evaluate, generate, parallel, where its data lies).
+    """A run (or its export) with the settings given for this use (evaluate, generate, parallel, where its data lies).
 
     What makes the model (tokenizer, hierarchy, diffusion, model, optimizer) must be as trained.
 
@@ -72,6 +74,7 @@ def load_run(config: Config, workdir: str, which: str = "best") -> Run:
       ConfigError: no such run, or settings it was not trained with.
     """
     dataclasses.replace(config.evaluate, checkpoint=which).check()
+    from hdlm_jax.run.export import Exported
     from hdlm_jax.run.train import FREE
 
     trained = saved_config(workdir)
@@ -85,7 +88,8 @@ def load_run(config: Config, workdir: str, which: str = "best") -> Run:
     hierarchy = Hierarchy.load(os.path.join(workdir, "hierarchy.npz"), tokenizer.fingerprint)
     mesh = parallel.make_mesh(config)
     network, process = build(config, hierarchy)
-    checkpoints = Checkpoints(workdir, read_only=True)
+    exported = os.path.isdir(os.path.join(workdir, "params"))
+    checkpoints: Any = Exported(workdir) if exported else Checkpoints(workdir, read_only=True)
     step = checkpoints.choose(which)
     saved = checkpoints.meta(step)
     if saved["hierarchy"] != hierarchy.fingerprint:
@@ -98,27 +102,27 @@ def load_run(config: Config, workdir: str, which: str = "best") -> Run:
     ema = bool(trained.optimizer.ema)
     params = checkpoints.params(step, abstract, ema)
     checkpoints.close()
-    return Run(config, folder, tokenizer, hierarchy, network, process, mesh, params, step, ema)
+    return Run(config, trained, folder, tokenizer, hierarchy, network, process, mesh, params, step, ema)
 
 
-def load_here(workdir: str, which: str = "best") -> Run:
+def load_here(workdir: str, which: str = "best", mesh: Parallel = Parallel()) -> Run:  # noqa: B008 (it is frozen)
     """A run as trained, on the devices at hand whatever mesh it was trained on."""
-    return load_run(dataclasses.replace(saved_config(workdir), parallel=Parallel()), workdir, which)
+    return load_run(dataclasses.replace(saved_config(workdir), parallel=mesh), workdir, which)
 
 
-def load_params(workdir: str, which: str, tokenizer_fingerprint: str) -> Any:
-    """Host weights of another run; ConfigError if its tokenizer is another one."""
-    run = load_here(workdir, which)
+def load_params(config: Config, tokenizer_fingerprint: str) -> Any:
+    """Weights of the run in train.init_from on config's mesh; ConfigError if its tokenizer is another one."""
+    run = load_here(config.train.init_from, mesh=config.parallel)
     if run.tokenizer.fingerprint != tokenizer_fingerprint:
-        raise ConfigError(f"{workdir}: tokenizer {run.tokenizer.fingerprint[:12]} is not this run's "
+        raise ConfigError(f"{config.train.init_from}: tokenizer {run.tokenizer.fingerprint[:12]} is not this run's "
                           f"{tokenizer_fingerprint[:12]}")
-    return jax.tree.map(np.asarray, run.params)
+    return run.params
 
 
 def checkpoint_embedding(workdir: str) -> np.ndarray:
-    """Word rows of a run's embedding table, float32 [V, D], to cluster words by."""
+    """Word rows of a run's embedding table, float32 [V, D], to cluster words by. All processes have to ask for it."""
     run = load_here(workdir)
-    return np.asarray(run.params["embedding"])[: run.hierarchy.num_words]
+    return parallel.to_host(run.params["embedding"])[: run.hierarchy.num_words]
 
 
 class Model:
@@ -209,13 +213,13 @@ class Model:
                 pieces.append(ids[start : start + s])
                 owner.append(i)
         x = np.full((len(pieces), s), self.tokenizer.eot, np.int32)
-        valid = np.zeros((len(pieces), s), bool)
+        segment = np.full((len(pieces), s), -1, np.int32)
         for row, piece in enumerate(pieces):
-            x[row, : len(piece)], valid[row, : len(piece)] = piece, True
+            x[row, : len(piece)], segment[row, : len(piece)] = piece, 0
         if self._evaluator is None:
             run = self.run
             self._evaluator = Evaluator(run.config, run.network, run.process, run.mesh, run.params)
-        rows = {"x": x, "valid": valid, "score": valid}
+        rows = {"x": x, "segment": segment, "score": segment == 0}
         nats, _, _ = self._evaluator.nats(self.run.params, rows, draws, "nelbo")
         per_draw = np.zeros((draws, len(texts)))
         for place, text_index in enumerate(owner):

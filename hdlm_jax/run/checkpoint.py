@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 _PRESERVE = ocp.checkpoint_managers
+_UNREADABLE = "checkpoint of step {} cannot be read (damaged? remove its folder to go back to the one before)"
 
 
 class Checkpoints:
@@ -50,10 +53,23 @@ class Checkpoints:
         items = {"state": ocp.args.StandardSave(state._replace(ema={})), "meta": ocp.args.JsonSave(meta)}
         if ema:
             items["ema"] = ocp.args.StandardSave(ema)
-        self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        with self._told("a checkpoint cannot be written"):
+            self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong on disk as one line (OSError) that says what is still there."""
+        try:
+            yield
+        except Exception as error:  # storage libraries have errors of their own
+            whole = sorted(int(name) for name in os.listdir(self.path) if name.isdigit())
+            rest = f"steps {whole} are there" if whole else "there is no other"
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            raise OSError(f"{self.path}: {what}: {reason}; {rest}") from error
 
     def meta(self, step: int) -> dict:
-        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        with self._told(_UNREADABLE.format(step)):
+            return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """The state of a step, placed as the abstract state's shardings say."""
@@ -61,24 +77,29 @@ class Checkpoints:
         items = {"state": ocp.args.StandardRestore(abstract_state._replace(ema={}))}
         if ema:
             items["ema"] = ocp.args.StandardRestore(ema)
-        found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        with self._told(_UNREADABLE.format(step)):
+            found = self.manager.restore(step, args=ocp.args.Composite(**items))
         return found["state"]._replace(ema=found["ema"] if ema else {})
 
     def params(self, step: int, abstract_params: Any, ema: bool) -> Any:
         """Parameters alone (the EMA where the run has one): no optimizer state is read."""
         if ema:
             args = ocp.args.Composite(ema=ocp.args.StandardRestore(abstract_params))
-            return self.manager.restore(step, args=args)["ema"]
+            with self._told(_UNREADABLE.format(step)):
+                return self.manager.restore(step, args=args)["ema"]
         item = {"params": abstract_params}
         restore = ocp.args.PyTreeRestore(item, partial_restore=True,
                                          restore_args=ocp.checkpoint_utils.construct_restore_args(item))
-        return self.manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"]
+        with self._told(_UNREADABLE.format(step)):
+            return self.manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"]
 
     def wait(self) -> None:
-        self.manager.wait_until_finished()
+        with self._told("a checkpoint cannot be written"):
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
-        self.manager.close()
+        with self._told("a checkpoint cannot be written"):
+            self.manager.close()
 
 
 def _score(metrics: dict[str, float]) -> float:

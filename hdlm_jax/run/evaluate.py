@@ -24,12 +24,13 @@ from hdlm_jax.model.network import Network
 from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import reuse, write_json
 from hdlm_jax.run.metrics import progress, say
+from hdlm_jax.run.stages import check_writable
 
 
 def make_nelbo_step(network: Network, process: HierarchicalProcess, mesh=None):
     """step(params, batch, key) -> float32 [b, K]: nats of each row at each level, as an estimate w C / q.
 
-    batch: x int32 [b, S], valid and score bool [b, S], tau and inv_q float32 [b], pair int32 [b] (its random numbers).
+    batch: x and segment int32 [b, S], score bool [b, S], tau and inv_q float32 [b], pair int32 [b] (its randomness).
     """
 
     shard: Any = WHOLE if mesh is None else parallel.OverBatch(mesh)
@@ -38,7 +39,7 @@ def make_nelbo_step(network: Network, process: HierarchicalProcess, mesh=None):
         x, tau = batch["x"], batch["tau"]
         z = process.sample_z(fold(jnp.broadcast_to(key, tau.shape), batch["pair"]), x, tau)
         z = jnp.where(batch["score"], z, x)
-        h = network.apply({"params": params}, z, -jnp.expm1(-tau), batch["valid"], method="trunk")
+        h = network.apply({"params": params}, z, -jnp.expm1(-tau), batch["segment"], method="trunk")
         level = process.level_of(z)
         cost_of = lambda p, xz, levels: process.cost(p, xz[0], xz[1], levels)  # noqa: E731
         cost = map_over_noised(network.head, cost_of, params["head"], h, level, x, (x, z), asks=process.asks(),
@@ -102,7 +103,7 @@ class Evaluator:
         with progress(n * draws, unit="seq", name=name) as bar:
             for start in range(0, n * draws, at_once):
                 pick = np.arange(start, min(start + at_once, n * draws))
-                batch = {"x": rows["x"][where[pick]], "valid": rows["valid"][where[pick]],
+                batch = {"x": rows["x"][where[pick]], "segment": rows["segment"][where[pick]],
                          "score": rows["score"][where[pick]], "tau": flat_tau[pick].astype(np.float32),
                          "inv_q": (1 / flat_q[pick]).astype(np.float32), "pair": pick.astype(np.int32)}
                 batch = self._put(parallel.pad_rows(batch, at_once))
@@ -150,17 +151,19 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     Nats of each sequence go to evaluate_rows.npz, for paired comparisons.
     """
     from hdlm_jax.run.api import load_run
-    from hdlm_jax.text.pipeline import load_manifest, valid_rows
+    from hdlm_jax.text.pipeline import valid_rows
+    from hdlm_jax.text.prepare import load_manifest
 
+    check_writable(workdir)
     run = load_run(config, workdir, config.evaluate.checkpoint)
     manifest = load_manifest(run.data_dir)
     made_from = {"step": run.step, "data": manifest.fingerprint, "hierarchy_fingerprint": run.hierarchy.fingerprint,
                  "settings": dataclasses.asdict(config.evaluate)}
     path = os.path.join(workdir, "evaluate.json")
-    if found := reuse(path, made_from):
+    if found := parallel.first(lambda: reuse(path, made_from)):
         say(f"evaluate: reusing {path} of step {run.step}, NELBO {found['nelbo']:.4f} +- {found['se']:.4f} nats/token")
         return found
-    rows = valid_rows(run.data_dir, config.model.seq_len, config.evaluate.rows)
+    rows = valid_rows(run.data_dir, config.model.seq_len, config.evaluate.rows, run.trained.data.packing)
     evaluator = Evaluator(config, run.network, run.process, run.mesh, run.params)
     started = time.time()
     nats, tau, q = evaluator.nats(run.params, rows, config.evaluate.draws)
@@ -175,12 +178,13 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     result |= {
         "perplexity_se": result["perplexity"] * result["se"], "unigram_nelbo": manifest.unigram_nats,
         "unigram_perplexity": math.exp(manifest.unigram_nats), "bytes": manifest.valid_scored_bytes if whole else None,
-        "whole_split": whole, "ema": run.ema,
+        "whole_split": whole, "ema": run.ema, "packing": run.trained.data.packing,
         "seconds": seconds, "tokens_per_s": result["tokens"] * result["draws"] / seconds,
         "corpus": manifest.corpus_fingerprint, "hierarchy": list(run.hierarchy.sizes), "params": run.num_params,
     } | made_from
-    np.savez(os.path.join(workdir, "evaluate_rows.npz"), nats=nats.mean(0).sum(-1), tokens=tokens)
-    write_json(path, result)
+    if parallel.is_first():
+        np.savez(os.path.join(workdir, "evaluate_rows.npz"), nats=nats.mean(0).sum(-1), tokens=tokens)
+        write_json(path, result)
     say(f"evaluate: step {run.step}, {result['tokens']:,} tokens x {result['draws']} draws in {seconds:.0f} s: "
         f"NELBO {result['nelbo']:.4f} +- {result['se']:.4f} nats/token (data {result['se_data']:.4f}, "
         f"time {result['se_time']:.4f}), perplexity {result['perplexity']:.2f}; unigram {manifest.unigram_nats:.4f}")

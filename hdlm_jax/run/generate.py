@@ -22,6 +22,7 @@ from hdlm_jax.model.network import Network
 from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import reuse, write_json
 from hdlm_jax.run.metrics import progress, say
+from hdlm_jax.run.stages import check_writable
 
 
 def make_sample_step(network: Network, process: HierarchicalProcess, g: Generate, mesh=None):
@@ -39,11 +40,10 @@ def make_sample_step(network: Network, process: HierarchicalProcess, g: Generate
             params, numbers = given
             plan = sampler.plan(fold(keys, 0), process.chain, process.level_of(z), g.plan, numbers["steps"],
                                 numbers["reveals"])
-            valid = jnp.arange(z.shape[1])[None] < numbers["length"]
+            behind = (jnp.arange(z.shape[1])[None] >= numbers["length"]).astype(jnp.int32)
 
             def denoise(z, t):
-                seen = jnp.broadcast_to(valid, z.shape) if g.length else None
-                return network.denoise(params, z, t, seen)
+                return network.denoise(params, z, t, jnp.broadcast_to(behind, z.shape) if g.length else None)
 
             tokens, stats = sampler.sample(fold(keys, 1), denoise, process, z, plan, clusters=g.clusters,
                                            temperature=numbers.get("temperature", g.temperature),
@@ -130,12 +130,13 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
     """Samples of a run: samples.txt to read, samples.jsonl with ids and costs, generate.json with the summary."""
     from hdlm_jax.run.api import load_run
 
+    check_writable(workdir)
     g = config.generate
     run = load_run(config, workdir, g.checkpoint)
     made_from = {"step": run.step, "hierarchy_fingerprint": run.hierarchy.fingerprint,
                  "settings": dataclasses.asdict(g)}
     summary = os.path.join(workdir, "generate.json")
-    if found := reuse(summary, made_from):
+    if found := parallel.first(lambda: reuse(summary, made_from)):
         say(f"generate: reusing {os.path.join(workdir, 'samples.txt')} of step {run.step}")
         return found
     ids = run.tokenizer.encode(g.prompt) if g.prompt else np.zeros(0, np.int32)
@@ -157,13 +158,14 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
         "compile_s": compiled - started,
     } | made_from
     path = os.path.join(workdir, "samples.txt")
-    with open(path, "w") as f:
-        for i, text in enumerate(texts):
-            f.write(f"--- sample {i} ---\n{text}\n\n")
-    with open(os.path.join(workdir, "samples.jsonl"), "w") as f:
-        for text, row, calls in zip(texts, out["tokens"], out["row_forwards"], strict=True):
-            f.write(json.dumps({"text": text, "ids": row.tolist(), "row_forwards": int(calls)}) + "\n")
-    write_json(summary, result)
+    if parallel.is_first():
+        with open(path, "w") as f:
+            for i, text in enumerate(texts):
+                f.write(f"--- sample {i} ---\n{text}\n\n")
+        with open(os.path.join(workdir, "samples.jsonl"), "w") as f:
+            for text, row, calls in zip(texts, out["tokens"], out["row_forwards"], strict=True):
+                f.write(json.dumps({"text": text, "ids": row.tolist(), "row_forwards": int(calls)}) + "\n")
+        write_json(summary, result)
     say(f"generate: {len(texts)} samples, {result['network_calls']:.0f} network calls a batch, "
         f"{result['tokens_per_s']:,.0f} tokens/s, in {path}; the first one:\n{texts[0]}")
     return result

@@ -21,9 +21,19 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
+_speaks = True
+
+
+def mute() -> None:
+    """From now on this process says nothing and shows no bars: it is not the first of many."""
+    global _speaks
+    _speaks = False
+
+
 def say(text: str) -> None:
     """A line for people; logs go elsewhere."""
-    print(text, flush=True)
+    if _speaks:
+        print(text, flush=True)
 
 
 class MetricsFile:
@@ -86,7 +96,7 @@ def progress(total: int, initial: int = 0, unit: str = "step", name: str = ""):
     """A tqdm bar with speed and time left; silent under CI and when the output is not a terminal."""
     from tqdm import tqdm
 
-    quiet = bool(os.environ.get("CI")) or not sys.stderr.isatty()
+    quiet = not _speaks or bool(os.environ.get("CI")) or not sys.stderr.isatty()
     return tqdm(total=total, initial=initial, unit=unit, desc=name, disable=quiet, dynamic_ncols=True)
 
 

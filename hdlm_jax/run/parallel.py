@@ -6,8 +6,11 @@ Steps are pure functions of global arrays; data, FSDP and tensor parallelism are
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +20,69 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
-# axis of a weight (from its last) that the tensor axis splits: outputs of the first product, inputs of the second
-_TENSOR = {"qkv": -1, "up": -1, "out": -2, "down": -2, "embedding": -2, "head": -2}
+# axis of a weight (from its last) that the tensor axis splits: outputs of the first product, inputs of the second; rows
+# of tables; but the width of the factorised head's words, of which blocks of rows are taken
+_TENSOR = {"qkv": -1, "up": -1, "out": -2, "down": -2, "embedding": -2, "head": -2, "words": -1}
+
+
+_WEEK_MS = 7 * 24 * 3600 * 1000
+
+
+def join() -> None:
+    """Joins the other processes of this run: found by JAX on TPU pods, Slurm, Kubernetes and under MPI; elsewhere told
+    by JAX_COORDINATOR_ADDRESS (host:port of process 0), HDLM_NUM_PROCESSES and HDLM_PROCESS_ID."""
+    given = {name: os.environ.get(f"HDLM_{name.upper()}") for name in ("num_processes", "process_id")}
+    try:
+        known: dict[str, Any] = {name: int(value) for name, value in given.items() if value}
+    except ValueError:
+        raise ValueError(f"HDLM_NUM_PROCESSES and HDLM_PROCESS_ID must be numbers, not {given}") from None
+    if len(known) == 1:
+        raise ValueError(f"HDLM_NUM_PROCESSES and HDLM_PROCESS_ID go together; only {next(iter(known))} is given")
+    try:
+        jax.distributed.initialize(**known)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"--distributed: the other processes cannot be joined ({error})") from error
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return jax.process_index() == 0
+
+
+_turns = iter(range(sys.maxsize))
+
+
+def first(make: Callable[[], Any]) -> Any:
+    """make() in process 0 alone; all processes get its (JSON-able) value, or fail with its ValueError or OSError.
+
+    The others wait at the coordinator, not in a collective: it may take days.
+    """
+    if jax.process_count() == 1:
+        return make()
+    from jax._src.distributed import global_state  # no public name; Orbax waits by the same client
+
+    client: Any = global_state.client
+    key = f"hdlm_jax/first/{next(_turns)}"
+    if not is_first():
+        value, failed = json.loads(client.blocking_key_value_get(key, _WEEK_MS))
+        if failed:
+            raise ValueError(f"process 0: {failed}")
+        return value
+    try:
+        value, failed, error = make(), "", None
+    except (ValueError, OSError) as caught:
+        value, failed, error = None, str(caught) or type(caught).__name__, caught
+    client.key_value_set(key, json.dumps([value, failed]))
+    if error:
+        raise error
+    return value
+
+
+def to_host(array) -> np.ndarray:
+    """The whole of an array that may lie in pieces on many processes; all of them have to ask for it."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def make_mesh(config, devices=None):
@@ -46,7 +110,7 @@ def state_shardings(mesh, abstract_state):
     def place(path, leaf):
         spec: list[str | None] = [None] * len(leaf.shape)
         names = [str(getattr(p, "key", getattr(p, "name", ""))) for p in path]
-        axis = next((_TENSOR[n] for n in names if n in _TENSOR), None)
+        axis = next((_TENSOR[n] for n in reversed(names) if n in _TENSOR), None)
         if axis is not None and len(spec) >= -axis and leaf.shape[axis] % mesh.shape["tensor"] == 0:
             if mesh.shape["tensor"] > 1 and "bias" not in names:
                 spec[axis] = "tensor"
@@ -91,9 +155,15 @@ class OverBatch:
             sums, rows = run(params, *rows)
             return jax.lax.psum(sums, BATCH), rows
 
+        def whole(rows):
+            # along the tensor axis: else how `run` splits its products would be spread over all that made the rows
+            return jax.lax.with_sharding_constraint(rows, batch_sharding(mesh))
+
         def call(params, *rows):
-            return jax.shard_map(local, mesh=mesh, in_specs=(P(), *(P(BATCH) for _ in rows)),
-                                 out_specs=(P(), P(BATCH)), axis_names=set(BATCH), check_vma=False)(params, *rows)
+            over = jax.shard_map(local, mesh=mesh, in_specs=(P(), *(P(BATCH) for _ in rows)),
+                                 out_specs=(P(), P(BATCH)), axis_names=set(BATCH), check_vma=False)
+            sums, rows = over(params, *whole(rows))
+            return sums, whole(rows)
 
         return call
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from typing import Any
 
+import jax
 import numpy as np
 
 from hdlm_jax.config import Config, ConfigError
+from hdlm_jax.run import parallel
 from hdlm_jax.run.metrics import say
-from hdlm_jax.text import clusters, pipeline, tokens
+from hdlm_jax.text import clusters, corpus, pipeline, tokens
+from hdlm_jax.text import prepare as text_prepare
 from hdlm_jax.text.hierarchy import Hierarchy, read_extra
 
 
@@ -18,7 +23,7 @@ class Text:
     """Prepared text: where it lies, what it holds, and its tokenizer."""
 
     dir: str
-    manifest: pipeline.Manifest
+    manifest: text_prepare.Manifest
     tokenizer: tokens.Tokenizer
 
 
@@ -26,42 +31,89 @@ def data_dir(config: Config, workdir: str) -> str:
     return config.data.dir or os.path.join(workdir, "data")
 
 
-def prepare(config: Config, workdir: str) -> Text:
-    """Tokens under data.dir (default <workdir>/data), made or reused."""
-    d, t = config.data, config.tokenizer
-    folder = data_dir(config, workdir)
-    file = t.file
-    if config.train.init_from and t.kind != "bytes":  # another run's weights speak that run's words
+def make_tokens(config: Config, workdir: str) -> str | None:
+    """Tokens under data.dir (default <workdir>/data), made, finished or reused by process 0: their fingerprint.
+
+    None where other workers of data.prepare_shard have yet to do their part (said).
+    """
+    words = config.tokenizer
+    if config.train.init_from and words.kind != "bytes":  # another run's weights speak that run's words
         file = os.path.join(config.train.init_from, "tokenizer", tokens.RANK_FILE)
-    manifest = pipeline.prepare(
-        folder, source=d.source, files=d.files, text_field=d.text_field, prompt_field=d.prompt_field,
-        txt_documents=d.txt_documents, validation=d.validation, validation_fraction=d.validation_fraction,
-        tokenizer_kind=t.kind, vocab_size=t.vocab_size, tokenizer_file=file, tokenizer_sha256=t.sha256, say=say,
-    )
+        words = dataclasses.replace(words, file=file)
+
+    def make() -> str | None:
+        manifest = text_prepare.prepare(data_dir(config, workdir), config.data, words, say=say)
+        return manifest.fingerprint if manifest else None
+
+    return parallel.first(make)
+
+
+def prepare(config: Config, workdir: str) -> Text:
+    """The tokens, for what needs all of them.
+
+    Raises:
+      ConfigError: other workers have yet to do their part, or processes do not see one folder.
+    """
+    folder, made = data_dir(config, workdir), make_tokens(config, workdir)
+    if made is None:
+        raise ConfigError(f"data.prepare_shard={config.data.prepare_shard!r}: other workers have not done their part "
+                          f"of {folder}; run --mode=prepare as each of them first")
+    try:
+        manifest = text_prepare.load_manifest(folder)
+    except ValueError:
+        manifest = None
+    if manifest is None or manifest.fingerprint != made:
+        raise ConfigError(f"data.dir: process {jax.process_index()} does not find the tokens of process 0 in {folder}; "
+                          "data.dir and --workdir must lie on storage that all processes share")
     return Text(folder, manifest, tokens.load_tokenizer(folder))
 
 
 def word_vectors(config: Config, text: Text) -> np.ndarray:
-    """Embeddings the words are clustered by, float32 [V, E]; those of the corpus are kept beside its tokens."""
+    """Embeddings the words are clustered by, float32 [V, E]; those of the corpus are kept beside its tokens.
+
+    All processes have to ask for them together.
+    """
     h = config.hierarchy
     kept = os.path.join(text.dir, f"embeddings-{text.manifest.fingerprint[:12]}-{h.seed}.npy")
-    if h.embeddings == "corpus" and os.path.exists(kept):
-        say(f"embeddings: reusing {kept}")
-        return np.load(kept, allow_pickle=False)
-    from hdlm_jax.run.api import checkpoint_embedding
 
-    vectors = clusters.embeddings(h.embeddings, vocab_size=text.manifest.vocab_size, eot=text.manifest.eot, seed=h.seed,
-                                  tokens=pipeline.read_tokens(text.dir) if h.embeddings == "corpus" else None,
-                                  load_checkpoint_embedding=checkpoint_embedding)
-    if h.embeddings == "corpus":
+    def vectors(tokens: Any) -> np.ndarray:
+        from hdlm_jax.run.api import checkpoint_embedding
+
+        return clusters.embeddings(h.embeddings, vocab_size=text.manifest.vocab_size, eot=text.manifest.eot,
+                                   seed=h.seed, tokens=tokens, load_checkpoint_embedding=checkpoint_embedding)
+
+    def keep() -> None:
+        if os.path.exists(kept):
+            return say(f"embeddings: reusing {kept}")
         aside = f"{kept}.{os.getpid()}.tmp.npy"
-        np.save(aside, vectors)
+        np.save(aside, vectors(pipeline.Split(text.dir, text.manifest, "train")))
         os.replace(aside, kept)
-    return vectors
+
+    if h.embeddings != "corpus":
+        return vectors(None)
+    parallel.first(keep)
+    return np.load(kept, allow_pickle=False)
+
+
+def check_writable(folder: str) -> None:
+    """OSError unless files can be made in a folder (which is made if it is not there), before any work."""
+    def probe() -> None:
+        path = os.path.join(folder, f".writable.{os.getpid()}")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with open(path, "w") as file:
+                file.write("x" * 4096)  # an empty file fits on a full disk
+        except OSError as error:
+            raise OSError(f"workdir={folder!r} cannot be written ({error.strerror}); give another --workdir") from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+
+    parallel.first(probe)
 
 
 def cluster(config: Config, workdir: str, text: Text) -> Hierarchy:
-    """The hierarchy in <workdir>/hierarchy.npz, made or reused, with its report and picture beside it.
+    """The hierarchy in <workdir>/hierarchy.npz, made (by process 0) or reused, with its report and picture beside it.
 
     Raises:
       ConfigError: the one there was made with other settings.
@@ -69,38 +121,70 @@ def cluster(config: Config, workdir: str, text: Text) -> Hierarchy:
     path = os.path.join(workdir, "hierarchy.npz")
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config.hierarchy).items()}
     settings |= {"data": text.manifest.fingerprint, "init_from": config.train.init_from}
+    if not parallel.first(lambda: _found(config, text, path, settings)):
+        vectors = word_vectors(config, text) if max(config.hierarchy.clusters, default=1) > 1 else None
+        parallel.first(lambda: _make(config, text, path, settings, vectors))
+    return Hierarchy.load(path, text.tokenizer.fingerprint)
+
+
+def _levels(hierarchy: Hierarchy) -> str:
+    return f"levels {' -> '.join(map(str, hierarchy.sizes))}"
+
+
+def _found(config: Config, text: Text, path: str, settings: dict) -> bool:
+    """Whether the hierarchy is there, or can be taken over from another run."""
     if os.path.exists(path):
         made = read_extra(path).get("settings", {})
         for name, value in settings.items():
             if made.get(name) != value:
                 raise ConfigError(f"hierarchy.{name}={value!r}: {path} was made with {made.get(name)!r}; "
                                   "use another --workdir or remove that file")
-        hierarchy = Hierarchy.load(path, text.tokenizer.fingerprint)
-        say(f"hierarchy: reusing {path}, levels {' -> '.join(map(str, hierarchy.sizes))}")
-        return hierarchy
+        say(f"hierarchy: reusing {path}, {_levels(Hierarchy.load(path, text.tokenizer.fingerprint))}")
+        return True
     if config.train.init_from:  # its cluster ids are what the weights mean
         theirs = os.path.join(config.train.init_from, "hierarchy.npz")
         hierarchy = Hierarchy.load(theirs, text.tokenizer.fingerprint)
         hierarchy.save(path, text.tokenizer.fingerprint, {"settings": settings})
-        say(f"hierarchy: that of {theirs}, levels {' -> '.join(map(str, hierarchy.sizes))}")
-        return hierarchy
+        say(f"hierarchy: that of {theirs}, {_levels(hierarchy)}")
+        return True
+    if max(config.hierarchy.clusters, default=1) > text.manifest.vocab_size:
+        raise ConfigError(f"hierarchy.clusters={config.hierarchy.clusters!r}: more clusters than the tokenizer's "
+                          f"{text.manifest.vocab_size} words")
+    return False
+
+
+def _make(config: Config, text: Text, path: str, settings: dict, vectors: np.ndarray | None) -> None:
     h, words = config.hierarchy, text.manifest.vocab_size
-    vectors: np.ndarray | None = None
     report: dict = {}
-    if max(h.clusters, default=1) > words:
-        raise ConfigError(f"hierarchy.clusters={h.clusters!r}: more clusters than the tokenizer's {words} words")
-    if max(h.clusters, default=1) == 1:
+    made = " (MDLM)"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if vectors is None:
         parents = [np.zeros(words, np.int32)] if h.keep_single and h.clusters else []
         hierarchy = Hierarchy.from_parents(parents, num_words=words, keep_single=h.keep_single)
     else:
-        vectors = word_vectors(config, text)
         hierarchy, report = clusters.build_hierarchy(vectors, h.clusters, special=(text.manifest.eot,), seed=h.seed,
                                                      shuffle=h.shuffle)
-    os.makedirs(workdir, exist_ok=True)
-    if vectors is not None:
-        counts = np.bincount(pipeline.read_tokens(text.dir), minlength=words)
-        clusters.write_report(hierarchy, vectors, text.tokenizer.decode, counts, os.path.join(workdir, "clusters"))
+        readable, counts = os.path.join(os.path.dirname(path), "clusters"), text_prepare.token_counts(text.dir, "train")
+        clusters.write_report(hierarchy, vectors, text.tokenizer.decode, counts, readable)
+        made = f", report in {readable}.txt"
     hierarchy.save(path, text.tokenizer.fingerprint, {"settings": settings, "report": report})
-    made = f", report in {os.path.join(workdir, 'clusters.txt')}" if vectors is not None else " (MDLM)"
-    say(f"hierarchy: levels {' -> '.join(map(str, hierarchy.sizes))}{made}")
-    return hierarchy
+    say(f"hierarchy: {_levels(hierarchy)}{made}")
+
+
+def batches_of(config: Config, text: Text) -> Any:
+    """Training batches of this process: of the prepared tokens, or of the raw documents with data.stream."""
+    d = config.data
+    how: dict[str, Any] = dict(
+        seq_len=config.model.seq_len, batch_size=config.train.batch_size, seed=config.train.seed,
+        process_index=jax.process_index(), process_count=jax.process_count(), packing=d.packing,
+        variable_share=d.variable_share)
+    if not d.stream:
+        return pipeline.TrainBatches(text.dir, **how)
+    reader, train, valid = text_prepare.what_to_read(d)
+    held = text_prepare.held_out(reader, valid)
+
+    def is_training(document: corpus.Document) -> bool:
+        return corpus.digest(document) not in held if valid else not corpus.split(document, d.validation_fraction)
+
+    return pipeline.StreamBatches(reader, train, text.tokenizer, is_training, eot=text.manifest.eot,
+                                  shuffle_documents=d.shuffle_documents, **how)

@@ -17,7 +17,8 @@ from hdlm_jax.run import parallel
 
 
 class TrainState(NamedTuple):
-    step: jax.Array  # int32, updates done
+    step: jax.Array  # int32, batches seen
+    skipped: jax.Array  # int32, those of them whose loss or gradient was not finite and that changed nothing
     params: Any
     opt_state: Any
     ema: Any  # average of params, or {} when off
@@ -54,7 +55,7 @@ def init_state(config, hierarchy, network: Network, tx, key, table=None) -> Trai
     if table is not None:
         params = {**params, "embedding": jnp.asarray(table)}
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema else {}
-    return TrainState(jnp.int32(0), params, tx.init(params), ema)
+    return TrainState(jnp.int32(0), jnp.int32(0), params, tx.init(params), ema)
 
 
 def abstract_state(config, hierarchy, network, tx, mesh):
@@ -80,7 +81,8 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=
     """loss_sums(params, batch, key) -> (loss, nelbo, tokens): sums over the rows given, in nats.
 
     batch: x int32 [b, S], index int32 [b] (rows of the global batch), optionally score bool [b, S] (False where the
-    text is given, not modelled). Each row draws from fold_in(key, index) alone, so any split of a batch adds up to it.
+    text is given, not modelled) and segment int32 [b, S] (tokens see their own segment alone). Each row draws from
+    fold_in(key, index) alone, so any split of a batch adds up to it.
     nelbo is the unweighted estimate for t uniform; only loss has gradients.
     """
     d, m = config.diffusion, config.model
@@ -88,15 +90,15 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=
     weigh = functools.partial(process.loss_weight, weighting=d.weighting, weight_min=d.weight_min,
                               weight_max=d.weight_max)
 
-    def hidden(params, z, t, keys):
+    def hidden(params, z, t, segment, keys):
         if not m.dropout:
-            return network.apply({"params": params}, z, t, method="trunk")
+            return network.apply({"params": params}, z, t, segment, method="trunk")
 
-        def row(z, t, key):  # a row's own key, so that its dropout does not depend on its batch mates
-            rngs = {"dropout": key}
-            return network.apply({"params": params}, z[None], t[None], train=True, rngs=rngs, method="trunk")[0]
+        def row(z, t, segment, key):  # a row's own key, so that its dropout does not depend on its batch mates
+            z, t, segment = jax.tree.map(lambda a: a[None], (z, t, segment))
+            return network.apply({"params": params}, z, t, segment, True, rngs={"dropout": key}, method="trunk")[0]
 
-        return jax.vmap(row)(z, t, keys)
+        return jax.vmap(row)(z, t, segment, keys)
 
     def loss_sums(params, batch, key):
         x, index = batch["x"], batch["index"]
@@ -105,7 +107,7 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=
         z = process.sample_z(fold(keys, 1), x, tau)
         score = batch.get("score", jnp.ones(x.shape, bool))
         z = jnp.where(score, z, x)
-        h = hidden(params, z, -jnp.expm1(-tau), fold(keys, 2))
+        h = hidden(params, z, -jnp.expm1(-tau), batch.get("segment"), fold(keys, 2))
 
         def token_loss(p, fields, levels):
             x, z, weight, nelbo_weight = fields
@@ -124,8 +126,9 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=
 def make_train_step(config, network, process, tx, mesh=None):
     """train_step(state, batch, key) -> (state, metrics), pure and global.
 
-    Gradients are those of the batch's loss in nats per scored token, whatever the number of microbatches.
-    metrics: loss, nelbo (nats/token), grad_norm: float32 scalars.
+    Gradients are those of the batch's loss in nats per scored token, whatever the number of microbatches. Where the
+    loss or the gradient is not finite parameters, optimizer and average stay as they are.
+    metrics: loss, nelbo (nats/token), grad_norm: float32 scalars; skipped: how often that was so up to here.
     """
     loss_sums = make_loss_sums(config, network, process, mesh)
     parts, ema = config.train.microbatches, config.optimizer.ema
@@ -154,8 +157,13 @@ def make_train_step(config, network, process, tx, mesh=None):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params) if ema else {}
-        metrics = {"loss": loss / tokens, "nelbo": nelbo / tokens, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state, average), metrics
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        kept = (state.params, state.opt_state, state.ema)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state, average), kept)
+        skipped = state.skipped + ~finite
+        metrics = {"loss": loss / tokens, "nelbo": nelbo / tokens, "grad_norm": norm, "skipped": skipped}
+        return TrainState(state.step + 1, skipped, *after), metrics
 
     return train_step
 

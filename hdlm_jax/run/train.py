@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.model.network import flops_per_token
@@ -19,17 +20,19 @@ from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import Checkpoints, write_json
 from hdlm_jax.run.evaluate import Evaluator, summarise
 from hdlm_jax.run.metrics import MetricsFile, TensorBoard, peak_flops, plot_curves, progress, read_metrics, say
-from hdlm_jax.run.stages import cluster, prepare, word_vectors
+from hdlm_jax.run.stages import batches_of, check_writable, cluster, prepare, word_vectors
 from hdlm_jax.run.state import abstract_state, build, init_state, make_optimizer, make_train_step
 
 RESUME_EXIT = 75  # leaving on SIGTERM with everything saved: run the same command again
-# sections in which a resumed run must not differ, and the settings in them that may
+# sections in which a resumed run must not differ, and the settings in them that may; of data its fingerprint counts
+# and how sequences are made of it
 _FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "optimizer", "train")
-FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "model.remat")
+FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "train.nonfinite_limit", "model.remat")
+_FIXED_DATA = ("packing", "variable_share", "stream", "shuffle_documents")
 
 
 class TrainingStopped(RuntimeError):
-    """The loss is no longer finite: the step, the last finite metrics and the checkpoint to go back to."""
+    """Too many steps whose loss or gradient is not finite: which batch, and the checkpoint to go back to."""
 
 
 def check_resume(config: Config, meta: dict, path: str) -> None:
@@ -38,10 +41,11 @@ def check_resume(config: Config, meta: dict, path: str) -> None:
 
     check_format(meta["config"], path)
     now = json.loads(json.dumps(config.as_dict()))
-    for section in _FIXED:
+    for section in ("data", *_FIXED):
         for name, value in now[section].items():
             saved = meta["config"][section].get(name)
             free = f"{section}.{name}" in FREE or (name == "steps" and config.optimizer.schedule == "constant")
+            free |= section == "data" and name not in _FIXED_DATA
             if saved != value and not free:
                 raise ConfigError(f"{section}.{name}={value!r}: the checkpoint in {path} was trained with {saved!r}; "
                                   "use another --workdir or the old setting")
@@ -50,22 +54,24 @@ def check_resume(config: Config, meta: dict, path: str) -> None:
 def train(config: Config, workdir: str, profile: bool = False) -> Any:
     """Trains (or goes on training) to config.train.steps; returns the final TrainState.
 
-    Under workdir: config.json, checkpoints/, metrics.jsonl, curves.png, and what prepare and cluster make.
+    Under workdir: config.json, checkpoints/, metrics.jsonl, curves.png, and what prepare and cluster make. Of many
+    processes the first writes; all of them need the workdir and data.dir.
 
     Raises:
-      ConfigError: a checkpoint of another configuration. TrainingStopped: the loss is not finite.
+      ConfigError: a checkpoint of another configuration. TrainingStopped: the loss is no longer finite.
+      OSError: what cannot be written or read; checkpoints that are whole stay as they are.
     """
-    from hdlm_jax.text.pipeline import TrainBatches, valid_rows
+    from hdlm_jax.text.pipeline import valid_rows
 
     began = time.time()
+    check_writable(workdir)
     mesh = parallel.make_mesh(config)
     shards = parallel.batch_shards(mesh)
     if config.train.batch_size % (shards * config.train.microbatches):
         raise ConfigError(f"train.batch_size={config.train.batch_size}: must be a multiple of the {shards} batch "
                           f"shards of the mesh times train.microbatches={config.train.microbatches}")
     text = prepare(config, workdir)
-    batches = TrainBatches(text.dir, config.model.seq_len, config.train.batch_size, config.train.seed,
-                           jax.process_index(), jax.process_count())
+    batches = batches_of(config, text)
     hierarchy = cluster(config, workdir, text)
     network, process = build(config, hierarchy)
     tx, schedule = make_optimizer(config)
@@ -75,7 +81,9 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     checkpoints = Checkpoints(workdir)
     facts = {"data": text.manifest.fingerprint, "tokenizer": text.tokenizer.fingerprint,
              "hierarchy": hierarchy.fingerprint}
-    start = checkpoints.latest() or 0
+    start = parallel.first(checkpoints.latest) or 0
+    here = {"devices": jax.device_count(), "processes": jax.process_count(), "mesh": dict(mesh.shape)}
+    position: dict | None = None
     if start:
         saved = checkpoints.meta(start)
         check_resume(config, saved, checkpoints.path)
@@ -83,17 +91,20 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
             if saved[name] != facts[name]:
                 raise ConfigError(f"{name} fingerprint {facts[name][:12]}: the checkpoint in {checkpoints.path} was "
                                   f"trained with {saved[name][:12]}; use another --workdir")
-        say(f"train: resuming from step {start:,} of {config.train.steps:,}")
+        position = saved["position"]
+        change = "" if saved["trained_on"] == here else f" (saved by {_where(saved['trained_on'])}, now {_where(here)})"
+        say(f"train: resuming from step {start:,} of {config.train.steps:,}{change}")
     key = jax.random.key(config.train.seed)
-    first_batch = parallel.put_batch(mesh, batches.batch(start))
-    stop, stop_listening = _on_sigterm()
+    stop = _Stop()
     compiling = time.time()
     # before the state is made, so that the memory of compiling is free again
-    step_fn = parallel.compile_ahead(jitted, abstract, first_batch, key) if start < config.train.steps else jitted
+    example = parallel.put_batch(mesh, batches.example())
+    step_fn = parallel.compile_ahead(jitted, abstract, example, key) if start < config.train.steps else jitted
+    del example
     compiled = time.time()
     state = (checkpoints.restore(start, abstract) if start else
              _fresh_state(config, text, hierarchy, network, tx, shardings))
-    if jax.process_index() == 0:
+    if parallel.is_first():
         text.tokenizer.save(os.path.join(workdir, "tokenizer"))
         kept = config.as_dict()
         kept["data"]["dir"] = config.data.dir and os.path.abspath(config.data.dir)
@@ -103,15 +114,17 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         f"{config.train.steps:,} steps, {jax.device_count()} {jax.devices()[0].device_kind} "
         f"({dict(mesh.shape)}), workdir {workdir}")
     if start >= config.train.steps:
-        stop_listening()
+        stop.listen_no_more()
         say(f"train: nothing to do, step {start:,} is there")
         checkpoints.close()
         return state
 
     evaluator = Evaluator(config, network, process, mesh, abstract.params)
-    rows = valid_rows(text.dir, config.model.seq_len, config.evaluate.rows_in_training)
+    rows = valid_rows(text.dir, config.model.seq_len, config.evaluate.rows_in_training, config.data.packing)
     metrics_path = os.path.join(workdir, "metrics.jsonl")
-    writers: list[Any] = [MetricsFile(metrics_path, start), TensorBoard(os.path.join(workdir, "tensorboard"))]
+    writers: list[Any] = []
+    if parallel.is_first():
+        writers = [MetricsFile(metrics_path, start), TensorBoard(os.path.join(workdir, "tensorboard"))]
     peak = peak_flops(jax.devices()[0].device_kind)
     flops = flops_per_token(config, hierarchy, process.chain)
     every = config.train.evaluate_every or config.checkpoint.every
@@ -121,18 +134,32 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     last: dict[str, Any] = {}
     first: dict[str, float] = {}
 
+    def skipped(step: int, values: dict[str, float], batch: dict[str, np.ndarray], place: dict) -> None:
+        """Says which batch gave no finite loss; too many of them stop the run and leave the batch to look at."""
+        found = f"train: loss={values['loss']} grad_norm={values['grad_norm']} at step {step}"
+        which = f"the batch at position {json.dumps(place)} of data {text.manifest.fingerprint[:12]}"
+        if values["skipped"] <= config.train.nonfinite_limit:
+            say(f"{found}: skipped {which} (no. {values['skipped']:.0f} of at most {config.train.nonfinite_limit})")
+            return
+        kept = os.path.join(workdir, f"nonfinite-{step}-{jax.process_index()}.npz")
+        np.savez(kept, **batch)  # type: ignore[arg-type]
+        back = checkpoints.latest()
+        raise TrainingStopped(
+            f"{found}; last finite {last}; {values['skipped']:.0f} steps skipped, train.nonfinite_limit="
+            f"{config.train.nonfinite_limit}. To replay: {which}, its rows in {kept}, key fold_in(key("
+            f"{config.train.seed}), {step - 1}); "
+            + (f"checkpoint to go back to: step {back} in {checkpoints.path}" if back else "no checkpoint yet"))
+
     def finish(done, force: bool = False) -> dict[str, Any] | None:
         """Reads the metrics of a dispatched step; a record where one is due or forced."""
         nonlocal last
-        step, device_metrics = done
+        step, device_metrics, *batch_and_place = done
         values = {k: float(v) for k, v in device_metrics.items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            back = checkpoints.latest()
-            raise TrainingStopped(
-                f"train: loss={values['loss']} grad_norm={values['grad_norm']} at step {step}; last finite {last}; "
-                + (f"checkpoint to go back to: step {back} in {checkpoints.path}" if back else "no checkpoint yet"))
-        last = {"step": step, **values}
-        window.append(values)
+        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            last = {"step": step, **values}
+            window.append(values)
+        else:
+            skipped(step, values, *batch_and_place)
         clock["steps"] += 1
         if step % config.train.log_every and not force:
             return None
@@ -140,8 +167,10 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         rate: float | None = clock["steps"] * tokens_a_step / seconds
         if clock["steps"] < config.train.log_every:  # too short to time: step and read-out overlap by one
             rate = None
-        mean = {name: float(np.mean([v[name] for v in window])) for name in ("loss", "nelbo", "grad_norm")}
+        mean = {name: float(np.mean([v[name] for v in window])) if window else math.nan
+                for name in ("loss", "nelbo", "grad_norm")}
         record = {"step": step, "tokens": step * tokens_a_step, **mean, "tokens_per_s": rate,
+                  "skipped": int(values["skipped"]),
                   "lr": float(schedule(step - 1)),
                   "mfu": rate * flops / peak / jax.device_count() if peak and rate else None,
                   "input_wait": clock["wait"] / seconds}
@@ -160,18 +189,20 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         return {"valid_nelbo": float(result["nelbo"]), "valid_se": float(result["se"])}
 
     def save(step: int, valid: dict[str, float]) -> None:
-        meta = facts | {"config": config.as_dict(), "next_step": step}
+        meta = facts | {"config": config.as_dict(), "position": iterator.get_state(), "trained_on": here}
         checkpoints.save(step, state, meta, {"nelbo": valid.get("valid_nelbo", math.inf)})
 
     trace = (min(start + 10, config.train.steps), min(start + 13, config.train.steps)) if profile else (-1, -1)
-    iterator = batches.iterator(start)
+    iterator = batches.iterator(position)
     pending = None
     bar = progress(config.train.steps, start, "step", os.path.basename(os.path.normpath(workdir)))
     try:
         for step in range(start + 1, config.train.steps + 1):
             waited = time.time()
-            batch = parallel.put_batch(mesh, next(iterator))
+            place = iterator.get_state()
+            rows_here = next(iterator)
             clock["wait"] += time.time() - waited
+            batch = parallel.put_batch(mesh, rows_here)
             if step == trace[0]:
                 jax.profiler.start_trace(os.path.join(workdir, "profile"))
             state, device_metrics = step_fn(state, batch, key)
@@ -187,10 +218,10 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
                 say(f"train: profile of {trace[1] - trace[0] + 1} steps in {os.path.join(workdir, 'profile')}")
             bar.update()
             due: list[dict[str, Any] | None] = [finish(pending)] if pending else []
-            pending = (step, device_metrics)
+            pending = (step, device_metrics, rows_here, place)
             end = step == config.train.steps
             saves = end or step % config.checkpoint.every == 0
-            leave = stop["asked"] and not end
+            leave = stop.at(step) and not end
             valid: dict[str, float] = {}
             if end or saves or leave or step % every == 0:
                 record = finish(pending, force=True) or {}
@@ -208,13 +239,15 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
                 checkpoints.wait()
                 say(f"train: asked to stop, saved step {step:,}; the same command resumes")
                 raise SystemExit(RESUME_EXIT)
-    finally:
-        stop_listening()
-        bar.close()
         checkpoints.wait()
+    finally:
+        stop.listen_no_more()
+        bar.close()
         checkpoints.close()
         for writer in writers:
             writer.close()
+    if not parallel.is_first():
+        return state
     records = read_metrics(metrics_path)
     curves = os.path.join(workdir, "curves.png")
     drawn = plot_curves(curves, records, text.manifest.unigram_nats)
@@ -233,7 +266,7 @@ def _fresh_state(config: Config, text, hierarchy, network, tx, shardings):
     if config.train.init_from:
         from hdlm_jax.run.api import load_params
 
-        found = load_params(config.train.init_from, "best", text.tokenizer.fingerprint)
+        found = load_params(config, text.tokenizer.fingerprint)
         state = jax.jit(lambda k: init_state(config, hierarchy, network, tx, k), out_shardings=shardings)(key)
         want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, found))
         if want != got:
@@ -251,15 +284,27 @@ def _fresh_state(config: Config, text, hierarchy, network, tx, shardings):
     return init(key, table)
 
 
-def _on_sigterm() -> tuple[dict[str, bool], Callable[[], Any]]:
-    """{"asked": True} once the process has been asked to stop (preemption), and what puts the old handler back."""
-    flag = {"asked": False}
+def _where(here: dict) -> str:
+    shape = "x".join(map(str, here["mesh"].values()))
+    return f"{here['devices']} devices of {here['processes']} processes, mesh {shape}"
 
-    def ask(*_):
-        flag["asked"] = True
 
-    try:
-        old = signal.signal(signal.SIGTERM, ask)
-    except ValueError:  # not the main thread: whoever runs us decides
-        return flag, lambda: None
-    return flag, lambda: signal.signal(signal.SIGTERM, old)
+class _Stop:
+    """Whether the run has been asked to stop (SIGTERM, preemption); on many processes all say so at the same step."""
+
+    def __init__(self) -> None:
+        self._asked, self._old = False, None
+        if jax.process_count() == 1:
+            with contextlib.suppress(ValueError):  # not the main thread: whoever runs us decides
+                self._old = signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def at(self, step: int) -> bool:
+        """To be asked by every process after every step. JAX listens for SIGTERM itself where processes are many."""
+        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+    def listen_no_more(self) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)

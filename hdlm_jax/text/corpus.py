@@ -1,28 +1,41 @@
-"""Where documents come from: the documentation inside Python itself, or any user's files."""
+"""Where documents come from: the documentation inside Python itself, or files of text, jsonl, parquet and tar.
+
+Files are read as streams, local or remote, packed and nested as they are: OpenWebText, a tar.xz of xz-compressed
+tars of text files, is read from the one file it is distributed as.
+"""
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import glob
 import hashlib
+import importlib
 import io
+import itertools
 import json
 import os
 import re
+import shutil
 import sysconfig
+import tarfile
+import tempfile
+import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, cast
 
-SOURCES = ("embedded", "files")
+EMBEDDED = "embedded"  # the one source of data.source='embedded'
 TXT_DOCUMENTS = ("file", "blank_line", "line")
 FORMATS = ("auto", "txt", "jsonl", "parquet", "tar")
 DETOKENIZERS = ("", "lm1b")
-KINDS = (".txt", ".jsonl")
+KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".tar": "tar"}
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
+_SHORT = {".tgz": ".gz", ".txz": ".xz", ".tbz2": ".bz2", ".tzst": ".zst"}  # tars
 
 # Folders of the standard library that are tests, other people's packages or caches.
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
@@ -36,6 +49,14 @@ class Document(NamedTuple):
     prompt: str = ""
 
 
+class Bad(NamedTuple):
+    """A record that cannot be read: the source it is in, where ("line 12", "member a/b.txt, byte 3"), and why."""
+
+    file: str
+    position: str
+    reason: str
+
+
 def digest(document: Document) -> bytes:
     """sha256 of the document's raw UTF-8 bytes (prompt, then text)."""
     return hashlib.sha256((document.prompt + document.text).encode("utf-8")).digest()
@@ -47,48 +68,6 @@ def split(document: Document, fraction: float) -> bool:
     Depends on the text alone, so equal documents fall on the same side and the order of files is irrelevant.
     """
     return int.from_bytes(digest(document)[:8], "big") < fraction * 2.0**64
-
-
-class Fingerprint:
-    """sha256 over a sequence of documents (texts and prompts with their lengths; names do not count)."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, document: Document) -> None:
-        for part in (document.prompt, document.text):
-            raw = part.encode("utf-8")
-            self._hash.update(len(raw).to_bytes(8, "big") + raw)
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
-
-
-def documents(
-    source: str = "embedded",
-    files: str | Sequence[str] = (),
-    text_field: str = "text",
-    prompt_field: str = "",
-    *,
-    txt_documents: str = "file",
-) -> Iterator[Document]:
-    """Yields every document of a source, in a fixed order; empty documents are left out.
-
-    Args:
-      source: 'embedded' (see `embedded_corpus`) or 'files'.
-      files: paths or globs (`~` and `$VARIABLES` are expanded, `**` goes into folders).
-      text_field, prompt_field: fields of a .jsonl line; `prompt_field=''` means no prompts.
-      txt_documents: what a document of a .txt file is: the whole 'file', or all between two 'blank_line's.
-    Raises:
-      ValueError: one line that names the file, the line or byte, the rule and the choices.
-    """
-    if source == "embedded":
-        yield from embedded_corpus()[0]
-    elif source == "files":
-        for path in resolve(files):
-            yield from read_file(path, text_field, prompt_field, txt_documents=txt_documents)
-    else:
-        raise ValueError(f"data.source is {source!r}; choices: {', '.join(SOURCES)}")
 
 
 # -------------------------------------------------------------------------------------------- embedded corpus
@@ -159,189 +138,530 @@ def docstrings(source: bytes | str) -> list[str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ files
+# ---------------------------------------------------------------------------------------------------- sources
 
 
-def resolve(files: str | Sequence[str], name: str = "data.files") -> list[Path]:
-    """Paths of `files` (paths or globs): patterns in the order given, matches of each sorted, each file once.
+def resolve(files: str | Sequence[str], name: str = "data.files") -> list[str]:
+    """Sources of `files`: patterns in the order given, the matches of each sorted, each file once.
 
-    Raises ValueError for an empty list, a pattern without a match, or a kind of file that cannot be read.
+    Args:
+      files: paths or globs (`~` and `$VARIABLES` are expanded, `**` goes into folders), or URLs that fsspec
+        knows (`s3://...`, `gs://...`, `https://...`); in a URL only * and [ make a pattern, ? is a query.
+      name: of the setting, for messages.
+    Raises:
+      ValueError: an empty list, a pattern without a match, a package that is missing.
     """
     patterns = [files] if isinstance(files, str) else list(files)
     if not patterns:
-        raise ValueError(f"{name} is empty; give paths or globs of .txt or .jsonl files")
-    paths: dict[Path, Path] = {}
+        raise ValueError(f"{name} is empty; give paths, globs or URLs of {', '.join(KINDS)} files")
+    sources: dict[str, str] = {}
     for pattern in patterns:
         expanded = os.path.expanduser(os.path.expandvars(pattern))
-        # A path that exists is itself, even if its name holds glob characters.
-        matches = [expanded] if os.path.isfile(expanded) else sorted(glob.glob(expanded, recursive=True))
-        matches = [match for match in matches if os.path.isfile(match)]
+        matches = _remote_matches(expanded) if "://" in expanded else _local_matches(expanded)
         if not matches:
             hint = f" (is {expanded!r}; is the variable set?)" if "$" in expanded else ""
             raise ValueError(f"{name}: no file matches {pattern!r}{hint}")
         for match in matches:
-            _kind(Path(match))
-            paths.setdefault(Path(os.path.realpath(match)), Path(match))
-    return list(paths.values())
+            sources.setdefault(match if "://" in match else os.path.realpath(match), match)
+    return list(sources.values())
 
 
-def _kind(path: Path) -> tuple[str, str]:
-    """('.txt' or '.jsonl', compression or '')."""
-    suffixes = path.suffixes
-    packed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
-    kind = suffixes[-1] if suffixes else ""
-    if kind not in KINDS:
-        raise ValueError(f"{path}: kind of file {kind + packed!r} is unknown; choices: "
-                         f"{', '.join(KINDS)}, plain or with {', '.join(COMPRESSIONS)}")
-    return kind, packed
+def _local_matches(pattern: str) -> list[str]:
+    # A path that exists is itself, even if its name holds glob characters.
+    matches = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+    return [match for match in matches if os.path.isfile(match)]
 
 
-def _open(path: Path) -> BinaryIO:
-    packed = _kind(path)[1]
+def _remote_matches(pattern: str) -> list[str]:
+    filesystem, path = _filesystem(pattern)
+    with _one_line(pattern):
+        try:
+            found = filesystem.glob(path, detail=True) if re.search(r"[*[]", path) else {path: filesystem.info(path)}
+        except FileNotFoundError:
+            found = {}
+    return sorted(filesystem.unstrip_protocol(path) for path, facts in found.items() if facts["type"] == "file")
+
+
+def facts_of(source: str) -> list:
+    """[name, size in bytes] of a source; the embedded corpus is made when it is read, its size is given as 0.
+
+    Raises OSError or ValueError when the source is not there.
+    """
+    if source == EMBEDDED:
+        return [EMBEDDED, 0]
+    if "://" not in source:
+        return [os.path.basename(source), os.stat(source).st_size]
+    filesystem, path = _filesystem(source)
+    with _one_line(source):
+        facts = filesystem.info(path)
+    return [os.path.basename(source.partition("?")[0]), facts["size"]]
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    core = _package("fsspec.core", "remote", url)
+    try:
+        return core.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # the scheme's own package is missing, or no such scheme
+        raise ValueError(f"{url}: {error}; pip install 'hdlm_jax[remote]' brings https, s3 and gs") from None
+
+
+@contextlib.contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """Errors of a disk, and whatever a network layer raises, become one line with the source."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or ("://" in source and not isinstance(error, ValueError)):
+            raise ValueError(f"{source}: cannot be read ({_reason(error)})") from error
+        raise
+
+
+def _package(module: str, extra: str, where: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f"{where}: needs the {module.partition('.')[0]} package: "
+                         f"pip install 'hdlm_jax[{extra}]'") from None
+
+
+def _open(source: str) -> io.BufferedReader:
+    """A source's raw bytes."""
+    if "://" not in source:
+        return io.BufferedReader(io.FileIO(source), _BUFFER)
+    filesystem, path = _filesystem(source)
+    return io.BufferedReader(filesystem.open(path, "rb"), _BUFFER)
+
+
+def _suffixes(name: str) -> tuple[str, str]:
+    """(kind by the name or '', compression by the name or '')."""
+    stem, suffix = os.path.splitext((name.partition("?")[0] if "://" in name else name).lower())
+    if suffix in _SHORT:
+        return "tar", _SHORT[suffix]
+    packed = suffix if suffix in COMPRESSIONS else ""
+    return KINDS.get(os.path.splitext(stem)[1] if packed else suffix, ""), packed
+
+
+# ------------------------------------------------------------------------------------------------------- bytes
+
+_BUFFER = 1 << 18
+# No UTF-8 text begins like this (bz2, the only one of plain letters, begins with ten letters of nonsense).
+_MAGIC = re.compile(rb"(?P<gz>\x1f\x8b\x08)|(?P<xz>\xfd7zXZ\0)|(?P<bz2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|"
+                    rb"(?P<zst>\(\xb5/\xfd|[P-_]\*M\x18)")
+
+
+def _decompressor(packed: str, where: str) -> Callable[[], Any]:
     if packed == ".gz":
-        import gzip
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return lambda: zlib.decompressobj(31)  # 31: with gzip's header and checksum
     if packed == ".xz":
         import lzma
-        return lzma.open(path, "rb")  # type: ignore[return-value]
+        return lzma.LZMADecompressor
     if packed == ".bz2":
         import bz2
-        return bz2.open(path, "rb")  # type: ignore[return-value]
-    if packed == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise ValueError(f"{path}: .zst needs the zstandard package: pip install zstandard") from None
-        return io.BufferedReader(_Zstandard(path, zstandard.ZstdDecompressor), 1 << 20)  # type: ignore
-    return open(path, "rb")
+        return bz2.BZ2Decompressor
+    zstandard = _package("zstandard", "zstd", where)
+    return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
-class _Zstandard(io.RawIOBase):
-    """Reads all frames of a .zst; the package's own stream_reader takes a file cut short for whole."""
+class _Damaged(Exception):
+    """The bytes read are not what they should be: no error of disk, network or settings."""
 
-    def __init__(self, path: Path, decompressor: Callable[[], Any]) -> None:
-        self._file, self._decompressor = open(path, "rb"), decompressor
-        self._frame: Any = None
-        self._raw = self._text = b""
+
+_DAMAGED = (_Damaged, tarfile.TarError)
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes inside a compressed file: all its streams, one after another; _Damaged where it is cut short.
+
+    The libraries' own file objects differ: zstandard's takes a file cut short for whole, the others lose what
+    they have unpacked when an error follows. Here all that can be read comes first, then the error, each time.
+    """
+
+    def __init__(self, file: io.BufferedReader, decompressor: Callable[[], Any]):
+        self._file, self._new = file, decompressor
+        self._stream: Any = None
+        self._raw, self._text = b"", memoryview(b"")
+        self._error: Exception | None = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._text:
-            self._raw = self._raw or self._file.read(1 << 20)
-            if not self._raw:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a frame")
-                return 0
-            self._frame = self._frame or self._decompressor().decompressobj()
-            self._text = self._frame.decompress(self._raw)
-            self._raw = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
+            if self._error:
+                raise self._error
+            try:
+                if not self._unpack():
+                    return 0
+            except Exception as error:
+                self._error = error
         count = min(len(buffer), len(self._text))
         buffer[:count], self._text = self._text[:count], self._text[count:]
         return count
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    def _unpack(self) -> bool:
+        raw = self._raw or self._file.read1(1 << 14)
+        self._raw = b""
+        if not raw:
+            if self._stream is not None:
+                raise _Damaged("the compressed data is cut short")
+            return False
+        if self._stream is None:
+            raw = raw.lstrip(b"\0")  # padding between streams
+            self._stream = self._new() if raw else None
+        if self._stream is not None:
+            try:
+                self._text = memoryview(self._stream.decompress(raw))
+            except Exception as error:  # each library has its own
+                raise _Damaged(_reason(error)) from None
+            if self._stream.eof:
+                self._raw, self._stream = self._stream.unused_data, None
+        return True
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[BinaryIO]:
-    """The open file; whatever is wrong with its bytes on disk becomes one line with its name."""
-    import lzma
-    import zlib
-    broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError)
-    with contextlib.suppress(ImportError):
-        import zstandard
-        broken += (zstandard.ZstdError,)
+def _unpacked(file: io.BufferedReader, name: str) -> io.BufferedReader:
+    """`file` without its compressions, found by content; _Damaged where only the name speaks of one."""
+    packed = _suffixes(name)[1]
+    while found := _MAGIC.match(file.peek(64)):
+        file = io.BufferedReader(_Unpacked(file, _decompressor(f".{found.lastgroup}", name)), _BUFFER)
+        packed = ""
+    if packed:
+        raise _Damaged(f"this is no {packed} data")
+    return file
+
+
+def _content(file: io.BufferedReader) -> str:
+    """'tar', 'parquet' or '' by the first bytes."""
+    head = file.peek(512)
+    return "tar" if head[257:262] == b"ustar" else "parquet" if head.startswith(b"PAR1") else ""
+
+
+class _Header(tarfile.TarInfo):
+    """tarfile takes a damaged or missing header for the end of the archive; here only the end mark is one."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:  # type: ignore[override]
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":
+                raise
+            raise tarfile.ReadError(f"{error}: the archive is damaged or cut short") from None
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, _Damaged) else f"{type(error).__name__}: {text}"
+
+
+# ----------------------------------------------------------------------------------------------------- records
+
+
+class _Place(NamedTuple):
+    """What is being read: a source, or the member (or member/member of a member) of one that is an archive."""
+
+    source: str
+    member: str = ""
+
+    def inside(self, member: str) -> _Place:
+        return _Place(self.source, f"{self.member}/{member}" if self.member else member)
+
+    def name(self, number: int = 0) -> str:
+        """Name of a document: file, member, number of line or row; only what there is."""
+        name = os.path.basename(self.source) + (f":{self.member}" if self.member else "")
+        return f"{name}:{number}" if number else name
+
+    def bad(self, at: str, reason: str) -> Bad:
+        member = f"member {self.member}" if self.member else ""
+        return Bad(self.source, ", ".join(filter(None, [member, at])), reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How documents are read; picklable.
+
+    Attributes (the settings of the same names in `data`):
+      text_field, prompt_field: fields of a jsonl record or parquet row; `prompt_field=''` means no prompts.
+      txt_documents: a document of a text file: the whole 'file', all between two 'blank_line's, or a 'line'.
+      format: 'auto', by the name of the file; else its kind, whatever the name.
+      detokenize: 'lm1b': prompt and text go through `LM1B`.
+    """
+
+    text_field: str = "text"
+    prompt_field: str = ""
+    txt_documents: str = "file"
+    format: str = "auto"
+    detokenize: str = ""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("txt_documents", TXT_DOCUMENTS), ("format", FORMATS), ("detokenize", DETOKENIZERS)):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"data.{name} is {value!r}; choices: {', '.join(filter(None, choices))}")
+
+    def check(self, source: str) -> str:
+        """The kind of a source: 'embedded', 'txt', 'jsonl', 'parquet' or 'tar'.
+
+        It is that of `format`, of the name, or, where both say nothing, of the content (tar and parquet only).
+
+        Raises:
+          ValueError: no such file, a kind that is unknown or has no prompts, a package that is missing.
+        """
+        kind = EMBEDDED
+        if source != EMBEDDED:
+            if "://" not in source and not os.path.isfile(source):
+                raise ValueError(f"{source}: no such file")
+            named, packed = _suffixes(source)
+            kind = named if self.format == "auto" else self.format
+            if packed:
+                _decompressor(packed, source)
+            if not kind:
+                with _one_line(source), _open(source) as file, contextlib.suppress(_Damaged):
+                    kind = _content(_unpacked(file, source))
+            if not kind:
+                suffix = "".join(PurePosixPath(source).suffixes[-2:] if packed else PurePosixPath(source).suffixes[-1:])
+                raise ValueError(f"{source}: kind of file {suffix!r} is unknown; "
+                                 f"choices: {', '.join(KINDS)}, plain or with {', '.join(COMPRESSIONS)}; data.format "
+                                 "says what files of other names are")
+            if kind == "parquet":
+                _package("pyarrow.parquet", "parquet", source)
+        if self.prompt_field and kind in ("txt", EMBEDDED):
+            raise ValueError(f"{source}: data.prompt_field={self.prompt_field!r} needs jsonl or parquet, not {kind}")
+        return kind
+
+    def read(self, source: str) -> Iterator[Document | Bad]:
+        """The documents of a source in a fixed order, and what of it cannot be read; empty documents are left out.
+
+        A source is read as a stream: held in memory are one document and some buffers. After a `Bad` reading goes
+        on with the next record, or member of an archive, if it can be found; otherwise the `Bad` comes last.
+
+        Raises:
+          ValueError: what `check` raises; a field that is missing in the first record of a file, which is a misspelt
+            setting; a disk or network that fails. One line that names the file, the rule and the choices.
+        """
+        kind = self.check(source)
+        return iter(embedded_corpus()[0]) if kind == EMBEDDED else self._source(source, kind)
+
+    def _source(self, source: str, kind: str) -> Iterator[Document | Bad]:
+        place = _Place(source)
+        with _one_line(source), _open(source) as file:
+            try:
+                for record in self._contents(file, place, kind):
+                    if isinstance(record, Bad):
+                        yield record
+                    elif not _blank(record.text):
+                        yield lm1b(record) if self.detokenize else record
+            except _DAMAGED as error:
+                yield place.bad(f"byte {file.tell()}", _reason(error))
+
+    def _contents(self, file: io.BufferedReader, place: _Place, kind: str = "") -> Iterator[Document | Bad]:
+        """The records of an open file; kind '' (a member of an archive): that of its content, else of its name."""
+        packed, file = file, _unpacked(file, place.member or place.source)
+        kind = kind or _content(file) or _suffixes(place.member)[0] or "txt"
+        if kind == "tar":
+            return self._tar(file, place)
+        if kind == "parquet":
+            return self._parquet(file, place, seekable=file is packed and not place.member)
+        if kind == "jsonl":
+            return self._jsonl(file, place)
+        if self.prompt_field:
+            raise ValueError(f"{place.name()}: data.prompt_field={self.prompt_field!r} needs jsonl or parquet, not txt")
+        return _TXT[self.txt_documents](file, place)
+
+    def _tar(self, file: io.BufferedReader, place: _Place) -> Iterator[Document | Bad]:
+        held = None
+        stream: Any = types.SimpleNamespace(read=file.read1)  # read1: all that comes before an error
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header, errors="replace") as archive:
+            while True:
+                member = archive.next()  # an error here is the archive's, and comes in place of the member's
+                archive.members = []  # type: ignore[attr-defined]  # or it would keep every header
+                if held:
+                    yield held
+                    held = None
+                if member is None:
+                    break
+                if not member.isfile() or os.path.basename(member.name).startswith("."):
+                    continue
+                inside = place.inside(member.name)
+                try:
+                    yield from self._contents(cast(io.BufferedReader, archive.extractfile(member)), inside)
+                except _DAMAGED as error:
+                    held = inside.bad("", _reason(error))
+            while rest := archive.fileobj.read(_BUFFER):  # type: ignore[union-attr]
+                if rest.strip(b"\0"):  # reading to the end also checks the sums of what it is packed in
+                    raise tarfile.ReadError("there is data after the end mark of the archive")
+
+    def _parquet(self, file: Any, place: _Place, seekable: bool) -> Iterator[Document | Bad]:
+        fields, number = self._fields(), 0
+        with contextlib.ExitStack() as stack:
+            if not seekable:  # a parquet file is read from its end
+                spool = stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(file, spool)
+                file = spool
+            for columns in _columns(file, fields, place, remote=seekable and "://" in place.source):
+                for values in zip(*columns, strict=True):
+                    number += 1
+                    try:
+                        yield _document(dict(zip(fields, values, strict=True)), fields, place.name(number))
+                    except _Unreadable as error:
+                        yield place.bad(f"row {number}", str(error))
+
+    def _jsonl(self, file: io.BufferedReader, place: _Place) -> Iterator[Document | Bad]:
+        fields, first = self._fields(), True
+        for number, line in _lines(file, place):
+            if isinstance(line, Bad):
+                yield line
+            elif not _blank(line):
+                try:
+                    row = _object(line)
+                    if first:
+                        _need(fields, row, place)
+                        first = False
+                    yield _document(row, fields, place.name(number))
+                except _Unreadable as error:
+                    yield place.bad(f"line {number}", str(error))
+
+    def _fields(self) -> list[str]:
+        return [self.text_field, self.prompt_field] if self.prompt_field else [self.text_field]
+
+
+def _columns(file: Any, fields: list[str], place: _Place, remote: bool) -> Iterator[list[list[bytes | None]]]:
+    """The columns `fields` of a parquet file, some rows at a time; as bytes, for no row to spoil the others."""
+    arrow, parquet = (_package(name, "parquet", place.source) for name in ("pyarrow", "pyarrow.parquet"))
     try:
-        with _open(path) as file:
-            yield file
-    except broken as error:
-        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+        table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # else it reads whole row groups
+        _need(fields, table.schema_arrow.names, place)
+        for batch in table.iter_batches(256, columns=fields, use_threads=False):
+            try:
+                columns = [batch.column(field).cast(arrow.large_binary()) for field in fields]
+            except arrow.ArrowNotImplementedError as error:
+                raise ValueError(f"{place.name()}: {', '.join(fields)} must be text ({_reason(error)})") from None
+            yield [column.to_pylist() for column in columns]
+    except (arrow.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and (error.errno or remote):  # of the disk; of the network, perhaps
+            raise
+        raise _Damaged(_reason(error)) from None
 
 
-def read_file(path: str | os.PathLike, text_field: str = "text", prompt_field: str = "", *,
-              txt_documents: str = "file") -> Iterator[Document]:
-    """Yields the non-empty documents of one .txt or .jsonl file, plain or compressed. See `documents`."""
-    path = Path(path)
-    if txt_documents not in TXT_DOCUMENTS:
-        raise ValueError(f"data.txt_documents is {txt_documents!r}; choices: {', '.join(TXT_DOCUMENTS)}")
-    kind = _kind(path)[0]
-    if prompt_field and kind != ".jsonl":
-        raise ValueError(f"{path}: data.prompt_field={prompt_field!r} needs .jsonl files")
-    with _reading(path) as file:
-        if kind == ".jsonl":
-            yield from _jsonl(file, path, text_field, prompt_field)
-        elif txt_documents == "file":
-            text = _decode(file.read(), path)
-            if text.strip():
-                yield Document(text, path.name)
-        else:
-            yield from _paragraphs(file, path)
+class _Unreadable(Exception):
+    """Why a record is a bad one."""
 
 
-def _decode(raw: bytes, path: Path, line: int = 0, start: int = 0) -> str:
-    if start == 0 and raw.startswith(b"\xef\xbb\xbf"):  # a byte order mark is no text
-        raw, start = raw[3:], 3
+def _object(line: str) -> dict:
     try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"line {line}, " if line else ""
-        raise ValueError(f"{path}: not valid UTF-8 at {where}byte {start + error.start} "
-                         f"(0x{raw[error.start]:02x}: {error.reason})") from None
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _Unreadable(f"not JSON ({_reason(error)})") from None
+    if not isinstance(row, dict):
+        raise _Unreadable(f"a line must be a JSON object, not {type(row).__name__}")
+    return row
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:
-    start = 0
+def _need(fields: Iterable[str], there: Iterable[str], place: _Place) -> None:
+    for field in fields:
+        if field not in there:
+            raise ValueError(f"{place.name()}: no field {field!r} in its first record; fields there: "
+                             f"{', '.join(map(repr, there)) or 'none'} (data.text_field, data.prompt_field)")
+
+
+def _document(row: dict, fields: list[str], name: str) -> Document:
+    texts = []
+    for field in fields:
+        if field not in row:
+            raise _Unreadable(f"no field {field!r}; fields here: {', '.join(map(repr, row)) or 'none'}")
+        value = row[field]
+        try:
+            if isinstance(value, bytes):
+                value = value.decode()
+            elif isinstance(value, str):
+                value.encode()  # json lets a lone surrogate pass, "\ud800"; it has no UTF-8 form
+        except UnicodeError as error:
+            raise _Unreadable(f"field {field!r} is not Unicode ({_reason(error)})") from None
+        if not isinstance(value, str):
+            raise _Unreadable(f"field {field!r} must be a string, not {type(value).__name__}")
+        texts.append(value)
+    return Document(texts[0], name, *texts[1:])
+
+
+def _blank(text: str) -> bool:
+    return not text or text.isspace()  # unlike strip() this copies nothing
+
+
+_BOM = b"\xef\xbb\xbf"  # a byte order mark is no text
+
+
+def _lines(file: io.BufferedReader, place: _Place) -> Iterator[tuple[int, str | Bad]]:
+    """(number from 1, line with its end) of each line."""
     for number, raw in enumerate(file, 1):
-        yield number, _decode(raw, path, number, start)
-        start += len(raw)
+        if number == 1:
+            raw = raw.removeprefix(_BOM)
+        try:
+            line: str | Bad = raw.decode()
+        except UnicodeDecodeError as error:
+            line = place.bad(f"line {number}, byte {error.start}", _utf8(error))
+        yield number, line
 
 
-def _paragraphs(file: BinaryIO, path: Path) -> Iterator[Document]:
-    held: list[str] = []
-    first = 1
-    for number, line in _lines(file, path):
-        if line.strip():
-            if not held:
-                first = number
+def _utf8(error: UnicodeDecodeError) -> str:
+    return f"not valid UTF-8 (0x{error.object[error.start]:02x}: {error.reason})"
+
+
+def _whole(file: io.BufferedReader, place: _Place) -> Iterator[Document | Bad]:
+    raw = file.read()
+    text = raw.removeprefix(_BOM)
+    try:
+        yield Document(text.decode(), place.name())
+    except UnicodeDecodeError as error:
+        yield place.bad(f"byte {len(raw) - len(text) + error.start}", _utf8(error))
+
+
+def _single(file: io.BufferedReader, place: _Place) -> Iterator[Document | Bad]:
+    for number, line in _lines(file, place):
+        yield line if isinstance(line, Bad) else Document(line.rstrip("\r\n"), place.name(number))
+
+
+def _paragraphs(file: io.BufferedReader, place: _Place) -> Iterator[Document | Bad]:
+    held: list[str | Bad] = []
+    first = 0
+    for number, line in itertools.chain(_lines(file, place), [(0, "\n")]):
+        if isinstance(line, Bad) or not _blank(line):
+            first = first or number
             held.append(line)
         elif held:
-            yield Document("".join(held).rstrip("\r\n"), f"{path.name}:{first}")
-            held = []
-    if held:
-        yield Document("".join(held).rstrip("\r\n"), f"{path.name}:{first}")
+            bad = next((part for part in held if isinstance(part, Bad)), None)
+            yield bad or Document("".join(cast(list[str], held)).rstrip("\r\n"), place.name(first))
+            held, first = [], 0
 
 
-def _jsonl(file: BinaryIO, path: Path, text_field: str, prompt_field: str) -> Iterator[Document]:
-    for number, line in _lines(file, path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: a line must be a JSON object, not {type(row).__name__}")
-        text = _field(row, text_field, path, number)
-        prompt = _field(row, prompt_field, path, number) if prompt_field else ""
-        if text.strip():
-            yield Document(text, f"{path.name}:{number}", prompt)
+_TXT = {"file": _whole, "blank_line": _paragraphs, "line": _single}
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+# ------------------------------------------------------------------------------------------------ detokenizers
+
+# The words of LM1B are set apart by blanks, punctuation and clitics as well. What SEDD and MDLM do against it,
+# in order: patterns and replacements of `re.sub`.
+LM1B = (
+    (r"(https?) : / / ", r"\1://"),
+    (r" '(\w+)", r"'\1"),  # they 've
+    (r" (\w+) \. ", r" \1. "),
+    (r" (\w+) \.$", r" \1."),
+    (r" \? ", "? "),
+    (r" \?$", "?"),
+    (r" ! ", "! "),
+    (r" !$", "!"),
+    (r" , ", ", "),
+    (r" : ", ": "),
+    (r" ; ", "; "),
+    (r" / ", "/"),
+    (r'" ([^"]+) "', r'"\1"'),
+    (r"' ([^']+) '", r"'\1'"),
+    (r"\( ([^()]+) \)", r"(\1)"),
+    (r"\[ ([^\[\]]+) \]", r"[\1]"),
+    (r"([$£]) ", r"\1"),
+)
 
 
-def _field(row: dict, field: str, path: Path, number: int) -> str:
-    if field not in row:
-        there = ", ".join(map(repr, row)) or "none"
-        raise ValueError(f"{path}:{number}: no field {field!r}; fields here: {there}")
-    value = row[field]
-    if not isinstance(value, str):
-        raise ValueError(f"{path}:{number}: field {field!r} must be a string, not {type(value).__name__}")
-    if found := _SURROGATE.search(value):  # json.loads lets "\ud800" pass; it has no UTF-8 form
-        raise ValueError(f"{path}:{number}: field {field!r} is not Unicode: lone surrogate {found[0]!r}")
-    return value
+def lm1b(document: Document) -> Document:
+    """`document` after the rules of `LM1B`, text and prompt."""
+    text, prompt = document.text, document.prompt
+    for pattern, replacement in LM1B:
+        text, prompt = re.sub(pattern, replacement, text), re.sub(pattern, replacement, prompt)
+    return document._replace(text=text, prompt=prompt)

@@ -1,426 +1,235 @@
-"""Documents -> token shards on disk -> batches of S packed tokens, a pure function of (seed, step).
+"""Tokens -> batches of S tokens: rows of a prepared folder, or of raw documents tokenised on the fly.
 
-`prepare` writes one folder: the tokenizer, `train.bin` and `valid.bin` (all documents of a split one after
-the other, each closed by the end of text), with prompts also `*.mask.bin`, and last of all `manifest.json`,
-whose presence says that the rest is whole. `TrainBatches` and `valid_rows` read that folder.
+A row is packed in one of three ways. concat: S consecutive tokens of the documents one after the other;
+documents: the same, with attention limited to tokens of the same document; crop: one document, or a window of
+one that is longer than S. `TrainBatches` reads the folder that `prepare` writes and is a pure function of (seed, step);
+`StreamBatches` reads raw documents and goes on from any position it has handed out; `valid_rows` is the
+validation split, every token once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import bisect
 import functools
-import hashlib
-import json
+import itertools
+import mmap
 import os
-import platform
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hdlm_jax.text import corpus, tokens
+from hdlm_jax.text.prepare import Manifest, load_manifest
 
-MANIFEST = "manifest.json"
-VERSION = 1
 PACKINGS = ("concat", "documents", "crop")
-BPE_TRAINING_BYTES = 100_000_000
-_VERIFY_BYTES = 1 << 30  # shards up to this size are hashed again before they are reused
-_BATCH_BYTES = 4 << 20
+_OPEN_SHARDS = 256  # memory maps held at once; each costs a file descriptor
+_ENCODED_CHARS = 1 << 20  # streamed documents are encoded in batches of about so many characters
+_AHEAD_TOKENS = 1 << 22  # streamed batches are made ahead up to about so many tokens
 
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a folder of tokens holds. Counts are of whole splits; a token count includes the ends of text,
-    bytes are raw UTF-8 bytes of the documents (an end of text has none). `scored` leaves prompts out.
+# ------------------------------------------------------------------------------------------- a folder of tokens
 
-    unigram_nats: nats per scored validation token (end of text counted) under the unigram of the scored
-      training tokens, add-one smoothed over the V words.
-    corpus_fingerprint: sha256 of all documents in order (`corpus.Fingerprint`).
-    settings, sources: what was asked for, and name and size of each file read; `prepare` compares them.
-    shards: file name -> {"bytes", "sha256"}.
-    left_out: training documents left out because they are equal to a document of the validation files.
-    unreadable: source files of the embedded corpus that could not be read.
+
+class Documents(NamedTuple):
+    """Where the documents of a split are: `starts` int64 [documents + 1] (the last one: the end of the split),
+    `prompts` uint32 [documents], the tokens at a document's beginning that are never scored."""
+
+    starts: np.ndarray
+    prompts: np.ndarray
+
+
+class Split:
+    """The T tokens of a split ('train' or 'valid'): its ranges of shards, one after the other, closed to a ring.
+
+    Shards are mapped when they are read, and the least recently used are given back. `tokens` is T.
     """
 
-    version: int
-    settings: dict
-    sources: list
-    tokenizer_kind: str
-    tokenizer_fingerprint: str
-    vocab_size: int
-    eot: int
-    dtype: str
-    masks: bool
-    train_documents: int
-    train_tokens: int
-    train_bytes: int
-    train_scored_tokens: int
-    train_scored_bytes: int
-    valid_documents: int
-    valid_tokens: int
-    valid_bytes: int
-    valid_scored_tokens: int
-    valid_scored_bytes: int
-    unigram_nats: float
-    corpus_fingerprint: str
-    bpe_training_bytes: int
-    left_out: int
-    unreadable: int
-    python: str
-    shards: dict
+    def __init__(self, folder: str | os.PathLike, manifest: Manifest, split: str):
+        if split not in ("train", "valid"):
+            raise ValueError(f"split is {split!r}; choices: train, valid")
+        self._folder, self._prompts = Path(folder), manifest.prompts
+        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._ranges = [entry for entry in manifest.splits[split] if entry[2] > entry[1]]
+        self._ends = list(itertools.accumulate(end - first for _, first, end, _, _ in self._ranges))
+        self.tokens = self._ends[-1] if self._ends else 0
+        self._flat = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._map)
 
-    @property
-    def unigram_bits_per_byte(self) -> float:
-        """`unigram_nats` in bits per raw UTF-8 byte of the scored validation text."""
-        return self.unigram_nats * self.valid_scored_tokens / self.valid_scored_bytes / np.log(2.0)
+    def _map(self, number: int) -> np.ndarray:
+        stem, first, end, _, _ = self._ranges[number]
+        path = self._folder / f"{stem}.bin"
+        try:
+            with open(path, "rb") as file:  # np.memmap itself costs twice as long
+                raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(raw, self._dtype, end - first, first * self._dtype.itemsize)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read up to token {end:,} ({error}); run --mode=prepare") from None
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 (hex) of the tokens and the tokenizer: what a data position belongs to."""
-        shards = sorted((name, facts["sha256"]) for name, facts in self.shards.items())
-        facts = [self.tokenizer_fingerprint, shards]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    def _pieces(self, start: int, count: int) -> Iterator[np.ndarray]:
+        while count > 0:
+            start %= self.tokens
+            number = bisect.bisect_right(self._ends, start)
+            flat = self._flat(number)
+            place = start - self._ends[number] + len(flat)
+            piece = flat[place:place + count]
+            yield piece
+            start += len(piece)
+            count -= len(piece)
 
-    def summary(self) -> str:
-        """One line for people."""
-        return (f"{self.train_tokens:,} training and {self.valid_tokens:,} validation tokens "
-                f"({self.train_documents:,} and {self.valid_documents:,} documents), V={self.vocab_size:,} "
-                f"({self.tokenizer_kind}), unigram {self.unigram_nats:.4f} nats/token, "
-                f"corpus {self.corpus_fingerprint[:12]}")
+    def __len__(self) -> int:
+        return self.tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """A stretch of the tokens, as of an array: uint16 or uint32."""
+        start, stop, _ = part.indices(self.tokens)
+        return self.read(start, max(0, stop - start))
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens of the ring from `start`, uint16 or uint32; a view of the disk where one shard has all."""
+        pieces = list(self._pieces(start, count))
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, self._dtype), *pieces])
+
+    def gather(self, starts: np.ndarray, seq_len: int) -> np.ndarray:
+        """Rows of S consecutive tokens of the ring, int32 [b, S]; starts: int64 [b]."""
+        out = np.empty((len(starts), seq_len), np.int32)
+        for row, start in zip(out, starts.tolist(), strict=True):
+            done = 0
+            for piece in self._pieces(start, seq_len):
+                row[done:done + len(piece)] = piece
+                done += len(piece)
+        return out
+
+    @functools.cached_property
+    def documents(self) -> Documents:
+        """Read from the index files when first asked for; ValueError if one is missing or disagrees."""
+        sizes, prompts = [], []
+        for stem, first, end, first_document, end_document in self._ranges:
+            path = self._folder / f"{stem}.idx"
+            count = end_document - first_document
+            try:
+                index = np.fromfile(path, "<u4", 4 * count, offset=16 * first_document)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read ({error}); run --mode=prepare") from None
+            index = index.reshape(-1, 4)
+            if len(index) != count or index[:, 0].sum(dtype=np.int64) != end - first:
+                raise ValueError(f"{path} does not fit {stem}.bin: documents {first_document:,} to "
+                                 f"{end_document:,} must have {end - first:,} tokens; run --mode=prepare")
+            sizes.append(index[:, 0])
+            prompts.append(index[:, 2])
+        starts = np.concatenate([np.zeros(1, np.int64), *sizes]).cumsum(dtype=np.int64)
+        return Documents(starts, np.concatenate([np.zeros(0, np.uint32), *prompts]))
+
+    def scored(self, starts: np.ndarray, seq_len: int) -> np.ndarray:
+        """Which tokens of `gather(starts, seq_len)` belong to no prompt, bool [b, S]."""
+        if not self._prompts:
+            return np.ones((len(starts), seq_len), np.bool_)
+        places = (starts[:, None] + np.arange(seq_len)) % self.tokens
+        document = np.searchsorted(self.documents.starts, places, side="right") - 1
+        return places - self.documents.starts[document] >= self.documents.prompts[document]
 
 
-def load_manifest(folder: str | os.PathLike) -> Manifest:
-    """The manifest of a folder of tokens; ValueError when there is none, or one of another version."""
-    path = Path(folder) / MANIFEST
-    try:
-        facts = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no tokens in {folder} ({MANIFEST} is missing); run --mode=prepare") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); delete the folder and prepare again") from None
-    if facts.get("version") != VERSION:
-        raise ValueError(f"{path}: version is {facts.get('version')}, this code reads {VERSION}; "
-                         "delete the folder and prepare again")
-    return Manifest(**facts)
+def read_tokens(folder: str | os.PathLike, split: str = "train", limit: int = 0) -> np.ndarray:
+    """The tokens of a split ('train' or 'valid'), uint16 or uint32 [tokens], the first `limit` if that is > 0.
 
-
-def read_tokens(folder: str | os.PathLike, split: str = "train") -> np.ndarray:
-    """All tokens of a split ('train' or 'valid') as a read-only array on disk, uint16 or uint32 [tokens]."""
-    return _memmap(folder, split, load_manifest(folder))
-
-
-def _memmap(folder: str | os.PathLike, split: str, manifest: Manifest, mask: bool = False) -> np.ndarray:
-    if split not in ("train", "valid"):
-        raise ValueError(f"split is {split!r}; choices: train, valid")
-    dtype = np.dtype(np.uint8) if mask else np.dtype(manifest.dtype).newbyteorder("<")
-    path = Path(folder) / (f"{split}.mask.bin" if mask else f"{split}.bin")
-    # A plain ndarray over the map: slicing np.memmap itself costs microseconds a slice.
-    return np.memmap(path, dtype, mode="r").view(np.ndarray)
-
-
-# ---------------------------------------------------------------------------------------------------- prepare
-
-
-def prepare(
-    out_dir: str | os.PathLike,
-    *,
-    source: str = "embedded",
-    files: str | Sequence[str] = (),
-    text_field: str = "text",
-    prompt_field: str = "",
-    txt_documents: str = "file",
-    validation: str | Sequence[str] = (),
-    validation_fraction: float = 0.05,
-    tokenizer_kind: str = "bpe",
-    vocab_size: int = 4096,
-    tokenizer_file: str = "",
-    tokenizer_sha256: str = "",
-    bpe_training_bytes: int = BPE_TRAINING_BYTES,
-    say: Callable[[str], None] | None = None,
-) -> Manifest:
-    """Makes the folder of tokens, or reuses it when it was made with the same settings and files.
-
-    Documents stream from the source to the disk; what is held is one batch of some megabytes. A stage that
-    was interrupted leaves no manifest and is done again.
-
-    Args:
-      out_dir: the folder. source ... txt_documents: see `corpus.documents`.
-      validation: files or globs of a validation split of their own; training documents equal to one of theirs
-        are left out. Empty: documents fall in validation by their sha256, a share of `validation_fraction`.
-      tokenizer_kind, vocab_size, tokenizer_file, tokenizer_sha256: see `tokens.make_tokenizer`.
-      bpe_training_bytes: a BPE is trained on at most so many bytes of training documents: an equal share of
-        each file (its beginning), so that the last file counts as much as the first.
-      say: gets one line on what is made or reused (default: absl's log).
-    Raises:
-      ValueError: one line; settings that differ from those the folder was made with are named.
+    A read-only view of the disk where one shard has them all, else in memory.
     """
-    if say is None:
-        from absl import logging
-        say = logging.info
-    folder = Path(out_dir)
-    files, validation = _patterns(files), _patterns(validation)
-    if source not in corpus.SOURCES:
-        raise ValueError(f"data.source is {source!r}; choices: {', '.join(corpus.SOURCES)}")
-    if source == "embedded" and (files or prompt_field):
-        raise ValueError("data.files and data.prompt_field need data.source='files', it is 'embedded'")
-    if not validation and not 0.0 < validation_fraction < 1.0:
-        raise ValueError(f"data.validation_fraction is {validation_fraction}; must be between 0 and 1")
-    trained = tokenizer_kind == "bpe" and not tokenizer_file
-    settings = {  # what cannot matter is set to None, so that it cannot differ
-        "data.source": source,
-        "data.files": files,
-        "data.text_field": text_field if files or validation else None,
-        "data.prompt_field": prompt_field,
-        "data.txt_documents": txt_documents if files or validation else None,
-        "data.validation": validation,
-        "data.validation_fraction": None if validation else validation_fraction,
-        "tokenizer.kind": tokenizer_kind,
-        "tokenizer.file": tokenizer_file,
-        "tokenizer.sha256": tokenizer_sha256,
-        "tokenizer.vocab_size": vocab_size if trained else None,
-        "data.bpe_training_bytes": bpe_training_bytes if trained else None,
-    }
-    if (folder / MANIFEST).exists():
-        return _reuse(folder, settings, say)
-
-    start = time.monotonic()
-    reader = functools.partial(corpus.read_file, text_field=text_field, prompt_field=prompt_field,
-                               txt_documents=txt_documents)
-    train_paths = corpus.resolve(files) if source == "files" else []
-    valid_paths = corpus.resolve(validation, "data.validation") if validation else []
-
-    @functools.cache
-    def held_out() -> set[bytes]:
-        return {corpus.digest(document) for path in valid_paths for document in reader(path)}
-
-    def is_valid(document: corpus.Document) -> bool:
-        if validation:
-            return corpus.digest(document) in held_out()
-        return corpus.split(document, validation_fraction)
-
-    def groups() -> Iterator[Iterator[corpus.Document]]:
-        """The documents of the training source, file by file."""
-        if source == "embedded":
-            yield iter(corpus.embedded_corpus()[0])
-        for path in train_paths:
-            yield reader(path)
-
-    used = 0
-
-    def training_texts() -> Iterator[str]:
-        nonlocal used
-        share = bpe_training_bytes // max(1, len(train_paths))
-        for group in groups():
-            left = share
-            for document in group:
-                if is_valid(document):
-                    continue
-                if left <= 0:
-                    break
-                # Cutting characters, not bytes, keeps the text valid; a hair over the share does not matter.
-                for part in filter(None, (document.prompt, document.text)):
-                    part = part[:max(0, left)]
-                    size = len(part.encode("utf-8"))
-                    left -= size
-                    used += size
-                    yield part
-
-    tokenizer = tokens.make_tokenizer(tokenizer_kind, vocab_size, training_texts() if trained else None,
-                                      tokenizer_file, tokenizer_sha256)
-    if trained and tokenizer.vocab_size < vocab_size:
-        say(f"tokenizer: the corpus holds merges for V={tokenizer.vocab_size:,} only, "
-            f"{vocab_size:,} were asked for (tokenizer.vocab_size)")
-
-    left_out = 0
-
-    def labelled() -> Iterator[tuple[corpus.Document, bool]]:
-        nonlocal left_out
-        for path in valid_paths:
-            for document in reader(path):
-                yield document, True
-        for group in groups():
-            for document in group:
-                held = is_valid(document)
-                if held and validation:
-                    left_out += 1
-                else:
-                    yield document, held
-
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65535 else np.uint32)
-    fingerprint = corpus.Fingerprint()
-    with contextlib.ExitStack() as stack:
-        shards = {name: stack.enter_context(_Shard(folder, name, dtype, tokenizer, bool(prompt_field)))
-                  for name in ("train", "valid")}
-        bar = stack.enter_context(_progress())
-        for batch in _batches(labelled()):
-            texts = tokenizer.encode_batch([document.text for document, _ in batch])
-            prompts = (tokenizer.encode_batch([document.prompt for document, _ in batch]) if prompt_field
-                       else [np.zeros(0, np.int32)] * len(batch))
-            for (document, held), prompt, text in zip(batch, prompts, texts, strict=True):
-                fingerprint.add(document)
-                bar.update(shards["valid" if held else "train"].add(document, prompt, text))
-        train, valid = shards["train"], shards["valid"]
-        total = train.documents + valid.documents
-        for name, shard in shards.items():
-            if not shard.documents:
-                raise ValueError(f"no document of {total} falls in the {name} split: give more documents "
-                                 "(data.txt_documents='blank_line' cuts a .txt), data.validation files, or "
-                                 "another data.validation_fraction")
-        hashes = {name: facts for shard in shards.values() for name, facts in shard.finish().items()}
-    tokenizer.save(folder)
-    manifest = Manifest(
-        version=VERSION, settings=settings, sources=_sources(files, validation, tokenizer_file) or [],
-        tokenizer_kind=tokenizer.kind, tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size, eot=tokenizer.eot, dtype=dtype.name, masks=bool(prompt_field),
-        **{f"{name}_{count}": getattr(shard, count) for name, shard in shards.items() for count in _COUNTS},
-        unigram_nats=unigram_nats(train.counts, valid.counts), corpus_fingerprint=fingerprint.hexdigest(),
-        bpe_training_bytes=used, left_out=left_out,
-        unreadable=corpus.embedded_corpus()[1] if source == "embedded" else 0,
-        python=platform.python_version(), shards=hashes)
-    facts = json.dumps(dataclasses.asdict(manifest), indent=2)
-    tokens.write_atomic(folder / MANIFEST, facts.encode() + b"\n")
-    say(f"tokens: made {folder} in {time.monotonic() - start:.1f} s: {manifest.summary()}")
-    return manifest
+    whole = Split(folder, load_manifest(folder), split)
+    return whole.read(0, min(limit, whole.tokens) if limit else whole.tokens)
 
 
-def unigram_nats(train_counts: np.ndarray, valid_counts: np.ndarray) -> float:
-    """Nats per validation token under the add-one smoothed training unigram; both counts are [V]."""
-    smoothed = train_counts + 1.0
-    log_p = np.log(smoothed) - np.log(smoothed.sum())
-    return float(-(valid_counts @ log_p) / valid_counts.sum())
+# ---------------------------------------------------------------------------------------------------- rows
 
 
-def _patterns(files: str | Sequence[str]) -> list[str]:
-    return [files] if isinstance(files, str) and files else list(files)
+def _fields(x: np.ndarray, score: np.ndarray, lengths: np.ndarray, packing: str, eot: int) -> dict[str, np.ndarray]:
+    """x, score and segment [b, S] of rows whose first `lengths` [b] tokens count; in x and score the rest is
+    overwritten with padding."""
+    segment = np.zeros_like(x)
+    if packing == "documents":  # an end of text belongs to the document that it closes
+        ends = x == eot
+        np.cumsum(ends, axis=1, out=segment)
+        segment -= ends
+    outside = np.arange(x.shape[1]) >= lengths[:, None]
+    x[outside], score[outside], segment[outside] = eot, False, -1
+    return {"x": x, "score": score, "segment": segment}
 
 
-def _sources(files: list[str], validation: list[str], tokenizer_file: str) -> list[list] | None:
-    """[name, size] of every file read; None where they are not on this machine (only the tokens are)."""
-    try:
-        paths = [path for group in (files, validation) if group for path in corpus.resolve(group)]
-        if tokenizer_file:
-            paths.append(Path(os.path.expanduser(os.path.expandvars(tokenizer_file))))
-        return [[path.name, path.stat().st_size] for path in paths]
-    except (ValueError, OSError):
-        return None
+def _window(lengths: np.ndarray, prompts: np.ndarray, limits: np.ndarray,
+            draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Start and size (int64 [b]) of the window that a row shows of a document of `lengths` tokens.
+
+    A document of at most `limits` tokens is whole; of a longer one, each window of that size with a scored
+    token in it is equally likely. draws: uint64 [b], uniform.
+    """
+    sizes = np.minimum(lengths, limits)
+    first = np.maximum(0, prompts.astype(np.int64) + 1 - sizes)  # an earlier window holds prompt alone
+    choices = (lengths - sizes - first + 1).astype(np.uint64)
+    return first + (draws % choices).astype(np.int64), sizes
 
 
-def _reuse(folder: Path, settings: dict, say: Callable[[str], None]) -> Manifest:
-    manifest = load_manifest(folder)
-    advice = f"use another working directory or delete {folder}"
-    for key in settings | manifest.settings:
-        was, now = manifest.settings.get(key), settings.get(key)
-        if was != now:
-            raise ValueError(f"tokens in {folder} were made with {key}={was!r}, it is now {now!r}: {advice}")
-    sources = _sources(settings["data.files"], settings["data.validation"], settings["tokenizer.file"])
-    if sources is not None and sources != manifest.sources:
-        changed = [source for source in sources if source not in manifest.sources] or [
-            source for source in manifest.sources if source not in sources] or sources
-        raise ValueError(f"tokens in {folder} were made from other files: {changed[0][0]} ({changed[0][1]:,} "
-                         f"bytes) was added, removed, moved or has another size: {advice}")
-    for name, facts in manifest.shards.items():
-        path = folder / name
-        size = path.stat().st_size if path.exists() else -1
-        if size != facts["bytes"] or (size <= _VERIFY_BYTES and _sha256(path) != facts["sha256"]):
-            raise ValueError(f"{path} is damaged or missing: delete {folder} and prepare again")
-    if tokens.load_tokenizer(folder).fingerprint != manifest.tokenizer_fingerprint:
-        raise ValueError(f"the tokenizer in {folder} is not the one the tokens were made with: {advice}")
-    absent = "" if sources is not None else " (its source files are not on this machine)"
-    say(f"tokens: reusing {folder}{absent}: {manifest.summary()}")
-    return manifest
+class _Batches:
+    """What rows are, wherever their tokens are from, and which of them this process gets."""
+
+    def __init__(self, seq_len: int, batch_size: int, seed: int, process_index: int, process_count: int,
+                 packing: str, variable_share: float, prompts: bool, eot: int):
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index is {process_index}; must be in 0..{process_count - 1}")
+        if batch_size < 1 or batch_size % process_count:
+            raise ValueError(f"train.batch_size is {batch_size}; must be a positive multiple of the "
+                             f"{process_count} processes")
+        if seq_len < 1:
+            raise ValueError(f"model.seq_len is {seq_len}; must be at least 1")
+        if packing not in PACKINGS:
+            raise ValueError(f"data.packing is {packing!r}; choices: {', '.join(PACKINGS)}")
+        if not 0.0 <= variable_share <= 1.0:
+            raise ValueError(f"data.variable_share is {variable_share}; must be in 0..1")
+        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.packing, self.variable_share, self._eot = packing, variable_share, eot
+        rows = batch_size // process_count
+        self._index = np.arange(process_index * rows, (process_index + 1) * rows, dtype=np.int32)
+        padded = packing == "crop" or variable_share > 0
+        self._names = ["score"] * (prompts or padded) + ["segment"] * (padded or packing == "documents")
+
+    def example(self) -> dict[str, np.ndarray]:
+        """A batch of zeros: the names, shapes and dtypes that every batch of this process has."""
+        shape = (len(self._index), self.seq_len)
+        dtypes = {"score": np.bool_, "segment": np.int32}
+        return {"x": np.zeros(shape, np.int32), "index": np.zeros(shape[0], np.int32),
+                **{name: np.zeros(shape, dtypes[name]) for name in self._names}}
+
+    def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each of this process's rows the most tokens it may show (int64 [b]) and a uniform uint64.
+
+        Row r takes block r of one Philox stream, so that (seed, r) alone decides. Epochs have other keys.
+        """
+        key = np.array([self.seed % 2**64, 2**64 - 1], np.uint64)
+        row = step * self.batch_size + int(self._index[0])
+        raw = np.random.Philox(key=key, counter=row).random_raw(4 * len(self._index)).reshape(-1, 4)
+        cut = (raw[:, 0] >> np.uint64(11)) * 2.0**-53 < self.variable_share
+        limits = np.where(cut, raw[:, 1] % np.uint64(self.seq_len) + np.uint64(1), np.uint64(self.seq_len))
+        return limits.astype(np.int64), raw[:, 2]
+
+    def _batch(self, x: np.ndarray, score: np.ndarray | None, lengths: np.ndarray) -> dict[str, np.ndarray]:
+        batch = {"x": x, "index": self._index.copy()}
+        if self._names:
+            score = np.ones(x.shape, np.bool_) if score is None else score
+            fields = _fields(x, score, lengths, self.packing, self._eot)
+            batch |= {name: fields[name] for name in self._names}
+        return batch
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# ---------------------------------------------------------------------------------------------- prepared folder
 
 
-def _progress() -> Any:
-    from tqdm import tqdm
-    quiet = not sys.stderr.isatty() or "CI" in os.environ
-    return tqdm(desc="tokens", unit="B", unit_scale=True, disable=quiet)
-
-
-def _batches(pairs: Iterator[tuple[corpus.Document, bool]]) -> Iterator[list[tuple[corpus.Document, bool]]]:
-    held, size = [], 0
-    for pair in pairs:
-        held.append(pair)
-        size += len(pair[0].prompt) + len(pair[0].text)
-        if size >= _BATCH_BYTES:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
-
-
-_COUNTS = ("documents", "tokens", "bytes", "scored_tokens", "scored_bytes")
-
-
-class _Shard:
-    """Writes the tokens of one split (and which are scored) under temporary names until `finish`."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, tokenizer: tokens.Tokenizer, masks: bool):
-        self._dtype, self._eot = dtype.newbyteorder("<"), tokenizer.eot
-        names = [f"{split}.bin"] + ([f"{split}.mask.bin"] if masks else [])
-        self._paths = {folder / name: folder / f"{name}.tmp{os.getpid()}" for name in names}
-        self._files = [open(temporary, "wb") for temporary in self._paths.values()]  # noqa: SIM115
-        self._hashes = [hashlib.sha256() for _ in names]
-        self.counts = np.zeros(tokenizer.vocab_size, np.int64)
-        self.documents = self.tokens = self.bytes = self.scored_tokens = self.scored_bytes = 0
-
-    def __enter__(self) -> _Shard:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file, temporary in zip(self._files, self._paths.values(), strict=True):
-            file.close()
-            temporary.unlink(missing_ok=True)
-
-    def add(self, document: corpus.Document, prompt: np.ndarray, text: np.ndarray) -> int:
-        """Appends prompt, text and end of text; returns the document's bytes."""
-        scored = np.append(text, self._eot)
-        arrays = [np.concatenate([prompt, scored]).astype(self._dtype),
-                  np.repeat(np.array([0, 1], np.uint8), [len(prompt), len(scored)])]
-        for array, file, state in zip(arrays, self._files, self._hashes, strict=False):
-            raw = array.tobytes()
-            file.write(raw)
-            state.update(raw)
-        np.add.at(self.counts, scored, 1)
-        scored_bytes = len(document.text.encode("utf-8"))
-        all_bytes = scored_bytes + len(document.prompt.encode("utf-8"))
-        self.documents += 1
-        self.tokens += len(prompt) + len(scored)
-        self.scored_tokens += len(scored)
-        self.bytes += all_bytes
-        self.scored_bytes += scored_bytes
-        return all_bytes
-
-    def finish(self) -> dict[str, dict]:
-        facts = {}
-        for path, file, state in zip(self._paths, self._files, self._hashes, strict=True):
-            file.flush()
-            os.fsync(file.fileno())
-            facts[path.name] = {"bytes": file.tell(), "sha256": state.hexdigest()}
-            file.close()
-            os.replace(self._paths[path], path)
-        return facts
-
-
-# ---------------------------------------------------------------------------------------------------- batches
-
-
-class TrainBatches:
+class TrainBatches(_Batches):
     """Training batches: `batch(step)` is a pure function of (seed, step), whatever the number of processes.
 
     The training tokens are read as a ring of T tokens. An epoch cuts it, from a random place, into W = T // S
     windows that do not overlap, and visits them in a random order; the next epoch draws place and order anew.
-    Global row r = step * B + i is the (r mod W)-th window of epoch r // W: a step may straddle epochs.
+    Global row r = step * B + i is the (r mod W)-th window of epoch r // W: a step may straddle epochs. With
+    packing="crop" the W documents take the place of the windows.
 
     The order is an argsort of raw Philox numbers (key: seed and epoch), a stream NumPy keeps the same from
     version to version. Held in memory: the orders of two epochs, one int array each.
@@ -428,27 +237,27 @@ class TrainBatches:
     Args:
       folder: made by `prepare`. seq_len: S. batch_size: B, of all processes together.
       process_index, process_count: this process gets rows p*b .. (p+1)*b - 1 of the B, b = B / process_count.
+      packing: concat, documents or crop (see the top of this file).
+      variable_share: of the rows, cut to a length uniform in 1..S, the rest of the row being padding; with
+        packing="crop" the window is drawn with that length.
       shift: whether an epoch starts at a random place (else always at the first token).
     """
 
     def __init__(self, folder: str | os.PathLike, seq_len: int, batch_size: int, seed: int = 0,
-                 process_index: int = 0, process_count: int = 1, *, shift: bool = True):
+                 process_index: int = 0, process_count: int = 1, *, packing: str = "concat",
+                 variable_share: float = 0.0, shift: bool = True):
         manifest = load_manifest(folder)
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index is {process_index}; must be in 0..{process_count - 1}")
-        if batch_size < 1 or batch_size % process_count:
-            raise ValueError(f"train.batch_size is {batch_size}; must be a positive multiple of the "
-                             f"{process_count} processes")
-        if not 1 <= seq_len <= manifest.train_tokens:
+        super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, variable_share,
+                         manifest.prompts, manifest.eot)
+        self._split = Split(folder, manifest, "train")
+        self.num_tokens = self._split.tokens
+        if packing != "crop" and seq_len > self.num_tokens:
             raise ValueError(f"model.seq_len is {seq_len}; must be at least 1 and at most the "
-                             f"{manifest.train_tokens} training tokens in {folder}")
-        self.seq_len, self.batch_size, self.seed, self.shift = seq_len, batch_size, seed, shift
-        self.num_tokens = manifest.train_tokens
-        self.windows = manifest.train_tokens // seq_len
-        self._tokens = _memmap(folder, "train", manifest)
-        self._mask = _memmap(folder, "train", manifest, mask=True) if manifest.masks else None
-        rows = batch_size // process_count
-        self._index = np.arange(process_index * rows, (process_index + 1) * rows, dtype=np.int32)
+                             f"{self.num_tokens} training tokens in {folder}")
+        if manifest.prompts or packing == "crop":
+            _ = self._split.documents  # read once, before prefetch threads ask for it
+        self.windows = len(self._split.documents.prompts) if packing == "crop" else self.num_tokens // seq_len
+        self.shift, self._prompts = shift, manifest.prompts
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
         self._lock = threading.Lock()  # prefetch threads ask at once; one of them draws
 
@@ -459,57 +268,248 @@ class TrainBatches:
         return start, order.astype(np.int32 if self.windows < 2**31 else np.int64)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """This process's rows of a step: x int32 [b, S]; index int32 [b], the row numbers in 0..B-1; with
-        prompts also score bool [b, S], True where a token counts in the loss."""
+        """This process's rows of a step.
+
+        Returns: x int32 [b, S]; index int32 [b], the row numbers in 0..B-1; where some tokens are not scored
+          (prompts, padding) score bool [b, S]; where attention is limited segment int32 [b, S]: tokens attend to
+          those of the same segment. Padding is end of text, not scored, segment -1. Every batch has the same fields.
+        """
         epochs, places = np.divmod(step * self.batch_size + self._index.astype(np.int64), self.windows)
-        starts = np.empty(len(places), np.int64)
+        starts, chosen = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
         for epoch in np.unique(epochs):
             with self._lock:
                 start, order = self._epoch(int(epoch))
             here = epochs == epoch
-            starts[here] = (start + order[places[here]].astype(np.int64) * self.seq_len) % self.num_tokens
-        batch = {"x": self._gather(self._tokens, starts, np.int32), "index": self._index.copy()}
-        if self._mask is not None:
-            batch["score"] = self._gather(self._mask, starts, np.bool_)
-        return batch
+            chosen[here] = order[places[here]]
+            starts[here] = (start + chosen[here] * self.seq_len) % self.num_tokens
+        lengths = np.full(len(places), self.seq_len)
+        if self.variable_share or self.packing == "crop":
+            lengths, draws = self._draw(step)
+        if self.packing == "crop":
+            bounds, prompts = self._split.documents
+            first, lengths = _window(bounds[chosen + 1] - bounds[chosen], prompts[chosen], lengths, draws)
+            starts = bounds[chosen] + first
+        score = self._split.scored(starts, self.seq_len) if self._prompts else None
+        return self._batch(self._split.gather(starts, self.seq_len), score, lengths)
 
-    def _gather(self, flat: np.ndarray, starts: np.ndarray, dtype: type) -> np.ndarray:
-        places = starts[:, None] + np.arange(self.seq_len)
-        return flat.take(places, mode="wrap").astype(dtype)  # wrap: round the ring
+    def position(self, step: int) -> dict[str, int]:
+        """The data position before `step`, as `iterator` takes it and its `get_state` gives it."""
+        return {"next_index": step}
 
-    def iterator(self, start_step: int = 0, *, threads: int = 2, prefetch: int = 8) -> Any:
-        """An endless Grain iterator over `batch(start_step)`, `batch(start_step + 1)`, ... read ahead by
-        `threads`; `get_state()` is {"next_index": step}, and `set_state` of it goes on exactly there."""
+    def iterator(self, position: dict | None = None, *, threads: int = 2, prefetch: int = 8) -> Any:
+        """An endless Grain iterator over `batch(0)`, `batch(1)`, ... read ahead by `threads`, from `position` on;
+        its `get_state()` is the position after the batches handed out, and `set_state` of it goes on exactly there."""
         import grain
         steps = grain.MapDataset.range(sys.maxsize).map(lambda step: self.batch(int(step)))
         iterator = iter(steps.to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))))
-        if start_step:
-            iterator.set_state({"next_index": start_step})
+        if position is not None:
+            iterator.set_state(_position(position, self.position(0)))
         return iterator
 
 
-def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0) -> dict[str, np.ndarray]:
-    """The validation split in rows of S consecutive tokens, every token once.
+def _position(position: dict, like: dict) -> dict:
+    if position.keys() != like.keys():
+        raise ValueError(f"a data position has {', '.join(position)}, here it must have {', '.join(like)}: was it "
+                         "saved with another data.stream?")
+    return dict(position)
 
-    Returns: x int32 [n, S], the last row padded with end of text; valid bool [n, S], False on the padding;
-      score bool [n, S], valid and no prompt. `limit` > 0 keeps the first `limit` rows only.
+
+def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0,
+               packing: str = "concat") -> dict[str, np.ndarray]:
+    """The validation split in rows of S tokens, every token once. `limit` > 0 keeps the first `limit` rows only.
+
+    Rows are consecutive tokens of the split, with packing="crop" of one document.
+
+    Returns: x int32 [n, S], padded with end of text; score bool [n, S], False on padding and prompts; segment
+      int32 [n, S], -1 on padding, else 0, with packing="documents" the number of the document in its row.
     """
     if seq_len < 1 or limit < 0:
         raise ValueError(f"seq_len is {seq_len} and limit {limit}; must be at least 1 and 0")
+    if packing not in PACKINGS:
+        raise ValueError(f"data.packing is {packing!r}; choices: {', '.join(PACKINGS)}")
     manifest = load_manifest(folder)
-    count = -(-manifest.valid_tokens // seq_len)
-    count = min(count, limit) if limit else count
-    size = min(count * seq_len, manifest.valid_tokens)
+    split = Split(folder, manifest, "valid")
+    bounds = split.documents.starts if packing == "crop" else np.array([0, split.tokens])
+    rows = -(-np.diff(bounds) // seq_len)  # of each part: a document, or all
+    number = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows)  # of a row in its part
+    starts = np.repeat(bounds[:-1], rows) + number * seq_len
+    lengths = np.minimum(seq_len, np.repeat(bounds[1:], rows) - starts)
+    if limit:
+        starts, lengths = starts[:limit], lengths[:limit]
+    return _fields(split.gather(starts, seq_len), split.scored(starts, seq_len), lengths, packing, manifest.eot)
 
-    def rows(flat: np.ndarray, padding: int, dtype: type) -> np.ndarray:
-        out: np.ndarray = np.full(count * seq_len, padding, dtype)
-        out[:size] = flat[:size]
-        return out.reshape(count, seq_len)
 
-    valid = rows(np.ones(size, np.bool_), False, np.bool_)
-    score = valid.copy()
-    if manifest.masks:
-        score = rows(_memmap(folder, "valid", manifest, mask=True), False, np.bool_)
-    x = rows(_memmap(folder, "valid", manifest), manifest.eot, np.int32)
-    return {"x": x, "valid": valid, "score": score}
+# ------------------------------------------------------------------------------------------------ raw documents
+
+
+class StreamBatches(_Batches):
+    """Training batches of raw documents, tokenised on the fly: the same fields as `TrainBatches.batch`.
+
+    An epoch reads the sources in a random order, each from its beginning; consecutive training documents are held
+    in windows of `shuffle_documents`, and those of a window are shuffled. Row after row takes the next S tokens
+    (crop: the next document). All is decided by the seed.
+
+    Every process walks the whole stream and keeps its own rows, which is far faster than training on them. So the
+    position is the same on all of them, and any number of processes goes on from it.
+
+    Args:
+      reader: `corpus.Reader`. sources: what it reads. tokenizer: gives the ids; eot: closes each document.
+      is_training: whether a document is for training; others are skipped, as are records that cannot be read.
+      The rest as for `TrainBatches`.
+    """
+
+    def __init__(self, reader: corpus.Reader, sources: Sequence[str], tokenizer: tokens.Tokenizer,
+                 is_training: Callable[[corpus.Document], bool], *, seq_len: int, batch_size: int, seed: int = 0,
+                 process_index: int = 0, process_count: int = 1, packing: str = "concat",
+                 variable_share: float = 0.0, shuffle_documents: int = 10_000, eot: int):
+        super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, variable_share,
+                         bool(reader.prompt_field), eot)
+        if shuffle_documents < 1:
+            raise ValueError(f"data.shuffle_documents is {shuffle_documents}; must be at least 1")
+        self._reader, self._sources, self._tokenizer = reader, list(sources), tokenizer
+        self._is_training, self._shuffle_documents = is_training, shuffle_documents
+
+    def iterator(self, position: dict | None = None, *, prefetch: int | None = None) -> Any:
+        """An endless Grain iterator from `position` (a `get_state()`) or the beginning. A thread reads `prefetch`
+        batches ahead (by default enough to go on while the next window of documents is read).
+
+        `get_state()` is exact for the batches handed out: small, plain, and the same on all processes. To go on
+        from it, documents before it in its source are read (not tokenised) once more.
+        """
+        from grain.experimental import ThreadPrefetchDatasetIterator
+        stream = _Stream(self)
+        if position is not None:
+            stream.set_state(_position(position, stream.get_state()))
+        if prefetch is None:
+            prefetch = max(2, min(64, _AHEAD_TOKENS // (self.batch_size * self.seq_len)))
+        return ThreadPrefetchDatasetIterator(stream, prefetch)
+
+    def _order(self, count: int, epoch: int, window: int = -1) -> np.ndarray:
+        """A random order of `count` things: of the sources of an epoch, or of the documents of a window."""
+        key = np.array([self.seed % 2**64, epoch], np.uint64)
+        stream = np.random.Philox(key=key, counter=np.array([0, 0, window + 1, 0], np.uint64))
+        return np.argsort(stream.random_raw(count), kind="stable")
+
+    def _windows(self, epoch: int, source: int, record: int, window: int) -> Iterator[tuple[Any, list]]:
+        """Windows of documents without end: where each begins (all of `_PLACE` but the place in it), its documents."""
+        while True:
+            order = self._order(len(self._sources), epoch)
+            begin: tuple[int, int] = source, record
+            held: list[corpus.Document] = []
+            for number in range(source, len(order)):
+                records = itertools.islice(self._reader.read(self._sources[order[number]]), record, None)
+                for read, document in enumerate(records, record + 1):
+                    if isinstance(document, corpus.Document) and self._is_training(document):
+                        held.append(document)
+                        if len(held) == self._shuffle_documents:
+                            yield (epoch, *begin, window), held
+                            begin, held, window = (number, read), [], window + 1
+                record = 0
+            if held:
+                yield (epoch, *begin, window), held
+            elif not window:
+                raise ValueError(f"data.files: no training document in the {len(self._sources)} sources")
+            epoch, source, window = epoch + 1, 0, 0
+
+    def _encode(self, documents: Sequence[corpus.Document]) -> Iterator[tuple[np.ndarray, int]]:
+        """Tokens of each document (prompt, text, end of text) and how many of them are its prompt."""
+        end_of_text, start = np.array([self._eot], np.int32), 0
+        while start < len(documents):
+            end, size = start, 0
+            while end < len(documents) and size < _ENCODED_CHARS:
+                size += len(documents[end].text) + len(documents[end].prompt)
+                end += 1
+            part = documents[start:end]
+            texts = self._tokenizer.encode_batch([document.text for document in part])
+            prompts = (self._tokenizer.encode_batch([document.prompt for document in part])
+                       if self._reader.prompt_field else [np.zeros(0, np.int32)] * len(part))
+            for prompt, text in zip(prompts, texts, strict=True):
+                yield np.concatenate([prompt, text, end_of_text]), len(prompt)
+            start = end
+
+    def _documents(self, position: dict) -> Iterator[tuple[dict, np.ndarray, int, int]]:
+        """Place, tokens, prompt length and tokens used before, of every document from that of `position` on, endless.
+
+        Raises ValueError for a position that these documents do not have.
+        """
+        *begin, first, used = (position[name] for name in (*_PLACE, "offset"))
+        for window, held in self._windows(*begin):
+            if first >= len(held):
+                raise ValueError(_MOVED)
+            order = self._order(len(held), window[0], window[-1])
+            shuffled = self._encode([held[number] for number in order[first:]])
+            held.clear()  # gone before the next window is read
+            for place, (ids, prompt) in enumerate(shuffled, first):
+                if used > len(ids):
+                    raise ValueError(_MOVED)
+                yield dict(zip(_PLACE, (*window, place), strict=True)), ids, prompt, used
+                used = 0
+            first = 0
+
+
+# Where a document is: epoch, the source in the epoch's order and the record in it where the document's window begins,
+# the window in the epoch, the place in the shuffled window.
+_PLACE = ("epoch", "source", "record", "window", "place")
+_MOVED = "the data position is of other documents: were data.files, their contents or the tokenizer changed?"
+
+
+class _Stream:
+    """Packs streamed documents into batches: an iterator with a state, as Grain's prefetching asks for.
+
+    The state is the step, the place of the last document read and how many of its tokens are used (`offset`).
+    """
+
+    def __init__(self, batches: StreamBatches):
+        self._batches = batches
+        rows = batches._index
+        self._rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        self.set_state(dict.fromkeys(("next_index", *_PLACE, "offset"), 0))
+
+    def get_state(self) -> dict[str, int]:
+        return self._state
+
+    def set_state(self, state: dict) -> None:
+        self._state = state
+        self._documents = self._batches._documents(state)
+        self._tokens, self._prompt, self._offset = np.zeros(0, np.int32), 0, 0
+
+    def _advance(self) -> None:
+        """Goes on to a document with tokens left, where none are."""
+        while self._offset == len(self._tokens):
+            self._place, self._tokens, self._prompt, self._offset = next(self._documents)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        step = self._state["next_index"]
+        x, score, lengths = (self._crops if self._batches.packing == "crop" else self._consecutive)(step)
+        batch = self._batches._batch(x, score, lengths)
+        self._state = {"next_index": step + 1, **self._place, "offset": self._offset}
+        return batch
+
+    def _consecutive(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        shape = self._batches.batch_size, self._batches.seq_len
+        x, score = np.empty(shape, np.int32), np.ones(shape, np.bool_)
+        done, flat_x, flat_score = 0, x.reshape(-1), score.reshape(-1)
+        while done < x.size:
+            self._advance()
+            piece = self._tokens[self._offset:self._offset + x.size - done]
+            flat_x[done:done + len(piece)] = piece
+            flat_score[done:done + min(len(piece), max(0, self._prompt - self._offset))] = False
+            self._offset += len(piece)
+            done += len(piece)
+        return x[self._rows].copy(), score[self._rows], self._batches._draw(step)[0]
+
+    def _crops(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        documents = []
+        for _ in range(self._batches.batch_size):
+            self._advance()
+            documents.append((self._tokens, self._prompt))
+            self._offset = len(self._tokens)
+        documents = documents[self._rows]
+        limits, draws = self._batches._draw(step)
+        prompts = np.array([prompt for _, prompt in documents])
+        starts, sizes = _window(np.array([len(ids) for ids, _ in documents]), prompts, limits, draws)
+        x = np.zeros((len(documents), self._batches.seq_len), np.int32)
+        for row, (ids, _), start, size in zip(x, documents, starts, sizes, strict=True):
+            row[:size] = ids[start:start + size]
+        return x, np.arange(x.shape[1]) >= (prompts - starts)[:, None], sizes

@@ -1,7 +1,8 @@
-"""Text <-> token ids: GPT-2's words, a byte-pair encoding trained on the corpus, or plain bytes.
+"""Text <-> token ids: GPT-2's words, a byte-pair encoding trained on the corpus, plain bytes, or BERT's WordPieces.
 
-In all three V counts the end-of-text token, which is the last id and ends every document. The string
-'<|endoftext|>' inside raw text is ordinary text, and `decode(encode(x)) == x` for any valid Unicode.
+In all of them V counts the end-of-text token, which ends every document and which no text encodes to: the string
+'<|endoftext|>' (BERT: '[SEP]') inside raw text is ordinary text. In the first three it is the last id, and
+`decode(encode(x)) == x` for any valid Unicode; BERT's lose case, accents and blanks.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-KINDS = ("gpt2", "bpe", "bytes")
+KINDS = ("gpt2", "bpe", "bytes", "bert")
 END_OF_TEXT = "<|endoftext|>"
+BERT_END, BERT_UNKNOWN = "[SEP]", "[UNK]"
 RANK_FILE, JSON_FILE = "tokenizer.tiktoken", "tokenizer.json"
 
 # GPT-2's way to cut text into pieces, which the trained BPE shares: no merge ever crosses a piece. Words keep
@@ -35,18 +37,18 @@ class Tokenizer:
     """Words 0..V-2 are byte strings, word V-1 is the end of text. Make one with `make_tokenizer`.
 
     Attributes:
-      kind: 'gpt2', 'bpe' or 'bytes'.   vocab_size: V.   eot: V - 1.
+      kind: 'gpt2', 'bpe' or 'bytes' ('bert': see `WordPiece`).   vocab_size: V.   eot: id of the end of text.
       fingerprint: sha256 (hex) of all that decides the ids: the cutting pattern and the words in order.
     """
 
+    _pattern, _end = PATTERN, END_OF_TEXT
+
     def __init__(self, kind: str, words: Sequence[bytes]):
-        if kind not in KINDS:
-            raise ValueError(f"tokenizer.kind is {kind!r}; choices: {', '.join(KINDS)}")
         self.kind = kind
         self._words = tuple(words)
         self.eot = len(self._words)
         self.vocab_size = self.eot + 1
-        state = hashlib.sha256(b"" if kind == "bytes" else PATTERN.encode())
+        state = hashlib.sha256(b"" if kind == "bytes" else self._pattern.encode())
         for word in self._words:
             state.update(len(word).to_bytes(4, "big") + word)
         self.fingerprint = state.hexdigest()
@@ -59,10 +61,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, int32 [n], without end of text. ValueError for a lone surrogate."""
-        try:
-            raw = text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text is not Unicode: lone surrogate at character {error.start}") from None
+        raw = _utf8(text)
         if self.kind == "bytes":
             return np.frombuffer(raw, np.uint8).astype(np.int32)
         parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _bounded(text)]
@@ -81,7 +80,7 @@ class Tokenizer:
         """The bytes of one id (of the end of text: its name). ValueError for an id outside 0..V-1."""
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"token id is {token}; must be in 0..{self.vocab_size - 1}")
-        return END_OF_TEXT.encode() if token == self.eot else self._words[token]
+        return self._end.encode() if token == self.eot else self._words[token]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are no UTF-8 (possible for ids a model made) show as U+FFFD."""
@@ -93,9 +92,64 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         ranks = b"".join(base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(self._words))
         write_atomic(folder / RANK_FILE, ranks)
-        facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "pattern": PATTERN,
+        facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "pattern": self._pattern,
                  "sha256": hashlib.sha256(ranks).hexdigest(), "fingerprint": self.fingerprint}
         write_atomic(folder / JSON_FILE, json.dumps(facts, indent=2).encode() + b"\n")
+
+
+class WordPiece(Tokenizer):
+    """BERT's lower-case words and pieces of words ('##ing'): kind 'bert', through the `tokenizers` library.
+
+    Not lossless: text is lower-cased, accents and control characters are dropped, what has no pieces becomes
+    [UNK]; `decode` joins words by single blanks and pieces by nothing. The end of text is [SEP], wherever it
+    stands in the vocabulary; V is the length of the vocabulary. Other words in brackets never occur.
+    """
+
+    _pattern, _end = "BERT, lower case: WordPieces of words of at most 100 letters", BERT_END
+
+    def __init__(self, words: Sequence[bytes]):
+        super().__init__("bert", words)
+        self.vocab_size = len(self._words)
+        self.eot = self._words.index(BERT_END.encode())
+
+    @functools.cached_property
+    def _encoding(self):
+        library = _library()
+        vocabulary = {word.decode(): place for place, word in enumerate(self._words)}
+        encoding = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token=BERT_UNKNOWN,
+                                                              max_input_chars_per_word=100))
+        encoding.normalizer = library.normalizers.BertNormalizer(lowercase=True)
+        encoding.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+        return encoding
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[np.ndarray]:
+        """`encode` of each text, on the library's own threads (RAYON_NUM_THREADS; `threads` says nothing here)."""
+        for text in texts:
+            _utf8(text)
+        found = self._encoding.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in found]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        words = b" ".join(self.token_bytes(int(token)) for token in ids).decode()
+        return words.replace(" ##", "")
+
+
+def _library():
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError("tokenizer.kind='bert' needs the tokenizers package: pip install 'hdlm_jax[bert]'") from None
+    return tokenizers
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text is not Unicode: lone surrogate at character {error.start}") from None
 
 
 def _bounded(text: str) -> Iterator[str]:
@@ -124,27 +178,56 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         raise ValueError(f"no tokenizer in {folder}: {JSON_FILE} is missing") from None
     except ValueError as error:
         raise ValueError(f"{folder / JSON_FILE}: not JSON ({error})") from None
-    tokenizer = Tokenizer(facts["kind"], read_ranks(folder / RANK_FILE, facts["sha256"]))
+    kind = facts["kind"]
+    words = read_ranks(folder / RANK_FILE, facts["sha256"], all_bytes=kind != "bert")
+    tokenizer = WordPiece(words) if kind == "bert" else Tokenizer(kind, words)
     if tokenizer.fingerprint != facts["fingerprint"]:
         raise ValueError(f"{folder}: tokenizer fingerprint is {tokenizer.fingerprint[:12]}, was saved as "
                          f"{facts['fingerprint'][:12]} (another cutting pattern?)")
     return tokenizer
 
 
-def read_ranks(path: str | os.PathLike, sha256: str = "") -> list[bytes]:
-    """Words in order of rank from a file in tiktoken's format (lines of base64 and rank).
-
-    tiktoken's own reader copies even local files into TIKTOKEN_CACHE_DIR, so the few lines are here.
-    ValueError: no such file, wrong sha256 (when given), a malformed line, ranks not 0..n-1, a byte missing.
-    """
-    path = Path(path)
+def _read(path: str | os.PathLike, sha256: str) -> bytes:
     try:
-        raw = path.read_bytes()
+        raw = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"tokenizer.file {str(path)!r} cannot be read: {error.strerror}") from None
     found = hashlib.sha256(raw).hexdigest()
     if sha256 and found != sha256.lower():
         raise ValueError(f"{path}: sha256 is {found}, must be {sha256}")
+    return raw
+
+
+def read_vocabulary(path: str | os.PathLike, sha256: str = "") -> list[bytes]:
+    """The words of a BERT vocab.txt, one a line.
+
+    ValueError: no such file, wrong sha256 (when given), no UTF-8, a word twice or empty, no [UNK] or [SEP].
+    """
+    lines: dict[bytes, int] = {}
+    for number, line in enumerate(_read(path, sha256).removesuffix(b"\n").split(b"\n"), 1):
+        word = line.removesuffix(b"\r")
+        try:
+            word.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not valid UTF-8 ({error.reason})") from None
+        if not word or word in lines:
+            also = f"is line {lines[word]} again" if word else "is empty"
+            raise ValueError(f"{path}:{number}: must be a word of its own, {also}")
+        lines[word] = number
+    for needed in (BERT_UNKNOWN, BERT_END):
+        if needed.encode() not in lines:
+            raise ValueError(f"{path}: no word {needed}; tokenizer.kind='bert' reads a BERT vocab.txt, one word a line")
+    return list(lines)
+
+
+def read_ranks(path: str | os.PathLike, sha256: str = "", *, all_bytes: bool = True) -> list[bytes]:
+    """Words in order of rank from a file in tiktoken's format (lines of base64 and rank).
+
+    tiktoken's own reader copies even local files into TIKTOKEN_CACHE_DIR, so the few lines are here.
+    ValueError: no such file, wrong sha256 (when given), a malformed line, ranks not 0..n-1, a byte missing
+    (with `all_bytes`).
+    """
+    raw = _read(path, sha256)
     ranks: dict[int, bytes] = {}
     lines = 0
     for number, line in enumerate(raw.splitlines(), 1):
@@ -159,7 +242,7 @@ def read_ranks(path: str | os.PathLike, sha256: str = "") -> list[bytes]:
     words = [ranks[rank] for rank in sorted(ranks)]
     if sorted(ranks) != list(range(lines)) or len(set(words)) != len(words) or b"" in words:
         raise ValueError(f"{path}: ranks must be 0..n-1, each once and with a word of its own")
-    if missing := set(range(256)) - {word[0] for word in words if len(word) == 1}:
+    if all_bytes and (missing := set(range(256)) - {word[0] for word in words if len(word) == 1}):
         raise ValueError(f"{path}: all 256 single bytes must be words; {len(missing)} are missing")
     return words
 
@@ -170,18 +253,24 @@ def make_tokenizer(kind: str, vocab_size: int = 0, documents: Iterable[str] | No
 
     Args:
       kind: 'gpt2' (V = 50,257; tiktoken's download or cache, or `file`), 'bpe' (trained on `documents`, or
-        read from `file`), 'bytes' (V = 257).
+        read from `file`), 'bytes' (V = 257), 'bert' (V and words of the vocab.txt `file`).
       vocab_size: V asked of a trained BPE, counting 256 bytes and the end of text; otherwise ignored. A small
         corpus may hold fewer merges: `.vocab_size` of the result is what counts.
       documents: training texts, read once, as a stream.
-      file: a rank file in tiktoken's format; sha256: its hash, checked when given.
+      file: a rank file in tiktoken's format, or BERT's vocab.txt; sha256: its hash, checked when given.
     """
     if kind not in KINDS:
         raise ValueError(f"tokenizer.kind is {kind!r}; choices: {', '.join(KINDS)}")
     if kind == "bytes":
         return Tokenizer(kind, [bytes([byte]) for byte in range(256)])
+    file = os.path.expanduser(os.path.expandvars(file))
+    if kind == "bert":
+        if not file:
+            raise ValueError("tokenizer.kind='bert' needs tokenizer.file, a local vocab.txt (one word a line)")
+        _library()
+        return WordPiece(read_vocabulary(file, sha256))
     if file:
-        words = read_ranks(os.path.expanduser(os.path.expandvars(file)), sha256)
+        words = read_ranks(file, sha256)
         if kind == "gpt2" and len(words) != 50256:
             raise ValueError(f"{file}: {len(words)} words, GPT-2 has 50256; "
                              "tokenizer.kind='bpe' reads other rank files")

@@ -1,0 +1,26 @@
+"""HDLM at 1.15B parameters: 18 blocks of width 2048, 256 clusters, S = 1024, 131B tokens; 256 TPU v5e or v5p.
+
+    python -m hdlm_jax.main --config=configs/hdlm_1b.py --distributed --config.data.files='("owt/*.jsonl.gz",)'
+    ./launch/compile_plan.sh    # what the TPU compiler says about it: memory, exchanges, arithmetic; needs no TPU
+
+On every host of the pod. Compiled for both pods, and fits (docs/scale.md); not run by us at this scale, no TPU at hand.
+"""
+
+from configs import hdlm_small
+
+
+def get_config():
+    c = hdlm_small.get_config()
+    c.hierarchy.clusters = (256,)  # about sqrt(V): a token then costs as many cluster rows as words
+    c.model.width = 2048
+    c.model.blocks = 18
+    c.model.heads = 16
+    c.model.seq_len = 1024
+    c.model.head = "factorised"
+    c.model.remat = "all"
+    c.optimizer.lr = 3e-4
+    c.train.batch_size = 1024  # 1M tokens a step
+    c.train.steps = 125_000
+    c.parallel.data = 1
+    c.parallel.fsdp = -1
+    return c

@@ -1,0 +1,78 @@
+"""Checkpoints on bad disks: one clear line, and what was whole stays."""
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+import tiny
+
+from hdlm_jax.run import api, train
+from hdlm_jax.run.checkpoint import Checkpoints
+
+
+@pytest.fixture
+def run(tmp_path):
+    """(recipe, a copy of the trained run of three steps)."""
+    recipe, workdir = tiny.trained()
+    shutil.copytree(workdir, tmp_path / "run")
+    return recipe, tmp_path / "run"
+
+
+def damage(folder):
+    for path in folder.rglob("d/*"):
+        os.truncate(path, 100)
+
+
+def test_a_damaged_checkpoint_is_named(run):
+    recipe, workdir = run
+    damage(workdir / "checkpoints" / "3")
+    config = tiny.read_recipe(recipe)
+    with pytest.raises(OSError, match=r"checkpoints: checkpoint of step 3 cannot be read \(damaged\?.*steps \[3\]"):
+        api.load_run(config, str(workdir), "latest")
+    more = dataclasses.replace(config, train=dataclasses.replace(config.train, nonfinite_limit=3))
+    with pytest.raises(OSError, match="checkpoint of step 3 cannot be read"):
+        train.train(more, str(workdir))
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["3"]
+
+
+def command(recipe, workdir, *flags, blocks="unlimited"):
+    """The front door in a process of its own, that can write no file of more blocks of 512 bytes (like a full disk)."""
+    line = [sys.executable, "-m", "hdlm_jax.main", f"--config={recipe}", f"--workdir={workdir}", *flags]
+    limited = ["sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh", *line]
+    environment = os.environ | {"XLA_FLAGS": "", "CI": "1"}
+    return subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_a_disk_that_is_full_while_saving(run):
+    recipe, workdir = run
+    shutil.rmtree(workdir / "checkpoints")
+    flags = ("--config.train.steps=6", "--config.checkpoint.every=3")
+    done = command(recipe, workdir, *flags, blocks=200)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "a checkpoint cannot be written" in last and "File too large" in last and "there is no other" in last
+    assert Checkpoints(str(workdir), read_only=True).latest() is None, "what is half written does not count"
+    done = command(recipe, workdir, *flags)
+    assert done.returncode == 0, done.stderr
+    assert Checkpoints(str(workdir), read_only=True).latest() == 6
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path, run):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    config = tiny.read_recipe(run[0])
+    with pytest.raises(OSError, match=r"workdir='.*/file/run' cannot be written \(Not a directory\); give another"):
+        train.train(config, str(blocked / "run"))
+
+
+def test_another_number_of_devices_is_said(run, capsys, monkeypatch):
+    recipe, workdir = run
+    config = tiny.read_recipe(recipe)
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, tensor=2, data=4))
+    train.train(config, str(workdir))
+    assert jax.device_count() == 8
+    assert "resuming from step 3 of 3 (saved by 8 devices of 1 processes, mesh 8x1x1, now 8 devices of 1 processes, " \
+           "mesh 4x1x2)" in capsys.readouterr().out

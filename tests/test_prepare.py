@@ -1,0 +1,845 @@
+"""hdlm_jax/text/prepare.py and units.py: every document once, whoever makes it and whatever kills it."""
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import owt
+import pytest
+from tiny import read_recipe, write_recipe
+
+from hdlm_jax.config import ConfigError, Data, Tokenizer
+from hdlm_jax.run import stages
+from hdlm_jax.text import corpus, prepare, tokens, units
+
+BYTES, EOT = Tokenizer(kind="bytes", vocab_size=257), 256
+
+
+def write_jsonl(path: Path, rows) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def text(i: int) -> str:
+    return f"document {i} says é {'x' * (i % 7)}"
+
+
+def numbered(path: Path, count: int = 60, start: int = 0) -> str:
+    return write_jsonl(path, [{"text": text(i), "q": f"what {i}?"} for i in range(start, start + count)])
+
+
+def make(folder, files, tokenizer=BYTES, say=lambda _: None, **data) -> prepare.Manifest | None:
+    files = (files,) if isinstance(files, str) else tuple(files)
+    return prepare.prepare(folder, Data(source="files", files=files, **data), tokenizer, say=say)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Shards of a few documents, so that little text has many of them."""
+    monkeypatch.setattr(units, "BATCH_CHARS", 350)
+    monkeypatch.setattr(units, "SHARD_TOKENS", 120)
+
+
+def read_split(folder: Path, manifest: prepare.Manifest, split: str) -> tuple[list[int], list[list[int]]]:
+    """All tokens and index rows of a split, read range by range in plain Python."""
+    flat, rows = [], []
+    for stem, first, end, first_document, end_document in manifest.splits[split]:
+        raw = (folder / f"{stem}.bin").read_bytes()
+        size = 2 if manifest.dtype == "uint16" else 4
+        flat += [int.from_bytes(raw[i:i + size], "little") for i in range(first * size, end * size, size)]
+        index = (folder / f"{stem}.idx").read_bytes()
+        numbers = [int.from_bytes(index[i:i + 4], "little") for i in range(0, len(index), 4)]
+        rows += [numbers[4 * i:4 * i + 4] for i in range(first_document, end_document)]
+    return flat, rows
+
+
+def expected(documents: list[tuple[str, str]]) -> tuple[list[int], list[list[int]]]:
+    """What the byte tokenizer makes of (prompt, text)s."""
+    flat: list[int] = []
+    rows = []
+    for prompt, body in documents:
+        flat += [*prompt.encode(), *body.encode(), EOT]
+        a, b = len(prompt.encode()), len(body.encode())
+        rows.append([a + b + 1, a + b, a, a])
+    return flat, rows
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != prepare.VERIFIED}
+
+
+def check_counts(folder: Path, manifest: prepare.Manifest) -> None:
+    """Every count and hash of a manifest against the files it describes."""
+    for split in ("train", "valid"):
+        flat, rows = read_split(folder, manifest, split)
+        sums = [sum(row[i] for row in rows) for i in range(4)]
+        names = ("documents", "tokens", "bytes", "scored_tokens", "scored_bytes")
+        got = [getattr(manifest, f"{split}_{name}") for name in names]
+        assert got == [len(rows), sums[0], sums[1], sums[0] - sums[2], sums[1] - sums[3]]
+        assert len(flat) == sums[0]
+        place = 0
+        for row in rows:
+            place += row[0]
+            assert flat[place - 1] == manifest.eot
+    for name, facts in manifest.shards.items():
+        raw = (folder / name).read_bytes()
+        assert facts == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    assert set(manifest.shards) == {path.name for path in folder.iterdir() if path.suffix in (".bin", ".idx")}
+
+
+# ------------------------------------------------------------------------------------------------------- whole
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory) -> tuple[Path, prepare.Manifest]:
+    folder = tmp_path_factory.mktemp("embedded")
+    manifest = prepare.prepare(folder, Data(), Tokenizer(kind="bpe", vocab_size=1024), say=lambda _: None)
+    assert manifest is not None
+    return folder, manifest
+
+
+def test_embedded_corpus(embedded):
+    folder, manifest = embedded
+    assert sorted(path.name for path in folder.iterdir()) == sorted([
+        "manifest.json", "begun.json", tokens.JSON_FILE, tokens.RANK_FILE, "unit-00000.json",
+        *(f"{split}-00000-000.{kind}" for split in ("train", "valid") for kind in ("bin", "idx"))])
+    assert manifest == prepare.load_manifest(folder)
+    assert (manifest.vocab_size, manifest.eot, manifest.dtype) == (1024, 1023, "uint16")
+    assert not manifest.prompts and not manifest.sampled and manifest.bad == 0
+    check_counts(folder, manifest)
+    tokenizer = tokens.load_tokenizer(folder)
+    assert tokenizer.fingerprint == manifest.tokenizer_fingerprint
+    documents = corpus.embedded_corpus()[0]
+    total = sum(int(hashlib.sha256(document.text.encode()).hexdigest(), 16) for document in documents)
+    assert int(manifest.corpus_fingerprint, 16) == total % 2**256
+    for split, held in (("train", False), ("valid", True)):
+        flat, rows = read_split(folder, manifest, split)
+        wanted = [document.text for document in documents if corpus.split(document, 0.05) == held]
+        ends = list(itertools.accumulate(row[0] for row in rows))
+        starts = [0, *ends][:len(wanted)]
+        assert len(rows) == len(wanted)
+        for start, end, row, body in list(zip(starts, ends, rows, wanted, strict=True))[:20]:
+            assert tokenizer.decode(flat[start:end - 1]) == body and flat[end - 1] == manifest.eot
+            assert row == [end - start, len(body.encode()), 0, 0]
+    # the BPE saw training documents only
+    assert manifest.bpe_training_bytes == manifest.train_bytes
+    texts = [document.text for document in documents if not corpus.split(document, 0.05)]
+    assert tokens.make_tokenizer("bpe", 1024, texts).fingerprint == manifest.tokenizer_fingerprint
+
+
+def test_unigram_nats_by_hand(embedded):
+    folder, manifest = embedded
+    train, valid = (read_split(folder, manifest, split)[0] for split in ("train", "valid"))
+    counts = [1] * manifest.vocab_size
+    for token in train:
+        counts[token] += 1
+    nats = -sum(math.log(counts[token] / (len(train) + manifest.vocab_size)) for token in valid) / len(valid)
+    assert manifest.unigram_nats == pytest.approx(nats, rel=1e-12)
+    bits = nats * len(valid) / math.log(2)
+    assert manifest.unigram_bits_per_byte == pytest.approx(bits / manifest.valid_bytes, rel=1e-12)
+    assert 4.0 < nats < math.log(1024)
+
+
+@pytest.mark.parametrize("prompt_field", ["", "q"])
+def test_shards_hold_every_document_in_order(tmp_path, small, monkeypatch, prompt_field):
+    """Several files, each with several shards, prompts and bad records, against plain Python."""
+    monkeypatch.setattr(prepare, "_COUNTED_TOKENS", 50)  # counted in many pieces
+    files = [numbered(tmp_path / f"{i}.jsonl", 25 + i, start=100 * i) for i in range(3)]
+    manifest = make(tmp_path / "tokens", files, validation_fraction=0.3, prompt_field=prompt_field)
+    check_counts(tmp_path / "tokens", manifest)
+    documents = [(f"what {i}?" if prompt_field else "", text(i)) for start, count in ((0, 25), (100, 26), (200, 27))
+                 for i in range(start, start + count)]
+    held = [corpus.split(corpus.Document(body, "", prompt), 0.3) for prompt, body in documents]
+    for split, wanted in (("train", False), ("valid", True)):
+        mine = [document for document, is_held in zip(documents, held, strict=True) if is_held == wanted]
+        flat, rows = read_split(tmp_path / "tokens", manifest, split)
+        assert (flat, rows) == expected(mine)
+        counts = np.zeros(257, int)
+        for _, body in mine:
+            np.add.at(counts, [*body.encode(), EOT], 1)
+        np.testing.assert_array_equal(prepare.token_counts(tmp_path / "tokens", split), counts)
+    assert manifest.prompts == bool(prompt_field)
+    total = sum(int(hashlib.sha256((prompt + body).encode()).hexdigest(), 16) for prompt, body in documents)
+    assert manifest.corpus_fingerprint == f"{total % 2**256:064x}"
+    # names in order, shards closed when they are large enough
+    stems = [stem for split in ("train", "valid") for stem, *_ in manifest.splits[split]]
+    assert stems == sorted(stems) and len(stems) == len(set(stems)) > 12
+    parts: dict[str, int] = {}
+    for split in ("train", "valid"):
+        for stem, _, end, *_ in manifest.splits[split]:
+            place = stem.removeprefix(f"{split}-")
+            parts[place] = parts.get(place, 0) + end
+    for place, size in parts.items():
+        following = f"{place[:6]}{int(place[6:]) + 1:03d}"
+        assert size >= 120 or following not in parts
+        assert size < 120 + 450
+
+
+def test_fingerprint_knows_tokens_and_words_and_the_order(tmp_path):
+    one, other = numbered(tmp_path / "a.jsonl", 20), numbered(tmp_path / "b.jsonl", 20, 20)
+    base = make(tmp_path / "1", [one, other], validation_fraction=0.3)
+    turned = make(tmp_path / "2", [other, one], validation_fraction=0.3)
+    assert base.corpus_fingerprint == turned.corpus_fingerprint and base.fingerprint != turned.fingerprint
+    changed = dataclasses.replace(base, tokenizer_fingerprint="0")
+    cut = dataclasses.replace(base, splits={"train": base.splits["train"][:1], "valid": base.splits["valid"]})
+    assert len({base.fingerprint, changed.fingerprint, cut.fingerprint}) == 3
+    assert dataclasses.replace(base, settings={}).fingerprint == base.fingerprint
+    assert dataclasses.replace(base, settings={}, sampled=True).fingerprint \
+        != dataclasses.replace(base, sampled=True).fingerprint
+
+
+def test_wide_vocabularies_take_uint32(tmp_path):
+    words = [bytes([i]) for i in range(256)] + [b"%d" % i for i in range(10, 66_000)]
+    tokens.Tokenizer("bpe", words).save(tmp_path / "t")
+    wide = Tokenizer(kind="bpe", file=str(tmp_path / "t" / tokens.RANK_FILE))
+    files = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i} {i}"} for i in range(65_000, 65_100)])
+    manifest = make(tmp_path / "tokens", files, wide, validation_fraction=0.2)
+    assert manifest.dtype == "uint32" and manifest.vocab_size == len(words) + 1
+    flat, rows = read_split(tmp_path / "tokens", manifest, "valid")
+    assert max(flat) == manifest.eot > 65_535 and len(flat) == sum(row[0] for row in rows)
+    with pytest.raises(ValueError, match="tokenizer.file"):
+        make(tmp_path / "tokens", files, Tokenizer(kind="bpe"), validation_fraction=0.2)
+
+
+# ------------------------------------------------------------------------------------------------------ splits
+
+
+def test_validation_files_and_leaks(tmp_path, small):
+    numbered(tmp_path / "train.jsonl", 50)
+    with gzip.open(tmp_path / "held.jsonl.gz", "wt") as file:
+        for i in (3, 7, 99):
+            file.write(json.dumps({"text": text(i), "q": ""}) + "\n")
+    manifest = make(tmp_path / "tokens", str(tmp_path / "train.jsonl"), Tokenizer(kind="bpe", vocab_size=300),
+                    validation=(str(tmp_path / "held*"),))
+    assert (manifest.train_documents, manifest.valid_documents, manifest.left_out) == (48, 3, 2)
+    assert manifest.bpe_training_bytes == manifest.train_bytes
+    assert manifest.settings["data.validation_fraction"] is None and manifest.settings["data.split"] is None
+    assert [name for name, _ in manifest.sources] == ["train.jsonl", "held.jsonl.gz"]
+    assert {stem[:11] for stem, *_ in manifest.splits["valid"]} == {"valid-00001"}
+    check_counts(tmp_path / "tokens", manifest)
+    assert prepare.held_out(corpus.Reader(), [str(tmp_path / "held.jsonl.gz")]) == {
+        hashlib.sha256(text(i).encode()).digest() for i in (3, 7, 99)}
+
+
+@pytest.mark.parametrize("count", [1, 9, 17, 18, 30, 43])
+def test_the_last_documents(tmp_path, small, count):
+    """Cut inside a shard, between shards, between files."""
+    files = [numbered(tmp_path / "a.jsonl", 27), numbered(tmp_path / "b.jsonl", 17, 100)]
+    bpe = Tokenizer(kind="bpe", vocab_size=260)
+    manifest = make(tmp_path / "tokens", files, bpe, split="last", validation_documents=count, prompt_field="q")
+    documents = [(f"what {i}?", text(i)) for i in [*range(27), *range(100, 117)]]
+    assert manifest.bpe_training_bytes == manifest.train_bytes == sum(
+        len((prompt + body).encode()) for prompt, body in documents[:-count])
+    manifest = make(tmp_path / "bytes", files, split="last", validation_documents=count, prompt_field="q")
+    assert read_split(tmp_path / "bytes", manifest, "train") == expected(documents[:-count])
+    assert read_split(tmp_path / "bytes", manifest, "valid") == expected(documents[-count:])
+    check_counts(tmp_path / "bytes", manifest)
+    valid = np.bincount([byte for _, body in documents[-count:] for byte in [*body.encode(), EOT]], minlength=257)
+    np.testing.assert_array_equal(prepare.token_counts(tmp_path / "bytes", "valid"), valid)
+
+
+@pytest.mark.parametrize("data, split", [
+    (dict(split="last", validation_documents=3), "train"), (dict(validation_fraction=1e-9), "valid")])
+def test_an_empty_split_is_an_error(tmp_path, data, split):
+    numbered(tmp_path / "a.jsonl", 3)
+    with pytest.raises(ValueError, match=f"no document of 3 falls in the {split} split: .*blank_line") as error:
+        make(tmp_path / "tokens", str(tmp_path / "a.jsonl"), **data)
+    assert "\n" not in str(error.value)
+    # nothing stands in the way of better settings
+    manifest = make(tmp_path / "tokens", str(tmp_path / "a.jsonl"), split="last", validation_documents=1)
+    assert (manifest.train_documents, manifest.valid_documents) == (2, 1)
+
+
+def test_a_sample_of_what_will_be_streamed(tmp_path, small):
+    files = [numbered(tmp_path / f"{i}.jsonl", 50, 100 * i) for i in range(2)]
+    stream = dict(stream=True, sample_bytes=1000, validation_fraction=0.2)
+    manifest = make(tmp_path / "tokens", files, **stream)
+    check_counts(tmp_path / "tokens", manifest)
+    train, valid = [], []
+    for start in (0, 100):
+        size = 0
+        for i in range(start, start + 50):
+            held = corpus.split(corpus.Document(text(i), ""), 0.2)
+            (valid if held else train).append(("", text(i)))
+            size += 0 if held else len(text(i).encode())
+            if size >= 500:
+                break
+    assert manifest.sampled and 30 < len(train) < 60
+    assert read_split(tmp_path / "tokens", manifest, "train") == expected(train)
+    assert read_split(tmp_path / "tokens", manifest, "valid") == expected(valid)
+    assert "a sample of" in manifest.summary()
+    # validation files are prepared whole, and what is equal to them does not count
+    held = numbered(tmp_path / "held.jsonl", 40, 5)
+    manifest = make(tmp_path / "held", files, **stream | {"validation": (held,)})
+    assert (manifest.valid_documents, manifest.left_out) == (40, 40)
+    assert read_split(tmp_path / "held", manifest, "train")[1][5] == expected([("", text(45))])[1][0]
+    with pytest.raises(ValueError, match="data.sample_bytes=1000, it is now 2000"):
+        make(tmp_path / "tokens", files, **stream | {"sample_bytes": 2000})
+
+
+def test_bpe_training_text_is_a_share_of_each_file(tmp_path, monkeypatch):
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i:03} " * 10} for i in range(200)])
+    held = write_jsonl(tmp_path / "held.jsonl", [{"text": "z"}])
+    arguments = dict(files=str(tmp_path / "[ab].jsonl"), validation=(held,))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "BPE_TRAINING_BYTES", 2020)
+        manifest = make(tmp_path / "tokens", tokenizer=Tokenizer(kind="bpe", vocab_size=400), **arguments)
+    assert manifest.bpe_training_bytes == 2020
+    texts = [(f"{name}{i:03} " * 10)[:1010 - 50 * i] for name in "ab" for i in range(21)]
+    assert manifest.tokenizer_fingerprint == tokens.make_tokenizer("bpe", 400, texts).fingerprint
+    said: list[str] = []
+    less = make(tmp_path / "less", tokenizer=Tokenizer(kind="bpe", vocab_size=50_000), say=said.append, **arguments)
+    assert less.vocab_size < 50_000
+    assert "50,000 were asked for" in said[0] and f"V={less.vocab_size:,}" in said[0]
+
+
+# ----------------------------------------------------------------------------------------------------- workers
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_workers_make_the_same_as_one(tmp_path, small, order):
+    """Whatever their number and order; a worker that finishes early says what is missing."""
+    files = [numbered(tmp_path / f"{i}.jsonl", 9 + 3 * i, 100 * i) for i in range(4)]
+    held = numbered(tmp_path / "held.jsonl", 5, 102)
+    arguments = dict(files=files, tokenizer=Tokenizer(kind="bpe", vocab_size=270), validation=(held,))
+    alone = make(tmp_path / "alone", **arguments)
+    assert alone.left_out == 5
+    made: set[str] = set()
+    for place, worker in enumerate(order):
+        said: list[str] = []
+        manifest = make(tmp_path / "shared", **arguments, prepare_shard=f"{worker}/3", say=said.append)
+        records = {path.name for path in (tmp_path / "shared").glob("unit-*.json")}
+        assert records - made == {f"unit-{unit:05d}.json" for unit in range(5) if unit % 3 == worker}
+        made = records
+        if place < 2:
+            left = 5 - len(made)
+            first = min(unit for unit in range(5) if f"unit-{unit:05d}.json" not in made)
+            assert manifest is None and not (tmp_path / "shared" / "manifest.json").exists()
+            assert f"worker {worker}/3 has done its part" in said[-1] and f"{left} of 5 files" in said[-1]
+            assert f"{corpus.resolve([*files, held])[first]}, to {first % 3}/3" in said[-1]
+    assert manifest == alone and files_of(tmp_path / "shared") == files_of(tmp_path / "alone")
+    # the others find it made
+    assert make(tmp_path / "shared", **arguments, prepare_shard="0/3") == alone
+
+
+def test_workers_must_agree(tmp_path, small):
+    files = [numbered(tmp_path / f"{i}.jsonl", 9, 100 * i) for i in range(2)]
+    make(tmp_path / "tokens", files, prepare_shard="0/2", validation_fraction=0.3)
+    with pytest.raises(ValueError, match="were begun with data.validation_fraction=0.3, it is now 0.4: .*delete"):
+        make(tmp_path / "tokens", files, prepare_shard="1/2", validation_fraction=0.4)
+    numbered(tmp_path / "1.jsonl", 8)
+    with pytest.raises(ValueError, match=r"were begun from other files: 1\.jsonl"):
+        make(tmp_path / "tokens", files, prepare_shard="1/2", validation_fraction=0.3)
+    numbered(tmp_path / "1.jsonl", 9, 100)
+    # two that began at the same time, unseen by each other
+    (tmp_path / "tokens" / "begun.json").unlink()
+    make_other = dict(prepare_shard="1/2", validation_fraction=0.4)
+    with pytest.raises(ValueError, match=r"unit-00000\.json was made with other settings.*give all workers the same"):
+        make(tmp_path / "tokens", files, **make_other)
+
+
+def test_what_needs_all_tokens_says_who_is_missing(tmp_path):
+    config = read_recipe(write_recipe(tmp_path))
+    other = numbered(tmp_path / "other.jsonl")
+    data = dataclasses.replace(config.data, files=(*config.data.files, other), prepare_shard="1/2")
+    config = dataclasses.replace(config, data=data)
+    assert stages.make_tokens(config, str(tmp_path / "run")) is None
+    with pytest.raises(ConfigError, match="data.prepare_shard='1/2': other workers have not done their part"):
+        stages.prepare(config, str(tmp_path / "run"))
+    config = dataclasses.replace(config, data=dataclasses.replace(data, prepare_shard="0/2"))
+    text = stages.prepare(config, str(tmp_path / "run"))
+    assert text.manifest == prepare.load_manifest(tmp_path / "run" / "data")
+    assert text.tokenizer.fingerprint == text.manifest.tokenizer_fingerprint
+
+
+DRIVER = '''
+import json, os, sys, time, types
+from hdlm_jax.text import corpus, prepare, units
+
+settings = json.loads(os.environ["SETTINGS"])
+units.BATCH_CHARS, units.SHARD_TOKENS = settings["batch_chars"], settings["shard_tokens"]
+units.PROCESSES_FROM = settings["processes_from"]
+units.core_count = lambda: 2
+data = types.SimpleNamespace(**settings["data"], check=lambda: None, worker=lambda: (0, 1))
+words = types.SimpleNamespace(**settings["words"], check=lambda: None)
+
+
+class Slow(corpus.Reader):
+    def read(self, source):
+        for number, record in enumerate(super().read(source)):
+            time.sleep(settings["pause"])
+            yield record
+
+
+if settings["pause"]:
+    corpus.Reader = Slow
+
+
+def run(folder):
+    return prepare.prepare(folder, data, words, say=lambda line: print(line, flush=True))
+'''
+
+
+def driver(tmp_path: Path, code: str, files: list[str], *, batch_chars=350, shard_tokens=120, processes_from=1 << 60,
+           pause=0.0, words=BYTES, **data) -> subprocess.Popen:
+    """A Python process of its own (without JAX, which must not be forked) that runs `code`."""
+    script = tmp_path / "driver.py"
+    script.write_text(f"{DRIVER}\nif __name__ == '__main__':\n{textwrap.indent(code, '    ')}")
+    settings = dict(data=dataclasses.asdict(Data(source="files", files=tuple(files), **data)), pause=pause,
+                    words=dataclasses.asdict(words), batch_chars=batch_chars, shard_tokens=shard_tokens,
+                    processes_from=processes_from)
+    root = str(Path(__file__).resolve().parent.parent)
+    return subprocess.Popen([sys.executable, str(script), str(tmp_path / "tokens")], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "SETTINGS": json.dumps(settings), "PYTHONPATH": root})
+
+
+
+KILLED = '''
+# Dies just after the n-th step on the way to the disk (what is written then is in a buffer, what is synchronised
+# has no name yet), n = 1, 2, ..., and is then run again.
+def dying(n, function=lambda *_: None):
+    def call(*arguments):
+        function(*arguments)
+        count[0] += 1
+        if count[0] == n:
+            os._exit(9)
+    return call
+
+
+run(f"{sys.argv[1]}-0")  # imports what the others then need not
+count, n, died = [0], 0, 9
+while died:
+    n += 1
+    for again in (False, True):
+        child = os.fork()
+        if child == 0:
+            os.fsync, sys.stdout = dying(0 if again else n), open(os.devnull, "w")
+            os.replace = dying(0 if again else n, os.replace)
+            units.Files.write = dying(0 if again else n, units.Files.write)
+            run(f"{sys.argv[1]}-{n}")
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if again:
+            assert code == 0, code
+        else:
+            died = code
+'''
+
+
+def test_killed_anywhere_it_goes_on(tmp_path, small):
+    """Whatever was on the disk when it was killed, the next run ends with the same bytes, nothing twice or missing."""
+    files = [with_bad(tmp_path / "a.jsonl", 16, 1)]
+    held = numbered(tmp_path / "held.jsonl", 3)
+    settings = dict(validation=(held,), bad_share=0.5)
+    clean = make(tmp_path / "clean", files, **settings)
+    process = driver(tmp_path, KILLED, files, **settings)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert clean.bad == 1 and clean.train_documents == 13
+    folders = sorted(tmp_path.glob("tokens-*"))
+    assert len(folders) > 30
+    for folder in folders:
+        assert files_of(folder) == files_of(tmp_path / "clean"), folder
+
+
+RANDOMLY = '''
+import random, signal
+os.fsync = lambda file: None  # a killed process loses nothing that the system has
+draws, kills = random.Random(0), 0
+while True:
+    child = os.fork()
+    if child == 0:
+        run(sys.argv[1])
+        os._exit(0)
+    time.sleep(draws.uniform(0.02, 0.25))
+    os.kill(child, signal.SIGKILL)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+    kills += 1
+print(kills)
+'''
+
+
+def test_killed_again_and_again(tmp_path, small):
+    files = [numbered(tmp_path / f"{i}.jsonl", 50, 100 * i) for i in range(4)]
+    clean = make(tmp_path / "clean", files, validation_fraction=0.2)
+    process = driver(tmp_path, RANDOMLY, files, validation_fraction=0.2, pause=0.001)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert int(out.split()[-1]) >= 3
+    assert prepare.load_manifest(tmp_path / "tokens") == clean
+    assert files_of(tmp_path / "tokens") == files_of(tmp_path / "clean")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return found
+
+
+def test_processes(tmp_path, small, monkeypatch):
+    """Two processes make the same bytes as one. One killed: an error that says so. Their parent killed: they end."""
+    files = [numbered(tmp_path / f"{i}.jsonl", 400 + 10 * i, 1000 * i) for i in range(3)]
+    monkeypatch.setattr(units, "SHARD_TOKENS", 1000)
+    clean = make(tmp_path / "clean", files, validation_fraction=0.2)
+    folder = tmp_path / "tokens"
+
+    def workers() -> set[int]:
+        pids = {int(path.name.removesuffix(".tmp").rpartition("-")[2]) for path in folder.glob("*.bin.*.tmp")}
+        return set(filter(alive, pids))
+
+    def begin(pause: float) -> subprocess.Popen:
+        return driver(tmp_path, "run(sys.argv[1])", files, validation_fraction=0.2, processes_from=0, shard_tokens=1000,
+                      pause=pause)
+
+    def start() -> tuple[subprocess.Popen, set[int]]:
+        process = begin(pause=0.02)  # a file takes 8 seconds
+        return process, wait_for(lambda: workers() if len(workers()) > 1 else None)
+
+    process, pids = start()
+    assert process.pid not in pids
+    os.kill(max(pids), 9)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode and "ChildProcessError: a process that makes" in errors and "was killed" in errors
+    process, pids = start()
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(map(alive, pids)), 4)
+    assert not (folder / "manifest.json").exists()
+    assert begin(pause=0).communicate(timeout=60)[0].startswith("tokens: made")
+    assert prepare.load_manifest(folder) == clean and files_of(folder) == files_of(tmp_path / "clean")
+
+
+def test_an_error_in_one_process_ends_all(tmp_path, small):
+    files = [numbered(tmp_path / "0.jsonl", 300), write_jsonl(tmp_path / "1.jsonl", [{"text": "a"}, "bad", "worse"])]
+    process = driver(tmp_path, "run(sys.argv[1])", files, processes_from=0, pause=0.1, bad_share=0.0)
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert "ValueError: " in errors and "1.jsonl, line 2: " in errors
+    assert time.monotonic() - began < 25  # reading the other file alone takes 30 seconds
+
+
+# --------------------------------------------------------------------------------------------------- bad records
+
+
+def with_bad(path: Path, good: int, bad: int, start: int = 0) -> str:
+    rows: list = [{"text": text(i)} for i in range(start, start + good)]
+    for i in range(bad):
+        rows.insert(5 + 2 * i, f"no JSON {i}")
+    return write_jsonl(path, rows)
+
+
+def test_bad_records_are_listed(tmp_path, small):
+    files = [with_bad(tmp_path / "a.jsonl", 60, 2), numbered(tmp_path / "b.jsonl", 30, 100),
+             with_bad(tmp_path / "c.jsonl", 60, 1, 200)]
+    said: list[str] = []
+    manifest = make(tmp_path / "tokens", files, bad_share=0.02, validation_fraction=0.2, say=said.append)
+    assert manifest.bad == 3 and manifest.train_documents + manifest.valid_documents == 150
+    listed = [json.loads(line) for line in (tmp_path / "tokens" / "bad_records.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["position"].split(",")[0]) for row in listed] == [
+        (files[0], "line 6"), (files[0], "line 8"), (files[2], "line 6")]
+    assert all("JSON" in row["reason"] for row in listed)
+    assert "3 of 153 records cannot be read" in said[0] and f"{files[0]}, line 6" in said[0] and "\n" not in said[0]
+    clean = [numbered(tmp_path / "a.jsonl", 60), numbered(tmp_path / "b.jsonl", 30, 100),
+             numbered(tmp_path / "c.jsonl", 60, 200)]
+    without = make(tmp_path / "clean", clean, validation_fraction=0.2)
+    assert without.corpus_fingerprint == manifest.corpus_fingerprint
+    assert not (tmp_path / "clean" / "bad_records.jsonl").exists()
+
+
+def test_too_many_bad_records(tmp_path, small):
+    """Over all files in the end; nothing is lost by it: a larger share goes on with what there is."""
+    files = [numbered(tmp_path / "a.jsonl", 60), with_bad(tmp_path / "b.jsonl", 60, 4, 100)]
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 6.*: .*; 4 of 124 records cannot be read, more than "
+                                         r"data\.bad_share=0\.03 allows") as error:
+        make(tmp_path / "tokens", files, bad_share=0.03, validation_fraction=0.2)
+    assert "\n" not in str(error.value) and not (tmp_path / "tokens" / "manifest.json").exists()
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tokens").glob("*.bin")}
+    assert len(times) > 10
+    manifest = make(tmp_path / "tokens", files, bad_share=0.04, validation_fraction=0.2)
+    assert manifest.bad == 4
+    assert times == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tokens").glob("*.bin")}
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 6.*; 1 of \d+ records"):  # at once
+        make(tmp_path / "strict", files, bad_share=0.0, validation_fraction=0.2)
+
+
+def test_a_hopeless_file_stops_early(tmp_path, monkeypatch):
+    """Eleven bad ones are more than a thousandth of 10,000 records: the rest of the file is not read."""
+    monkeypatch.setattr(units, "BATCH_CHARS", 3000)
+    path = with_bad(tmp_path / "a.jsonl", 3000, 11)
+    with open(path, "a") as file:
+        file.write(json.dumps({"text": text(1)}) + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 6.*; 11 of (\d+) records cannot be read") as error:
+        make(tmp_path / "tokens", path)
+    assert int(str(error.value).split("; 11 of ")[1].split()[0]) < 200
+    path = with_bad(tmp_path / "b.jsonl", 11_000, 10)
+    assert make(tmp_path / "most", path).bad == 10
+
+
+# -------------------------------------------------------------------------------------------------------- reuse
+
+
+def test_idempotent_and_says_so(tmp_path, monkeypatch):
+    files = numbered(tmp_path / "a.jsonl")
+    said: list[str] = []
+    arguments = dict(files=files, validation_fraction=0.2, say=said.append)
+    first = make(tmp_path / "tokens", **arguments)
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}
+    assert make(tmp_path / "tokens", **arguments) == first
+    assert times.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}.items()
+    assert len(said) == 2 and "made" in said[0] and "reusing" in said[1]
+    assert first.corpus_fingerprint[:12] in said[1]
+    assert all("\n" not in line for line in said)
+    # what was hashed once is not read again until its time or size is another
+    hashed: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: hashed.append(file.name) or digest(file, kind))
+    make(tmp_path / "tokens", **arguments)
+    assert hashed == []
+    os.utime(tmp_path / "tokens" / "train-00000-000.bin")
+    for _ in range(2):
+        make(tmp_path / "tokens", **arguments)
+    assert [Path(name).name for name in hashed] == ["train-00000-000.bin"]
+    # a folder that cannot be written is no hindrance
+    (tmp_path / "tokens" / "verified.json").unlink()
+    (tmp_path / "tokens" / "verified.json").mkdir()
+    for _ in range(2):
+        assert make(tmp_path / "tokens", **arguments) == first
+    assert len(hashed) == 1 + 2 * 4
+    # tokens go on where their source is not (a pod that was sent the folder)
+    Path(files).unlink()
+    assert make(tmp_path / "tokens", **arguments) == first
+    assert "source files are not on this machine" in said[-1]
+    with pytest.raises(ValueError, match="no file matches"):
+        make(tmp_path / "third", **arguments)
+    assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(text_field="q"), "data.text_field='text', it is now 'q'"),
+    (dict(validation_fraction=0.3), "data.validation_fraction=0.2, it is now 0.3"),
+    (dict(split="last"), "data.split='hash', it is now 'last'"),
+    (dict(tokenizer=Tokenizer(kind="bpe", vocab_size=300)), "tokenizer.kind='bytes', it is now 'bpe'"),
+    (dict(prompt_field="q"), "data.prompt_field='', it is now 'q'"),
+    (dict(detokenize="lm1b"), "data.detokenize='', it is now 'lm1b'"),
+    (dict(stream=True), "data.stream=False, it is now True"),
+])
+def test_other_settings_are_named(tmp_path, change, named):
+    arguments = dict(files=numbered(tmp_path / "a.jsonl"), validation_fraction=0.2)
+    make(tmp_path / "tokens", **arguments)
+    make(tmp_path / "tokens", **arguments, validation_documents=7, sample_bytes=7, bad_share=0.5)  # of no importance
+    with pytest.raises(ValueError, match=named) as error:
+        make(tmp_path / "tokens", **(arguments | change))
+    assert "\n" not in str(error.value) and f"delete {tmp_path / 'tokens'}" in str(error.value)
+
+
+def test_changed_files_and_damaged_shards(tmp_path, small, monkeypatch):
+    arguments = dict(files=str(tmp_path / "*.jsonl"), validation_fraction=0.2)
+    numbered(tmp_path / "a.jsonl", 40)
+    numbered(tmp_path / "b.jsonl", 40, 100)
+    first = make(tmp_path / "tokens", **arguments)
+    clean = files_of(tmp_path / "tokens")
+    numbered(tmp_path / "c.jsonl", 3)
+    with pytest.raises(ValueError, match=r"made from other files: c\.jsonl \(\d+ bytes\)"):
+        make(tmp_path / "tokens", **arguments)
+    (tmp_path / "c.jsonl").unlink()
+    make(tmp_path / "tokens", **arguments)  # all is hashed
+    path = tmp_path / "tokens" / "valid-00001-001.bin"
+    raw = bytearray(path.read_bytes())
+    raw[0] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"valid-00001-001\.bin is damaged: delete it and run --mode=prepare"):
+        make(tmp_path / "tokens", **arguments)
+    path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(units, "make_all", lambda *_: None)  # the repair is cut short: then the rest is not whole either
+        assert make(tmp_path / "tokens", **arguments) is None
+    assert not (tmp_path / "tokens" / "manifest.json").exists()
+    (tmp_path / "tokens" / "manifest.json").write_bytes(clean["manifest.json"])
+    said: list[str] = []
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tokens").glob("*-00000-*.bin")}
+    assert make(tmp_path / "tokens", **arguments, say=said.append) == first
+    assert "valid-00001-001.bin is missing; it is made again" in said[0]
+    assert files_of(tmp_path / "tokens") == clean
+    assert times == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tokens").glob("*-00000-*.bin")}
+    # without the text, it cannot be
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").unlink()
+    (tmp_path / "tokens" / "valid-00001-001.idx").unlink()
+    with pytest.raises(ValueError, match=r"valid-00001-001\.idx is missing, and its source files are not on this"):
+        make(tmp_path / "tokens", **arguments)
+    assert (tmp_path / "tokens" / "manifest.json").exists()
+    tokens.make_tokenizer("bpe", 257, ["a"]).save(tmp_path / "tokens")
+    path.with_suffix(".idx").write_bytes(clean["valid-00001-001.idx"])
+    with pytest.raises(ValueError, match="is not the one the tokens were made with"):
+        make(tmp_path / "tokens", **arguments)
+
+
+def test_wrong_folders(tmp_path):
+    with pytest.raises(ValueError, match="no tokens in .* run --mode=prepare"):
+        prepare.load_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"version": 1}')
+    with pytest.raises(ValueError, match="version is 1, this code reads 2"):
+        prepare.load_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        prepare.load_manifest(tmp_path)
+    with pytest.raises(ValueError, match="split is 'test'; choices: train, valid"):
+        prepare.token_counts(tmp_path, "test")
+
+
+@pytest.mark.parametrize("data, tokenizer, message", [
+    (dict(source="web"), BYTES, "data.source='web': choose one of embedded, files"),
+    (dict(files="no/such.txt"), BYTES, "data.files: no file matches 'no/such.txt'"),
+    (dict(source="embedded", files=()), Tokenizer(kind="bpe", file="no/such"), "tokenizer.file 'no/such' cannot"),
+    (dict(source="embedded", files=(), validation=("no.txt",)), BYTES, "data.validation: no file matches 'no.txt'"),
+    (dict(source="embedded", files=(), prompt_field="q"), BYTES, "data.prompt_field='q' needs"),
+    (dict(files=__file__), BYTES, "kind of file"),
+])
+def test_wrong_arguments(tmp_path, data, tokenizer, message):
+    data = {"source": "files"} | data
+    data["files"] = (data["files"],) if data.get("files") else ()
+    with pytest.raises(ValueError, match=message):
+        prepare.prepare(tmp_path / "tokens", Data(**data), tokenizer, say=print)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_misspelt_field_leaves_nothing_in_the_way(tmp_path):
+    files = numbered(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="'txt'.*'text'"):
+        make(tmp_path / "tokens", files, text_field="txt", validation_fraction=0.2)
+    assert make(tmp_path / "tokens", files, validation_fraction=0.2).train_documents > 30
+
+
+DISK = '''
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+try:
+    run(sys.argv[1])
+except OSError as error:
+    print(error)
+print(sorted(path for path in os.listdir(sys.argv[1]) if path.endswith(".tmp")))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+run(sys.argv[1])
+'''
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """One line with the file; what was finished stays, and the rest is made when there is room."""
+    files = [numbered(tmp_path / "a.jsonl", 30), numbered(tmp_path / "b.jsonl", 500, 100)]
+    process = driver(tmp_path, DISK, files, validation_fraction=0.2, shard_tokens=1 << 20)
+    out, errors = process.communicate(timeout=60)
+    error, leftovers, made = out.splitlines()
+    assert "train-00001-000.bin cannot be written" in error and "what was finished before is kept" in error
+    assert leftovers == "[]" and made.startswith("tokens: made")
+    monkeypatch.setattr(units, "BATCH_CHARS", 350)
+    clean = make(tmp_path / "clean", files, validation_fraction=0.2)
+    assert prepare.load_manifest(tmp_path / "tokens") == clean
+
+
+def test_leftovers_of_the_dead_are_removed(tmp_path):
+    files = numbered(tmp_path / "a.jsonl")
+    (tmp_path / "tokens").mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    old = units._temporary(tmp_path / "tokens" / "train-00007-000.bin")
+    here = old.name.rpartition("-")[0]
+    names = {f"{here}-{dead.pid}.tmp": False, f"{here}-{os.getppid()}.tmp": True,
+             f"train-00007-000.bin.elsewhere-{dead.pid}.tmp": True, "train-00007-001.bin.elsewhere-1.tmp": False}
+    for name in names:
+        (tmp_path / "tokens" / name).write_bytes(b"x")
+    os.utime(tmp_path / "tokens" / "train-00007-001.bin.elsewhere-1.tmp", (0, time.time() - 4000))
+    make(tmp_path / "tokens", files, validation_fraction=0.2)
+    assert names == {name: (tmp_path / "tokens" / name).exists() for name in names}
+
+
+MEMORY = '''
+# VmHWM, not ru_maxrss: that begins at the memory of the process that started this one.
+import multiprocessing, re, threading
+peaks = {}
+
+
+def watch():
+    while True:
+        for pid in [os.getpid(), *(process.pid for process in multiprocessing.active_children())]:
+            try:
+                with open(f"/proc/{pid}/status") as file:
+                    peaks[pid] = int(re.search("VmHWM:\\s*(\\d+)", file.read())[1])
+            except (OSError, TypeError):
+                pass
+        time.sleep(0.05)
+
+
+threading.Thread(target=watch, daemon=True).start()
+run(sys.argv[1])
+time.sleep(0.1)
+print(len(peaks), max(peaks.values()))
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, count", [("bytes", 1), ("bpe", 4)])
+def test_memory_does_not_grow_with_the_text(tmp_path, kind, count):
+    """Peak of any process at 1 GB at most 1.1 of that at 50 MB: one file on threads, four in processes."""
+    words = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "r", "st", "t", "ng")]
+    texts = (" ".join(words[(7 * i * j + i) % len(words)] for j in range(400 + i % 300)) for i in range(4000))
+    body = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    tokenizer = BYTES
+    if kind == "bpe":
+        tokens.make_tokenizer("bpe", 600, [body[:200_000]]).save(tmp_path / "words")
+        tokenizer = Tokenizer(kind="bpe", file=str(tmp_path / "words" / tokens.RANK_FILE))
+    peaks = []
+    for size in (50_000_000, 1_000_000_000):
+        files = [str(tmp_path / f"{i}.jsonl") for i in range(count)]
+        for file in files:
+            with open(file, "w") as out:
+                while out.tell() < size / count:
+                    out.write(body)
+        process = driver(tmp_path, MEMORY, files, words=tokenizer, batch_chars=units.BATCH_CHARS,
+                         shard_tokens=units.SHARD_TOKENS, processes_from=0)
+        out, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors
+        processes, peak = map(int, out.splitlines()[-1].split())
+        assert processes == (1 if count == 1 else 3)
+        peaks.append(peak)
+        shutil.rmtree(tmp_path / "tokens")
+    print(peaks)
+    assert peaks[1] <= 1.1 * peaks[0]
+
+
+# ------------------------------------------------------------------------------------------------ OpenWebText
+
+
+@pytest.mark.parametrize("outer", ["tar.xz", "tars", "parquet", "jsonl.xz"])
+def test_openwebtext_in_every_layout(tmp_path, outer):
+    """The same documents give the same corpus fingerprint and counts, however they are packed."""
+    if outer == "parquet":
+        pytest.importorskip("pyarrow")
+    documents = owt.openwebtext_documents(24)
+    files = owt.make_openwebtext(tmp_path / "owt", documents, outer=outer)
+    manifest = make(tmp_path / "tokens", [str(file) for file in files], split="last", validation_documents=5)
+    total = sum(int(hashlib.sha256(document.encode()).hexdigest(), 16) for document in documents)
+    assert manifest.corpus_fingerprint == f"{total % 2**256:064x}"
+    assert (manifest.train_documents, manifest.valid_documents, manifest.bad) == (19, 5, 0)
+    check_counts(tmp_path / "tokens", manifest)

@@ -1,0 +1,89 @@
+"""Two real processes over loopback, four devices each, do what one process with eight devices does."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import process
+import pytest
+import tiny
+
+from hdlm_jax.config import Parallel
+from hdlm_jax.run import api, evaluate, generate, parallel, state
+from hdlm_jax.run.checkpoint import Checkpoints
+from hdlm_jax.run.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, root):
+    """(folder of what two processes made, their last exit code)."""
+    folder = tmp_path_factory.mktemp("two")
+    recipe, _ = tiny.trained()
+    environment = os.environ | {"DEVICES": "4", "LOGS": str(folder), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    launcher, program = str(root / "launch" / "local_processes.sh"), str(root / "tests" / "process.py")
+    command = [launcher, "2", sys.executable, program, str(recipe), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert (folder / "said_0.json").exists(), done.stdout + done.stderr + (folder / "process_1.log").read_text()
+    return folder, done
+
+
+def test_they_are_two_and_speak_once(two):
+    folder, done = two
+    said = [json.loads((folder / f"said_{i}.json").read_text()) for i in range(2)]
+    assert said[0]["processes"] == 2 and said[0]["devices"] == 8 and said[0]["here"] == 4
+    assert said[0]["nelbo"] == said[1]["nelbo"]
+    assert "invalid literal" in said[0]["error"] and said[1]["error"] == "process 0: " + said[0]["error"]
+    assert "train: done, step 3" in done.stdout
+    assert not [line for line in (folder / "process_1.log").read_text().splitlines() if line.startswith("train:")]
+
+
+def test_losses_evaluation_and_samples_of_one_process(two, tmp_path):
+    folder, _ = two
+    recipe, alone = tiny.trained()
+    ours, theirs = (read_metrics(str(path / "metrics.jsonl")) for path in (folder / "run", alone))
+    assert [r["step"] for r in ours] == [1, 2, 3]
+    for name in ("loss", "nelbo", "grad_norm"):
+        np.testing.assert_allclose([r[name] for r in ours], [r[name] for r in theirs], rtol=1e-5)
+    config = dataclasses.replace(tiny.read_recipe(recipe), parallel=Parallel(**process.MESH))
+    there = [json.loads((folder / "run" / name).read_text()) for name in ("evaluate.json", "generate.json")]
+    samples = (folder / "run" / "samples.jsonl").read_text()
+    for name in ("evaluate.json", "generate.json"):
+        (folder / "run" / name).unlink()
+    measured = evaluate.evaluate(config, str(folder / "run"))
+    np.testing.assert_allclose(measured["nelbo"], there[0]["nelbo"], rtol=1e-5)
+    assert generate.generate(config, str(folder / "run"))["row_forwards"] == there[1]["row_forwards"]
+    assert (folder / "run" / "samples.jsonl").read_text() == samples
+
+
+@pytest.mark.parametrize("written", ["by 8 devices", "by 2 processes"])
+@pytest.mark.parametrize("devices, mesh", [(1, {}), (2, {"fsdp": 2, "data": 1}), (8, {"tensor": 2})])
+def test_a_checkpoint_is_read_on_any_number_of_devices(two, written, devices, mesh):
+    recipe, alone = tiny.trained()
+    workdir = two[0] / "run" if written == "by 2 processes" else alone
+    config = dataclasses.replace(tiny.read_recipe(recipe), parallel=Parallel(**mesh))
+    run = api.load_run(dataclasses.replace(config, parallel=Parallel()), str(workdir), "latest")
+    tx = state.make_optimizer(config)[0]
+
+    def restored(mesh):
+        abstract, _ = state.abstract_state(config, run.hierarchy, run.network, tx, mesh)
+        checkpoints = Checkpoints(str(workdir), read_only=True)
+        return checkpoints.restore(3, abstract)
+
+    there = restored(parallel.make_mesh(config, jax.devices()[:devices]))
+    assert {len(a.sharding.device_set) for a in jax.tree.leaves(there)} == {devices}
+    whole = restored(jax.make_mesh((1, 1, 1), parallel.AXES, devices=jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, there, whole)
+    assert int(there.step) == 3 and np.abs(np.asarray(there.params["embedding"])).max() > 0
+
+
+def test_asked_to_stop_all_leave_at_one_step_with_everything_saved(two):
+    folder, done = two
+    assert done.returncode == 75, done.stdout + done.stderr
+    checkpoints = Checkpoints(str(folder / "stopped"), read_only=True)
+    step = checkpoints.latest()
+    assert f"asked to stop, saved step {step}; the same command resumes" in done.stdout
+    assert checkpoints.meta(step)["position"] == {"next_index": step}
+    assert [r["step"] for r in read_metrics(str(folder / "stopped" / "metrics.jsonl"))] == list(range(1, step + 1))

@@ -50,7 +50,7 @@ def write_recipe(folder: Path) -> Path:
     lexicon = ["".join(words.choices("abcdefghijklmnopqrstuvwxyz", k=words.randint(2, 9))) for _ in range(3000)]
     for part in range(8):
         with open(folder / f"part{part}.jsonl", "w") as file:
-            for _ in range(1000):
+            for _ in range(3000):
                 text = " ".join(words.choices(lexicon, k=words.randint(20, 400)))
                 file.write(json.dumps({"text": text}) + "\n")
     recipe = folder / "recipe.py"
@@ -102,6 +102,15 @@ class Run:
             file.seek(self.said)
             return "stepping" if b"train: first step done" in file.read() else "starting"
 
+    def watch(self) -> Counter[str]:
+        """Seconds that an undisturbed run spends in each phase."""
+        spent = Counter[str]()
+        while self.process.poll() is None:
+            before = time.monotonic()
+            time.sleep(0.005)
+            spent[self.phase()] += time.monotonic() - before  # type: ignore[assignment]
+        return spent
+
     def kill_in(self, phase: str, delay: float) -> str | None:
         """Waits for the phase and a while longer, kills; what the kill fell into, None if the run came to its end."""
         while self.process.poll() is None and self.phase() != phase:
@@ -148,23 +157,24 @@ def main() -> int:
     shutil.rmtree(f.folder, ignore_errors=True)
     recipe = write_recipe(f.folder)
     quiet, killed = f.folder / "quiet", f.folder / "killed"
-    if Run(recipe, quiet).process.wait():
+    undisturbed = Run(recipe, quiet)
+    lasts = undisturbed.watch()
+    if undisturbed.process.returncode:
         print(f"the undisturbed run failed: {quiet.with_suffix('.log')}")
         return 1
+    print("the undisturbed run:", ", ".join(f"{phase} {lasts[phase]:.1f} s" for phase in PHASES), flush=True)
     dice, tally = random.Random(f.seed), Counter[str]()
-    longest = {"preparing": 2.0, "stepping": 0.5, "saving": 0.05, "evaluating": 0.2}  # seconds
-    later = [phase for phase in PHASES[1:] for _ in range(f.kills)]
-    dice.shuffle(later)
-    targets = ["preparing"] * (f.kills // 4) + later
-    for target in targets:
-        if tally.total() == f.kills:
-            break
+    # where a kill should fall, and how long after that began: a part of preparing only, since what is done stays done
+    longest = {"preparing": lasts["preparing"] / f.kills * 4, "stepping": 0.3, "saving": 0.03, "evaluating": 0.1}
+    while tally.total() < f.kills:
+        prepared = (killed / "data" / "manifest.json").exists() or tally["preparing"] >= f.kills // 4
+        target = min(PHASES[1:], key=lambda phase: (tally[phase], dice.random())) if prepared else "preparing"
         fell = Run(recipe, killed).kill_in(target, dice.uniform(0, longest[target]))
         if fell is None:
             break
         tally[fell] += 1
         print(f"kill {tally.total():2d}: {fell}", flush=True)
-    ended = tally.total() < f.kills or Run(recipe, killed).process.wait() == 0
+    ended = Run(recipe, killed).process.wait() == 0
     print("kills:", ", ".join(f"{phase} {tally[phase]}" for phase in (*PHASES, "starting")))
     found, want = final(recipe, killed), final(recipe, quiet)
     different = [name for name in want if found[name] != want[name]]

@@ -263,7 +263,7 @@ def test_urls(monkeypatch):
         corpus.resolve("memory://sub/*.txt", "data.validation")
     with pytest.raises(ValueError, match="no file matches 'memory://sub/a'"):
         corpus.resolve("memory://sub/a")
-    with pytest.raises(ValueError, match="memory://sub/a: cannot be read .FileNotFoundError"):
+    with pytest.raises(FileNotFoundError):
         corpus.facts_of("memory://sub/a")
 
     def no_network(*_, **__):
@@ -277,7 +277,7 @@ def test_urls(monkeypatch):
         corpus.resolve(sources[0])
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError("gone"), OSError("gone"), RuntimeError("gone")])
+@pytest.mark.parametrize("error", [ConnectionResetError("gone"), OSError("gone"), ValueError("gone")])
 @pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz", "b.tar.bz2", "b.parquet"])
 def test_a_network_that_fails_midway_is_no_bad_record(monkeypatch, name, error):
     """For what is left would be lost; bare OSErrors are also what bz2 and pyarrow raise for damaged data."""
@@ -290,10 +290,10 @@ def test_a_network_that_fails_midway_is_no_bad_record(monkeypatch, name, error):
     raw = make[name]()
 
     class Failing(MemoryFile):
-        def readinto(self, buffer):
-            if self.tell() <= 0.8 * len(raw) < self.tell() + len(buffer):
+        def read(self, size):
+            if self.tell() <= 0.8 * len(raw) < self.tell() + size:
                 raise error
-            return super().readinto(buffer)
+            return super().read(size)
 
     monkeypatch.setattr(MemoryFileSystem, "open", lambda *_, **__: Failing(None, "/b", raw))
     records = Reader().read(f"memory://{name}")

@@ -63,7 +63,7 @@ def test_the_documented_snippets_give_the_run_s_logits(exported, root, snippet):
     run, space = model().run, {"folder": str(exported)}
     exec(snippet, space)
     z, t = np.full((1, run.config.model.seq_len), run.hierarchy.mask_id), np.ones(1)
-    expected = run.network.apply({"params": run.params}, z, t)
+    expected = run.network.apply({"params": jax.tree.map(np.asarray, run.params)}, z, t)
     found = space["logits"] if "logits" in space else run.network.apply({"params": space["params"]}, z, t)
     assert expected.shape == (1, 16, 257) and float(np.ptp(expected)) > 0
     np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))

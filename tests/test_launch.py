@@ -311,8 +311,9 @@ def test_tpu_pod_from_creation_to_the_end(tpu_pod):
 
 
 def test_tpu_pod_comes_back_after_every_preemption(tpu_pod):
-    """Saved in time (75) or not (255, 1): a slice that was taken away is made anew; one that is there is used again."""
-    code, kinds, _, output = tpu_pod(["75 PREEMPTED", "255 PREEMPTED", "1 PREEMPTED", "255 PREEMPTED", "75", "255", "0"])
+    """Saved in time (75) or not (255, 1): a slice taken away is made anew; one that is there is used again."""
+    codes = ["75 PREEMPTED", "255 PREEMPTED", "1 PREEMPTED", "255 PREEMPTED", "75", "255", "0"]
+    code, kinds, _, output = tpu_pod(codes)
     assert code == 0, output
     again = ["create", "train", "delete"]
     assert kinds == again * 4 + ["create", "train", "train", "train", "delete"]

@@ -1,5 +1,6 @@
 """The training step and loop: one path for any devices and microbatches, exact resume, clear stops."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -246,7 +247,7 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     with open(folder / "text.jsonl", "w") as f:
         for i in range(60):
-            f.write(json.dumps({"text": SENTENCE * (1 + i % 5) + str(i)}) + "\n")
+            f.write(json.dumps({"text": SENTENCE * (1 + i % 5) + str(i), "more": SENTENCE[i % 7 :][: i + 1]}) + "\n")
     return folder
 
 
@@ -379,6 +380,30 @@ def _tokenizer(corpus):
     from hdlm_jax.text.tokens import load_tokenizer
 
     return load_tokenizer(corpus / "data")
+
+
+@pytest.mark.parametrize("data", [
+    dict(packing="documents"), dict(packing="crop", prompt_field="text", text_field="more"),
+    dict(stream=True, shuffle_documents=7, sample_bytes=5000, variable_share=0.5),
+    pytest.param(dict(stream=True, packing="crop", shuffle_documents=7), marks=pytest.mark.slow)],
+    ids=["documents", "crop-prompts", "stream-variable", "stream-crop"])
+def test_every_kind_of_sequence_resumes_where_it_was(corpus, tmp_path, monkeypatch, alone, data):
+    config = loop_config(corpus, train__steps=6, checkpoint__every=100, data__dir=str(tmp_path / "data"))
+    config.data.update(data)
+    config = config_lib.resolve(config)
+    whole = train.train(config, str(tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train._Stop, "at", lambda self, step: step == 4)
+        train.train(config, str(tmp_path / "run"))
+    state = train.train(config, str(tmp_path / "run"))
+    for a, b in zip(flat(state), flat(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+    last = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))[-1]
+    assert int(state.skipped) == 0 and np.isfinite(last["valid_nelbo"])
+    other = "concat" if config.data.packing != "concat" else "crop"
+    with pytest.raises(ConfigError, match=f"data.packing='{other}': the checkpoint"):
+        again = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=other))
+        train.train(again, str(tmp_path / "run"))
 
 
 @pytest.fixture

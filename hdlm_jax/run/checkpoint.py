@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 _PRESERVE = ocp.checkpoint_managers
+_TRASH = "trash"
 _UNREADABLE = "checkpoint of step {} cannot be read (damaged? remove its folder to go back to the one before)"
 
 
@@ -23,13 +25,16 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, read_only: bool = False):
-        self.path = os.path.abspath(os.path.join(workdir, "checkpoints"))
+        self.path, self._read_only = os.path.abspath(os.path.join(workdir, "checkpoints")), read_only
         if read_only and not os.path.isdir(self.path):
             raise FileNotFoundError(f"{self.path}: no checkpoint there; train first (--mode=train)")
         best = _PRESERVE.BestN(get_metric_fn=_score, reverse=True, n=1)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_PRESERVE.AnyPreservationPolicy([_PRESERVE.LatestN(1), best]), best_fn=_score,
-            best_mode="min", create=not read_only, read_only=read_only, save_interval_steps=0 if read_only else 1)
+            best_mode="min", create=not read_only, read_only=read_only, save_interval_steps=0 if read_only else 1,
+            todelete_subdir=_TRASH)  # a rename first: a kill leaves no checkpoint half deleted among the others
+        if not read_only:
+            self._sweep()
         self.manager = ocp.CheckpointManager(self.path, options=options)
 
     def latest(self) -> int | None:
@@ -53,8 +58,15 @@ class Checkpoints:
         items = {"state": ocp.args.StandardSave(state._replace(ema={})), "meta": ocp.args.JsonSave(meta)}
         if ema:
             items["ema"] = ocp.args.StandardSave(ema)
+        self.wait()
+        self._sweep()
         with self._told("a checkpoint cannot be written"):
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def _sweep(self) -> None:
+        """Deletes what Orbax has put aside; nothing is being put there now."""
+        if jax.process_index() == 0:
+            shutil.rmtree(os.path.join(self.path, _TRASH), ignore_errors=True)
 
     @contextlib.contextmanager
     def _told(self, what: str) -> Iterator[None]:
@@ -100,6 +112,8 @@ class Checkpoints:
     def close(self) -> None:
         with self._told("a checkpoint cannot be written"):
             self.manager.close()
+        if not self._read_only:
+            self._sweep()
 
 
 def _score(metrics: dict[str, float]) -> float:

@@ -140,7 +140,8 @@ def summarise(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarr
         "nelbo": nelbo, "se": math.hypot(se_data, se_time if draws > 1 else 0.0),
         "se_data": se_data, "se_time": se_time,
         "perplexity": math.exp(nelbo), "levels": (nats.mean(0).sum(0) / total).tolist(),
-        "uniform_t_variance": uniform / here if min(uniform, here) > 0 else None, "cv2": se_data**2 * n / nelbo**2,
+        "uniform_t_variance": uniform / here if min(uniform, here) > 0 else None,
+        "cv2": se_data**2 * n / nelbo**2 if nelbo else None,
         "tokens": int(total), "rows": n, "draws": draws,
     }
 

@@ -46,10 +46,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 import hdlm_jax
 from hdlm_jax.config import Config, ConfigError
+from hdlm_jax.run import parallel
 from hdlm_jax.run.api import load_run, saved_config
 from hdlm_jax.run.checkpoint import Checkpoints, reuse, write_json
 from hdlm_jax.run.metrics import say
@@ -78,19 +78,17 @@ def export(config: Config, workdir: str) -> str:
     facts = {"step": step, "ema": bool(trained.optimizer.ema), "fingerprints": fingerprints,
              "hdlm_jax": hdlm_jax.__version__, "config": trained.as_dict()}
     folder = os.path.abspath(os.path.join(workdir, "export"))
-    found = reuse(os.path.join(folder, "config.json"), facts) is not None
-    if multihost_utils.broadcast_one_to_all(np.asarray(found)):  # what process 0 sees: the others' disks may lag behind
+    if parallel.first(lambda: reuse(os.path.join(folder, "config.json"), facts) is not None):
         say(f"export: reusing {folder} of step {step:,}")
         return folder
     run = load_run(config, workdir, which)
-    writes = jax.process_index() == 0
     arrays: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree.leaves_with_path(run.params):
-        whole = multihost_utils.process_allgather(leaf, tiled=True)  # a leaf at a time: all processes take part
-        if writes:
-            name = ".".join(str(part.key) for part in path)
-            arrays[name] = np.ascontiguousarray(whole, np.float32)
-    if writes:
+        whole = parallel.to_host(leaf)  # a leaf at a time: all processes take part
+        if parallel.is_first():
+            arrays[".".join(str(part.key) for part in path)] = np.asarray(whole, np.float32, order="C")
+
+    def write() -> None:
         aside, old = f"{folder}.tmp", f"{folder}.old"
         shutil.rmtree(aside, ignore_errors=True)  # of an export that was interrupted
         os.makedirs(aside)
@@ -111,8 +109,8 @@ def export(config: Config, workdir: str) -> str:
         os.rename(aside, folder)
         shutil.rmtree(old, ignore_errors=True)
         say(f"export: step {step:,}, {run.num_params:,} parameters, in {folder}")
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("export")
+
+    parallel.first(write)
     return folder
 
 

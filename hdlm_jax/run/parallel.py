@@ -38,6 +38,8 @@ def join() -> None:
         raise ValueError(f"HDLM_NUM_PROCESSES and HDLM_PROCESS_ID must be numbers, not {given}") from None
     if len(known) == 1:
         raise ValueError(f"HDLM_NUM_PROCESSES and HDLM_PROCESS_ID go together; only {next(iter(known))} is given")
+    if known:  # else JAX, inside a Slurm job, would still give each process a single GPU
+        known["cluster_detection_method"] = "deactivate"
     try:
         jax.distributed.initialize(**known)
     except (ValueError, RuntimeError) as error:

@@ -176,7 +176,8 @@ def _remote_matches(pattern: str) -> list[str]:
     filesystem, path = _filesystem(pattern)
     with _one_line(pattern):
         try:
-            found = filesystem.glob(path, detail=True) if re.search(r"[*[]", path) else {path: filesystem.info(path)}
+            with _network():
+                found = filesystem.glob(path, detail=True) if re.search("[*[]", path) else {path: filesystem.info(path)}
         except FileNotFoundError:
             found = {}
     return sorted(filesystem.unstrip_protocol(path) for path, facts in found.items() if facts["type"] == "file")
@@ -185,14 +186,14 @@ def _remote_matches(pattern: str) -> list[str]:
 def facts_of(source: str) -> list:
     """[name, size in bytes] of a source; the embedded corpus is made when it is read, its size is given as 0.
 
-    Raises OSError or ValueError when the source is not there.
+    Raises OSError when the source is not there.
     """
     if source == EMBEDDED:
         return [EMBEDDED, 0]
     if "://" not in source:
         return [os.path.basename(source), os.stat(source).st_size]
     filesystem, path = _filesystem(source)
-    with _one_line(source):
+    with _network():
         facts = filesystem.info(path)
     return [os.path.basename(source.partition("?")[0]), facts["size"]]
 
@@ -206,14 +207,52 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _one_line(source: str) -> Iterator[None]:
-    """Errors of a disk, and whatever a network layer raises, become one line with the source."""
+def _network() -> Iterator[None]:
+    """Whatever a network layer raises (bare OSErrors, RuntimeErrors, classes of its own) becomes a ConnectionError."""
     try:
         yield
-    except Exception as error:
-        if isinstance(error, OSError) or ("://" in source and not isinstance(error, ValueError)):
-            raise ValueError(f"{source}: cannot be read ({_reason(error)})") from error
+    except FileNotFoundError:
         raise
+    except Exception as error:
+        raise ConnectionError(_reason(error)) from error
+
+
+class _Remote(io.RawIOBase):
+    """A file of fsspec, with errors made plain by `_network`."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        with _network():
+            raw = self._file.read(len(buffer))
+        buffer[:len(raw)] = raw
+        return len(raw)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """A disk or network that fails, in one line with the source."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{source}: cannot be read ({_reason(error)})") from error
 
 
 def _package(module: str, extra: str, where: str) -> Any:
@@ -229,7 +268,9 @@ def _open(source: str) -> io.BufferedReader:
     if "://" not in source:
         return io.BufferedReader(io.FileIO(source), _BUFFER)
     filesystem, path = _filesystem(source)
-    return io.BufferedReader(filesystem.open(path, "rb"), _BUFFER)
+    with _network():
+        file = filesystem.open(path, "rb")
+    return io.BufferedReader(_Remote(file), _BUFFER)
 
 
 def _suffixes(name: str) -> tuple[str, str]:
@@ -350,7 +391,7 @@ class _Header(tarfile.TarInfo):
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if isinstance(error, _Damaged) else f"{type(error).__name__}: {text}"
+    return text if type(error) in (_Damaged, ConnectionError) else f"{type(error).__name__}: {text}"
 
 
 # ----------------------------------------------------------------------------------------------------- records
@@ -496,7 +537,7 @@ class Reader:
                 spool = stack.enter_context(tempfile.TemporaryFile())
                 shutil.copyfileobj(file, spool)
                 file = spool
-            for columns in _columns(file, fields, place, remote=seekable and "://" in place.source):
+            for columns in _columns(file, fields, place):
                 for values in zip(*columns, strict=True):
                     number += 1
                     try:
@@ -523,7 +564,7 @@ class Reader:
         return [self.text_field, self.prompt_field] if self.prompt_field else [self.text_field]
 
 
-def _columns(file: Any, fields: list[str], place: _Place, remote: bool) -> Iterator[list[list[bytes | None]]]:
+def _columns(file: Any, fields: list[str], place: _Place) -> Iterator[list[list[bytes | None]]]:
     """The columns `fields` of a parquet file, some rows at a time; as bytes, for no row to spoil the others."""
     arrow, parquet = (_package(name, "parquet", place.source) for name in ("pyarrow", "pyarrow.parquet"))
     try:
@@ -536,7 +577,7 @@ def _columns(file: Any, fields: list[str], place: _Place, remote: bool) -> Itera
                 raise ValueError(f"{place.name()}: {', '.join(fields)} must be text ({_reason(error)})") from None
             yield [column.to_pylist() for column in columns]
     except (arrow.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and (error.errno or remote):  # of the disk; of the network, perhaps
+        if isinstance(error, OSError) and (error.errno or type(error) is not OSError):  # of disk or network
             raise
         raise _Damaged(_reason(error)) from None
 
@@ -637,8 +678,8 @@ _TXT = {"file": _whole, "blank_line": _paragraphs, "line": _single}
 # ------------------------------------------------------------------------------------------------ detokenizers
 
 # The words of LM1B are set apart by blanks, punctuation and clitics as well. What SEDD and MDLM do against it,
-# in order: patterns and replacements of `re.sub`.
-LM1B = (
+# in order: (pattern, replacement).
+LM1B = tuple((re.compile(pattern), replacement) for pattern, replacement in (
     (r"(https?) : / / ", r"\1://"),
     (r" '(\w+)", r"'\1"),  # they 've
     (r" (\w+) \. ", r" \1. "),
@@ -656,12 +697,13 @@ LM1B = (
     (r"\( ([^()]+) \)", r"(\1)"),
     (r"\[ ([^\[\]]+) \]", r"[\1]"),
     (r"([$£]) ", r"\1"),
-)
+))
 
 
 def lm1b(document: Document) -> Document:
     """`document` after the rules of `LM1B`, text and prompt."""
     text, prompt = document.text, document.prompt
     for pattern, replacement in LM1B:
-        text, prompt = re.sub(pattern, replacement, text), re.sub(pattern, replacement, prompt)
+        text = pattern.sub(replacement, text)
+        prompt = pattern.sub(replacement, prompt) if prompt else ""
     return document._replace(text=text, prompt=prompt)

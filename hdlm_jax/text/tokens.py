@@ -73,8 +73,10 @@ class Tokenizer:
         if self.kind == "bytes" or threads == 1 or len(texts) < 2:
             return [self.encode(text) for text in texts]
         _ = self._encoding  # built once, not by every thread
+        size = -(-len(texts) // (4 * threads))  # one by one, short texts cost more to hand over than to encode
+        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(self.encode, texts))
+            return [ids for part in pool.map(lambda part: [self.encode(text) for text in part], parts) for ids in part]
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one id (of the end of text: its name). ValueError for an id outside 0..V-1."""

@@ -125,11 +125,13 @@ def final(recipe: Path, workdir: Path) -> dict:
     """Everything a run leaves that must not depend on kills."""
     import jax
     import numpy as np
+    from absl import logging
 
     from hdlm_jax.config import resolve
     from hdlm_jax.run import api, parallel, state
     from hdlm_jax.run.checkpoint import Checkpoints
 
+    logging.set_verbosity(logging.ERROR)
     space: dict = {}
     exec(recipe.read_text(), space)
     config = resolve(space["get_config"]())

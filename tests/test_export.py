@@ -80,8 +80,9 @@ def test_it_is_used_as_a_run(exported):
     for a, b in zip(jax.tree.leaves(loaded.run.params), jax.tree.leaves(model().run.params), strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.sharding == b.sharding
-    host = api.load_params(str(exported), "best", loaded.tokenizer.fingerprint)  # as train.init_from reads it
-    np.testing.assert_array_equal(host["embedding"], np.asarray(model().run.params["embedding"]))
+    start = dataclasses.replace(loaded.run.config.train, init_from=str(exported))
+    start = api.load_params(dataclasses.replace(loaded.run.config, train=start), loaded.tokenizer.fingerprint)
+    np.testing.assert_array_equal(start["embedding"], np.asarray(model().run.params["embedding"]))
     other = dataclasses.replace(loaded.run.config, model=dataclasses.replace(loaded.run.config.model, width=64))
     with pytest.raises(ConfigError, match="model.width=64: .* was trained with 32"):
         api.load_run(other, str(exported))

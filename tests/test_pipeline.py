@@ -107,7 +107,7 @@ def test_shards_are_one_ring(folders, prompts, monkeypatch):
     flat, score = flat_tokens(lengths_to_documents(LENGTHS, PROMPTS if prompts else None))
     held, held_score = flat_tokens(lengths_to_documents(LENGTHS, PROMPTS if prompts else None)[5:27])
     monkeypatch.setattr(pipeline, "_OPEN_SHARDS", 2)
-    monkeypatch.setattr(pipeline, "_COUNTED_TOKENS", 50)
+    monkeypatch.setattr(prepare, "_COUNTED_TOKENS", 50)
     for shards in (1, 4):
         folder = folders[prompts, shards]
         split = pipeline.Split(folder, pipeline.load_manifest(folder), "train")
@@ -126,28 +126,30 @@ def test_shards_are_one_ring(folders, prompts, monkeypatch):
         open_files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
         assert sum(str(folder) in name for name in open_files) == min(shards, 2)  # the rest is closed again
         for name, tokens_there, scored in (("train", flat, score), ("valid", held, held_score)):
-            found = pipeline.read_tokens(folder, name)
+            whole = pipeline.Split(folder, pipeline.load_manifest(folder), name)
+            found = whole[:]
             assert found.dtype == np.uint16
             np.testing.assert_array_equal(found, tokens_there)
-            np.testing.assert_array_equal(pipeline.read_tokens(folder, name, 70), tokens_there[:70])
-            assert len(pipeline.read_tokens(folder, name, 10**9)) == len(tokens_there)
-            counts = pipeline.token_counts(folder, name)
+            for part in (slice(70), slice(30, 10**9), slice(-5, None), slice(9, 3)):
+                np.testing.assert_array_equal(whole[part], tokens_there[part])
+            assert len(whole) == len(tokens_there)
+            counts = prepare.token_counts(folder, name)
             assert counts.dtype == np.int64
             np.testing.assert_array_equal(counts, np.bincount(tokens_there[scored], minlength=EOT + 1))
-    view = pipeline.read_tokens(folders[prompts, 1])
+    view = pipeline.Split(folders[prompts, 1], pipeline.load_manifest(folders[prompts, 1]), "train")[:]
     assert not view.flags.writeable and not view.flags.owndata  # on disk, not in memory
 
 
 def test_wide_tokens(tmp_path):
     wide = [([], [70_000, 3, 2**31 - 1])]
     folder = write_folder(tmp_path / "tokens", wide, wide, dtype="uint32")
-    assert pipeline.read_tokens(folder).dtype == np.uint32
+    assert pipeline.Split(folder, pipeline.load_manifest(folder), "train")[:].dtype == np.uint32
     assert pipeline.valid_rows(folder, 4)["x"].tolist() == [[70_000, 3, 2**31 - 1, EOT]]
 
 
 def test_wrong_folders(folders, tmp_path):
     with pytest.raises(ValueError, match="split is 'test'; choices: train, valid"):
-        pipeline.read_tokens(folders[False, 1], "test")
+        pipeline.Split(folders[False, 1], pipeline.load_manifest(folders[False, 1]), "test")
     with pytest.raises(ValueError, match="no tokens in .* run --mode=prepare"):
         pipeline.valid_rows(tmp_path, 8)
     documents = lengths_to_documents([5, 6], [1, 2])

@@ -13,6 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import owt
 import pytest
 
 from hdlm_jax import config as config_lib
@@ -33,6 +34,8 @@ from hdlm_jax.run.state import (
     stratified_tau,
 )
 from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.text.pipeline import Split
+from hdlm_jax.text.prepare import load_manifest
 
 V, S, B = 40, 8, 16
 HIERARCHY = Hierarchy.from_parents([np.arange(V) % 6, np.arange(6) % 2])
@@ -404,6 +407,29 @@ def test_every_kind_of_sequence_resumes_where_it_was(corpus, tmp_path, monkeypat
     with pytest.raises(ConfigError, match=f"data.packing='{other}': the checkpoint"):
         again = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=other))
         train.train(again, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("layout", ["tar.xz", *(pytest.param(o, marks=pytest.mark.slow) for o in owt.LAYOUTS[1:])])
+def test_openwebtext_as_it_is_distributed(tmp_path, monkeypatch, alone, layout):
+    """From the archive (tars of xz in a tar.xz) to a trained step, prepared and streamed, by the recipe's settings."""
+    from configs import data
+
+    documents = owt.openwebtext_documents(30)
+    paths = owt.make_openwebtext(tmp_path / "owt", documents, outer=layout)
+    monkeypatch.setenv("OPENWEBTEXT", str(tmp_path / "owt" / "*"))
+    c = loop_config(tmp_path, train__steps=2, data__dir="")
+    data.openwebtext(c)
+    c.data.validation_documents = 5
+    c.tokenizer.kind, c.tokenizer.vocab_size = "bytes", 257
+    state = train.train(config_lib.resolve(c), str(tmp_path / "run"))
+    assert int(state.step) == 2
+    manifest = load_manifest(tmp_path / "run" / "data")
+    assert manifest.bad == 0 and [name for name, _ in manifest.sources] == [path.name for path in paths]
+    assert (manifest.train_documents, manifest.valid_documents) == (25, 5)
+    words = np.concatenate([np.append(np.frombuffer(text.encode(), np.uint8), 256) for text in documents[:25]])
+    np.testing.assert_array_equal(Split(tmp_path / "run" / "data", manifest, "train")[:], words)
+    c.data.update(stream=True, split="hash", sample_bytes=20_000)
+    assert int(train.train(config_lib.resolve(c), str(tmp_path / "streamed")).step) == 2
 
 
 @pytest.fixture

@@ -29,10 +29,12 @@ class Checkpoints:
         if read_only and not os.path.isdir(self.path):
             raise FileNotFoundError(f"{self.path}: no checkpoint there; train first (--mode=train)")
         best = _PRESERVE.BestN(get_metric_fn=_score, reverse=True, n=1)
+        # put aside by a rename before it is deleted: a kill leaves no half of a checkpoint among the others
+        trash = None if read_only else _TRASH
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_PRESERVE.AnyPreservationPolicy([_PRESERVE.LatestN(1), best]), best_fn=_score,
             best_mode="min", create=not read_only, read_only=read_only, save_interval_steps=0 if read_only else 1,
-            todelete_subdir=_TRASH)  # a rename first: a kill leaves no checkpoint half deleted among the others
+            todelete_subdir=trash)
         if not read_only:
             self._sweep()
         self.manager = ocp.CheckpointManager(self.path, options=options)

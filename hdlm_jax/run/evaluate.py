@@ -155,8 +155,8 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     from hdlm_jax.text.pipeline import valid_rows
     from hdlm_jax.text.prepare import load_manifest
 
-    check_writable(workdir)
     run = load_run(config, workdir, config.evaluate.checkpoint)
+    check_writable(workdir)
     manifest = load_manifest(run.data_dir)
     made_from = {"step": run.step, "data": manifest.fingerprint, "hierarchy_fingerprint": run.hierarchy.fingerprint,
                  "settings": dataclasses.asdict(config.evaluate)}

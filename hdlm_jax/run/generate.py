@@ -130,9 +130,9 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
     """Samples of a run: samples.txt to read, samples.jsonl with ids and costs, generate.json with the summary."""
     from hdlm_jax.run.api import load_run
 
-    check_writable(workdir)
     g = config.generate
     run = load_run(config, workdir, g.checkpoint)
+    check_writable(workdir)
     made_from = {"step": run.step, "hierarchy_fingerprint": run.hierarchy.fingerprint,
                  "settings": dataclasses.asdict(g)}
     summary = os.path.join(workdir, "generate.json")

@@ -131,15 +131,6 @@ class Split:
         return places - self.documents.starts[document] >= self.documents.prompts[document]
 
 
-def read_tokens(folder: str | os.PathLike, split: str = "train", limit: int = 0) -> np.ndarray:
-    """The tokens of a split ('train' or 'valid'), uint16 or uint32 [tokens], the first `limit` if that is > 0.
-
-    A read-only view of the disk where one shard has them all, else in memory.
-    """
-    whole = Split(folder, load_manifest(folder), split)
-    return whole.read(0, min(limit, whole.tokens) if limit else whole.tokens)
-
-
 # ---------------------------------------------------------------------------------------------------- rows
 
 

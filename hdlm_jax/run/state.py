@@ -153,6 +153,7 @@ def make_train_step(config, network, process, tx, mesh=None):
     def train_step(state: TrainState, batch, key):
         key = jax.random.fold_in(key, state.step)
         (loss, (nelbo, tokens)), grads = gradients(state.params, batch, key)
+        tokens = jnp.maximum(tokens, 1)  # a batch of prompts alone is no step, but no accident either
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -308,7 +308,7 @@ def _position(position: dict, like: dict) -> dict:
 
 def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0,
                packing: str = "concat") -> dict[str, np.ndarray]:
-    """The validation split in rows of S tokens, every token once. `limit` > 0 keeps the first `limit` rows only.
+    """The validation split in rows of S tokens, every scored token once. `limit` > 0 keeps the first `limit` rows only.
 
     Rows are consecutive tokens of the split, with packing="crop" of one document.
 
@@ -326,9 +326,13 @@ def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0,
     number = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows)  # of a row in its part
     starts = np.repeat(bounds[:-1], rows) + number * seq_len
     lengths = np.minimum(seq_len, np.repeat(bounds[1:], rows) - starts)
-    if limit:
+    if limit and not manifest.prompts:
         starts, lengths = starts[:limit], lengths[:limit]
-    return _fields(split.gather(starts, seq_len), split.scored(starts, seq_len), lengths, packing, manifest.eot)
+    fields = _fields(split.gather(starts, seq_len), split.scored(starts, seq_len), lengths, packing, manifest.eot)
+    if not manifest.prompts:
+        return fields
+    says = np.flatnonzero(fields["score"].any(1))[: limit or None]  # not rows of prompt alone
+    return {name: field[says] for name, field in fields.items()}
 
 
 # ------------------------------------------------------------------------------------------------ raw documents

@@ -1,6 +1,6 @@
 """HDLM at 1.15B parameters: 18 blocks of width 2048, 256 clusters, S = 1024, 131B tokens; 256 TPU v5e or v5p.
 
-    python -m hdlm_jax.main --config=configs/hdlm_1b.py --distributed --config.data.files='("owt/*.jsonl.gz",)'
+    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=configs/hdlm_1b.py --distributed
     ./launch/compile_plan.sh    # what the TPU compiler says about it: memory, exchanges, arithmetic; needs no TPU
 
 On every host of the pod. Compiled for both pods, and fits (docs/scale.md); not run by us at this scale, no TPU at hand.

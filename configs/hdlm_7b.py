@@ -1,6 +1,6 @@
 """HDLM at 6.97B parameters: 32 blocks of width 4096, 256 clusters, S = 2048, 131B tokens; 256 TPU v5e or v5p.
 
-    python -m hdlm_jax.main --config=configs/hdlm_7b.py --distributed --config.data.files='("owt/*.jsonl.gz",)'
+    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=configs/hdlm_7b.py --distributed
     ./launch/compile_plan.sh    # what the TPU compiler says about it: memory, exchanges, arithmetic; needs no TPU
 
 On every host of the pod. Compiled for both pods, and fits (docs/scale.md); not run by us at this scale, no TPU at hand.
@@ -17,5 +17,6 @@ def get_config():
     c.model.seq_len = 2048
     c.optimizer.lr = 2e-4
     c.train.batch_size = 1024  # 2.1M tokens a step
+    c.train.microbatches = 2  # what one part leaves between blocks fits beside the rest into the 16 GiB of a v5e
     c.train.steps = 62_500
     return c

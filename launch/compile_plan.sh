@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the TPU compiler says about the recipes of 1B and 7B parameters, without a TPU: ./launch/compile_plan.sh [flags]
-#   (nothing)   all plans of docs/scale.md, for 256 chips of v5e and of v5p: about an hour on 2 cores, 4 GB of memory.
+#   (nothing)   all plans of docs/scale.md, for 256 chips of v5e and of v5p: about 20 minutes on 2 cores, 4 GB of memory.
 #               Results in runs/plan/plans.jsonl, of this call alone; the table at the end, the exchanges on the way.
 #   flags       those of python -m hdlm_jax.run.plan (--help tells): that plan only, as in
 #               --config=configs/hdlm_1b.py --topology=v5e:16x16 --mesh=16,16,1
@@ -21,8 +21,9 @@ if [ "$(cat "$VENV/libtpu" 2>/dev/null)" != "$jax" ]; then
   echo "$jax" >"$VENV/libtpu"
 fi
 
-# A described topology is enough: no platform but the CPU is started.
+# A described topology is enough: no platform but the CPU is started. Large programs need a deep stack to compile.
 export JAX_PLATFORMS=cpu
+ulimit -s "$(ulimit -H -s)"
 plan() { "$PY" -m hdlm_jax.run.plan "$@"; }
 
 if [ $# -gt 0 ]; then
@@ -44,11 +45,11 @@ rm -f $results
 for topology in v5e:16x16 v5p:8x8x4; do
   add hdlm_1b $topology --mesh=1,256,1 --mesh=4,64,1 --mesh=1,64,4
 done
+# v5e: in parts, as 16 GiB ask for; with a tensor axis a shard has four times the sequences
 add hdlm_7b v5e:16x16 --mesh=1,256,1 --mesh=4,64,1
-# a shard of 16 sequences keeps 16 GiB of them between blocks: in four parts they fit
 add hdlm_7b v5e:16x16 --mesh=1,64,4 --config.train.microbatches=4
 add hdlm_7b v5e:16x16 --mesh=1,64,4 --config.train.microbatches=4 --config.model.head=flat
-add hdlm_7b v5p:8x8x4 --mesh=1,256,1 --mesh=4,64,1 --mesh=1,64,4
+add hdlm_7b v5p:8x8x4 --mesh=1,256,1 --mesh=4,64,1 --mesh=1,64,4 --config.train.microbatches=1
 
 say "results"
 plan --table=$results

@@ -124,6 +124,7 @@ ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
     ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", "fsdp+tensor", 4),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", "data", 2),
     ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}", "fsdp", 2),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", "data+fsdp", 4),
     ("replica_groups={{0,1,2,3},{4,5,6,7}}", "fsdp+tensor", 4),
     ("replica_groups={}", "data+fsdp+tensor", 8),
 ])
@@ -135,6 +136,11 @@ def test_what_the_tpu_compiler_writes(groups, axes, size):
     assert {(c.kind, c.axes, c.bytes, c.times, c.loop) for c in found} == {
         ("all-gather", axes, spread, 1, False), ("all-gather", axes, started, 3, False),
         ("all-reduce", "fsdp", 20, 3, False)}
+
+
+def test_groups_in_an_unknown_notation_are_refused():
+    with pytest.raises(ValueError, match="replica_groups in a notation that this cannot read"):
+        plan.collectives(TPU_TEXT.replace("GROUPS", "replica_groups=@mesh {'a'}").replace("WHOLE", "4"), {"data": 8})
 
 
 # ---- the training step ----------------------------------------------------------------------------------------------
@@ -267,7 +273,8 @@ def test_the_command_says_what_is_wrong_in_a_line(tmp_path, capsys, monkeypatch)
 def test_plans_are_kept_a_line_each(tmp_path, capsys, monkeypatch):
     file = tmp_path / "plans.jsonl"
     monkeypatch.setattr(plan, "topology", lambda name: jax.devices())
-    monkeypatch.setattr(plan, "plan", lambda config, devices, name: small_plan("factorised") | {"config": name})
+    found = small_plan("factorised")
+    monkeypatch.setattr(plan, "plan", lambda config, devices, name: found | {"config": name})
     arguments = [f"--config={ROOT}/configs/hdlm_7b.py", "--mesh=1,2,4", "--mesh=2,2,2", f"--out={file}"]
     assert plan.main(["plan", *arguments]) == 0
     assert [json.loads(line)["config"] for line in file.read_text().splitlines()] == ["hdlm_7b"] * 2

@@ -524,8 +524,12 @@ def test_processes(tmp_path, small, monkeypatch):
     assert process.returncode and "ChildProcessError: a process that makes" in errors and "was killed" in errors
     process, pids = start()
     process.kill()
-    process.communicate()
-    wait_for(lambda: not any(map(alive, pids)), 4)
+    process.wait()
+    try:
+        wait_for(lambda: not any(map(alive, pids)), 4)
+    finally:
+        for pid in filter(alive, pids):
+            os.kill(pid, 9)
     assert not (folder / "manifest.json").exists()
     assert begin(pause=0).communicate(timeout=60)[0].startswith("tokens: made")
     assert prepare.load_manifest(folder) == clean and files_of(folder) == files_of(tmp_path / "clean")

@@ -125,31 +125,46 @@ def _array_bytes(text: str) -> int:
     return bits // 8
 
 
+_SPAN = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+
 def _groups(line: str, devices: int) -> np.ndarray:
-    """Numbers of the devices that exchange with each other in an HLO line: [groups, devices of a group]."""
+    """Numbers of the devices that exchange with each other in an HLO line, [groups, devices of a group].
+
+    XLA writes them as pairs, as lists, as a transposed range ([4,2]<=[2,4]T(1,0)), or as axes of a mesh of its own
+    (mesh['a'=2,'b'=4] {'b'}), whose devices may be such a range, and whose axes may be used in part ('b':(2)2 is the 2
+    in the middle of 2 x 2 x 1).
+
+    Raises:
+      ValueError: none of these.
+    """
+    numbers = lambda text: [int(n) for n in re.findall(r"\d+", text)]  # noqa: E731
     everyone = np.arange(devices)
+
+    def span(dims: str, order: str | None):
+        return everyone.reshape(numbers(dims)).transpose(numbers(order) if order else None)
+
     if pairs := re.search(r"source_target_pairs=\{([\d,{} ]*)\}", line):
-        return np.array([int(n) for n in re.findall(r"\d+", pairs[1])]).reshape(-1, 2)
+        return np.array(numbers(pairs[1])).reshape(-1, 2)
     if listed := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", line):
-        return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", listed[1])])
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
-        return everyone.reshape(dims).transpose(order).reshape(shape)
-    if mesh := re.search(r"replica_groups=(?:@\w+)?mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\))? ?\{([^}]*)\}", line):
-        sizes = {name: int(n) for name, n in re.findall(r"'?([\w.]+)'?=(\d+)", mesh[1])}
-        if mesh[2]:
-            everyone = np.array([int(n) for n in mesh[2].split(",")])
-        shape, chosen, at = [], [], {}
-        parts = re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?(?:,|$)", mesh[3].replace(" ", ""))
-        for name, size in sizes.items():  # an axis may be used in part: `name:(major)size`
-            cut = next(((int(a), int(b)) for n, a, b in parts if n == name and b), (1, size))
-            at[name] = len(shape) + 1
-            shape += [cut[0], cut[1], size // cut[0] // cut[1]]
-        chosen = [at[name] for name, _, _ in parts]
-        rest = [i for i in range(len(shape)) if i not in chosen]
-        each = int(np.prod([shape[i] for i in chosen]))
-        return everyone.reshape(shape).transpose(rest + chosen).reshape(-1, each)
-    return everyone[None]
+        return np.array([numbers(group) for group in listed[1].split("},")])
+    if found := re.search(rf"replica_groups=\[([\d,]+)\]<={_SPAN}", line):
+        return span(found[2], found[3]).reshape(numbers(found[1]))
+    if mesh := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_SPAN}\))? ?\{{([^}}]*)\}}", line):
+        everyone = span(mesh[2], mesh[3]) if mesh[2] else everyone
+        used = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", mesh[4])
+        shape: list[int] = []
+        place = {}
+        for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1]):
+            before, part = next(((int(a), int(b)) for n, a, b in used if n == name and b), (1, int(size)))
+            place[name] = len(shape) + 1
+            shape += [before, part, int(size) // (before * part)]
+        chosen = [place[name] for name, _, _ in used]
+        order = [i for i in range(len(shape)) if i not in chosen] + chosen
+        return everyone.reshape(shape).transpose(order).reshape(-1, int(np.prod([shape[i] for i in chosen])))
+    if "replica_groups={}" in line or "replica_groups=" not in line:
+        return everyone[None]
+    raise ValueError(f"{line.strip()[:200]}: replica_groups in a notation that this cannot read")
 
 
 def _axes(groups: np.ndarray, shape: dict[str, int]) -> str:

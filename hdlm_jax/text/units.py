@@ -67,14 +67,16 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether that process runs, and is not this one, whose number a process killed in a container like this had."""
+    """Whether that process runs, and is not this one, which in a container has the number that a killed one had."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # somebody else's
         return True
-    return pid != os.getpid()
+    state = Path(f"/proc/{pid}/stat")
+    zombie = state.exists() and state.read_text().rpartition(") ")[2].startswith("Z")  # nobody asked how it ended
+    return pid != os.getpid() and not zombie
 
 
 @contextlib.contextmanager
@@ -289,7 +291,7 @@ def _encode(job: Job, words: tokens.Tokenizer, unit: int, batch: list[corpus.Doc
             index.append((len(prompt) + len(text) + 1, all_bytes, len(prompt), prompt_bytes))
             digests += int.from_bytes(corpus.digest(document), "big")
             size += all_bytes
-        flat = np.concatenate(pieces).astype(np.dtype(job.dtype).newbyteorder("<"))
+        flat = np.concatenate(pieces, dtype=np.dtype(job.dtype).newbyteorder("<"), casting="unsafe")
         shards[split] = flat, np.array(index, "<u4")
     return _Encoded(len(batch), bad, left_out, digests, size, shards)
 

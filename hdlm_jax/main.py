@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import signal
 import sys
 from typing import NoReturn
 
@@ -51,6 +52,9 @@ def _stop(error: Exception, cause: BaseException | None = None) -> NoReturn:
     if os.environ.get("HDLM_TRACEBACK"):
         raise error from cause
     print(f"hdlm_jax: {' '.join(str(error).split())}", file=sys.stderr)
+    if flags.FLAGS.is_parsed() and _DISTRIBUTED.value:  # an orderly end would wait for the others, who wait for us
+        sys.stdout.flush()
+        os._exit(1)
     sys.exit(1)
 
 
@@ -73,7 +77,10 @@ def main(argv: list[str]) -> None:
         parallel.join()
         if not parallel.is_first():
             metrics.mute()
-    config.parallel.shape(jax.device_count())  # a mesh that does not fit is refused before any work
+        if _MODE.value != "train":  # JAX would keep it from us, for a training step that never comes
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if _MODE.value != "prepare":
+        config.parallel.shape(jax.device_count())  # a mesh that does not fit is refused before any work
     logging.info("%d devices, process %d of %d", jax.device_count(), jax.process_index(), jax.process_count())
     parallel.keep_compiled()
 

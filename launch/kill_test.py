@@ -91,16 +91,16 @@ class Run:
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
 
     def phase(self) -> str:
-        checkpoints = self.workdir / "checkpoints"
-        if any("tmp" in path.name for path in checkpoints.glob("*")):  # a save that is not complete yet
-            return "saving"
-        if (self.workdir / "data").exists() and not (self.workdir / "data" / "manifest.json").exists():
-            return "preparing"
-        if self.marker.exists():
-            return "evaluating"
         with open(self.log.name, "rb") as file:
             file.seek(self.said)
-            return "stepping" if b"train: first step done" in file.read() else "starting"
+            trains = b"train: first step done" in file.read()
+        if not trains:
+            prepares = (self.workdir / "data").exists() and not (self.workdir / "data" / "manifest.json").exists()
+            return "preparing" if prepares else "starting"
+        # a save of this process that is not complete yet: those of earlier ones were swept away when it began
+        if any("tmp" in path.name for path in (self.workdir / "checkpoints").glob("*")):
+            return "saving"
+        return "evaluating" if self.marker.exists() else "stepping"
 
     def watch(self) -> Counter[str]:
         """Seconds that an undisturbed run spends in each phase."""

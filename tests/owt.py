@@ -15,7 +15,8 @@ LAYOUTS = ("tar.xz", "tars", "parquet", "jsonl.xz")
 @functools.cache
 def openwebtext_documents(count: int = 60) -> list[str]:
     """`count` documents (at most 1000) of OpenWebText from $HDLM_DATA where they are, else of made-up words."""
-    path = Path(os.environ.get("HDLM_DATA", "")) / "openwebtext" / "owt_1000docs.jsonl.xz"
+    data = os.environ.get("HDLM_DATA") or Path(__file__).parent.parent.parent / "shared" / "data"
+    path = Path(data) / "openwebtext" / "owt_1000docs.jsonl.xz"
     if path.is_file():
         with lzma.open(path) as file:
             return [json.loads(line)["text"] for line, _ in zip(file, range(count), strict=False)]

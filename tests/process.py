@@ -18,7 +18,7 @@ def main(recipe: str, folder: Path) -> None:
     import jax
 
     from hdlm_jax.config import Parallel
-    from hdlm_jax.run import evaluate, export, generate, metrics, parallel, train
+    from hdlm_jax.run import api, evaluate, export, generate, metrics, parallel, train
 
     parallel.join()
     me = jax.process_index()
@@ -31,10 +31,13 @@ def main(recipe: str, folder: Path) -> None:
     said["nelbo"] = evaluate.evaluate(config, run)["nelbo"]
     said["samples"] = generate.generate(config, run)["samples"]
     export.export(config, run)
+    # what one process with eight devices has written
+    there = api.load_run(config, str(Path(recipe).parent / "run"), "latest")
+    said["sums"] = [float(parallel.to_host(leaf).astype("float64").sum()) for leaf in jax.tree.leaves(there.params)]
     try:  # an error of process 0 is everybody's
-        parallel.first(lambda: int("x"))
-    except ValueError as error:
-        said["error"] = str(error)
+        parallel.first(lambda: {}["x"])
+    except Exception as error:
+        said["error"] = f"{type(error).__name__}: {error}"
 
     # asked to stop, one process alone: all leave at one step
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=100_000),

@@ -38,6 +38,17 @@ def test_a_damaged_checkpoint_is_named(run):
     assert sorted(os.listdir(workdir / "checkpoints")) == ["3"]
 
 
+def test_what_a_kill_left_unfinished_is_swept_away(run):
+    recipe, workdir = run
+    (workdir / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir()
+    (workdir / "checkpoints" / "trash" / "1").mkdir(parents=True)
+    (workdir / "checkpoints" / "trash" / "1" / "half").write_text("")
+    Checkpoints(str(workdir), read_only=True).close()
+    assert len(os.listdir(workdir / "checkpoints")) == 3, "a reader changes nothing"
+    train.train(tiny.read_recipe(recipe), str(workdir))
+    assert os.listdir(workdir / "checkpoints") == ["3"]
+
+
 def command(recipe, workdir, *flags, blocks="unlimited"):
     """The front door in a process of its own, that can write no file of more blocks of 512 bytes (like a full disk)."""
     line = [sys.executable, "-m", "hdlm_jax.main", f"--config={recipe}", f"--workdir={workdir}", *flags]

@@ -603,6 +603,11 @@ def test_a_stream_that_cannot_work_says_why():
                                     eot=256)
     with pytest.raises(ValueError, match="a.txt: no such file"):
         next(broken.iterator())
+    said: list[str] = []
+    few = stream(bad_share=1e-4, say=said.append)  # one of the three that an epoch has
+    with pytest.raises(ValueError, match=r"line \d+: not JSON; 2 of \d+ records cannot be read, more than data.bad"):
+        list(itertools.islice(few.iterator(), 100))
+    assert len(said) == 2 and said[0].startswith("data: ") and "not JSON; skipped, no. 1 of" in said[0]
     with pytest.raises(ValueError, match="data.shuffle_documents is 0; must be at least 1"):
         stream(shuffle_documents=0)
     with pytest.raises(ValueError, match="a data position has next_index, here it must have next_index, epoch, "):

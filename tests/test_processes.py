@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from hdlm_jax.config import Parallel
-from hdlm_jax.run import api, evaluate, generate, parallel, state
+from hdlm_jax.run import api, evaluate, generate, parallel, state, train
 from hdlm_jax.run.checkpoint import Checkpoints
 from hdlm_jax.run.metrics import read_metrics
 
@@ -35,7 +35,9 @@ def test_they_are_two_and_speak_once(two):
     said = [json.loads((folder / f"said_{i}.json").read_text()) for i in range(2)]
     assert said[0]["processes"] == 2 and said[0]["devices"] == 8 and said[0]["here"] == 4
     assert said[0]["nelbo"] == said[1]["nelbo"]
-    assert "invalid literal" in said[0]["error"] and said[1]["error"] == "process 0: " + said[0]["error"]
+    assert said[0]["error"] == "KeyError: 'x'" and said[1]["error"] == "ValueError: process 0: 'x'"
+    sums = [float(np.asarray(leaf, np.float64).sum()) for leaf in jax.tree.leaves(tiny.model().run.params)]
+    assert said[0]["sums"] == said[1]["sums"] == sums, "a checkpoint of 8 devices read by 2 processes"
     assert "train: done, step 3" in done.stdout
     assert not [line for line in (folder / "process_1.log").read_text().splitlines() if line.startswith("train:")]
 
@@ -87,3 +89,12 @@ def test_asked_to_stop_all_leave_at_one_step_with_everything_saved(two):
     assert f"asked to stop, saved step {step}; the same command resumes" in done.stdout
     assert checkpoints.meta(step)["position"] == {"next_index": step}
     assert [r["step"] for r in read_metrics(str(folder / "stopped" / "metrics.jsonl"))] == list(range(1, step + 1))
+    # one process goes on where two left, in the same order
+    config = tiny.read_recipe(tiny.trained()[0])
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=step + 2),
+                                 optimizer=dataclasses.replace(config.optimizer, schedule="constant"))
+    went_on = train.train(config, str(folder / "stopped"))
+    whole = train.train(config, str(folder / "whole"))
+    records = [read_metrics(str(folder / name / "metrics.jsonl"))[-1] for name in ("stopped", "whole")]
+    assert int(went_on.step) == int(whole.step) == step + 2
+    np.testing.assert_allclose(records[0]["loss"], records[1]["loss"], rtol=1e-4)

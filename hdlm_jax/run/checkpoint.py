@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -16,6 +17,13 @@ import orbax.checkpoint as ocp
 _PRESERVE = ocp.checkpoint_managers
 _TRASH = "trash"
 _UNREADABLE = "checkpoint of step {} cannot be read (damaged? remove its folder to go back to the one before)"
+
+
+class _Manager(ocp.CheckpointManager):
+    """Asks nobody whether it is time to leave: train does, and the answer must not depend on who else has asked."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpoints:
@@ -36,8 +44,8 @@ class Checkpoints:
             best_mode="min", create=not read_only, read_only=read_only, save_interval_steps=0 if read_only else 1,
             todelete_subdir=trash)
         if not read_only:
-            self._sweep()
-        self.manager = ocp.CheckpointManager(self.path, options=options)
+            self._sweep("*.orbax-checkpoint-tmp*")  # what a kill left unfinished
+        self.manager = _Manager(self.path, options=options)
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
@@ -65,10 +73,12 @@ class Checkpoints:
         with self._told("a checkpoint cannot be written"):
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-    def _sweep(self) -> None:
-        """Deletes what Orbax has put aside; nothing is being put there now."""
+    def _sweep(self, *more: str) -> None:
+        """Deletes what Orbax has put aside (nothing is being put there now), and more by its name."""
         if jax.process_index() == 0:
-            shutil.rmtree(os.path.join(self.path, _TRASH), ignore_errors=True)
+            for pattern in (_TRASH, *more):
+                for path in glob.glob(os.path.join(glob.escape(self.path), pattern)):
+                    shutil.rmtree(path, ignore_errors=True)
 
     @contextlib.contextmanager
     def _told(self, what: str) -> Iterator[None]:

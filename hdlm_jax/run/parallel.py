@@ -41,7 +41,7 @@ def join() -> None:
     if known:  # else JAX, inside a Slurm job, would still give each process a single GPU
         known["cluster_detection_method"] = "deactivate"
     try:
-        jax.distributed.initialize(**known)
+        jax.distributed.initialize(**known, shutdown_timeout_seconds=30)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"--distributed: the other processes cannot be joined ({error})") from error
 
@@ -55,7 +55,7 @@ _turns = iter(range(sys.maxsize))
 
 
 def first(make: Callable[[], Any]) -> Any:
-    """make() in process 0 alone; all processes get its (JSON-able) value, or fail with its ValueError or OSError.
+    """make() in process 0 alone; all processes get its (JSON-able) value, or fail with its error.
 
     The others wait at the coordinator, not in a collective: it may take days.
     """
@@ -72,7 +72,7 @@ def first(make: Callable[[], Any]) -> Any:
         return value
     try:
         value, failed, error = make(), "", None
-    except (ValueError, OSError) as caught:
+    except Exception as caught:  # whatever it is, nobody must wait for what never comes
         value, failed, error = None, str(caught) or type(caught).__name__, caught
     client.key_value_set(key, json.dumps([value, failed]))
     if error:

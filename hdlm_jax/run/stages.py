@@ -37,9 +37,9 @@ def make_tokens(config: Config, workdir: str) -> str | None:
     None where other workers of data.prepare_shard have yet to do their part (said).
     """
     words = config.tokenizer
-    if config.train.init_from and words.kind != "bytes":  # another run's weights speak that run's words
+    if config.train.init_from and words.kind in ("gpt2", "bpe"):  # another run's weights speak that run's words
         file = os.path.join(config.train.init_from, "tokenizer", tokens.RANK_FILE)
-        words = dataclasses.replace(words, file=file)
+        words = dataclasses.replace(words, file=file, sha256="")
 
     def make() -> str | None:
         manifest = text_prepare.prepare(data_dir(config, workdir), config.data, words, say=say)
@@ -187,4 +187,4 @@ def batches_of(config: Config, text: Text) -> Any:
         return corpus.digest(document) not in held if valid else not corpus.split(document, d.validation_fraction)
 
     return pipeline.StreamBatches(reader, train, text.tokenizer, is_training, eot=text.manifest.eot,
-                                  shuffle_documents=d.shuffle_documents, **how)
+                                  shuffle_documents=d.shuffle_documents, bad_share=d.bad_share, say=say, **how)

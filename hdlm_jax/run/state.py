@@ -153,7 +153,7 @@ def make_train_step(config, network, process, tx, mesh=None):
     def train_step(state: TrainState, batch, key):
         key = jax.random.fold_in(key, state.step)
         (loss, (nelbo, tokens)), grads = gradients(state.params, batch, key)
-        tokens = jnp.maximum(tokens, 1)  # a batch of prompts alone is no step, but no accident either
+        says, tokens = tokens > 0, jnp.maximum(tokens, 1)  # a batch of prompts alone is no step, nor an accident
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -161,7 +161,7 @@ def make_train_step(config, network, process, tx, mesh=None):
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         kept = (state.params, state.opt_state, state.ema)
-        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state, average), kept)
+        after = jax.tree.map(lambda new, old: jnp.where(finite & says, new, old), (params, opt_state, average), kept)
         skipped = state.skipped + ~finite
         metrics = {"loss": loss / tokens, "nelbo": nelbo / tokens, "grad_norm": norm, "skipped": skipped}
         return TrainState(state.step + 1, skipped, *after), metrics

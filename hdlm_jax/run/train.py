@@ -45,7 +45,7 @@ def check_resume(config: Config, meta: dict, path: str) -> None:
         for name, value in now[section].items():
             saved = meta["config"][section].get(name)
             free = f"{section}.{name}" in FREE or (name == "steps" and config.optimizer.schedule == "constant")
-            free |= section == "data" and name not in _FIXED_DATA
+            free |= section == "data" and name not in _FIXED_DATA[: None if config.data.stream else 3]
             if saved != value and not free:
                 raise ConfigError(f"{section}.{name}={value!r}: the checkpoint in {path} was trained with {saved!r}; "
                                   "use another --workdir or the old setting")
@@ -171,7 +171,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
                 for name in ("loss", "nelbo", "grad_norm")}
         record = {"step": step, "tokens": step * tokens_a_step, **mean, "tokens_per_s": rate,
                   "skipped": int(values["skipped"]),
-                  "lr": float(schedule(step - 1)),
+                  "lr": float(schedule(step - 1 - int(values["skipped"]))),
                   "mfu": rate * flops / peak / jax.device_count() if peak and rate else None,
                   "input_wait": clock["wait"] / seconds}
         window.clear()
@@ -221,7 +221,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
             pending = (step, device_metrics, rows_here, place)
             end = step == config.train.steps
             saves = end or step % config.checkpoint.every == 0
-            leave = stop.at(step) and not end
+            leave = stop.at(step - start) and not end
             valid: dict[str, float] = {}
             if end or saves or leave or step % every == 0:
                 record = finish(pending, force=True) or {}
@@ -302,7 +302,11 @@ class _Stop:
         self._asked = True
 
     def at(self, step: int) -> bool:
-        """To be asked by every process after every step. JAX listens for SIGTERM itself where processes are many."""
+        """To be asked by every process after every step, 1, 2, ... of this process's life.
+
+        JAX listens for SIGTERM itself where processes are many: they leave at the step after the last that any had
+        asked about when it came, the first if it came before.
+        """
         return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
     def listen_no_more(self) -> None:

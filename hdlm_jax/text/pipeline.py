@@ -27,6 +27,7 @@ from hdlm_jax.text.prepare import Manifest, load_manifest
 
 PACKINGS = ("concat", "documents", "crop")
 _OPEN_SHARDS = 256  # memory maps held at once; each costs a file descriptor
+_MANY_RECORDS = 10_000  # a share of fewer records says little
 _ENCODED_CHARS = 1 << 20  # streamed documents are encoded in batches of about so many characters
 _AHEAD_TOKENS = 1 << 22  # streamed batches are made ahead up to about so many tokens
 
@@ -350,20 +351,23 @@ class StreamBatches(_Batches):
 
     Args:
       reader: `corpus.Reader`. sources: what it reads. tokenizer: gives the ids; eot: closes each document.
-      is_training: whether a document is for training; others are skipped, as are records that cannot be read.
+      is_training: whether a document is for training; others are skipped.
+      bad_share: records that cannot be read are skipped and said (`say`), up to this share of those read.
       The rest as for `TrainBatches`.
     """
 
     def __init__(self, reader: corpus.Reader, sources: Sequence[str], tokenizer: tokens.Tokenizer,
                  is_training: Callable[[corpus.Document], bool], *, seq_len: int, batch_size: int, seed: int = 0,
                  process_index: int = 0, process_count: int = 1, packing: str = "concat",
-                 variable_share: float = 0.0, shuffle_documents: int = 10_000, eot: int):
+                 variable_share: float = 0.0, shuffle_documents: int = 10_000, eot: int, bad_share: float = 1.0,
+                 say: Callable[[str], None] = lambda line: None):
         super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, variable_share,
                          bool(reader.prompt_field), eot)
         if shuffle_documents < 1:
             raise ValueError(f"data.shuffle_documents is {shuffle_documents}; must be at least 1")
         self._reader, self._sources, self._tokenizer = reader, list(sources), tokenizer
         self._is_training, self._shuffle_documents = is_training, shuffle_documents
+        self._bad_share, self._say = bad_share, say
 
     def iterator(self, position: dict | None = None, *, prefetch: int | None = None) -> Any:
         """An endless Grain iterator from `position` (a `get_state()`) or the beginning. A thread reads `prefetch`
@@ -388,6 +392,7 @@ class StreamBatches(_Batches):
 
     def _windows(self, epoch: int, source: int, record: int, window: int) -> Iterator[tuple[Any, list]]:
         """Windows of documents without end: where each begins (all of `_PLACE` but the place in it), its documents."""
+        seen, bad = 0, 0
         while True:
             order = self._order(len(self._sources), epoch)
             begin: tuple[int, int] = source, record
@@ -395,7 +400,15 @@ class StreamBatches(_Batches):
             for number in range(source, len(order)):
                 records = itertools.islice(self._reader.read(self._sources[order[number]]), record, None)
                 for read, document in enumerate(records, record + 1):
-                    if isinstance(document, corpus.Document) and self._is_training(document):
+                    seen += 1
+                    if isinstance(document, corpus.Bad):
+                        bad += 1
+                        found = f"{document.file}, {document.position}: {document.reason}"
+                        self._say(f"data: {found}; skipped, no. {bad} of {seen:,} records")
+                        if bad > self._bad_share * max(seen, _MANY_RECORDS):
+                            raise ValueError(f"{found}; {bad:,} of {seen:,} records cannot be read, more than "
+                                             f"data.bad_share={self._bad_share:g} allows: raise it, or mend the files")
+                    elif isinstance(document, corpus.Document) and self._is_training(document):
                         held.append(document)
                         if len(held) == self._shuffle_documents:
                             yield (epoch, *begin, window), held

@@ -172,7 +172,7 @@ def prepare(out_dir: str | os.PathLike, data: Any, tokenizer: Any, *,
         say(f"tokens: worker {index}/{workers} has done its part of {folder}; {len(missing)} of {len(records)} files "
             f"are left to others (the first, {job.units[missing[0]][0]}, to {missing[0] % workers}/{workers})")
         return None
-    manifest = _merge(job, words, [record for record in records if record], begun, last, say)
+    manifest = _merge(job, words, [record for record in records if record], begun, last, workers > 1, say)
     units.remove_leftovers(folder)
     say(f"tokens: made {folder} in {time.monotonic() - start:.1f} s: {manifest.summary()}")
     return manifest
@@ -334,8 +334,8 @@ def _last(job: units.Job, train: list[int], count: int) -> tuple[int, int]:
 
 
 def _merge(job: units.Job, words: tokens.Tokenizer, records: list[units.Record], begun: dict, last: int,
-           say: Callable[[str], None]) -> Manifest:
-    """Writes the manifest of a folder whose units are all done."""
+           verify: bool, say: Callable[[str], None]) -> Manifest:
+    """Writes the manifest of a folder whose units are all done; verify: after hashing the shards once more."""
     bad, read = sum(record.bad for record in records), sum(record.records for record in records)
     if bad:
         first = next(record.first_bad for record in records if record.bad)
@@ -380,6 +380,9 @@ def _merge(job: units.Job, words: tokens.Tokenizer, records: list[units.Record],
         splits={split: [list(shard[:5]) for shard in shards] for split, shards in splits.items()},
         shards={name: facts for record in records for name, facts in sorted(record.files.items())
                 if not name.startswith("bad-")})
+    if verify and (damage := _damage(job.folder, manifest)):
+        name, what = damage[0]
+        raise ValueError(f"{job.folder / name} is {what}: delete it and run --mode=prepare, which makes it again")
     train, valid = (token_counts(job.folder, split, manifest) for split in ("train", "valid"))
     manifest = dataclasses.replace(manifest, unigram_nats=unigram_nats(train, valid))
     units.write_file(job.folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
@@ -420,7 +423,7 @@ def _compare(folder: Path, verb: str, was: dict, now: dict, were: list, are: lis
                              f"{now.get(key)!r}: {advice}")
     if are is not None and are != were:
         changed = [fact for fact in are if fact not in were] or [fact for fact in were if fact not in are] or are
-        raise ValueError(f"tokens in {folder} were {verb} from other files: {changed[0][0]} ({changed[0][1]:,} "
+        raise ValueError(f"tokens in {folder} were {verb} from other files: {changed[0][0]} ({changed[0][1]} "
                          f"bytes) was added, removed, moved or has another size: {advice}")
 
 

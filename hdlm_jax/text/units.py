@@ -152,6 +152,13 @@ class Files:
                 facts[path.name] = {"bytes": file.tell(), "sha256": state.hexdigest()}
                 file.close()
                 os.replace(temporary, path)
+        for folder in {path.parent for path in self._open}:
+            with contextlib.suppress(OSError):  # the names as well, where the system can
+                number = os.open(folder, os.O_RDONLY)
+                try:
+                    os.fsync(number)
+                finally:
+                    os.close(number)
         self._open = {}
         return facts
 

@@ -40,6 +40,7 @@ EXTRAS = {
         "pyarrow>=18",
         "pytest>=8.0",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "pyyaml>=6.0",
         "ruff>=0.12",
         "safetensors>=0.5",

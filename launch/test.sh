@@ -24,6 +24,8 @@ for argument in "$@"; do
   esac
 done
 options=(-q -ra --durations=10)
+# Whole passes on two processes, a file of tests to one of them: most of the time goes into compiling on one core.
+if [ ${#arguments[@]} = 0 ]; then options+=(-n 2 --dist loadfile); fi
 if [ "$slow" = yes ]; then options+=(--timeout=3600); else options+=(-m "not slow" --timeout=300); fi
 
 # find_new_python: prints a Python >= 3.12 that really runs, from PATH or pyenv; fails where there is none.

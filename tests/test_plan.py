@@ -217,7 +217,7 @@ def test_what_the_compiler_refuses_is_said(monkeypatch):
         def compile(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory\n23.00G exceeds 15.75G")
 
-    monkeypatch.setattr(plan, "lower", lambda *_: (Refused(), TrainState(0, {}, {}, {})))
+    monkeypatch.setattr(plan, "lower", lambda *_: (Refused(), TrainState(0, 0, {}, {}, {})))
     found = plan.plan(settings(), jax.devices())
     assert found["fits"] is False and found["refused"].endswith("Ran out of memory 23.00G exceeds 15.75G")
     assert "no" in plan.table([found]).splitlines()[2].split("|")[9]
@@ -262,7 +262,7 @@ def test_the_command_says_what_is_wrong_in_a_line(tmp_path, capsys, monkeypatch)
         ([], "--config is missing"),
         ([recipe, "--mesh=1,8"], "--mesh='1,8': must be three whole numbers data,fsdp,tensor, as in 1,64,4"),
         ([recipe, "--mesh=1,5,1"], "parallel=(1, 5, 1): does not multiply to the 8 devices"),
-        ([recipe, "--mesh=1,8,1", "--config.train.batch_size=12"], "train.batch_size=12: must be a multiple of 8"),
+        ([recipe, "--mesh=1,8,1", "--config.train.batch_size=12"], "train.batch_size=12: must be a multiple of 16"),
         ([recipe, "rest"], "unexpected argument 'rest'"),
     ]:
         assert plan.main(["plan", *arguments]) == 1

@@ -475,7 +475,7 @@ print(kills)
 def test_killed_again_and_again(tmp_path, small):
     files = [numbered(tmp_path / f"{i}.jsonl", 50, 100 * i) for i in range(4)]
     clean = make(tmp_path / "clean", files, validation_fraction=0.2)
-    process = driver(tmp_path, RANDOMLY, files, validation_fraction=0.2, pause=0.001)
+    process = driver(tmp_path, RANDOMLY, files, validation_fraction=0.2, pause=0.003)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert int(out.split()[-1]) >= 3

@@ -88,7 +88,8 @@ class Checkpoints:
         except Exception as error:  # storage libraries have errors of their own
             whole = sorted(int(name) for name in os.listdir(self.path) if name.isdigit())
             rest = f"steps {whole} are there" if whole else "there is no other"
-            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = reason if len(reason) < 600 else f"{reason[:200]} ... {reason[-300:]}"
             raise OSError(f"{self.path}: {what}: {reason}; {rest}") from error
 
     def meta(self, step: int) -> dict:

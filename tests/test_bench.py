@@ -36,7 +36,7 @@ def test_cases_are_the_yardsticks(root: Path):
     assert {k: tuple(v) for k, v in bench.CASES.items() if k != "micro"} == ast.literal_eval(cases)
 
 
-@pytest.mark.parametrize("process", ["hdlm", "mdlm"])
+@pytest.mark.parametrize("process", ["hdlm", pytest.param("mdlm", marks=pytest.mark.slow)])
 def test_one_json_object(root: Path, tmp_path: Path, capsys, monkeypatch, process: str):
     fed = []
     batch = bench.Training.batch

@@ -57,6 +57,7 @@ def command(recipe, workdir, *flags, blocks="unlimited"):
     return subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_saving(run):
     recipe, workdir = run
     shutil.rmtree(workdir / "checkpoints")

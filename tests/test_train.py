@@ -283,6 +283,7 @@ def flat(state):
     return [np.asarray(a) for a in jax.tree.leaves(state)]
 
 
+@pytest.mark.slow
 def test_rerun_resumes_and_ends_as_if_never_stopped(corpus, tmp_path, alone):
     """Stopped at step 6 (checkpoint 4 and 6 saved), then the full run: bit for bit the undisturbed one."""
     whole = train.train(config_lib.resolve(loop_config(corpus)), str(tmp_path / "whole"))
@@ -386,7 +387,8 @@ def _tokenizer(corpus):
 
 
 @pytest.mark.parametrize("data", [
-    dict(packing="documents"), dict(packing="crop", prompt_field="text", text_field="more"),
+    pytest.param(dict(packing="documents"), marks=pytest.mark.slow),
+    dict(packing="crop", prompt_field="text", text_field="more"),
     dict(stream=True, shuffle_documents=7, sample_bytes=5000, variable_share=0.5),
     pytest.param(dict(stream=True, packing="crop", shuffle_documents=7), marks=pytest.mark.slow)],
     ids=["documents", "crop-prompts", "stream-variable", "stream-crop"])

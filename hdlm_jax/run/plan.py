@@ -47,8 +47,8 @@ class Collective(NamedTuple):
 
     kind: one of KINDS. axes: names of the mesh axes over which the devices of a group differ, as in "fsdp" or
     "data+fsdp". bytes: of the whole array on one device, in or out, whichever is larger. times: how often a step does
-    it; in a loop of a length that the data decide, how often a pass does, and `loop` is True. moved: bytes that a
-    device sends (and receives) in all of them, by the usual ring. op: where in the model, as jax names it.
+    it; where `loop`, how often it would if the loops around it whose length the data decide had one pass each. moved:
+    bytes that a device sends (and receives) in all of them, by the usual ring. op: where in the model, as jax names it.
     """
 
     kind: str
@@ -261,7 +261,8 @@ def plan(config: Config, devices, name: str = "") -> dict[str, Any]:
     flops = flops_per_token(config, hierarchy, build(config, hierarchy)[1].chain) * tokens
     shape = dict(zip(parallel.AXES, config.parallel.shape(len(devices)), strict=True))
     out: dict[str, Any] = {
-        "config": name, "jax": jax.__version__, "device_kind": kind, "devices": len(devices), "mesh": shape,
+        "config": name, "jax": jax.__version__, "compiler": " ".join(devices[0].client.platform_version.split()),
+        "device_kind": kind, "devices": len(devices), "mesh": shape,
         "head": config.model.head, "parameters": sum(a.size for a in jax.tree.leaves(state.params)),
         "batch_size": config.train.batch_size, "seq_len": config.model.seq_len,
         "microbatches": config.train.microbatches, "tokens_per_step": tokens, "flops_per_step": flops, "mfu": MFU}

@@ -5,8 +5,8 @@
 
 Every time the same command goes on from what is on disk. In the end parameters, optimizer state, average of weights,
 data position, tokens and metrics.jsonl must be those of the undisturbed run, bit for bit. Prints what each kill fell
-into; fails unless at least three fell into each of preparing, stepping, saving and evaluating. About six minutes on
-two CPU cores.
+into; fails unless at least three fell into each of preparing, stepping, saving and evaluating. About three minutes
+on two CPU cores.
 """
 
 from __future__ import annotations

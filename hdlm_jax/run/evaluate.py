@@ -175,7 +175,7 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     per_byte = manifest.valid_scored_tokens / manifest.valid_scored_bytes / math.log(2)
     if whole:
         result |= {"bits_per_byte": result["nelbo"] * per_byte, "bits_per_byte_se": result["se"] * per_byte,
-                   "unigram_bits_per_byte": manifest.unigram_nats * per_byte}
+                   "unigram_bits_per_byte": manifest.unigram_bits_per_byte}
     result |= {
         "perplexity_se": result["perplexity"] * result["se"], "unigram_nelbo": manifest.unigram_nats,
         "unigram_perplexity": math.exp(manifest.unigram_nats), "bytes": manifest.valid_scored_bytes if whole else None,

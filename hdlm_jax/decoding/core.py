@@ -21,7 +21,6 @@ from hdlm_jax.diffusion.process import fold, row_keys, token_keys
 from hdlm_jax.diffusion.sampler import Film, drop_probability, together
 
 ORDERS = ("choose_then_draw", "draw_then_choose")
-LOOKS = ("top", "word", "own", "sure")
 
 
 class Rows(NamedTuple):

@@ -1,4 +1,4 @@
-"""Text from a trained run: plan the levels, fill in the words (docs/theory.md section 4)."""
+"""Text from a trained run, by any method of hdlm_jax.decoding.presets (docs/decoding.md)."""
 
 from __future__ import annotations
 
@@ -88,11 +88,8 @@ def denoiser(program: Program, network: Network, params, process, numbers, class
 
 def reads(network: Network, params):
     """words int32 [b, S] -> prediction of each word given those before it, of an autoregressive run."""
-    def ar(x):
-        start = jnp.full_like(x[:, :1], network.head.hierarchy.mask_id)
-        return network.denoise(params, jnp.concatenate([start, x[:, :-1]], axis=1), jnp.zeros(len(x)))
-
-    return ar
+    before = AutoregressiveProcess(network.head.hierarchy).sample_z
+    return lambda x: network.denoise(params, before(None, x, None), jnp.zeros(len(x)))
 
 
 def make_sample_step(network: Network, process, program: Program, mesh=None, frames: int = 0, helper=None,
@@ -209,14 +206,16 @@ class Sampler:
         params = self._weights(method.weights) if method.weights else self.params
         return (params, self.helper.params) if method.needs == "ar" else params
 
-    def _check(self, method: presets.Method, g: Generate, blank: np.ndarray, inside: np.ndarray, constrained: bool):
+    def _check(self, method: presets.Method, g: Generate, behind: bool, constrained: bool):
         """ConfigError where this run, or this canvas, cannot be sampled by that method.
 
-        blank, inside: bool [n, S], masks and places within the texts; constrained: places have kinds of words.
+        behind: something is given behind a blank; constrained: places have kinds of words.
         """
+        if isinstance(self.process, AutoregressiveProcess) and behind:
+            raise ConfigError("an autoregressive model goes on from a prompt; it cannot fill blanks before given words")
         if not hasattr(self.process, "chain") and g.method != "ancestral":
             raise ConfigError(f"generate.method={g.method!r}: this process has no levels that drop; choose 'ancestral'")
-        if method.policy.lengths is not None and np.any(blank[:, :-1] & ~blank[:, 1:] & inside[:, 1:]):
+        if method.policy.lengths is not None and behind:
             raise ConfigError(f"generate.method={g.method!r}: its canvas grows, so nothing can be given behind a blank")
         if constrained and not hasattr(self.process, "chain"):
             raise ConfigError("this process cannot keep to kinds of words; an HDLM or MDLM can")
@@ -243,11 +242,10 @@ class Sampler:
         length = rows_of.get("length", np.full(n, g.length or z.shape[1]))
         inside = np.arange(z.shape[1])[None] < length[:, None]
         blank = (z == self.process.hierarchy.mask_id) & inside
-        if isinstance(self.process, AutoregressiveProcess) and np.any(blank[:, :-1] & ~blank[:, 1:] & inside[:, 1:]):
-            raise ValueError("an autoregressive model goes on from a prompt; it cannot fill blanks before given words")
+        behind = bool(np.any(blank[:, :-1] & ~blank[:, 1:] & inside[:, 1:]))
         program = program_of(g)
         constrained = not isinstance(canvas, np.ndarray) and len(canvas.allowed) > 1
-        self._check(program.method, g, blank, inside, constrained)
+        self._check(program.method, g, behind, constrained)
         shards = math.lcm(parallel.batch_shards(self.mesh), jax.process_count())
         rows = -(-parallel.bucket(min(g.batch_size, n), g.batch_size) // shards) * shards
         numbers = numbers_of(g, z.shape[1], self.eos)

@@ -54,5 +54,6 @@ def get_config(run="hdlm"):
     c.evaluate.checkpoint = "latest"  # at equal steps
     c.generate.num_samples = 128
     c.generate.checkpoint = "latest"
+    c.generate.stop = ""  # all 128 tokens are judged, as the field does
     c.generate.steps = 128
     return c

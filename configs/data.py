@@ -10,7 +10,8 @@ Where the text lies is told by an environment variable, a path, a glob or a URL:
 def openwebtext(c):
     """OpenWebText with GPT-2's words; the last 100,000 documents are held out, as in the papers.
 
-    Their loader took a random window of each document (c.data.packing = "crop"); here documents are packed.
+    Their loader took a random window of each document (c.data.packing = "crop", padding = "hidden"); here documents are
+    packed.
     """
     c.data.source = "files"
     c.data.files = ("$OPENWEBTEXT",)
@@ -27,7 +28,7 @@ def lm1b(c):
     c.data.format = "txt"
     c.data.txt_documents = "line"
     c.data.detokenize = "lm1b"
-    c.data.packing = "crop"
+    c.data.packing, c.data.padding = "crop", "hidden"  # as in the papers: numbers are given the sentences' lengths
     c.tokenizer.kind = "bert"
     c.tokenizer.file = "$BERT_VOCAB"
     c.tokenizer.vocab_size = 30_522

@@ -13,7 +13,7 @@ from configs import hdlm_small
 
 def get_config():
     c = hdlm_small.get_config()
-    c.data.packing = "crop"  # a document a row, as in the paper
+    c.data.packing, c.data.padding = "crop", "hidden"  # a document a row, its length given, as in the paper
     c.model.dtype = "float32"
     c.released.layout = "hdlm"
     return c

@@ -20,7 +20,7 @@ from hdlm_jax.diffusion.process import CLUSTERS, FORCE_TRANSITIONS, WEIGHTINGS
 from hdlm_jax.text.benchmarks import PROTOCOLS, TASKS
 from hdlm_jax.text.clusters import default_clusters
 from hdlm_jax.text.corpus import DETOKENIZERS, FORMATS, TXT_DOCUMENTS
-from hdlm_jax.text.pipeline import PACKINGS
+from hdlm_jax.text.pipeline import PACKINGS, PADDINGS
 
 PROCESSES = ("hierarchical", "gidd", "sedd", "autoregressive")
 
@@ -63,6 +63,7 @@ class Data:
     sample_bytes: int = 100_000_000  # size of that sample (clusters, unigram), bytes of training text
     shuffle_documents: int = 10_000  # streaming: documents shuffled at once
     packing: str = "concat"  # concat | documents: attention inside documents alone | crop: a window of one document
+    padding: str = "end"  # crop, behind a text: end: ends of text, learnt and scored | hidden: its length is given
     variable_share: float = 0.0  # of the sequences cut to a random length in 1..seq_len
 
     def check(self) -> None:
@@ -72,6 +73,10 @@ class Data:
         _choice("data.txt_documents", self.txt_documents, TXT_DOCUMENTS)
         _choice("data.detokenize", self.detokenize, DETOKENIZERS)
         _choice("data.packing", self.packing, PACKINGS)
+        _choice("data.padding", self.padding, PADDINGS)
+        _rule(not self.prompt_field or self.packing == "crop" or self.padding == "hidden", "data.packing", self.packing,
+              "with data.prompt_field a record needs a row of its own, or the next prompt tells where a response ends: "
+              "choose crop")
         _rule(bool(self.files) == (self.source == "files"), "data.files", self.files,
               "needed with data.source='files', and only there")
         _rule(0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
@@ -299,7 +304,7 @@ class Evaluate:
 @dataclasses.dataclass(frozen=True)
 class Generate:
     num_samples: int = 16
-    length: int = 0  # tokens of a text, prompt and all; 0: model.seq_len
+    length: int = 0  # tokens of a text, prompt and all; 0: model.seq_len, or drawn where training tells lengths
     method: str = "ancestral"  # how to decode: any name of hdlm_jax/decoding/presets.py (docs/decoding.md)
     options: str = ""  # of the method, as in "threshold=.8 block=16"
     steps: int = 128  # of the methods that have a number of steps
@@ -309,6 +314,7 @@ class Generate:
     correction_temperature: float = 0.1
     clusters: str = "exact"  # xi < 1: exact shows wrong clusters as the process does, clean never does
     prompt: str = ""
+    stop: str = "end"  # texts are cut before the first end of text behind the prompt; "": they are not
     schema: str = ""  # file with a JSON schema: every sample is a document of it (docs/decoding.md)
     helper: str = ""  # workdir of an autoregressive run, for the methods that need one: guided, edlm
     batch_size: int = 16
@@ -321,6 +327,7 @@ class Generate:
 
     def check(self) -> None:
         _choice("generate.clusters", self.clusters, CLUSTERS)
+        _choice("generate.stop", self.stop, ("end", ""))
         _choice("generate.judge_dtype", self.judge_dtype, ("float32", "bfloat16"))
         if self.force_transition:
             _choice("generate.force_transition", self.force_transition, FORCE_TRANSITIONS)
@@ -471,6 +478,36 @@ def resolve(given: Any) -> Config:
     config = Config(**built)
     config.check()
     return config
+
+
+_INHERITED = ("tokenizer", "hierarchy", "diffusion", "model")
+_MAY_DIFFER = ("diffusion.", "model.seq_len", "model.dropout", "model.embeddings", "model.dtype", "model.remat")
+
+
+def inherit(given: Any, base: Config, name: str) -> dict[str, Any]:
+    """What is given (a ConfigDict or nested dict), with what makes the model taken from the run `base` it starts from.
+
+    A setting left at its default is the base's; of those given, the process, the loss and what does not change the
+    weights' meaning may differ.
+
+    Raises:
+      ConfigError: all settings that contradict the base, in one line; `name` is what to call it.
+    """
+    out = given.to_dict() if isinstance(given, config_dict.ConfigDict) else dict(given)
+    wrong = []
+    for section in _INHERITED:
+        values = dict(out.get(section, {}))
+        for field in dataclasses.fields(getattr(base, section)):
+            was, key = getattr(getattr(base, section), field.name), f"{section}.{field.name}"
+            value = values.get(field.name, field.default)
+            if value == field.default:
+                values[field.name] = was
+            elif value != was and not key.startswith(_MAY_DIFFER):
+                wrong.append(f"{key}={value!r} (there {was!r})")
+        out[section] = values
+    _rule(not wrong, "train.init_from", name, f"that run has other settings than given here: {'; '.join(wrong)}; leave "
+                                              "them out, and the run's own are taken")
+    return out
 
 
 def check_name(name: str) -> None:

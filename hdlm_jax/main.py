@@ -65,13 +65,14 @@ def main(argv: list[str]) -> None:
         close = difflib.get_close_matches(_MODE.value, MODES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ConfigError(f"--mode={_MODE.value!r}: choose one of {', '.join(MODES)}{hint}")
-    config = resolve(_CONFIG.value)
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]))[0]
     workdir = _WORKDIR.value or os.path.join("runs", name)
 
     import jax
 
-    from hdlm_jax.run import evaluate, export, generate, metrics, parallel, released, report, stages, train
+    from hdlm_jax.run import api, evaluate, export, generate, metrics, parallel, released, report, stages, train
+
+    config = resolve(api.with_base(_CONFIG.value, workdir))
 
     if _DISTRIBUTED.value:
         parallel.join()

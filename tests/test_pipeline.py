@@ -15,7 +15,8 @@ import pytest
 from hdlm_jax.text import corpus, pipeline, prepare, tokens
 
 EOT = 999  # of the folders below; no other token of theirs has this number
-SETTINGS = list(itertools.product(pipeline.PACKINGS, (0.0, 0.5)))  # packing, variable_share
+KINDS = [("concat", "end"), ("documents", "end"), ("crop", "hidden"), ("crop", "end")]  # packing, padding
+SETTINGS = [(*kind, share) for kind in KINDS for share in (0.0, 0.5)]  # and variable_share
 
 
 def write_folder(folder: Path, train: list, valid: list, *, shards: int = 1, prompts: bool = False,
@@ -61,8 +62,14 @@ def flat_tokens(documents: list) -> tuple[np.ndarray, np.ndarray]:
     return np.array(flat), np.array(score)
 
 
+def text_length(row, shown: int, packing: str, padding: str, end: int = EOT) -> int:
+    """Brute force: tokens of a row's text; ends of text behind the first one are none where a row is one document."""
+    ends = [place + 1 for place, token in enumerate(list(row)[:shown]) if token == end]
+    return ends[0] if packing == "crop" and padding == "end" and ends else shown
+
+
 def segments(row: np.ndarray, length: int) -> list[int]:
-    """Brute force: the number of the document within the row, -1 on padding."""
+    """Brute force: the number of the document within the row, -1 on hidden padding."""
     found, document = [], 0
     for place, token in enumerate(row):
         found.append(document if place < length else -1)
@@ -171,6 +178,7 @@ def test_wrong_folders(folders, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(packing="best"), "data.packing is 'best'; choices: concat, documents, crop"),
+    (dict(padding="none"), "data.padding is 'none'; choices: end, hidden"),
     (dict(variable_share=1.5), r"data.variable_share is 1.5; must be in 0\.\.1"),
     (dict(seq_len=0), "model.seq_len is 0; must be at least 1"),
     (dict(seq_len=1004), "model.seq_len is 1004; .* at most the 1003 training tokens"),
@@ -240,7 +248,8 @@ def test_order_is_pinned(ring, folders):
     batches = pipeline.TrainBatches(ring, 10, 4, seed=0)
     firsts = [batches.batch(step)["x"][:, 0].tolist() for step in (0, 26)]
     assert firsts == [[650, 530, 420, 680], [973, 340, 750, 140]]
-    crops = pipeline.TrainBatches(folders[False, 4], 8, 6, seed=0, packing="crop", variable_share=0.5).batch(3)
+    crops = pipeline.TrainBatches(folders[False, 4], 8, 6, seed=0, packing="crop", padding="hidden",
+                                  variable_share=0.5).batch(3)
     firsts = [(row[0], size) for row, size in zip(crops["x"].tolist(), crops["score"].sum(1).tolist(), strict=True)]
     assert firsts == [(143, 6), (116, 2), (168, 8), (185, 3), (12, 5), (4, 8)]
     assert [document.text[:4] for document in streamed(6)] == ["<2.0", "<2.2", "<2.3", "<2.1", "<2.4", "<2.9"]
@@ -249,16 +258,17 @@ def test_order_is_pinned(ring, folders):
     assert state == {"next_index": 9, "epoch": 1, "source": 1, "record": 11, "window": 2, "place": 0, "offset": 8}
 
 
-@pytest.mark.parametrize("packing, share", SETTINGS)
+@pytest.mark.parametrize("packing, padding, share", SETTINGS)
 @pytest.mark.parametrize("prompts", [False, True])
-def test_batches_are_the_same_everywhere(folders, prompts, packing, share):
+def test_batches_are_the_same_everywhere(folders, prompts, packing, padding, share):
     """However many shards, processes, rows a batch and threads, and whatever was asked before."""
-    settings = dict(packing=packing, variable_share=share)
+    settings = dict(packing=packing, padding=padding, variable_share=share)
     one = pipeline.TrainBatches(folders[prompts, 1], 9, 24, 3, **settings)
     fields = {"x": (np.int32, (24, 9)), "index": (np.int32, (24,)), "score": (np.bool_, (24, 9)),
-              "segment": (np.int32, (24, 9))}
-    fields = {name: fields[name] for name in ["x", "index"] + ["score"] * (prompts or packing == "crop" or share > 0)
-              + ["segment"] * (packing != "concat" or share > 0)}
+              "segment": (np.int32, (24, 9)), "tokens": (np.int32, (24,))}
+    hidden, ends = padding == "hidden" or share > 0, (packing, padding) == ("crop", "end")
+    fields = {name: fields[name] for name in ["x", "index"] + ["score"] * (prompts or hidden)
+              + ["segment"] * (packing == "documents" or hidden) + ["tokens"] * ends}
     wanted = {}
     for step in (0, 1, 2, 7, 1000):
         wanted[step] = one.batch(step)
@@ -289,14 +299,15 @@ def test_batches_are_the_same_everywhere(folders, prompts, packing, share):
     assert not (pipeline.TrainBatches(folders[prompts, 1], 9, 24, 4, **settings).batch(0)["x"] == wanted[0]["x"]).all()
 
 
-@pytest.mark.parametrize("packing, share", SETTINGS)
+@pytest.mark.parametrize("packing, padding, share", SETTINGS)
 @pytest.mark.parametrize("prompts", [False, True])
-def test_every_row_against_brute_force(folders, prompts, packing, share):
+def test_every_row_against_brute_force(folders, prompts, packing, padding, share):
     """Each row is a piece of the text; score and segment are those of a loop over the tokens of one document."""
     documents = lengths_to_documents(LENGTHS, PROMPTS if prompts else None)
     flat, scored = flat_tokens(documents)
     size = 10
-    batches = pipeline.TrainBatches(folders[prompts, 4], size, 8, seed=5, packing=packing, variable_share=share)
+    batches = pipeline.TrainBatches(folders[prompts, 4], size, 8, seed=5, packing=packing, padding=padding,
+                                    variable_share=share)
     parts = [flat_tokens([document]) for document in documents] if packing == "crop" else [
         (np.tile(flat, 2), np.tile(scored, 2))]
     there = collections.defaultdict(set)  # what a row may show -> the scores that go with it
@@ -308,20 +319,22 @@ def test_every_row_against_brute_force(folders, prompts, packing, share):
         batch = batches.batch(step)
         everything = np.ones((8, size), bool)
         score, segment = batch.get("score", everything), batch.get("segment", np.where(everything, 0, 0))
-        for row, row_score, row_segment in zip(batch["x"], score, segment, strict=True):
-            length = int((row_segment >= 0).sum())
+        for i, (row, row_score, row_segment) in enumerate(zip(batch["x"], score, segment, strict=True)):
+            shown = int((row_segment >= 0).sum())
+            length = text_length(row, shown, packing, padding)
             assert length >= 1
             assert tuple(row_score[:length]) in there[tuple(row[:length])]
-            assert (row[length:] == EOT).all() and not row_score[length:].any()
-            numbered = segments(row, length)
+            assert (row[length:] == EOT).all() and row_score[length:shown].all() and not row_score[shown:].any()
+            numbered = segments(row, shown)
             assert row_segment.tolist() == (numbered if packing == "documents" else np.minimum(numbered, 0).tolist())
-            assert packing != "crop" or row_score.any()  # something to learn in every row
-            assert share or length == size or packing == "crop"
+            assert packing != "crop" or row_score[:length].any()  # something to learn in every row
+            assert share or shown == size or padding == "hidden"
+            assert "tokens" not in batch or batch["tokens"][i] == row_score[:length].sum()
 
 
 def test_crop_visits_every_document_once(folders):
     firsts = [([*prompt, *text, EOT])[0] for prompt, text in lengths_to_documents(LENGTHS)]
-    batches = pipeline.TrainBatches(folders[False, 4], max(LENGTHS), 1, seed=2, packing="crop")
+    batches = pipeline.TrainBatches(folders[False, 4], max(LENGTHS), 1, seed=2, packing="crop", padding="hidden")
     assert batches.windows == len(LENGTHS)
     orders = []
     for epoch in range(3):
@@ -388,11 +401,12 @@ def test_iterator_resumes_exactly(ring):
 # ------------------------------------------------------------------------------------------------- validation
 
 
-@pytest.mark.parametrize("packing", pipeline.PACKINGS)
+@pytest.mark.parametrize("packing, padding", KINDS)
 @pytest.mark.parametrize("prompts", [False, True])
 @pytest.mark.parametrize("seq_len", [1, 7, 128, 10**4])
-def test_validation_has_every_scored_token_once(folders, prompts, packing, seq_len):
+def test_validation_has_every_scored_token_once(folders, prompts, packing, padding, seq_len):
     documents = lengths_to_documents(LENGTHS, PROMPTS if prompts else None)[5:27]
+    ends = (packing, padding) == ("crop", "end")
     wanted, length = [], []
     for part in ([document] for document in documents) if packing == "crop" else [documents]:
         flat, score = flat_tokens(part)
@@ -400,18 +414,19 @@ def test_validation_has_every_scored_token_once(folders, prompts, packing, seq_l
             row, scored = flat[start:start + seq_len], score[start:start + seq_len]
             if not scored.any():  # of a prompt alone
                 continue
-            length.append(len(row))
-            padding = seq_len - len(row)
-            wanted.append((np.pad(row, (0, padding), constant_values=EOT), np.pad(scored, (0, padding))))
+            length.append(seq_len if ends else len(row))
+            behind = seq_len - len(row)
+            wanted.append((np.pad(row, (0, behind), constant_values=EOT),
+                           np.pad(scored, (0, behind), constant_values=ends), scored.sum()))
     for shards in (1, 4):
-        rows = pipeline.valid_rows(folders[prompts, shards], seq_len, packing=packing)
+        rows = pipeline.valid_rows(folders[prompts, shards], seq_len, packing=packing, padding=padding)
         assert {name: array.dtype for name, array in rows.items()} == {
-            "x": np.int32, "score": np.bool_, "segment": np.int32}
-        np.testing.assert_array_equal(rows["x"], [row for row, _ in wanted])
-        np.testing.assert_array_equal(rows["score"], [score for _, score in wanted])
-        numbered = [segments(row, size) for (row, _), size in zip(wanted, length, strict=True)]
+            "x": np.int32, "score": np.bool_, "segment": np.int32, "tokens": np.int32}
+        for name, those in zip(("x", "score", "tokens"), zip(*wanted, strict=True), strict=True):
+            np.testing.assert_array_equal(rows[name], those)
+        numbered = [segments(row, size) for (row, *_), size in zip(wanted, length, strict=True)]
         np.testing.assert_array_equal(rows["segment"], numbered if packing == "documents" else np.minimum(numbered, 0))
-        part = pipeline.valid_rows(folders[prompts, shards], seq_len, limit=3, packing=packing)
+        part = pipeline.valid_rows(folders[prompts, shards], seq_len, limit=3, packing=packing, padding=padding)
         for name in rows:
             np.testing.assert_array_equal(part[name], rows[name][:3])
     with pytest.raises(ValueError, match="data.packing is 'all'; choices"):
@@ -509,16 +524,16 @@ def test_a_stream_reads_every_document_once_an_epoch(prompts):
     assert sorted(everything[:21]) == sorted(everything[21:]) == sorted(SHELF[prompts])
 
 
-@pytest.mark.parametrize("packing, share", SETTINGS)
+@pytest.mark.parametrize("packing, padding, share", SETTINGS)
 @pytest.mark.parametrize("prompts", [False, True])
-def test_streamed_rows_against_brute_force(prompts, packing, share, monkeypatch):
+def test_streamed_rows_against_brute_force(prompts, packing, padding, share, monkeypatch):
     documents = streamed(200, prompts)
     monkeypatch.setattr(pipeline, "_ENCODED_CHARS", 40)  # a few documents at once
     ids = [[*document.prompt.encode(), *document.text.encode(), 256] for document in documents]
     scored = [[place >= len(document.prompt) for place in range(len(row))]
               for document, row in zip(documents, ids, strict=True)]
     flat, flat_score = sum(ids, []), sum(scored, [])
-    batches = stream(prompts, packing=packing, variable_share=share)
+    batches = stream(prompts, packing=packing, padding=padding, variable_share=share)
     iterator, lengths, windows = batches.iterator(), [], set()
     for step in range(40):
         batch = next(iterator)
@@ -527,8 +542,10 @@ def test_streamed_rows_against_brute_force(prompts, packing, share, monkeypatch)
         everything = np.ones((4, 16), bool)
         score, segment = batch.get("score", everything), batch.get("segment", np.where(everything, 0, 0))
         for i in range(4):
-            number, length = 4 * step + i, int((segment[i] >= 0).sum())
+            number, shown = 4 * step + i, int((segment[i] >= 0).sum())
             row, row_score = batch["x"][i].tolist(), score[i].tolist()
+            length = text_length(row, shown, packing, padding, 256)
+            assert "tokens" not in batch or batch["tokens"][i] == sum(row_score[:length])
             if packing == "crop":
                 found = [start for start in range(len(ids[number]) - length + 1)
                          if (row[:length], row_score[:length])
@@ -539,9 +556,10 @@ def test_streamed_rows_against_brute_force(prompts, packing, share, monkeypatch)
                 begin = 16 * number
                 assert (row[:length], row_score[:length]) == (flat[begin:begin + length],
                                                               flat_score[begin:begin + length])
-            numbered = segments(np.where(batch["x"][i] == 256, EOT, 0), length)
+            numbered = segments(np.where(batch["x"][i] == 256, EOT, 0), shown)
             assert segment[i].tolist() == (numbered if packing == "documents" else np.minimum(numbered, 0).tolist())
-            assert row[length:] == [256] * (16 - length) and not any(row_score[length:])
+            assert row[length:] == [256] * (16 - length) and not any(row_score[shown:])
+            assert all(row_score[length:shown])
             whole = min(16, len(ids[number])) if packing == "crop" else 16
             assert 1 <= length <= whole
             lengths.append(length == whole)
@@ -550,11 +568,11 @@ def test_streamed_rows_against_brute_force(prompts, packing, share, monkeypatch)
         assert any(start == 0 < last for start, last in windows) and any(start == last > 0 for start, last in windows)
 
 
-@pytest.mark.parametrize("packing, share", SETTINGS)
+@pytest.mark.parametrize("packing, padding, share", SETTINGS)
 @pytest.mark.parametrize("prompts", [False, True])
-def test_a_stream_goes_on_from_every_position(prompts, packing, share):
+def test_a_stream_goes_on_from_every_position(prompts, packing, padding, share):
     """From any batch, on any number of processes, read ahead or not: batches and positions of an undisturbed run."""
-    settings = dict(packing=packing, variable_share=share, batch_size=4, shuffle_documents=4)
+    settings = dict(packing=packing, padding=padding, variable_share=share, batch_size=4, shuffle_documents=4)
     iterator = stream(prompts, **settings).iterator(prefetch=3)
     wanted, states = [], [json.loads(json.dumps(iterator.get_state()))]
     for _ in range(40):
@@ -627,7 +645,7 @@ def test_a_stream_of_files(tmp_path):
     tokenizer = tokens.make_tokenizer("bpe", 300, itertools.chain(*texts.values()))
     sources = corpus.resolve(str(tmp_path / "*.jsonl"))
     batches = pipeline.StreamBatches(corpus.Reader(), sources, tokenizer, lambda document: "3" not in document.text,
-                                     seq_len=64, batch_size=16, packing="crop", eot=tokenizer.eot)
+                                     seq_len=64, batch_size=16, packing="crop", padding="hidden", eot=tokenizer.eot)
     batch = next(batches.iterator())
     found = [tokenizer.decode(row[there][:-1]) for row, there in zip(batch["x"], batch["score"], strict=True)]
     assert sorted(found) == sorted(text for lines in texts.values() for text in lines if "3" not in text)

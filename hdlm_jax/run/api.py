@@ -10,17 +10,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from hdlm_jax.config import Config, ConfigError, Generate, Parallel, resolve
+from hdlm_jax.config import Config, ConfigError, Generate, Parallel, inherit, resolve
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import schema as schemas
 from hdlm_jax.diffusion.process import HierarchicalProcess
 from hdlm_jax.model.network import Network
 from hdlm_jax.run import parallel
 from hdlm_jax.run.evaluate import Evaluator
-from hdlm_jax.run.generate import load_helper, prompt_canvas, sampler_of
+from hdlm_jax.run.generate import ended, load_helper, sampler_of, start_canvas, text_of
 from hdlm_jax.run.stages import data_dir
 from hdlm_jax.run.state import build, init_state, make_optimizer
+from hdlm_jax.text import pipeline
 from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.text.prepare import load_manifest
 from hdlm_jax.text.tokens import Tokenizer, load_tokenizer
 
 
@@ -44,11 +46,40 @@ class Run:
     def num_params(self) -> int:
         return sum(a.size for a in jax.tree.leaves(self.params))
 
+    @property
+    def ends(self) -> bool:
+        """Whether a text is followed by ends of text that count, up to the end of its row (data.padding="end")."""
+        return self.trained.data.packing == "crop" and self.trained.data.padding == "end"
 
-def check_format(saved: dict, path: str) -> None:
-    """ConfigError for what earlier versions wrote: their weights and states had another layout."""
+    @property
+    def given(self) -> str:
+        """What the NELBO of its validation rows is conditional on beside prompts: "nothing" or "lengths"."""
+        d = self.trained.data
+        return pipeline.given(d.packing, d.padding, bool(d.prompt_field), self.process.exact)
+
+    @property
+    def given_alone(self) -> str:
+        """The same of texts that are scored one by one, each in rows of its own."""
+        return "nothing" if self.ends or self.process.exact else "lengths"
+
+    def valid_rows(self, seq_len: int, limit: int = 0) -> dict[str, np.ndarray]:
+        """Rows of the validation split made as the training rows were (pipeline.valid_rows)."""
+        return pipeline.valid_rows(self.data_dir, seq_len, limit, self.trained.data.packing, self.trained.data.padding)
+
+    def training_lengths(self) -> np.ndarray | None:
+        """[n, 2]: how many training documents have so many scored tokens (end of text too); None where the tokens are
+        not on this machine."""
+        try:
+            return np.array(load_manifest(self.data_dir).lengths, np.int64).reshape(-1, 2)
+        except (OSError, ValueError):
+            return None
+
+
+def upgraded(saved: dict, path: str) -> dict:
+    """A saved config with what earlier versions did not know; ConfigError where checkpoints had another layout."""
     if "packing" not in saved["data"]:
         raise ConfigError(f"{path}: made by an earlier version, whose checkpoints had another layout; train it again")
+    return saved | {"data": {"padding": "hidden"} | saved["data"]}
 
 
 def saved_config(workdir: str) -> Config:
@@ -58,9 +89,26 @@ def saved_config(workdir: str) -> Config:
         raise ConfigError(f"workdir={workdir!r}: no {path}; train first (--mode=train)")
     with open(path) as f:
         saved = json.load(f)
-    saved = saved.get("config", saved)  # an export says more about itself
-    check_format(saved, workdir)
-    return resolve(saved)
+    return resolve(upgraded(saved.get("config", saved), workdir))  # an export says more about itself
+
+
+def with_base(given: Any, workdir: str) -> Any:
+    """A config as given, with the settings of the run it starts from (train.init_from) where it leaves the defaults.
+
+    A workdir that has been begun already knows them itself.
+
+    Raises:
+      ConfigError: no run there, or settings that contradict it.
+    """
+    name = given["train"]["init_from"]
+    if not name:
+        return given
+    begun = os.path.exists(os.path.join(workdir, "config.json"))
+    try:
+        base = saved_config(workdir if begun else os.path.expanduser(name))
+    except ConfigError as error:
+        raise ConfigError(f"train.init_from={name!r}: {error}") from error
+    return inherit(given, base, name)
 
 
 def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True) -> Run:
@@ -147,7 +195,7 @@ class Model:
 
     def generate(self, num_samples: int = 4, steps: int = 128, prompt: str = "", *, classifier=None,
                  **settings: Any) -> list[str]:
-        """Texts of seq_len tokens (or `length` of them), after a prompt if there is one.
+        """Texts after a prompt if there is one, up to their first end of text; at most seq_len (or `length`) tokens.
 
         Args:
           steps: of the methods that have some; classifier: function of one-hot symbols float32 [b, S, N] ->
@@ -155,10 +203,8 @@ class Model:
           settings: any other of config.Generate (method, options, helper, temperature, top_p, seed, ...).
         """
         ids = self.tokenizer.encode(prompt) if prompt else np.zeros(0, np.int32)
-        length = settings.pop("length", self.run.config.generate.length)
-        canvas = prompt_canvas(ids, num_samples, self.seq_len, self.hierarchy.mask_id, length)
-        g = self._settings(length=length, steps=steps, num_samples=num_samples, **settings)
-        return self._texts(canvas, g, classifier)
+        g = self._settings(steps=steps, num_samples=num_samples, **settings)
+        return self._texts(start_canvas(self.run, g, np.tile(ids, (num_samples, 1))), g, classifier)
 
     def infill(self, text: str, num_samples: int = 1, steps: int = 64, **settings: Any) -> list[str]:
         """The text with its blanks filled in; everything else stays.
@@ -198,16 +244,22 @@ class Model:
         if classifier is not None or g.helper:
             draw = sampler_of(self.run, load_helper(self.run, g), classifier)
         out = draw(canvas, g)
-        return [self.tokenizer.decode(row[:n if keep is None else keep])
-                for row, n in zip(out["tokens"], out["length"], strict=True)]
+        words = canvas < self.hierarchy.num_words if isinstance(canvas, np.ndarray) else canvas.given
+        texts = []
+        for row, given, n in zip(out["tokens"], words, out["length"] if keep is None else [keep] * len(words),
+                                 strict=True):
+            last = 1 + int(max(np.flatnonzero(given[:n]), default=-1))  # no end of text counts before what is given
+            texts.append(text_of(self.tokenizer, ended(row[:n], last, self.tokenizer.eot, g.stop), g.stop))
+        return texts
 
-    def nelbo(self, texts: list[str], draws: int = 16) -> list[dict[str, float]]:
+    def nelbo(self, texts: list[str], draws: int = 16) -> list[dict[str, Any]]:
         """Upper bounds on -log p of each text followed by the end of text, in nats.
 
         Texts longer than seq_len are scored in pieces that do not see each other.
 
         Returns:
-          per text: nats, se (of the noise), tokens (end of text counted), bits_per_byte.
+          per text: nats, se (of the noise), tokens (end of text counted), bits_per_byte, given: "nothing", or "lengths"
+          where the run learnt from rows that tell how long a text is, so that the bound is on -log p(text | length).
         """
         if draws < 2:
             raise ValueError(f"draws={draws}: must be at least 2 (for a standard error)")
@@ -219,21 +271,18 @@ class Model:
             for start in range(0, len(ids), s):
                 pieces.append(ids[start : start + s])
                 owner.append(i)
-        x = np.full((len(pieces), s), self.tokenizer.eot, np.int32)
-        segment = np.full((len(pieces), s), -1, np.int32)
-        for row, piece in enumerate(pieces):
-            x[row, : len(piece)], segment[row, : len(piece)] = piece, 0
         if self._evaluator is None:
             run = self.run
             self._evaluator = Evaluator(run.config, run.network, run.process, run.mesh, run.params)
-        rows = {"x": x, "segment": segment, "score": segment == 0}
+        rows = pipeline.rows_of(pieces, s, self.tokenizer.eot, ends=self.run.ends)
         nats, _, _ = self._evaluator.nats(self.run.params, rows, draws, "nelbo")
         per_draw = np.zeros((draws, len(texts)))
         for place, text_index in enumerate(owner):
             per_draw[:, text_index] += nats[:, place].sum(-1)
-        out = []
+        out: list[dict[str, Any]] = []
         for i, text in enumerate(texts):
             mean, count = per_draw[:, i].mean(), sum(len(p) for p, o in zip(pieces, owner, strict=True) if o == i)
             out.append({"nats": float(mean), "se": float(per_draw[:, i].std(ddof=1) / np.sqrt(draws)), "tokens": count,
-                        "bits_per_byte": float(mean / np.log(2) / max(1, len(text.encode())))})
+                        "bits_per_byte": float(mean / np.log(2) / max(1, len(text.encode()))),
+                        "given": self.run.given_alone})
         return out

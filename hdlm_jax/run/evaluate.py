@@ -24,6 +24,7 @@ from hdlm_jax.run.checkpoint import reuse, write_json
 from hdlm_jax.run.metrics import progress, say
 from hdlm_jax.run.stages import check_writable
 
+_FIELDS = ("x", "segment", "score")  # of rows, what the network and the process see
 SETTINGS = ("draws", "rows", "cv2", "checkpoint", "ema", "seed")  # of config.Evaluate that say what is measured here
 
 
@@ -105,7 +106,7 @@ class Evaluator:
         if asked not in self._compiled:
 
             def example(count):
-                some = {field: np.zeros((count, *a.shape[1:]), a.dtype) for field, a in rows.items()}
+                some = {name: np.zeros((count, *rows[name].shape[1:]), rows[name].dtype) for name in _FIELDS}
                 one = np.ones(count, np.float32)
                 return self._put(some | {"tau": one, "inv_q": one, "pair": np.zeros(count, np.int32)})
 
@@ -115,7 +116,7 @@ class Evaluator:
         with progress(n, unit="seq", name=name) as bar:
             for start in range(0, n, at_once):
                 pick = np.arange(start, min(start + at_once, n))
-                batch = {field: rows[field][which[pick]] for field in ("x", "segment", "score")}
+                batch = {field: rows[field][which[pick]] for field in _FIELDS}
                 batch |= {"tau": tau[pick].astype(np.float32), "inv_q": (1 / q[pick]).astype(np.float32),
                           "pair": pair[pick].astype(np.int32)}
                 batch = self._put(parallel.pad_rows(batch, at_once))
@@ -185,25 +186,25 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
 
         return tasks.run(config, workdir)
     from hdlm_jax.run.api import load_run
-    from hdlm_jax.text.pipeline import valid_rows
     from hdlm_jax.text.prepare import load_manifest
 
     run = load_run(config, workdir, config.evaluate.checkpoint, config.evaluate.ema)
     check_writable(workdir)
     manifest = load_manifest(run.data_dir)
     made_from = {"step": run.step, "data": manifest.fingerprint, "hierarchy_fingerprint": run.hierarchy.fingerprint,
+                 "packing": run.trained.data.packing, "padding": run.trained.data.padding, "given": run.given,
                  "settings": {name: getattr(config.evaluate, name) for name in SETTINGS}}
     path = os.path.join(workdir, "evaluate.json")
     if found := parallel.first(lambda: reuse(path, made_from)):
-        say(f"evaluate: reusing {path} of step {run.step}, NELBO {found['nelbo']:.4f} +- {found['se']:.4f} nats/token")
+        say(f"evaluate: reusing {path} of step {run.step}, NELBO {found['nelbo']:.4f} +- {found['se']:.4f} nats/token, "
+            f"given {found['given']}")
         return found
-    rows = valid_rows(run.data_dir, config.model.seq_len, config.evaluate.rows, run.trained.data.packing)
+    rows = run.valid_rows(config.model.seq_len, config.evaluate.rows)
     evaluator = Evaluator(config, run.network, run.process, run.mesh, run.params)
     started = time.time()
     nats, tau, q = evaluator.nats(run.params, rows, config.evaluate.draws)
     seconds = time.time() - started
-    tokens = rows["score"].sum(-1)
-    result = summarise(nats, tokens, tau, q) | ({"se_time": 0.0} if run.process.exact else {})
+    result = summarise(nats, rows["tokens"], tau, q) | ({"se_time": 0.0} if run.process.exact else {})
     whole = result["tokens"] == manifest.valid_scored_tokens
     per_byte = manifest.valid_scored_tokens / manifest.valid_scored_bytes / math.log(2)
     if whole:
@@ -212,14 +213,15 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     result |= {
         "perplexity_se": result["perplexity"] * result["se"], "unigram_nelbo": manifest.unigram_nats,
         "unigram_perplexity": math.exp(manifest.unigram_nats), "bytes": manifest.valid_scored_bytes if whole else None,
-        "whole_split": whole, "ema": run.ema, "packing": run.trained.data.packing,
+        "whole_split": whole, "ema": run.ema,
         "seconds": seconds, "tokens_per_s": result["tokens"] * result["draws"] / seconds,
         "corpus": manifest.corpus_fingerprint, "hierarchy": list(run.hierarchy.sizes), "params": run.num_params,
     } | made_from
     if parallel.is_first():
-        np.savez(os.path.join(workdir, "evaluate_rows.npz"), nats=nats.mean(0).sum(-1), tokens=tokens)
+        np.savez(os.path.join(workdir, "evaluate_rows.npz"), nats=nats.mean(0).sum(-1), tokens=rows["tokens"])
         write_json(path, result)
     say(f"evaluate: step {run.step}, {result['tokens']:,} tokens x {result['draws']} draws in {seconds:.0f} s: "
         f"NELBO {result['nelbo']:.4f} +- {result['se']:.4f} nats/token (data {result['se_data']:.4f}, "
-        f"time {result['se_time']:.4f}), perplexity {result['perplexity']:.2f}; unigram {manifest.unigram_nats:.4f}")
+        f"time {result['se_time']:.4f}), perplexity {result['perplexity']:.2f}, given {result['given']}; "
+        f"unigram {manifest.unigram_nats:.4f}")
     return result

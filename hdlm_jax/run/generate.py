@@ -30,7 +30,7 @@ from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import reuse, write_json
 from hdlm_jax.run.metrics import progress, say
 from hdlm_jax.run.stages import check_writable
-from hdlm_jax.text.tokens import write_atomic
+from hdlm_jax.text.tokens import Tokenizer, write_atomic
 
 FRAMES = 128  # of a trajectory, at most
 
@@ -290,8 +290,69 @@ def prompt_canvas(prompt_ids: np.ndarray, num_samples: int, seq_len: int, mask_i
     return canvas
 
 
+def lengths_are(run: Any, g: Generate) -> str:
+    """Where the lengths of samples come from: "given" (generate.length), "training" (drawn from those of the training
+    documents, which a run that was told them needs), "method" (it finds them) or "canvas" (S tokens; where the run
+    learnt ends of texts the text is what is before the first one)."""
+    if method_of(g).policy.lengths is not None:
+        return "method"
+    if g.length or g.schema:
+        return "canvas" if g.schema else "given"
+    told = run.trained.data.packing in ("documents", "crop") and run.given == "lengths"
+    return "training" if told else "canvas"
+
+
+def start_canvas(run: Any, g: Generate, prompts: np.ndarray) -> np.ndarray | canvases.Canvas:
+    """Canvases that begin with prompts int32 [n, P] and are free behind, as long as `lengths_are` says.
+
+    Raises:
+      ConfigError: the prompts do not fit; lengths are to be drawn, and the training tokens that tell them are gone.
+    """
+    seq_len, mask = run.config.model.seq_len, run.hierarchy.mask_id
+    n, given = len(prompts), len(prompts[0])
+    canvas = prompt_canvas(prompts[0], n, seq_len, mask, g.length)
+    canvas[:, :given] = prompts
+    if lengths_are(run, g) != "training":
+        return canvas
+    seen = run.training_lengths()
+    if seen is None:
+        raise ConfigError(f"generate.length=0: this run was told how long texts are, and the training lengths are not "
+                          f"in {run.data_dir}; give generate.length")
+    sizes = np.minimum(seen[:, 0] + (given if run.trained.data.prompt_field else 0), seq_len)
+    fits = sizes > given
+    share = np.where(fits, seen[:, 1], 0) if fits.any() else np.ones(len(sizes))
+    length = np.maximum(np.random.default_rng([g.seed, n]).choice(sizes, n, p=share / share.sum()), given + 1)
+    places = np.arange(seq_len)
+    z = np.where((places >= given) & (places < length[:, None]), mask, canvas).astype(np.int32)
+    z[places >= length[:, None]] = 0  # words that nobody looks at
+    allowed = np.ones((1, run.hierarchy.num_words), bool)
+    return canvases.Canvas(z, z != mask, np.zeros_like(z), length.astype(np.int32), allowed)
+
+
+def compile_for(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: Generate) -> None:
+    """Samples a batch of the canvas's shape with nothing to do, so that its program is there before time is taken."""
+    if isinstance(canvas, np.ndarray):
+        draw(np.zeros_like(canvas[: g.batch_size]), g)
+        return
+    done = np.zeros_like(canvas.z[: g.batch_size])
+    draw(canvas._replace(z=done, given=done == 0, kind=canvas.kind[: len(done)], length=canvas.length[: len(done)]), g)
+
+
+def ended(row: np.ndarray, given: int, eot: int, stop: str) -> np.ndarray:
+    """Tokens up to and with the first end of text behind the first `given`; all of them where stop is not "end"."""
+    ends = np.flatnonzero(row[given:] == eot)
+    return row[: given + ends[0] + 1] if stop == "end" and len(ends) else row
+
+
+def text_of(tokenizer: Tokenizer, row: np.ndarray, stop: str) -> str:
+    """Text of what `ended` gives: its closing end of text is not shown."""
+    return tokenizer.decode(row[:-1] if stop == "end" and len(row) and row[-1] == tokenizer.eot else row)
+
+
 def generate(config: Config, workdir: str) -> dict[str, Any]:
     """Samples of a run: samples.txt to read, samples.jsonl with ids and costs, generate.json with the summary.
+
+    Texts are cut before the first end of text behind the prompt (generate.stop="end"; ids keep that end).
 
     trajectories.npz has the way of the first generate.trajectories of them, and what they were made from. With
     config.generate.judge the summary has their generative perplexity (hdlm_jax.run.judge) under "judge"; samples that
@@ -369,7 +430,8 @@ def sampling_facts(run: Any, g: Generate, result: dict[str, Any]) -> dict[str, A
         "method": g.method, "options": g.options,
         "steps": method.numbers.get("steps") if not run.process.exact else None,
         "corrections": g.corrections, "correction_temperature": g.correction_temperature if g.corrections else None,
-        "temperature": g.temperature, "top_p": g.top_p, "clusters": g.clusters,
+        "temperature": g.temperature, "top_p": g.top_p, "clusters": g.clusters, "stop": g.stop,
+        "lengths": lengths_are(run, g),
         "force_transition": g.force_transition or trained, "force_transition_trained": trained,
         "law": law(run.process, g), "network_calls": result["network_calls"], "row_forwards": result["row_forwards"],
         "network_precision": run.config.model.dtype, "draws": "float32 noise, jax.random mode='high'",
@@ -389,13 +451,12 @@ def _sha256(path: str) -> str:
 
 def real_texts(run: Any, count: int, length: int) -> list[np.ndarray] | str:
     """Ids of the first rows of the validation split, each cut to its text; or why there are none."""
-    from hdlm_jax.text.pipeline import valid_rows
-
     try:
-        rows = valid_rows(run.data_dir, length, count, run.trained.data.packing)
+        rows = run.valid_rows(length, count)
     except (ValueError, OSError) as error:
         return f"no reference texts: {error}"
-    return [x[segment >= 0] for x, segment in zip(rows["x"], rows["segment"], strict=True)]
+    return [ended(x[segment >= 0], 0, run.tokenizer.eot, "end" if run.ends else "")
+            for x, segment in zip(rows["x"], rows["segment"], strict=True)]
 
 
 def _sample(run: Any, workdir: str, made_from: dict, helper: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -405,23 +466,20 @@ def _sample(run: Any, workdir: str, made_from: dict, helper: Any) -> tuple[dict[
     canvas, length, scaffold = _canvas(run, g, ids)
     draw = sampler_of(run, helper)
     started = time.time()
-    z = canvas if isinstance(canvas, np.ndarray) else canvas.z
-    done = np.zeros_like(z[: g.batch_size])  # all words, nothing to do: compiles
-    if isinstance(canvas, np.ndarray):
-        draw(done, g)
-    else:
-        some = {"kind": canvas.kind[: len(done)], "length": canvas.length[: len(done)]}
-        draw(canvas._replace(z=done, given=done == 0, **some), g)
+    compile_for(draw, canvas, g)
     compiled = time.time()
     out = draw(canvas, g)
     seconds = time.time() - compiled
-    tokens = [row[:n] for row, n in zip(out["tokens"], out["length"], strict=True)]
-    texts = [scaffold.text(row) if scaffold else run.tokenizer.decode(row) for row in tokens]
-    words = sum(len(row) for row in tokens) - len(z) * len(ids)
+    whole = [row[:n] for row, n in zip(out["tokens"], out["length"], strict=True)]
+    tokens = whole if scaffold else [ended(row, len(ids), run.tokenizer.eot, g.stop) for row in whole]
+    texts = [scaffold.text(row) if scaffold else text_of(run.tokenizer, row, g.stop) for row in tokens]
+    words = sum(len(row) for row in whole) - len(whole) * len(ids)
     film = _trajectories(draw, canvas[: g.trajectories], g, out["tokens"][:, :length]) if (
-        g.trajectories and z is canvas and method_of(g).policy.lengths is None) else {}
+        g.trajectories and isinstance(canvas, np.ndarray) and method_of(g).policy.lengths is None) else {}
     result = {
-        "samples": len(texts), "seq_len": length, "prompt_tokens": len(ids),
+        "samples": len(texts), "seq_len": length, "prompt_tokens": len(ids), "lengths": lengths_are(run, g),
+        "ended": sum(len(row) > len(ids) and row[-1] == run.tokenizer.eot for row in tokens),
+        "cut_tokens": words + len(whole) * len(ids) - sum(map(len, tokens)),
         "network_calls": float(out["calls"].mean()), "row_forwards": float(out["row_forwards"].mean()),
         "unigram_entropy": float(np.mean([judges.entropy(row[len(ids) :]) for row in tokens])),
         "law": law(run.process, g), "seconds": seconds, "tokens_per_s": words / seconds,
@@ -455,8 +513,7 @@ def _canvas(run: Any, g: Generate, ids: np.ndarray) -> tuple[Any, int, Any]:
     """(canvas, most tokens of a text, scaffold or None)."""
     seq_len, h = run.config.model.seq_len, run.hierarchy
     if not g.schema:
-        length = g.length or seq_len
-        return prompt_canvas(ids, g.num_samples, seq_len, h.mask_id, length), length, None
+        return start_canvas(run, g, np.tile(ids, (g.num_samples, 1))), g.length or seq_len, None
     if not hasattr(run.process, "chain"):
         raise ConfigError(f"generate.schema={g.schema!r}: this process cannot fill blanks between given words")
     try:

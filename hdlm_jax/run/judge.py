@@ -25,6 +25,7 @@ from hdlm_jax.model import gpt2
 from hdlm_jax.model.heads import chunk_size
 from hdlm_jax.run import parallel
 from hdlm_jax.run.metrics import progress, say
+from hdlm_jax.text.pipeline import rows_of
 from hdlm_jax.text.tokens import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
 
 Texts = Sequence[np.ndarray]  # ids int [length] each
@@ -138,7 +139,7 @@ class GPT2Judge:
       known: a tokenizer at hand, used where it is GPT-2's and the folder has no vocab.json.
 
     Attributes:
-      identity: dict, what its numbers depend on; facts: the same and what people want to know; tokenizer; bound.
+      identity: dict, what its numbers depend on; tokenizer; bound: whether nats are upper bounds.
     """
 
     bound = False
@@ -156,6 +157,10 @@ class GPT2Judge:
                      f"of more than {self.sizes.positions} tokens goes on in pieces that begin with the last token of "
                      "the piece before; ends of text are tokens like others")
         self._compiled: dict[tuple[int, int], Any] = {}
+
+    def given(self, texts: Texts) -> str:
+        """What the nats of texts are conditional on beside prompts: "nothing", or "lengths"."""
+        return "nothing"
 
     @functools.cached_property
     def _loaded(self):
@@ -257,6 +262,12 @@ class RunJudge:
     def bound(self) -> bool:
         return not self._loaded[0].process.exact
 
+    def given(self, texts: Texts) -> str:
+        """As GPT2Judge.given: a text that neither fills its rows nor ends tells its length."""
+        run, s = self._loaded[0], self.config.model.seq_len
+        whole = all(len(ids) % s == 0 or ids[-1] == self.tokenizer.eot for ids in texts)
+        return run.given_alone if whole or run.process.exact else "lengths"
+
     @property
     def num_params(self) -> int:
         return self._loaded[0].num_params
@@ -277,16 +288,12 @@ class RunJudge:
         nats, tokens = np.zeros(n), np.zeros(n, np.int64)
         if not pieces:
             return nats, tokens, None
-        x = np.full((len(pieces), s), self.tokenizer.eot, np.int32)
-        segment, score = np.full(x.shape, -1, np.int32), np.zeros(x.shape, bool)
-        for row, (i, start, piece) in enumerate(pieces):
-            x[row, : len(piece)], segment[row, : len(piece)] = piece, 0
-            score[row, : len(piece)] = np.arange(start, start + len(piece)) >= given[i]
-        rows = {"x": x, "segment": segment, "score": score}
+        rows = rows_of([piece for _, _, piece in pieces], s, self.tokenizer.eot,
+                       [max(0, given[i] - start) for i, start, _ in pieces], ends=run.ends)
         found = evaluator.nats(run.params, rows, self.config.evaluate.draws, "judge")[0].mean(0).sum(-1)
         owner = [i for i, _, _ in pieces]
         np.add.at(nats, owner, found)
-        np.add.at(tokens, owner, score.sum(-1))
+        np.add.at(tokens, owner, rows["tokens"])
         return nats, tokens, None
 
 
@@ -339,8 +346,8 @@ def record(judge: GPT2Judge | RunJudge, tokenizer: Tokenizer, texts: Texts, give
         return retokenise(ids, tokenizer, judge.tokenizer) if again else ids
 
     prompts, rest = [theirs(t[:given]) for t in texts], [theirs(t[given:]) for t in texts]
-    nats, tokens, features = judge.score([np.concatenate(both) for both in zip(prompts, rest, strict=True)],
-                                         [len(p) for p in prompts])
+    whole = [np.concatenate(both) for both in zip(prompts, rest, strict=True)]
+    nats, tokens, features = judge.score(whole, [len(p) for p in prompts])
     score, note = None, ""
     if not mauve_installed():
         note = "mauve-text is not installed (pip install 'hdlm_jax[mauve]')"
@@ -364,7 +371,7 @@ def record(judge: GPT2Judge | RunJudge, tokenizer: Tokenizer, texts: Texts, give
         "judge": os.path.basename(judge.identity["path"]),
         "kind": judge.identity["kind"] if judge.identity["kind"] == "gpt2" else "bound" if judge.bound else
         "autoregressive",
-        "bound": judge.bound, "params": judge.num_params, "rule": judge.rule,
+        "bound": judge.bound, "given": judge.given(whole), "params": judge.num_params, "rule": judge.rule,
         "retokenised": again, "tokenizer": tokenizer.fingerprint, "prompt_tokens": given,
         "texts": len(texts), "empty_texts": sum(len(r) == 0 for r in rest), "unscored_texts": int((tokens == 0).sum()),
         "tokens": int(tokens.sum()), "sampled_tokens": int(sum(len(t) - given for t in texts)),

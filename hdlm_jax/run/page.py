@@ -296,9 +296,10 @@ def headline(run: Mapping[str, Any]) -> str:
     """The header's numbers, each only where it is known."""
     e, g, out = run["evaluate"], run["generate"], []
     if e:
-        out += [(f"{e['nelbo']:.4f}", f"± {e['se']:.4f} nats/token", "NELBO"),
+        told = ", given lengths" * (e.get("given") == "lengths")
+        out += [(f"{e['nelbo']:.4f}", f"± {e['se']:.4f} nats/token", f"NELBO{told}"),
                 (f"{e['perplexity']:.1f}", f"± {e['perplexity_se']:.1f}",
-                 "perplexity" + ", at most" * (run["process"] != "autoregressive"))]
+                 "perplexity" + ", at most" * (run["process"] != "autoregressive") + told)]
         if e.get("whole_split"):
             out.append((f"{e['bits_per_byte']:.4f}", f"± {e['bits_per_byte_se']:.4f}", "bits/byte"))
         out += [(f"{e['unigram_nelbo'] - e['nelbo']:.2f}", "nats/token", "below the unigram"),

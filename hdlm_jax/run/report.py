@@ -36,9 +36,10 @@ def compare(workdir_a: str, workdir_b: str) -> tuple[float, float]:
     if not np.array_equal(a["tokens"], b["tokens"]):
         raise ValueError(f"{workdir_a} and {workdir_b} were not evaluated on the same sequences")
     one, other = (page.read_json(os.path.join(w, "evaluate.json")) or {} for w in (workdir_a, workdir_b))
-    for name in ("data", "packing"):
-        if one.get(name) != other.get(name):
+    for name in ("data", "packing", "padding"):
+        if one.get(name) != other.get(name) and (name != "padding" or one.get("packing") == "crop"):
             raise ValueError(f"{workdir_a} and {workdir_b} were evaluated on other sequences ({name} differs)")
+    same_given([workdir_a, workdir_b], [one, other])
     tokens, difference = a["tokens"], b["nats"] - a["nats"]
     mean = difference.sum() / tokens.sum()
     n = len(tokens)
@@ -46,6 +47,21 @@ def compare(workdir_a: str, workdir_b: str) -> tuple[float, float]:
         return float(mean), math.nan
     se = math.sqrt(n / (n - 1) * np.sum((difference - mean * tokens) ** 2)) / tokens.sum()
     return float(mean), float(se)
+
+
+def given(evaluated: dict[str, Any]) -> str:
+    """What an evaluation is conditional on beside prompts: "nothing" or "lengths" (docs/theory.md section 7)."""
+    return evaluated.get("given") or ("nothing" if evaluated.get("packing", "concat") == "concat" else "lengths")
+
+
+def same_given(names: list[str], results: list[dict[str, Any]]) -> str:
+    """What all of these results are conditional on; ValueError where it is not the same."""
+    found = [given(r) for r in results]
+    for name, value in zip(names, found, strict=True):
+        if value != found[0]:
+            raise ValueError(f"{names[0]} is given {found[0]}, {name} {value}: bounds given lengths lie below the "
+                             "others and cannot be compared with them (docs/theory.md section 7)")
+    return found[0]
 
 
 def table(workdirs: list[str]) -> str:
@@ -99,6 +115,9 @@ def task_table(workdirs: list[str]) -> str:
 
     found = {w: newest(page.read_json(os.path.join(w, "tasks.json")) or {}) for w in workdirs}
     names = list(dict.fromkeys(name for tasks in found.values() for name in tasks))
+    for name in names:
+        here = [w for w in workdirs if name in found[w]]
+        same_given([f"{w}: {name}" for w in here], [found[w][name] for w in here])
 
     def cell(result: dict[str, Any] | None) -> str:
         if not result:
@@ -143,6 +162,8 @@ def report(workdir: str) -> str:
 def compare_page(path: str, workdirs: list[str]) -> None:
     """Several runs as one page: their curves, a table, differences to the first of them on the same sequences."""
     runs = [page.gather(w, film=False) for w in workdirs]
+    evaluated = [(w, r["evaluate"]) for w, r in zip(workdirs, runs, strict=True) if r["evaluate"]]
+    told = same_given(*map(list, zip(*evaluated, strict=True))) if evaluated else "nothing"
     head = ["run", "levels", "parameters", "training tokens", "NELBO, nats/token", "perplexity",
             "minus the first run, paired", *JUDGED[:2],
             "training tokens/s", "sampling tokens/s", "calls"]
@@ -168,7 +189,8 @@ def compare_page(path: str, workdirs: list[str]) -> None:
     unigrams = {(r["evaluate"] or {}).get("unigram_nelbo") for r in runs} - {None}
     body = ["<header><p class=kicker>hdlm_jax</p><h1>Runs side by side</h1>"
             "<p class=lead>± is one standard error, of the data and of the noise times together; that of a paired "
-            "difference is over the same sequences of both runs. Entropy: of the words within a sample.</p></header>",
+            f"difference is over the same sequences of both runs. NELBO and perplexity are given {told}. Entropy: of "
+            "the words within a sample.</p></header>",
             page.section("table", "Results", "", page.html_table(rows, head) + "".join(lacks))]
     drawn = any(r["curves"] for r in runs)
     if drawn:
@@ -196,14 +218,18 @@ def main(workdirs: list[str]) -> None:
     for name in ("corpus", "tokens", "data"):
         if len({str(r.get(name)) for r in results}) > 1:
             raise SystemExit(f"report: the runs were evaluated on different text ({name} differs)")
+    try:
+        shared, zero_shot = same_given(workdirs, results), task_table(workdirs)
+    except ValueError as error:
+        raise SystemExit(f"report: {error}") from error
     print(table(workdirs))
     print(f"\nvalidation: {results[0]['tokens']:,} tokens, {results[0]['bytes'] or 0:,} bytes, "
-          f"corpus {results[0]['corpus'][:12]}; ± is one standard error (data and noise times)")
+          f"corpus {results[0]['corpus'][:12]}; given {shared}; ± is one standard error (data and noise times)")
     for workdir in workdirs[1:]:
         mean, se = compare(workdirs[0], workdir)
         names = [os.path.basename(os.path.normpath(w)) for w in (workdir, workdirs[0])]
         print(f"{names[0]} - {names[1]}: {mean:+.4f} ± {se:.4f} nats/token (paired)")
-    if zero_shot := task_table(workdirs):
+    if zero_shot:
         print(f"\n{zero_shot}")
     for workdir, result in zip(workdirs, results, strict=True):
         gain = result["unigram_nelbo"] - result["nelbo"]

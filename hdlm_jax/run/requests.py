@@ -47,7 +47,7 @@ def loglikelihood_rolling(scorer: Scorer, requests: Sequence[Any]) -> list[float
     pieces: list[Piece] = []
     owner: list[int] = []
     for i, ids in enumerate(texts):
-        mine = documents([ids], scorer.seq_len, "document")
+        mine = documents([ids], scorer.seq_len, "document")  # no end of text: given its length
         pieces += mine
         owner += [i] * len(mine)
     if not pieces:

@@ -30,7 +30,7 @@ from hdlm_jax.diffusion.process import CLUSTERS, FORCE_TRANSITIONS
 from hdlm_jax.run import judge as judges
 from hdlm_jax.run import parallel
 from hdlm_jax.run.api import Run, load_here, saved_config
-from hdlm_jax.run.generate import Sampler, identity, prompt_canvas, sampler_of, sampling_facts
+from hdlm_jax.run.generate import Sampler, compile_for, ended, identity, sampler_of, sampling_facts, start_canvas
 from hdlm_jax.run.metrics import read_metrics, say
 from hdlm_jax.run.report import markdown
 from hdlm_jax.text.tokens import write_atomic
@@ -87,8 +87,10 @@ def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: Gene
             about: dict[str, Any], prompts: np.ndarray | None = None) -> dict[str, Any]:
     """Samples and judges one setting, unless WORKDIR/file holds it already; `name` for who reads along.
 
+    All S tokens of a text are judged, as the field does, unless the run learnt ends of texts: then up to the first one.
     prompts: int32 [n, P], what each text begins with; none of it is in a number.
     """
+    g = dataclasses.replace(g, stop="end" if run.ends else "")
     path = os.path.join(workdir, file)
     lines = read_metrics(path)
     drawn = {k: v for k, v in dataclasses.asdict(g).items() if k not in ("judge", "judge_dtype", "batch_size")}
@@ -103,20 +105,18 @@ def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: Gene
         say(f"{name}: reusing {path}")
         return found[-1]
     length = g.length or run.config.model.seq_len
-    none, seq_len = np.zeros(0, np.int32), run.config.model.seq_len
-    canvas = prompt_canvas(none, g.num_samples, seq_len, run.hierarchy.mask_id, length)
-    if prompts is not None:
-        canvas[:, :given] = prompts
-    draw(np.zeros_like(canvas[: g.batch_size]), g)  # all words, nothing to do: compiles
+    canvas = start_canvas(run, g, np.zeros((g.num_samples, 0), np.int32) if prompts is None else prompts)
+    compile_for(draw, canvas, g)
     started = time.time()
     out = draw(canvas, g)
     seconds = time.time() - started
-    tokens = [row[:n] for row, n in zip(out["tokens"], out["length"], strict=True)]
+    tokens = [ended(row[:n], given, run.tokenizer.eot, g.stop)
+              for row, n in zip(out["tokens"], out["length"], strict=True)]
     costs = {"samples": len(tokens), "seq_len": length, "network_calls": float(out["calls"].mean()),
              "row_forwards": float(out["row_forwards"].mean())}
     line = {"run": os.path.basename(os.path.normpath(workdir)), "xi": getattr(run.process, "xi", None)} | about
     line |= {"sampling": sampling_facts(run, g, costs), "prompt_tokens": given,
-             "tokens_per_s": len(tokens) * (length - given) / seconds}
+             "tokens_per_s": float(out["length"].sum() - len(tokens) * given) / seconds}
     line |= {"judge": judges.record(judge, run.tokenizer, tokens, given)} if judge else judges.statistics(
         [row[given:] for row in tokens])
     lines.append(line | {"made_from": made_from})

@@ -1,5 +1,7 @@
 """Likelihoods of any texts under a run: whole documents, choices given a context, and words filled in greedily.
 
+Choices are compared in rows that end where they end: bounds given their lengths, as in the field's own evaluations.
+
 All of it is the exact NELBO of evaluate.py on rows made here. A context is shown as it is (it is in the row and not
 scored), so the sum over the other tokens bounds -log p(text | context): the conditional NELBO.
 """
@@ -18,6 +20,7 @@ from hdlm_jax.config import Evaluate, Generate
 from hdlm_jax.run import parallel
 from hdlm_jax.run.evaluate import Evaluator
 from hdlm_jax.run.generate import Sampler, load_helper, prompt_canvas, sampler_of
+from hdlm_jax.text.pipeline import rows_of
 from hdlm_jax.text.tokens import Tokenizer
 
 Ids = np.ndarray  # int32 [n]
@@ -26,10 +29,14 @@ PILOT = 16  # draws that a question's number of draws is decided by, at the leas
 
 
 class Piece(NamedTuple):
-    """At most S tokens that see each other and nothing else; the first `given` of them are not scored."""
+    """At most S tokens that see each other and nothing else; the first `given` of them are not scored.
+
+    ends: behind them, up to S, are ends of text that count (in nats, not in tokens), so that the length is not given.
+    """
 
     ids: Ids
     given: int = 0
+    ends: bool = False
 
 
 class Choices(NamedTuple):
@@ -67,14 +74,16 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     return whole[: len(given)], whole[len(given):]
 
 
-def documents(ids: Iterable[Ids], seq_len: int, protocol: str) -> list[Piece]:
+def documents(ids: Iterable[Ids], seq_len: int, protocol: str, ends: bool = False) -> list[Piece]:
     """Pieces of documents (their end of text included) in which every token is scored once.
 
-    document: each document by itself, in pieces of S where it is longer. packed: all of them one after the other, cut
-    into windows of S; the last one holds what is left.
+    document: each document by itself, in pieces of S where it is longer; ends: of the last one. packed: all of them one
+    after the other, cut into windows of S; the last one holds what is left.
     """
-    parts = [np.concatenate(list(ids))] if protocol == "packed" else ids
-    return [Piece(part[start : start + seq_len]) for part in parts for start in range(0, len(part), seq_len)]
+    packed = protocol == "packed"
+    parts = [np.concatenate(list(ids))] if packed else ids
+    return [Piece(part[start : start + seq_len], ends=ends and not packed and start + seq_len >= len(part))
+            for part in parts for start in range(0, len(part), seq_len)]
 
 
 def _fit(question: Choices, seq_len: int) -> tuple[list[list[Piece]], bool]:
@@ -132,14 +141,9 @@ class Scorer:
         return parallel.bucket(max(tokens, _NARROWEST), self.seq_len)
 
     def rows(self, pieces: Sequence[Piece], width: int) -> dict[str, np.ndarray]:
-        """x, segment int32 and score bool [n, width]; what is behind a piece is padding that it does not see."""
-        x = np.full((len(pieces), width), self.run.tokenizer.eot, np.int32)
-        place, size = np.arange(width)[None], np.array([[len(p.ids)] for p in pieces])
-        for row, piece in zip(x, pieces, strict=True):
-            row[: len(piece.ids)] = piece.ids
-        inside = place < size
-        score = inside & (place >= np.array([[p.given] for p in pieces]))
-        return {"x": x, "segment": inside.astype(np.int32) - 1, "score": score}
+        """Rows [n, width] of pieces; those that end have the width S."""
+        return rows_of([p.ids for p in pieces], width, self.run.tokenizer.eot, [p.given for p in pieces],
+                       ends=np.array([p.ends for p in pieces], bool))
 
     def nats(self, pieces: Sequence[Piece], draws: int, name: str = "evaluate"):
         """Estimates [draws, n, K], and the noise times and densities [draws, n] they were made at.
@@ -149,7 +153,7 @@ class Scorer:
         n, draws = len(pieces), 1 if self.run.process.exact else draws
         tau, q = self.evaluator(self.seq_len).pairs(n, draws)
         pair = np.arange(draws * n).reshape(draws, n)
-        widths = np.array([self._width(len(p.ids)) for p in pieces])
+        widths = np.array([self.seq_len if p.ends else self._width(len(p.ids)) for p in pieces])
         out: np.ndarray | None = None
         for width in np.unique(widths):
             here = np.flatnonzero(widths == width)

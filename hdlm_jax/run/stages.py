@@ -177,7 +177,7 @@ def batches_of(config: Config, text: Text) -> Any:
     how: dict[str, Any] = dict(
         seq_len=config.model.seq_len, batch_size=config.train.batch_size, seed=config.train.seed,
         process_index=jax.process_index(), process_count=jax.process_count(), packing=d.packing,
-        variable_share=d.variable_share)
+        padding=d.padding, variable_share=d.variable_share)
     if not d.stream:
         return pipeline.TrainBatches(text.dir, **how)
     reader, train, valid = text_prepare.what_to_read(d)

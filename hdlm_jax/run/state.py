@@ -89,8 +89,9 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=
     """loss_sums(params, batch, key) -> (loss, nelbo, tokens): sums over the rows given, in nats.
 
     batch: x int32 [b, S], index int32 [b] (rows of the global batch), optionally score bool [b, S] (False where the
-    text is given, not modelled) and segment int32 [b, S] (tokens see their own segment alone). Each row draws from
-    fold_in(key, index) alone, so any split of a batch adds up to it.
+    text is given, not modelled), segment int32 [b, S] (tokens see their own segment alone) and tokens int32 [b] (of
+    a row, where ends of text behind them are scored as well). Each row draws from fold_in(key, index) alone, so any
+    split of a batch adds up to it.
     nelbo is the unweighted estimate for t uniform; only loss has gradients.
     """
     d, m = config.diffusion, config.model
@@ -126,7 +127,7 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=
                   process.nelbo_weight(z, tau, x) * jnp.exp(tau)[:, None])
         loss, nelbo = sum_over_noised(network.head, token_loss, params["head"], h, level, x, fields,
                                       asks=process.asks(d.hard_training), shard=shard)
-        return loss, nelbo, jnp.sum(score).astype(jnp.float32)
+        return loss, nelbo, jnp.sum(batch.get("tokens", score)).astype(jnp.float32)
 
     return loss_sums
 
@@ -134,7 +135,7 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=
 def make_train_step(config, network, process, tx, mesh=None):
     """train_step(state, batch, key) -> (state, metrics), pure and global.
 
-    Gradients are those of the batch's loss in nats per scored token, whatever the number of microbatches. Where the
+    Gradients are those of the batch's loss in nats per token of text, whatever the number of microbatches. Where the
     loss or the gradient is not finite parameters, optimizer and average stay as they are.
     metrics: loss, nelbo (nats/token), grad_norm: float32 scalars; skipped: how often that was so up to here.
     """

@@ -8,6 +8,10 @@ Perplexities count every token of every document once, its end of text too, in o
 - document: each document by itself (its first tokens see nothing before them), in pieces of S where it is longer;
 - packed: all documents one after the other, cut into windows of S, the last window too.
 
+`given` says what a bound is conditional on (docs/theory.md section 7): packed windows on nothing; a document by itself
+on its length, unless the run is autoregressive or learnt ends of texts (data.padding="end"), which are then scored
+behind it up to S; answers on the lengths of their choices, as elsewhere in the field.
+
 nats per token are of the model's own tokens. bits per byte are of the UTF-8 bytes of the *detokenised* text, and the
 perplexity by words divides all nats by the words of the *original* text (blank-separated, one more for each line end),
 as the field does; neither depends on the tokenizer. `se` is of the documents as a sample and of the noise (see
@@ -44,13 +48,15 @@ def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bo
     """Nats per token, bits per byte and perplexities of documents, with standard errors. words: those by words too."""
     tokenizer, started = scorer.run.tokenizer, time.time()
     ids = [np.append(found, np.int32(tokenizer.eot)) for found in tokenizer.encode_batch([p.text for p in passages])]
-    pieces = documents(ids, scorer.seq_len, protocol)
+    run = scorer.run
+    pieces = documents(ids, scorer.seq_len, protocol, run.ends)
     tokens = np.array([len(p.ids) for p in pieces])
     nats, tau, q = scorer.nats(pieces, scorer.settings.draws)
     found = summarise(nats, tokens, tau, q)
     size = sum(len(p.text.encode()) for p in passages)
     per_byte = found["tokens"] / size / math.log(2)
-    found |= {"perplexity_se": found["perplexity"] * found["se"], "documents": len(passages), "bytes": size,
+    found |= {"given": "nothing" if protocol == "packed" else run.given_alone,
+              "perplexity_se": found["perplexity"] * found["se"], "documents": len(passages), "bytes": size,
               "bits_per_byte": found["nelbo"] * per_byte, "bits_per_byte_se": found["se"] * per_byte}
     if words:
         count = sum(p.words for p in passages)
@@ -82,6 +88,7 @@ def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
     right = np.array([nats[i] for nats, i in zip(found.nats, label, strict=True)])
     length = np.array([n[i] for n, i in zip(tokens, label, strict=True)])
     out: dict[str, Any] = {
+        "given": "nothing" if scorer.run.process.exact else "lengths",
         "questions": len(questions), "draws": float(found.draws.mean()), "reached": float(found.reached.mean()),
         "cut": int(found.cut.sum()), "nelbo_of_right": float(right.sum() / length.sum()), "tokens": int(length.sum())}
     if max(len(q.choices) for q in questions) > 1:
@@ -149,7 +156,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
                           "generate": [g.seed, g.clusters, g.force_transition, g.steps]}
         for protocol in ("",) if task.ranks else e.protocols:
             key = f"{name}/{protocol}" if protocol else name
-            if (old := results.get(key)) and old["made_from"] == made_from:
+            if (old := results.get(key)) and old["made_from"] == made_from and "given" in old:
                 say(f"tasks: reusing {key} of step {loaded.step}: {_line(old)}")
                 continue
             found = ranking(scorer, items) if task.ranks else perplexity(scorer, items, protocol, task.words)
@@ -203,15 +210,16 @@ def newest(results: dict[str, Any]) -> dict[str, Any]:
 
 def rows(results: dict[str, Any]) -> list[list[list[str]]]:
     """Results as tables of text, one of perplexities and one of answers, their heads first; none that is empty."""
-    texts = [["text", "protocol", "detokeniser", "nats/token", "bits/byte", "perplexity", "by words", "tokens",
+    texts = [["text", "protocol", "given", "detokeniser", "nats/token", "bits/byte", "perplexity", "by words", "tokens",
               "documents", "draws"]]
-    texts += [[r["task"] + "*" * r["limited"], r["protocol"], r["detokenizer"] or "none", _with_se(r, "nelbo", 4),
+    texts += [[r["task"] + "*" * r["limited"], r["protocol"], r.get("given", "?"), r["detokenizer"] or "none",
+               _with_se(r, "nelbo", 4),
                _with_se(r, "bits_per_byte", 4), _with_se(r, "perplexity", 2), _with_se(r, "word_perplexity", 1),
                f"{r['tokens']:,}", f"{r['documents']:,}", str(r["draws"])]
               for r in results.values() if r["kind"] == "perplexity"]
-    asked = [["questions", "accuracy %", "per token", "per character", "perplexity", "number", "draws", "reached",
-              "cut"]]
-    asked += [[r["task"] + "*" * r["limited"], *(_with_se(r, f"accuracy{by}", 2, 100)
+    asked = [["questions", "given", "accuracy %", "per token", "per character", "perplexity", "number", "draws",
+              "reached", "cut"]]
+    asked += [[r["task"] + "*" * r["limited"], r.get("given", "?"), *(_with_se(r, f"accuracy{by}", 2, 100)
                                                  for by in ("", "_per_token", "_per_character")),
                _with_se(r, "word_perplexity", 1), f"{r['questions']:,}", f"{r['draws']:.1f}",
                f"{100 * r['reached']:.0f} %", str(r["cut"])] for r in results.values() if r["kind"] == "ranking"]
@@ -220,7 +228,8 @@ def rows(results: dict[str, Any]) -> list[list[list[str]]]:
 
 def table(results: dict[str, Any], step: int) -> str:
     """Markdown of the results, ± one standard error; a star marks those limited to the first items of their data."""
-    lines = [f"Step {step:,}; ± is one standard error; * the first documents or questions alone (evaluate.limit)."]
+    lines = [f"Step {step:,}; ± is one standard error; * the first documents or questions alone (evaluate.limit). "
+             "Given: what the bound is conditional on, the lengths of texts or nothing."]
     for head, *cells in rows(results):
         lines += ["", *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *cells))]
     notes = {f"{r['task']}: {r['note']}." for r in results.values() if r["note"]}

@@ -28,7 +28,7 @@ RESUME_EXIT = 75  # leaving on SIGTERM with everything saved: run the same comma
 # and how sequences are made of it
 _FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "optimizer", "train")
 FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "train.nonfinite_limit", "model.remat")
-_FIXED_DATA = ("packing", "variable_share", "stream", "shuffle_documents")
+_FIXED_DATA = ("packing", "padding", "variable_share", "stream", "shuffle_documents")
 
 
 class TrainingStopped(RuntimeError):
@@ -37,15 +37,15 @@ class TrainingStopped(RuntimeError):
 
 def check_resume(config: Config, meta: dict, path: str) -> None:
     """ConfigError if a checkpoint belongs to another configuration."""
-    from hdlm_jax.run.api import check_format
+    from hdlm_jax.run.api import upgraded
 
-    check_format(meta["config"], path)
+    was = upgraded(meta["config"], path)
     now = json.loads(json.dumps(config.as_dict()))
     for section in ("data", *_FIXED):
         for name, value in now[section].items():
-            saved = meta["config"][section].get(name)
+            saved = was[section].get(name)
             free = f"{section}.{name}" in FREE or (name == "steps" and config.optimizer.schedule == "constant")
-            free |= section == "data" and name not in _FIXED_DATA[: None if config.data.stream else 3]
+            free |= section == "data" and name not in _FIXED_DATA[: None if config.data.stream else 4]
             if saved != value and not free:
                 raise ConfigError(f"{section}.{name}={value!r}: the checkpoint in {path} was trained with {saved!r}; "
                                   "use another --workdir or the old setting")
@@ -120,7 +120,8 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         return state
 
     evaluator = Evaluator(config, network, process, mesh, abstract.params)
-    rows = valid_rows(text.dir, config.model.seq_len, config.evaluate.rows_in_training, config.data.packing)
+    rows = valid_rows(text.dir, config.model.seq_len, config.evaluate.rows_in_training, config.data.packing,
+                      config.data.padding)
     metrics_path = os.path.join(workdir, "metrics.jsonl")
     writers: list[Any] = []
     if parallel.is_first():
@@ -184,7 +185,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     def measure(step: int) -> dict[str, float]:
         pause = time.time()
         nats, tau, q = evaluator.nats(state.ema or state.params, rows, 1, "validation")
-        result = summarise(nats, rows["score"].sum(-1), tau, q)
+        result = summarise(nats, rows["tokens"], tau, q)
         clock["since"] += time.time() - pause
         return {"valid_nelbo": float(result["nelbo"]), "valid_se": float(result["se"])}
 

@@ -2,9 +2,12 @@
 
 A row is packed in one of three ways. concat: S consecutive tokens of the documents one after the other;
 documents: the same, with attention limited to tokens of the same document; crop: one document, or a window of
-one that is longer than S. `TrainBatches` reads the folder that `prepare` writes and is a pure function of (seed, step);
-`StreamBatches` reads raw documents and goes on from any position it has handed out; `valid_rows` is the
-validation split, every token once.
+one that is longer than S. Behind a document that ends before its row does is padding of one of two kinds. end: more
+ends of text, shown, noised and scored like any token, so that where a text ends is part of the text; hidden: no token
+sees it and it is not scored, so that a row's length is given (docs/theory.md section 7).
+
+`TrainBatches` reads the folder that `prepare` writes and is a pure function of (seed, step); `StreamBatches` reads raw
+documents and goes on from any position it has handed out; `valid_rows` is the validation split, every token once.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from hdlm_jax.text import corpus, tokens
 from hdlm_jax.text.prepare import Manifest, load_manifest
 
 PACKINGS = ("concat", "documents", "crop")
+PADDINGS = ("end", "hidden")
 _OPEN_SHARDS = 256  # memory maps held at once; each costs a file descriptor
 _MANY_RECORDS = 10_000  # a share of fewer records says little
 _ENCODED_CHARS = 1 << 20  # streamed documents are encoded in batches of about so many characters
@@ -135,17 +139,49 @@ class Split:
 # ---------------------------------------------------------------------------------------------------- rows
 
 
-def _fields(x: np.ndarray, score: np.ndarray, lengths: np.ndarray, packing: str, eot: int) -> dict[str, np.ndarray]:
-    """x, score and segment [b, S] of rows whose first `lengths` [b] tokens count; in x and score the rest is
-    overwritten with padding."""
-    segment = np.zeros_like(x)
+def given(packing: str, padding: str, prompts: bool, causal: bool) -> str:
+    """What the NELBO of a row is conditional on beside its prompt: "nothing", or "lengths" (docs/theory.md section 7).
+
+    Args:
+      packing, padding: how rows are made; prompts: whether documents begin with one; causal: whether a token sees those
+        before it alone, so that what is behind it tells nothing.
+    """
+    told = {"concat": prompts, "documents": True, "crop": padding == "hidden"}
+    return "lengths" if told[packing] and not causal else "nothing"
+
+
+def _fields(x: np.ndarray, score: np.ndarray, lengths: np.ndarray, shown: np.ndarray, packing: str,
+            eot: int) -> dict[str, np.ndarray]:
+    """x, score and segment [b, S], tokens int32 [b] of rows whose first `lengths` [b] tokens are text.
+
+    Behind them, up to `shown` [b], are ends of text that count like text but in `tokens`; behind those hidden padding.
+    """
+    segment, place = np.zeros_like(x), np.arange(x.shape[1])
     if packing == "documents":  # an end of text belongs to the document that it closes
         ends = x == eot
         np.cumsum(ends, axis=1, out=segment)
         segment -= ends
-    outside = np.arange(x.shape[1]) >= lengths[:, None]
-    x[outside], score[outside], segment[outside] = eot, False, -1
-    return {"x": x, "score": score, "segment": segment}
+    behind, outside = place >= lengths[:, None], place >= shown[:, None]
+    x[behind], score[behind] = eot, True
+    tokens = (score & ~behind).sum(1, dtype=np.int32)
+    score[outside], segment[outside] = False, -1
+    return {"x": x, "score": score, "segment": segment, "tokens": tokens}
+
+
+def rows_of(pieces: Sequence[np.ndarray], seq_len: int, eot: int, prompts: Sequence[int] = (), *,
+            ends: bool | np.ndarray = False) -> dict[str, np.ndarray]:
+    """Pieces of text [n_i], each in a row of its own: the fields of `valid_rows`.
+
+    prompts: of each piece, tokens in front that are not scored; ends: whether pieces (each, or bool [n]) that close
+    with the end of text are followed by more of them that count (padding="end"). All else behind a piece is hidden.
+    """
+    x = np.full((len(pieces), seq_len), eot, np.int32)
+    for row, piece in zip(x, pieces, strict=True):
+        row[: len(piece)] = piece
+    lengths = np.array([len(piece) for piece in pieces], np.int64)
+    score = np.arange(seq_len) >= np.array(prompts or [0] * len(pieces), np.int64)[:, None]
+    closed = np.array([len(piece) > 0 and piece[-1] == eot for piece in pieces], bool)
+    return _fields(x, score, lengths, np.where(closed & ends, seq_len, lengths), "crop", eot)
 
 
 def _window(lengths: np.ndarray, prompts: np.ndarray, limits: np.ndarray,
@@ -165,7 +201,7 @@ class _Batches:
     """What rows are, wherever their tokens are from, and which of them this process gets."""
 
     def __init__(self, seq_len: int, batch_size: int, seed: int, process_index: int, process_count: int,
-                 packing: str, variable_share: float, prompts: bool, eot: int):
+                 packing: str, padding: str, variable_share: float, prompts: bool, eot: int):
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index is {process_index}; must be in 0..{process_count - 1}")
         if batch_size < 1 or batch_size % process_count:
@@ -173,23 +209,27 @@ class _Batches:
                              f"{process_count} processes")
         if seq_len < 1:
             raise ValueError(f"model.seq_len is {seq_len}; must be at least 1")
-        if packing not in PACKINGS:
-            raise ValueError(f"data.packing is {packing!r}; choices: {', '.join(PACKINGS)}")
+        for name, value, choices in (("packing", packing, PACKINGS), ("padding", padding, PADDINGS)):
+            if value not in choices:
+                raise ValueError(f"data.{name} is {value!r}; choices: {', '.join(choices)}")
         if not 0.0 <= variable_share <= 1.0:
             raise ValueError(f"data.variable_share is {variable_share}; must be in 0..1")
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.packing, self.variable_share, self._eot = packing, variable_share, eot
         rows = batch_size // process_count
         self._index = np.arange(process_index * rows, (process_index + 1) * rows, dtype=np.int32)
-        padded = packing == "crop" or variable_share > 0
-        self._names = ["score"] * (prompts or padded) + ["segment"] * (padded or packing == "documents")
+        self._ends = packing == "crop" and padding == "end"
+        hidden = packing == "crop" and not self._ends or variable_share > 0
+        self._names = ["score"] * (prompts or hidden) + ["segment"] * (hidden or packing == "documents") + [
+            "tokens"] * self._ends
 
     def example(self) -> dict[str, np.ndarray]:
         """A batch of zeros: the names, shapes and dtypes that every batch of this process has."""
         shape = (len(self._index), self.seq_len)
-        dtypes = {"score": np.bool_, "segment": np.int32}
+        like = {"score": np.zeros(shape, np.bool_), "segment": np.zeros(shape, np.int32),
+                "tokens": np.zeros(shape[0], np.int32)}
         return {"x": np.zeros(shape, np.int32), "index": np.zeros(shape[0], np.int32),
-                **{name: np.zeros(shape, dtypes[name]) for name in self._names}}
+                **{name: like[name] for name in self._names}}
 
     def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """For each of this process's rows the most tokens it may show (int64 [b]) and a uniform uint64.
@@ -203,11 +243,13 @@ class _Batches:
         limits = np.where(cut, raw[:, 1] % np.uint64(self.seq_len) + np.uint64(1), np.uint64(self.seq_len))
         return limits.astype(np.int64), raw[:, 2]
 
-    def _batch(self, x: np.ndarray, score: np.ndarray | None, lengths: np.ndarray) -> dict[str, np.ndarray]:
+    def _batch(self, x: np.ndarray, score: np.ndarray | None, lengths: np.ndarray,
+               limits: np.ndarray) -> dict[str, np.ndarray]:
+        """lengths, limits: [b], tokens of text in each row, and the most that it may show."""
         batch = {"x": x, "index": self._index.copy()}
         if self._names:
             score = np.ones(x.shape, np.bool_) if score is None else score
-            fields = _fields(x, score, lengths, self.packing, self._eot)
+            fields = _fields(x, score, lengths, limits if self._ends else lengths, self.packing, self._eot)
             batch |= {name: fields[name] for name in self._names}
         return batch
 
@@ -229,17 +271,17 @@ class TrainBatches(_Batches):
     Args:
       folder: made by `prepare`. seq_len: S. batch_size: B, of all processes together.
       process_index, process_count: this process gets rows p*b .. (p+1)*b - 1 of the B, b = B / process_count.
-      packing: concat, documents or crop (see the top of this file).
+      packing: concat, documents or crop; padding: end or hidden (see the top of this file).
       variable_share: of the rows, cut to a length uniform in 1..S, the rest of the row being padding; with
         packing="crop" the window is drawn with that length.
       shift: whether an epoch starts at a random place (else always at the first token).
     """
 
     def __init__(self, folder: str | os.PathLike, seq_len: int, batch_size: int, seed: int = 0,
-                 process_index: int = 0, process_count: int = 1, *, packing: str = "concat",
+                 process_index: int = 0, process_count: int = 1, *, packing: str = "concat", padding: str = "end",
                  variable_share: float = 0.0, shift: bool = True):
         manifest = load_manifest(folder)
-        super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, variable_share,
+        super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, padding, variable_share,
                          manifest.prompts, manifest.eot)
         self._split = Split(folder, manifest, "train")
         self.num_tokens = self._split.tokens
@@ -263,8 +305,9 @@ class TrainBatches(_Batches):
         """This process's rows of a step.
 
         Returns: x int32 [b, S]; index int32 [b], the row numbers in 0..B-1; where some tokens are not scored
-          (prompts, padding) score bool [b, S]; where attention is limited segment int32 [b, S]: tokens attend to
-          those of the same segment. Padding is end of text, not scored, segment -1. Every batch has the same fields.
+          (prompts, hidden padding) score bool [b, S]; where attention is limited segment int32 [b, S]: tokens attend to
+          those of the same segment; where padding is scored tokens int32 [b], scored tokens that are none. Padding is
+          end of text; hidden padding is not scored, segment -1. Every batch has the same fields.
         """
         epochs, places = np.divmod(step * self.batch_size + self._index.astype(np.int64), self.windows)
         starts, chosen = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
@@ -274,15 +317,16 @@ class TrainBatches(_Batches):
             here = epochs == epoch
             chosen[here] = order[places[here]]
             starts[here] = (start + chosen[here] * self.seq_len) % self.num_tokens
-        lengths = np.full(len(places), self.seq_len)
+        lengths = limits = np.full(len(places), self.seq_len)
         if self.variable_share or self.packing == "crop":
-            lengths, draws = self._draw(step)
+            limits, draws = self._draw(step)
+            lengths = limits
         if self.packing == "crop":
             bounds, prompts = self._split.documents
-            first, lengths = _window(bounds[chosen + 1] - bounds[chosen], prompts[chosen], lengths, draws)
+            first, lengths = _window(bounds[chosen + 1] - bounds[chosen], prompts[chosen], limits, draws)
             starts = bounds[chosen] + first
         score = self._split.scored(starts, self.seq_len) if self._prompts else None
-        return self._batch(self._split.gather(starts, self.seq_len), score, lengths)
+        return self._batch(self._split.gather(starts, self.seq_len), score, lengths, limits)
 
     def position(self, step: int) -> dict[str, int]:
         """The data position before `step`, as `iterator` takes it and its `get_state` gives it."""
@@ -307,19 +351,22 @@ def _position(position: dict, like: dict) -> dict:
     return dict(position)
 
 
-def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0,
-               packing: str = "concat") -> dict[str, np.ndarray]:
+def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0, packing: str = "concat",
+               padding: str = "end") -> dict[str, np.ndarray]:
     """The validation split in rows of S tokens, every scored token once. `limit` > 0 keeps the first `limit` rows only.
 
-    Rows are consecutive tokens of the split, with packing="crop" of one document.
+    Rows are consecutive tokens of the split, with packing="crop" of one document. What is left of the last row of the
+    others is hidden whatever `padding` says: it is no text, and the split's number of tokens tells where it begins.
 
-    Returns: x int32 [n, S], padded with end of text; score bool [n, S], False on padding and prompts; segment
-      int32 [n, S], -1 on padding, else 0, with packing="documents" the number of the document in its row.
+    Returns: x int32 [n, S], padded with end of text; score bool [n, S], False on hidden padding and prompts; segment
+      int32 [n, S], -1 on hidden padding, else 0, with packing="documents" the number of the document in its row;
+      tokens int32 [n], scored tokens without any padding: what nats are divided by.
     """
     if seq_len < 1 or limit < 0:
         raise ValueError(f"seq_len is {seq_len} and limit {limit}; must be at least 1 and 0")
-    if packing not in PACKINGS:
-        raise ValueError(f"data.packing is {packing!r}; choices: {', '.join(PACKINGS)}")
+    for name, value, choices in (("packing", packing, PACKINGS), ("padding", padding, PADDINGS)):
+        if value not in choices:
+            raise ValueError(f"data.{name} is {value!r}; choices: {', '.join(choices)}")
     manifest = load_manifest(folder)
     split = Split(folder, manifest, "valid")
     bounds = split.documents.starts if packing == "crop" else np.array([0, split.tokens])
@@ -329,10 +376,12 @@ def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0,
     lengths = np.minimum(seq_len, np.repeat(bounds[1:], rows) - starts)
     if limit and not manifest.prompts:
         starts, lengths = starts[:limit], lengths[:limit]
-    fields = _fields(split.gather(starts, seq_len), split.scored(starts, seq_len), lengths, packing, manifest.eot)
+    shown = np.full_like(lengths, seq_len) if packing == "crop" and padding == "end" else lengths
+    fields = _fields(split.gather(starts, seq_len), split.scored(starts, seq_len), lengths, shown, packing,
+                     manifest.eot)
     if not manifest.prompts:
         return fields
-    says = np.flatnonzero(fields["score"].any(1))[: limit or None]  # not rows of prompt alone
+    says = np.flatnonzero(fields["tokens"])[: limit or None]  # not rows of prompt alone
     return {name: field[says] for name, field in fields.items()}
 
 
@@ -358,10 +407,10 @@ class StreamBatches(_Batches):
 
     def __init__(self, reader: corpus.Reader, sources: Sequence[str], tokenizer: tokens.Tokenizer,
                  is_training: Callable[[corpus.Document], bool], *, seq_len: int, batch_size: int, seed: int = 0,
-                 process_index: int = 0, process_count: int = 1, packing: str = "concat",
+                 process_index: int = 0, process_count: int = 1, packing: str = "concat", padding: str = "end",
                  variable_share: float = 0.0, shuffle_documents: int = 10_000, eot: int, bad_share: float = 1.0,
                  say: Callable[[str], None] = lambda line: None):
-        super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, variable_share,
+        super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, padding, variable_share,
                          bool(reader.prompt_field), eot)
         if shuffle_documents < 1:
             raise ValueError(f"data.shuffle_documents is {shuffle_documents}; must be at least 1")
@@ -489,12 +538,11 @@ class _Stream:
 
     def __next__(self) -> dict[str, np.ndarray]:
         step = self._state["next_index"]
-        x, score, lengths = (self._crops if self._batches.packing == "crop" else self._consecutive)(step)
-        batch = self._batches._batch(x, score, lengths)
+        batch = self._batches._batch(*(self._crops if self._batches.packing == "crop" else self._consecutive)(step))
         self._state = {"next_index": step + 1, **self._place, "offset": self._offset}
         return batch
 
-    def _consecutive(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _consecutive(self, step: int) -> tuple[np.ndarray, ...]:
         shape = self._batches.batch_size, self._batches.seq_len
         x, score = np.empty(shape, np.int32), np.ones(shape, np.bool_)
         done, flat_x, flat_score = 0, x.reshape(-1), score.reshape(-1)
@@ -505,9 +553,10 @@ class _Stream:
             flat_score[done:done + min(len(piece), max(0, self._prompt - self._offset))] = False
             self._offset += len(piece)
             done += len(piece)
-        return x[self._rows].copy(), score[self._rows], self._batches._draw(step)[0]
+        limits = self._batches._draw(step)[0]
+        return x[self._rows].copy(), score[self._rows], limits, limits
 
-    def _crops(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _crops(self, step: int) -> tuple[np.ndarray, ...]:
         documents = []
         for _ in range(self._batches.batch_size):
             self._advance()
@@ -520,4 +569,4 @@ class _Stream:
         x = np.zeros((len(documents), self._batches.seq_len), np.int32)
         for row, (ids, _), start, size in zip(x, documents, starts, sizes, strict=True):
             row[:size] = ids[start:start + size]
-        return x, np.arange(x.shape[1]) >= (prompts - starts)[:, None], sizes
+        return x, np.arange(x.shape[1]) >= (prompts - starts)[:, None], sizes, limits

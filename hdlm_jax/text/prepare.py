@@ -26,6 +26,7 @@ from hdlm_jax.text import corpus, tokens, units
 MANIFEST, BEGUN, VERIFIED, BAD_RECORDS = "manifest.json", "begun.json", "verified.json", "bad_records.jsonl"
 VERSION = 2
 BPE_TRAINING_BYTES = 100_000_000
+LONGEST = 1 << 16
 _COUNTED_TOKENS = 1 << 20
 
 
@@ -44,6 +45,8 @@ class Manifest:
     bad: records that could not be read; bad_records.jsonl lists them.
     unreadable: source files of the embedded corpus that could not be read.
     sampled: the training split is a sample (data.stream trains on the documents themselves).
+    lengths: [tokens, documents] of the training split, by rising tokens: how many of its documents have so many scored
+      tokens (end of text too), counted as at most LONGEST.
     splits: "train" and "valid": [stem, first token, end token, first document, end document] of each range, in
       the order of the documents; a range lies in the shard stem.bin and its index stem.idx.
     shards: file name -> {"bytes", "sha256"}.
@@ -78,6 +81,7 @@ class Manifest:
     python: str
     splits: dict
     shards: dict
+    lengths: list
 
     @property
     def unigram_bits_per_byte(self) -> float:
@@ -111,6 +115,8 @@ def load_manifest(folder: str | os.PathLike) -> Manifest:
     if facts.get("version") != VERSION:
         raise ValueError(f"{path}: version is {facts.get('version')}, this code reads {VERSION}; "
                          "delete the folder and prepare again")
+    if "lengths" not in facts:  # made before they were kept
+        facts["lengths"] = document_lengths(Path(folder), facts["splits"]["train"])
     return Manifest(**facts)
 
 
@@ -214,6 +220,15 @@ def token_counts(folder: str | os.PathLike, split: str = "train", manifest: Mani
                 flat = flat[np.repeat(np.tile([False, True], len(piece)), lengths)]
             counts += np.bincount(flat, minlength=manifest.vocab_size)
     return counts
+
+
+def document_lengths(folder: Path, ranges: list) -> list[list[int]]:
+    """Manifest.lengths of the documents in these ranges of shards."""
+    counts = np.zeros(LONGEST + 1, np.int64)
+    for stem, _, _, first_document, end_document in ranges:
+        index = _read_index(folder / f"{stem}.idx", first_document, end_document)
+        counts += np.bincount(np.minimum(index[:, 0] - index[:, 2], LONGEST), minlength=LONGEST + 1)
+    return [[int(size), int(counts[size])] for size in np.flatnonzero(counts)]
 
 
 def _settings(data: Any, tokenizer: Any) -> dict:
@@ -379,12 +394,13 @@ def _merge(job: units.Job, words: tokens.Tokenizer, records: list[units.Record],
         sampled=job.sample > 0, python=platform.python_version(),
         splits={split: [list(shard[:5]) for shard in shards] for split, shards in splits.items()},
         shards={name: facts for record in records for name, facts in sorted(record.files.items())
-                if not name.startswith("bad-")})
+                if not name.startswith("bad-")}, lengths=[])
     if verify and (damage := _damage(job.folder, manifest)):
         name, what = damage[0]
         raise ValueError(f"{job.folder / name} is {what}: delete it and run --mode=prepare, which makes it again")
     train, valid = (token_counts(job.folder, split, manifest) for split in ("train", "valid"))
-    manifest = dataclasses.replace(manifest, unigram_nats=unigram_nats(train, valid))
+    manifest = dataclasses.replace(manifest, unigram_nats=unigram_nats(train, valid),
+                                   lengths=document_lengths(job.folder, manifest.splits["train"]))
     units.write_file(job.folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
     return manifest
 

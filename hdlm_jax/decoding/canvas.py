@@ -64,6 +64,16 @@ def make(symbols: Sequence[int] | np.ndarray, hierarchy, rows: int = 1, seq_len:
     return Canvas(spread(ids), spread(given), spread(kinds), np.full(rows, n, np.int32), sets)
 
 
+def closed(canvas: Canvas, seq_len: int, eot: int) -> Canvas:
+    """The canvas with ends of text given behind it, up to S = seq_len: for networks that have only seen whole rows."""
+    n, places = canvas.z.shape
+    wide = ((0, 0), (0, seq_len - places))
+    z, given, kind = (np.pad(a, wide) for a in (canvas.z, canvas.given, canvas.kind))
+    behind = np.arange(seq_len) >= canvas.length[:, None]
+    z[behind], given[behind], kind[behind] = eot, True, 0
+    return Canvas(z, given, kind, np.full(n, seq_len, np.int32), canvas.allowed)
+
+
 def structure(pieces: Sequence[tuple[int, str]], length: int, tokenizer, hierarchy, rows: int = 1,
               seq_len: int = 0) -> Canvas:
     """Dimple's structure prior (arXiv 2505.16990): texts at chosen positions of a canvas of `length` tokens.

@@ -48,8 +48,11 @@ class Run:
 
     @property
     def ends(self) -> bool:
-        """Whether a text is followed by ends of text that count, up to the end of its row (data.padding="end")."""
-        return self.trained.data.packing == "crop" and self.trained.data.padding == "end"
+        """Whether a text by itself is followed by ends of text that count, as rows of data.padding="end" are.
+
+        A causal network does not see them, nor need them.
+        """
+        return (self.trained.data.packing, self.trained.data.padding) == ("crop", "end") and not self.process.exact
 
     @property
     def given(self) -> str:
@@ -230,6 +233,8 @@ class Model:
         g = self._settings(length=0, steps=steps, num_samples=num_samples, **settings)
         scaffold = schemas.scaffold(schema, self.tokenizer, self.hierarchy, budget, prompt=prompt)
         canvas = scaffold.canvas(num_samples, self.seq_len)
+        if self.run.ends:
+            canvas = canvases.closed(canvas, self.seq_len, self.tokenizer.eot)
         return [scaffold.read(row) for row in self._draw(canvas, g)["tokens"]]
 
     def _settings(self, **settings: Any) -> Generate:

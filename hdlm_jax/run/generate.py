@@ -455,7 +455,7 @@ def real_texts(run: Any, count: int, length: int) -> list[np.ndarray] | str:
         rows = run.valid_rows(length, count)
     except (ValueError, OSError) as error:
         return f"no reference texts: {error}"
-    return [ended(x[segment >= 0], 0, run.tokenizer.eot, "end" if run.ends else "")
+    return [ended(x[segment >= 0], 0, run.tokenizer.eot, "end" if run.trained.data.packing == "crop" else "")
             for x, segment in zip(rows["x"], rows["segment"], strict=True)]
 
 
@@ -470,7 +470,7 @@ def _sample(run: Any, workdir: str, made_from: dict, helper: Any) -> tuple[dict[
     compiled = time.time()
     out = draw(canvas, g)
     seconds = time.time() - compiled
-    whole = [row[:n] for row, n in zip(out["tokens"], out["length"], strict=True)]
+    whole = [row[: min(n, length)] for row, n in zip(out["tokens"], out["length"], strict=True)]
     tokens = whole if scaffold else [ended(row, len(ids), run.tokenizer.eot, g.stop) for row in whole]
     texts = [scaffold.text(row) if scaffold else text_of(run.tokenizer, row, g.stop) for row in tokens]
     words = sum(len(row) for row in whole) - len(whole) * len(ids)
@@ -521,7 +521,7 @@ def _canvas(run: Any, g: Generate, ids: np.ndarray) -> tuple[Any, int, Any]:
         canvas = scaffold.canvas(g.num_samples, seq_len)
     except ValueError as error:
         raise ConfigError(f"generate.schema={g.schema!r}: {error}") from error
-    return canvas, int(canvas.length[0]), scaffold
+    return canvases.closed(canvas, seq_len, run.tokenizer.eot) if run.ends else canvas, int(canvas.length[0]), scaffold
 
 
 def _trajectories(draw: Sampler, canvas: np.ndarray, g: Generate, tokens: np.ndarray) -> dict[str, np.ndarray]:

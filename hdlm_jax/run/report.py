@@ -64,6 +64,16 @@ def same_given(names: list[str], results: list[dict[str, Any]]) -> str:
     return found[0]
 
 
+def differences(workdirs: list[str]) -> list[str]:
+    """A line for each run but the first: its NELBO minus that of the first, paired over sequences."""
+    lines = []
+    for workdir in workdirs[1:]:
+        mean, se = compare(workdirs[0], workdir)
+        names = [os.path.basename(os.path.normpath(w)) for w in (workdir, workdirs[0])]
+        lines.append(f"{names[0]} - {names[1]}: {mean:+.4f} ± {se:.4f} nats/token (paired)")
+    return lines
+
+
 def table(workdirs: list[str]) -> str:
     """Markdown: what each run reaches on its validation split, and what it costs."""
     judged = any("judge" in _read(w, "generate.json") for w in workdirs)
@@ -225,10 +235,7 @@ def main(workdirs: list[str]) -> None:
     print(table(workdirs))
     print(f"\nvalidation: {results[0]['tokens']:,} tokens, {results[0]['bytes'] or 0:,} bytes, "
           f"corpus {results[0]['corpus'][:12]}; given {shared}; ± is one standard error (data and noise times)")
-    for workdir in workdirs[1:]:
-        mean, se = compare(workdirs[0], workdir)
-        names = [os.path.basename(os.path.normpath(w)) for w in (workdir, workdirs[0])]
-        print(f"{names[0]} - {names[1]}: {mean:+.4f} ± {se:.4f} nats/token (paired)")
+    print("\n".join(differences(workdirs)))
     if zero_shot:
         print(f"\n{zero_shot}")
     for workdir, result in zip(workdirs, results, strict=True):

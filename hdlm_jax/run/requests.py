@@ -42,12 +42,17 @@ def loglikelihood(scorer: Scorer, requests: Sequence[Any], greedy: bool = True) 
 
 
 def loglikelihood_rolling(scorer: Scorer, requests: Sequence[Any]) -> list[float]:
-    """Minus the NELBO in nats of each whole text (text,), in pieces of S where it is longer; no end of text."""
-    texts = [scorer.run.tokenizer.encode(request.args[0]) for request in requests]
+    """Minus the NELBO in nats of each whole text (text,), in pieces of S where it is longer.
+
+    Without its end of text, and so given its length, but for a run that learnt ends of texts.
+    """
+    run = scorer.run
+    end = np.full(int(run.ends), run.tokenizer.eot, np.int32)
+    texts = [np.append(run.tokenizer.encode(request.args[0]), end) for request in requests]
     pieces: list[Piece] = []
     owner: list[int] = []
     for i, ids in enumerate(texts):
-        mine = documents([ids], scorer.seq_len, "document")  # no end of text: given its length
+        mine = documents([ids], scorer.seq_len, "document", run.ends)
         pieces += mine
         owner += [i] * len(mine)
     if not pieces:

@@ -87,10 +87,10 @@ def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: Gene
             about: dict[str, Any], prompts: np.ndarray | None = None) -> dict[str, Any]:
     """Samples and judges one setting, unless WORKDIR/file holds it already; `name` for who reads along.
 
-    All S tokens of a text are judged, as the field does, unless the run learnt ends of texts: then up to the first one.
+    All S tokens of a text are judged, as the field does, but up to the first end where the run learnt rows of one text.
     prompts: int32 [n, P], what each text begins with; none of it is in a number.
     """
-    g = dataclasses.replace(g, stop="end" if run.ends else "")
+    g = dataclasses.replace(g, stop="end" if run.trained.data.packing == "crop" else "")
     path = os.path.join(workdir, file)
     lines = read_metrics(path)
     drawn = {k: v for k, v in dataclasses.asdict(g).items() if k not in ("judge", "judge_dtype", "batch_size")}

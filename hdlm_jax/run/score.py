@@ -1,6 +1,7 @@
 """Likelihoods of any texts under a run: whole documents, choices given a context, and words filled in greedily.
 
-Choices are compared in rows that end where they end: bounds given their lengths, as in the field's own evaluations.
+Choices are compared in rows that end where they end: bounds given their lengths, as in the field's own evaluations. A
+run that learnt ends of texts has only seen whole rows: there a choice is followed by its end, and nothing is given.
 
 All of it is the exact NELBO of evaluate.py on rows made here. A context is shown as it is (it is in the row and not
 scored), so the sum over the other tokens bounds -log p(text | context): the conditional NELBO.
@@ -86,17 +87,18 @@ def documents(ids: Iterable[Ids], seq_len: int, protocol: str, ends: bool = Fals
             for part in parts for start in range(0, len(part), seq_len)]
 
 
-def _fit(question: Choices, seq_len: int) -> tuple[list[list[Piece]], bool]:
+def _fit(question: Choices, seq_len: int, end: Sequence[int] = ()) -> tuple[list[list[Piece]], bool]:
     """Pieces of each choice, and whether anything was cut.
 
     All contexts are cut (on the left) to the same room, what the longest choice leaves. Where a choice is longer than
-    S, all are scored in pieces of S that see no context.
+    S, all are scored in pieces of S that see no context. end: the end of text, where choices are followed by theirs.
     """
-    room = seq_len - max(len(c) for c in question.choices)
+    choices, ends = [np.append(c, np.array(end, np.int32)) for c in question.choices], bool(end)
+    room = seq_len - max(len(c) for c in choices)
     if room < 0:
-        return [documents([c], seq_len, "document") or [Piece(c)] for c in question.choices], True
+        return [documents([c], seq_len, "document", ends) or [Piece(c)] for c in choices], True
     kept = [c[len(c) - min(room, len(c)):] for c in question.contexts]
-    pieces = [[Piece(np.concatenate([k, c]), len(k))] for k, c in zip(kept, question.choices, strict=True)]
+    pieces = [[Piece(np.concatenate([k, c]), len(k), ends)] for k, c in zip(kept, choices, strict=True)]
     return pieces, any(len(c) > room for c in question.contexts)
 
 
@@ -138,10 +140,10 @@ class Scorer:
         return Evaluator(config, self.run.network, self.run.process, self.run.mesh, self.run.params)
 
     def _width(self, tokens: int) -> int:
-        return parallel.bucket(max(tokens, _NARROWEST), self.seq_len)
+        return self.seq_len if self.run.ends else parallel.bucket(max(tokens, _NARROWEST), self.seq_len)
 
     def rows(self, pieces: Sequence[Piece], width: int) -> dict[str, np.ndarray]:
-        """Rows [n, width] of pieces; those that end have the width S."""
+        """Rows [n, width] of pieces."""
         return rows_of([p.ids for p in pieces], width, self.run.tokenizer.eot, [p.given for p in pieces],
                        ends=np.array([p.ends for p in pieces], bool))
 
@@ -153,7 +155,7 @@ class Scorer:
         n, draws = len(pieces), 1 if self.run.process.exact else draws
         tau, q = self.evaluator(self.seq_len).pairs(n, draws)
         pair = np.arange(draws * n).reshape(draws, n)
-        widths = np.array([self.seq_len if p.ends else self._width(len(p.ids)) for p in pieces])
+        widths = np.array([self._width(len(p.ids)) for p in pieces])
         out: np.ndarray | None = None
         for width in np.unique(widths):
             here = np.flatnonzero(widths == width)
@@ -176,7 +178,8 @@ class Scorer:
         settings.most_draws. Times are stratified over a round. An exact process takes one draw.
         """
         s, n = self.settings, len(questions)
-        fitted = [_fit(question, self.seq_len) for question in questions]
+        end = [self.run.tokenizer.eot] if self.run.ends else []
+        fitted = [_fit(question, self.seq_len, end) for question in questions]
         cut = np.array([cut for _, cut in fitted], bool)
         none, pilot = np.zeros(n, int), max(s.draws, PILOT)
         draws = np.full(n, s.most_draws)
@@ -230,7 +233,8 @@ class Scorer:
     def fill(self, contexts: Sequence[Ids], counts: Sequence[int], g: Generate) -> list[Ids]:
         """So many tokens behind each context (cut on the left to fit), written by the sampler with the settings g.
 
-        The canvas ends where they end: nothing behind them is looked at. counts: 1..S-1 each.
+        The canvas ends where they end: nothing behind them is looked at. A run that learnt ends of texts gets a whole
+        row, of which they are the first. counts: 1..S-1 each.
         """
         if self._sampler is None:
             self._sampler = sampler_of(self.run, load_helper(self.run, g))
@@ -240,12 +244,13 @@ class Scorer:
         out: list[Ids] = [np.zeros(0, np.int32)] * len(kept)
         for size in np.unique(length):
             here = np.flatnonzero(length == size)
-            canvas = np.concatenate([prompt_canvas(kept[i], 1, s, mask, int(size)) for i in here])
+            room = s if self.run.ends else int(size)
+            canvas = np.concatenate([prompt_canvas(kept[i], 1, s, mask, room) for i in here])
             # whole batches, so that one program does for all of a width; a row of words costs nothing
             canvas = np.concatenate([canvas, np.zeros((-len(here) % g.batch_size, canvas.shape[1]), np.int32)])
-            found = self._sampler(canvas, dataclasses.replace(g, length=int(size)))
-            for i, row, n in zip(here, found["tokens"], found["length"], strict=False):
-                out[i] = row[len(kept[i]) : n]
+            found = self._sampler(canvas, dataclasses.replace(g, length=0 if room == s else room))
+            for i, row in zip(here, found["tokens"], strict=False):
+                out[i] = row[len(kept[i]) : size]
         return out
 
     def greedy(self, contexts: Sequence[Ids], counts: Sequence[int]) -> list[Ids]:

@@ -9,8 +9,8 @@ Perplexities count every token of every document once, its end of text too, in o
 - packed: all documents one after the other, cut into windows of S, the last window too.
 
 `given` says what a bound is conditional on (docs/theory.md section 7): packed windows on nothing; a document by itself
-on its length, unless the run is autoregressive or learnt ends of texts (data.padding="end"), which are then scored
-behind it up to S; answers on the lengths of their choices, as elsewhere in the field.
+on its length, and answers on those of their choices, as elsewhere in the field, unless the run is autoregressive or
+learnt ends of texts (data.padding="end"), which are then scored behind them up to S.
 
 nats per token are of the model's own tokens. bits per byte are of the UTF-8 bytes of the *detokenised* text, and the
 perplexity by words divides all nats by the words of the *original* text (blank-separated, one more for each line end),
@@ -88,7 +88,7 @@ def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
     right = np.array([nats[i] for nats, i in zip(found.nats, label, strict=True)])
     length = np.array([n[i] for n, i in zip(tokens, label, strict=True)])
     out: dict[str, Any] = {
-        "given": "nothing" if scorer.run.process.exact else "lengths",
+        "given": scorer.run.given_alone,
         "questions": len(questions), "draws": float(found.draws.mean()), "reached": float(found.reached.mean()),
         "cut": int(found.cut.sum()), "nelbo_of_right": float(right.sum() / length.sum()), "tokens": int(length.sum())}
     if max(len(q.choices) for q in questions) > 1:

@@ -5,8 +5,8 @@
     python launch/tables.py --keep docs/runs/quickstart runs/quickstart/hdlm_tiny runs/quickstart/mdlm_tiny
 
 A mark is a comment, <!-- runs: docs/runs/quickstart/hdlm_tiny docs/runs/quickstart/mdlm_tiny -->, behind which the
-table of `python -m hdlm_jax.run.report` of these runs follows, and the line of their paired difference. --keep copies of
-runs what such a table is made from.
+table of `python -m hdlm_jax.run.report` of these runs follows, and the line of their paired difference. --keep
+copies of runs what such a table is made from.
 """
 import os
 import re

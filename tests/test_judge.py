@@ -225,6 +225,7 @@ def test_a_diffusion_run_gives_a_bound():
     texts = [np.frombuffer(t, np.uint8).astype(np.int32)
              for t in (b"a short one", b"and one of more than sixteen", b"")]
     record = judge.record(run_judge, BYTES, texts)
+    assert record["given"] == "lengths"
     assert record["kind"] == "bound" and record["bound"] and "bound" in record["rule"] and not record["retokenised"]
     assert "perplexity" not in record and "nats_per_token" not in record and "mean_text_perplexity" not in record
     assert record["tokens"] == 11 + 28 and record["empty_texts"] == record["unscored_texts"] == 1
@@ -251,7 +252,8 @@ def test_an_autoregressive_run_is_exact(monkeypatch):
             seen.update(rows)
             return np.where(rows["score"], rows["x"], 0).sum(-1)[None, :, None] / 100.0, None, None
 
-    run = types.SimpleNamespace(process=types.SimpleNamespace(exact=True), params=None, num_params=1)
+    run = types.SimpleNamespace(process=types.SimpleNamespace(exact=True), params=None, num_params=1, ends=False,
+                                given_alone="nothing")
     monkeypatch.setattr(run_judge, "_loaded", (run, Evaluator()), raising=False)
     texts = [np.full(20, 100, np.int32), np.full(5, 300, np.int32) - 200, np.full(18, 100, np.int32)]
     nats, tokens, _ = run_judge.score(texts, [0, 2, 17])
@@ -259,6 +261,7 @@ def test_an_autoregressive_run_is_exact(monkeypatch):
     assert len(seen["x"]) == 4, "a piece of prompt alone is not worked on"
     assert (seen["segment"] >= 0).sum(-1).tolist() == [16, 4, 5, 2], "the prompt is seen"
     record = judge.record(run_judge, BYTES, texts)
+    assert record["given"] == "nothing"
     assert record["kind"] == "autoregressive" and not record["bound"] and "bound" not in record["rule"]
     assert record["perplexity"] == pytest.approx(math.e) and not any(name.endswith("_bound") for name in record)
     assert judge.perplexity(record) == "2.72 ± 0.00"

@@ -155,7 +155,7 @@ def test_shards_hold_every_document_in_order(tmp_path, small, monkeypatch, promp
     """Several files, each with several shards, prompts and bad records, against plain Python."""
     monkeypatch.setattr(prepare, "_COUNTED_TOKENS", 50)  # counted in many pieces
     files = [numbered(tmp_path / f"{i}.jsonl", 25 + i, start=100 * i) for i in range(3)]
-    manifest = make(tmp_path / "tokens", files, validation_fraction=0.3, prompt_field=prompt_field)
+    manifest = make(tmp_path / "tokens", files, validation_fraction=0.3, prompt_field=prompt_field, packing="crop")
     check_counts(tmp_path / "tokens", manifest)
     documents = [(f"what {i}?" if prompt_field else "", text(i)) for start, count in ((0, 25), (100, 26), (200, 27))
                  for i in range(start, start + count)]
@@ -236,11 +236,13 @@ def test_the_last_documents(tmp_path, small, count):
     """Cut inside a shard, between shards, between files."""
     files = [numbered(tmp_path / "a.jsonl", 27), numbered(tmp_path / "b.jsonl", 17, 100)]
     bpe = Tokenizer(kind="bpe", vocab_size=260)
-    manifest = make(tmp_path / "tokens", files, bpe, split="last", validation_documents=count, prompt_field="q")
+    manifest = make(tmp_path / "tokens", files, bpe, split="last", validation_documents=count, prompt_field="q",
+                    packing="crop")
     documents = [(f"what {i}?", text(i)) for i in [*range(27), *range(100, 117)]]
     assert manifest.bpe_training_bytes == manifest.train_bytes == sum(
         len((prompt + body).encode()) for prompt, body in documents[:-count])
-    manifest = make(tmp_path / "bytes", files, split="last", validation_documents=count, prompt_field="q")
+    manifest = make(tmp_path / "bytes", files, split="last", validation_documents=count, prompt_field="q",
+                    packing="crop")
     assert read_split(tmp_path / "bytes", manifest, "train") == expected(documents[:-count])
     assert read_split(tmp_path / "bytes", manifest, "valid") == expected(documents[-count:])
     check_counts(tmp_path / "bytes", manifest)
@@ -646,7 +648,7 @@ def test_idempotent_and_says_so(tmp_path, monkeypatch):
     (dict(validation_fraction=0.3), "data.validation_fraction=0.2, it is now 0.3"),
     (dict(split="last"), "data.split='hash', it is now 'last'"),
     (dict(tokenizer=Tokenizer(kind="bpe", vocab_size=300)), "tokenizer.kind='bytes', it is now 'bpe'"),
-    (dict(prompt_field="q"), "data.prompt_field='', it is now 'q'"),
+    (dict(prompt_field="q", packing="crop"), "data.prompt_field='', it is now 'q'"),
     (dict(detokenize="lm1b"), "data.detokenize='', it is now 'lm1b'"),
     (dict(stream=True), "data.stream=False, it is now True"),
 ])
@@ -719,7 +721,7 @@ def test_wrong_folders(tmp_path):
     (dict(files="no/such.txt"), BYTES, "data.files: no file matches 'no/such.txt'"),
     (dict(source="embedded", files=()), Tokenizer(kind="bpe", file="no/such"), "tokenizer.file 'no/such' cannot"),
     (dict(source="embedded", files=(), validation=("no.txt",)), BYTES, "data.validation: no file matches 'no.txt'"),
-    (dict(source="embedded", files=(), prompt_field="q"), BYTES, "data.prompt_field='q' needs"),
+    (dict(source="embedded", files=(), prompt_field="q", packing="crop"), BYTES, "data.prompt_field='q' needs"),
     (dict(files=__file__), BYTES, "kind of file"),
 ])
 def test_wrong_arguments(tmp_path, data, tokenizer, message):

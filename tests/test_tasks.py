@@ -407,10 +407,12 @@ def test_results_are_written_reused_and_gone_on_with(tmp_path, workdir, monkeypa
     assert calls == ["ranking", "perplexity", "perplexity", "ranking"]
     assert json.loads((workdir / "tasks.json").read_text()) == json.loads(json.dumps(found))
     assert found["ptb/packed"]["tokens"] == 11 + 6 + 2 and found["files/document"]["documents"] == 1
+    assert {name: found[name]["given"] for name in ("ptb/document", "ptb/packed", "piqa")} == {
+        "ptb/document": "lengths", "ptb/packed": "nothing", "piqa": "lengths"}
     assert found["piqa"]["limited"] and found["piqa"]["questions"] == 3 and not found["ptb/packed"]["limited"]
     assert found["piqa"]["made_from"]["step"] == 3 and found["lambada_last_word"]["word_perplexity"] > 1
     text = (workdir / "tasks.md").read_text()
-    assert "| piqa* |" in text and "| ptb | packed | ptb |" in text and text in capsys.readouterr().out
+    assert "| piqa* |" in text and "| ptb | packed | nothing | ptb |" in text and text in capsys.readouterr().out
     calls.clear()
     assert evaluate.evaluate(config, str(workdir)) == found and not calls
     other = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, limit=0, tasks=("piqa", "ptb")))

@@ -16,6 +16,7 @@ def get_config():
     c.data.packing, c.data.padding = "crop", "hidden"  # a document a row, its length given, as in the paper
     c.hierarchy.clusters = (1,)
     c.diffusion.process = "gidd"
+    c.generate.length = c.model.seq_len  # whole rows, as the papers sample
     c.model.dtype = "float32"
     c.released.layout = "gidd"
     return c

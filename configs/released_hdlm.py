@@ -14,6 +14,7 @@ from configs import hdlm_small
 def get_config():
     c = hdlm_small.get_config()
     c.data.packing, c.data.padding = "crop", "hidden"  # a document a row, its length given, as in the paper
+    c.generate.length = c.model.seq_len  # whole rows, as the papers sample
     c.model.dtype = "float32"
     c.released.layout = "hdlm"
     return c

@@ -324,18 +324,25 @@ def start_canvas(run: Any, g: Generate, prompts: np.ndarray) -> np.ndarray | can
     length = np.maximum(np.random.default_rng([g.seed, n]).choice(sizes, n, p=share / share.sum()), given + 1)
     places = np.arange(seq_len)
     z = np.where((places >= given) & (places < length[:, None]), mask, canvas).astype(np.int32)
-    z[places >= length[:, None]] = 0  # words that nobody looks at
+    z[places >= length[:, None]] = run.tokenizer.eot  # words that nobody looks at
     allowed = np.ones((1, run.hierarchy.num_words), bool)
     return canvases.Canvas(z, z != mask, np.zeros_like(z), length.astype(np.int32), allowed)
 
 
 def compile_for(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: Generate) -> None:
     """Samples a batch of the canvas's shape with nothing to do, so that its program is there before time is taken."""
+    some = first_rows(canvas, g.batch_size)
+    if isinstance(some, np.ndarray):
+        draw(np.zeros_like(some), g)
+    else:
+        draw(some._replace(z=np.zeros_like(some.z), given=np.ones_like(some.given)), g)
+
+
+def first_rows(canvas: np.ndarray | canvases.Canvas, n: int) -> np.ndarray | canvases.Canvas:
+    """The first n of some canvases."""
     if isinstance(canvas, np.ndarray):
-        draw(np.zeros_like(canvas[: g.batch_size]), g)
-        return
-    done = np.zeros_like(canvas.z[: g.batch_size])
-    draw(canvas._replace(z=done, given=done == 0, kind=canvas.kind[: len(done)], length=canvas.length[: len(done)]), g)
+        return canvas[:n]
+    return canvases.Canvas(canvas.z[:n], canvas.given[:n], canvas.kind[:n], canvas.length[:n], canvas.allowed)
 
 
 def ended(row: np.ndarray, given: int, eot: int, stop: str) -> np.ndarray:
@@ -474,8 +481,8 @@ def _sample(run: Any, workdir: str, made_from: dict, helper: Any) -> tuple[dict[
     tokens = whole if scaffold else [ended(row, len(ids), run.tokenizer.eot, g.stop) for row in whole]
     texts = [scaffold.text(row) if scaffold else text_of(run.tokenizer, row, g.stop) for row in tokens]
     words = sum(len(row) for row in whole) - len(whole) * len(ids)
-    film = _trajectories(draw, canvas[: g.trajectories], g, out["tokens"][:, :length]) if (
-        g.trajectories and isinstance(canvas, np.ndarray) and method_of(g).policy.lengths is None) else {}
+    film = _trajectories(draw, first_rows(canvas, g.trajectories), g, out["tokens"][:, :length]) if (
+        g.trajectories and not scaffold and method_of(g).policy.lengths is None) else {}
     result = {
         "samples": len(texts), "seq_len": length, "prompt_tokens": len(ids), "lengths": lengths_are(run, g),
         "ended": sum(len(row) > len(ids) and row[-1] == run.tokenizer.eot for row in tokens),
@@ -524,7 +531,8 @@ def _canvas(run: Any, g: Generate, ids: np.ndarray) -> tuple[Any, int, Any]:
     return canvases.closed(canvas, seq_len, run.tokenizer.eot) if run.ends else canvas, int(canvas.length[0]), scaffold
 
 
-def _trajectories(draw: Sampler, canvas: np.ndarray, g: Generate, tokens: np.ndarray) -> dict[str, np.ndarray]:
+def _trajectories(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: Generate,
+                  tokens: np.ndarray) -> dict[str, np.ndarray]:
     """The first samples once more, step by step: so that recording costs the samples' own time nothing.
 
     Returns call int32 [F+1], time float32 [n, F+1], z int32 and confidence float32 [n, F+1, S] (core.sample), up to

@@ -386,7 +386,8 @@ def perplexity(found: dict[str, Any]) -> str:
     if value is None:
         return "none (no token is scored)"
     text = f"{value:.2f}" if se is None else f"{value:.2f} ± {se:.2f}"
-    return f"<= {text} (bound)" if found["bound"] else text
+    told = ", given lengths" * (found["given"] == "lengths")
+    return f"<= {text} (bound{told})" if found["bound"] else text
 
 
 def tell(found: dict[str, Any]) -> None:

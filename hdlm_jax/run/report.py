@@ -106,6 +106,7 @@ def _judged(g: dict[str, Any]) -> list[str]:
     end = "" if judge.get("perplexity") is not None else "_bound"
     value, se = judge.get(f"perplexity{end}"), judge.get(f"perplexity_se{end}")
     shown = "-" if value is None else f"{'≤ ' * bool(end)}{value:.1f}" + (f" ± {se:.1f}" if se is not None else "")
+    shown += " given lengths" * (judge.get("given") == "lengths")
     return [shown, *(f"{judge[n]:.3f}" if judge.get(n) is not None else "-" for n in ("unigram_entropy", "distinct_2"))]
 
 

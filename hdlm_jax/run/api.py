@@ -20,6 +20,7 @@ from hdlm_jax.run.evaluate import Evaluator
 from hdlm_jax.run.generate import load_helper, prompt_canvas, sampler_of
 from hdlm_jax.run.stages import data_dir
 from hdlm_jax.run.state import build, init_state, make_optimizer
+from hdlm_jax.text.corpus import expand
 from hdlm_jax.text.hierarchy import Hierarchy
 from hdlm_jax.text.tokens import Tokenizer, load_tokenizer
 
@@ -107,7 +108,8 @@ def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True
 
 def load_here(workdir: str, which: str = "best", mesh: Parallel = Parallel(),  # noqa: B008 (it is frozen)
               ema: bool = True) -> Run:
-    """A run as trained, on the devices at hand whatever mesh it was trained on."""
+    """A run as trained, on the devices at hand whatever mesh it was trained on; ~ and $VARIABLES are expanded."""
+    workdir = expand(workdir)
     return load_run(dataclasses.replace(saved_config(workdir), parallel=mesh), workdir, which, ema)
 
 

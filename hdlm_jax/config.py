@@ -19,9 +19,14 @@ from hdlm_jax.diffusion import gidd
 from hdlm_jax.diffusion.process import CLUSTERS, FORCE_TRANSITIONS, WEIGHTINGS
 from hdlm_jax.text.benchmarks import PROTOCOLS, TASKS
 from hdlm_jax.text.clusters import default_clusters
-from hdlm_jax.text.corpus import DETOKENIZERS, FORMATS, TXT_DOCUMENTS
+from hdlm_jax.text.corpus import DETOKENIZERS, FORMATS, TXT_DOCUMENTS, expand
 from hdlm_jax.text.pipeline import PACKINGS, PADDINGS
+from hdlm_jax.text.tokens import cutting_pattern
 
+# Settings that are paths, or begin with one: `resolve` expands ~ and $VARIABLES in them (and main in --workdir).
+PATHS = ("data.files", "data.validation", "data.dir", "tokenizer.file", "hierarchy.embeddings", "train.init_from",
+         "evaluate.tasks_data", "evaluate.files", "evaluate.lm1b", "generate.schema", "generate.helper",
+         "generate.judge", "released.weights", "released.clusters")
 PROCESSES = ("hierarchical", "gidd", "sedd", "autoregressive")
 
 
@@ -46,8 +51,8 @@ class Data:
     """Where text comes from, how it is split, and how sequences are made of it (hdlm_jax.text)."""
 
     source: str = "embedded"  # embedded: the documentation inside Python itself; files: `files`
-    files: tuple[str, ...] = ()  # paths, globs or URLs of text, jsonl, parquet or (nested) tar, plain or compressed
-    format: str = "auto"  # of the files: auto, by their names; or txt, jsonl, parquet, tar
+    files: tuple[str, ...] = ()  # paths, folders, globs, URLs: text, json(l), parquet, (nested) tar, plain or packed
+    format: str = "auto"  # of the files: auto, by their names; or txt, jsonl, json, parquet, tar
     validation: tuple[str, ...] = ()  # held-out files; empty: by `split`
     split: str = "hash"  # hash: by sha256 of the document; last: the last `validation_documents`
     validation_fraction: float = 0.05  # share of documents held out by split="hash"
@@ -103,8 +108,9 @@ class Tokenizer:
 
     kind: str = "gpt2"
     vocab_size: int = 50257
-    file: str = ""  # gpt2 without a network: a local rank file; bert: its vocab.txt
+    file: str = ""  # gpt2 without a network, bpe that is not to be trained: a local rank file; bert: its vocab.txt
     sha256: str = ""  # of that file; checked if given
+    pattern: str = ""  # how bpe cuts text: gpt2 (or empty), cl100k, llama3, qwen2, o200k, or a regular expression
 
     def check(self) -> None:
         _choice("tokenizer.kind", self.kind, ("gpt2", "bpe", "bytes", "bert"))
@@ -113,6 +119,12 @@ class Tokenizer:
         fixed = {"gpt2": 50257, "bytes": 257}.get(self.kind)
         _rule(fixed is None or self.vocab_size == fixed, "tokenizer.vocab_size", self.vocab_size,
               f"tokenizer.kind={self.kind!r} has {fixed} words")
+        _rule(not self.pattern or self.kind == "bpe", "tokenizer.pattern", self.pattern,
+              f"goes with tokenizer.kind='bpe'; {self.kind!r} has its own")
+        try:
+            cutting_pattern(self.pattern)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         _rule(self.vocab_size >= 257, "tokenizer.vocab_size", self.vocab_size,
               "must be at least 257 (256 bytes and <|endoftext|>)")
 
@@ -454,7 +466,7 @@ def default() -> config_dict.ConfigDict:
 
 
 def resolve(given: Any) -> Config:
-    """A checked, frozen Config from a ConfigDict (or plain nested dict).
+    """A checked, frozen Config from a ConfigDict (or plain nested dict); ~ and $VARIABLES in its PATHS are expanded.
 
     Raises:
       ConfigError: unknown names, wrong types, broken rules.
@@ -471,7 +483,9 @@ def resolve(given: Any) -> Config:
         types = typing.get_type_hints(type(section))
         for key in values:
             check_name(f"{name}.{key}")
-        built[name] = type(section)(**{k: _typed(f"{name}.{k}", v, types[k]) for k, v in values.items()})
+        section = type(section)(**{k: _typed(f"{name}.{k}", v, types[k]) for k, v in values.items()})
+        paths = [key for whole, _, key in (path.partition(".") for path in PATHS) if whole == name]
+        built[name] = dataclasses.replace(section, **{key: expand(getattr(section, key)) for key in paths})
     if built["hierarchy"].clusters == (0,):
         clusters = default_clusters(built["tokenizer"].vocab_size)
         built["hierarchy"] = dataclasses.replace(built["hierarchy"], clusters=clusters)
@@ -502,7 +516,7 @@ def inherit(given: Any, base: Config, name: str) -> dict[str, Any]:
             value = values.get(field.name, field.default)
             if value == field.default:
                 values[field.name] = was
-            elif value != was and not key.startswith(_MAY_DIFFER):
+            elif (expand(value) if key in PATHS else value) != was and not key.startswith(_MAY_DIFFER):
                 wrong.append(f"{key}={value!r} (there {was!r})")
         out[section] = values
     _rule(not wrong, "train.init_from", name, f"that run has other settings than given here: {'; '.join(wrong)}; leave "

@@ -60,13 +60,14 @@ def _stop(error: Exception, cause: BaseException | None = None) -> NoReturn:
 
 def main(argv: list[str]) -> None:
     from hdlm_jax.config import ConfigError, resolve
+    from hdlm_jax.text.corpus import expand
 
     if _MODE.value not in MODES:
         close = difflib.get_close_matches(_MODE.value, MODES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ConfigError(f"--mode={_MODE.value!r}: choose one of {', '.join(MODES)}{hint}")
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]))[0]
-    workdir = _WORKDIR.value or os.path.join("runs", name)
+    workdir = expand(_WORKDIR.value or os.path.join("runs", name))
 
     import jax
 

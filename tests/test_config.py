@@ -2,6 +2,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 
 import pytest
 from ml_collections import config_dict
@@ -25,7 +26,8 @@ def refused(match, **sections):
 
 
 def test_defaults_resolve_to_themselves():
-    resolved = dataclasses.replace(config.Config(), hierarchy=config.Hierarchy(clusters=(256,)))
+    resolved = dataclasses.replace(config.Config(), hierarchy=config.Hierarchy(clusters=(256,)),
+                                   evaluate=config.Evaluate(tasks_data=os.path.expandvars("$HDLM_DATA")))
     assert resolve(default()) == resolved == resolve({})  # about sqrt(50257) clusters
     assert resolve({"tokenizer": {"kind": "bpe", "vocab_size": 4096}}).hierarchy.clusters == (64,)
     assert issubclass(ConfigError, ValueError)
@@ -100,6 +102,40 @@ def test_saved_and_read_again():
     again = resolve(json.loads(json.dumps(c.as_dict())))
     assert again == c and isinstance(again.hierarchy.clusters, tuple) and isinstance(again.data.files, tuple)
     assert resolve(config_dict.ConfigDict(c.as_dict())) == c
+
+
+def test_every_path_is_expanded(monkeypatch):
+    """~ and $VARIABLES, in one place; variables that are not set stay, for messages to name them."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("WHERE", "/there")
+    monkeypatch.delenv("NO_SUCH_VARIABLE", raising=False)
+    given: dict = {"tokenizer": {"kind": "bpe", "vocab_size": 300}, "data": {"source": "files"}}
+    for name in config.PATHS:
+        section, _, key = name.partition(".")
+        several = isinstance(getattr(getattr(config.Config(), section), key), tuple)
+        given.setdefault(section, {})[key] = ("~/a.npy", "$WHERE/b", "$NO_SUCH_VARIABLE/c~") if several else "~/a.npy"
+    found = resolve(given)
+    for name in config.PATHS:
+        section, _, key = name.partition(".")
+        value = getattr(getattr(found, section), key)
+        wanted: object = "/home/me/a.npy"
+        if isinstance(value, tuple):
+            wanted = (wanted, "/there/b", "$NO_SUCH_VARIABLE/c~")
+        assert value == wanted, name
+    assert resolve(found.as_dict()) == found
+    embeddings = {"hierarchy": {"embeddings": "checkpoint:~/run"}}
+    assert with_(**embeddings).hierarchy.embeddings == "checkpoint:/home/me/run"
+    embeddings = {"hierarchy": {"embeddings": "$WHERE/a.safetensors:wte"}}
+    assert with_(**embeddings).hierarchy.embeddings == "/there/a.safetensors:wte"
+
+
+def test_patterns_of_tokenizers():
+    bpe = {"kind": "bpe", "vocab_size": 300}
+    assert with_(tokenizer=bpe | {"pattern": "qwen2"}).tokenizer.pattern == "qwen2"
+    refused("tokenizer.pattern='qwen': choose of gpt2, cl100k", tokenizer=bpe | {"pattern": "qwen"})
+    refused(r"tokenizer.pattern='\[a': no regular expression", tokenizer=bpe | {"pattern": "[a"})
+    refused("tokenizer.pattern='qwen2': goes with tokenizer.kind='bpe'; 'bytes' has its own",
+            tokenizer=TINY["tokenizer"] | {"pattern": "qwen2"})
 
 
 def test_unknown_names_say_what_was_meant():
@@ -213,3 +249,18 @@ def test_mesh_shapes():
     for shape in (p(data=3), p(data=4), p(fsdp=3), p(data=16), p(fsdp=16)):
         with pytest.raises(ConfigError, match="does not multiply to the 8 devices at hand"):
             shape.shape(8)
+
+
+def test_checkpoints_of_before_go_on(monkeypatch):
+    """Of paths as they were written then, without settings that came later; the tokenizer's file may have moved."""
+    from hdlm_jax.run.train import check_resume
+    monkeypatch.setenv("WHERE", "/there")
+    here = {"tokenizer": {"kind": "bpe", "vocab_size": 300, "file": "$WHERE/a"}, "train": {"init_from": "$WHERE/run"}}
+    saved = with_(**here).as_dict()
+    del saved["tokenizer"]["pattern"]
+    saved["train"]["init_from"], saved["tokenizer"]["file"] = "$WHERE/run", "/elsewhere/b"
+    meta = {"config": json.loads(json.dumps(saved))}
+    check_resume(with_(**here), meta, "x")
+    here["tokenizer"]["pattern"] = "qwen2"
+    with pytest.raises(ConfigError, match="tokenizer.pattern='qwen2': the checkpoint in x was trained with ''"):
+        check_resume(with_(**here), meta, "x")

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import pickle
+import platform
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,7 @@ import zstandard
 from hdlm_jax.text import corpus
 from hdlm_jax.text.corpus import Bad, Document, Reader
 
+HASHED = lambda path: (Path(path).stat().st_size, hashlib.sha256(Path(path).read_bytes()).hexdigest())  # noqa: E731
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress,
         ".zst": zstandard.ZstdCompressor().compress}
 
@@ -213,9 +215,132 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert texts(read(tmp_path / "a.jsonl", b"\xef\xbb\xbf")) == []
 
 
+ROWS = [{"text": "one\nline", "q": "é"},
+        {"q": "2", "text": "two ] } , \\\" [", "n": [1, {"x": None}]}, {"text": "3", "q": "3"}]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_arrays_are_records(tmp_path, indent, suffix, monkeypatch):
+    wanted = [Document(row["text"], f"a.json{suffix}:{i}", row["q"]) for i, row in enumerate(ROWS, 1)]
+    for size in (1 << 18, 1, 7):  # whatever part of the file is at hand
+        monkeypatch.setattr(corpus, "_BUFFER", max(size, 16))
+        for ascii in (True, False):
+            raw = b" \n" + json.dumps(ROWS, indent=indent, ensure_ascii=ascii).encode() + b"\n "
+            assert read(tmp_path / f"a.json{suffix}", PACK[suffix](raw), prompt_field="q") == wanted
+        assert texts(read(tmp_path / "b.json", b"\xef\xbb\xbf[]")) == []
+    packed = read(tmp_path / "a.tar", tar({f"x.json{suffix}": PACK[suffix](raw)}), prompt_field="q")
+    assert [record[::2] for record in packed] == [record[::2] for record in wanted]
+    assert read(tmp_path / "lines", raw, format="json", prompt_field="q")[2].text == "3"
+
+
+def test_json_objects_that_span_lines(tmp_path):
+    one = json.dumps(ROWS[0], indent=4).encode()
+    assert texts(read(tmp_path / "a.json", one)) == ["one\nline"]
+    assert texts(read(tmp_path / "a.json", one + b"\n" + one)) == ["one\nline"] * 2
+    assert texts(read(tmp_path / "a.json", json.dumps(ROWS[0]).encode())) == ["one\nline"]
+    (document, bad) = read(tmp_path / "a.json", b'{"text": "x"}\n{"text": \n')  # lines, each for itself
+    assert (document.text, bad.position) == ("x", "line 2")
+    with pytest.raises(ValueError, match=r"a\.json: no field 'text' in its first record; fields there: 'data'"):
+        read(tmp_path / "a.json", json.dumps({"data": ROWS}, indent=1).encode())
+
+
+@pytest.mark.parametrize("raw, good, position, reason", [
+    (b'[{"text": "x"}, [1], {"text": "y"}]', "xy", "record 2", "a record must be a JSON object, not list"),
+    (b'[{"text": "x"}, 12345, {"text": "y"}]', "xy", "record 2", "a record must be a JSON object, not int"),
+    (b'[{"text": "x"}, {"text": "\xff"}, {"text": "y"}]', "xy", "record 2", "field 'text' is not Unicode"),
+    (b'[{"text": "x"}, {"body": 1}]', "x", "record 2", "no field 'text'; fields here: 'body'"),
+    (b'[{"text": "x"}, {"text": 1 2}, {"text": "y"}]', "x", "record 2", "not JSON (Expecting ',' delimiter)"),
+    (b'[{"text": "x"} {"text": "y"}]', "x", "record 2", "not JSON (found '{' behind an element)"),
+    (b'[{"text": "x"}, {"text": "y"', "x", "record 2", "not JSON (Expecting ',' delimiter)"),
+    (b'[{"text": "x"}, {"text": "y', "x", "record 2", "not JSON (Unterminated string"),
+    (b'[{"text": "x"}', "x", "record 2", "not JSON (the array is cut short)"),
+    (b'[{"text": "x"},', "x", "record 2", "not JSON (Expecting value)"),
+    (b'[{"text": "x"}] []', "x", "record 2", "not JSON (found '[' behind the end of the array)"),
+    (b'[{"text": "x"}, ' + b"[" * 100_000, "x", "record 2", "not JSON (RecursionError: "),
+    (b'{\n"text": "x"}\n{"text" "y"}', "x", "record 2", "not JSON (Expecting ':' delimiter)"),
+])
+def test_bad_records_of_json(tmp_path, raw, good, position, reason):
+    records = read(tmp_path / "a.json", raw)
+    (bad,) = [record for record in records if isinstance(record, Bad)]
+    assert "".join(record.text for record in records if isinstance(record, Document)) == good
+    assert (bad.file, bad.position) == (str(tmp_path / "a.json"), position) and bad.reason.startswith(reason)
+
+
+def test_json_arrays_are_read_as_streams(tmp_path):
+    """8 MB in records of 2 kB, then one of 4 MB, which alone is held."""
+    lines = [hashlib.shake_128(str(i).encode()).hexdigest(1000) for i in range(4000)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": line} for line in [*lines, "x" * 4_000_000]], indent=1))
+    records = Reader().read(str(path))
+    tracemalloc.start()
+    try:
+        assert [next(records).text for _ in lines] == lines
+        peak = tracemalloc.get_traced_memory()[1]
+        assert len(next(records).text) == 4_000_000
+        whole = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    held = sum(map(sys.getsizeof, lines))  # by this test
+    assert peak - held < 3e6 and whole - held < 40e6, (peak - held, whole - held)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_wide_encodings_are_told_by_their_mark(tmp_path, encoding):
+    text = "one é 中 \U0001f600\r\n\ntwo ਊ\u0a0a\n"  # U+0A0A: bytes that look like line ends
+
+    def wide(text: str) -> bytes:
+        return ("\ufeff" + text).encode(encoding)
+
+    assert texts(read(tmp_path / "a.txt", wide(text))) == [text]
+    assert texts(read(tmp_path / "a.txt", txt_documents="line")) == [text.splitlines()[0], text.splitlines()[2]]
+    assert texts(read(tmp_path / "a.txt", wide(text * 50_000))) == [text * 50_000]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+    for name, raw in {"a.jsonl": wide(lines), "a.json": wide(json.dumps(ROWS)),
+                      "a.jsonl.gz": gzip.compress(wide(lines)),
+                      "a.tar": tar({"x.jsonl": wide(lines)})}.items():
+        assert texts(read(tmp_path / name, raw)) == [row["text"] for row in ROWS]
+    # a lone surrogate spoils its line; a file cut inside a character is cut short
+    if encoding.startswith("utf-16"):
+        raw = wide("a\n") + "\ud800".encode(encoding, "surrogatepass") + "x\nb\n".encode(encoding)
+        first, bad, last = read(tmp_path / "a.txt", raw, txt_documents="line")
+        assert (first.text, bad.position, last.text) == ("a", "line 2, byte 0", "b")
+    *good, bad = read(tmp_path / "a.txt", wide("a\nb") + b"x", txt_documents="line")
+    assert [record.text for record in good][:1] == ["a"] and "truncated data" in bad.reason
+    assert read(tmp_path / "a.txt", "\ufeff".encode(encoding)) == []
+
+
+def test_folders_are_read(tmp_path, monkeypatch):
+    """All of known kinds beneath, sorted; what is there is said, once a folder."""
+    folder = tmp_path / "data"
+    for name in ("b.txt", "a.jsonl.gz", "sub/c.JSON", "sub/deep/d.parquet", "x.md", "sub/y", "e.md", ".z.txt",
+                 ".git/z.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    (folder / "link.txt").symlink_to(folder / "b.txt")
+    said: list[str] = []
+    names = ["a.jsonl.gz", "b.txt", "sub/c.JSON", "sub/deep/d.parquet"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in (folder, f"{folder}/", "~/data"):
+        found = corpus.resolve(str(given), say=said.append)
+        assert [str(Path(source).relative_to(folder)) for source in found] == names
+    assert said[0] == (f"data.files: 5 files beneath {folder} (1 json, 1 jsonl, 1 parquet, 2 txt); left out: 3 of "
+                       "other kinds (suffix .md, none)")
+    assert corpus.resolve([str(folder / "*"), str(folder)])[0].endswith("a.jsonl.gz")
+    assert len(corpus.resolve(str(folder), format="txt", say=said.append)) == 7
+    assert said[-1] == f"data.files: 8 files beneath {folder} (8 txt)"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"evaluate.files: no \.txt, .* beneath '.*empty'$"):
+        corpus.resolve(str(tmp_path / "empty"), "evaluate.files")
+    (tmp_path / "empty" / "a.csv").write_text("x")
+    with pytest.raises(ValueError, match=r"beneath .*empty', 1 of other kinds \(suffix \.csv\); data\.format says"):
+        corpus.resolve(str(tmp_path / "empty"))
+
+
 def test_embedded_source(tmp_path):
     assert tuple(Reader().read(corpus.EMBEDDED)) == corpus.embedded_corpus()[0]
-    assert corpus.facts_of(corpus.EMBEDDED) == ["embedded", 0]
+    name, size, mark = corpus.facts_of(corpus.EMBEDDED, HASHED)
+    assert (name, size, mark) == ("embedded", 0, f"Python {platform.python_version()}")
 
 
 def test_a_reader_travels_to_other_processes(tmp_path):
@@ -241,7 +366,7 @@ def test_globs_are_sorted_and_files_come_once(tmp_path, monkeypatch):
     assert names("b.txt", "./*.txt", str(tmp_path / "a.txt")) == ["b.txt", "a.txt", "c[1].txt"]
     assert names("c[1].txt") == ["c[1].txt"]
     assert names("**/d.txt") == ["sub/d.txt"]
-    assert corpus.facts_of("sub/d.txt") == ["d.txt", 9]
+    assert corpus.facts_of("sub/d.txt", HASHED) == ["d.txt", *HASHED("sub/d.txt")]
 
 
 def test_urls(monkeypatch):
@@ -257,14 +382,20 @@ def test_urls(monkeypatch):
     sources = corpus.resolve(["memory://sub/a*", "memory://sub/a-1.parquet"])
     assert [source.rpartition("/")[2] for source in sources] == list(raws)  # each once
     assert texts([record for source in sources for record in Reader().read(source)]) == documents
-    assert [corpus.facts_of(source) for source in sources] == [[name, len(raw)] for name, raw in raws.items()]
+    facts = [corpus.facts_of(source, HASHED) for source in sources]
+    assert [fact[:2] for fact in facts] == [[name, len(raw)] for name, raw in raws.items()]
+    files.pipe("/sub/a-2.tar", tar({"x.txt": b"other"}))  # of equal size: told by the time, which this one gives
+    again = [corpus.facts_of(source, HASHED) for source in sources]
+    assert [a == b for a, b in zip(facts, again, strict=True)] == [True, True, False] and facts[2][:2] == again[2][:2]
+    files.pipe("/sub/deep/.x.txt", b"hidden")
+    assert corpus.resolve("memory://sub") == corpus.resolve("memory://sub/a*")
     assert [record.name for record in Reader().read(sources[2])] == ["a-2.tar:x.txt"]
     with pytest.raises(ValueError, match=r"data.validation: no file matches 'memory://sub/\*.txt'"):
         corpus.resolve("memory://sub/*.txt", "data.validation")
     with pytest.raises(ValueError, match="no file matches 'memory://sub/a'"):
         corpus.resolve("memory://sub/a")
     with pytest.raises(FileNotFoundError):
-        corpus.facts_of("memory://sub/a")
+        corpus.facts_of("memory://sub/a", HASHED)
 
     def no_network(*_, **__):
         raise TimeoutError("no route")
@@ -354,7 +485,7 @@ def test_wrong_settings(tmp_path, name, raw, settings, message):
 def test_wrong_choices(tmp_path):
     with pytest.raises(ValueError, match="data.txt_documents is 'page'; choices: file, blank_line, line"):
         Reader(txt_documents="page")
-    with pytest.raises(ValueError, match="data.format is 'csv'; choices: auto, txt, jsonl, parquet, tar"):
+    with pytest.raises(ValueError, match="data.format is 'csv'; choices: auto, txt, jsonl, json, parquet, tar"):
         Reader(format="csv")
     with pytest.raises(ValueError, match="data.detokenize is 'c4'; choices: lm1b, ptb, wikitext"):
         Reader(detokenize="c4")

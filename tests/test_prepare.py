@@ -194,8 +194,11 @@ def test_fingerprint_knows_tokens_and_words_and_the_order(tmp_path):
     cut = dataclasses.replace(base, splits={"train": base.splits["train"][:1], "valid": base.splits["valid"]})
     assert len({base.fingerprint, changed.fingerprint, cut.fingerprint}) == 3
     assert dataclasses.replace(base, settings={}).fingerprint == base.fingerprint
-    assert dataclasses.replace(base, settings={}, sampled=True).fingerprint \
-        != dataclasses.replace(base, sampled=True).fingerprint
+    sample = dataclasses.replace(base, sampled=True)
+    assert dataclasses.replace(sample, settings={}).fingerprint != sample.fingerprint
+    renamed = [["c.jsonl", *rest] for _, *rest in base.sources]
+    assert dataclasses.replace(sample, sources=renamed).fingerprint == sample.fingerprint
+    assert dataclasses.replace(sample, sources=base.sources[:1]).fingerprint != sample.fingerprint
 
 
 def test_wide_vocabularies_take_uint32(tmp_path):
@@ -224,7 +227,8 @@ def test_validation_files_and_leaks(tmp_path, small):
     assert (manifest.train_documents, manifest.valid_documents, manifest.left_out) == (48, 3, 2)
     assert manifest.bpe_training_bytes == manifest.train_bytes
     assert manifest.settings["data.validation_fraction"] is None and manifest.settings["data.split"] is None
-    assert [name for name, _ in manifest.sources] == ["train.jsonl", "held.jsonl.gz"]
+    assert manifest.sources == [[path.name, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
+                                for path in (tmp_path / "train.jsonl", tmp_path / "held.jsonl.gz")]
     assert {stem[:11] for stem, *_ in manifest.splits["valid"]} == {"valid-00001"}
     check_counts(tmp_path / "tokens", manifest)
     assert prepare.held_out(corpus.Reader(), [str(tmp_path / "held.jsonl.gz")]) == {
@@ -612,7 +616,8 @@ def test_idempotent_and_says_so(tmp_path, monkeypatch):
     said: list[str] = []
     arguments = dict(files=files, validation_fraction=0.2, say=said.append)
     first = make(tmp_path / "tokens", **arguments)
-    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()
+             if path.name != prepare.VERIFIED}
     assert make(tmp_path / "tokens", **arguments) == first
     assert times.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}.items()
     assert len(said) == 2 and "made" in said[0] and "reusing" in said[1]
@@ -625,15 +630,16 @@ def test_idempotent_and_says_so(tmp_path, monkeypatch):
     make(tmp_path / "tokens", **arguments)
     assert hashed == []
     os.utime(tmp_path / "tokens" / "train-00000-000.bin")
+    os.utime(files)
     for _ in range(2):
         make(tmp_path / "tokens", **arguments)
-    assert [Path(name).name for name in hashed] == ["train-00000-000.bin"]
+    assert [Path(name).name for name in hashed] == ["a.jsonl", "train-00000-000.bin"]
     # a folder that cannot be written is no hindrance
     (tmp_path / "tokens" / "verified.json").unlink()
     (tmp_path / "tokens" / "verified.json").mkdir()
     for _ in range(2):
         assert make(tmp_path / "tokens", **arguments) == first
-    assert len(hashed) == 1 + 2 * 4
+    assert len(hashed) == 2 + 2 * (4 + 1)
     # tokens go on where their source is not (a pod that was sent the folder)
     Path(files).unlink()
     assert make(tmp_path / "tokens", **arguments) == first
@@ -703,11 +709,191 @@ def test_changed_files_and_damaged_shards(tmp_path, small, monkeypatch):
         make(tmp_path / "tokens", **arguments)
 
 
+def test_a_source_edited_in_place_is_another(tmp_path):
+    """At equal size, and however its time is set back; also between a kill and the going on."""
+    path = Path(numbered(tmp_path / "a.jsonl", 40))
+    arguments = dict(files=str(path), validation_fraction=0.2)
+    first = make(tmp_path / "tokens", **arguments)
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"says", b"said"))
+    other = r"made from other files: a\.jsonl \(\d+ bytes\) was added, removed or has other contents: .*delete"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=other):
+            make(tmp_path / "tokens", **arguments)
+    (tmp_path / "tokens" / "manifest.json").unlink()  # killed just before the end
+    with pytest.raises(ValueError, match=other.replace("made", "begun")):
+        make(tmp_path / "tokens", **arguments)
+    path.write_bytes(raw)
+    assert make(tmp_path / "tokens", **arguments) == first
+    # the tokenizer's file as well
+    words = [bytes([i]) for i in range(256)]
+    tokens.Tokenizer("bpe", [*words, b"ab"]).save(tmp_path / "t")
+    file = tmp_path / "t" / tokens.RANK_FILE
+    tokenizer = Tokenizer(kind="bpe", file=str(file))
+    make(tmp_path / "bpe", **arguments, tokenizer=tokenizer)
+    tokens.Tokenizer("bpe", [*words, b"cd"]).save(tmp_path / "t")
+    with pytest.raises(ValueError, match=r"made from other files: tokenizer\.tiktoken"):
+        make(tmp_path / "bpe", **arguments, tokenizer=tokenizer)
+
+
+def test_equal_files_elsewhere_are_the_same(tmp_path, small):
+    """By another path, pattern, link or name: tokens are reused, and what was begun goes on; kinds and order count."""
+    for name, start in (("a", 0), ("b", 100)):
+        (tmp_path / "here").mkdir(exist_ok=True)
+        numbered(tmp_path / "here" / f"{name}.jsonl", 20, start)
+    held = numbered(tmp_path / "here.held.jsonl", 4, 200)
+    tokens.make_tokenizer("bpe", 270, [text(i) for i in range(9)]).save(tmp_path / "t")
+    shutil.copytree(tmp_path / "t", tmp_path / "t2")
+    bpe = [Tokenizer(kind="bpe", file=str(tmp_path / folder / tokens.RANK_FILE)) for folder in ("t", "t2")]
+    first = make(tmp_path / "tokens", str(tmp_path / "here" / "*.jsonl"), bpe[0], validation=(held,))
+    there = tmp_path / "there"
+    shutil.copytree(tmp_path / "here", there)
+    there_held = shutil.copy(held, str(there / "z.ndjson"))
+    (there / "b.jsonl").rename(there / "c.jsonl")
+    moved = [str(there / "a.jsonl"), str(there / "?.jsonl")]
+    sha256 = hashlib.sha256((tmp_path / "t" / tokens.RANK_FILE).read_bytes()).hexdigest()
+    checked = dataclasses.replace(bpe[1], sha256=sha256)
+    with pytest.raises(ValueError, match="sha256 is .*, must be 00"):
+        make(tmp_path / "tokens", moved, dataclasses.replace(bpe[1], sha256="00"), validation=(there_held,))
+    assert make(tmp_path / "tokens", moved, checked, validation=(there_held,)) == first
+    for wrong, named in (
+            (dict(files=[*reversed(moved[:1]), str(there / "z.ndjson")], validation=(str(there / "c.jsonl"),)),
+             "in another order"),
+            (dict(files=moved[:1], validation=tuple(str(there / name) for name in ("c.jsonl", "z.ndjson"))),
+             "files of data.validation=1, it is now 2"),
+            (dict(files=moved, validation=(held, moved[0])), "files of data.validation=1, it is now")):
+        with pytest.raises(ValueError, match=named):
+            make(tmp_path / "tokens", tokenizer=bpe[1], **wrong)
+    (there / "a.jsonl").rename(there / "a.txt")  # read otherwise
+    with pytest.raises(ValueError, match=r"other files: a\.txt"):
+        make(tmp_path / "tokens", [str(there / "a.txt"), str(there / "c.jsonl")], bpe[1], validation=(held,))
+    # half made here, the rest from there
+    arguments = dict(tokenizer=BYTES, validation_fraction=0.2)
+    alone = make(tmp_path / "alone", str(tmp_path / "here" / "*.jsonl"), **arguments)
+    make(tmp_path / "half", str(tmp_path / "here" / "*.jsonl"), **arguments, prepare_shard="0/2")
+    (there / "a.txt").rename(there / "0.jsonl")
+    assert make(tmp_path / "half", str(there / "?.jsonl"), **arguments, prepare_shard="1/2") == alone
+
+
+def as_version_2(folder: Path, files, validation=(), file="") -> dict:
+    """The manifest and begun.json of a folder as version 2 wrote them."""
+    for name in ("manifest.json", "begun.json"):
+        made = json.loads((folder / name).read_text())
+        made["version"] = 2
+        made["sources"] = [fact[:2] for fact in made["sources"]]
+        new = ("files of data.validation", "tokenizer.pattern")
+        settings = {key: value for key, value in made["settings"].items() if key not in new}
+        made["settings"] = settings | {"data.files": list(files), "data.validation": list(validation),
+                                       "tokenizer.file": file, "tokenizer.sha256": ""}
+        made.pop("adopted", None)
+        (folder / name).write_text(json.dumps(made))
+    (folder / "verified.json").unlink(missing_ok=True)
+    for path in folder.glob("unit-*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"job": prepare._hash(made)}))
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_folders_of_version_2_are_adopted(tmp_path, small, stream):
+    """With hashes of the files at hand; the fingerprint, which checkpoints name, stays, also that of a sample."""
+    files = [numbered(tmp_path / f"{i}.jsonl", 20, 100 * i) for i in range(2)]
+    held = numbered(tmp_path / "held.jsonl", 5, 500)
+    tokens.make_tokenizer("bpe", 270, [text(i) for i in range(9)]).save(tmp_path / "t")
+    bpe = Tokenizer(kind="bpe", file=str(tmp_path / "t" / tokens.RANK_FILE))
+    arguments = dict(files=files, tokenizer=bpe, validation=(held,), stream=stream)
+    folder = tmp_path / "tokens"
+    new = make(folder, **arguments)
+    old = as_version_2(folder, files, (held,), bpe.file)
+    loaded = prepare.load_manifest(folder)
+    print_of_2 = [loaded.tokenizer_fingerprint, loaded.splits,
+                  sorted((name, facts["sha256"]) for name, facts in loaded.shards.items())]
+    print_of_2 += [old["settings"], old["sources"]] if stream else []
+    assert loaded.version == 2 and loaded.fingerprint == hashlib.sha256(json.dumps(print_of_2).encode()).hexdigest()
+    # another split of the same files between training and validation is told from the shards
+    with pytest.raises(ValueError, match="files of data.validation=1, it is now 2"):
+        make(folder, **arguments | {"files": files[:1], "validation": (files[1], held)})
+    os.rename(files[0], tmp_path / "away")  # without its files it is as good, and stays as it is
+    assert make(folder, **arguments) == loaded and prepare.load_manifest(folder).version == 2
+    os.rename(tmp_path / "away", files[0])
+    adopted = make(folder, **arguments)
+    assert adopted == prepare.load_manifest(folder) == dataclasses.replace(new, adopted=adopted.adopted)
+    assert adopted.version == 3 and adopted.fingerprint == loaded.fingerprint
+    assert (new.fingerprint == adopted.fingerprint) != stream
+    assert make(folder, **arguments) == adopted
+    # a shard is missing: made again, also from the begun.json of version 2
+    (folder / new.splits["valid"][0][0]).with_suffix(".bin").unlink()
+    again = make(folder, **arguments)
+    assert again == adopted and (folder / new.splits["valid"][0][0]).with_suffix(".bin").exists()
+    as_version_2(folder, files, (held,), bpe.file)
+    numbered(Path(files[1]), 19, 100)
+    with pytest.raises(ValueError, match=r"made from other files: 1\.jsonl"):
+        make(folder, **arguments)
+
+
+def test_the_documentation_inside_another_python(tmp_path, embedded):
+    """Its tokens go on, as those whose files are not at hand; training on the documents themselves does not."""
+    folder, manifest = embedded
+    shutil.copytree(folder, tmp_path / "tokens")
+    bpe, said = Tokenizer(kind="bpe", vocab_size=1024), []
+    other = {"python": "3.1.4", "sources": [["embedded", 0, "Python 3.1.4"]]}
+    older = dataclasses.replace(manifest, **other)
+    prepare._write(tmp_path / "tokens", older)
+    assert prepare.prepare(tmp_path / "tokens", Data(), bpe, say=said.append) == older
+    assert "the documentation inside Python 3.1.4" in said[-1]
+    stream = older.settings | {"data.stream": True, "data.sample_bytes": Data().sample_bytes}
+    prepare._write(tmp_path / "tokens", dataclasses.replace(older, settings=stream))
+    with pytest.raises(ValueError, match="other files: embedded"):
+        prepare.prepare(tmp_path / "tokens", Data(stream=True), bpe, say=said.append)
+
+
+def test_a_folder_of_files(tmp_path):
+    """What it holds is said once, when it is read."""
+    folder, said = tmp_path / "corpus", []
+    for name in ("b.jsonl", "deep/er/a.jsonl", ".hidden.jsonl", ".git/x.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        numbered(folder / name, 20, 100 * len(name))
+    (folder / "README.md").write_text("x")
+    manifest = make(tmp_path / "tokens", str(folder), validation_fraction=0.2, say=said.append)
+    assert [name for name, *_ in manifest.sources] == ["b.jsonl", "a.jsonl"]
+    assert said[0] == f"data.files: 2 files beneath {folder} (2 jsonl); left out: 1 of other kinds (suffix .md)"
+    assert make(tmp_path / "tokens", str(folder / "**" / "[ab].jsonl"), validation_fraction=0.2) == manifest
+    (folder / ".git" / "x.jsonl").rename(folder / ".git" / "x.lines")
+    with pytest.raises(ValueError, match=r"data.files: no .txt, .jsonl.*, 1 of other kinds \(suffix .lines\)"):
+        make(tmp_path / "none", str(folder / ".git"))
+
+
+def test_the_words_of_the_run_that_weights_come_from(tmp_path):
+    """Its pattern too; a run that is not there names itself, before anything is made, and later is not needed."""
+    config = read_recipe(write_recipe(tmp_path))
+    base = tmp_path / "base"
+    start = dataclasses.replace(config.train, init_from=str(base))
+    for kind in ("bytes", "bpe"):
+        tokenizer = Tokenizer(kind=kind, vocab_size=257)
+        missing = dataclasses.replace(config, train=start, tokenizer=tokenizer)
+        with pytest.raises(ConfigError, match=f"^train.init_from='{base}': no run there"):
+            stages.make_tokens(missing, str(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+    (base / "tokenizer").mkdir(parents=True)
+    (base / "config.json").write_text("{}")
+    words = tokens.make_tokenizer("bpe", 300, [text(i) for i in range(40)], pattern="qwen2")
+    words.save(base / "tokenizer")
+    made = stages.prepare(missing, str(tmp_path / "run"))
+    assert made.tokenizer.pattern == tokens.PATTERNS["qwen2"] and made.tokenizer.fingerprint == words.fingerprint
+    with pytest.raises(ConfigError, match="tokenizer.pattern='o200k': the run in train.init_from="):
+        other = dataclasses.replace(missing.tokenizer, pattern="o200k")
+        stages.make_tokens(dataclasses.replace(missing, tokenizer=other), str(tmp_path / "run"))
+    shutil.copytree(base, tmp_path / "copy")
+    shutil.rmtree(base)
+    moved = dataclasses.replace(missing, train=dataclasses.replace(start, init_from=str(tmp_path / "copy")))
+    for again in (missing, moved):
+        assert stages.prepare(again, str(tmp_path / "run")).manifest == made.manifest
+
+
 def test_wrong_folders(tmp_path):
     with pytest.raises(ValueError, match="no tokens in .* run --mode=prepare"):
         prepare.load_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text('{"version": 1}')
-    with pytest.raises(ValueError, match="version is 1, this code reads 2"):
+    with pytest.raises(ValueError, match="version is 1, this code reads 2 and 3"):
         prepare.load_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):

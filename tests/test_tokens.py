@@ -192,6 +192,127 @@ def test_malformed_rank_files(tmp_path, change, message):
         tokens.make_tokenizer("bpe", file=str(tmp_path / "nothing"))
 
 
+# ------------------------------------------------------------------------------------------- patterns, rank files
+
+MERGES = [b"ab", b"12", b"123", b"1234", b"\n ", b"\n  ", b"  ", b" a", b"(a", b"!\n", b"'s", b"'S", b"aB", b"a'",
+          b"\n/"]
+CUT_APART = "ab 1234 (a 'S it's aB ?\n/!\n a'b \n  \n  "  # differently by every pattern
+
+
+def rank_file(path: Path, words=MERGES, size=0) -> str:
+    """All bytes, then `words`, then made-up ones up to `size`."""
+    every = [*(bytes([byte]) for byte in range(256)), *words]
+    every += [b"\xff%d" % i for i in range(size - len(every))]
+    path.write_bytes(b"".join(base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(every)))
+    return str(path)
+
+
+@functools.cache
+def published() -> dict[str, str]:
+    """tiktoken's own patterns (without their rank files, which it would fetch), and those of Qwen and Llama 3."""
+    from unittest import mock
+
+    from tiktoken_ext import openai_public
+    with mock.patch.object(openai_public, "load_tiktoken_bpe", lambda *_, **__: {}):
+        found = {"cl100k": openai_public.cl100k_base()["pat_str"], "o200k": openai_public.o200k_base()["pat_str"]}
+    older = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+             r"\s+(?!\S)|\s+")
+    return found | {"gpt2": openai_public.r50k_pat_str, "qwen2": older.replace("DIGITS", ""),
+                    "llama3": older.replace("DIGITS", "{1,3}")}
+
+
+@settings(max_examples=60)
+@given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\r\t a'sSllRE1234ABé(/.!"))))
+@example(text=CUT_APART)
+@example(text="I'LL 12345 HTMLParser \r\n\n  x\n  ")
+def test_patterns_cut_as_published(text):
+    import regex
+    assert set(tokens.PATTERNS) == set(published())
+    for name, pattern in published().items():
+        assert regex.findall(tokens.PATTERNS[name], text) == regex.findall(pattern, text), name
+
+
+def test_a_pattern_decides_the_ids(tmp_path):
+    """Those of tiktoken with the same ranks and pattern; saved, loaded and told by the fingerprint."""
+    import tiktoken
+    file = rank_file(tmp_path / "a.tiktoken")
+    ranks = {word: rank for rank, word in enumerate(tokens.read_ranks(file))}
+    found = {}
+    for name in ("", *tokens.PATTERNS, r"\S+|\s+"):
+        made = tokens.make_tokenizer("bpe", file=file, pattern=name)
+        theirs = tiktoken.Encoding("x", pat_str=published().get(name or "gpt2", name), mergeable_ranks=ranks,
+                                   special_tokens={})
+        found[name] = made.encode(CUT_APART).tolist()
+        assert found[name] == theirs.encode(CUT_APART) and made.decode(found[name]) == CUT_APART
+        made.save(tmp_path / "t")
+        back = tokens.load_tokenizer(tmp_path / "t")
+        assert back.fingerprint == made.fingerprint and back.encode(CUT_APART).tolist() == found[name]
+        assert made.encode("A" * 1_000_000 + " " * 9000).size > 0
+    assert found[""] == found["gpt2"] and len(set(map(tuple, found.values()))) == 6
+    prints = {name: tokens.make_tokenizer("bpe", file=file, pattern=name).fingerprint for name in found}
+    assert prints[""] == prints["gpt2"] == tokens.Tokenizer("bpe", list(ranks)).fingerprint
+    assert len(set(prints.values())) == 6
+    trained = [tokens.make_tokenizer("bpe", 300, ["1234 " * 50], pattern=name) for name in ("", "qwen2")]
+    assert [any(len(word) > 1 and word.isdigit() for word in made._words) for made in trained] == [True, False]
+
+
+def test_tokenizers_saved_before_patterns(tmp_path):
+    """What they wrote (GPT-2's pattern) loads to the same fingerprint."""
+    words = [*(bytes([byte]) for byte in range(256)), *MERGES]
+    before = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    state = hashlib.sha256(before.encode())
+    for word in words:
+        state.update(len(word).to_bytes(4, "big") + word)
+    raw = Path(rank_file(tmp_path / tokens.RANK_FILE)).read_bytes()
+    (tmp_path / tokens.JSON_FILE).write_text(json.dumps(
+        {"kind": "bpe", "vocab_size": len(words) + 1, "eot": len(words), "pattern": before,
+         "sha256": hashlib.sha256(raw).hexdigest(), "fingerprint": state.hexdigest()}))
+    assert tokens.load_tokenizer(tmp_path).fingerprint == state.hexdigest()
+
+
+@pytest.mark.parametrize("size, whose, pattern", [
+    (100_256, "cl100k_base", "cl100k"), (199_998, "o200k_base", "o200k"), (151_643, "Qwen", "qwen2"),
+    (128_000, "Llama 3", "llama3")])
+def test_rank_files_of_other_vocabularies(tmp_path, size, whose, pattern):
+    file = rank_file(tmp_path / "a.tiktoken", size=size)
+    with pytest.raises(ValueError, match=f"{size:,} ranks are those of {whose}, .* give tokenizer.pattern='{pattern}', "
+                                         "or 'gpt2' if these are others") as error:
+        tokens.make_tokenizer("bpe", file=file)
+    assert "\n" not in str(error.value)
+    made = tokens.make_tokenizer("bpe", file=file, pattern=pattern)
+    assert (made.vocab_size, made.pattern) == (size + 1, tokens.PATTERNS[pattern])
+    assert tokens.make_tokenizer("bpe", file=file, pattern="gpt2").pattern == tokens.PATTERN
+
+
+def test_special_tokens_are_no_ranks(tmp_path):
+    """With this pattern text would encode to the rank, and V would count two ends of text."""
+    for special in (EOT, "<|im_start|>"):
+        file = rank_file(tmp_path / "a.tiktoken", [*MERGES, special.encode()])
+        for kind in ("bpe", "gpt2"):
+            with pytest.raises(ValueError, match=f"rank {256 + len(MERGES)} is the special token .*, which no text"):
+                tokens.make_tokenizer(kind, file=file, pattern=r"\S+|\s+")
+    near = [b"<|", b"|>", b"<| |>", b"<||>", b"a<|b|>"]
+    assert tokens.make_tokenizer("bpe", file=rank_file(tmp_path / "b.tiktoken", near)).vocab_size == 262
+
+
+@pytest.mark.parametrize("pattern, message", [
+    ("cl100", r"tokenizer.pattern='cl100': choose of gpt2, cl100k, llama3, qwen2, o200k, or give a regular expression"),
+    ("(", r"tokenizer.pattern='\(': no regular expression \(.*parenthesis"),
+    (r"\p{L}+|\s+", r"tokenizer.pattern=.*: leaves out \d+ of \d+ bytes of a text; every character must be in a piece"),
+])
+def test_patterns_that_cannot_be(tmp_path, pattern, message):
+    with pytest.raises(ValueError, match=message) as error:
+        tokens.make_tokenizer("bpe", file=rank_file(tmp_path / "a.tiktoken"), pattern=pattern)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pattern_that_leaves_out_a_rare_character(tmp_path):
+    made = tokens.make_tokenizer("bpe", file=rank_file(tmp_path / "a.tiktoken"), pattern=r"[^\x{e000}]")
+    assert made.decode(made.encode("fine")) == "fine"
+    with pytest.raises(ValueError, match="leaves out 3 of 5 bytes"):
+        made.encode("a\ue000b")
+
+
 # ------------------------------------------------------------------------------------------------------ GPT-2
 
 

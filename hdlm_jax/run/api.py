@@ -21,6 +21,7 @@ from hdlm_jax.run.generate import ended, load_helper, sampler_of, start_canvas, 
 from hdlm_jax.run.stages import data_dir
 from hdlm_jax.run.state import build, init_state, make_optimizer
 from hdlm_jax.text import pipeline
+from hdlm_jax.text.corpus import expand
 from hdlm_jax.text.hierarchy import Hierarchy
 from hdlm_jax.text.prepare import load_manifest
 from hdlm_jax.text.tokens import Tokenizer, load_tokenizer
@@ -108,7 +109,7 @@ def with_base(given: Any, workdir: str) -> Any:
         return given
     begun = os.path.exists(os.path.join(workdir, "config.json"))
     try:
-        base = saved_config(workdir if begun else os.path.expanduser(name))
+        base = saved_config(workdir if begun else expand(name))
     except ConfigError as error:
         raise ConfigError(f"train.init_from={name!r}: {error}") from error
     return inherit(given, base, name)
@@ -158,7 +159,8 @@ def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True
 
 def load_here(workdir: str, which: str = "best", mesh: Parallel = Parallel(),  # noqa: B008 (it is frozen)
               ema: bool = True) -> Run:
-    """A run as trained, on the devices at hand whatever mesh it was trained on."""
+    """A run as trained, on the devices at hand whatever mesh it was trained on; ~ and $VARIABLES are expanded."""
+    workdir = expand(workdir)
     return load_run(dataclasses.replace(saved_config(workdir), parallel=mesh), workdir, which, ema)
 
 

@@ -307,7 +307,7 @@ def open_judge(path: str, dtype: str = "float32", shape: Parallel = Parallel(), 
     Raises:
       ConfigError: neither of the two, or one that cannot judge.
     """
-    folder = os.path.abspath(os.path.expanduser(path))
+    folder = os.path.abspath(path)
     try:
         if gpt2.is_folder(folder):
             return GPT2Judge(folder, dtype, mesh, known)

@@ -32,6 +32,7 @@ from hdlm_jax.run.generate import load_helper, real_texts, sampler_of
 from hdlm_jax.run.metrics import say
 from hdlm_jax.run.report import markdown
 from hdlm_jax.run.sampling_sweep import measure
+from hdlm_jax.text.corpus import expand
 from hdlm_jax.text.tokens import write_atomic
 
 FILE = "method_sweep.jsonl"
@@ -179,14 +180,16 @@ def picture(path: str, lines: list[dict[str, Any]]) -> bool:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ask = argparse.ArgumentParser(prog="python -m hdlm_jax.run.method_sweep", allow_abbrev=False,
                                   description="Every decoding method on trained runs: speed and judged quality.")
-    ask.add_argument("workdir", nargs="+")
-    ask.add_argument("--judge", required=True, help="workdir of an autoregressive run, or folder of a GPT-2")
+    ask.add_argument("workdir", nargs="+", type=expand)
+    ask.add_argument("--judge", type=expand, required=True,
+                     help="workdir of an autoregressive run, or folder of a GPT-2")
     ask.add_argument("--judge_dtype", default="float32", choices=("float32", "bfloat16"))
-    ask.add_argument("--helper", default="", help="autoregressive run for the methods that need one")
+    ask.add_argument("--helper", type=expand, default="", help="autoregressive run for the methods that need one")
     ask.add_argument("--methods", type=lambda text: text.split(","), default=[], metavar="LIST",
                      help="'max_prob,fast_dllm threshold=.8'; default: all")
     ask.add_argument("--steps", type=lambda text: [int(part) for part in text.split(",")], default=[16, 64, 128])
-    ask.add_argument("--out", default="", help="folder for method_sweep.md and .png; default: the first workdir")
+    ask.add_argument("--out", type=expand, default="",
+                     help="folder for method_sweep.md and .png; default: the first workdir")
     for name, value in (("num_samples", 64), ("batch_size", 16), ("seed", 0), ("prompt_tokens", 32)):
         ask.add_argument(f"--{name}", type=int, default=value)
     return ask.parse_args(argv)

@@ -44,8 +44,7 @@ class File(NamedTuple):
 
 
 def find(path: str) -> str:
-    """The file that a path (with ~ and $VARIABLES) names, in a folder the first of the usual names."""
-    path = os.path.expanduser(os.path.expandvars(path))
+    """The file that a path names, in a folder the first of the usual names."""
     if os.path.isdir(path):
         path = next((p for p in (os.path.join(path, name) for name in _FILES) if os.path.isfile(p)), path)
     if not os.path.isfile(path):
@@ -203,7 +202,7 @@ def _import(config: Config, workdir: str) -> None:
         raise ConfigError(f"workdir={workdir!r}: holds a run or another import; give another --workdir")
     if t.kind == "bpe" and not t.file:
         raise ConfigError("tokenizer.file='': --mode=import needs the rank file of a trained tokenizer")
-    tokenizer = make_tokenizer(t.kind, file=t.file, sha256=t.sha256)
+    tokenizer = make_tokenizer(t.kind, file=t.file, sha256=t.sha256, pattern=t.pattern)
     words = tokenizer.vocab_size
     hierarchy = Hierarchy.from_parents([], num_words=words, special=(tokenizer.eot,))
     if dictionary:

@@ -33,6 +33,7 @@ from hdlm_jax.run.api import Run, load_here, saved_config
 from hdlm_jax.run.generate import Sampler, compile_for, ended, identity, sampler_of, sampling_facts, start_canvas
 from hdlm_jax.run.metrics import read_metrics, say
 from hdlm_jax.run.report import markdown
+from hdlm_jax.text.corpus import expand
 from hdlm_jax.text.tokens import write_atomic
 
 FILE = "sampling_sweep.jsonl"
@@ -155,8 +156,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     some = lambda kind: lambda text: [kind(part) for part in text.split(",")]  # noqa: E731
     ask = argparse.ArgumentParser(prog="python -m hdlm_jax.run.sampling_sweep", allow_abbrev=False,
                                   description="Judge samples of trained runs at many settings (lists: by commas).")
-    ask.add_argument("workdir", nargs="+")
-    ask.add_argument("--judge", default="", help="folder of a GPT-2, or workdir of a run")
+    ask.add_argument("workdir", nargs="+", type=expand)
+    ask.add_argument("--judge", type=expand, default="", help="folder of a GPT-2, or workdir of a run")
     ask.add_argument("--judge_dtype", default="float32", choices=("float32", "bfloat16"))
     ask.add_argument("--force_transition", type=some(str), default=list(FORCE_TRANSITIONS), metavar="LIST")
     ask.add_argument("--clusters", type=some(str), default=list(CLUSTERS), metavar="LIST")

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hdlm_jax.config import Config, ConfigError
+from hdlm_jax.config import Config, ConfigError, Tokenizer
 from hdlm_jax.run import parallel
 from hdlm_jax.run.metrics import say
 from hdlm_jax.text import clusters, corpus, pipeline, tokens
@@ -36,16 +36,42 @@ def make_tokens(config: Config, workdir: str) -> str | None:
 
     None where other workers of data.prepare_shard have yet to do their part (said).
     """
-    words = config.tokenizer
-    if config.train.init_from and words.kind in ("gpt2", "bpe"):  # another run's weights speak that run's words
-        file = os.path.join(config.train.init_from, "tokenizer", tokens.RANK_FILE)
-        words = dataclasses.replace(words, file=file, sha256="")
+    folder = data_dir(config, workdir)
 
     def make() -> str | None:
-        manifest = text_prepare.prepare(data_dir(config, workdir), config.data, words, say=say)
+        if not os.path.exists(os.path.join(folder, text_prepare.MANIFEST)):
+            check_base(config)
+        manifest = text_prepare.prepare(folder, config.data, _tokenizer_of(config, folder), say=say)
         return manifest.fingerprint if manifest else None
 
     return parallel.first(make)
+
+
+def check_base(config: Config) -> None:
+    """ConfigError where train.init_from names no run, which matters as long as something is still to come from it."""
+    base = config.train.init_from
+    if base and not os.path.exists(os.path.join(base, "config.json")):
+        raise ConfigError(f"train.init_from={base!r}: no run there (no config.json)")
+
+
+def _tokenizer_of(config: Config, folder: str) -> Tokenizer:
+    """The settings of the tokenizer; with train.init_from that run's words and way to cut text, as its weights mean.
+
+    folder: of prepared tokens, which know the way if the base run is gone.
+    """
+    words, base = config.tokenizer, config.train.init_from
+    if not base or words.kind not in ("gpt2", "bpe"):
+        return words
+    words = dataclasses.replace(words, file=os.path.join(base, "tokenizer", tokens.RANK_FILE), sha256="")
+    known = [path for path in (os.path.join(base, "tokenizer"), folder)
+             if os.path.exists(os.path.join(path, tokens.JSON_FILE))]
+    if not known or words.kind == "gpt2":
+        return words
+    pattern = tokens.load_tokenizer(known[0]).pattern
+    if words.pattern and tokens.cutting_pattern(words.pattern) != pattern:
+        raise ConfigError(f"tokenizer.pattern={words.pattern!r}: the run in train.init_from={base!r} cuts text by "
+                          f"{pattern!r}; leave it out")
+    return dataclasses.replace(words, pattern=pattern)
 
 
 def prepare(config: Config, workdir: str) -> Text:
@@ -142,6 +168,7 @@ def _found(config: Config, text: Text, path: str, settings: dict) -> bool:
         say(f"hierarchy: reusing {path}, {_levels(Hierarchy.load(path, text.tokenizer.fingerprint))}")
         return True
     if config.train.init_from:  # its cluster ids are what the weights mean
+        check_base(config)
         theirs = os.path.join(config.train.init_from, "hierarchy.npz")
         hierarchy = Hierarchy.load(theirs, text.tokenizer.fingerprint)
         hierarchy.save(path, text.tokenizer.fingerprint, {"settings": settings})

@@ -111,10 +111,10 @@ def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
 
 def sources(config: Config) -> dict[str, str | list[str]]:
     """Where the data of each task asked for is; ConfigError where it is not."""
-    e = config.evaluate
+    e, formats = config.evaluate, {"files": config.data.format, "lm1b": "txt"}
     try:
         return {name: benchmarks.find(name, e.tasks_data) if TASKS[name].path
-                else corpus.resolve(getattr(e, name), f"evaluate.{name}") for name in e.tasks}
+                else corpus.resolve(getattr(e, name), f"evaluate.{name}", formats[name], say) for name in e.tasks}
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hdlm_jax.config import Config, ConfigError
+from hdlm_jax.config import Config, ConfigError, resolve
 from hdlm_jax.model.network import flops_per_token
 from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import Checkpoints, write_json
@@ -27,7 +27,8 @@ RESUME_EXIT = 75  # leaving on SIGTERM with everything saved: run the same comma
 # sections in which a resumed run must not differ, and the settings in them that may; of data its fingerprint counts
 # and how sequences are made of it
 _FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "optimizer", "train")
-FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "train.nonfinite_limit", "model.remat")
+FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "train.nonfinite_limit", "model.remat",
+        "tokenizer.file", "tokenizer.sha256")  # these two: what they hold is in the tokenizer's fingerprint
 _FIXED_DATA = ("packing", "padding", "variable_share", "stream", "shuffle_documents")
 
 
@@ -39,11 +40,11 @@ def check_resume(config: Config, meta: dict, path: str) -> None:
     """ConfigError if a checkpoint belongs to another configuration."""
     from hdlm_jax.run.api import upgraded
 
-    was = upgraded(meta["config"], path)
-    now = json.loads(json.dumps(config.as_dict()))
+    now = config.as_dict()
+    then = resolve(upgraded(meta["config"], path)).as_dict()  # with paths expanded, and settings of today
     for section in ("data", *_FIXED):
         for name, value in now[section].items():
-            saved = was[section].get(name)
+            saved = then[section][name]
             free = f"{section}.{name}" in FREE or (name == "steps" and config.optimizer.schedule == "constant")
             free |= section == "data" and name not in _FIXED_DATA[: None if config.data.stream else 4]
             if saved != value and not free:

@@ -182,10 +182,10 @@ TASKS: dict[str, Task] = {
 
 def find(name: str, folder: str) -> str:
     """The file of a task under the data folder, plain or compressed; ValueError where there is none."""
-    path = os.path.join(os.path.expanduser(os.path.expandvars(folder)), TASKS[name].path)
+    path = os.path.join(corpus.expand(folder), TASKS[name].path)
     found = [file for suffix in ("", *_OPEN) for file in glob.glob(glob.escape(path + suffix))]
     if not found:
-        hint = " (is the variable set?)" if "$" in os.path.expandvars(folder) else ""
+        hint = " (is the variable set?)" if "$" in corpus.expand(folder) else ""
         raise ValueError(f"evaluate.tasks_data={folder!r}: task {name} needs {TASKS[name].path} there, plain or with "
                          f"{', '.join(_OPEN)}{hint}")
     return found[0]

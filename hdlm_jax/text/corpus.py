@@ -7,6 +7,8 @@ tars of text files, is read from the one file it is distributed as.
 from __future__ import annotations
 
 import ast
+import codecs
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -17,6 +19,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import re
 import shutil
 import sysconfig
@@ -33,9 +36,9 @@ from hdlm_jax.text import detokenize
 
 EMBEDDED = "embedded"  # the one source of data.source='embedded'
 TXT_DOCUMENTS = ("file", "blank_line", "line")
-FORMATS = ("auto", "txt", "jsonl", "parquet", "tar")
+FORMATS = ("auto", "txt", "jsonl", "json", "parquet", "tar")
 DETOKENIZERS = ("", *detokenize.DETOKENIZERS)
-KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".tar": "tar"}
+KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".tar": "tar"}
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 _SHORT = {".tgz": ".gz", ".txz": ".xz", ".tbz2": ".bz2", ".tzst": ".zst"}  # tars
 
@@ -143,23 +146,36 @@ def docstrings(source: bytes | str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- sources
 
 
-def resolve(files: str | Sequence[str], name: str = "data.files") -> list[str]:
+def expand(path: Any) -> Any:
+    """`path` (or a tuple of paths) with ~ and $VARIABLES expanded, behind `checkpoint:` too; unset ones stay."""
+    if isinstance(path, tuple):
+        return tuple(map(expand, path))
+    prefix = "checkpoint:" if path.startswith("checkpoint:") else ""
+    return prefix + os.path.expanduser(os.path.expandvars(path.removeprefix(prefix)))
+
+
+def resolve(files: str | Sequence[str], name: str = "data.files", format: str = "auto",
+            say: Callable[[str], None] = lambda line: None) -> list[str]:
     """Sources of `files`: patterns in the order given, the matches of each sorted, each file once.
 
     Args:
-      files: paths or globs (`~` and `$VARIABLES` are expanded, `**` goes into folders), or URLs that fsspec
-        knows (`s3://...`, `gs://...`, `https://...`); in a URL only * and [ make a pattern, ? is a query.
-      name: of the setting, for messages.
+      files: paths, folders or globs (`~` and `$VARIABLES` are expanded, `**` goes into folders), or URLs that fsspec
+        knows (`s3://...`, `gs://...`, `https://...`); in a URL only * and [ make a pattern, ? is a query. A folder
+        stands for the files beneath it whose names are of KINDS, or with a `format` other than auto for all of them;
+        hidden files and folders are left out, links to folders not followed. A glob's matches are files alone.
+      name: of the setting, for messages. say: gets a line on what each folder holds.
     Raises:
-      ValueError: an empty list, a pattern without a match, a package that is missing.
+      ValueError: an empty list, a pattern without a match, a folder without such files, a package that is missing.
     """
     patterns = [files] if isinstance(files, str) else list(files)
     if not patterns:
-        raise ValueError(f"{name} is empty; give paths, globs or URLs of {', '.join(KINDS)} files")
+        raise ValueError(f"{name} is empty; give paths, folders, globs or URLs of {', '.join(KINDS)} files")
     sources: dict[str, str] = {}
     for pattern in patterns:
-        expanded = os.path.expanduser(os.path.expandvars(pattern))
-        matches = _remote_matches(expanded) if "://" in expanded else _local_matches(expanded)
+        expanded = expand(pattern)
+        matches, beneath = _remote_matches(expanded) if "://" in expanded else _local_matches(expanded)
+        if beneath:
+            matches = _known(matches, expanded, name, format, say)
         if not matches:
             hint = f" (is {expanded!r}; is the variable set?)" if "$" in expanded else ""
             raise ValueError(f"{name}: no file matches {pattern!r}{hint}")
@@ -168,36 +184,84 @@ def resolve(files: str | Sequence[str], name: str = "data.files") -> list[str]:
     return list(sources.values())
 
 
-def _local_matches(pattern: str) -> list[str]:
+def _local_matches(pattern: str) -> tuple[list[str], bool]:
+    """The files a pattern matches, and whether it is a folder, which they are beneath."""
     # A path that exists is itself, even if its name holds glob characters.
+    if os.path.isdir(pattern):
+        found = []
+        for folder, names, files in os.walk(pattern):
+            names[:] = [name for name in names if not name.startswith(".")]
+            found += [os.path.join(folder, name) for name in files if not name.startswith(".")]
+        return sorted(filter(os.path.isfile, found)), True
     matches = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-    return [match for match in matches if os.path.isfile(match)]
+    return [match for match in matches if os.path.isfile(match)], False
 
 
-def _remote_matches(pattern: str) -> list[str]:
+def _remote_matches(pattern: str) -> tuple[list[str], bool]:
     filesystem, path = _filesystem(pattern)
+    beneath = False
     with _one_line(pattern):
         try:
             with _network():
-                found = filesystem.glob(path, detail=True) if re.search("[*[]", path) else {path: filesystem.info(path)}
+                if re.search("[*[]", path):
+                    found = filesystem.glob(path, detail=True)
+                else:
+                    found = {path: filesystem.info(path)}
+                    if beneath := found[path]["type"] == "directory":
+                        found = filesystem.find(path, detail=True)
         except FileNotFoundError:
             found = {}
-    return sorted(filesystem.unstrip_protocol(path) for path, facts in found.items() if facts["type"] == "file")
+    files = [name for name, facts in found.items() if facts["type"] == "file"]
+    if beneath:
+        files = [name for name in files if "/." not in name.removeprefix(path)]
+    return sorted(map(filesystem.unstrip_protocol, files)), beneath
 
 
-def facts_of(source: str) -> list:
-    """[name, size in bytes] of a source; the embedded corpus is made when it is read, its size is given as 0.
+def _known(files: list[str], folder: str, name: str, format: str, say: Callable[[str], None]) -> list[str]:
+    """Those of the files beneath a folder that can be read; says how many of which kinds there are."""
+    kinds = [_suffixes(file)[0] if format == "auto" else format for file in files]
+    known = [file for file, kind in zip(files, kinds, strict=True) if kind]
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(collections.Counter(filter(None, kinds)).items()))
+    others = sorted({os.path.splitext(file)[1] or "none" for file, kind in zip(files, kinds, strict=True) if not kind})
+    left = (f"{len(files) - len(known):,} of other kinds (suffix {', '.join(others[:8])}"
+            f"{', ...' if others[8:] else ''})")
+    if not known:
+        raise ValueError(f"{name}: no {', '.join(KINDS)} files, plain or compressed, beneath {folder!r}"
+                         + (f", {left}; data.format says what files of other names are" if files else ""))
+    say(f"{name}: {len(known):,} files beneath {folder} ({counts})" + (f"; left out: {left}" if files != known else ""))
+    return known
 
-    Raises OSError when the source is not there.
+
+def facts_of(source: str, sha256: Callable[[str], tuple[int, str]]) -> list:
+    """[name, size in bytes, mark] of a source: what it is by, wherever it lies.
+
+    The mark of a local file is the sha256 of its bytes. A remote one is not read for this: its mark is its entity tag,
+    hash or time, whichever its file system gives first, "" where it gives none. The embedded corpus is made when it is
+    read: its size is given as 0, its mark is the version of Python, which decides its text.
+
+    Args:
+      sha256: gives size and sha256 (hex) of a local file.
+    Raises: OSError when the source is not there.
     """
     if source == EMBEDDED:
-        return [EMBEDDED, 0]
+        return [EMBEDDED, 0, f"Python {platform.python_version()}"]
     if "://" not in source:
-        return [os.path.basename(source), os.stat(source).st_size]
+        return [os.path.basename(source), *sha256(source)]
     filesystem, path = _filesystem(source)
     with _network():
         facts = filesystem.info(path)
-    return [os.path.basename(source.partition("?")[0]), facts["size"]]
+    mark = next((f"{name} {facts[name]}" for name in _REMOTE_MARKS if facts.get(name)), "")
+    return [os.path.basename(source.partition("?")[0]), facts["size"], mark]
+
+
+_REMOTE_MARKS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
+
+
+def identity(facts: list) -> tuple:
+    """What equal sources have in common: mark, size, and the kind by the name, which decides how they are read; where
+    there is no mark, name and size."""
+    name, size, mark = facts
+    return (_suffixes(name)[0], size, mark) if mark else (name, size)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -441,7 +505,7 @@ class Reader:
                 raise ValueError(f"data.{name} is {value!r}; choices: {', '.join(filter(None, choices))}")
 
     def check(self, source: str) -> str:
-        """The kind of a source: 'embedded', 'txt', 'jsonl', 'parquet' or 'tar'.
+        """The kind of a source: 'embedded', 'txt', 'jsonl', 'json', 'parquet' or 'tar'.
 
         It is that of `format`, of the name, or, where both say nothing, of the content (tar and parquet only).
 
@@ -507,8 +571,9 @@ class Reader:
             return self._tar(file, place)
         if kind == "parquet":
             return self._parquet(file, place, seekable=file is packed and not place.member)
-        if kind == "jsonl":
-            return self._jsonl(file, place)
+        file = _as_utf8(file)
+        if kind in ("jsonl", "json"):
+            return self._records(_lines(file, place) if kind == "jsonl" else _json(file, place), place)
         if self.prompt_field:
             raise ValueError(f"{place.name()}: data.prompt_field={self.prompt_field!r} needs jsonl or parquet, not txt")
         return _TXT[self.txt_documents](file, place)
@@ -551,20 +616,24 @@ class Reader:
                     except _Unreadable as error:
                         yield place.bad(f"row {number}", str(error))
 
-    def _jsonl(self, file: io.BufferedReader, place: _Place) -> Iterator[Document | Bad]:
+    def _records(self, records: Iterable[tuple[int, Any]], place: _Place) -> Iterator[Document | Bad]:
+        """Documents of numbered records: lines of JSON, or what was read of a JSON file."""
         fields, first = self._fields(), True
-        for number, line in _lines(file, place):
-            if isinstance(line, Bad):
-                yield line
-            elif not _blank(line):
+        for number, record in records:
+            if isinstance(record, Bad):
+                yield record
+            elif not isinstance(record, str) or not _blank(record):
+                at = "line" if isinstance(record, str) else "record"
                 try:
-                    row = _object(line)
+                    row = _object(record) if isinstance(record, str) else record
+                    if not isinstance(row, dict):
+                        raise _Unreadable(f"a {at} must be a JSON object, not {type(row).__name__}")
                     if first:
                         _need(fields, row, place)
                         first = False
                     yield _document(row, fields, place.name(number))
                 except _Unreadable as error:
-                    yield place.bad(f"line {number}", str(error))
+                    yield place.bad(f"{at} {number}", str(error))
 
     def _fields(self) -> list[str]:
         return [self.text_field, self.prompt_field] if self.prompt_field else [self.text_field]
@@ -592,14 +661,11 @@ class _Unreadable(Exception):
     """Why a record is a bad one."""
 
 
-def _object(line: str) -> dict:
+def _object(line: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise _Unreadable(f"not JSON ({_reason(error)})") from None
-    if not isinstance(row, dict):
-        raise _Unreadable(f"a line must be a JSON object, not {type(row).__name__}")
-    return row
 
 
 def _need(fields: Iterable[str], there: Iterable[str], place: _Place) -> None:
@@ -632,7 +698,45 @@ def _blank(text: str) -> bool:
     return not text or text.isspace()  # unlike strip() this copies nothing
 
 
-_BOM = b"\xef\xbb\xbf"  # a byte order mark is no text
+_BOM = codecs.BOM_UTF8  # a byte order mark is no text
+# UTF-32's little-endian mark begins with UTF-16's
+_WIDE = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
+         codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+
+
+class _Recoded(io.RawIOBase):
+    """UTF-8 of a file in UTF-16 or UTF-32; lone surrogates pass, as bytes that are no UTF-8 where they stand."""
+
+    def __init__(self, file: io.BufferedReader, encoding: str):
+        self._file, self._text = file, memoryview(b"")
+        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._text:
+            raw = self._file.read1(1 << 16)
+            try:
+                text = self._decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                raise _Damaged(f"not valid {error.encoding} ({error.reason})") from None
+            if not raw:
+                return 0
+            self._text = memoryview(text.encode("utf-8", "surrogatepass"))
+        count = min(len(buffer), len(self._text))
+        buffer[:count], self._text = self._text[:count], self._text[count:]
+        return count
+
+
+def _as_utf8(file: io.BufferedReader) -> io.BufferedReader:
+    """`file`, recoded where a byte order mark says that it is UTF-16 or UTF-32."""
+    head = file.peek(4)
+    for mark, encoding in _WIDE.items():
+        if head.startswith(mark):
+            file.read(len(mark))
+            return io.BufferedReader(_Recoded(file, encoding), _BUFFER)
+    return file
 
 
 def _lines(file: io.BufferedReader, place: _Place) -> Iterator[tuple[int, str | Bad]]:
@@ -679,3 +783,96 @@ def _paragraphs(file: io.BufferedReader, place: _Place) -> Iterator[Document | B
 
 
 _TXT = {"file": _whole, "blank_line": _paragraphs, "line": _single}
+
+
+# -------------------------------------------------------------------------------------------------------- JSON
+
+
+def _json(file: io.BufferedReader, place: _Place) -> Iterator[tuple[int, Any]]:
+    """(number from 1, record) of a .json file: the elements of an array, objects that span lines, or else lines.
+
+    Values are read one by one; behind one that is damaged no other can be found, so that its `Bad` comes last.
+    """
+    head = file.peek(_BUFFER).removeprefix(_BOM).lstrip()
+    array, (first, line_end, _) = head.startswith(b"["), head.partition(b"\n")
+    spans = line_end and first.startswith(b"{") and first.rstrip().endswith((b"{", b"[", b","))
+    if not (array or spans):
+        yield from _lines(file, place)
+        return
+    number = 0
+    try:
+        for number, value in enumerate(_values(file, array), 1):
+            yield number, value
+    except _Unreadable as error:
+        yield number + 1, place.bad(f"record {number + 1}", f"not JSON ({error})")
+
+
+def _values(file: io.BufferedReader, array: bool) -> Iterator[Any]:
+    """The elements of an array, or values one after another without commas. _Unreadable: what follows is no JSON."""
+    text = _JsonText(file)
+    if not array:
+        while text.following():
+            yield text.value()
+        return
+    text.following()
+    text.skip()
+    found = text.following()
+    while found != "]":
+        yield text.value()
+        found = text.following()
+        if found not in (",", "]"):
+            raise _Unreadable(f"found {found!r} behind an element" if found else "the array is cut short")
+        text.skip(found == ",")
+    text.skip()
+    if found := text.following():
+        raise _Unreadable(f"found {found!r} behind the end of the array")
+
+
+class _JsonText:
+    """The text of a JSON file as it is read: held are the value at hand and a buffer.
+
+    Bytes that are no UTF-8 become lone surrogates, which `_document` refuses in the one record that has them.
+    """
+
+    def __init__(self, file: io.BufferedReader):
+        self._file, self._text, self._place, self._ended = file, "", 0, False
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+
+    def _more(self, size: int) -> None:
+        raw = self._file.read(size)
+        self._ended = not raw
+        self._text, self._place = self._text[self._place:] + self._decoder.decode(raw, final=self._ended), 0
+
+    def skip(self, one: bool = True) -> None:
+        self._place += one
+
+    def following(self) -> str:
+        """The next character that is no blank, '' at the end of the file."""
+        while True:
+            self._place = _NO_BLANK.search(self._text, self._place).start()  # type: ignore[union-attr]
+            if self._place < len(self._text) or self._ended:
+                return self._text[self._place:self._place + 1]
+            self._more(_BUFFER)
+
+    def value(self) -> Any:
+        """The value that follows; _Unreadable where that is no JSON."""
+        self.following()
+        size = _BUFFER
+        while True:
+            try:
+                value, end = _PARSER.raw_decode(self._text, self._place)
+                if end < len(self._text) or self._ended:  # else a number may go on
+                    self._place = end
+                    return value
+            except RecursionError as error:
+                raise _Unreadable(_reason(error)) from None
+            except json.JSONDecodeError as error:  # not of what has not been read yet: that is at the end, or a string
+                inside = error.pos < len(self._text) - 16 and not error.msg.startswith("Unterminated")
+                if inside or self._ended:
+                    raise _Unreadable(error.msg) from None
+            self._more(size)
+            size *= 2  # or a long value would be parsed too often
+
+
+_PARSER = json.JSONDecoder()
+_NO_BLANK = re.compile(r"[^ \t\n\r]|\Z")

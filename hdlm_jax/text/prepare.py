@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import numpy as np
 from hdlm_jax.text import corpus, tokens, units
 
 MANIFEST, BEGUN, VERIFIED, BAD_RECORDS = "manifest.json", "begun.json", "verified.json", "bad_records.jsonl"
-VERSION = 2
+VERSION = 3
 BPE_TRAINING_BYTES = 100_000_000
 LONGEST = 1 << 16
 _COUNTED_TOKENS = 1 << 20
@@ -35,7 +36,8 @@ class Manifest:
     """What a folder of tokens holds. Counts are of whole splits; a token count includes the ends of text,
     bytes are raw UTF-8 bytes of the documents (an end of text has none). `scored` leaves prompts out.
 
-    settings, sources: what was asked for, and [name, size] of each file read; `prepare` compares them.
+    settings, sources: what was asked for, without paths, and [name, size, mark] of each file read, in order, the
+      mark of a local one its sha256 (`corpus.facts_of`); `prepare` compares them. (Version 2: paths, [name, size].)
     prompts: whether documents may begin with a prompt (their lengths are in the .idx files).
     unigram_nats: nats per scored validation token (end of text counted) under the unigram of the scored
       training tokens, add-one smoothed over the V words.
@@ -50,6 +52,7 @@ class Manifest:
     splits: "train" and "valid": [stem, first token, end token, first document, end document] of each range, in
       the order of the documents; a range lies in the shard stem.bin and its index stem.idx.
     shards: file name -> {"bytes", "sha256"}.
+    adopted: [settings, sources] that it had in version 2, which the fingerprint of a sample made then is of.
     """
 
     version: int
@@ -82,6 +85,7 @@ class Manifest:
     splits: dict
     shards: dict
     lengths: list
+    adopted: list = dataclasses.field(default_factory=list)
 
     @property
     def unigram_bits_per_byte(self) -> float:
@@ -94,7 +98,7 @@ class Manifest:
         shards = sorted((name, facts["sha256"]) for name, facts in self.shards.items())
         facts: list = [self.tokenizer_fingerprint, self.splits, shards]
         if self.sampled:  # what is trained on is not in the shards
-            facts += [self.settings, self.sources]
+            facts += self.adopted or [self.settings, [corpus.identity(source) for source in self.sources]]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def summary(self) -> str:
@@ -107,16 +111,18 @@ class Manifest:
 
 
 def load_manifest(folder: str | os.PathLike) -> Manifest:
-    """The manifest of a folder of tokens; ValueError when there is none, or one of another version."""
+    """The manifest of a folder of tokens (also of version 2); ValueError when there is none, or another version's."""
     path = Path(folder) / MANIFEST
     facts = units.read_json(path)
     if facts is None:
         raise ValueError(f"no tokens in {folder} ({MANIFEST} is missing); run --mode=prepare")
-    if facts.get("version") != VERSION:
-        raise ValueError(f"{path}: version is {facts.get('version')}, this code reads {VERSION}; "
+    if facts.get("version") not in (2, VERSION):
+        raise ValueError(f"{path}: version is {facts.get('version')}, this code reads 2 and {VERSION}; "
                          "delete the folder and prepare again")
     if "lengths" not in facts:  # made before they were kept
         facts["lengths"] = document_lengths(Path(folder), facts["splits"]["train"])
+    if facts["version"] == 2 and facts["sampled"]:
+        facts["adopted"] = [facts["settings"], facts["sources"]]
     return Manifest(**facts)
 
 
@@ -126,6 +132,10 @@ def load_manifest(folder: str | os.PathLike) -> Manifest:
 def prepare(out_dir: str | os.PathLike, data: Any, tokenizer: Any, *,
             say: Callable[[str], None] | None = None) -> Manifest | None:
     """Makes the folder of tokens, goes on making it, or reuses it when it was made with the same settings and files.
+
+    Files are the same by their contents and order (it is that of the tokens), whatever their paths: local ones by
+    sha256, taken again where size or time is another than last time (verified.json), remote ones by size and the
+    entity tag or time that their file system gives (none: by name and size).
 
     Documents stream from their files to the disk; what is held is some batches of about a megabyte a core. Killed
     at any moment, the next call goes on after the shards that were closed, to the same bytes.
@@ -145,43 +155,53 @@ def prepare(out_dir: str | os.PathLike, data: Any, tokenizer: Any, *,
     data.check()
     tokenizer.check()
     folder = Path(out_dir)
-    settings = _settings(data, tokenizer)
     if (folder / MANIFEST).exists():
-        manifest = _reuse(folder, settings, data, tokenizer, say)
+        manifest = _reuse(folder, data, tokenizer, say)
         if manifest is not None:
             return manifest
 
     start = time.monotonic()
-    reader, train, valid = what_to_read(data)
+    reader, train, valid = what_to_read(data, say)
     for source in [*train, *valid]:
         reader.check(source)
-    facts = _facts([*train, *valid])
-    sources = facts + _tokenizer_file(tokenizer)
+    settings = _settings(data, tokenizer, len(valid))
+    seen = _Seen(folder)
+    sources = _facts([*train, *valid], tokenizer, seen)
+    _check_sha256(tokenizer, sources)
     folder.mkdir(parents=True, exist_ok=True)
+    seen.save()
     units.remove_leftovers(folder)
-    job = units.Job(
-        folder=folder, id="", reader=reader, held=held_out(reader, valid), prompts=bool(data.prompt_field),
-        units=tuple((source, "train") for source in train) + tuple((source, "valid") for source in valid),
-        fraction=data.validation_fraction if data.split == "hash" and not valid else 0.0,
-        sample=max(1, data.sample_bytes // len(train)) if data.stream else 0,
-        bad_share=data.bad_share, dtype="", shard_tokens=units.SHARD_TOKENS, batch_chars=units.BATCH_CHARS)
+    job = _job(folder, data, reader, train, valid)
     last = data.validation_documents if data.split == "last" and not valid else 0
     words, begun = _begin(job, settings, sources, tokenizer, last, say)
     job = dataclasses.replace(job, id=_hash(begun), dtype="uint16" if words.vocab_size <= 65535 else "uint32")
 
     index, workers = data.worker()
     mine = [u for u in range(len(job.units)) if u % workers == index and not units.is_done(job, u)]
-    units.make_all(job, words, mine, [size or 0 for _, size in facts])  # not every server tells sizes
+    units.make_all(job, words, mine, [size or 0 for _, size, _ in sources])  # not every server tells sizes
     records = [units.load_record(job, u) for u in range(len(job.units))]
     missing = [u for u, record in enumerate(records) if record is None or not record.done]
     if missing:
         say(f"tokens: worker {index}/{workers} has done its part of {folder}; {len(missing)} of {len(records)} files "
             f"are left to others (the first, {job.units[missing[0]][0]}, to {missing[0] % workers}/{workers})")
         return None
-    manifest = _merge(job, words, [record for record in records if record], begun, last, workers > 1, say)
+    facts = begun | {"adopted": []}
+    if begun["version"] != VERSION:
+        old = [begun["settings"], begun["sources"]] if data.stream else []
+        facts |= {"settings": settings, "sources": sources, "adopted": old}
+    manifest = _merge(job, words, [record for record in records if record], facts, last, workers > 1, say)
     units.remove_leftovers(folder)
     say(f"tokens: made {folder} in {time.monotonic() - start:.1f} s: {manifest.summary()}")
     return manifest
+
+
+def _job(folder: Path, data: Any, reader: corpus.Reader, train: list[str], valid: list[str]) -> units.Job:
+    return units.Job(
+        folder=folder, id="", reader=reader, held=held_out(reader, valid), prompts=bool(data.prompt_field),
+        units=tuple((source, "train") for source in train) + tuple((source, "valid") for source in valid),
+        fraction=data.validation_fraction if data.split == "hash" and not valid else 0.0,
+        sample=max(1, data.sample_bytes // len(train)) if data.stream else 0,
+        bad_share=data.bad_share, dtype="", shard_tokens=units.SHARD_TOKENS, batch_chars=units.BATCH_CHARS)
 
 
 def held_out(reader: corpus.Reader, sources: Iterable[str]) -> frozenset[bytes]:
@@ -231,52 +251,80 @@ def document_lengths(folder: Path, ranges: list) -> list[list[int]]:
     return [[int(size), int(counts[size])] for size in np.flatnonzero(counts)]
 
 
-def _settings(data: Any, tokenizer: Any) -> dict:
-    """What decides the tokens; what cannot matter is None, so that it cannot differ."""
+def _settings(data: Any, tokenizer: Any, validation: int) -> dict:
+    """What decides the tokens beside the contents of files, so no paths; what cannot matter is None, so that it cannot
+    differ. validation: number of validation files, the last of the sources."""
     trained = tokenizer.kind == "bpe" and not tokenizer.file
     files = bool(data.files or data.validation)
     split = None if data.validation else data.split
+    cut = tokens.cutting_pattern(tokenizer.pattern)
     return {
         "data.source": data.source,
-        "data.files": list(data.files),
         "data.format": data.format if files else None,
         "data.text_field": data.text_field if files else None,
         "data.prompt_field": data.prompt_field,
         "data.txt_documents": data.txt_documents if files else None,
         "data.detokenize": data.detokenize,
-        "data.validation": list(data.validation),
+        _VALIDATION: validation,
         "data.split": split,
         "data.validation_fraction": data.validation_fraction if split == "hash" else None,
         "data.validation_documents": data.validation_documents if split == "last" else None,
         "data.stream": data.stream,
         "data.sample_bytes": data.sample_bytes if data.stream else None,
         "tokenizer.kind": tokenizer.kind,
-        "tokenizer.file": tokenizer.file,
-        "tokenizer.sha256": tokenizer.sha256,
+        "tokenizer.file": bool(tokenizer.file),
         "tokenizer.vocab_size": tokenizer.vocab_size if trained else None,
+        "tokenizer.pattern": None if cut == tokens.PATTERN else cut,
     }
 
 
-def what_to_read(data: Any) -> tuple[corpus.Reader, list[str], list[str]]:
-    """How documents are read, the training sources and the validation files."""
+_VALIDATION = "files of data.validation"  # in settings: how many
+
+
+def what_to_read(data: Any, say: Callable[[str], None] = lambda line: None
+                 ) -> tuple[corpus.Reader, list[str], list[str]]:
+    """How documents are read, the training sources and the validation files; say: gets what folders hold."""
     reader = corpus.Reader(text_field=data.text_field, prompt_field=data.prompt_field, detokenize=data.detokenize,
                            txt_documents=data.txt_documents, format=data.format)
-    return (reader, [corpus.EMBEDDED] if data.source == "embedded" else corpus.resolve(data.files),
-            corpus.resolve(data.validation, "data.validation") if data.validation else [])
+    return (reader, [corpus.EMBEDDED] if data.source == "embedded" 
+            else corpus.resolve(data.files, "data.files", data.format, say),
+            corpus.resolve(data.validation, "data.validation", data.format, say) if data.validation else [])
 
 
-def _facts(sources: list[str]) -> list[list]:
-    """[name, size] of each source; many of them may be a network away."""
+class _Seen:
+    """Size and sha256 of files, hashed where size or time is not that of the last time (verified.json of a folder)."""
+
+    def __init__(self, folder: Path):
+        self._path, self._marks = folder / VERIFIED, {}
+        with contextlib.suppress(OSError, ValueError):
+            self._marks = json.loads(self._path.read_text("utf-8"))
+        self._known = dict(self._marks)
+
+    def facts(self, path: Path, name: str = "") -> tuple[int, str]:
+        """name: the file is remembered by, else its absolute path. OSError: it cannot be read."""
+        name, state = name or os.path.abspath(path), path.stat()
+        size, moment, sha256 = self._known.get(name, (-1, -1, ""))
+        if (size, moment) != (state.st_size, state.st_mtime_ns):
+            with open(path, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self._marks[name] = [state.st_size, state.st_mtime_ns, sha256]
+        return state.st_size, sha256
+
+    def save(self) -> None:
+        if self._marks != self._known:
+            with contextlib.suppress(OSError):  # a folder that cannot be written: they are hashed again each time
+                units.write_file(self._path, json.dumps(self._marks).encode() + b"\n")
+
+
+def _facts(sources: list[str], tokenizer: Any, seen: _Seen) -> list[list]:
+    """`corpus.facts_of` each source (many of them may be a network away), then of tokenizer.file if there is one."""
     with futures.ThreadPoolExecutor(16) as pool:
-        return list(pool.map(corpus.facts_of, sources))
-
-
-def _tokenizer_file(tokenizer: Any) -> list[list]:
+        facts = list(pool.map(lambda source: corpus.facts_of(source, lambda path: seen.facts(Path(path))), sources))
     if not tokenizer.file:
-        return []
-    path = Path(os.path.expanduser(os.path.expandvars(tokenizer.file)))
+        return facts
+    file = Path(corpus.expand(tokenizer.file))
     try:
-        return [[path.name, path.stat().st_size]]
+        return [*facts, [file.name, *seen.facts(file)]]
     except OSError as error:
         raise ValueError(f"tokenizer.file {tokenizer.file!r} cannot be read: {error.strerror}") from None
 
@@ -294,9 +342,10 @@ def _begin(job: units.Job, settings: dict, sources: list, tokenizer: Any, last: 
     path = job.folder / BEGUN
     begun = units.read_json(path)
     if begun:
-        if any(job.folder.glob("unit-*.json")):
-            _compare(job.folder, "begun", begun["settings"], settings, begun["sources"], sources)
-        if (begun["version"], begun["settings"], begun["sources"]) == (VERSION, settings, sources):
+        different = _difference(*_as_today(begun, settings, sources), settings, sources)
+        if different and any(job.folder.glob("unit-*.json")):
+            raise _different(job.folder, "begun", different)
+        if not different:
             words = tokens.load_tokenizer(job.folder)
             if words.fingerprint != begun["tokenizer_fingerprint"]:
                 raise ValueError(f"the tokenizer in {job.folder} is not the one its tokens were begun with: delete it")
@@ -324,7 +373,7 @@ def _begin(job: units.Job, settings: dict, sources: list, tokenizer: Any, last: 
 
     trained = tokenizer.kind == "bpe" and not tokenizer.file
     words = tokens.make_tokenizer(tokenizer.kind, tokenizer.vocab_size, training_texts() if trained else None,
-                                  tokenizer.file, tokenizer.sha256)
+                                  tokenizer.file, tokenizer.sha256, tokenizer.pattern)
     if trained and words.vocab_size < tokenizer.vocab_size:
         say(f"tokenizer: the corpus holds merges for V={words.vocab_size:,} only, "
             f"{tokenizer.vocab_size:,} were asked for (tokenizer.vocab_size)")
@@ -378,7 +427,7 @@ def _merge(job: units.Job, words: tokens.Tokenizer, records: list[units.Record],
             raise ValueError(f"no document of {total} falls in the {split} split: give more documents "
                              "(data.txt_documents='blank_line' cuts a .txt), data.validation files, or "
                              "another data.validation_fraction or data.validation_documents")
-    counts = {}
+    counts: dict[str, Any] = {}
     for split, shards in splits.items():
         counts[f"{split}_documents"] = sum(shard.end_document - shard.first_document for shard in shards)
         counts[f"{split}_tokens"] = sum(shard.end_token - shard.first_token for shard in shards)
@@ -394,14 +443,14 @@ def _merge(job: units.Job, words: tokens.Tokenizer, records: list[units.Record],
         sampled=job.sample > 0, python=platform.python_version(),
         splits={split: [list(shard[:5]) for shard in shards] for split, shards in splits.items()},
         shards={name: facts for record in records for name, facts in sorted(record.files.items())
-                if not name.startswith("bad-")}, lengths=[])
-    if verify and (damage := _damage(job.folder, manifest)):
+                if not name.startswith("bad-")}, lengths=[], adopted=begun["adopted"])
+    if verify and (damage := _damage(job.folder, manifest, _Seen(job.folder))):
         name, what = damage[0]
         raise ValueError(f"{job.folder / name} is {what}: delete it and run --mode=prepare, which makes it again")
     train, valid = (token_counts(job.folder, split, manifest) for split in ("train", "valid"))
     manifest = dataclasses.replace(manifest, unigram_nats=unigram_nats(train, valid),
                                    lengths=document_lengths(job.folder, manifest.splits["train"]))
-    units.write_file(job.folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
+    _write(job.folder, manifest)
     return manifest
 
 
@@ -430,29 +479,70 @@ def _cut(folder: Path, shards: list[units.Range], last: int) -> tuple[list[units
 # -------------------------------------------------------------------------------------------------------- reuse
 
 
-def _compare(folder: Path, verb: str, was: dict, now: dict, were: list, are: list | None) -> None:
-    """ValueError that names the first setting or file that differs; files only where they are at hand."""
-    advice = f"use another working directory or delete {folder}"
+def _difference(was: dict, were: list, now: dict, are: list | None) -> str:
+    """The first setting or file that differs, in words; files only where they are at hand (not None)."""
     for key in now | was:
         if was.get(key) != now.get(key):
-            raise ValueError(f"tokens in {folder} were {verb} with {key}={was.get(key)!r}, it is now "
-                             f"{now.get(key)!r}: {advice}")
-    if are is not None and are != were:
-        changed = [fact for fact in are if fact not in were] or [fact for fact in were if fact not in are] or are
-        raise ValueError(f"tokens in {folder} were {verb} from other files: {changed[0][0]} ({changed[0][1]} "
-                         f"bytes) was added, removed, moved or has another size: {advice}")
+            return f"with {key}={was.get(key)!r}, it is now {now.get(key)!r}"
+    before, here = [corpus.identity(fact) for fact in were], [corpus.identity(fact) for fact in are or []]
+    if are is None or here == before:
+        return ""
+    for facts, those in ((are, set(before)), (were, set(here))):
+        for fact in facts:
+            if corpus.identity(fact) not in those:
+                return f"from other files: {fact[0]} ({fact[1]} bytes) was added, removed or has other contents"
+    return f"from these files in another order, the first {were[0][0]}, it is now {are[0][0]}"
 
 
-def _reuse(folder: Path, settings: dict, data: Any, tokenizer: Any, say: Callable[[str], None]) -> Manifest | None:
-    """The manifest of a folder that is whole; None, and no manifest, where parts are missing and can be made again."""
-    manifest = load_manifest(folder)
+def _different(folder: Path, verb: str, difference: str) -> ValueError:
+    return ValueError(f"tokens in {folder} were {verb} {difference}: use another working directory or delete {folder}")
+
+
+def _as_today(made: dict, settings: dict, sources: list | None) -> tuple[dict, list]:
+    """Settings and sources of a manifest or begun.json. Version 2 knew paths, names and sizes: then as they would be
+    written today, with the marks of those files at hand that have these names and sizes."""
+    was, were = dict(made["settings"]), made["sources"]
+    if made["version"] == VERSION:
+        return was, were
+    patterns, file = was.pop("data.validation"), was.pop("tokenizer.file")
+    del was["data.files"], was["tokenizer.sha256"]
+    validation = 0
+    if patterns and "splits" in made:  # the last units, one a file
+        validation = len(were) - bool(file) - min(int(stem.split("-")[1]) for stem, *_ in made["splits"]["valid"])
+    elif patterns:
+        validation = settings[_VALIDATION] or len(patterns)
+    marked = []
+    for place, fact in enumerate(were):
+        here = itertools.chain((sources or [])[place:place + 1], sources or [])
+        marked.append(next((other for other in here if other[:2] == fact), [*fact, ""]))
+        if fact[0] == corpus.EMBEDDED and "python" in made:
+            marked[-1] = [*fact, f"Python {made['python']}"]
+    return was | {_VALIDATION: validation, "tokenizer.file": bool(file)}, marked
+
+
+def _at_hand(data: Any, tokenizer: Any, manifest: Manifest, seen: _Seen) -> tuple[list | None, int, str]:
+    """Facts of the sources (None where they are not on this machine), how many are validation files, why None."""
+    if data.source == "embedded" and not data.stream and manifest.python != platform.python_version():
+        return None, len(data.validation), f" (its source is the documentation inside Python {manifest.python})"
     try:
         _, train, valid = what_to_read(data)
-        sources = _facts([*train, *valid]) + _tokenizer_file(tokenizer)
-    except (ValueError, OSError):  # not on this machine; only the tokens are
-        sources = None
-    _compare(folder, "made", manifest.settings, settings, manifest.sources, sources)
-    for name, what in _damage(folder, manifest):
+        return _facts([*train, *valid], tokenizer, seen), len(valid), ""
+    except (ValueError, OSError):
+        return None, len(data.validation), " (its source files are not on this machine)"
+
+
+def _reuse(folder: Path, data: Any, tokenizer: Any, say: Callable[[str], None]) -> Manifest | None:
+    """The manifest of a folder that is whole; None, and no manifest, where parts are missing and can be made again."""
+    manifest, seen = load_manifest(folder), _Seen(folder)
+    sources, validation, absent = _at_hand(data, tokenizer, manifest, seen)
+    settings = _settings(data, tokenizer, validation)
+    was, were = _as_today(dataclasses.asdict(manifest), settings, sources)
+    if sources is None and validation and was[_VALIDATION]:  # patterns, of which nobody knows how many files match
+        settings[_VALIDATION] = was[_VALIDATION]
+    if different := _difference(was, were, settings, sources):
+        raise _different(folder, "made", different)
+    _check_sha256(tokenizer, sources)
+    for name, what in _damage(folder, manifest, seen):
         if sources is None:
             raise ValueError(f"{folder / name} is {what}, and its source files are not on this machine: copy it again")
         if what == "damaged":
@@ -463,41 +553,33 @@ def _reuse(folder: Path, settings: dict, data: Any, tokenizer: Any, say: Callabl
     if tokens.load_tokenizer(folder).fingerprint != manifest.tokenizer_fingerprint:
         raise ValueError(f"the tokenizer in {folder} is not the one the tokens were made with: "
                          f"use another working directory or delete {folder}")
-    absent = "" if sources is not None else " (its source files are not on this machine)"
+    if manifest.version != VERSION and sources is not None:
+        manifest = dataclasses.replace(manifest, version=VERSION, settings=settings, sources=sources)
+        with contextlib.suppress(OSError):  # a folder that cannot be written stays as it is, and is as good
+            _write(folder, manifest)
     say(f"tokens: reusing {folder}{absent}: {manifest.summary()}")
     return manifest
 
 
-def _damage(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
-    """(file, 'damaged' or 'missing') of the shards that are not as the manifest says, damaged ones first.
+def _write(folder: Path, manifest: Manifest) -> None:
+    units.write_file(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
 
-    A file is hashed if its size or time is not that of the last time it was (verified.json).
-    """
-    try:
-        known = json.loads((folder / VERIFIED).read_text("utf-8"))
-    except (OSError, ValueError):
-        known = {}
 
-    def look(name: str) -> tuple[str, list]:
-        path, facts = folder / name, manifest.shards[name]
+def _check_sha256(tokenizer: Any, sources: list | None) -> None:
+    if tokenizer.file and tokenizer.sha256 and sources and sources[-1][2] != tokenizer.sha256.lower():
+        raise ValueError(f"{tokenizer.file}: sha256 is {sources[-1][2]}, must be {tokenizer.sha256}")
+
+
+def _damage(folder: Path, manifest: Manifest, seen: _Seen) -> list[tuple[str, str]]:
+    """(file, 'damaged' or 'missing') of the shards that are not as the manifest says, damaged ones first."""
+    def look(name: str) -> str:
         try:
-            state = path.stat()
+            size, sha256 = seen.facts(folder / name, name)
         except FileNotFoundError:
-            return "missing", []
-        mark = [state.st_size, state.st_mtime_ns, facts["sha256"]]
-        if known.get(name) == mark:
-            return "", mark
-        if state.st_size == facts["bytes"]:
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]:
-                    return "", mark
-        return "damaged", []
+            return "missing"
+        return "" if {"bytes": size, "sha256": sha256} == manifest.shards[name] else "damaged"
 
     with futures.ThreadPoolExecutor(units.core_count()) as pool:
-        looks = dict(zip(manifest.shards, pool.map(look, manifest.shards), strict=True))
-    found = sorted((what, name) for name, (what, _) in looks.items() if what)
-    marks = {name: mark for name, (_, mark) in looks.items()}
-    if not found and marks != known:
-        with contextlib.suppress(OSError):  # a folder that cannot be written is hashed again each time
-            units.write_file(folder / VERIFIED, json.dumps(marks).encode() + b"\n")
-    return [(name, what) for what, name in found]
+        looks = list(zip(pool.map(look, manifest.shards), manifest.shards, strict=True))
+    seen.save()
+    return [(name, what) for what, name in sorted(looks) if what]

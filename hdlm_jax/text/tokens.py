@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hdlm_jax.text import corpus
+
 KINDS = ("gpt2", "bpe", "bytes", "bert")
 END_OF_TEXT = "<|endoftext|>"
 BERT_END, BERT_UNKNOWN = "[SEP]", "[UNK]"
@@ -29,8 +31,51 @@ RANK_FILE, JSON_FILE = "tokenizer.tiktoken", "tokenizer.json"
 # their leading space and nothing else, so that a word is one token and clusters of tokens are of words.
 PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""")
 
+# How the text of other published vocabularies is cut: words with any one sign in front, digits by threes (Qwen's one by
+# one), signs with the line ends behind them; GPT-4o's words (o200k) also end before a capital. Blanks at the very end
+# of a text are one piece in cl100k_base as tiktoken has it today; Qwen and Llama 3 cut them behind the last line end.
+_FRONT, _SUFFIX = r"[^\r\n\p{L}\p{N}]?", r"(?i:'(?:[sdmt]|ll|ve|re))"
+_SIGNS, _BLANKS = r" ?[^\s\p{L}\p{N}]+", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _signed(digits: str, blanks: str = _BLANKS) -> str:
+    return rf"{_SUFFIX}|{_FRONT}\p{{L}}+|{digits}|{_SIGNS}[\r\n]*|{blanks}"
+
+
+PATTERNS = {
+    "gpt2": PATTERN,
+    "cl100k": _signed(r"\p{N}{1,3}", rf"\s++$|{_BLANKS}"),
+    "llama3": _signed(r"\p{N}{1,3}"),
+    "qwen2": _signed(r"\p{N}"),
+    "o200k": (rf"{_FRONT}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_FRONT}{_UPPER}+{_LOWER}*{_SUFFIX}?|\p{{N}}{{1,3}}|"
+              rf"{_SIGNS}[\r\n/]*|{_BLANKS}"),
+}
+# Vocabularies that are told by their number of ranks, and how their text is cut. (GPT-2's 50,256 need no word.)
+_KNOWN_SIZES = {100_256: ("cl100k_base", "cl100k"), 199_998: ("o200k_base", "o200k"), 151_643: ("Qwen", "qwen2"),
+                128_000: ("Llama 3", "llama3")}
+_SPECIAL = re.compile(rb"<\|[^|\s]+\|>")  # as special tokens are written in the vocabularies that have rank files
+
 # `\s+(?!\S)` backtracks: the regex engine gives up on a run of about a million blanks. Longer runs are cut.
 _LONG_BLANK = re.compile(r"\s{4096}")
+_EVERY_KIND = "".join(map(chr, range(592))) + " I'll SAY 12345 \r\n\n\t  été e\u0301 中文 ١٢ 👩 \u200b\u2028\ufeff \n "
+
+
+def cutting_pattern(given: str) -> str:
+    """The regular expression of `tokenizer.pattern`: a name of PATTERNS ('' is gpt2), or itself, given in full.
+
+    ValueError: neither; an expression that does not compile or leaves out some kind of character.
+    """
+    if given in ("", *PATTERNS):
+        return PATTERNS[given or "gpt2"]
+    if re.fullmatch(r"[\w.-]*", given):
+        raise ValueError(f"tokenizer.pattern={given!r}: choose of {', '.join(PATTERNS)}, or give a regular expression")
+    try:
+        Tokenizer("bpe", [bytes([byte]) for byte in range(256)], given).encode(_EVERY_KIND)
+    except ValueError as error:
+        raise ValueError(str(error) if "tokenizer.pattern" in str(error) else
+                         f"tokenizer.pattern={given!r}: no regular expression ({error})") from None
+    return given
 
 
 class Tokenizer:
@@ -38,17 +83,20 @@ class Tokenizer:
 
     Attributes:
       kind: 'gpt2', 'bpe' or 'bytes' ('bert': see `WordPiece`).   vocab_size: V.   eot: id of the end of text.
+      pattern: how text is cut into pieces, a regular expression.
       fingerprint: sha256 (hex) of all that decides the ids: the cutting pattern and the words in order.
     """
 
-    _pattern, _end = PATTERN, END_OF_TEXT
+    _end = END_OF_TEXT
 
-    def __init__(self, kind: str, words: Sequence[bytes]):
+    def __init__(self, kind: str, words: Sequence[bytes], pattern: str = PATTERN):
         self.kind = kind
+        self.pattern = pattern
+        self._checked = kind == "bpe" and pattern not in PATTERNS.values()
         self._words = tuple(words)
         self.eot = len(self._words)
         self.vocab_size = self.eot + 1
-        state = hashlib.sha256(b"" if kind == "bytes" else self._pattern.encode())
+        state = hashlib.sha256(b"" if kind == "bytes" else pattern.encode())
         for word in self._words:
             state.update(len(word).to_bytes(4, "big") + word)
         self.fingerprint = state.hexdigest()
@@ -56,16 +104,25 @@ class Tokenizer:
     @functools.cached_property
     def _encoding(self):
         import tiktoken
-        return tiktoken.Encoding(self.kind, pat_str=PATTERN, special_tokens={END_OF_TEXT: self.eot},
+        return tiktoken.Encoding(self.kind, pat_str=self.pattern, special_tokens={END_OF_TEXT: self.eot},
                                  mergeable_ranks={word: rank for rank, word in enumerate(self._words)})
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, int32 [n], without end of text. ValueError for a lone surrogate."""
+        """Ids of `text`, int32 [n], without end of text. ValueError for a lone surrogate, or for characters that a
+        pattern given in full leaves out."""
         raw = _utf8(text)
         if self.kind == "bytes":
             return np.frombuffer(raw, np.uint8).astype(np.int32)
         parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _bounded(text)]
-        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+        ids = np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+        if self._checked and (size := int(self._lengths[ids].sum())) != len(raw):
+            raise ValueError(f"tokenizer.pattern={self.pattern!r}: leaves out {len(raw) - size} of {len(raw)} bytes of "
+                             "a text; every character must be in a piece (add |\\s+|. at its end)")
+        return ids
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.array([len(word) for word in self._words])
 
     def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[np.ndarray]:
         """`encode` of each text, on `threads` threads (0: one per core, at most 8)."""
@@ -94,7 +151,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         ranks = b"".join(base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(self._words))
         write_atomic(folder / RANK_FILE, ranks)
-        facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "pattern": self._pattern,
+        facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "pattern": self.pattern,
                  "sha256": hashlib.sha256(ranks).hexdigest(), "fingerprint": self.fingerprint}
         write_atomic(folder / JSON_FILE, json.dumps(facts, indent=2).encode() + b"\n")
 
@@ -107,10 +164,10 @@ class WordPiece(Tokenizer):
     stands in the vocabulary; V is the length of the vocabulary. Other words in brackets never occur.
     """
 
-    _pattern, _end = "BERT, lower case: WordPieces of words of at most 100 letters", BERT_END
+    _end = BERT_END
 
     def __init__(self, words: Sequence[bytes]):
-        super().__init__("bert", words)
+        super().__init__("bert", words, "BERT, lower case: WordPieces of words of at most 100 letters")
         self.vocab_size = len(self._words)
         self.eot = self._words.index(BERT_END.encode())
 
@@ -184,10 +241,10 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         raise ValueError(f"{folder / JSON_FILE}: not JSON ({error})") from None
     kind = facts["kind"]
     words = read_ranks(folder / RANK_FILE, facts["sha256"], all_bytes=kind != "bert")
-    tokenizer = WordPiece(words) if kind == "bert" else Tokenizer(kind, words)
+    tokenizer = WordPiece(words) if kind == "bert" else Tokenizer(kind, words, facts["pattern"])
     if tokenizer.fingerprint != facts["fingerprint"]:
         raise ValueError(f"{folder}: tokenizer fingerprint is {tokenizer.fingerprint[:12]}, was saved as "
-                         f"{facts['fingerprint'][:12]} (another cutting pattern?)")
+                         f"{facts['fingerprint'][:12]}")
     return tokenizer
 
 
@@ -251,8 +308,24 @@ def read_ranks(path: str | os.PathLike, sha256: str = "", *, all_bytes: bool = T
     return words
 
 
+def _read_foreign(file: str, sha256: str, kind: str, pattern: str) -> list[bytes]:
+    """The words of a rank file; ValueError where it says that text is cut, or encoded, otherwise than asked for."""
+    words = read_ranks(file, sha256)
+    for rank, word in enumerate(words):
+        if _SPECIAL.fullmatch(word):  # some pattern may let text encode to it
+            raise ValueError(f"{file}: rank {rank} is the special token {word.decode(errors='replace')!r}, which no "
+                             f"text may encode to: leave such lines out ({END_OF_TEXT} comes by itself)")
+    if kind == "gpt2" and len(words) != 50256:
+        raise ValueError(f"{file}: {len(words)} words, GPT-2 has 50256; tokenizer.kind='bpe' reads other rank files")
+    if not pattern and len(words) in _KNOWN_SIZES:
+        name, known = _KNOWN_SIZES[len(words)]
+        raise ValueError(f"{file}: {len(words):,} ranks are those of {name}, whose text is not cut by GPT-2's pattern: "
+                         f"give tokenizer.pattern={known!r}, or 'gpt2' if these are others")
+    return words
+
+
 def make_tokenizer(kind: str, vocab_size: int = 0, documents: Iterable[str] | None = None, file: str = "",
-                   sha256: str = "") -> Tokenizer:
+                   sha256: str = "", pattern: str = "") -> Tokenizer:
     """Makes a tokenizer.
 
     Args:
@@ -262,23 +335,22 @@ def make_tokenizer(kind: str, vocab_size: int = 0, documents: Iterable[str] | No
         corpus may hold fewer merges: `.vocab_size` of the result is what counts.
       documents: training texts, read once, as a stream.
       file: a rank file in tiktoken's format, or BERT's vocab.txt; sha256: its hash, checked when given.
+      pattern: how a bpe cuts text, see `cutting_pattern`. A rank file whose number of words is that of a vocabulary
+        cut otherwise than by GPT-2's is refused without one.
     """
     if kind not in KINDS:
         raise ValueError(f"tokenizer.kind is {kind!r}; choices: {', '.join(KINDS)}")
     if kind == "bytes":
         return Tokenizer(kind, [bytes([byte]) for byte in range(256)])
-    file = os.path.expanduser(os.path.expandvars(file))
+    file = corpus.expand(file)
     if kind == "bert":
         if not file:
             raise ValueError("tokenizer.kind='bert' needs tokenizer.file, a local vocab.txt (one word a line)")
         _library()
         return WordPiece(read_vocabulary(file, sha256))
+    cut = cutting_pattern(pattern if kind == "bpe" else "")
     if file:
-        words = read_ranks(file, sha256)
-        if kind == "gpt2" and len(words) != 50256:
-            raise ValueError(f"{file}: {len(words)} words, GPT-2 has 50256; "
-                             "tokenizer.kind='bpe' reads other rank files")
-        return Tokenizer(kind, words)
+        return Tokenizer(kind, _read_foreign(file, sha256, kind, pattern), cut)
     if kind == "gpt2":
         return Tokenizer(kind, _gpt2_words())
     if vocab_size < 257:
@@ -289,9 +361,9 @@ def make_tokenizer(kind: str, vocab_size: int = 0, documents: Iterable[str] | No
     import rustbpe
     trainer = rustbpe.Tokenizer()
     parts = (part for text in documents for part in _bounded(text))
-    trainer.train_from_iterator(parts, vocab_size - 1, pattern=PATTERN)  # - 1: the end of text
+    trainer.train_from_iterator(parts, vocab_size - 1, pattern=cut)  # - 1: the end of text
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-    return Tokenizer(kind, [bytes(word) for word, _ in ranks])
+    return Tokenizer(kind, [bytes(word) for word, _ in ranks], cut)
 
 
 def _gpt2_words() -> list[bytes]:

@@ -368,10 +368,12 @@ class Parallel:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    every: int = 5000  # steps
+    every: int = 5000  # steps; measured on validation text as well, which tells the best
+    minutes: float = 10.0  # since the last one: saved as it is, nothing measured; 0: by steps alone
 
     def check(self) -> None:
         _rule(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
+        _rule(self.minutes >= 0, "checkpoint.minutes", self.minutes, "must not be negative; 0 is by steps alone")
 
 
 @dataclasses.dataclass(frozen=True)

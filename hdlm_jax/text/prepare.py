@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from hdlm_jax import jsons
 from hdlm_jax.text import corpus, tokens, units
 
 MANIFEST, BEGUN, VERIFIED, BAD_RECORDS = "manifest.json", "begun.json", "verified.json", "bad_records.jsonl"
@@ -91,7 +92,7 @@ class Manifest:
         facts: list = [self.tokenizer_fingerprint, self.splits, shards]
         if self.sampled:  # what is trained on is not in the shards
             facts += [self.settings, self.sources]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return hashlib.sha256(jsons.dumps(facts).encode()).hexdigest()
 
     def summary(self) -> str:
         """One line for people."""
@@ -267,7 +268,7 @@ def _tokenizer_file(tokenizer: Any) -> list[list]:
 
 
 def _hash(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(jsons.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------- beginning and finishing
@@ -319,7 +320,7 @@ def _begin(job: units.Job, settings: dict, sources: list, tokenizer: Any, last: 
             os.replace(made, job.folder / made.name)
     begun = {"version": VERSION, "settings": settings, "sources": sources,
              "tokenizer_fingerprint": words.fingerprint, "bpe_training_bytes": used}
-    units.write_file(path, json.dumps(begun, indent=2).encode() + b"\n")
+    units.write_file(path, jsons.dumps(begun, indent=2).encode() + b"\n")
     return words, begun
 
 
@@ -385,7 +386,7 @@ def _merge(job: units.Job, words: tokens.Tokenizer, records: list[units.Record],
         raise ValueError(f"{job.folder / name} is {what}: delete it and run --mode=prepare, which makes it again")
     train, valid = (token_counts(job.folder, split, manifest) for split in ("train", "valid"))
     manifest = dataclasses.replace(manifest, unigram_nats=unigram_nats(train, valid))
-    units.write_file(job.folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
+    units.write_file(job.folder / MANIFEST, jsons.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
     return manifest
 
 
@@ -483,5 +484,5 @@ def _damage(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
     marks = {name: mark for name, (_, mark) in looks.items()}
     if not found and marks != known:
         with contextlib.suppress(OSError):  # a folder that cannot be written is hashed again each time
-            units.write_file(folder / VERIFIED, json.dumps(marks).encode() + b"\n")
+            units.write_file(folder / VERIFIED, jsons.dumps(marks).encode() + b"\n")
     return [(name, what) for what, name in found]

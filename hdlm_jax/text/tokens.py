@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hdlm_jax import jsons
+
 KINDS = ("gpt2", "bpe", "bytes", "bert")
 END_OF_TEXT = "<|endoftext|>"
 BERT_END, BERT_UNKNOWN = "[SEP]", "[UNK]"
@@ -96,7 +98,7 @@ class Tokenizer:
         write_atomic(folder / RANK_FILE, ranks)
         facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "pattern": self._pattern,
                  "sha256": hashlib.sha256(ranks).hexdigest(), "fingerprint": self.fingerprint}
-        write_atomic(folder / JSON_FILE, json.dumps(facts, indent=2).encode() + b"\n")
+        write_atomic(folder / JSON_FILE, jsons.dumps(facts, indent=2).encode() + b"\n")
 
 
 class WordPiece(Tokenizer):

@@ -64,6 +64,10 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.path}: no checkpoint there; train first (--mode=train)")
         return step
 
+    def has(self, step: int) -> bool:
+        """Whether that step is there at this moment."""
+        return os.path.isdir(os.path.join(self.path, str(step)))
+
     def save(self, step: int, state: Any, meta: dict, metrics: dict[str, float]) -> None:
         """Starts an asynchronous save; a kill while it runs leaves the checkpoints before it.
 

@@ -137,6 +137,9 @@ class Exported:
     def choose(self, which: str) -> int:
         return self.facts["step"]
 
+    def has(self, step: int) -> bool:
+        return True
+
     def meta(self, step: int) -> dict:
         return self.facts["fingerprints"]
 

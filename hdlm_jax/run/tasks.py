@@ -184,9 +184,10 @@ def _with_se(found: dict[str, Any], name: str, digits: int, scale: float = 1.0) 
 def _line(found: dict[str, Any]) -> str:
     seconds = f"{found['seconds']:.0f} s"
     if found["kind"] == "perplexity":
-        return (f"{_with_se(found, 'nelbo', 4)} nats/token, {_with_se(found, 'bits_per_byte', 4)} bits/byte, "
-                f"perplexity {_with_se(found, 'perplexity', 2)}, {found['tokens']:,} tokens x {found['draws']}, "
-                f"{seconds}")
+        nats, bits, per_token = (_with_se(found, name, digits) or "-" for name, digits in (
+            ("nelbo", 4), ("bits_per_byte", 4), ("perplexity", 2)))
+        return (f"{nats} nats/token, {bits} bits/byte, perplexity {per_token}, {found['tokens']:,} tokens x "
+                f"{found['draws']}, {seconds}")
     return (f"accuracy {_with_se(found, 'accuracy', 2, 100)} %, {found['questions']:,} questions x "
             f"{found['draws']:.1f} draws, {seconds}")
 

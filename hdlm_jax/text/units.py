@@ -428,7 +428,7 @@ def make_all(job: Job, words: tokens.Tokenizer, units: list[int], sizes: list[in
                                         "finished is kept: run again") from None
             finally:
                 stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)  # waits: workers that have just begun still need what is ours
 
 
 @contextlib.contextmanager

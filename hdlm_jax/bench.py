@@ -7,7 +7,6 @@ how the heads and the sampler scale; `--report=FOLDER` is the table of what laun
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import resource
 import statistics
@@ -23,10 +22,12 @@ import optax
 from absl import flags
 
 from hdlm_jax import config as configs
+from hdlm_jax import jsons
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.diffusion.process import fold
 from hdlm_jax.model.network import flops_per_token
 from hdlm_jax.run import parallel
+from hdlm_jax.run.checkpoint import write_json
 from hdlm_jax.run.generate import Sampler
 from hdlm_jax.run.metrics import peak_flops, progress, read_metrics
 from hdlm_jax.run.state import (
@@ -305,8 +306,7 @@ def curves(folder: str, name: str) -> None:
                                      "tokens_per_s": found["sample_tokens_per_s"]})
                     bar.update()
     for file, records in (("head", heads), ("sampling", sampling)):
-        with open(os.path.join(folder, f"{file}.json"), "w") as out:
-            json.dump(records, out, indent=1)
+        write_json(os.path.join(folder, f"{file}.json"), records)
     _plot_heads(os.path.join(folder, "head.png"), heads)
     _plot_sampling(os.path.join(folder, "sampling.png"), sampling, length)
 
@@ -504,7 +504,7 @@ def main(argv: Sequence[str]) -> int:
         if f.curves:
             curves(f.curves, f.case if f["case"].present else "small-cpu")
             return 0
-        print(json.dumps(measure(f.case, f.head, f.process, f.steps, f.warmup, f.sample_steps, f.dtype, f.batch_size,
+        print(jsons.dumps(measure(f.case, f.head, f.process, f.steps, f.warmup, f.sample_steps, f.dtype, f.batch_size,
                                  f.temp_bytes_full, f.profile)))
     except (ValueError, OSError, flags.Error) as error:
         if os.environ.get("HDLM_TRACEBACK"):

@@ -46,6 +46,11 @@ def _rule(ok: bool, name: str, value: Any, rule: str) -> None:
         raise ConfigError(f"{name}={value!r}: {rule}")
 
 
+def _seed(name: str, value: int, below: int = 2**32) -> None:
+    """JAX would keep the lowest 32 bits of a larger one, and say nothing."""
+    _rule(0 <= value < below, name, value, f"must lie in 0..{below - 1}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where text comes from, how it is split, and how sequences are made of it (hdlm_jax.text)."""
@@ -145,6 +150,7 @@ class Hierarchy:
               "cluster numbers must be positive and fall, fine to coarse, as in (256, 16)")
         _rule(not self.keep_single or c == (1,), "hierarchy.keep_single", self.keep_single,
               f"goes with hierarchy.clusters=(1,), not {c}")
+        _seed("hierarchy.seed", self.seed, 2**31 - 1)  # faiss adds one, and has 31 bits
         e = self.embeddings
         known = e == "corpus" or e.endswith(".npy") or ".safetensors:" in e or e.startswith("checkpoint:")
         _rule(known, "hierarchy.embeddings", e,
@@ -266,6 +272,7 @@ class Train:
     def check(self) -> None:
         for name in ("steps", "batch_size", "microbatches", "log_every"):
             _rule(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        _seed("train.seed", self.seed)
         _rule(self.nonfinite_limit >= 0, "train.nonfinite_limit", self.nonfinite_limit, "must not be negative")
         _rule(self.evaluate_every >= 0, "train.evaluate_every", self.evaluate_every, "must not be negative")
         _rule(self.batch_size % self.microbatches == 0, "train.microbatches", self.microbatches,
@@ -295,6 +302,7 @@ class Evaluate:
 
     def check(self) -> None:
         _choice("evaluate.checkpoint", self.checkpoint, ("best", "latest"))
+        _seed("evaluate.seed", self.seed)
         _rule(self.draws >= 2, "evaluate.draws", self.draws, "must be at least 2 (for a standard error)")
         _rule(self.batch_size >= 0, "evaluate.batch_size", self.batch_size, "must not be negative; 0 is what fits")
         _rule(self.rows >= 0, "evaluate.rows", self.rows, "must not be negative")
@@ -344,8 +352,11 @@ class Generate:
         if self.force_transition:
             _choice("generate.force_transition", self.force_transition, FORCE_TRANSITIONS)
         _choice("generate.checkpoint", self.checkpoint, ("best", "latest"))
+        _seed("generate.seed", self.seed)
         for name in ("num_samples", "steps", "batch_size"):
             _rule(getattr(self, name) >= 1, f"generate.{name}", getattr(self, name), "must be at least 1")
+        for name in ("num_samples", "steps", "batch_size", "corrections"):  # the sampler counts in int32
+            _rule(getattr(self, name) < 2**31, f"generate.{name}", getattr(self, name), f"must be at most {2**31 - 1}")
         _rule(self.corrections >= 0, "generate.corrections", self.corrections, "must not be negative")
         _rule(self.correction_temperature > 0, "generate.correction_temperature", self.correction_temperature,
               "must be positive")
@@ -387,10 +398,12 @@ class Parallel:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    every: int = 5000  # steps
+    every: int = 5000  # steps; measured on validation text as well, which tells the best
+    minutes: float = 10.0  # since the last one: saved as it is, nothing measured; 0: by steps alone
 
     def check(self) -> None:
         _rule(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
+        _rule(self.minutes >= 0, "checkpoint.minutes", self.minutes, "must not be negative; 0 is by steps alone")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -480,10 +493,7 @@ def resolve(given: Any) -> Config:
         section: Any = field.default
         values = given.get(name, {})
         _rule(isinstance(values, dict), f"config.{name}", values, f"is a section; its settings are {_names(section)}")
-        types = typing.get_type_hints(type(section))
-        for key in values:
-            check_name(f"{name}.{key}")
-        section = type(section)(**{k: _typed(f"{name}.{k}", v, types[k]) for k, v in values.items()})
+        section = change(name, section, values)
         paths = [key for whole, _, key in (path.partition(".") for path in PATHS) if whole == name]
         built[name] = dataclasses.replace(section, **{key: expand(getattr(section, key)) for key in paths})
     if built["hierarchy"].clusters == (0,):
@@ -524,6 +534,18 @@ def inherit(given: Any, base: Config, name: str) -> dict[str, Any]:
     return out
 
 
+def change(name: str, section: Any, values: dict[str, Any]) -> Any:
+    """A section with some settings changed: names and types are checked, rules are not (`check` does).
+
+    Raises:
+      ConfigError: unknown names, wrong types.
+    """
+    types = typing.get_type_hints(type(section))
+    for key in values:
+        check_name(f"{name}.{key}")
+    return dataclasses.replace(section, **{k: _typed(f"{name}.{k}", v, types[k]) for k, v in values.items()})
+
+
 def check_name(name: str) -> None:
     """ConfigError unless `name` is a section ("train") or a setting ("train.steps") of the config."""
     sections: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Config)}
@@ -545,7 +567,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         _rule(isinstance(value, list | tuple), name, value, "must be a tuple, as in (64,) or (256, 16)")
         return tuple(_typed(name, v, typing.get_args(kind)[0]) for v in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     _rule(type(value) is kind, name, value, f"must be of type {kind.__name__}")
+    _rule(kind is not float or math.isfinite(value), name, value, "must be a finite number")
     return value

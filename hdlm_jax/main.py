@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import nullcontext
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -52,10 +53,14 @@ def _stop(error: Exception, cause: BaseException | None = None) -> NoReturn:
     if os.environ.get("HDLM_TRACEBACK"):
         raise error from cause
     print(f"hdlm_jax: {' '.join(str(error).split())}", file=sys.stderr)
+    _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
     if flags.FLAGS.is_parsed() and _DISTRIBUTED.value:  # an orderly end would wait for the others, who wait for us
         sys.stdout.flush()
-        os._exit(1)
-    sys.exit(1)
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: list[str]) -> None:
@@ -71,7 +76,7 @@ def main(argv: list[str]) -> None:
 
     import jax
 
-    from hdlm_jax.run import api, evaluate, export, generate, metrics, parallel, released, report, stages, train
+    from hdlm_jax.run import api, evaluate, export, generate, lock, metrics, parallel, released, report, stages, train
 
     config = resolve(api.with_base(_CONFIG.value, workdir))
 
@@ -86,10 +91,14 @@ def main(argv: list[str]) -> None:
     logging.info("%d devices, process %d of %d", jax.device_count(), jax.process_index(), jax.process_count())
     parallel.keep_compiled()
 
+    here = os.path.join(workdir, "lock")
     if _MODE.value == "prepare":
-        stages.make_tokens(config, workdir)
+        alone = not config.data.prepare_shard  # workers share a folder
+        with lock.held(os.path.join(config.data.dir or workdir, "lock"), "prepare") if alone else nullcontext():
+            stages.make_tokens(config, workdir)
     elif _MODE.value == "cluster":
-        stages.cluster(config, workdir, stages.prepare(config, workdir))
+        with lock.held(here, "cluster"):
+            stages.cluster(config, workdir, stages.prepare(config, workdir))
     elif _MODE.value == "train":
         released.check_trainable(workdir)
         train.train(config, workdir, _PROFILE.value)
@@ -98,21 +107,29 @@ def main(argv: list[str]) -> None:
     elif _MODE.value == "generate":
         generate.generate(config, workdir)
     elif _MODE.value == "import":
-        released.import_released(config, workdir)
+        with lock.held(here, "import"):
+            released.import_released(config, workdir)
     elif _MODE.value == "report":
         report.report(workdir)
     else:
-        export.export(config, workdir)
+        with lock.held(f"{here}.export", "export"):  # beside a training that goes on
+            export.export(config, workdir)
 
 
 def run(argv: list[str]) -> None:
-    """main, with errors a user can mend as one line and exit code 1."""
-    from hdlm_jax.run.train import TrainingStopped
-
+    """main, with errors a user can mend as one line and exit code 1; Ctrl-C as one line and exit code 130."""
     try:
-        main(argv)
-    except (ValueError, OSError, TrainingStopped) as error:
-        _stop(error, error.__cause__)
+        from hdlm_jax.run.train import TrainingStopped
+
+        try:
+            main(argv)
+        except (ValueError, OSError, TrainingStopped) as error:
+            _stop(error, error.__cause__)
+    except KeyboardInterrupt:
+        if os.environ.get("HDLM_TRACEBACK"):
+            raise
+        print(f"hdlm_jax: {_MODE.value} interrupted", file=sys.stderr)
+        _leave(130)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 # N processes on this machine, joined over loopback as the hosts of a pod are (tests; debugging without a cluster):
 #   ./launch/local_processes.sh N COMMAND...   e.g.  2 python -m hdlm_jax.main --config=... --workdir=... --distributed
 # Process 0 writes to the terminal, process i > 0 to LOGS/process_i.log; if one fails, the rest is ended and the end of
-# its log shown. SIGTERM (and Ctrl-C) goes to all of them as SIGTERM. Exit code: that of the first that failed; else 75
-# (saved, run me again) if one left so; else 0.
+# its log shown. SIGTERM (and Ctrl-C) goes to all of them as SIGTERM; a second Ctrl-C ends them at once (130). Exit code:
+# that of the first that failed; else 75 (saved, run me again) if one left so; else 0.
 DEVICES=${DEVICES:-1}  # simulated CPU devices of each process
 LOGS=${LOGS:-}         # folder of the logs (default: a new one under $TMPDIR)
 PORT=${PORT:-}         # of the coordinator (default: a free one)
@@ -26,9 +26,10 @@ mkdir -p "$LOGS"
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$PORT HDLM_NUM_PROCESSES=$n JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$DEVICES"
 
-pids=() code=0 deadline=
+pids=() code=0 deadline= again=
 send() { kill "-$1" "${pids[@]}" 2>/dev/null || true; }
-trap 'send TERM' TERM INT
+trap 'send TERM' TERM
+trap '[ -z "$again" ] || { send KILL; exit 130; }; again=yes; send TERM' INT
 for ((i = 0; i < n; i++)); do
   if [ "$i" = 0 ]; then
     HDLM_PROCESS_ID=0 "$@" &

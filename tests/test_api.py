@@ -53,8 +53,76 @@ def test_generate(drawn):
         model().generate(0)
     with pytest.raises(ConfigError, match="generate.prompt has 16 tokens: must be fewer than the 16 of a text"):
         model().generate(prompt="a" * SEQ_LEN)
-    with pytest.raises(TypeError, match="tempreature"):
-        model().generate(tempreature=1.0)
+
+
+def test_several_prompts_of_any_lengths_in_one_batch(drawn):
+    prompts = ["The ", "", "a longer one "]
+    texts = model().generate(2, prompt=prompts, **FEW)
+    assert len(texts) == 6 and all(text.startswith(prompts[i // 2]) for i, text in enumerate(texts))
+    canvas, mask = drawn[0][0], model().hierarchy.mask_id
+    assert len(drawn) == 1 and (canvas == mask).argmax(1).tolist() == [4, 4, 0, 0, 13, 13]
+    assert model().generate(2, prompt="The ", **FEW) == texts[:2] == model().generate(2, prompt=("The ",), **FEW)
+    assert model().generate(2, prompt=[], **FEW) == [] and len(drawn) == 3
+    with pytest.raises(ConfigError, match="generate.prompt has 16 tokens: must be fewer than the 16 of a text"):
+        model().generate(prompt=["a", "a" * SEQ_LEN])
+
+
+def test_several_texts_are_filled_in_one_batch(drawn):
+    """Each with its own length and its own kinds of words; what comes out of the first does not change."""
+    h, texts = model().hierarchy, ["ab[LIKE:e]", "[LIKE:t] and [MASK:2] too", "x[MASK]"]
+    found = model().infill(texts, num_samples=4, **FEW)
+    assert len(found) == 12 and len(drawn) == 1
+    for i, (text, pattern) in enumerate(zip(texts, ("ab(.)", "(.) and..? too|(.) and.+ too", "x(.)"), strict=True)):
+        assert all(re.fullmatch(pattern, out, re.DOTALL) for out in found[4 * i : 4 * i + 4]), text
+    tokens = drawn[0][1]
+    for rows, place, word in ((slice(0, 4), 2, b"e"), (slice(4, 8), 0, b"t")):
+        assert (h.anc[1][tokens[rows, place]] == h.anc[1][word[0]]).all(), "of the cluster of its word"
+    assert model().infill(texts[0], num_samples=4, **FEW) == found[:4]
+    assert model().infill([], **FEW) == []
+    with pytest.raises(ValueError, match="no blank in 'text'"):
+        model().infill(["a[MASK]", "text"])
+
+
+ONE_LINE = [
+    (lambda m: m.generate(prompt=5), "generate.prompt: must be a text or a list of texts, not int"),
+    (lambda m: m.generate(prompt=None), "generate.prompt: must be a text or a list of texts, not NoneType"),
+    (lambda m: m.generate(prompt=["a", b"b"]), r"generate.prompt\[1\]: must be of type str, not bytes"),
+    (lambda m: m.infill({"a"}), "infill: must be a text or a list of texts, not set"),
+    (lambda m: m.nelbo(5), "nelbo: must be a text or a list of texts, not int"),
+    (lambda m: m.nelbo(["a", 5]), r"nelbo\[1\]: must be of type str, not int"),
+    (lambda m: m.nelbo("a", draws=2.5), "draws=2.5: must be of type int"),
+    (lambda m: m.json({"type": "null"}, prompt=["a"]), r"generate.prompt=\['a'\]: must be of type str"),
+    (lambda m: m.json({"type": "string"}, budget="x"), "budget='x': must be of type int"),
+    (lambda m: m.generate(num_samples="3"), "generate.num_samples='3': must be of type int"),
+    (lambda m: m.generate(steps=2.0), "generate.steps=2.0: must be of type int"),
+    (lambda m: m.generate(steps=2**31), "generate.steps=2147483648: must be at most 2147483647"),
+    (lambda m: m.generate(tempreature=1.0), "config.generate.tempreature: no such setting; .*mean 'temperature'"),
+    (lambda m: m.generate(temperature="hot"), "generate.temperature='hot': must be of type float"),
+    (lambda m: m.generate(temperature=math.inf), "generate.temperature=inf: must be a finite number"),
+    (lambda m: m.generate(top_p=1.5), r"generate.top_p=1.5: must lie in \(0, 1\]"),
+    (lambda m: m.generate(seed=2**32), "generate.seed=4294967296: must lie in 0..4294967295"),
+    (lambda m: m.generate(seed=-1), "generate.seed=-1: must lie in 0..4294967295"),
+    (lambda m: m.generate(length=17), "generate.length=17: must be at most model.seq_len=16"),
+    (lambda m: m.generate(corrections=3), "generate.corrections=3: goes with diffusion.process='gidd'"),
+    (lambda m: m.generate(classifier="x"), "classifier: must be a function, not str"),
+    (lambda m: m.infill("[MASK]", length=4), "generate.length: is not a setting here; the text says it"),
+    (lambda m: m.infill("[MASK:99999999999]"), r"'\[MASK:99999999999\]' at character 0: a text has at most 16 tokens"),
+    (lambda m: m.infill(f"[MASK:{'9' * 5000}]"), "at character 0: a text has at most 16 tokens"),
+    (lambda m: m.infill(f"[LIKE@{'9' * 5000}:a]"), "has no clusters; levels that have: 1..1"),
+]
+
+
+@pytest.mark.parametrize("call, match", ONE_LINE)
+def test_mistakes_are_one_line_before_anything_is_drawn(drawn, call, match):
+    with pytest.raises(ValueError, match=match) as error:
+        call(model())
+    assert "\n" not in str(error.value) and not drawn
+
+
+def test_numbers_of_numpy_are_numbers(drawn):
+    texts = model().generate(np.int64(2), prompt="The ", seed=np.uint32(2**32 - 1), temperature=np.float32(1), **FEW)
+    assert len(texts) == 2 and texts == model().generate(2, prompt="The ", seed=2**32 - 1, **FEW)
+    assert texts != model().generate(2, prompt="The ", seed=2**31 - 1, **FEW), "all 32 bits count"
 
 
 def test_infill_keeps_everything_but_the_blanks(drawn):
@@ -104,7 +172,7 @@ def test_nelbo():
         assert score["bits_per_byte"] == pytest.approx(score["nats"] / math.log(2) / max(1, len(text)))
     few = model().nelbo(texts, draws=4)
     assert sum(s["se"] for s in found) < 0.5 * sum(s["se"] for s in few)
-    assert model().nelbo([]) == []
+    assert model().nelbo([]) == [] and model().nelbo("hello", draws=256) == model().nelbo(["hello"], draws=256)
     with pytest.raises(ValueError, match="draws=1: must be at least 2"):
         model().nelbo(["x"], draws=1)
 
@@ -188,8 +256,6 @@ def test_a_length_in_the_config_is_for_generation_alone(monkeypatch):
     blanks = model().infill("abc [MASK:3] xyz", 2, **FEW)
     monkeypatch.undo()
     assert blanks == model().infill("abc [MASK:3] xyz", 2, **FEW), "all of the text is looked at"
-    with pytest.raises(TypeError, match="length"):
-        model().infill("[MASK]", length=4)
 
 
 @pytest.mark.slow

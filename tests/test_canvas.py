@@ -10,6 +10,7 @@ import oracle
 import pytest
 from oracle import Toy
 
+from hdlm_jax.config import Generate
 from hdlm_jax.decoding import canvas
 from hdlm_jax.decoding.core import Rows
 from hdlm_jax.diffusion.levels import LevelChain
@@ -151,8 +152,9 @@ def test_templates_have_typed_blanks():
 def test_templates_are_the_notebook_s_blanks(text):
     """The same symbols as Model.infill starts from."""
     h, t = clusters(bpe().vocab_size, (8,)), bpe()
-    model = types.SimpleNamespace(tokenizer=t, hierarchy=h, seq_len=64, _settings=lambda **_: None,
-                                  _texts=lambda canvas, g, keep: canvas.z[0, :keep])
+    model = types.SimpleNamespace(tokenizer=t, hierarchy=h, seq_len=64,
+                                  _settings=lambda *_, **__: Generate(num_samples=1),
+                                  _texts=lambda canvas, g, keep: canvas.z[0, : keep[0]])
     np.testing.assert_array_equal(canvas.template(text, t, h).z[0], Model.infill(model, text))
 
 

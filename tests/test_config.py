@@ -93,6 +93,13 @@ def test_overrides_keep_their_type():
     refused(r"hierarchy.clusters=64: must be a tuple", hierarchy={"clusters": 64})
     refused(r"hierarchy.clusters='many': must be of type int", hierarchy={"clusters": ("many",)})
     refused(r"data.files='a.txt': must be a tuple", data={"source": "files", "files": "a.txt"})
+    refused(r"optimizer.lr=nan: must be a finite number", optimizer={"lr": float("nan")})
+    refused(r"diffusion.weight_max=inf: must be a finite number", diffusion={"weight_max": float("inf")})
+    for section, most in (("train", 2**32), ("evaluate", 2**32), ("generate", 2**32), ("hierarchy", 2**31 - 1)):
+        assert getattr(with_(**{section: {"seed": most - 1}}), section).seed == most - 1
+        for seed in (-1, most, 2**64):
+            refused(rf"{section}.seed={seed}: must lie in 0..{most - 1}$", **{section: {"seed": seed}})
+    refused(r"checkpoint.minutes=-1.0: must not be negative; 0 is", checkpoint={"minutes": -1})
     refused(r"config.train=5: is a section; its settings are steps, batch_size", train=5)
 
 
@@ -176,7 +183,7 @@ def test_names_of_choices(section, name, wrong, meant):
     ("hierarchy", "embeddings", "gpt2", "corpus, a FILE.npy"),
     ("diffusion", "gamma", 0.0, "positive"), ("diffusion", "rates", (1.0, -1.0), "positive"),
     ("diffusion", "rates", (1.0,), "the hierarchy has 2 levels"), ("diffusion", "weight_min", 3.0, "weight_min=3.0"),
-    ("optimizer", "lr", 0.0, "positive"), ("optimizer", "lr", float("nan"), "positive"),
+    ("optimizer", "lr", 0.0, "positive"), ("optimizer", "lr", float("nan"), "finite"),
     ("optimizer", "ema", 1.0, r"\[0, 1\)"),
     ("optimizer", "warmup", -1, "negative"), ("optimizer", "b2", 1.0, r"\[0, 1\)"),
     ("optimizer", "weight_decay", -0.1, "negative"), ("optimizer", "clip", 0.0, "positive"),

@@ -94,7 +94,7 @@ def test_gke_is_a_jobset(root, jobset):
 
 
 @pytest.fixture
-def local(root, tmp_path):
+def local(root, tmp_path, hearing):
     """start(n, script, **env): local_processes.sh running a Python script that imports no jax; logs in tmp_path."""
     started = []
 
@@ -183,6 +183,17 @@ def test_local_processes_passes_the_signal_on_and_waits(local, tmp_path, number)
     code, out, err = finished(process)
     assert code == 75, err
     assert out == "saved\n" and log.read_text() == "waiting\nsaved\n"
+
+
+def test_local_processes_end_at_once_when_interrupted_twice(local, tmp_path):
+    process = local(2, WAITS.format(handler="lambda *_: print('asked', flush=True)"))
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "asked\n"
+    started = time.time()
+    process.send_signal(signal.SIGINT)
+    code, _, err = finished(process)
+    assert code == 130 and time.time() - started < 20, err
 
 
 JOIN = """

@@ -11,7 +11,7 @@ from absl import flags
 from tiny import SEQ_LEN, trained, write_recipe
 
 from hdlm_jax import main
-from hdlm_jax.run import report, state
+from hdlm_jax.run import evaluate, lock, report, state
 
 
 @pytest.fixture
@@ -123,7 +123,8 @@ def test_modes_of_a_trained_run(call, tmp_path):
     one_line(*call(*run, "--config.optimizer.lr=0.5"), "optimizer.lr=0.5: the checkpoint in .* trained with 0.001")
     code, out, err = call(*run)
     assert code == 0 and "nothing to do, step 3 is there" in out and not err
-    code, out, err = call(*run, "--mode=generate", "--config.generate.prompt=The ")
+    with lock.held(str(workdir / "lock"), "train"):  # beside a training
+        code, out, err = call(*run, "--mode=generate", "--config.generate.prompt=The ")
     assert code == 0 and "3 samples, 6 network calls" in out and not err
     result = json.loads((workdir / "generate.json").read_text())
     settings = result["settings"]
@@ -137,10 +138,42 @@ def test_modes_of_a_trained_run(call, tmp_path):
     assert max(max(r["ids"]) for r in records) < 257
     text = (workdir / "samples.txt").read_bytes().decode()
     assert all(f"--- sample {i} ---\n{r['text']}\n" in text for i, r in enumerate(records))
-    code, out, err = call(*run, "--mode=evaluate")
+    with lock.held(str(workdir / "lock"), "train"):
+        code, out, err = call(*run, "--mode=evaluate")
     assert code == 0 and "evaluate: step 3" in out and not err
     assert json.loads((workdir / "evaluate.json").read_text())["rows"] == 8
     report.main([str(workdir)])
+
+
+def test_ctrl_c_is_one_line_and_130(call, recipe, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    code, _, err = call(f"--config={recipe}", "--mode=evaluate")
+    assert code == 130 and err == "hdlm_jax: evaluate interrupted\n"
+    monkeypatch.setenv("HDLM_TRACEBACK", "1")
+    with pytest.raises(KeyboardInterrupt):
+        call(f"--config={recipe}", "--mode=evaluate")
+
+
+@pytest.mark.parametrize("mode, place", [("prepare", "w"), ("cluster", "w"), ("train", "w"), ("import", "w"),
+                                         ("export", "w"), ("prepare", "tokens")])
+def test_what_changes_a_folder_wants_it_alone(call, recipe, tmp_path, mode, place):
+    flags = ["--config.data.dir=tokens"] if place == "tokens" else []
+    with lock.held(str(tmp_path / place / ("lock.export" if mode == "export" else "lock")), "train"):
+        one_line(*call(f"--config={recipe}", "--workdir=w", f"--mode={mode}", *flags),
+                 f"{place}/lock.* is held by pid {os.getpid()} on .* since .* --mode=train; wait for its end")
+    assert not list(tmp_path.glob("**/manifest.json"))
+
+
+def test_readers_and_sharing_workers_take_no_lock(call, recipe, tmp_path):
+    workdir = shutil.copytree(trained()[1], tmp_path / "w")
+    with lock.held(str(workdir / "lock"), "train"), lock.held(str(tmp_path / "tokens" / "lock"), "prepare"):
+        for flags in (["--mode=report"], ["--mode=export"], ["--mode=prepare", "--config.data.dir=tokens",
+                                                                           "--config.data.prepare_shard=0/2"]):
+            code, _, err = call(f"--config={recipe}", "--workdir=w", *flags)
+            assert code == 0 and not err, (flags, err)
 
 
 def test_real_processes(recipe, root, tmp_path):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -540,6 +541,26 @@ def test_processes(tmp_path, small, monkeypatch):
     assert not (folder / "manifest.json").exists()
     assert begin(pause=0).communicate(timeout=60)[0].startswith("tokens: made")
     assert prepare.load_manifest(folder) == clean and files_of(folder) == files_of(tmp_path / "clean")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+def test_ctrl_c_is_heard_by_one_process_alone(tmp_path, small, hearing):
+    """A terminal sends it to all of them, also to those that have just been started and have not said a word yet."""
+    files = [numbered(tmp_path / f"{i}.jsonl", 400) for i in range(4)]
+    code = "try:\n    run(sys.argv[1])\nexcept KeyboardInterrupt:\n    sys.exit(130)"
+    process = driver(tmp_path, code, files, validation_fraction=0.2, processes_from=0, pause=0.02)
+    own = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+    def workers() -> list[int]:
+        pids = [int(pid) for pid in own.read_text().split()]
+        return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    for pid in wait_for(lambda: workers() if len(workers()) > 1 else None):
+        os.kill(pid, signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and not errors, errors
+    assert not list((tmp_path / "tokens").glob("*.tmp"))
 
 
 def test_an_error_in_one_process_ends_all(tmp_path, small):

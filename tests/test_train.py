@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import owt
 import pytest
 
 from hdlm_jax import config as config_lib
+from hdlm_jax import jsons
 from hdlm_jax.config import ConfigError
 from hdlm_jax.diffusion.process import fold
 from hdlm_jax.run import parallel, train
@@ -32,6 +34,7 @@ from hdlm_jax.run.state import (
     make_train_step,
     stratified_tau,
 )
+from hdlm_jax.text import pipeline
 from hdlm_jax.text.hierarchy import Hierarchy
 from hdlm_jax.text.pipeline import Split
 from hdlm_jax.text.prepare import load_manifest
@@ -308,17 +311,22 @@ def test_rerun_resumes_and_ends_as_if_never_stopped(corpus, tmp_path, alone):
         train.train(config_lib.resolve(loop_config(corpus, optimizer__schedule="constant", optimizer__lr=0.5)), workdir)
 
 
+def front_door(folder, config):
+    """(command(workdir, *flags), environment) of training in a process of its own."""
+    script = folder / "config.py"
+    script.write_text("import json\nfrom hdlm_jax import config\n\ndef get_config():\n    c = config.default()\n"
+                      f"    c.update(json.loads({config.to_json()!r}))\n    return c\n")
+
+    def command(workdir, *flags):
+        return [sys.executable, "-m", "hdlm_jax.main", f"--config={script}", f"--workdir={workdir}", *flags]
+
+    return command, os.environ | {"XLA_FLAGS": "", "CI": "1"}
+
+
 def test_killed_and_resumed_equals_never_killed(corpus, tmp_path):
     """SIGKILL off a checkpoint boundary, then the same command: params, optimizer, EMA and position bit for bit."""
     config = loop_config(corpus, train__steps=200, checkpoint__every=40)
-    script = tmp_path / "config.py"
-    script.write_text("import json\nfrom hdlm_jax import config\n\ndef get_config():\n    c = config.default()\n"
-                      f"    c.update(json.loads({config.to_json()!r}))\n    return c\n")
-    env = os.environ | {"XLA_FLAGS": "", "CI": "1"}
-
-    def command(workdir):
-        return [sys.executable, "-m", "hdlm_jax.main", f"--config={script}", f"--workdir={workdir}"]
-
+    command, env = front_door(tmp_path, config)
     killed = tmp_path / "killed"
     process = subprocess.Popen(command(killed), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.time() + 240
@@ -499,13 +507,169 @@ def test_batch_must_divide_over_devices(corpus, tmp_path):
         train.train(config_lib.resolve(loop_config(corpus, train__batch_size=12)), str(tmp_path / "run"))
 
 
-def test_sigterm_saves_and_says_resume(corpus, tmp_path, monkeypatch, alone):
-    config = config_lib.resolve(loop_config(corpus, checkpoint__every=100))
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(train._Stop, "at", lambda self, step: True)
-        train.train(config, str(tmp_path / "run"))
-    assert stop.value.code == train.RESUME_EXIT
-    state = train.train(config, str(tmp_path / "run"))
+def test_one_job_trains_others_read_and_ctrl_c_saves(corpus, tmp_path, hearing):
+    """In real processes: the second job is told who trains, evaluation works beside it, Ctrl-C saves and leaves."""
+    from hdlm_jax.run import evaluate
+    from hdlm_jax.run.checkpoint import Checkpoints
+
+    config = loop_config(corpus, train__steps=10**6, train__log_every=10**6, checkpoint__every=10**6,
+                         checkpoint__minutes=0.01, optimizer__schedule="constant")
+    command, env = front_door(tmp_path, config)
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(command(workdir), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.time() + 120  # far from checkpoint.every: the clock saves the first one
+        while time.time() < deadline and not any(p.name.isdigit() for p in workdir.glob("checkpoints/*")):
+            time.sleep(0.05)
+        second = subprocess.run(command(workdir), env=env, capture_output=True, text=True, timeout=120)
+        assert second.returncode == 1 and second.stderr.count("\n") == 1
+        assert f"{workdir}/lock is held by pid {process.pid} on" in second.stderr and "--mode=train" in second.stderr
+        found = evaluate.evaluate(config_lib.resolve(config), str(workdir))
+        assert found["step"] > 0 and 0 < found["nelbo"] < 10
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == train.RESUME_EXIT and not err, err
+    step = Checkpoints(str(workdir), read_only=True).latest()
+    assert "train: Ctrl-C, saving" in out and f"asked to stop, saved step {step:,}; the same command resumes" in out
+    assert (workdir / "lock").read_text() == ""
+    assert read_metrics(str(workdir / "metrics.jsonl")) == [], "when it was saved and left is told nowhere"
+
+
+HEARS = """
+import threading, time
+import jax
+from hdlm_jax.run import train
+with train._Stop() as stop:
+    stop.listen()
+    print("listening", flush=True)
+    while not stop.at(1):
+        time.sleep(0.01)
+    print("asked", flush=True)
+    float(jax.jit(lambda n: jax.lax.fori_loop(0, n, lambda i, s: jax.numpy.sin(s), 1.0))(2**31 - 1))  # a long call
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_leaves_at_once(root, hearing, first):
+    """Also while Python waits for compiled code; a Ctrl-C after SIGTERM is the first one."""
+    process = subprocess.Popen([sys.executable, "-c", HEARS], stdout=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": ""})
+    try:
+        assert process.stdout.readline() == "listening\n"
+        process.send_signal(first)
+        heard = [process.stdout.readline() for _ in range(1 + (first == signal.SIGINT))]
+        assert sorted(heard)[0] == "asked\n"
+        time.sleep(1)
+        if first == signal.SIGTERM:
+            process.send_signal(signal.SIGINT)
+            assert "Ctrl-C" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+
+
+def test_signals_are_given_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with train._Stop() as stop:
+        stop.listen()
+        assert not stop.at(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.time() + 10
+        while not stop.at(2) and time.time() < deadline:
+            time.sleep(0.01)
+        assert stop.at(3)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_an_ignored_ctrl_c_stays_ignored(hearing):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what goes to the background
+    with train._Stop() as stop:
+        stop.listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN and not stop.at(1)
+
+
+def test_minutes_between_checkpoints(monkeypatch):
+    """Saves are due at most a step late where steps are slow, and few steps have to agree where they are fast."""
+    now, asked = [0.0], []
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train.parallel, "first", lambda look: asked.append(now[0]) or look())
+    for pace in (0.003, 1.0, 100.0):
+        now[0], saved = 0.0, [0.0]
+        asked.clear()
+        timer = train._Timer(2)
+        for step in range(1, int(1000 / pace)):
+            now[0] = step * pace
+            if timer.due(step):
+                saved.append(now[0])
+                timer.restart()
+        gaps = np.diff(saved)
+        assert len(gaps) >= 4 and gaps.min() >= 120 and gaps.max() < 120 + max(1.01 * pace, 1), pace
+        assert len(asked) < max(0.02 * 1000 / pace, 1100 / pace + 100), "not at every step where they are fast"
+    timer = train._Timer(0)
+    now[0] = 1e9
+    assert not timer.due(10**6)
+
+
+def test_saved_by_the_clock_or_asked_to_stop_it_ends_as_if_never_stopped(corpus, tmp_path, monkeypatch, alone):
+    """Saved at step 5 by the clock and left at 6, both off log_every=4 and checkpoint.every=7: state and metrics.jsonl
+    end as if never stopped."""
+    config = config_lib.resolve(loop_config(corpus, train__log_every=4, checkpoint__every=7, train__evaluate_every=9))
     whole = train.train(config, str(tmp_path / "whole"))
+    saved, save = [], train.Checkpoints.save
+
+    def spy(self, step, state, meta, metrics):
+        saved.append((step, metrics, len(meta["window"])))
+        save(self, step, state, meta, metrics)
+
+    monkeypatch.setattr(train.Checkpoints, "save", spy)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(train._Timer, "due", lambda self, step: step == 5)
+        patch.setattr(train._Stop, "at", lambda self, step: step == 6)
+        train.train(config, str(tmp_path / "run"))
+    assert left.value.code == train.RESUME_EXIT
+    assert saved == [(5, {"nelbo": math.inf}, 1), (6, {"nelbo": math.inf}, 2)], "nothing is measured"
+    metric = tmp_path / "run" / "checkpoints" / "6" / "metrics" / "metrics"
+    assert json.loads(metric.read_text(), parse_constant=pytest.fail) == {}
+    state = train.train(config, str(tmp_path / "run"))
     for a, b in zip(flat(state), flat(whole), strict=True):
         np.testing.assert_array_equal(a, b)
+    told = [[{k: v for k, v in record.items() if k not in ("tokens_per_s", "mfu", "input_wait", "compile_s",
+                                                           "first_step_s")}
+             for record in read_metrics(str(tmp_path / name / "metrics.jsonl"))] for name in ("run", "whole")]
+    assert told[0] == told[1] and [record["step"] for record in told[0]] == [4, 7, 8, 9, 10]
+
+
+def test_steps_that_grow(corpus, tmp_path, alone):
+    """A constant rate goes on; a cosine is made for its steps, and the message says how to train on."""
+    cosine = config_lib.resolve(loop_config(corpus, train__steps=12))
+    saved = config_lib.resolve(loop_config(corpus, train__steps=10))
+    with pytest.raises(ConfigError, match=r"train.steps=12: .* trained with 10, which its cosine schedule is made for"
+                       r".*--config.train.init_from=w/run$"):
+        train.check_resume(cosine, {"config": jsons.plain(saved.as_dict())}, "w/run/checkpoints")
+    constant = [dataclasses.replace(c, optimizer=dataclasses.replace(c.optimizer, schedule="constant"))
+                for c in (cosine, saved)]
+    train.check_resume(constant[0], {"config": jsons.plain(constant[1].as_dict())}, "w/run/checkpoints")
+
+
+def test_one_validation_row_ends_in_words(corpus, tmp_path, capsys, monkeypatch, alone):
+    """No error of a single row: '-' where it would stand, null in the files."""
+    valid_rows = pipeline.valid_rows
+    monkeypatch.setattr(pipeline, "valid_rows", lambda *args: {k: v[:1] for k, v in valid_rows(*args).items()})
+    config = loop_config(corpus, train__steps=1)
+    config.evaluate.draws = 2
+    train.train(config_lib.resolve(config), str(tmp_path / "run"))
+    assert re.search(r"train: done, step 1, validation NELBO [\d.]+ nats/token on 1 seq", capsys.readouterr().out)
+    from hdlm_jax.run import evaluate
+
+    found = evaluate.evaluate(config_lib.resolve(config), str(tmp_path / "run"))
+    assert re.search(r"NELBO [\d.]+ nats/token \(data -, time ", capsys.readouterr().out)
+    raw = (tmp_path / "run" / "evaluate.json").read_text()
+    assert json.loads(raw, parse_constant=pytest.fail) == found and found["se"] is None
+    evaluate.evaluate(config_lib.resolve(config), str(tmp_path / "run"))
+    assert re.search(r"evaluate: reusing .*NELBO [\d.]+ nats/token", capsys.readouterr().out)

@@ -18,6 +18,7 @@ import numpy as np
 
 from hdlm_jax.diffusion.process import Dense
 
+_MOST = 2**20  # tokens of a text, where nobody says how many the model takes
 _BLANK = re.compile(r"\[\[|\[MASK(?::(\d+))?\]|\[LIKE(?:@(\d+))?:([^\[\]]+)\]|\[")
 
 
@@ -72,6 +73,20 @@ def closed(canvas: Canvas, seq_len: int, eot: int) -> Canvas:
     behind = np.arange(seq_len) >= canvas.length[:, None]
     z[behind], given[behind], kind[behind] = eot, True, 0
     return Canvas(z, given, kind, np.full(n, seq_len, np.int32), canvas.allowed)
+
+
+def together(parts: Sequence[Canvas]) -> Canvas:
+    """Canvases of one hierarchy as one, as wide as the widest; each text keeps its end and its kinds."""
+    width = max(part.z.shape[1] for part in parts)
+    before = np.cumsum([0, *(len(part.allowed) - 1 for part in parts)])  # kinds of the parts before; 0 is common to all
+    kinds = [np.where(part.kind, part.kind + n, 0).astype(np.int32) for part, n in zip(parts, before, strict=False)]
+
+    def rows(values):
+        return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in values])
+
+    return Canvas(rows(part.z for part in parts), rows(part.given for part in parts), rows(kinds),
+                  np.concatenate([part.length for part in parts]),
+                  np.concatenate([parts[0].allowed[:1], *(part.allowed[1:] for part in parts)]))
 
 
 def structure(pieces: Sequence[tuple[int, str]], length: int, tokenizer, hierarchy, rows: int = 1,
@@ -130,13 +145,15 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
         flush(buffer[:-1] if space else buffer)
         buffer = ""
         if not found[3]:
-            count = int(found[1] or 1)
+            count = _count(found[1])
             if count < 1:
                 raise ValueError(f"{where}: a blank has at least one token")
+            if count > (seq_len or _MOST):
+                raise ValueError(f"{where}: a text has at most {seq_len or _MOST} tokens")
             ids += [hierarchy.mask_id] * count
             kinds += [0] * count
             continue
-        level = int(found[2] or 1)
+        level = _count(found[2])
         if not 1 <= level < hierarchy.num_levels:
             choices = f"1..{hierarchy.num_levels - 1}" if hierarchy.num_levels > 1 else "none, so use [MASK]"
             raise ValueError(f"{where}: level {level} has no clusters; levels that have: {choices}")
@@ -146,6 +163,11 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
         kinds.append(sets.setdefault((level, node), len(sets) + 1))
     flush(buffer + text[end:])
     return make(ids, hierarchy, rows, seq_len, kinds, [hierarchy.anc[level] == node for level, node in sets])
+
+
+def _count(digits: str | None) -> int:
+    """The number in a blank, 1 without one; Python reads no more than 4,300 digits."""
+    return 1 if not digits else int(digits) if len(digits) < 100 else 10**100
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from hdlm_jax.config import Config, ConfigError, Generate, Parallel, inherit, resolve
+from hdlm_jax.config import Config, ConfigError, Generate, Parallel, change, inherit, resolve
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import schema as schemas
 from hdlm_jax.diffusion.process import HierarchicalProcess
@@ -125,7 +126,6 @@ def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True
       ConfigError: no such run, or settings it was not trained with.
     """
     dataclasses.replace(config.evaluate, checkpoint=which).check()
-    from hdlm_jax.run.export import checkpoints_of
     from hdlm_jax.run.train import FREE
 
     trained = saved_config(workdir)
@@ -139,12 +139,6 @@ def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True
     hierarchy = Hierarchy.load(os.path.join(workdir, "hierarchy.npz"), tokenizer.fingerprint)
     mesh = parallel.make_mesh(config)
     network, process = build(config, hierarchy)
-    checkpoints = checkpoints_of(workdir)
-    step = checkpoints.choose(which)
-    saved = checkpoints.meta(step)
-    if saved["hierarchy"] != hierarchy.fingerprint:
-        raise ConfigError(f"{workdir}: hierarchy.npz {hierarchy.fingerprint[:12]} is not the checkpoint's "
-                          f"{saved['hierarchy'][:12]}")
     tx, _ = make_optimizer(trained)
     shape = jax.eval_shape(lambda: init_state(trained, hierarchy, network, tx, jax.random.key(0)))
     shardings = parallel.state_shardings(mesh, shape.params)
@@ -152,9 +146,28 @@ def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True
     if os.path.isdir(os.path.join(workdir, "params")) and trained.optimizer.ema and not ema:
         raise ConfigError(f"evaluate.ema=False: {workdir} is an export, which holds the average of the weights alone")
     ema = bool(trained.optimizer.ema) and ema
-    params = checkpoints.params(step, abstract, ema)
-    checkpoints.close()
+    step, params = _weights(workdir, which, hierarchy, abstract, ema)
     return Run(config, trained, folder, tokenizer, hierarchy, network, process, mesh, params, step, ema)
+
+
+def _weights(workdir: str, which: str, hierarchy: Hierarchy, abstract: Any, ema: bool) -> tuple[int, Any]:
+    """(step, parameters) of the best or latest checkpoint."""
+    from hdlm_jax.run.export import checkpoints_of
+
+    checkpoints = checkpoints_of(workdir)
+    step = checkpoints.choose(which)
+    try:
+        saved = checkpoints.meta(step)
+        if saved["hierarchy"] != hierarchy.fingerprint:
+            raise ConfigError(f"{workdir}: hierarchy.npz {hierarchy.fingerprint[:12]} is not the checkpoint's "
+                              f"{saved['hierarchy'][:12]}")
+        return step, checkpoints.params(step, abstract, ema)
+    except OSError:
+        if checkpoints.has(step) or jax.process_count() > 1:  # many must not choose differently
+            raise
+    finally:
+        checkpoints.close()
+    return _weights(workdir, which, hierarchy, abstract, ema)  # a training beside us has gone on to another one
 
 
 def load_here(workdir: str, which: str = "best", mesh: Parallel = Parallel(),  # noqa: B008 (it is frozen)
@@ -179,6 +192,18 @@ def checkpoint_embedding(workdir: str) -> np.ndarray:
     return parallel.to_host(run.params["embedding"])[: run.hierarchy.num_words]
 
 
+def _texts_of(name: str, given: Any) -> list[str]:
+    """One text or several as a list."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, list | tuple):
+        raise ConfigError(f"{name}: must be a text or a list of texts, not {type(given).__name__}")
+    for i, text in enumerate(given):
+        if not isinstance(text, str):
+            raise ConfigError(f"{name}[{i}]: must be of type str, not {type(text).__name__}")
+    return list(given)
+
+
 class Model:
     """What `hdlm_jax.load(workdir)` gives: a trained run to use in a notebook.
 
@@ -198,69 +223,92 @@ class Model:
     def seq_len(self) -> int:
         return self.run.config.model.seq_len
 
-    def generate(self, num_samples: int = 4, steps: int = 128, prompt: str = "", *, classifier=None,
+    def generate(self, num_samples: int = 4, steps: int = 128, prompt: str | Sequence[str] = "", *, classifier=None,
                  **settings: Any) -> list[str]:
         """Texts after a prompt if there is one, up to their first end of text; at most seq_len (or `length`) tokens.
+
+        Of several prompts, of any lengths, num_samples texts each: prompt by prompt, in batches of all of them.
 
         Args:
           steps: of the methods that have some; classifier: function of one-hot symbols float32 [b, S, N] ->
             log p(y) [b], for method="classifier".
           settings: any other of config.Generate (method, options, helper, temperature, top_p, seed, ...).
-        """
-        ids = self.tokenizer.encode(prompt) if prompt else np.zeros(0, np.int32)
-        g = self._settings(steps=steps, num_samples=num_samples, **settings)
-        return self._texts(start_canvas(self.run, g, np.tile(ids, (num_samples, 1))), g, classifier)
 
-    def infill(self, text: str, num_samples: int = 1, steps: int = 64, **settings: Any) -> list[str]:
-        """The text with its blanks filled in; everything else stays.
+        Raises:
+          ConfigError: what the command line would not take either, in its words.
+        """
+        prompts = _texts_of("generate.prompt", prompt)
+        g = self._settings(settings, steps=steps, num_samples=num_samples)
+        if classifier is not None and not callable(classifier):
+            raise ConfigError(f"classifier: must be a function, not {type(classifier).__name__}")
+        parts: list[Any] = [start_canvas(self.run, g, np.tile(self.tokenizer.encode(text), (g.num_samples, 1)))
+                            for text in prompts]
+        if not parts:
+            return []
+        plain = isinstance(parts[0], np.ndarray)
+        return self._texts(np.concatenate(parts) if plain else canvases.together(parts), g, classifier)
+
+    def infill(self, text: str | Sequence[str], num_samples: int = 1, steps: int = 64, **settings: Any) -> list[str]:
+        """The text with its blanks filled in; everything else stays. Of several texts num_samples each, text by text.
 
         Blanks: [MASK] one token, [MASK:5] five, [LIKE:word] one token of the same cluster as the given word's first
         ([LIKE@2:word]: of its node of level 2); the cluster is shown to the model, the word is not. [[ is the character
         [. A single space in front of a blank is left to it, as words of most tokenizers begin with theirs.
         """
-        g = self._settings(length=0, steps=steps, num_samples=num_samples, **settings)
-        canvas = canvases.template(text, self.tokenizer, self.hierarchy, num_samples, self.seq_len)
-        n, places = int(canvas.length[0]), canvas.z.shape[1]
-        if canvas.given[0, :n].all():
-            raise ValueError(f"infill: no blank in {text!r}; write [MASK], [MASK:5] or [LIKE:word] for what is missing")
-        # the rest of the canvas is text the model makes up and nobody reads
-        inside = np.arange(places)[None] < n
-        canvas = canvas._replace(z=np.where(inside, canvas.z, self.hierarchy.mask_id).astype(np.int32),
-                                 given=canvas.given & inside, length=np.full(num_samples, places, np.int32))
-        return self._texts(canvas, g, keep=n)
+        g = self._settings(settings, length=0, prompt="", steps=steps, num_samples=num_samples)
+        parts, keep = [], []
+        for one in _texts_of("infill", text):
+            canvas = canvases.template(one, self.tokenizer, self.hierarchy, g.num_samples, self.seq_len)
+            n, places = int(canvas.length[0]), canvas.z.shape[1]
+            if canvas.given[0, :n].all():
+                raise ValueError(f"infill: no blank in {one!r}; write [MASK], [MASK:5] or [LIKE:word] for what is "
+                                 "missing")
+            if self.run.ends:
+                canvas, places = canvases.closed(canvas, self.seq_len, self.tokenizer.eot), self.seq_len
+            # the rest of the canvas is text the model makes up and nobody reads
+            inside = np.arange(places)[None] < n
+            parts.append(canvas._replace(z=np.where(inside, canvas.z, self.hierarchy.mask_id).astype(np.int32),
+                                         given=canvas.given & inside, length=np.full(g.num_samples, places, np.int32)))
+            keep += [n] * g.num_samples
+        return self._texts(canvases.together(parts), g, keep=keep) if parts else []
 
     def json(self, schema: Any, num_samples: int = 1, steps: int = 64, prompt: str = "", budget: int = 16,
              **settings: Any) -> list[Any]:
         """Objects of a JSON schema (a dict, or its text), whatever the model is like: hdlm_jax.decoding.schema."""
-        g = self._settings(length=0, steps=steps, num_samples=num_samples, **settings)
+        g = self._settings(settings, length=0, prompt=prompt, steps=steps, num_samples=num_samples)
+        if type(budget) is not int:
+            raise ConfigError(f"budget={budget!r}: must be of type int")
         scaffold = schemas.scaffold(schema, self.tokenizer, self.hierarchy, budget, prompt=prompt)
-        canvas = scaffold.canvas(num_samples, self.seq_len)
+        canvas = scaffold.canvas(g.num_samples, self.seq_len)
         if self.run.ends:
             canvas = canvases.closed(canvas, self.seq_len, self.tokenizer.eot)
         return [scaffold.read(row) for row in self._draw(canvas, g)["tokens"]]
 
-    def _settings(self, **settings: Any) -> Generate:
-        g = dataclasses.replace(self.run.config.generate, **settings)
-        g.check()
+    def _settings(self, settings: dict[str, Any], **own: Any) -> Generate:
+        """config.Generate with these settings, checked as those of the command line; own: what the caller decides."""
+        if twice := sorted(own.keys() & settings.keys()):
+            raise ConfigError(f"generate.{twice[0]}: is not a setting here; the text says it")
+        values = {k: v.item() if isinstance(v, np.generic) else v for k, v in (own | settings).items()}
+        g = change("generate", self.run.config.generate, values)
+        dataclasses.replace(self.run.config, generate=g).check()
         if g.schema:
             raise ConfigError(f"generate.schema={g.schema!r}: here call Model.json(schema)")
         return g
 
-    def _texts(self, canvas: Any, g: Generate, classifier=None, keep: int | None = None) -> list[str]:
+    def _texts(self, canvas: Any, g: Generate, classifier=None, keep: Sequence[int] = ()) -> list[str]:
         draw = self._draw
         if classifier is not None or g.helper:
             draw = sampler_of(self.run, load_helper(self.run, g), classifier)
         out = draw(canvas, g)
         words = canvas < self.hierarchy.num_words if isinstance(canvas, np.ndarray) else canvas.given
         texts = []
-        for row, given, n in zip(out["tokens"], words, out["length"] if keep is None else [keep] * len(words),
-                                 strict=True):
+        for row, given, n in zip(out["tokens"], words, keep or out["length"], strict=True):
             last = 1 + int(max(np.flatnonzero(given[:n]), default=-1))  # no end of text counts before what is given
             texts.append(text_of(self.tokenizer, ended(row[:n], last, self.tokenizer.eot, g.stop), g.stop))
         return texts
 
-    def nelbo(self, texts: list[str], draws: int = 16) -> list[dict[str, Any]]:
-        """Upper bounds on -log p of each text followed by the end of text, in nats.
+    def nelbo(self, texts: str | Sequence[str], draws: int = 16) -> list[dict[str, Any]]:
+        """Upper bounds on -log p of each text (one text is a list of one) followed by the end of text, in nats.
 
         Texts longer than seq_len are scored in pieces that do not see each other.
 
@@ -268,8 +316,11 @@ class Model:
           per text: nats, se (of the noise), tokens (end of text counted), bits_per_byte, given: "nothing", or "lengths"
           where the run learnt from rows that tell how long a text is, so that the bound is on -log p(text | length).
         """
+        texts = _texts_of("nelbo", texts)
+        if not isinstance(draws, int | np.integer):
+            raise ConfigError(f"draws={draws!r}: must be of type int")
         if draws < 2:
-            raise ValueError(f"draws={draws}: must be at least 2 (for a standard error)")
+            raise ConfigError(f"draws={draws}: must be at least 2 (for a standard error)")
         if not texts:
             return []
         s, pieces, owner = self.seq_len, [], []

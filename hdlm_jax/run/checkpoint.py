@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
+
+from hdlm_jax import jsons
+from hdlm_jax.text.tokens import write_atomic
 
 _PRESERVE = ocp.checkpoint_managers
 _TRASH = "trash"
@@ -60,16 +64,24 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.path}: no checkpoint there; train first (--mode=train)")
         return step
 
+    def has(self, step: int) -> bool:
+        """Whether that step is there at this moment."""
+        return os.path.isdir(os.path.join(self.path, str(step)))
+
     def save(self, step: int, state: Any, meta: dict, metrics: dict[str, float]) -> None:
-        """Starts an asynchronous save; a kill while it runs leaves the checkpoints before it."""
+        """Starts an asynchronous save; a kill while it runs leaves the checkpoints before it.
+
+        metrics: nelbo on validation text tells the best checkpoint; one that is not finite is none.
+        """
         if step in self.manager.all_steps():
             return
         ema = state.ema
-        items = {"state": ocp.args.StandardSave(state._replace(ema={})), "meta": ocp.args.JsonSave(meta)}
+        items = {"state": ocp.args.StandardSave(state._replace(ema={})), "meta": ocp.args.JsonSave(jsons.plain(meta))}
         if ema:
             items["ema"] = ocp.args.StandardSave(ema)
         self.wait()
         self._sweep()
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         with self._told("a checkpoint cannot be written"):
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
@@ -142,11 +154,7 @@ def save_params(path: str, tree: Any) -> None:
 
 def write_json(path: str, value: Any) -> None:
     """Writes aside and renames, so that the file is never half there."""
-    aside = f"{path}.tmp{os.getpid()}"
-    with open(aside, "w") as f:
-        json.dump(value, f, indent=1, default=_plain)
-        f.write("\n")
-    os.replace(aside, path)
+    write_atomic(Path(path), f"{jsons.dumps(value, indent=1)}\n".encode())
 
 
 def reuse(path: str, made_from: dict) -> dict | None:
@@ -155,10 +163,4 @@ def reuse(path: str, made_from: dict) -> dict | None:
         return None
     with open(path) as f:
         found = json.load(f)
-    return found if all(found.get(k) == json.loads(json.dumps(v)) for k, v in made_from.items()) else None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return np.asarray(value).tolist()
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+    return found if all(found.get(k) == jsons.plain(v) for k, v in made_from.items()) else None

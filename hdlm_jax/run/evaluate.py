@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hdlm_jax import jsons
 from hdlm_jax.config import Config
 from hdlm_jax.diffusion.process import fold
 from hdlm_jax.model.heads import WHOLE, map_over_noised
 from hdlm_jax.model.network import Network
 from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import reuse, write_json
-from hdlm_jax.run.metrics import progress, say
+from hdlm_jax.run.metrics import measured, perplexity, progress, readable, say
 from hdlm_jax.run.stages import check_writable
 
 _FIELDS = ("x", "segment", "score")  # of rows, what the network and the process see
@@ -169,7 +170,7 @@ def summarise(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarr
         here, uniform = np.mean(v / q[1:] ** 2) - b, np.mean(v / (q[1:] * np.exp(-tau[1:]))) - b
     return {
         "nelbo": nelbo, "se": se, "se_data": se_data, "se_time": se_time,
-        "perplexity": math.exp(nelbo), "levels": (nats.mean(0).sum(0) / total).tolist(),
+        "perplexity": perplexity(nelbo), "levels": (nats.mean(0).sum(0) / total).tolist(),
         "uniform_t_variance": uniform / here if min(uniform, here) > 0 else None,
         "cv2": se_data**2 * n / nelbo**2 if nelbo else None,
         "tokens": int(total), "rows": n, "draws": draws,
@@ -196,8 +197,8 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
                  "settings": {name: getattr(config.evaluate, name) for name in SETTINGS}}
     path = os.path.join(workdir, "evaluate.json")
     if found := parallel.first(lambda: reuse(path, made_from)):
-        say(f"evaluate: reusing {path} of step {run.step}, NELBO {found['nelbo']:.4f} +- {found['se']:.4f} nats/token, "
-            f"given {found['given']}")
+        bound = measured(found["nelbo"], found["se"], sign="+-")
+        say(f"evaluate: reusing {path} of step {run.step}, NELBO {bound} nats/token, given {found['given']}")
         return found
     rows = run.valid_rows(config.model.seq_len, config.evaluate.rows)
     evaluator = Evaluator(config, run.network, run.process, run.mesh, run.params)
@@ -217,11 +218,13 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "seconds": seconds, "tokens_per_s": result["tokens"] * result["draws"] / seconds,
         "corpus": manifest.corpus_fingerprint, "hierarchy": list(run.hierarchy.sizes), "params": run.num_params,
     } | made_from
+    result = jsons.plain(result)  # what is read again from the file
     if parallel.is_first():
         np.savez(os.path.join(workdir, "evaluate_rows.npz"), nats=nats.mean(0).sum(-1), tokens=rows["tokens"])
         write_json(path, result)
     say(f"evaluate: step {run.step}, {result['tokens']:,} tokens x {result['draws']} draws in {seconds:.0f} s: "
-        f"NELBO {result['nelbo']:.4f} +- {result['se']:.4f} nats/token (data {result['se_data']:.4f}, "
-        f"time {result['se_time']:.4f}), perplexity {result['perplexity']:.2f}, given {result['given']}; "
+        f"NELBO {measured(result['nelbo'], result['se'], sign='+-')} nats/token (data {readable(result['se_data'])}, "
+        f"time {readable(result['se_time'])}), perplexity {readable(result['perplexity'], '.2f')}, "
+        f"given {result['given']}; "
         f"unigram {manifest.unigram_nats:.4f}")
     return result

@@ -50,6 +50,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import hdlm_jax
+from hdlm_jax import jsons
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.run import parallel, released
 from hdlm_jax.run.api import load_run, saved_config
@@ -97,7 +98,7 @@ def export(config: Config, workdir: str) -> str:
         aside, old = f"{folder}.tmp", f"{folder}.old"
         shutil.rmtree(aside, ignore_errors=True)  # of an export that was interrupted
         os.makedirs(aside)
-        about = json.dumps({name: value for name, value in facts.items() if name != "config"})
+        about = jsons.dumps({name: value for name, value in facts.items() if name != "config"})
         # a single entry: safetensors writes several in any order, and the same weights should be the same file
         save_file(arrays, os.path.join(aside, "model.safetensors"), {"hdlm_jax": about})
         tree = jax.tree.unflatten(jax.tree.structure(run.params), arrays.values())
@@ -135,6 +136,9 @@ class Exported:
 
     def choose(self, which: str) -> int:
         return self.facts["step"]
+
+    def has(self, step: int) -> bool:
+        return True
 
     def meta(self, step: int) -> dict:
         return self.facts["fingerprints"]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hdlm_jax import jsons
 from hdlm_jax.config import Config, ConfigError, Generate
 from hdlm_jax.decoding import caches, choose, core, drafts, guide, patches, presets, schema
 from hdlm_jax.decoding import canvas as canvases
@@ -497,7 +498,7 @@ def _sample(run: Any, workdir: str, made_from: dict, helper: Any) -> tuple[dict[
         read = "".join(f"--- sample {i} ---\n{text}\n\n" for i, text in enumerate(texts))
         write_atomic(Path(path), read.encode())
         rows = zip(texts, tokens, out["row_forwards"], strict=True)
-        lines = "".join(json.dumps({"text": text, "ids": row.tolist(), "row_forwards": int(calls)}) + "\n"
+        lines = "".join(jsons.dumps({"text": text, "ids": row.tolist(), "row_forwards": int(calls)}) + "\n"
                         for text, row, calls in rows).encode()
         write_atomic(Path(workdir) / "samples.jsonl", lines)
         result["samples_sha256"] = hashlib.sha256(lines).hexdigest()
@@ -553,5 +554,5 @@ def _keep(path: str, film: dict[str, np.ndarray], about: dict[str, Any]) -> None
     if not film:
         return Path(path).unlink(missing_ok=True)
     aside = f"{path}.tmp{os.getpid()}.npz"
-    np.savez_compressed(aside, about=np.asarray(json.dumps(about)), **film)  # type: ignore[arg-type]
+    np.savez_compressed(aside, about=np.asarray(jsons.dumps(about)), **film)  # type: ignore[arg-type]
     os.replace(aside, path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from hdlm_jax.config import ConfigError, Evaluate, Generate
+from hdlm_jax.config import ConfigError, Evaluate, Generate, change
 from hdlm_jax.run import requests as answers
 from hdlm_jax.run.api import load_here
 from hdlm_jax.run.score import Scorer
@@ -43,13 +43,13 @@ class HDLM(LM):
         if unknown := sorted(set(given) - {*_EVALUATE, *_GENERATE}):
             raise ConfigError(f"model_args {', '.join(unknown)}: choose of workdir, greedy, "
                               f"{', '.join((*_EVALUATE, *_GENERATE))}")
-        evaluate = Evaluate(**{k: v for k, v in given.items() if k in _EVALUATE})
+        evaluate = change("evaluate", Evaluate(), {k: v for k, v in given.items() if k in _EVALUATE})
         evaluate.check()
         run = load_here(workdir, evaluate.checkpoint, ema=evaluate.ema)
         self._greedy, self._scorer = greedy, Scorer(run, evaluate)
-        self._generate: Generate = dataclasses.replace(run.config.generate,
-                                                       **{k: v for k, v in given.items() if k in _GENERATE})
-        self._generate.check()
+        self._generate: Generate = change("generate", run.config.generate,
+                                          {k: v for k, v in given.items() if k in _GENERATE})
+        dataclasses.replace(run.config, generate=self._generate).check()
 
     def loglikelihood(self, requests, **_):
         return answers.loglikelihood(self._scorer, requests, self._greedy)

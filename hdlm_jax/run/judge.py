@@ -24,7 +24,8 @@ from hdlm_jax.config import ConfigError, Parallel
 from hdlm_jax.model import gpt2
 from hdlm_jax.model.heads import chunk_size
 from hdlm_jax.run import parallel
-from hdlm_jax.run.metrics import progress, say
+from hdlm_jax.run.metrics import measured, progress, say
+from hdlm_jax.run.metrics import perplexity as exp
 from hdlm_jax.text.pipeline import rows_of
 from hdlm_jax.text.tokens import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
 
@@ -73,11 +74,12 @@ def summarise(nats: np.ndarray, tokens: np.ndarray, bound: bool = False) -> dict
                                          "mean_text_perplexity", "mean_text_perplexity_se"))
     if total:
         mean = float(np.sum(nats) / total)
-        each = np.exp(nats[some] / tokens[some])
-        out |= {"nats_per_token": mean, "perplexity": math.exp(mean), "mean_text_perplexity": float(each.mean())}
+        with np.errstate(over="ignore"):  # infinity is what it then is
+            each = np.exp(nats[some] / tokens[some])
+        out |= {"nats_per_token": mean, "perplexity": exp(mean), "mean_text_perplexity": float(each.mean())}
         if n > 1:
             se = math.sqrt(n / (n - 1) * np.sum((nats - mean * tokens) ** 2)) / total
-            out |= {"nats_per_token_se": se, "perplexity_se": math.exp(mean) * se}
+            out |= {"nats_per_token_se": se, "perplexity_se": exp(mean) * se}
         if some.sum() > 1:
             out["mean_text_perplexity_se"] = float(each.std(ddof=1) / math.sqrt(some.sum()))
     return {f"{name}_bound" if bound else name: value for name, value in out.items()}
@@ -382,10 +384,9 @@ def record(judge: GPT2Judge | RunJudge, tokenizer: Tokenizer, texts: Texts, give
 def perplexity(found: dict[str, Any]) -> str:
     """'143.20 ± 3.10' or '<= 143.20 ± 3.10 (bound)' of a record."""
     end = "_bound" if found["bound"] else ""
-    value, se = found[f"perplexity{end}"], found[f"perplexity_se{end}"]
-    if value is None:
-        return "none (no token is scored)"
-    text = f"{value:.2f}" if se is None else f"{value:.2f} ± {se:.2f}"
+    text = measured(found[f"perplexity{end}"], found[f"perplexity_se{end}"], ".2f")
+    if text == "-":
+        return "none (no token is scored)" if not found["tokens"] else "none (not finite)"
     told = ", given lengths" * (found["given"] == "lengths")
     return f"<= {text} (bound{told})" if found["bound"] else text
 

@@ -29,7 +29,7 @@ from hdlm_jax.run import judge as judges
 from hdlm_jax.run import parallel
 from hdlm_jax.run.api import Run, load_here, saved_config
 from hdlm_jax.run.generate import load_helper, real_texts, sampler_of
-from hdlm_jax.run.metrics import say
+from hdlm_jax.run.metrics import readable, say
 from hdlm_jax.run.report import markdown
 from hdlm_jax.run.sampling_sweep import measure
 from hdlm_jax.text.corpus import expand
@@ -104,9 +104,8 @@ def table(lines: list[dict[str, Any]]) -> str:
         cost = ["-"] * 3 if s is None else [f"{s['network_calls']:.1f}", f"{s['row_forwards']:.1f}",
                                             f"{line['tokens_per_s']:,.0f}"]
         name = "(real text)" if s is None else label(s["method"], s["options"], s["steps"])
-        repeats = numbers["repetition_4"]
-        rows.append([line["run"], name, *cost, judges.perplexity(numbers), f"{numbers['unigram_entropy']:.3f}",
-                     "-" if repeats is None else f"{repeats:.3f}"])
+        rows.append([line["run"], name, *cost, judges.perplexity(numbers), readable(numbers["unigram_entropy"], ".3f"),
+                     readable(numbers["repetition_4"], ".3f")])
     return markdown(rows)
 
 
@@ -135,6 +134,7 @@ def picture(path: str, lines: list[dict[str, Any]]) -> bool:
     shade: Any = None
     for column, run in enumerate(runs):
         own = [line for line in lines if line["run"] == run]
+        own = [line for line in own if line["judge"]["perplexity"] is not None]  # a judge may find none
         real = [line["judge"] for line in own if line["sampling"] is None]
         own = [line for line in own if line["sampling"] is not None]
         level = np.array([line["judge"]["perplexity"] for line in own])

@@ -8,6 +8,8 @@ import os
 import sys
 from typing import Any
 
+from hdlm_jax import jsons
+
 # bf16 matrix peak of one device, FLOP/s, by jax's device_kind (vendors' data sheets, dense)
 PEAK_FLOPS = {
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
@@ -36,6 +38,24 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def readable(value: float | None, spec: str = ".4f") -> str:
+    """A number to read; '-' where there is none (None) or where it is not finite."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return format(value, spec if abs(value) < 1e9 else ".3g")
+
+
+def measured(value: float | None, se: float | None, spec: str = ".4f", sign: str = "±") -> str:
+    """'5.1234 ± 0.0123': a number with its standard error, alone where that is not known, '-' where it is not."""
+    both = [text for text in (readable(value, spec), readable(se, spec.lstrip("+"))) if text != "-"]
+    return f" {sign} ".join(both) if readable(value, spec) != "-" else "-"
+
+
+def perplexity(nats: float) -> float:
+    """e^nats of nats a token; infinity where that is no float."""
+    return math.inf if nats > 700 else math.exp(nats)
+
+
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, each step once, also after a resume."""
 
@@ -44,13 +64,12 @@ class MetricsFile:
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
         aside = path + ".tmp"
         with open(aside, "w") as f:
-            f.writelines(json.dumps(r) + "\n" for r in kept)
+            f.writelines(jsons.dumps(r) + "\n" for r in kept)
         os.replace(aside, path)
         self.file = open(path, "a")
 
     def write(self, record: dict[str, Any]) -> None:
-        plain = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
-        self.file.write(json.dumps(plain) + "\n")
+        self.file.write(jsons.dumps(record) + "\n")
         self.file.flush()
 
     def close(self) -> None:

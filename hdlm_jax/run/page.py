@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import importlib.resources
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from hdlm_jax.run.metrics import read_metrics, say
+from hdlm_jax import jsons
+from hdlm_jax.run.metrics import read_metrics, readable, say
 
 _VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 
@@ -210,17 +210,8 @@ def level_name(level: int, levels: int) -> str:
 
 def embed(data: Any) -> str:
     """JSON that can stand inside a <script> element: no '<', '>' or '&', and no line separators of Unicode."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = jsons.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def finite(value: Any) -> Any:
-    """The same with None in place of numbers that are not finite, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def html_table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
@@ -258,7 +249,7 @@ def missing(what: str, workdir: str, mode: str) -> str:
 def document(title: str, body: str, data: Any) -> str:
     """One self-contained page of sections in HTML and the data that report.js draws."""
     here = importlib.resources.files("hdlm_jax.run")
-    parts = {"title": html.escape(title), "body": body, "data": embed(finite(data)),
+    parts = {"title": html.escape(title), "body": body, "data": embed(data),
              "program": (here / "report.js").read_text("utf-8")}
     template = (here / "report.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
@@ -292,17 +283,22 @@ def describe(run: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts)) + "." + f"{trained} ({', '.join(made)})."
 
 
+def gain(evaluated: Mapping[str, Any]) -> float | None:
+    """Nats a token below the unigram; None where the bound is not finite."""
+    return None if evaluated["nelbo"] is None else evaluated["unigram_nelbo"] - evaluated["nelbo"]
+
+
 def headline(run: Mapping[str, Any]) -> str:
     """The header's numbers, each only where it is known."""
     e, g, out = run["evaluate"], run["generate"], []
     if e:
         told = ", given lengths" * (e.get("given") == "lengths")
-        out += [(f"{e['nelbo']:.4f}", f"± {e['se']:.4f} nats/token", f"NELBO{told}"),
-                (f"{e['perplexity']:.1f}", f"± {e['perplexity_se']:.1f}",
+        out += [(readable(e["nelbo"]), f"± {readable(e['se'])} nats/token", f"NELBO{told}"),
+                (readable(e["perplexity"], ".1f"), f"± {readable(e['perplexity_se'], '.1f')}",
                  "perplexity" + ", at most" * (run["process"] != "autoregressive") + told)]
         if e.get("whole_split"):
-            out.append((f"{e['bits_per_byte']:.4f}", f"± {e['bits_per_byte_se']:.4f}", "bits/byte"))
-        out += [(f"{e['unigram_nelbo'] - e['nelbo']:.2f}", "nats/token", "below the unigram"),
+            out.append((readable(e["bits_per_byte"]), f"± {readable(e['bits_per_byte_se'])}", "bits/byte"))
+        out += [(readable(gain(e), ".2f"), "nats/token", "below the unigram"),
                 (f"{e['step']:,}", "", "step"), (f"{e['params']:,}" if "params" in e else "–", "", "parameters")]
     tokens = run["curves"]["train"]["tokens"] if run["curves"] else []
     if tokens:
@@ -379,7 +375,7 @@ def run_page(run: Mapping[str, Any]) -> str:
     if tasks := _tasks(run["tasks"]) if run["tasks"] else "":
         parts.append(section("tasks", "Zero-shot tasks", "± is one standard error; * the first items alone.", tasks))
     small = {k: run[k] for k in ("name", "curves", "hierarchy", "occupancy", "trajectories", "unigram")}
-    config = html.escape(json.dumps(run["config"], indent=1))
+    config = html.escape(jsons.dumps(run["config"], indent=1))
     parts.append("<section><details><summary>The whole configuration</summary>"
                  f"<pre>{config}</pre></details></section>")
     return document(f"{run['name']} – hdlm_jax", "\n".join(parts), {"run": small})

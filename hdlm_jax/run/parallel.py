@@ -18,6 +18,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hdlm_jax import jsons
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 # axis of a weight (from its last) that the tensor axis splits: outputs of the first product, inputs of the second; rows
@@ -74,7 +76,7 @@ def first(make: Callable[[], Any]) -> Any:
         value, failed, error = make(), "", None
     except Exception as caught:  # whatever it is, nobody must wait for what never comes
         value, failed, error = None, str(caught) or type(caught).__name__, caught
-    client.key_value_set(key, json.dumps([value, failed]))
+    client.key_value_set(key, jsons.dumps([value, failed]))
     if error:
         raise error
     return value

@@ -26,6 +26,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from hdlm_jax import config as configs
+from hdlm_jax import jsons
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.model.heads import compiling_for
 from hdlm_jax.model.network import flops_per_token
@@ -377,7 +378,7 @@ def main(argv: Sequence[str]) -> int:
                 plans.append(found)
                 if f.out:
                     with open(f.out, "a") as out:
-                        out.write(json.dumps(found) + "\n")
+                        out.write(jsons.dumps(found) + "\n")
         say(table(plans))
     except (ValueError, OSError, flags.Error) as error:
         if os.environ.get("HDLM_TRACEBACK"):

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 import hdlm_jax
+from hdlm_jax import jsons
 from hdlm_jax.config import Config, ConfigError, Released
 from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import reuse, save_params, write_json
@@ -191,7 +192,7 @@ def import_released(config: Config, workdir: str) -> None:
 def _import(config: Config, workdir: str) -> None:
     r, m, t = config.released, config.model, config.tokenizer
     weights, dictionary = find(r.weights), find(r.clusters) if r.clusters else ""
-    settings = json.loads(json.dumps(config.as_dict()))
+    settings = jsons.plain(config.as_dict())
     made_from = {"weights": _sha256(weights), "clusters": _sha256(dictionary) if dictionary else "",
                  "settings": {name: settings[name] for name in ("tokenizer", "hierarchy", "diffusion", "model")},
                  "released": settings["released"] | {"weights": "", "clusters": ""}}
@@ -231,7 +232,7 @@ def _import(config: Config, workdir: str) -> None:
     os.makedirs(aside)
     tokenizer.save(os.path.join(aside, "tokenizer"))
     hierarchy.save(os.path.join(aside, "hierarchy.npz"), tokenizer.fingerprint, {"released": about})
-    np.savez(os.path.join(aside, "released.npz"), about=np.asarray(json.dumps(about)), **rest)  # type: ignore[arg-type]
+    np.savez(os.path.join(aside, "released.npz"), about=np.asarray(jsons.dumps(about)), **rest)  # type: ignore[arg-type]
     save_params(os.path.join(aside, "params"), params)
     for name in os.listdir(aside):
         here = os.path.join(workdir, name)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hdlm_jax.run import page
-from hdlm_jax.run.metrics import say
+from hdlm_jax.run.metrics import measured, readable, say
 from hdlm_jax.text.tokens import write_atomic
 
 
@@ -70,7 +70,7 @@ def differences(workdirs: list[str]) -> list[str]:
     for workdir in workdirs[1:]:
         mean, se = compare(workdirs[0], workdir)
         names = [os.path.basename(os.path.normpath(w)) for w in (workdir, workdirs[0])]
-        lines.append(f"{names[0]} - {names[1]}: {mean:+.4f} ± {se:.4f} nats/token (paired)")
+        lines.append(f"{names[0]} - {names[1]}: {measured(mean, se, '+.4f')} nats/token (paired)")
     return lines
 
 
@@ -84,9 +84,9 @@ def table(workdirs: list[str]) -> str:
     for workdir in workdirs:
         e, g = _read(workdir, "evaluate.json"), _read(workdir, "generate.json")
         speed = page.training_speed(workdir)
-        bits = f"{e['bits_per_byte']:.4f} ± {e['bits_per_byte_se']:.4f}" if e["whole_split"] else "-"
+        bits = measured(e["bits_per_byte"], e["bits_per_byte_se"]) if e["whole_split"] else "-"
         rows.append([os.path.basename(os.path.normpath(workdir)), " → ".join(map(str, e["hierarchy"])), str(e["step"]),
-                     f"{e['nelbo']:.4f} ± {e['se']:.4f}", bits, f"{e['perplexity']:.1f} ± {e['perplexity_se']:.1f}",
+                     measured(e["nelbo"], e["se"]), bits, measured(e["perplexity"], e["perplexity_se"], ".1f"),
                      *_judged(g) * judged, f"{speed:,.0f}" if speed else "-", f"{g['tokens_per_s']:,.0f}",
                      f"{g['network_calls']:.0f}"])
         bits = f"{e['unigram_bits_per_byte']:.4f}" if e["whole_split"] else "-"
@@ -105,9 +105,9 @@ def _judged(g: dict[str, Any]) -> list[str]:
         return ["-"] * len(JUDGED)
     end = "" if judge.get("perplexity") is not None else "_bound"
     value, se = judge.get(f"perplexity{end}"), judge.get(f"perplexity_se{end}")
-    shown = "-" if value is None else f"{'≤ ' * bool(end)}{value:.1f}" + (f" ± {se:.1f}" if se is not None else "")
+    shown = "≤ " * bool(end and value is not None) + measured(value, se, ".1f")
     shown += " given lengths" * (judge.get("given") == "lengths")
-    return [shown, *(f"{judge[n]:.3f}" if judge.get(n) is not None else "-" for n in ("unigram_entropy", "distinct_2"))]
+    return [shown, *(readable(judge.get(n), ".3f") for n in ("unigram_entropy", "distinct_2"))]
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -134,8 +134,8 @@ def task_table(workdirs: list[str]) -> str:
         if not result:
             return "-"
         if result["kind"] == "ranking":
-            return f"{100 * result['accuracy']:.1f} ± {100 * result['accuracy_se']:.1f} %"
-        return f"{result['perplexity']:.1f} ± {result['perplexity_se']:.1f}"
+            return measured(100 * result["accuracy"], 100 * result["accuracy_se"], ".1f") + " %"
+        return measured(result["perplexity"], result["perplexity_se"], ".1f")
 
     head = ["", *(name + " (limited)" * any(t.get(name, {}).get("limited", False) for t in found.values())
                   for name in names)]
@@ -184,14 +184,14 @@ def compare_page(path: str, workdirs: list[str]) -> None:
         difference = ""
         if workdir != workdirs[0] and e:
             try:
-                difference = "{:+.4f} ± {:.4f}".format(*compare(workdirs[0], workdir))
+                difference = measured(*compare(workdirs[0], workdir), spec="+.4f")
             except (ValueError, OSError):
                 difference = "other sequences"
         speed = run["train_speed"]
         rows.append([run["name"], " → ".join(f"{n:,}" for n in e["hierarchy"]) if e else None, e.get("params"),
                      done["train"]["tokens"][-1] if done and done["train"]["tokens"] else None,
-                     f"{e['nelbo']:.4f} ± {e['se']:.4f}" if e else None,
-                     f"{e['perplexity']:.1f} ± {e['perplexity_se']:.1f}" if e else None, difference,
+                     measured(e["nelbo"], e["se"]) if e else None,
+                     measured(e["perplexity"], e["perplexity_se"], ".1f") if e else None, difference,
                      *_judged(g)[:2],
                      round(speed) if speed else None, round(g["tokens_per_s"]) if g else None,
                      round(g["network_calls"]) if g else None])
@@ -240,8 +240,7 @@ def main(workdirs: list[str]) -> None:
     if zero_shot:
         print(f"\n{zero_shot}")
     for workdir, result in zip(workdirs, results, strict=True):
-        gain = result["unigram_nelbo"] - result["nelbo"]
-        print(f"\n{workdir}: {gain:.2f} nats below the unigram")
+        print(f"\n{workdir}: {readable(page.gain(result), '.2f')} nats below the unigram")
         for name in ("metrics.jsonl", "curves.png", "clusters.txt", "clusters.png", "samples.txt", "evaluate.json",
                      "report.html"):
             if os.path.exists(os.path.join(workdir, name)):

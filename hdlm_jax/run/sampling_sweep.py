@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -25,13 +24,14 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from hdlm_jax import jsons
 from hdlm_jax.config import Generate
 from hdlm_jax.diffusion.process import CLUSTERS, FORCE_TRANSITIONS
 from hdlm_jax.run import judge as judges
 from hdlm_jax.run import parallel
 from hdlm_jax.run.api import Run, load_here, saved_config
 from hdlm_jax.run.generate import Sampler, compile_for, ended, identity, sampler_of, sampling_facts, start_canvas
-from hdlm_jax.run.metrics import read_metrics, say
+from hdlm_jax.run.metrics import read_metrics, readable, say
 from hdlm_jax.run.report import markdown
 from hdlm_jax.text.corpus import expand
 from hdlm_jax.text.tokens import write_atomic
@@ -102,7 +102,7 @@ def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: Gene
         made_from["prompts"] = hashlib.sha256(prompts.tobytes()).hexdigest()
     if draw.helper is not None and g.helper:
         made_from["helper"] = identity(draw.helper)
-    if found := [line for line in lines if line["made_from"] == json.loads(json.dumps(made_from))]:
+    if found := [line for line in lines if line["made_from"] == jsons.plain(made_from)]:
         say(f"{name}: reusing {path}")
         return found[-1]
     length = g.length or run.config.model.seq_len
@@ -121,7 +121,7 @@ def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: Gene
     line |= {"judge": judges.record(judge, run.tokenizer, tokens, given)} if judge else judges.statistics(
         [row[given:] for row in tokens])
     lines.append(line | {"made_from": made_from})
-    write_atomic(Path(path), "".join(json.dumps(record) + "\n" for record in lines).encode())
+    write_atomic(Path(path), "".join(jsons.dumps(record) + "\n" for record in lines).encode())
     say(f"{name}: {_perplexity(line)}")
     return lines[-1]
 
@@ -142,10 +142,9 @@ def table(lines: list[dict[str, Any]]) -> str:
              "repetition", "network calls", "row forwards", "law"]]
     for line in lines:
         s, numbers = line["sampling"], line.get("judge", line)
-        repeats = numbers["repetition_4"]
         rows.append([line["run"], "-" if line["xi"] is None else f"{line['xi']:g}", *_names(line["same"]),
                      str(s["steps"] or s["method"]), f"{s['temperature']:g}", _perplexity(line),
-                     f"{numbers['unigram_entropy']:.3f}", "-" if repeats is None else f"{repeats:.3f}",
+                     readable(numbers["unigram_entropy"], ".3f"), readable(numbers["repetition_4"], ".3f"),
                      f"{s['network_calls']:.1f}", f"{s['row_forwards']:.1f}", s["law"]])
     return markdown(rows)
 

@@ -188,7 +188,8 @@ class Scorer:
         elif s.most_draws > pilot:
             first = self._draw(fitted, dict.fromkeys(range(n), pilot), none, name)
             wanted = [pilot * (_best_two(first[i]) / s.target_se) ** 2 for i in range(n)]
-            none, draws = np.full(n, pilot), np.clip(np.ceil(wanted), pilot, s.most_draws).astype(int)
+            most = np.nan_to_num(np.ceil(wanted), nan=s.most_draws)  # what is not finite gets all there are
+            none, draws = np.full(n, pilot), np.clip(most, pilot, s.most_draws).astype(int)
         found = self._draw(fitted, dict(enumerate(draws.tolist())), none, name)
         nats = [found[i].mean(0) for i in range(n)]
         se = np.array([0.0 if self.run.process.exact else _best_two(found[i]) for i in range(n)])

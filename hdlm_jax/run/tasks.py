@@ -32,10 +32,12 @@ from typing import Any
 
 import numpy as np
 
+from hdlm_jax import jsons
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import write_json
 from hdlm_jax.run.evaluate import summarise
+from hdlm_jax.run.metrics import perplexity as exp
 from hdlm_jax.run.metrics import say
 from hdlm_jax.run.score import Choices, Scorer, documents, encode_pair
 from hdlm_jax.run.stages import check_writable
@@ -61,14 +63,9 @@ def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bo
     if words:
         count = sum(p.words for p in passages)
         per_word = found["tokens"] / count
-        by_word = _exp(found["nelbo"] * per_word)
+        by_word = exp(found["nelbo"] * per_word)
         found |= {"words": count, "word_perplexity": by_word, "word_perplexity_se": by_word * found["se"] * per_word}
     return found | {"seconds": time.time() - started}
-
-
-def _exp(nats: float) -> float:
-    """e^nats; infinity where that is no float."""
-    return math.exp(nats) if nats < 700 else math.inf
 
 
 def _share(right: np.ndarray) -> tuple[float, float]:
@@ -103,7 +100,7 @@ def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
         hits[fits] = [np.array_equal(word, asked[i].choices[0]) for i, word in zip(fits, words, strict=True)]
         out["accuracy"], out["accuracy_se"] = _share(hits)
         se = right.std(ddof=1) / math.sqrt(len(right)) if len(right) > 1 else math.nan
-        by_word = _exp(float(right.mean()))
+        by_word = exp(float(right.mean()))
         out |= {"word_nats": float(right.mean()), "word_nats_se": float(se),
                 "word_perplexity": by_word, "word_perplexity_se": by_word * float(se)}
     return out | {"seconds": time.time() - started}
@@ -163,8 +160,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
             about = {"task": name, "kind": "ranking" if task.ranks else "perplexity", "protocol": protocol or None,
                      "detokenizer": detokenizer or None, "limited": bool(e.limit and len(items) == e.limit),
                      "note": task.note, "made_from": made_from}
-            results[key] = about | {k: None if isinstance(v, float) and not math.isfinite(v) else v
-                                    for k, v in found.items()}
+            results[key] = about | jsons.plain(found)
             say(f"tasks: {key}: {_line(results[key])}")
             if parallel.is_first():
                 write_json(path, results)
@@ -195,9 +191,10 @@ def _with_se(found: dict[str, Any], name: str, digits: int, scale: float = 1.0) 
 def _line(found: dict[str, Any]) -> str:
     seconds = f"{found['seconds']:.0f} s"
     if found["kind"] == "perplexity":
-        return (f"{_with_se(found, 'nelbo', 4)} nats/token, {_with_se(found, 'bits_per_byte', 4)} bits/byte, "
-                f"perplexity {_with_se(found, 'perplexity', 2)}, {found['tokens']:,} tokens x {found['draws']}, "
-                f"{seconds}")
+        nats, bits, per_token = (_with_se(found, name, digits) or "-" for name, digits in (
+            ("nelbo", 4), ("bits_per_byte", 4), ("perplexity", 2)))
+        return (f"{nats} nats/token, {bits} bits/byte, perplexity {per_token}, {found['tokens']:,} tokens x "
+                f"{found['draws']}, {seconds}")
     return (f"accuracy {_with_se(found, 'accuracy', 2, 100)} %, {found['questions']:,} questions x "
             f"{found['draws']:.1f} draws, {seconds}")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -14,16 +13,27 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from hdlm_jax import jsons
 from hdlm_jax.config import Config, ConfigError, resolve
 from hdlm_jax.model.network import flops_per_token
-from hdlm_jax.run import parallel
+from hdlm_jax.run import lock, parallel
 from hdlm_jax.run.checkpoint import Checkpoints, write_json
 from hdlm_jax.run.evaluate import Evaluator, summarise
-from hdlm_jax.run.metrics import MetricsFile, TensorBoard, peak_flops, plot_curves, progress, read_metrics, say
+from hdlm_jax.run.metrics import (
+    MetricsFile,
+    TensorBoard,
+    measured,
+    peak_flops,
+    plot_curves,
+    progress,
+    read_metrics,
+    say,
+)
 from hdlm_jax.run.stages import batches_of, check_writable, cluster, prepare, word_vectors
 from hdlm_jax.run.state import abstract_state, build, init_state, make_optimizer, make_train_step
 
-RESUME_EXIT = 75  # leaving on SIGTERM with everything saved: run the same command again
+RESUME_EXIT = 75  # leaving on SIGTERM or Ctrl-C with everything saved: run the same command again
+INTERRUPTED = 130  # leaving on Ctrl-C at once
 # sections in which a resumed run must not differ, and the settings in them that may; of data its fingerprint counts
 # and how sequences are made of it
 _FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "optimizer", "train")
@@ -48,6 +58,10 @@ def check_resume(config: Config, meta: dict, path: str) -> None:
             free = f"{section}.{name}" in FREE or (name == "steps" and config.optimizer.schedule == "constant")
             free |= section == "data" and name not in _FIXED_DATA[: None if config.data.stream else 4]
             if saved != value and not free:
+                if (section, name) == ("train", "steps"):
+                    raise ConfigError(f"train.steps={value}: the checkpoint in {path} was trained with {saved}, which "
+                                      "its cosine schedule is made for: keep them, or go on from its weights in "
+                                      f"another --workdir with --config.train.init_from={os.path.dirname(path)}")
                 raise ConfigError(f"{section}.{name}={value!r}: the checkpoint in {path} was trained with {saved!r}; "
                                   "use another --workdir or the old setting")
 
@@ -59,13 +73,19 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     processes the first writes; all of them need the workdir and data.dir.
 
     Raises:
-      ConfigError: a checkpoint of another configuration. TrainingStopped: the loss is no longer finite.
-      OSError: what cannot be written or read; checkpoints that are whole stay as they are.
+      ConfigError: a checkpoint of another configuration, or another job at work there. TrainingStopped: the loss is no
+        longer finite. OSError: what cannot be written or read; checkpoints that are whole stay as they are.
+      SystemExit: RESUME_EXIT, it was asked to stop and has saved.
     """
+    check_writable(workdir)
+    with lock.held(os.path.join(workdir, "lock"), "train"), _Stop() as stop:
+        return _train(config, workdir, profile, stop)
+
+
+def _train(config: Config, workdir: str, profile: bool, stop: _Stop) -> Any:
     from hdlm_jax.text.pipeline import valid_rows
 
     began = time.time()
-    check_writable(workdir)
     mesh = parallel.make_mesh(config)
     shards = parallel.batch_shards(mesh)
     if config.train.batch_size % (shards * config.train.microbatches):
@@ -85,6 +105,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     start = parallel.first(checkpoints.latest) or 0
     here = {"devices": jax.device_count(), "processes": jax.process_count(), "mesh": dict(mesh.shape)}
     position: dict | None = None
+    window: list[dict[str, float]] = []  # metrics of the steps since the last record
     if start:
         saved = checkpoints.meta(start)
         check_resume(config, saved, checkpoints.path)
@@ -93,10 +114,11 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
                 raise ConfigError(f"{name} fingerprint {facts[name][:12]}: the checkpoint in {checkpoints.path} was "
                                   f"trained with {saved[name][:12]}; use another --workdir")
         position = saved["position"]
+        window += [{k: math.nan if v is None else v for k, v in step.items()} for step in saved.get("window", [])]
         change = "" if saved["trained_on"] == here else f" (saved by {_where(saved['trained_on'])}, now {_where(here)})"
         say(f"train: resuming from step {start:,} of {config.train.steps:,}{change}")
     key = jax.random.key(config.train.seed)
-    stop = _Stop()
+    stop.listen()
     compiling = time.time()
     # before the state is made, so that the memory of compiling is free again
     example = parallel.put_batch(mesh, batches.example())
@@ -115,7 +137,6 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         f"{config.train.steps:,} steps, {jax.device_count()} {jax.devices()[0].device_kind} "
         f"({dict(mesh.shape)}), workdir {workdir}")
     if start >= config.train.steps:
-        stop.listen_no_more()
         say(f"train: nothing to do, step {start:,} is there")
         checkpoints.close()
         return state
@@ -131,7 +152,6 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     flops = flops_per_token(config, hierarchy, process)
     every = config.train.evaluate_every or config.checkpoint.every
     tokens_a_step = config.train.batch_size * config.model.seq_len
-    window: list[dict[str, float]] = []
     clock = {"since": time.time(), "wait": 0.0, "steps": -1}  # the first step compiles and is not timed
     last: dict[str, Any] = {}
     first: dict[str, float] = {}
@@ -139,7 +159,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     def skipped(step: int, values: dict[str, float], batch: dict[str, np.ndarray], place: dict) -> None:
         """Says which batch gave no finite loss; too many of them stop the run and leave the batch to look at."""
         found = f"train: loss={values['loss']} grad_norm={values['grad_norm']} at step {step}"
-        which = f"the batch at position {json.dumps(place)} of data {text.manifest.fingerprint[:12]}"
+        which = f"the batch at position {jsons.dumps(place)} of data {text.manifest.fingerprint[:12]}"
         if values["skipped"] <= config.train.nonfinite_limit:
             say(f"{found}: skipped {which} (no. {values['skipped']:.0f} of at most {config.train.nonfinite_limit})")
             return
@@ -191,12 +211,14 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
         return {"valid_nelbo": float(result["nelbo"]), "valid_se": float(result["se"])}
 
     def save(step: int, valid: dict[str, float]) -> None:
-        meta = facts | {"config": config.as_dict(), "position": iterator.get_state(), "trained_on": here}
+        meta = facts | {"config": config.as_dict(), "position": iterator.get_state(), "trained_on": here,
+                        "window": window}
         checkpoints.save(step, state, meta, {"nelbo": valid.get("valid_nelbo", math.inf)})
+        timer.restart()
 
     trace = (min(start + 10, config.train.steps), min(start + 13, config.train.steps)) if profile else (-1, -1)
     iterator = batches.iterator(position)
-    pending = None
+    pending, timer = None, _Timer(config.checkpoint.minutes)
     bar = progress(config.train.steps, start, "step", os.path.basename(os.path.normpath(workdir)))
     try:
         for step in range(start + 1, config.train.steps + 1):
@@ -223,19 +245,21 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
             pending = (step, device_metrics, rows_here, place)
             end = step == config.train.steps
             saves = end or step % config.checkpoint.every == 0
+            measures = saves or step % every == 0
             leave = stop.at(step - start) and not end
+            now = timer.due(step - start) or leave  # saved as it is: nothing in metrics.jsonl tells when that was
             valid: dict[str, float] = {}
-            if end or saves or leave or step % every == 0:
-                record = finish(pending, force=True) or {}
+            if measures or now:
+                record = finish(pending, force=measures) or {}
                 pending = None
-                valid = {} if leave else measure(step)
+                valid = measure(step) if measures and not leave else {}
                 due.append(record | valid)
             for record in filter(None, due):
                 record |= first
                 first = {}
                 for writer in writers:
                     writer.write(record)
-            if saves or leave:
+            if saves or now:
                 save(step, valid)
             if leave:
                 checkpoints.wait()
@@ -243,7 +267,6 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
                 raise SystemExit(RESUME_EXIT)
         checkpoints.wait()
     finally:
-        stop.listen_no_more()
         bar.close()
         checkpoints.close()
         for writer in writers:
@@ -254,8 +277,8 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
     curves = os.path.join(workdir, "curves.png")
     drawn = plot_curves(curves, records, text.manifest.unigram_nats)
     final = [r for r in records if "valid_nelbo" in r][-1]
-    say(f"train: done, step {config.train.steps:,}, validation NELBO {final['valid_nelbo']:.4f} +- "
-        f"{final['valid_se']:.4f} nats/token on {len(rows['x'])} sequences "
+    say(f"train: done, step {config.train.steps:,}, validation NELBO "
+        f"{measured(final['valid_nelbo'], final['valid_se'], sign='+-')} nats/token on {len(rows['x'])} sequences "
         f"(unigram of the whole split {text.manifest.unigram_nats:.4f})"
         + (f", curves in {curves}" if drawn else ""))
     return state
@@ -291,26 +314,87 @@ def _where(here: dict) -> str:
     return f"{here['devices']} devices of {here['processes']} processes, mesh {shape}"
 
 
+class _Timer:
+    """When checkpoint.minutes have gone since the last save.
+
+    Of many processes the first one's clock counts. It tells the others at steps that all know, and each time the next
+    of these steps as well: no exchange at every step, and none that waits for a device.
+    """
+
+    def __init__(self, minutes: float):
+        self._seconds, self._next = 60 * minutes, 1
+        self._began = self._since = time.monotonic()
+
+    def restart(self) -> None:
+        """A checkpoint has been saved."""
+        self._since = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """To be asked by every process after every step, 1, 2, ... of this process's life."""
+        if not self._seconds or step < self._next:
+            return False
+
+        def look() -> tuple[bool, int]:
+            now = time.monotonic()
+            left, pace = self._seconds - (now - self._since), max(now - self._began, 1e-9) / step
+            return left <= 0, step + max(1, int(min(left / pace / 2, 100)))  # half the way, as steps may get slower
+
+        due, self._next = parallel.first(look)
+        return due
+
+
 class _Stop:
-    """Whether the run has been asked to stop (SIGTERM, preemption); on many processes all say so at the same step."""
+    """Whether the run has been asked to stop (SIGTERM, preemption, a first Ctrl-C); a second Ctrl-C ends it at once.
+
+    On many processes all say so at the same step. From `listen` on a thread hears the signals, as Python's own handlers
+    wait for the end of a compilation or of a step.
+    """
 
     def __init__(self) -> None:
-        self._asked, self._old = False, None
-        if jax.process_count() == 1:
-            with contextlib.suppress(ValueError):  # not the main thread: whoever runs us decides
-                self._old = signal.signal(signal.SIGTERM, self._ask)
+        self._asked, self._pipe, self._wakeup = False, -1, -1
+        self._old: dict[int, Any] = {}
 
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
+    def __enter__(self) -> _Stop:
+        return self
+
+    def listen(self) -> None:
+        """In a thread that is not the main one it does nothing: whoever runs us decides."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        # where processes are many JAX listens for SIGTERM itself; an ignored SIGINT is that of a job in the background
+        numbers = [signal.SIGTERM] * (jax.process_count() == 1)
+        numbers += [signal.SIGINT] * (signal.getsignal(signal.SIGINT) != signal.SIG_IGN)
+        heard, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        self._wakeup = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        self._old = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        threading.Thread(target=self._hear, args=(heard,), daemon=True).start()
+
+    def _hear(self, heard: int) -> None:
+        interrupted = False
+        while number := os.read(heard, 1):
+            if number[0] == signal.SIGINT:
+                if interrupted:
+                    os._exit(INTERRUPTED)
+                interrupted = True
+                say("train: Ctrl-C, saving after this step; once more leaves at once")
+            if number[0] == signal.SIGINT and jax.process_count() > 1:
+                os.kill(os.getpid(), signal.SIGTERM)  # JAX tells all of them
+            self._asked |= number[0] in self._old
+        os.close(heard)
 
     def at(self, step: int) -> bool:
         """To be asked by every process after every step, 1, 2, ... of this process's life.
 
-        JAX listens for SIGTERM itself where processes are many: they leave at the step after the last that any had
-        asked about when it came, the first if it came before.
+        Many processes leave at the step after the last that any had asked about when the signal came, the first if it
+        came before.
         """
         return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
-    def listen_no_more(self) -> None:
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
+    def __exit__(self, *_: Any) -> None:
+        for number, old in self._old.items():
+            if old is not None:
+                signal.signal(number, old)
+        if self._pipe >= 0:
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._pipe)

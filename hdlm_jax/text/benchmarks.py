@@ -42,6 +42,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hdlm_jax import jsons
 from hdlm_jax.text import corpus
 from hdlm_jax.text.detokenize import DETOKENIZERS
 
@@ -234,5 +235,5 @@ def fingerprint(items: list) -> str:
     """sha256 (hex) of what a task has read."""
     state = hashlib.sha256()
     for item in items:
-        state.update(json.dumps(item).encode() + b"\n")
+        state.update(jsons.dumps(item).encode() + b"\n")
     return state.hexdigest()

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from hdlm_jax import jsons
+
 _FORMAT = 1
 _PAD_TO = 128
 
@@ -249,7 +251,7 @@ class Hierarchy:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             with open(temporary, "wb") as f:
-                np.savez_compressed(f, header=np.asarray(json.dumps(header, sort_keys=True)), **arrays)
+                np.savez_compressed(f, header=np.asarray(jsons.dumps(header, sort_keys=True)), **arrays)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)

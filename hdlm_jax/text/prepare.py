@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from hdlm_jax import jsons
 from hdlm_jax.text import corpus, tokens, units
 
 MANIFEST, BEGUN, VERIFIED, BAD_RECORDS = "manifest.json", "begun.json", "verified.json", "bad_records.jsonl"
@@ -99,7 +100,7 @@ class Manifest:
         facts: list = [self.tokenizer_fingerprint, self.splits, shards]
         if self.sampled:  # what is trained on is not in the shards
             facts += self.adopted or [self.settings, [corpus.identity(source) for source in self.sources]]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return hashlib.sha256(jsons.dumps(facts).encode()).hexdigest()
 
     def summary(self) -> str:
         """One line for people."""
@@ -313,7 +314,7 @@ class _Seen:
     def save(self) -> None:
         if self._marks != self._known:
             with contextlib.suppress(OSError):  # a folder that cannot be written: they are hashed again each time
-                units.write_file(self._path, json.dumps(self._marks).encode() + b"\n")
+                units.write_file(self._path, jsons.dumps(self._marks).encode() + b"\n")
 
 
 def _facts(sources: list[str], tokenizer: Any, seen: _Seen) -> list[list]:
@@ -330,7 +331,7 @@ def _facts(sources: list[str], tokenizer: Any, seen: _Seen) -> list[list]:
 
 
 def _hash(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(jsons.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------- beginning and finishing
@@ -383,7 +384,7 @@ def _begin(job: units.Job, settings: dict, sources: list, tokenizer: Any, last: 
             os.replace(made, job.folder / made.name)
     begun = {"version": VERSION, "settings": settings, "sources": sources,
              "tokenizer_fingerprint": words.fingerprint, "bpe_training_bytes": used}
-    units.write_file(path, json.dumps(begun, indent=2).encode() + b"\n")
+    units.write_file(path, jsons.dumps(begun, indent=2).encode() + b"\n")
     return words, begun
 
 
@@ -562,7 +563,7 @@ def _reuse(folder: Path, data: Any, tokenizer: Any, say: Callable[[str], None]) 
 
 
 def _write(folder: Path, manifest: Manifest) -> None:
-    units.write_file(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
+    units.write_file(folder / MANIFEST, jsons.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
 
 
 def _check_sha256(tokenizer: Any, sources: list | None) -> None:

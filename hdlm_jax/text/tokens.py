@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hdlm_jax import jsons
 from hdlm_jax.text import corpus
 
 KINDS = ("gpt2", "bpe", "bytes", "bert")
@@ -153,7 +154,7 @@ class Tokenizer:
         write_atomic(folder / RANK_FILE, ranks)
         facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "pattern": self.pattern,
                  "sha256": hashlib.sha256(ranks).hexdigest(), "fingerprint": self.fingerprint}
-        write_atomic(folder / JSON_FILE, json.dumps(facts, indent=2).encode() + b"\n")
+        write_atomic(folder / JSON_FILE, jsons.dumps(facts, indent=2).encode() + b"\n")
 
 
 class WordPiece(Tokenizer):

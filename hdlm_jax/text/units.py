@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -30,6 +31,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from hdlm_jax import jsons
 from hdlm_jax.text import corpus, tokens
 
 SHARD_TOKENS = 1 << 26
@@ -353,7 +355,7 @@ def _make(job: Job, words: tokens.Tokenizer, unit: int, threads: int, tick: Call
             record.files |= files.close()
             record.parts += 1
             record.digests = f"{digests:x}"
-            write_file(job.record_path(unit), json.dumps(dataclasses.asdict(record)).encode() + b"\n")
+            write_file(job.record_path(unit), jsons.dumps(dataclasses.asdict(record)).encode() + b"\n")
 
         for batch in _ahead(encode, _batches(records, job.batch_chars), threads):
             place = f"{unit:05d}-{record.parts:03d}"
@@ -366,7 +368,7 @@ def _make(job: Job, words: tokens.Tokenizer, unit: int, threads: int, tick: Call
                 for i, count in enumerate([size, len(index), raw, size - prompt, raw - raw_prompt]):
                     sums[i] += count
             for bad in batch.bad:
-                files.write(job.folder / f"bad-{place}.jsonl", json.dumps(bad._asdict()).encode() + b"\n")
+                files.write(job.folder / f"bad-{place}.jsonl", jsons.dumps(bad._asdict()).encode() + b"\n")
                 record.first_bad = record.first_bad or tuple(bad)
             record.records += batch.records
             record.bad += len(batch.bad)
@@ -411,9 +413,10 @@ def make_all(job: Job, words: tokens.Tokenizer, units: list[int], sizes: list[in
         with futures.ProcessPoolExecutor(min(cores, len(units)), context, _become_worker,
                                          (job, counter, stop)) as pool:
             try:
-                # The largest first, so that all end together.
-                pending = {pool.submit(_make_one, unit, math.ceil(cores * sizes[unit] / total))
-                           for unit in sorted(units, key=lambda unit: -sizes[unit])}
+                with _deaf():
+                    # The largest first, so that all end together.
+                    pending = {pool.submit(_make_one, unit, math.ceil(cores * sizes[unit] / total))
+                               for unit in sorted(units, key=lambda unit: -sizes[unit])}
                 while pending:
                     finished, pending = futures.wait(pending, 0.5, futures.FIRST_COMPLETED)
                     bar.update(counter.value - bar.n)
@@ -425,15 +428,23 @@ def make_all(job: Job, words: tokens.Tokenizer, units: list[int], sizes: list[in
                                         "finished is kept: run again") from None
             finally:
                 stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)  # waits: workers that have just begun still need what is ours
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that start here do not hear Ctrl-C, before they can say so themselves; it is kept for us."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _WORKER: dict[str, Any] = {}  # in a worker process: what all its units share
 
 
 def _become_worker(job: Job, counter: Any, stop: Any) -> None:
-    import signal
-
     def follow() -> None:
         parent = multiprocessing.parent_process()
         if parent is not None:

@@ -1,0 +1,97 @@
+"""Every JSON the package writes is JSON, and every line that reads it survives what is not known."""
+import ast
+import json
+import math
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_metrics import make_run
+
+from hdlm_jax import jsons
+from hdlm_jax.run import judge, page, report, tasks
+from hdlm_jax.run.checkpoint import reuse, write_json
+from hdlm_jax.run.evaluate import summarise
+from hdlm_jax.run.metrics import measured, perplexity, readable
+
+BAD = {"a": math.nan, "b": [np.float32("inf"), (1, -math.inf)], "c": jnp.array([1.0, jnp.nan]), "d": np.int64(3),
+       "e": {"f": np.array([[True]]), "g": None}, "h": np.float64("nan"), 1: "x"}
+
+
+def strict(text):
+    return json.loads(text, parse_constant=pytest.fail)
+
+
+def test_plain():
+    want = {"a": None, "b": [None, [1, None]], "c": [1.0, None], "d": 3, "e": {"f": [[True]], "g": None}, "h": None}
+    assert jsons.plain(BAD) == want | {1: "x"} and strict(jsons.dumps(BAD)) == want | {"1": "x"}
+    with pytest.raises(TypeError, match="set cannot be written as JSON"):
+        jsons.dumps({"a": {1}})
+    assert jsons.dumps({"b": 1.5, "a": [True, "é"]}, sort_keys=True) == json.dumps({"a": [True, "é"], "b": 1.5})
+
+
+def test_written_and_found_again(tmp_path):
+    write_json(str(tmp_path / "a.json"), BAD)
+    strict((tmp_path / "a.json").read_text())
+    assert reuse(str(tmp_path / "a.json"), {k: BAD[k] for k in "abcd"})["d"] == 3
+    assert reuse(str(tmp_path / "a.json"), {"d": 4}) is None
+
+
+def test_there_is_one_writer(root):
+    """json.dump and json.dumps are called in jsons.py alone; elsewhere only where NaN is an error."""
+    for path in (root / "hdlm_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and re.fullmatch(r"json\.dumps?", ast.unparse(node.func)):
+                assert "allow_nan=False" in ast.unparse(node), f"{path}:{node.lineno}"
+
+
+def test_numbers_to_read():
+    assert [readable(v, ".2f") for v in (1.234, None, math.nan, math.inf, 1e30)] == ["1.23", "-", "-", "-", "1e+30"]
+    assert measured(-1.5, 0.25, "+.1f") == "-1.5 ± 0.2" and measured(1.0, None, ".1f") == "1.0"
+    assert measured(None, 0.1) == measured(math.nan, None) == "-" and measured(1, 0, ".0f", "+-") == "1 +- 0"
+
+
+def test_perplexities_beyond_floats():
+    assert perplexity(math.log(5)) == pytest.approx(5) and perplexity(1e5) == math.inf
+    assert math.isnan(perplexity(math.nan))
+    nats = np.full((2, 3, 1), 3e4)
+    assert summarise(nats, np.full(3, 2), np.arange(6.0).reshape(2, 3), np.ones((2, 3)))["perplexity"] == math.inf
+    bad = summarise(nats * math.nan, np.full(3, 2), np.arange(6.0).reshape(2, 3), np.ones((2, 3)))
+    assert math.isnan(bad["nelbo"]) and jsons.plain(bad)["perplexity"] is None
+    found = judge.summarise(np.array([1e5, 2e5]), np.array([10, 10]))
+    assert found["perplexity"] == found["mean_text_perplexity"] == math.inf
+    found = jsons.plain(found) | {"bound": False, "tokens": 20}
+    assert judge.perplexity(found) == "none (not finite)"
+
+
+def unknown(path, *kept):
+    """Puts null in the place of every float of a JSON file."""
+    blank = lambda v: ({k: w if k in kept else blank(w) for k, w in v.items()} if isinstance(v, dict) else  # noqa: E731
+                       [blank(w) for w in v] if isinstance(v, list) else None if isinstance(v, float) else v)
+    path.write_text(json.dumps(blank(json.loads(path.read_text()))))
+
+
+def test_tables_survive_what_is_not_known(tmp_path, capsys):
+    for name, nelbo in (("a", 5.0), ("b", 5.25)):
+        make_run(tmp_path / name, nelbo, [300, 1])
+        unknown(tmp_path / name / "evaluate.json", "unigram_nelbo", "unigram_perplexity", "unigram_bits_per_byte")
+        text = {"kind": "perplexity", "task": "ptb", "protocol": "packed", "detokenizer": None, "limited": False,
+                "made_from": {"step": 70, "ema": True}, "seconds": 1.0, "tokens": 12, "documents": 7, "draws": 2,
+                "nelbo": None, "se": None, "perplexity": None, "perplexity_se": None}
+        (tmp_path / name / "tasks.json").write_text(json.dumps({"ptb/packed": text}))
+    rows = [str(tmp_path / name) for name in "ab"]
+    np.savez(tmp_path / "b" / "evaluate_rows.npz", nats=np.full(20, math.nan), tokens=np.full(20, 16))
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in report.table(rows).splitlines()]
+    assert cells[2][3:6] == ["-", "-", "-"]
+    report.main(rows)
+    said = capsys.readouterr().out
+    assert "b - a: - nats/token" in said and f"{rows[0]}: - nats below the unigram" in said
+    assert report.task_table(rows).count("| -") >= 2
+    assert "nan" not in said and "None" not in said
+    assert tasks._line(text).startswith("- nats/token, - bits/byte, perplexity -, 12 tokens")
+    assert tasks.rows({"x": text})
+    evaluated = json.loads((tmp_path / "a" / "evaluate.json").read_text())
+    shown = page.headline({"evaluate": evaluated, "generate": None, "curves": None, "train_speed": None,
+                           "process": "hierarchical"})
+    assert "<b>-</b>" in shown and "None" not in shown

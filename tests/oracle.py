@@ -290,9 +290,9 @@ class Toy:
         for u in range(self.sizes[k - 1]):
             if self.parents[k - 1][u] != v:
                 continue
-            p_u, p_v = p[self.anc[k - 1] == u].sum(), p[under_v].sum()
+            p_u, p_v, rest = p[self.anc[k - 1] == u].sum(), p[under_v].sum(), p[~under_v].sum()  # rest = 1 - p_v
             inside = (self.d * n_u[u] * p_v + (self.xi - self.d) * p_u) / (self.d * n_v + self.xi - self.d)
-            model = inside + (1 - p_v) * n_u[u] / n_v
+            model = inside + rest * n_u[u] / n_v
             if under_v[x]:
                 own = self.anc[k - 1][x] == u
                 true = (self.d * n_u[u] + (self.xi - self.d) * own) / (self.d * n_v + self.xi - self.d)

@@ -127,7 +127,7 @@ def test_new_heads_know_nothing_and_prototypes_differ():
 @pytest.mark.parametrize("head", [FlatHead(make(3).hierarchy), FactorisedHead(make(3).hierarchy, prototypes=2)],
                          ids=["flat", "factorised"])
 def test_predictions_answer_as_dense_ones(head):
-    """log_prob, log_within, log_mass, masses of every level; and select(index) is the whole at those tokens."""
+    """log_prob, log_within, log_mass, log_masses of every level; and select(index) is the whole at those tokens."""
     h = head.hierarchy
     params, hidden, rng = numbers(head), hidden_of((2, 5)), np.random.default_rng(2)
     x = jnp.asarray(rng.integers(0, h.num_words, (2, 5)), jnp.int32)
@@ -135,7 +135,9 @@ def test_predictions_answer_as_dense_ones(head):
 
     def answers(p, at=...):
         flat = lambda a: a if at is ... else a.reshape(-1)[at]  # noqa: E731
-        return [p.log_probs(), p.log_prob(flat(x)), p.log_within(flat(x)), *(p.masses(k) for k in range(4)),
+        return [p.log_probs(), p.log_prob(flat(x)), p.log_within(flat(x)), *(p.log_masses(k) for k in range(4)),
+                *(p.log_within(flat(x), k) for k in (2, 3)),
+                *(p.log_mass(k, flat(nodes[k]), outside=True) for k in (1, 2)),
                 *(p.log_mass(k, flat(nodes[k])) for k in range(1, 4))]
 
     index = jnp.asarray([7, 0, 7, 2])

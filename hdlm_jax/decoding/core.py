@@ -17,6 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from hdlm_jax.diffusion.levels import open_uniform
 from hdlm_jax.diffusion.process import fold, row_keys, token_keys
 from hdlm_jax.diffusion.sampler import Film, drop_probability, together
 
@@ -503,7 +504,7 @@ def raised(process, z, canvas, level, keys=None):
     first = jnp.asarray(process._lift(0, 1))[jnp.where(here == 0, z, 0)]
     if keys is not None and process.xi < 1:
         n1, flat = process.hierarchy.sizes[1], fold(keys, 9).reshape(-1)
-        own = jax.vmap(jax.random.uniform)(fold(flat, 0)).reshape(z.shape) < process.xi
+        own = jax.vmap(open_uniform)(fold(flat, 0)).reshape(z.shape) < process.xi
         other = jax.vmap(lambda key: jax.random.randint(key, (), 0, n1 - 1))(fold(flat, 1)).reshape(z.shape)
         first = jnp.where(own, first, other + (other >= first))
     out = z

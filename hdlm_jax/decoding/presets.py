@@ -187,7 +187,8 @@ def rcr(*, steps: int = 0, schedule: str = "linear", to: str = "mask", block: in
 def p2(*, steps: int = 0, eta: float = 1.0, schedule: str = "linear", to: str = "mask", block: int = 0,
        draw: str = "sample") -> Method:
     """Path planning with the network as its own planner (P2, arXiv 2502.03540): every call writes all, and what the
-    network now finds least likely goes back up; eta is how much words on show are put in question.
+    network now finds least likely goes back up; eta >= 0 (the paper's strength of stochasticity, which may exceed 1) is
+    how much words on show are put in question.
 
     Asks the network about words on show: see saber.
     """
@@ -339,7 +340,7 @@ METHODS: dict[str, Callable[..., Method]] = {f.__name__: f for f in (
 
 _LEAST = {"steps": 1, "reveals": 1, "count": 1, "depth": 1, "kept": 1, "confident": 1, "drafts": 1, "candidates": 1,
           "start": 1, "expand": 2, "window": 0, "refresh": 1, "refresh_clusters": 1, "tokens": 1, "top_k": 1,
-          "block": 0, "last": 0, "mu": 0, "least": 0, "weight": 0}
+          "block": 0, "last": 0, "mu": 0, "least": 0, "weight": 0, "eta": 0}
 
 
 def make(name: str, options: str = "", steps: int = 128) -> Method:
@@ -360,7 +361,7 @@ def make(name: str, options: str = "", steps: int = 128) -> Method:
         given[key] = _read(key, text, known[key])
     for key, value in (known | given).items():
         least = _LEAST.get(key, value) if not isinstance(value, str | bool) else value
-        share = key in ("select", "skip", "eta") and not 0 <= value <= 1
+        share = (key in ("select", "skip") or (name, key) == ("remdm", "eta")) and not 0 <= value <= 1
         if key in given and value < least or share:
             rule = "in [0, 1]" if share else f"at least {least}"
             raise ValueError(f"options={key}={value}: method {name!r} needs it {rule}")

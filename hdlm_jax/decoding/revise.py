@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from hdlm_jax.decoding.choose import Choice, Even, Path, best, ranks
 from hdlm_jax.decoding.core import Hook, View
+from hdlm_jax.diffusion.levels import open_uniform
 from hdlm_jax.diffusion.process import fold, wide
 
 _GAP = 1e3  # nats; a second symbol of no probability at all is this far behind
@@ -232,7 +233,7 @@ class Remask(Choice):
         laws = chain.posterior(jnp.minimum(low, high), high), chain.transition(-jnp.log1p(-sigma))
         for i, law in enumerate(laws):
             law = jnp.take_along_axis(law, was[..., None], axis=1)
-            u = jax.vmap(jax.random.uniform)(fold(view.keys, 10 + i).reshape(-1)).reshape(was.shape)
+            u = jax.vmap(open_uniform)(fold(view.keys, 10 + i).reshape(-1)).reshape(was.shape)
             edges = jnp.cumsum(law, axis=-1)
             new = jnp.sum(edges[..., :-1] <= u[..., None] * edges[..., -1:], axis=-1, dtype=jnp.int32)
             was = jnp.where((after < 1)[:, None], new, 0)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.diffusion import sampler
-from hdlm_jax.diffusion.levels import Proposal
+from hdlm_jax.diffusion.levels import Proposal, open_uniform
 from hdlm_jax.diffusion.process import Process, categorical, fold, row_keys, token_keys, words_of
 
 WEIGHTINGS = ("none", "constant", "clip", "dynamic")
@@ -68,7 +68,7 @@ class GiddProcess(Process):
         chex.assert_rank([x, tau], [2, 1])
         keys = row_keys(key, x.shape[0])
         t, rest, c = (a[:, None] for a in self._times(tau))
-        u = (1 + c) * jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:]))(fold(keys, 0))
+        u = (1 + c) * jax.vmap(lambda k: open_uniform(k, x.shape[1:]))(fold(keys, 0))
         z = jnp.where(u < t, self.hierarchy.mask_id, x)
         if self.p_uniform:
             words = jax.vmap(lambda k: jax.random.randint(k, x.shape[1:], 0, self.hierarchy.num_words))(fold(keys, 1))
@@ -191,7 +191,7 @@ class GiddProcess(Process):
         own = jnp.exp(jnp.take_along_axis(log_p, jnp.where(masked, 0, z)[..., None], axis=-1)[..., 0])
         here = jnp.where(masked, t, rest * own + u_t) / (1 + c)
         there = jnp.where(masked, s, rest_s * own + u_s) / (1 + c_s)
-        uniform = lambda i: jax.vmap(jax.random.uniform)(fold(keys, i).reshape(-1)).reshape(z.shape)  # noqa: E731
+        uniform = lambda i: jax.vmap(open_uniform)(fold(keys, i).reshape(-1)).reshape(z.shape)  # noqa: E731
         jumps = uniform(0) * here < jumped * (1 - there)
         weight = jnp.log(rest_s[..., None] * jnp.exp(log_p) + u_s[..., None])
         shown = jnp.arange(log_p.shape[-1]).reshape((1,) * z.ndim + (-1,)) == z[..., None]

@@ -19,6 +19,15 @@ import numpy as np
 _HUGE = 1e20  # running sums are divided by this before they can overflow in float32
 
 
+def open_uniform(key, shape: tuple[int, ...] = ()):
+    """Uniform in (0, 1), float32 of `shape`: the generator's lattice of 2^-23, half a step up.
+
+    Neither 0 nor 1 is drawn, and the mean is right to 1e-8. jax.random.uniform draws 0 once in 2^23: an event of
+    probability 1e-9 that happens where u < 1e-9 would come a hundred times too often.
+    """
+    return jax.random.uniform(key, shape, jnp.float32) + 2.0**-24
+
+
 @dataclasses.dataclass(frozen=True)
 class LevelChain:
     """Levels 0 (words) .. K (mask), climbed at `rates` = (r_1, ..., r_K) per unit of noise time tau.
@@ -152,9 +161,7 @@ class LevelChain:
 
     def crossing_times(self, key, shape: tuple[int, ...]):
         """Noise times at which tokens reach levels 1..K: float32 [*shape, K], increasing along the last axis."""
-        # half a step of the generator's lattice up: neither 0 nor 1 is drawn, and the mean is right to 1e-8
-        u = jax.random.uniform(key, (*shape, self.num_levels), jnp.float32) + 2.0**-24
-        waits = -jnp.log1p(-u)
+        waits = -jnp.log1p(-open_uniform(key, (*shape, self.num_levels)))
         return jnp.cumsum(waits / np.asarray(self.rates, np.float32).reshape((1,) * len(shape) + (-1,)), axis=-1)
 
 

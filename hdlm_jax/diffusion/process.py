@@ -3,12 +3,17 @@
 Words climb to their cluster, clusters to theirs, and so on to the mask; MDLM is the case of a single level. Nothing
 here knows a network: it asks a *prediction*, an object that stands for one distribution f over words per token, for
 
-    log_prob(x)             log f(x) of given words                           [...]
-    log_within(x)           log of f(x) given the word's own level-1 node      [...]
-    log_mass(level, node)   log of f's mass on the words under given nodes     [...]
-    masses(level)           f's mass under every node of a level               [..., n_level]
-    draw(keys, bias, ...)   a word from f(x) exp(bias(x)), per token           [...]
+    log_prob(x)             log f(x) of given words                                        [...]
+    log_within(x, level)    log f(anc_{level-1}(x) | anc_level(x)), level 1 by default     [...]
+    log_mass(level, node)   log of f's mass under given nodes (outside=True: off them)     [...]
+    log_masses(level)       log of f's mass under every node of a level                    [..., n_level]
+    log_probs()             the same of every word                                         [..., V]
+    tilted(bias)            the prediction f(x) exp(bias(x)), normalised; tokens are selected before
+    draw(keys, wanted, ...) a word from f, per token                                       [...]
     select(index)           the prediction at some of the tokens [B, S], by number in B S
+
+Masses are logarithms everywhere, and what is asked relative to a node is computed relative to that node's largest
+logit: a cluster that f gives e^-300 has words all the same, and a token that shows it must be priced and drawn.
 
 `Dense` answers from plain logits [..., V]; wherever a prediction is expected, logits do as well. The heads of
 hdlm_jax.model.heads have one that never makes the logits of all words.
@@ -26,58 +31,113 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.diffusion.levels import LevelChain, Proposal
+from hdlm_jax.diffusion.levels import LevelChain, Proposal, open_uniform
 
 FORCE_TRANSITIONS = ("none", "within", "between", "cavity")
 WEIGHTINGS = ("none", "constant", "clip", "empirical")
 CLUSTERS = ("exact", "clean")
-_TINY = 1e-30
+
+
+def log_sum(logs, where=True):
+    """log of the sum of exp(logs [..., M]) over the last axis, where bool [..., M] says so: [...].
+
+    -inf where nothing is summed, and gradients are finite even there (jax.nn.logsumexp's are NaN).
+    """
+    top = _finite(jnp.max(jax.lax.stop_gradient(jnp.where(where, logs, -jnp.inf)), axis=-1, keepdims=True))
+    total = jnp.sum(jnp.exp(jnp.where(where, logs - top, -jnp.inf)), axis=-1)
+    return _log(total) + top[..., 0]
+
+
+def _finite(logs):
+    """-inf made 0, so that it can be subtracted: a sum of nothing is divided by 1."""
+    return jnp.where(jnp.isfinite(logs), logs, 0.0)
+
+
+def _log(total):
+    """log of sums >= 0; -inf at 0, without a gradient."""
+    return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
 
 
 class Dense:
-    """A prediction from logits [..., V] (softmax over the last axis), any float dtype, computed in float32."""
+    """A prediction from logits [..., V] (softmax over the last axis), any float dtype, computed in float32.
 
-    def __init__(self, logits, hierarchy):
-        if logits.shape[-1] != hierarchy.num_words:
-            raise ValueError(f"logits.shape={logits.shape}: the last axis must be the V={hierarchy.num_words} words")
+    level: the hierarchy's level whose nodes the logits are of; 0: words. (1: a factorised head's clusters.)
+    """
+
+    def __init__(self, logits, hierarchy, level: int = 0):
+        if logits.shape[-1] != hierarchy.sizes[level]:
+            of = "words" if level == 0 else f"nodes of level {level}"
+            raise ValueError(f"logits.shape={logits.shape}: the last axis must be the V={hierarchy.sizes[level]} {of}")
         self.logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        self.hierarchy, self.anc, self.sizes = hierarchy, hierarchy.anc, hierarchy.sizes
-        self.log_z = jax.nn.logsumexp(self.logits, axis=-1)
+        self.hierarchy, self.level = hierarchy, level
+        self.anc = hierarchy.anc if level == 0 else hierarchy.level1_anc
+        self._top = _finite(jnp.max(jax.lax.stop_gradient(self.logits), axis=-1))
+        self._near = self.logits - self._top[..., None]  # at most 0, so that sums neither overflow nor lose digits
+        self._total = log_sum(self._near)
+
+    @property
+    def log_z(self):
+        """log of the sum of exp(logits), [...]."""
+        return self._total + self._top
 
     def log_probs(self):
         """log f of every word, [..., V]."""
-        return self.logits - self.log_z[..., None]
+        return self._near - _finite(self._total)[..., None]
 
     def select(self, index):
-        return Dense(self.logits.reshape(-1, self.logits.shape[-1])[index], self.hierarchy)
+        return Dense(self.logits.reshape(-1, self.logits.shape[-1])[index], self.hierarchy, self.level)
+
+    def tilted(self, bias):
+        """bias: function of `anc(level) -> int32 [1, .., V]`, the words' ancestors; gives [..., V] or [..., 1]."""
+        return Dense(self._near + bias(lambda level: wide(self.anc[level], self._total)), self.hierarchy, self.level)
 
     def log_prob(self, x):
-        return jnp.take_along_axis(self.logits, x[..., None], axis=-1)[..., 0] - self.log_z
+        return _at(self._near, x) - _finite(self._total)
 
-    def log_within(self, x):
-        return self.log_prob(x) - self.log_mass(1, jnp.asarray(self.anc[1])[x])
+    def log_within(self, x, level: int = 1):
+        own = jnp.asarray(self.anc[level - 1])[x] if level - 1 > self.level else x
+        if level == self.hierarchy.num_levels:
+            return self.log_mass(level - 1, own)
+        under = wide(self.anc[level], x) == jnp.asarray(self.anc[level])[x][..., None]
+        top = jnp.max(jax.lax.stop_gradient(jnp.where(under, self._near, -jnp.inf)), axis=-1, keepdims=True)
+        near = self._near - _finite(top)
+        if level - 1 == self.level:
+            mine = _at(near, x)
+        else:
+            mine = log_sum(near, wide(self.anc[level - 1], x) == own[..., None])
+        return mine - _finite(log_sum(near, under))
 
-    def log_mass(self, level: int, node):
+    def log_mass(self, level: int, node, outside: bool = False):
+        if level == self.level and not outside:
+            return self.log_prob(node)
         under = wide(self.anc[level], node) == node[..., None]
-        return jax.nn.logsumexp(jnp.where(under, self.logits, -jnp.inf), axis=-1) - self.log_z
+        return log_sum(self._near, ~under if outside else under) - _finite(self._total)
 
-    def masses(self, level: int):
-        if level == 0:
-            return jnp.exp(self.log_probs())
-        onto = jax.nn.one_hot(jnp.asarray(self.anc[level]), self.sizes[level], dtype=self.logits.dtype)
-        return jnp.matmul(jnp.exp(self.log_probs()), onto, precision="highest")
+    def log_masses(self, level: int):
+        if level == self.level:
+            return self.log_probs()
+        anc, n = jnp.asarray(self.anc[level]), self.hierarchy.sizes[level]
+        near = jnp.moveaxis(jax.lax.stop_gradient(self._near), -1, 0)
+        top = _finite(jnp.moveaxis(jax.ops.segment_max(near, anc, n), 0, -1))  # of each node, its own
+        onto = jax.nn.one_hot(anc, n, dtype=self.logits.dtype)
+        total = jnp.matmul(jnp.exp(self._near - top[..., anc]), onto, precision="highest")
+        return _log(total) + top - _finite(self._total)[..., None]
 
-    def draw(self, keys, bias, wanted, temperature: Any = 1.0, top_p: Any = 1.0, most=None):
-        """One word per token from f(x) exp(bias(x)): int32 [...]; keys [...], one for each token.
+    def draw(self, keys, wanted, temperature: Any = 1.0, top_p: Any = 1.0, most=None):
+        """One word per token: int32 [...]; keys [...], one for each token.
 
         Args:
-          bias: function of `anc(level) -> int32 [1, .., V]`, the words' ancestors; gives [..., V] or [..., 1].
           wanted: bool [...]; elsewhere only the word's level-1 node will be looked at.
           temperature: divides the log-probabilities; 0 (a Python number) takes the most likely word.
           top_p: nucleus, in (0, 1]: keep the fewest most likely words with at least this much mass.
           most: see hdlm_jax.decoding.core.sample.
         """
-        return draw_from(keys, self.logits + bias(lambda level: wide(self.anc[level], self.log_z)), temperature, top_p)
+        return draw_from(keys, self._near, temperature, top_p)
+
+
+def _at(values, x):
+    """values [..., M] at x [...]."""
+    return jnp.take_along_axis(values, x[..., None], axis=-1)[..., 0]
 
 
 def is_off(value) -> bool:
@@ -107,12 +167,19 @@ def _shaped(logits, temperature, top_p):
 
 
 def _nucleus(logits, top_p):
-    """Logits with all but the smallest set of most likely entries whose mass is >= top_p set to -inf."""
+    """Logits with all but the smallest set of most likely entries whose mass is >= top_p set to -inf.
+
+    Of equal entries at its edge the first ones are kept. At top_p = 1, also a traced one, nothing is dropped.
+    """
     ordered = -jnp.sort(-logits, axis=-1)
     probs = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
-    last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
-    return jnp.where(logits >= jnp.take_along_axis(ordered, last, axis=-1), logits, -jnp.inf)
+    count = jnp.sum(before < top_p, axis=-1, keepdims=True)
+    edge = jnp.take_along_axis(ordered, count - 1, axis=-1)
+    above, ties = logits > edge, logits == edge
+    room = count - jnp.sum(above, axis=-1, keepdims=True)
+    kept = above | (ties & (jnp.cumsum(ties, axis=-1) <= room)) | (jnp.asarray(top_p) >= 1)
+    return jnp.where(kept, logits, -jnp.inf)
 
 
 def categorical(keys, logits):
@@ -255,8 +322,8 @@ class HierarchicalProcess(Process):
         return up
 
     def _count(self, level: int) -> np.ndarray:
-        """[n_level] N_level(v), level-1 nodes under each node, as float32."""
-        return np.asarray(self.hierarchy.level1_count[level], np.float32)
+        """[n_level] N_level(v), level-1 nodes under each node, as float64 (numpy)."""
+        return np.asarray(self.hierarchy.level1_count[level], float)
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -273,7 +340,7 @@ class HierarchicalProcess(Process):
         first = self._anc(1, x)
         if self.xi < 1:
             n1 = self.hierarchy.sizes[1]
-            own = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:]))(fold(keys, 1)) < self.xi
+            own = jax.vmap(lambda k: open_uniform(k, x.shape[1:]))(fold(keys, 1)) < self.xi
             other = jax.vmap(lambda k: jax.random.randint(k, x.shape[1:], 0, n1 - 1))(fold(keys, 2))
             first = jnp.where(own, first, other + (other >= first))
         for k in range(1, self.num_levels + 1):
@@ -311,7 +378,7 @@ class HierarchicalProcess(Process):
 
         def one(k):
             if hard_training and k > 1:
-                return -self._log_prob_at(p, x, z, k)
+                return -self._forced(p, z, (k,)).log_prob(x)
             return self._cost_xi1(p, x, k) if self.xi == 1 else self._cost(p, x, z, k)
 
         return self._by_level(z, {k: one(k) for k in levels or range(1, self.num_levels + 1)})
@@ -328,86 +395,82 @@ class HierarchicalProcess(Process):
 
         A_l is the log of f's mass under the word's ancestor at level l: A_0 = log f(x), A_K = 0.
         """
+        if self.force_transition != "none" or k == self.num_levels:  # within, between, cavity are one at xi = 1
+            return -p.log_within(x, k)
         if k == 1:
-            return -p.log_within(x) if self.asks() == "within" else -p.log_prob(x)
-        below = p.log_mass(k - 1, self._anc(k - 1, x))
-        if k == self.num_levels:
-            return -below
-        here = p.log_mass(k, self._anc(k, x))
-        if self.force_transition != "none":  # within, between and cavity are one and the same at xi = 1
-            return here - below
-        share = jnp.asarray(self._count(k - 1))[self._anc(k - 1, x)] / jnp.asarray(self._count(k))[self._anc(k, x)]
-        outside = -jnp.expm1(jnp.minimum(here, -_TINY))
-        return -jnp.log(jnp.exp(below) + outside * share + _TINY)
+            return -p.log_prob(x)
+        u, v = self._anc(k - 1, x), self._anc(k, x)
+        share = jnp.asarray(np.log(self._count(k - 1)))[u] - jnp.asarray(np.log(self._count(k)))[v]
+        return -jnp.logaddexp(p.log_mass(k - 1, u), p.log_mass(k, v, outside=True) + share)
 
     def _cost(self, p, x, z, k: int):
         """The general case, xi < 1: KL over the children of the node on show."""
         if self.force_transition == "within":
             raise ValueError("force_transition='within': infinite bound for xi < 1; choose none, between or cavity")
         if k == 1:
-            return -self._log_prob_at(p, x, z, 1)
+            return -self._forced(p, z, (1,)).log_prob(x)
         d, own = self.leak, self.xi - self.leak
         n_u, n_v = wide(self._count(k - 1), z), jnp.asarray(self._count(k))[self._node(z, k)][..., None]
         under = self._under(z, k, k - 1)
-        q = self._child_law(p, z, k, k - 1)
         mine = self._anc(k - 1, x)[..., None] == wide(np.arange(n_u.size), x)
         inside = (self._anc(k, x) == self._node(z, k))[..., None]
         target = jnp.where(inside, (d * n_u + own * mine) / (d * n_v + own), n_u / n_v)
-        kl = target * (jnp.log(target) - jnp.log(jnp.where(under, q, 1.0)))
-        return jnp.sum(jnp.where(under, kl, 0.0), axis=-1)
+        log_q = jnp.where(under, self._log_child_law(p, z, k, k - 1), 0.0)
+        return jnp.sum(jnp.where(under, target * (jnp.log(target) - log_q), 0.0), axis=-1)
 
-    def _child_law(self, p, z, k: int, j: int):
-        """Q_{v->j}(u) for tokens that show v of level k, 1 <= j < k: [..., n_j]; means nothing off v's descendants."""
-        d, own = self.leak, self.xi - self.leak
-        n_u, n_v = wide(self._count(j), z), jnp.asarray(self._count(k))[self._node(z, k)][..., None]
-        p_u, p_v, rest = self._forced_masses(p, z, k, j)
-        return (d * n_u * p_v + own * p_u) / (d * n_v + own) + rest * n_u / n_v
+    def _log_child_law(self, p, z, k: int, j: int):
+        """log Q_{v->j}(u) for tokens that show v of level k, 1 <= j < k: [..., n_j]; -inf off v's descendants.
 
-    def _forced_masses(self, p, z, k: int, j: int):
-        """Masses after the force transition at tokens that show v of level k: under u [..., n_j], under v, off v."""
-        f = p.masses(j)
-        under = self._under(z, k, j)
-        f_v = jnp.sum(jnp.where(under, f, 0.0), axis=-1, keepdims=True)
-        rest = jnp.sum(jnp.where(under, 0.0, f), axis=-1, keepdims=True)
-        if k == self.num_levels or self.force_transition == "none":
-            return f, f_v, rest
-        inside, outside = (jnp.exp(b)[..., None] for b in self._bias(p, z, k, f_v[..., 0], rest[..., 0]))
-        scale = f_v * inside + rest * outside
-        return f * jnp.where(under, inside, outside) / scale, f_v * inside / scale, rest * outside / scale
-
-    def _bias(self, p, z, k: int, f_v=None, rest=None):
-        """What the force transition adds to log f at tokens showing v of level k: (on words under v, on the others).
-
-        Up to the normaliser; f_v and rest, the masses under v and off it, are asked of the prediction when needed.
+        Q, a sum of three terms, is summed by logarithm: each of them can be all that there is.
         """
-        n_v = jnp.asarray(self._count(k))[self._node(z, k)]
-        none = jnp.zeros_like(n_v)
-        if k == self.num_levels or self.force_transition == "none":
-            return none, none
-        if self.force_transition == "within" or self.xi == 1:
-            return none, none - jnp.inf
-        d, own = self.leak, self.xi - self.leak
-        if self.force_transition == "cavity":
-            return jnp.log(d * n_v + own), jnp.log(d * n_v)
-        if f_v is None:
-            f, under = p.masses(1), self._under(z, k, 1)
-            f_v, rest = (jnp.sum(jnp.where(m, f, 0.0), axis=-1) for m in (under, ~under))
-        inside = d * n_v + own
-        # where v holds all of the words under it (or none) there is nothing outside: keep the logs finite
-        return jnp.log(inside) - jnp.log(f_v + _TINY), jnp.log(jnp.maximum(1 - inside, _TINY)) - jnp.log(rest + _TINY)
+        d, own, v = self.leak, self.xi - self.leak, self._node(z, k)
+        masses, under = self._forced(p, z, (k,)).log_masses(j), self._under(z, k, j)
+        log_u = wide(np.log(self._count(j)), z)
+        log_v, log_own = (jnp.asarray(np.log(a))[v][..., None] for a in (self._count(k), d * self._count(k) + own))
+        terms = [masses + math.log(own) - log_own, log_sum(masses, ~under)[..., None] + log_u - log_v]
+        if d:
+            terms.append(log_sum(masses, under)[..., None] + math.log(d) + log_u - log_own)
+        return jnp.where(under, log_sum(jnp.stack(terms, axis=-1)), -jnp.inf)
 
-    def _log_prob_at(self, p, x, z, k: int):
-        """log p(x | z) after the force transition, at tokens that show a node of level k: [...]."""
-        log_f = p.log_prob(x)
-        if k == self.num_levels or self.force_transition == "none":
-            return log_f
+    def _forced(self, p, z, levels):
+        """The prediction after the force transition at tokens of z that show one of `levels`; f itself elsewhere."""
+        levels = [k for k in levels if k < self.num_levels]
+        if self.force_transition == "none" or not levels:
+            return p
         if self.force_transition == "within" or self.xi == 1:
-            return log_f - p.log_mass(k, self._node(z, k))
-        f, under = p.masses(1), self._under(z, k, 1)
-        f_v, rest = (jnp.sum(jnp.where(m, f, 0.0), axis=-1) for m in (under, ~under))
-        inside, outside = self._bias(p, z, k, f_v, rest)
-        log_z = jnp.log(f_v * jnp.exp(inside) + rest * jnp.exp(outside))
-        return log_f + jnp.where(self._anc(k, x) == self._node(z, k), inside, outside) - log_z
+            return self._tilted(p, z, levels, lambda k, v: (jnp.zeros(v.shape), jnp.full(v.shape, -jnp.inf)))
+        d, own, n1 = self.leak, self.xi - self.leak, self.hierarchy.sizes[1]
+
+        def log_of(numbers, v):  # of every node of a level, at nodes v
+            return jnp.asarray(np.log(numbers))[v]
+
+        if self.force_transition == "cavity":
+            shown = lambda k, v: (log_of(d * self._count(k) + own, v), log_of(d * self._count(k), v))  # noqa: E731
+            return self._tilted(p, z, levels, shown)
+        # between: both sides are divided by their mass. By a constant first, so that a side to which f gives e^-300 is
+        # no longer small when its mass, of which there are gradients, is taken; a side without any mass stays so
+        near = self._tilted(p, z, levels, lambda k, v: tuple(
+            -jax.lax.stop_gradient(_finite(p.log_mass(k, v, outside=off))) for off in (False, True)))
+
+        def wanted(k, v):
+            rest = np.maximum(n1 - self._count(k), 1)  # a node that holds all of level 1 has no other side
+            inside, outside = (_finite(near.log_mass(k, v, outside=off)) for off in (False, True))
+            return log_of(d * self._count(k) + own, v) - inside, log_of(d * rest, v) - outside
+
+        return self._tilted(near, z, levels, wanted)
+
+    def _tilted(self, p, z, levels, factors):
+        """f times one number under the node v of level k on show and another off it: their logs, factors(k, v)."""
+        level, parts = self.level_of(z), {k: factors(k, self._node(z, k)) for k in levels}
+
+        def bias(anc):
+            out = jnp.zeros((*z.shape, 1))
+            for k, (inside, outside) in parts.items():
+                here = jnp.where(anc(k) == self._node(z, k)[..., None], inside[..., None], outside[..., None])
+                out = jnp.where((level == k)[..., None], here, out)
+            return out
+
+        return p.tilted(bias)
 
     def law_below(self, prediction, z, k: int, j: int, clusters: str = "exact"):
         """Log of the law over nodes of level j that tokens z [...] showing a node of level k > j drop to: [..., n_j].
@@ -416,12 +479,9 @@ class HierarchicalProcess(Process):
         another level.
         """
         p = self.as_prediction(prediction)
-        if j == 0:
-            inside, outside = (b[..., None] for b in self._bias(p, z, k))
-            return jax.nn.log_softmax(p.log_probs() + jnp.where(self._under(z, k, 0), inside, outside), axis=-1)
-        if clusters == "clean" or self._stays_under:
-            return jnp.log(self._forced_masses(p, z, k, j)[0])
-        return jnp.log(jnp.where(self._under(z, k, j), self._child_law(p, z, k, j), 0.0))
+        if j and clusters == "exact" and not self._stays_under:
+            return self._log_child_law(p, z, k, j)
+        return self._forced(p, z, (k,)).log_masses(j)
 
     def proposal(self, tokens: int, cv2: float) -> Proposal:
         """Noise times for evaluation, with little variance."""
@@ -483,18 +543,9 @@ class HierarchicalProcess(Process):
         onto = jax.nn.one_hot(z, h.num_symbols)
         out = jnp.where((self.level_of(z) == 0)[..., None], onto, 0.0)
         for k in range(1, levels + 1):
-            inside, outside = (b[..., None] for b in self._bias(p, z, k))
-            words = jax.nn.softmax(p.log_probs() + jnp.where(self._under(z, k, 0), inside, outside), axis=-1)
-            parts = [law[k, 0] * words]
-            for j in range(1, levels + 1):
-                if j == k:
-                    parts.append(law[k, k] * jax.nn.one_hot(self._node(z, k), h.sizes[k]))
-                elif j > k:
-                    parts.append(jnp.zeros((*z.shape, h.sizes[j])))
-                elif clusters == "clean" or self._stays_under:
-                    parts.append(law[k, j] * words @ jax.nn.one_hot(h.anc[j], h.sizes[j]))
-                else:
-                    parts.append(law[k, j] * jnp.where(self._under(z, k, j), self._child_law(p, z, k, j), 0.0))
+            parts = [law[k, j] * jnp.exp(self.law_below(p, z, k, j, clusters)) for j in range(k)]
+            parts.append(law[k, k] * jax.nn.one_hot(self._node(z, k), h.sizes[k]))
+            parts += [jnp.zeros((*z.shape, h.sizes[j])) for j in range(k + 1, levels + 1)]
             out = jnp.where((self.level_of(z) == k)[..., None], jnp.concatenate(parts, axis=-1), out)
         return out
 
@@ -519,15 +570,8 @@ class HierarchicalProcess(Process):
         p = self.as_prediction(prediction)
         level = self.level_of(z)
 
-        def bias(anc):
-            out = jnp.zeros((*z.shape, 1))
-            for k in range(1, self.num_levels):
-                inside, outside = (b[..., None] for b in self._bias(p, z, k))
-                here = jnp.where(anc(k) == self._node(z, k)[..., None], inside, outside)
-                out = jnp.where((level == k)[..., None], here, out)
-            return out
-
-        x = p.draw(fold(keys, 0), bias, (target == 0) & (level > 0), temperature, top_p, most)
+        forced = self._forced(p, z, range(1, self.num_levels))
+        x = forced.draw(fold(keys, 0), (target == 0) & (level > 0), temperature, top_p, most)
         out = jnp.where(target == 0, x, z)
         for j in range(1, self.num_levels):
             if clusters == "clean" or self._stays_under:
@@ -540,7 +584,7 @@ class HierarchicalProcess(Process):
     def _draw_node(self, keys, x, z, level, j: int):
         """u ~ pi_{v->j}(. | x) for tokens that show v of a level k > j: the word's own branch, or any level-1 node."""
         h, d, own = self.hierarchy, self.leak, self.xi - self.leak
-        uniform = jax.vmap(jax.random.uniform)
+        uniform = jax.vmap(open_uniform)
         u_own, u_any = (uniform(fold(keys, i).reshape(-1)).reshape(z.shape) for i in (0, 1))
         node = self._anc(j, x)
         for k in range(j + 1, self.num_levels + 1):

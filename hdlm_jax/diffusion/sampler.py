@@ -100,13 +100,12 @@ def drop_probability(process, prediction, z, new, clusters: str = "exact"):
     p, level, below = process.as_prediction(prediction), process.level_of(z), process.level_of(new)
     out = jnp.zeros(z.shape, jnp.float32)
     for k in range(1, process.num_levels + 1):
-        word = jnp.exp(process._log_prob_at(p, jnp.where(below == 0, new, 0), z, k))
-        out = jnp.where((level == k) & (below == 0), word, out)
+        word = process._forced(p, z, (k,)).log_prob(jnp.where(below == 0, new, 0))
+        out = jnp.where((level == k) & (below == 0), jnp.exp(word), out)
         for j in range(1, k):
-            sure = clusters == "clean" or process._stays_under
-            law = process._forced_masses(p, z, k, j)[0] if sure else process._child_law(p, z, k, j)
+            law = process.law_below(p, z, k, j, clusters)
             node = jnp.take_along_axis(law, process._node(new, j)[..., None], axis=-1)[..., 0]
-            out = jnp.where((level == k) & (below == j), node, out)
+            out = jnp.where((level == k) & (below == j), jnp.exp(node), out)
     return out
 
 

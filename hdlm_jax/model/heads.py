@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import functools
 import math
@@ -161,23 +162,25 @@ class FactorisedHead:
         return {"words": {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)},
                 "clusters": {"kernel": spread * jax.random.normal(key, (n, width)), "bias": jnp.zeros(n)}}
 
-    def log_clusters(self, params, h):
-        """log p(node | h) of the level-1 nodes, float32 [..., n]."""
+    def clusters(self, params, h) -> Dense:
+        """p(node | h) of the level-1 nodes, from float32 logits [..., n]."""
         logits = _affine(params["clusters"], h, self.dtype)
         if self.prototypes > 1:
             logits = jax.nn.logsumexp(logits.reshape(*logits.shape[:-1], -1, self.prototypes), axis=-1)
-        return jax.nn.log_softmax(logits, axis=-1)
+        return Dense(logits, self.hierarchy, level=1)
 
-    def logits(self, params, h):
-        """log p(x | h) of every word, put together from the two factors: float32 [..., V]."""
+    def within(self, params, h):
+        """log p(x | c(x), h) of every word: float32 [..., V]."""
         b, anc = self.blocks, np.asarray(self.hierarchy.anc[1])
         column = np.arange(int(b.size.max()))[None]
         index = np.minimum(b.start[:, None] + column, b.rows - 1)
         words = _affine(params["words"], h, self.dtype)[..., index]
-        words = jnp.where(_like(column < b.size[:, None], h), words, -jnp.inf)
-        both = jax.nn.log_softmax(words, axis=-1) + self.log_clusters(params, h)[..., None]
-        place = anc * column.size + (b.row - b.start[anc])
-        return both.reshape(*both.shape[:-2], -1)[..., place]
+        words = jax.nn.log_softmax(jnp.where(_like(column < b.size[:, None], h), words, -jnp.inf), axis=-1)
+        return words.reshape(*words.shape[:-2], -1)[..., anc * column.size + (b.row - b.start[anc])]
+
+    def logits(self, params, h):
+        """log p(x | h) of every word, put together from the two factors: float32 [..., V]."""
+        return self.predict(params, h).log_probs()
 
     def predict(self, params, h):
         return Factorised(self, params, h)
@@ -206,47 +209,46 @@ class Factorised:
 
     def __init__(self, head: FactorisedHead, params, h, block=None, start=None):
         self.head, self.params, self.h, self.block, self.start = head, params, h, block, start
-        self.log_clusters: Any = head.log_clusters(params, h) if "clusters" in params else None
+        self.clusters: Any = head.clusters(params, h) if "clusters" in params else None
 
     def select(self, index):
         return Factorised(self.head, self.params, self.h.reshape(-1, self.h.shape[-1])[index])
 
-    def log_probs(self):
-        return self.head.logits(self.params, self.h)
+    def tilted(self, bias):
+        """See Dense.tilted; a bias that is one number for all words of a level-1 node moves the clusters alone."""
+        out = copy.copy(self)
+        out.clusters = self.clusters.tilted(bias)
+        return out
 
-    def log_within(self, x):
+    def _node(self, x):
+        return jnp.asarray(self.head.hierarchy.anc[1])[x]
+
+    def log_probs(self):
+        return self.head.within(self.params, self.h) + self.clusters.log_probs()[..., np.asarray(
+            self.head.hierarchy.anc[1])]
+
+    def log_within(self, x, level: int = 1):
+        if level > 1:
+            return self.clusters.log_within(self._node(x), level)
         if self.block is None:
-            return self.log_prob(x) - self.log_mass(1, jnp.asarray(self.head.hierarchy.anc[1])[x])
+            return jnp.take_along_axis(self.head.within(self.params, self.h), x[..., None], axis=-1)[..., 0]
         place = jnp.clip(jnp.asarray(self.head.blocks.row)[x] - self.start, 0, self.block.shape[-1] - 1)
         return jnp.take_along_axis(self.block, place[..., None], axis=-1)[..., 0]
 
     def log_prob(self, x):
-        if self.block is None:
-            return jnp.take_along_axis(self.log_probs(), x[..., None], axis=-1)[..., 0]
-        return self.log_mass(1, jnp.asarray(self.head.hierarchy.anc[1])[x]) + self.log_within(x)
+        return self.clusters.log_prob(self._node(x)) + self.log_within(x)
 
-    def log_mass(self, level: int, node):
-        if level == 1:
-            return jnp.take_along_axis(self.log_clusters, node[..., None], axis=-1)[..., 0]
-        under = wide(self.head.hierarchy.level1_anc[level], node) == node[..., None]
-        return jax.nn.logsumexp(jnp.where(under, self.log_clusters, -jnp.inf), axis=-1)
+    def log_mass(self, level: int, node, outside: bool = False):
+        return self.clusters.log_mass(level, node, outside)
 
-    def masses(self, level: int):
-        if level == 0:
-            return jnp.exp(self.log_probs())
-        masses = jnp.exp(self.log_clusters)
-        if level == 1:
-            return masses
-        h = self.head.hierarchy
-        onto = jax.nn.one_hot(jnp.asarray(h.level1_anc[level]), h.sizes[level], dtype=masses.dtype)
-        return jnp.matmul(masses, onto, precision="highest")
+    def log_masses(self, level: int):
+        return self.log_probs() if level == 0 else self.clusters.log_masses(level)
 
-    def draw(self, keys, bias, wanted, temperature: Any = 1.0, top_p: Any = 1.0, most=WHOLE.most):
+    def draw(self, keys, wanted, temperature: Any = 1.0, top_p: Any = 1.0, most=WHOLE.most):
         """See Dense.draw: the node first, then a word of its block where one is wanted, else any of its words."""
-        h = self.head.hierarchy
         if not (is_off(temperature) and is_off(top_p)):  # these act on words: put the words together
-            return draw_from(keys, self.log_probs() + bias(lambda level: wide(h.anc[level], keys)), temperature, top_p)
-        node = categorical(fold(keys, 0), self.log_clusters + bias(lambda level: wide(h.level1_anc[level], keys)))
+            return draw_from(keys, self.log_probs(), temperature, top_p)
+        node = self.clusters.draw(fold(keys, 0), wanted)
         blocks, hidden, each = self.head.blocks, self.h.reshape(-1, self.h.shape[-1]), fold(keys, 1).reshape(-1)
 
         def words(rows, piece):

@@ -11,7 +11,7 @@ import optax
 
 from hdlm_jax.diffusion.autoregressive import AutoregressiveProcess
 from hdlm_jax.diffusion.gidd import GiddProcess
-from hdlm_jax.diffusion.levels import LevelChain
+from hdlm_jax.diffusion.levels import LevelChain, open_uniform
 from hdlm_jax.diffusion.process import HierarchicalProcess, fold
 from hdlm_jax.diffusion.sedd import SeddProcess
 from hdlm_jax.model.heads import WHOLE, sum_over_noised
@@ -79,7 +79,7 @@ def stratified_tau(keys, index, batch: int):
 
     1 - t is formed by itself, so that neither end of time is cut off or rounded.
     """
-    u = jax.vmap(lambda k: jax.random.uniform(k))(keys) + 2.0**-25
+    u = jax.vmap(open_uniform)(keys)
     i = index.astype(jnp.float32)
     t, rest = (i + u) / batch, ((batch - 1 - i) + (1 - u)) / batch
     return jnp.where(t < 0.5, -jnp.log1p(-t), -jnp.log(rest))

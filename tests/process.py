@@ -18,7 +18,7 @@ def main(recipe: str, folder: Path) -> None:
     import jax
 
     from hdlm_jax.config import Parallel
-    from hdlm_jax.run import api, evaluate, export, generate, metrics, parallel, train
+    from hdlm_jax.run import api, evaluate, export, generate, lock, metrics, parallel, train
 
     parallel.join()
     me = jax.process_index()
@@ -39,15 +39,31 @@ def main(recipe: str, folder: Path) -> None:
     except Exception as error:
         said["error"] = f"{type(error).__name__}: {error}"
 
-    # asked to stop, one process alone: all leave at one step
+    try:  # process 0 holds the lock, the others learn who has it
+        with lock.held(str(folder / "held"), "train"), lock.held(str(folder / "held"), "cluster"):
+            said["locked"] = "twice"
+    except ValueError as error:
+        said["locked"] = str(error)
+
+    # a checkpoint when process 0's clock says so; Ctrl-C to one process alone: all leave at one step
+    said["timer"], due = [], train._Timer.due
+
+    def spy(self, step):
+        if found := due(self, step):
+            said["timer"].append(step)
+        return found
+
+    train._Timer.due = spy  # type: ignore[method-assign]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what goes to the background without it
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=100_000),
+                                 checkpoint=dataclasses.replace(config.checkpoint, minutes=0.001 + me),
                                  optimizer=dataclasses.replace(config.optimizer, schedule="constant"))
     stopped = folder / "stopped"
 
     def ask():
         while not (stopped / "metrics.jsonl").exists() or len((stopped / "metrics.jsonl").read_text().split("\n")) < 5:
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
 
     if me == jax.process_count() - 1:
         threading.Thread(target=ask, daemon=True).start()

@@ -36,6 +36,9 @@ def test_they_are_two_and_speak_once(two):
     assert said[0]["processes"] == 2 and said[0]["devices"] == 8 and said[0]["here"] == 4
     assert said[0]["nelbo"] == said[1]["nelbo"]
     assert said[0]["error"] == "KeyError: 'x'" and said[1]["error"] == "ValueError: process 0: 'x'"
+    held = f"{folder}/held is held by pid "
+    assert said[0]["locked"].startswith(held) and said[1]["locked"].startswith(f"process 0: {held}")
+    assert said[0]["timer"] == said[1]["timer"] != [], "the clock of process 0; that of process 1 would say nothing yet"
     sums = [float(np.asarray(leaf, np.float64).sum()) for leaf in jax.tree.leaves(tiny.model().run.params)]
     assert said[0]["sums"] == said[1]["sums"] == sums, "a checkpoint of 8 devices read by 2 processes"
     assert "train: done, step 3" in done.stdout

@@ -1,6 +1,6 @@
 """Corpora of the papers, as settings of a recipe: data.openwebtext(c), data.lm1b(c).
 
-Where the text lies is told by an environment variable, a path, a glob or a URL:
+Where the text lies is told by an environment variable, a path, a folder, a glob or a URL:
 
     OPENWEBTEXT='owt/*.parquet'              # or openwebtext.tar.xz, subsets/*.tar, *.jsonl.zst, gs://bucket/owt/*.parquet
     LM1B=1-billion-word-language-modeling-benchmark-r13output  BERT_VOCAB=bert-base-uncased/vocab.txt

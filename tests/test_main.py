@@ -187,3 +187,19 @@ def test_real_processes(recipe, root, tmp_path):
     one_line(*real(f"--config={recipe}", "--config.train.stpes=5"), "no such setting; .*did you mean 'steps'")
     one_line(*real(f"--config={recipe}", "--config.data.files=('nowhere/*.txt',)"), "nowhere/.*.txt")
     assert "--config" in real("--help")[1]
+
+
+def test_paths_from_home(call, recipe, tmp_path, monkeypatch):
+    """~ and $VARIABLES in --workdir, in settings and in Python; a base run that is not there names itself."""
+    import hdlm_jax
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, _ = call(f"--config={recipe}", "--workdir=~/run", "--mode=prepare")
+    assert code == 0 and (tmp_path / "run" / "data" / "manifest.json").exists() and not (tmp_path / "~").exists()
+    for name in ("train", "prepare"):
+        base = "--config.train.init_from=~/nothing"
+        found = call(f"--config={recipe}", "--workdir=$HOME/new", f"--mode={name}", base)
+        one_line(*found, f"train.init_from='{tmp_path}/nothing': no run there")
+        assert not (tmp_path / "new" / "data").exists()
+    with pytest.raises(ValueError, match=f"workdir='{tmp_path}/nothing': no "):
+        hdlm_jax.load("~/nothing")

@@ -190,6 +190,16 @@ def test_forbidden_words_are_no_nan(xi, force):
     assert not jnp.any(jnp.isnan(Dense(logits, process.hierarchy).log_masses(2)))
 
 
+@pytest.mark.parametrize("xi, force", [(1.0, "cavity"), (1.0, "none"), (0.8, "between"), (0.8, "cavity")])
+def test_a_network_that_diverged_has_no_finite_cost(xi, force):
+    """What guards against sums of nothing must not hide NaN, nor an infinite logit."""
+    toy, process = make(3, xi, force)
+    z = jnp.arange(V, toy.N)
+    for bad in (jnp.nan, jnp.inf):
+        cost = process.cost(jnp.tile(jnp.zeros(V).at[0].set(bad), (len(z), 1)), jnp.zeros(len(z), jnp.int32), z)
+        assert not jnp.any(jnp.isfinite(cost))
+
+
 # ---- uniforms against small probabilities -------------------------------------------------------------------------
 
 

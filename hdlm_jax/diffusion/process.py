@@ -56,13 +56,13 @@ def log_sum(logs, where=None):
 
 
 def _finite(logs):
-    """-inf made 0, so that it can be subtracted: a sum of nothing is divided by 1."""
-    return jnp.where(jnp.isfinite(logs), logs, 0.0)
+    """-inf made 0, so that it can be subtracted: a sum of nothing is divided by 1. NaN stays: it must be seen."""
+    return jnp.where(logs == -jnp.inf, 0.0, logs)
 
 
 def _log(total):
     """log of sums >= 0; -inf at 0, without a gradient."""
-    return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    return jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1.0, total)))
 
 
 class Dense:
@@ -388,7 +388,7 @@ class HierarchicalProcess(Process):
 
         def one(k):
             if hard_training and k > 1:
-                return -self._forced(p, z, (k,)).log_prob(x)
+                return -self.forced(p, z, (k,)).log_prob(x)
             return self._cost_xi1(p, x, k) if self.xi == 1 else self._cost(p, x, z, k)
 
         return self._by_level(z, {k: one(k) for k in levels or range(1, self.num_levels + 1)})
@@ -418,7 +418,7 @@ class HierarchicalProcess(Process):
         if self.force_transition == "within":
             raise ValueError("force_transition='within': infinite bound for xi < 1; choose none, between or cavity")
         if k == 1:
-            return -self._forced(p, z, (1,)).log_prob(x)
+            return -self.forced(p, z, (1,)).log_prob(x)
         d, own = self.leak, self.xi - self.leak
         n_u, n_v = wide(self._count(k - 1), z), jnp.asarray(self._count(k))[self._node(z, k)][..., None]
         under = self._under(z, k, k - 1)
@@ -434,7 +434,7 @@ class HierarchicalProcess(Process):
         Q, a sum of three terms, is summed by logarithm: each of them can be all that there is.
         """
         d, own, v = self.leak, self.xi - self.leak, self._node(z, k)
-        masses, under = self._forced(p, z, (k,)).log_masses(j), self._under(z, k, j)
+        masses, under = self.forced(p, z, (k,)).log_masses(j), self._under(z, k, j)
         log_u = wide(np.log(self._count(j)), z)
         log_v, log_own = (jnp.asarray(np.log(a))[v][..., None] for a in (self._count(k), d * self._count(k) + own))
         terms = [masses + math.log(own) - log_own, log_sum(masses, ~under)[..., None] + log_u - log_v]
@@ -442,9 +442,10 @@ class HierarchicalProcess(Process):
             terms.append(log_sum(masses, under)[..., None] + math.log(d) + log_u - log_own)
         return jnp.where(under, log_sum(jnp.stack(terms, axis=-1)), -jnp.inf)
 
-    def _forced(self, p, z, levels):
-        """The prediction after the force transition at tokens of z that show one of `levels`; f itself elsewhere."""
-        levels = [k for k in levels if k < self.num_levels]
+    def forced(self, p, z, levels=None):
+        """The prediction after the force transition at tokens of z that show one of `levels` (default: any cluster);
+        f itself elsewhere."""
+        levels = [k for k in levels or range(1, self.num_levels) if k < self.num_levels]
         if self.force_transition == "none" or not levels:
             return p
         if self.force_transition == "within" or self.xi == 1:
@@ -491,7 +492,7 @@ class HierarchicalProcess(Process):
         p = self.as_prediction(prediction)
         if j and clusters == "exact" and not self._stays_under:
             return self._log_child_law(p, z, k, j)
-        return self._forced(p, z, (k,)).log_masses(j)
+        return self.forced(p, z, (k,)).log_masses(j)
 
     def proposal(self, tokens: int, cv2: float) -> Proposal:
         """Noise times for evaluation, with little variance."""
@@ -580,8 +581,7 @@ class HierarchicalProcess(Process):
         p = self.as_prediction(prediction)
         level = self.level_of(z)
 
-        forced = self._forced(p, z, range(1, self.num_levels))
-        x = forced.draw(fold(keys, 0), (target == 0) & (level > 0), temperature, top_p, most)
+        x = self.forced(p, z).draw(fold(keys, 0), (target == 0) & (level > 0), temperature, top_p, most)
         out = jnp.where(target == 0, x, z)
         for j in range(1, self.num_levels):
             if clusters == "clean" or self._stays_under:

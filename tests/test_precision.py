@@ -153,11 +153,11 @@ def test_the_way_back_at_extreme_logits(k, xi, force):
         np.testing.assert_allclose(drops, want, rtol=1e-5, atol=ZERO)
 
 
-@pytest.mark.parametrize("force, want", [("within", 120), ("between", 120)])
-def test_no_cluster_is_too_unlikely_to_be_shown(force, want):
+@pytest.mark.parametrize("force", ["within", "between", "cavity"])
+def test_no_cluster_is_too_unlikely_to_be_shown(force):
     """The node above the last two words has e^-120 of the mass: what is under it is known all the same."""
     _, process = make(3, 1.0, force)
-    law = process.law_below(jnp.asarray([[0.0, 0, 0, 0, -want, -want - 1]]), jnp.asarray([V + 4]), 2, 1)
+    law = process.law_below(jnp.asarray([[0.0, 0, 0, 0, -120, -121]]), jnp.asarray([V + 4]), 2, 1)
     np.testing.assert_array_equal(np.asarray(law), [[-np.inf, -np.inf, 0.0]])
 
 
@@ -188,6 +188,16 @@ def test_forbidden_words_are_no_nan(xi, force):
         for j in range(toy.level[z]):
             assert not jnp.any(jnp.isnan(process.law_below(logits, shown, int(toy.level[z]), j)))
     assert not jnp.any(jnp.isnan(Dense(logits, process.hierarchy).log_masses(2)))
+
+
+@pytest.mark.parametrize("xi, force", [(1.0, "cavity"), (1.0, "none"), (0.8, "between"), (0.8, "cavity")])
+def test_a_network_that_diverged_has_no_finite_cost(xi, force):
+    """What guards against sums of nothing must not hide NaN, nor an infinite logit."""
+    toy, process = make(3, xi, force)
+    z = jnp.arange(V, toy.N)
+    for bad in (jnp.nan, jnp.inf):
+        cost = process.cost(jnp.tile(jnp.zeros(V).at[0].set(bad), (len(z), 1)), jnp.zeros(len(z), jnp.int32), z)
+        assert not jnp.any(jnp.isfinite(cost))
 
 
 # ---- uniforms against small probabilities -------------------------------------------------------------------------

@@ -189,10 +189,7 @@ class Guided(Hook):
 
         def work(index, out):
             p = process.as_prediction(said.select(index))
-            law = p.log_probs()
-            for k in range(1, process.num_levels):
-                here = (process.level_of(z[index]) == k)[:, None]
-                law = jnp.where(here, process.law_below(p, z[index], k, 0), law)
+            law = process.forced(p, z[index]).log_probs()
             mine = jnp.take_along_axis(law, x[index][:, None], axis=-1)
             new = (jnp.argmax(law, axis=-1).astype(z.dtype), jnp.max(law, axis=-1), mine[:, 0],
                    jnp.sum(law > mine, axis=-1))

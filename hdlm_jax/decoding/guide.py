@@ -194,10 +194,7 @@ class EnergyDraw(Hook):
             p = process.as_prediction(prediction.select(at))
             new = process.descend(keys[at], p, z[at], jnp.zeros_like(at), loop.policy.clusters, loop.temperature,
                                   loop.top_p, loop.most)
-            new_log_p = jnp.zeros(at.shape, jnp.float32)
-            for k in range(1, process.num_levels + 1):
-                here = process.level_of(z[at]) == k
-                new_log_p = jnp.where(here, process._log_prob_at(p, new, z[at], k), new_log_p)
+            new_log_p = jnp.where(process.level_of(z[at]) > 0, process.forced(p, z[at]).log_prob(new), 0.0)
             pairs = (x, new), (log_p, new_log_p)
             return tuple(a.at[at].set(jnp.where(flat[at], b, a[at])) for a, b in pairs)
 

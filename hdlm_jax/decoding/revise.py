@@ -159,8 +159,9 @@ class PathPlanning(Scheduled):
     """P2 in its self-planning form (arXiv 2502.03540): the network's own probabilities now decide. See Scheduled.
 
     A token just written counts with log p of what was drawn there, one that was a word before with
-    eta log p of the word on show, eta = numbers["eta"]. As in the paper eta grows with how much is revised: at 0 no
-    word is ever taken back while another can be, at 1 all are equal.
+    eta log p of the word on show, eta = numbers["eta"] >= 0. As in the paper eta grows with how much is revised: at 0
+    no word is ever taken back while another can be, at 1 all are equal, above 1 words on show are doubted more than new
+    ones.
     """
 
     looks = ("own", "sure")  # type: ignore[assignment]

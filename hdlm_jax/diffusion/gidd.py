@@ -57,9 +57,12 @@ class GiddProcess(Process):
         return t, rest, self._b * xp.sqrt(t * rest)
 
     def _ratio(self, tau, xp=jnp):
-        """r = (1-t) V/c: how much likelier a word is to show itself by staying than by chance."""
+        """r = (1-t) V/c: how much likelier a word is to show itself by staying than by chance.
+
+        At t = 0 it is infinite; there it is large, and a cost of 0 stays 0. No t > 0 that float32 has is changed.
+        """
         t, rest, _ = self._times(tau, xp)
-        return self.hierarchy.num_words / self._b * xp.sqrt(rest / xp.maximum(t, 1e-30))
+        return self.hierarchy.num_words / self._b * xp.sqrt(rest / xp.maximum(t, np.finfo(np.float32).tiny))
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -157,7 +160,8 @@ class GiddProcess(Process):
     # -- reverse ---------------------------------------------------------------------------------------------------
 
     def _step(self, z, tau_s, tau_t):
-        """What a step needs: t_s, 1 - t_s, c_s / V; the same at t_t; chance that a jump led to z; all of z's shape."""
+        """What a step needs: t_s, 1 - t_s, c_s / V; the same at t_t; and, all of z's shape, the joint
+        probability that the token jumped in between and that its last jump ended at z."""
         words = self.hierarchy.num_words
         t, rest, c = (jnp.broadcast_to(a, z.shape) for a in self._times(jnp.asarray(tau_t, jnp.float32)))
         s, rest_s, c_s = (jnp.broadcast_to(a, z.shape) for a in self._times(jnp.asarray(tau_s, jnp.float32)))
@@ -231,10 +235,11 @@ def sample(key, denoise, process: GiddProcess, z, *, steps, temperature: Any = 1
 
     def step(call, carry):
         (z, sure), film = carry
-        t, s = 1 - call / steps, 1 - (call + 1) / steps
+        # 1 - t and 1 - s exactly 0 and 1 at the ends, which a quotient need not be
+        done, then = call / steps, jnp.where(call + 1 < steps, (call + 1) / steps, 1.0)
         prediction = denoise(z, told(call))
         each, old = token_keys(fold(keys, call), z.shape).reshape(-1), z.reshape(-1)
-        tau_s, tau_t = -jnp.log(1 - s), jnp.where(call == 0, jnp.inf, -jnp.log(jnp.maximum(1 - t, 1e-30)))
+        tau_s, tau_t = -jnp.log(then), -jnp.log(done)  # inf at the first call, 0 after the last
 
         def some(i):
             p = process.as_prediction(prediction.select(i))

@@ -38,24 +38,31 @@ WEIGHTINGS = ("none", "constant", "clip", "empirical")
 CLUSTERS = ("exact", "clean")
 
 
-def log_sum(logs, where=True):
-    """log of the sum of exp(logs [..., M]) over the last axis, where bool [..., M] says so: [...].
+def _parts(logs, where=None):
+    """The largest of logs [..., M] where bool [..., M] says so (0 if none is), and log of the sum of exp(logs - that).
 
-    -inf where nothing is summed, and gradients are finite even there (jax.nn.logsumexp's are NaN).
+    Apart, so that what is common to two sums cancels before float32 rounds. Gradients are those of the sum's log alone,
+    the largest a constant in both; finite also where nothing is summed (jax.nn.logsumexp's are NaN).
     """
-    top = _finite(jnp.max(jax.lax.stop_gradient(jnp.where(where, logs, -jnp.inf)), axis=-1, keepdims=True))
-    total = jnp.sum(jnp.exp(jnp.where(where, logs - top, -jnp.inf)), axis=-1)
-    return _log(total) + top[..., 0]
+    kept = (lambda a: a) if where is None else lambda a: jnp.where(where, a, -jnp.inf)
+    top = _finite(jnp.max(jax.lax.stop_gradient(kept(logs)), axis=-1))
+    return top, _log(jnp.sum(jnp.exp(kept(logs - top[..., None])), axis=-1))
+
+
+def log_sum(logs, where=None):
+    """log of the sum of exp(logs [..., M]) over the last axis, where bool [..., M] says so: [...]; -inf for no sum."""
+    top, total = _parts(logs, where)
+    return top + total
 
 
 def _finite(logs):
-    """-inf made 0, so that it can be subtracted: a sum of nothing is divided by 1."""
-    return jnp.where(jnp.isfinite(logs), logs, 0.0)
+    """-inf made 0, so that it can be subtracted: a sum of nothing is divided by 1. NaN stays: it must be seen."""
+    return jnp.where(logs == -jnp.inf, 0.0, logs)
 
 
 def _log(total):
     """log of sums >= 0; -inf at 0, without a gradient."""
-    return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    return jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1.0, total)))
 
 
 class Dense:
@@ -71,14 +78,20 @@ class Dense:
         self.logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         self.hierarchy, self.level = hierarchy, level
         self.anc = hierarchy.anc if level == 0 else hierarchy.level1_anc
-        self._top = _finite(jnp.max(jax.lax.stop_gradient(self.logits), axis=-1))
-        self._near = self.logits - self._top[..., None]  # at most 0, so that sums neither overflow nor lose digits
-        self._total = log_sum(self._near)
+        self._top, self._total = _parts(self.logits)
 
     @property
     def log_z(self):
         """log of the sum of exp(logits), [...]."""
         return self._total + self._top
+
+    @property
+    def _near(self):
+        return self.logits - self._top[..., None]
+
+    def _under(self, level: int, node, outside: bool = False):
+        under = wide(self.anc[level], node) == node[..., None]
+        return _parts(self.logits, ~under if outside else under)
 
     def log_probs(self):
         """log f of every word, [..., V]."""
@@ -92,36 +105,33 @@ class Dense:
         return Dense(self._near + bias(lambda level: wide(self.anc[level], self._total)), self.hierarchy, self.level)
 
     def log_prob(self, x):
-        return _at(self._near, x) - _finite(self._total)
+        return _at(self.logits, x) - self._top - _finite(self._total)
 
     def log_within(self, x, level: int = 1):
         own = jnp.asarray(self.anc[level - 1])[x] if level - 1 > self.level else x
         if level == self.hierarchy.num_levels:
             return self.log_mass(level - 1, own)
-        under = wide(self.anc[level], x) == jnp.asarray(self.anc[level])[x][..., None]
-        top = jnp.max(jax.lax.stop_gradient(jnp.where(under, self._near, -jnp.inf)), axis=-1, keepdims=True)
-        near = self._near - _finite(top)
-        if level - 1 == self.level:
-            mine = _at(near, x)
-        else:
-            mine = log_sum(near, wide(self.anc[level - 1], x) == own[..., None])
-        return mine - _finite(log_sum(near, under))
+        (top, total), part = self._under(level, jnp.asarray(self.anc[level])[x]), jnp.float32(0)
+        first = _at(self.logits, x)
+        if level - 1 > self.level:
+            first, part = self._under(level - 1, own)
+        return first - top + (part - _finite(total))
 
     def log_mass(self, level: int, node, outside: bool = False):
         if level == self.level and not outside:
             return self.log_prob(node)
-        under = wide(self.anc[level], node) == node[..., None]
-        return log_sum(self._near, ~under if outside else under) - _finite(self._total)
+        top, total = self._under(level, node, outside)
+        return top - self._top + (total - _finite(self._total))
 
     def log_masses(self, level: int):
         if level == self.level:
             return self.log_probs()
         anc, n = jnp.asarray(self.anc[level]), self.hierarchy.sizes[level]
-        near = jnp.moveaxis(jax.lax.stop_gradient(self._near), -1, 0)
-        top = _finite(jnp.moveaxis(jax.ops.segment_max(near, anc, n), 0, -1))  # of each node, its own
+        logits = jnp.moveaxis(jax.lax.stop_gradient(self.logits), -1, 0)
+        top = _finite(jnp.moveaxis(jax.ops.segment_max(logits, anc, n), 0, -1))  # of each node, its own
         onto = jax.nn.one_hot(anc, n, dtype=self.logits.dtype)
-        total = jnp.matmul(jnp.exp(self._near - top[..., anc]), onto, precision="highest")
-        return _log(total) + top - _finite(self._total)[..., None]
+        total = _log(jnp.matmul(jnp.exp(self.logits - top[..., anc]), onto, precision="highest"))
+        return top - self._top[..., None] + (total - _finite(self._total)[..., None])
 
     def draw(self, keys, wanted, temperature: Any = 1.0, top_p: Any = 1.0, most=None):
         """One word per token: int32 [...]; keys [...], one for each token.
@@ -132,7 +142,7 @@ class Dense:
           top_p: nucleus, in (0, 1]: keep the fewest most likely words with at least this much mass.
           most: see hdlm_jax.decoding.core.sample.
         """
-        return draw_from(keys, self._near, temperature, top_p)
+        return draw_from(keys, self.logits, temperature, top_p)
 
 
 def _at(values, x):
@@ -378,7 +388,7 @@ class HierarchicalProcess(Process):
 
         def one(k):
             if hard_training and k > 1:
-                return -self._forced(p, z, (k,)).log_prob(x)
+                return -self.forced(p, z, (k,)).log_prob(x)
             return self._cost_xi1(p, x, k) if self.xi == 1 else self._cost(p, x, z, k)
 
         return self._by_level(z, {k: one(k) for k in levels or range(1, self.num_levels + 1)})
@@ -408,7 +418,7 @@ class HierarchicalProcess(Process):
         if self.force_transition == "within":
             raise ValueError("force_transition='within': infinite bound for xi < 1; choose none, between or cavity")
         if k == 1:
-            return -self._forced(p, z, (1,)).log_prob(x)
+            return -self.forced(p, z, (1,)).log_prob(x)
         d, own = self.leak, self.xi - self.leak
         n_u, n_v = wide(self._count(k - 1), z), jnp.asarray(self._count(k))[self._node(z, k)][..., None]
         under = self._under(z, k, k - 1)
@@ -424,7 +434,7 @@ class HierarchicalProcess(Process):
         Q, a sum of three terms, is summed by logarithm: each of them can be all that there is.
         """
         d, own, v = self.leak, self.xi - self.leak, self._node(z, k)
-        masses, under = self._forced(p, z, (k,)).log_masses(j), self._under(z, k, j)
+        masses, under = self.forced(p, z, (k,)).log_masses(j), self._under(z, k, j)
         log_u = wide(np.log(self._count(j)), z)
         log_v, log_own = (jnp.asarray(np.log(a))[v][..., None] for a in (self._count(k), d * self._count(k) + own))
         terms = [masses + math.log(own) - log_own, log_sum(masses, ~under)[..., None] + log_u - log_v]
@@ -432,9 +442,10 @@ class HierarchicalProcess(Process):
             terms.append(log_sum(masses, under)[..., None] + math.log(d) + log_u - log_own)
         return jnp.where(under, log_sum(jnp.stack(terms, axis=-1)), -jnp.inf)
 
-    def _forced(self, p, z, levels):
-        """The prediction after the force transition at tokens of z that show one of `levels`; f itself elsewhere."""
-        levels = [k for k in levels if k < self.num_levels]
+    def forced(self, p, z, levels=None):
+        """The prediction after the force transition at tokens of z that show one of `levels` (default: any cluster);
+        f itself elsewhere."""
+        levels = [k for k in levels or range(1, self.num_levels) if k < self.num_levels]
         if self.force_transition == "none" or not levels:
             return p
         if self.force_transition == "within" or self.xi == 1:
@@ -481,7 +492,7 @@ class HierarchicalProcess(Process):
         p = self.as_prediction(prediction)
         if j and clusters == "exact" and not self._stays_under:
             return self._log_child_law(p, z, k, j)
-        return self._forced(p, z, (k,)).log_masses(j)
+        return self.forced(p, z, (k,)).log_masses(j)
 
     def proposal(self, tokens: int, cv2: float) -> Proposal:
         """Noise times for evaluation, with little variance."""
@@ -570,8 +581,7 @@ class HierarchicalProcess(Process):
         p = self.as_prediction(prediction)
         level = self.level_of(z)
 
-        forced = self._forced(p, z, range(1, self.num_levels))
-        x = forced.draw(fold(keys, 0), (target == 0) & (level > 0), temperature, top_p, most)
+        x = self.forced(p, z).draw(fold(keys, 0), (target == 0) & (level > 0), temperature, top_p, most)
         out = jnp.where(target == 0, x, z)
         for j in range(1, self.num_levels):
             if clusters == "clean" or self._stays_under:

@@ -98,10 +98,9 @@ def drop_probability(process, prediction, z, new, clusters: str = "exact"):
     p(x | z), a node u the mass that `HierarchicalProcess.posterior` gives it.
     """
     p, level, below = process.as_prediction(prediction), process.level_of(z), process.level_of(new)
-    out = jnp.zeros(z.shape, jnp.float32)
-    for k in range(1, process.num_levels + 1):
-        word = process._forced(p, z, (k,)).log_prob(jnp.where(below == 0, new, 0))
-        out = jnp.where((level == k) & (below == 0), jnp.exp(word), out)
+    word = process.forced(p, z).log_prob(jnp.where(below == 0, new, 0))
+    out = jnp.where((level > 0) & (below == 0), jnp.exp(word), 0.0)
+    for k in range(2, process.num_levels + 1):
         for j in range(1, k):
             law = process.law_below(p, z, k, j, clusters)
             node = jnp.take_along_axis(law, process._node(new, j)[..., None], axis=-1)[..., 0]

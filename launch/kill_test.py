@@ -38,7 +38,7 @@ def get_config():
     c.optimizer.warmup, c.optimizer.ema = 5, 0.9
     c.train.steps, c.train.batch_size, c.train.log_every, c.train.evaluate_every = 60, 16, 2, 3
     c.evaluate.rows_in_training = 64
-    c.checkpoint.every = 4
+    c.checkpoint.every, c.checkpoint.minutes = 4, 0.01
     return c
 '''
 

@@ -555,8 +555,11 @@ def test_ctrl_c_is_heard_by_one_process_alone(tmp_path, small, hearing):
         pids = [int(pid) for pid in own.read_text().split()]
         return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
-    for pid in wait_for(lambda: workers() if len(workers()) > 1 else None):
-        os.kill(pid, signal.SIGINT)
+    pids = wait_for(lambda: workers() if len(workers()) > 1 else None)
+    for _ in range(8):  # while they import
+        time.sleep(0.05)
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGINT)
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and not errors, errors

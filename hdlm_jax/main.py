@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
         released.check_trainable(workdir)
         train.train(config, workdir, _PROFILE.value)
     elif _MODE.value == "evaluate":
-        evaluate.evaluate(config, workdir)
+        (tasks.run if config.evaluate.tasks else evaluate.evaluate)(config, workdir)
     elif _MODE.value == "generate":
         generate.generate(config, workdir)
     elif _MODE.value == "import":

@@ -141,6 +141,36 @@ class Checkpoints:
             self._sweep()
 
 
+def checkpoints_of(workdir: str) -> Any:
+    """The checkpoints of a run, or the one step of an export or import."""
+    return Exported(workdir) if os.path.isdir(os.path.join(workdir, "params")) else Checkpoints(workdir, read_only=True)
+
+
+class Exported:
+    """An export where a reader of weights expects Checkpoints: the one step it has."""
+
+    def __init__(self, folder: str):
+        self.folder = os.path.abspath(folder)
+        with open(os.path.join(self.folder, "config.json")) as f:
+            self.facts = json.load(f)
+
+    def choose(self, which: str) -> int:
+        return self.facts["step"]
+
+    def has(self, step: int) -> bool:
+        return True
+
+    def meta(self, step: int) -> dict:
+        return self.facts["fingerprints"]
+
+    def params(self, step: int, abstract_params: Any, ema: bool) -> Any:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(os.path.join(self.folder, "params"), abstract_params)
+
+    def close(self) -> None:
+        pass
+
+
 def _score(metrics: dict[str, float]) -> float:
     return metrics.get("nelbo", float("inf"))
 

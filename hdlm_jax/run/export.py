@@ -40,22 +40,19 @@ params = ocp.StandardCheckpointer().restore(os.path.abspath(f"{folder}/params"))
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 import hdlm_jax
 from hdlm_jax import jsons
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.run import parallel, released
-from hdlm_jax.run.api import load_run, saved_config
-from hdlm_jax.run.checkpoint import Checkpoints, reuse, save_params, write_json
+from hdlm_jax.run.checkpoint import checkpoints_of, reuse, save_params, write_json
 from hdlm_jax.run.metrics import say
+from hdlm_jax.run.run import load_run, saved_config
 
 
 def export(config: Config, workdir: str) -> str:
@@ -119,33 +116,3 @@ def export(config: Config, workdir: str) -> str:
 
     parallel.first(write)
     return folder
-
-
-def checkpoints_of(workdir: str) -> Any:
-    """The checkpoints of a run, or the one step of an export or import."""
-    return Exported(workdir) if os.path.isdir(os.path.join(workdir, "params")) else Checkpoints(workdir, read_only=True)
-
-
-class Exported:
-    """An export where a reader of weights expects Checkpoints: the one step it has."""
-
-    def __init__(self, folder: str):
-        self.folder = os.path.abspath(folder)
-        with open(os.path.join(self.folder, "config.json")) as f:
-            self.facts = json.load(f)
-
-    def choose(self, which: str) -> int:
-        return self.facts["step"]
-
-    def has(self, step: int) -> bool:
-        return True
-
-    def meta(self, step: int) -> dict:
-        return self.facts["fingerprints"]
-
-    def params(self, step: int, abstract_params: Any, ema: bool) -> Any:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(os.path.join(self.folder, "params"), abstract_params)
-
-    def close(self) -> None:
-        pass

@@ -30,7 +30,7 @@ from hdlm_jax.run import judge as judges
 from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import reuse, write_json
 from hdlm_jax.run.metrics import progress, say
-from hdlm_jax.run.stages import check_writable
+from hdlm_jax.run.run import check_writable, load_here, load_run
 from hdlm_jax.text.tokens import Tokenizer, write_atomic
 
 FRAMES = 128  # of a trajectory, at most
@@ -366,8 +366,6 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
     config.generate.judge the summary has their generative perplexity (hdlm_jax.run.judge) under "judge"; samples that
     are there are judged as they are.
     """
-    from hdlm_jax.run.api import load_run
-
     g = config.generate
     run = load_run(config, workdir, g.checkpoint)
     check_writable(workdir)
@@ -401,8 +399,6 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
 
 def load_helper(run: Any, g: Generate) -> Any:
     """The autoregressive run in g.helper, or None; ConfigError where it is none, or does not know this run's words."""
-    from hdlm_jax.run.api import load_here
-
     if not g.helper:
         return None
     helper = load_here(g.helper, mesh=run.config.parallel)

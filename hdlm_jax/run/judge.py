@@ -24,8 +24,11 @@ from hdlm_jax.config import ConfigError, Parallel
 from hdlm_jax.model import gpt2
 from hdlm_jax.model.heads import chunk_size
 from hdlm_jax.run import parallel
+from hdlm_jax.run.checkpoint import checkpoints_of
+from hdlm_jax.run.elbo import Evaluator
 from hdlm_jax.run.metrics import measured, progress, say
 from hdlm_jax.run.metrics import perplexity as exp
+from hdlm_jax.run.run import load_here, saved_config
 from hdlm_jax.text.pipeline import rows_of
 from hdlm_jax.text.tokens import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
 
@@ -238,9 +241,6 @@ class RunJudge:
     """
 
     def __init__(self, workdir: str, shape: Parallel):
-        from hdlm_jax.run.api import saved_config
-        from hdlm_jax.run.export import checkpoints_of
-
         self.workdir, self.shape, self.config = workdir, shape, saved_config(workdir)
         checkpoints = checkpoints_of(workdir)
         self.step = checkpoints.choose("best")
@@ -254,9 +254,6 @@ class RunJudge:
 
     @functools.cached_property
     def _loaded(self):
-        from hdlm_jax.run.api import load_here
-        from hdlm_jax.run.evaluate import Evaluator
-
         run = load_here(self.workdir, mesh=self.shape)
         return run, Evaluator(run.config, run.network, run.process, run.mesh, run.params)
 

@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 
 from hdlm_jax import jsons
+from hdlm_jax.diffusion.levels import LevelChain
+from hdlm_jax.run import tasks
 from hdlm_jax.run.metrics import read_metrics, readable, say
+from hdlm_jax.run.run import data_dir, saved_config
+from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.text.prepare import load_manifest, token_counts
+from hdlm_jax.text.tokens import load_tokenizer
 
 _VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 
@@ -96,8 +102,6 @@ def occupancy(rates: Sequence[float], film: Mapping[str, Any] | None, offsets: S
 
     Returns t [101], beta [101][K+1]; with a film points: t [F+1], share [F+1][K+1] among `tokens` that were masks.
     """
-    from hdlm_jax.diffusion.levels import LevelChain
-
     t = np.linspace(0, 1, 101)
     with np.errstate(divide="ignore"):
         beta = LevelChain(tuple(rates)).beta(-np.log1p(-t), np)
@@ -114,8 +118,6 @@ def occupancy(rates: Sequence[float], film: Mapping[str, Any] | None, offsets: S
 
 def _of_data(folder: str) -> tuple[np.ndarray | None, float | None]:
     """How often each word occurs in the training tokens, and the unigram's nats; None where the data is not there."""
-    from hdlm_jax.text.prepare import load_manifest, token_counts
-
     try:
         manifest = load_manifest(folder)
         return token_counts(folder, "train", manifest), manifest.unigram_nats
@@ -131,9 +133,6 @@ def gather(workdir: str, film: bool = True) -> dict[str, Any]:
     Raises:
       ConfigError: no run there.
     """
-    from hdlm_jax.run.api import saved_config
-    from hdlm_jax.run.stages import data_dir
-
     config = saved_config(workdir)
     raw = read_json(os.path.join(workdir, "config.json"))
     raw = raw.get("config", raw)
@@ -146,9 +145,6 @@ def gather(workdir: str, film: bool = True) -> dict[str, Any]:
     path = os.path.join(workdir, "hierarchy.npz")
     if not film or not os.path.exists(path):
         return out
-    from hdlm_jax.text.hierarchy import Hierarchy
-    from hdlm_jax.text.tokens import load_tokenizer
-
     tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
     hierarchy = Hierarchy.load(path, tokenizer.fingerprint)
     counts, out["unigram"] = _of_data(data_dir(config, workdir))
@@ -319,9 +315,7 @@ def headline(run: Mapping[str, Any]) -> str:
 
 def _tasks(found: dict[str, Any]) -> str:
     """tasks.json as tables."""
-    from hdlm_jax.run.tasks import newest, rows
-
-    return "".join(html_table(cells, head) for head, *cells in rows(newest(found)))
+    return "".join(html_table(cells, head) for head, *cells in tasks.rows(tasks.newest(found)))
 
 
 _WAYS = {

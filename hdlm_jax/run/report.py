@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from hdlm_jax.run import page
+from hdlm_jax.run import page, parallel
 from hdlm_jax.run.metrics import measured, readable, say
+from hdlm_jax.run.run import check_writable, saved_config
+from hdlm_jax.run.tasks import newest
 from hdlm_jax.text.tokens import write_atomic
 
 
@@ -122,8 +124,6 @@ def task_table(workdirs: list[str]) -> str:
 
     Perplexities by the models' own tokens, accuracies in percent; with a standard error each.
     """
-    from hdlm_jax.run.tasks import newest
-
     found = {w: newest(page.read_json(os.path.join(w, "tasks.json")) or {}) for w in workdirs}
     names = list(dict.fromkeys(name for tasks in found.values() for name in tasks))
     for name in names:
@@ -151,10 +151,6 @@ def report(workdir: str) -> str:
     Raises:
       ConfigError: no run there.
     """
-    from hdlm_jax.run import parallel
-    from hdlm_jax.run.api import saved_config
-    from hdlm_jax.run.stages import check_writable
-
     saved_config(workdir)
     check_writable(workdir)
     path = os.path.join(workdir, "report.html")

@@ -19,7 +19,7 @@ import numpy as np
 
 from hdlm_jax.config import Evaluate, Generate
 from hdlm_jax.run import parallel
-from hdlm_jax.run.evaluate import Evaluator
+from hdlm_jax.run.elbo import Evaluator
 from hdlm_jax.run.generate import Sampler, load_helper, prompt_canvas, sampler_of
 from hdlm_jax.text.pipeline import rows_of
 from hdlm_jax.text.tokens import Tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from hdlm_jax.config import Config, ConfigError, Tokenizer
 from hdlm_jax.run import parallel
 from hdlm_jax.run.metrics import say
+from hdlm_jax.run.run import checkpoint_embedding, data_dir
 from hdlm_jax.text import clusters, corpus, pipeline, tokens
 from hdlm_jax.text import prepare as text_prepare
 from hdlm_jax.text.hierarchy import Hierarchy, read_extra
@@ -25,10 +25,6 @@ class Text:
     dir: str
     manifest: text_prepare.Manifest
     tokenizer: tokens.Tokenizer
-
-
-def data_dir(config: Config, workdir: str) -> str:
-    return config.data.dir or os.path.join(workdir, "data")
 
 
 def make_tokens(config: Config, workdir: str) -> str | None:
@@ -103,8 +99,6 @@ def word_vectors(config: Config, text: Text) -> np.ndarray:
     kept = os.path.join(text.dir, f"embeddings-{text.manifest.fingerprint[:12]}-{h.seed}.npy")
 
     def vectors(tokens: Any) -> np.ndarray:
-        from hdlm_jax.run.api import checkpoint_embedding
-
         return clusters.embeddings(h.embeddings, vocab_size=text.manifest.vocab_size, eot=text.manifest.eot,
                                    seed=h.seed, tokens=tokens, load_checkpoint_embedding=checkpoint_embedding)
 
@@ -119,23 +113,6 @@ def word_vectors(config: Config, text: Text) -> np.ndarray:
         return vectors(None)
     parallel.first(keep)
     return np.load(kept, allow_pickle=False)
-
-
-def check_writable(folder: str) -> None:
-    """OSError unless files can be made in a folder (which is made if it is not there), before any work."""
-    def probe() -> None:
-        path = os.path.join(folder, f".writable.{os.getpid()}")
-        try:
-            os.makedirs(folder, exist_ok=True)
-            with open(path, "w") as file:
-                file.write("x" * 4096)  # an empty file fits on a full disk
-        except OSError as error:
-            raise OSError(f"workdir={folder!r} cannot be written ({error.strerror}); give another --workdir") from error
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(path)
-
-    parallel.first(probe)
 
 
 def cluster(config: Config, workdir: str, text: Text) -> Hierarchy:

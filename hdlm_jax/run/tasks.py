@@ -36,11 +36,11 @@ from hdlm_jax import jsons
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import write_json
-from hdlm_jax.run.evaluate import summarise
+from hdlm_jax.run.elbo import summarise
 from hdlm_jax.run.metrics import perplexity as exp
 from hdlm_jax.run.metrics import say
+from hdlm_jax.run.run import check_writable, load_run
 from hdlm_jax.run.score import Choices, Scorer, documents, encode_pair
-from hdlm_jax.run.stages import check_writable
 from hdlm_jax.text import benchmarks, corpus
 from hdlm_jax.text.benchmarks import TASKS, Passage, Question
 from hdlm_jax.text.tokens import write_atomic
@@ -133,8 +133,6 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     Raises:
       ConfigError: no such run, or data that is not there or cannot be read, before anything is computed.
     """
-    from hdlm_jax.run.api import load_run
-
     e = config.evaluate
     data = {name: _read(config, name, source) for name, source in sources(config).items()}
     loaded = load_run(config, workdir, e.checkpoint, e.ema)

@@ -18,7 +18,7 @@ from hdlm_jax.config import Config, ConfigError, resolve
 from hdlm_jax.model.network import flops_per_token
 from hdlm_jax.run import lock, parallel
 from hdlm_jax.run.checkpoint import Checkpoints, write_json
-from hdlm_jax.run.evaluate import Evaluator, summarise
+from hdlm_jax.run.elbo import Evaluator, summarise
 from hdlm_jax.run.metrics import (
     MetricsFile,
     TensorBoard,
@@ -29,16 +29,17 @@ from hdlm_jax.run.metrics import (
     read_metrics,
     say,
 )
-from hdlm_jax.run.stages import batches_of, check_writable, cluster, prepare, word_vectors
+from hdlm_jax.run.run import FREE, check_writable, load_params, upgraded
+from hdlm_jax.run.stages import batches_of, cluster, prepare, word_vectors
 from hdlm_jax.run.state import abstract_state, build, init_state, make_optimizer, make_train_step
+from hdlm_jax.text.clusters import initial_table
+from hdlm_jax.text.pipeline import valid_rows
 
 RESUME_EXIT = 75  # leaving on SIGTERM or Ctrl-C with everything saved: run the same command again
 INTERRUPTED = 130  # leaving on Ctrl-C at once
 # sections in which a resumed run must not differ, and the settings in them that may; of data its fingerprint counts
 # and how sequences are made of it
 _FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "optimizer", "train")
-FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "train.nonfinite_limit", "model.remat",
-        "tokenizer.file", "tokenizer.sha256")  # these two: what they hold is in the tokenizer's fingerprint
 _FIXED_DATA = ("packing", "padding", "variable_share", "stream", "shuffle_documents")
 
 
@@ -48,8 +49,6 @@ class TrainingStopped(RuntimeError):
 
 def check_resume(config: Config, meta: dict, path: str) -> None:
     """ConfigError if a checkpoint belongs to another configuration."""
-    from hdlm_jax.run.api import upgraded
-
     now = config.as_dict()
     then = resolve(upgraded(meta["config"], path)).as_dict()  # with paths expanded, and settings of today
     for section in ("data", *_FIXED):
@@ -83,8 +82,6 @@ def train(config: Config, workdir: str, profile: bool = False) -> Any:
 
 
 def _train(config: Config, workdir: str, profile: bool, stop: _Stop) -> Any:
-    from hdlm_jax.text.pipeline import valid_rows
-
     began = time.time()
     mesh = parallel.make_mesh(config)
     shards = parallel.batch_shards(mesh)
@@ -289,8 +286,6 @@ def _fresh_state(config: Config, text, hierarchy, network, tx, shardings):
     key = jax.random.key(config.train.seed)
     table = None
     if config.train.init_from:
-        from hdlm_jax.run.api import load_params
-
         found = load_params(config, text.tokenizer.fingerprint)
         state = jax.jit(lambda k: init_state(config, hierarchy, network, tx, k), out_shardings=shardings)(key)
         want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, found))
@@ -302,8 +297,6 @@ def _fresh_state(config: Config, text, hierarchy, network, tx, shardings):
         say(f"train: starting from the weights of {config.train.init_from}")
         return state._replace(params=params, ema=ema)
     if config.model.embeddings == "clusters":
-        from hdlm_jax.text.clusters import initial_table
-
         table = initial_table(word_vectors(config, text), hierarchy, config.model.width, seed=config.train.seed)
     init = jax.jit(lambda k, t: init_state(config, hierarchy, network, tx, k, t), out_shardings=shardings)
     return init(key, table)

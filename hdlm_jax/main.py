@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from contextlib import nullcontext
+from logging import CRITICAL, getLogger
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -132,6 +133,18 @@ def run(argv: list[str]) -> None:
         _leave(130)
 
 
+def _hush() -> None:
+    """What users should read is said in words, so that the one line of an error is the last one.
+
+    Where a checkpoint cannot be written, Orbax leaves many tasks of asyncio behind, which would each tell the same.
+    """
+    logging.set_verbosity(logging.ERROR)
+    if not os.environ.get("HDLM_TRACEBACK"):
+        getLogger("asyncio").setLevel(CRITICAL)
+        sys.unraisablehook = lambda found: (None if "Event loop is closed" in str(found.exc_value)
+                                            else sys.__unraisablehook__(found))
+
+
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)  # what users should read is said in words
+    _hush()
     app.run(run, flags_parser=parse)

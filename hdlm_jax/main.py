@@ -77,9 +77,22 @@ def main(argv: list[str]) -> None:
 
     import jax
 
-    from hdlm_jax.run import api, evaluate, export, generate, lock, metrics, parallel, released, report, stages, train
+    from hdlm_jax.run import (
+        evaluate,
+        export,
+        generate,
+        lock,
+        metrics,
+        parallel,
+        released,
+        report,
+        runs,
+        stages,
+        tasks,
+        train,
+    )
 
-    config = resolve(api.with_base(_CONFIG.value, workdir))
+    config = resolve(runs.with_base(_CONFIG.value, workdir))
 
     if _DISTRIBUTED.value:
         parallel.join()

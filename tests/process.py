@@ -18,7 +18,7 @@ def main(recipe: str, folder: Path) -> None:
     import jax
 
     from hdlm_jax.config import Parallel
-    from hdlm_jax.run import api, evaluate, export, generate, lock, metrics, parallel, train
+    from hdlm_jax.run import evaluate, export, generate, lock, metrics, parallel, runs, train
 
     parallel.join()
     me = jax.process_index()
@@ -32,7 +32,7 @@ def main(recipe: str, folder: Path) -> None:
     said["samples"] = generate.generate(config, run)["samples"]
     export.export(config, run)
     # what one process with eight devices has written
-    there = api.load_run(config, str(Path(recipe).parent / "run"), "latest")
+    there = runs.load_run(config, str(Path(recipe).parent / "run"), "latest")
     said["sums"] = [float(parallel.to_host(leaf).astype("float64").sum()) for leaf in jax.tree.leaves(there.params)]
     try:  # an error of process 0 is everybody's
         parallel.first(lambda: {}["x"])

@@ -399,7 +399,7 @@ def test_samples_and_nats_do_not_depend_on_devices(kind):
     import dataclasses
 
     from hdlm_jax.run import parallel
-    from hdlm_jax.run.evaluate import Evaluator
+    from hdlm_jax.run.elbo import Evaluator
     from hdlm_jax.run.generate import Sampler, prompt_canvas
 
     config, network, process, params = made(kind)

@@ -16,7 +16,7 @@ from hdlm_jax import config as config_lib
 from hdlm_jax.config import ConfigError
 from hdlm_jax.diffusion.levels import LevelChain, Proposal
 from hdlm_jax.diffusion.process import HierarchicalProcess
-from hdlm_jax.run import api, evaluate, generate, report, stages, train
+from hdlm_jax.run import evaluate, generate, report, runs, stages, train
 from hdlm_jax.text import pipeline, prepare
 from hdlm_jax.text.hierarchy import Hierarchy
 
@@ -180,7 +180,7 @@ def test_runs_of_earlier_versions_had_hidden_padding(tmp_path):
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     del saved["data"]["padding"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
-    assert api.saved_config(workdir).data.padding == "hidden"
+    assert runs.saved_config(workdir).data.padding == "hidden"
     meta = {"config": json.loads(json.dumps(read_recipe(trained()[0]).as_dict()))}
     del meta["config"]["data"]["padding"]
     now = read_recipe(trained()[0])
@@ -276,19 +276,19 @@ def test_a_run_starts_from_another_without_its_settings(tmp_path):
     given = config_lib.default()
     given.train.init_from = str(base)
     given.optimizer.lr = 1e-4
-    config = config_lib.resolve(api.with_base(given, str(tmp_path)))
-    was = api.saved_config(str(base))
+    config = config_lib.resolve(runs.with_base(given, str(tmp_path)))
+    was = runs.saved_config(str(base))
     assert (config.tokenizer, config.hierarchy, config.model) == (was.tokenizer, was.hierarchy, was.model)
     assert config.diffusion == was.diffusion and config.optimizer.lr == 1e-4 and config.data.source == "embedded"
     given.model.seq_len, given.diffusion.weighting = 8, "none"  # these may be others
-    assert config_lib.resolve(api.with_base(given, str(tmp_path))).model.seq_len == 8
+    assert config_lib.resolve(runs.with_base(given, str(tmp_path))).model.seq_len == 8
     given.model.width, given.hierarchy.clusters = 64, (4,)
     with pytest.raises(ConfigError, match=r"train.init_from=.*hierarchy.clusters=\(4,\) \(there \(8,\)\); "
                                           r"model.width=64 \(there 32\); leave them out"):
-        api.with_base(given, str(tmp_path))
+        runs.with_base(given, str(tmp_path))
     given.train.init_from = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="train.init_from='.*nowhere': .*no .*config.json"):
-        api.with_base(given, str(tmp_path))
+        runs.with_base(given, str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 

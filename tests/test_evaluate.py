@@ -10,7 +10,7 @@ import pytest
 from hdlm_jax import config as config_lib
 from hdlm_jax.diffusion.levels import LevelChain, Proposal
 from hdlm_jax.run import parallel
-from hdlm_jax.run.evaluate import Evaluator, summarise
+from hdlm_jax.run.elbo import Evaluator, summarise
 from hdlm_jax.run.state import build, init_state, make_optimizer
 from hdlm_jax.text.hierarchy import Hierarchy
 

@@ -20,7 +20,7 @@ from hdlm_jax import config
 from hdlm_jax.config import ConfigError, Released
 from hdlm_jax.model.heads import FlatHead
 from hdlm_jax.model.network import Network
-from hdlm_jax.run import api, evaluate, released
+from hdlm_jax.run import evaluate, released, runs
 from hdlm_jax.run.export import export
 from hdlm_jax.run.interop import (
     EMBEDDING,
@@ -396,7 +396,7 @@ def test_an_imported_run_is_evaluated_and_trained_from(roundtrip):
     want = evaluate.evaluate(c, str(folder / "trained"))
     assert found["nelbo"] == want["nelbo"] and found["step"] == 0 and found["whole_split"] == want["whole_split"]
     start = dataclasses.replace(c, train=dataclasses.replace(c.train, init_from=str(folder / "run")))
-    params = api.load_params(start, model().tokenizer.fingerprint)
+    params = runs.load_params(start, model().tokenizer.fingerprint)
     np.testing.assert_array_equal(params["stack"]["qkv"]["kernel"], model().run.params["stack"]["qkv"]["kernel"])
     with pytest.raises(ConfigError, match="holds imported or exported weights; train in another"):
         check_trainable(str(folder / "run"))

@@ -12,7 +12,7 @@ from test_metrics import make_run
 from hdlm_jax import jsons
 from hdlm_jax.run import judge, page, report, tasks
 from hdlm_jax.run.checkpoint import reuse, write_json
-from hdlm_jax.run.evaluate import summarise
+from hdlm_jax.run.elbo import summarise
 from hdlm_jax.run.metrics import measured, perplexity, readable
 
 BAD = {"a": math.nan, "b": [np.float32("inf"), (1, -math.inf)], "c": jnp.array([1.0, jnp.nan]), "d": np.int64(3),

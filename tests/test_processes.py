@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from hdlm_jax.config import Parallel
-from hdlm_jax.run import api, evaluate, generate, parallel, state, train
+from hdlm_jax.run import evaluate, generate, parallel, runs, state, train
 from hdlm_jax.run.checkpoint import Checkpoints
 from hdlm_jax.run.metrics import read_metrics
 
@@ -69,7 +69,7 @@ def test_a_checkpoint_is_read_on_any_number_of_devices(two, written, devices, me
     recipe, alone = tiny.trained()
     workdir = two[0] / "run" if written == "by 2 processes" else alone
     config = dataclasses.replace(tiny.read_recipe(recipe), parallel=Parallel(**mesh))
-    run = api.load_run(dataclasses.replace(config, parallel=Parallel()), str(workdir), "latest")
+    run = runs.load_run(dataclasses.replace(config, parallel=Parallel()), str(workdir), "latest")
     tx = state.make_optimizer(config)[0]
 
     def restored(mesh):

@@ -18,8 +18,8 @@ from hdlm_jax import config as config_lib
 from hdlm_jax.config import ConfigError
 from hdlm_jax.diffusion import sampler
 from hdlm_jax.diffusion.process import HierarchicalProcess, fold
-from hdlm_jax.run import api, evaluate, requests, tasks
-from hdlm_jax.run.evaluate import Evaluator
+from hdlm_jax.run import requests, runs, tasks
+from hdlm_jax.run.elbo import Evaluator
 from hdlm_jax.run.score import PILOT, Choices, Piece, Scorer, _best_two, documents, encode_pair, stratified_se
 from hdlm_jax.text import benchmarks, corpus
 
@@ -29,7 +29,7 @@ TEXTS = ["short", "a text that is a good deal longer than the sixteen bytes of a
 
 @functools.cache
 def loaded():
-    return api.load_here(str(tiny.trained()[1]))
+    return runs.load_here(str(tiny.trained()[1]))
 
 
 def scorer(run=None, **settings):
@@ -399,11 +399,11 @@ def test_results_are_written_reused_and_gone_on_with(tmp_path, workdir, monkeypa
 
     monkeypatch.setattr(tasks, "ranking", dies)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate(config, str(workdir))
+        tasks.run(config, str(workdir))
     assert sorted(json.loads((workdir / "tasks.json").read_text())) == ["ptb/document", "ptb/packed"] and killed
     monkeypatch.setattr(tasks, "ranking", real)
     calls.clear()
-    found = evaluate.evaluate(config, str(workdir))
+    found = tasks.run(config, str(workdir))
     assert calls == ["ranking", "perplexity", "perplexity", "ranking"]
     assert json.loads((workdir / "tasks.json").read_text()) == json.loads(json.dumps(found))
     assert found["ptb/packed"]["tokens"] == 11 + 6 + 2 and found["files/document"]["documents"] == 1
@@ -414,9 +414,9 @@ def test_results_are_written_reused_and_gone_on_with(tmp_path, workdir, monkeypa
     text = (workdir / "tasks.md").read_text()
     assert "| piqa* |" in text and "| ptb | packed | nothing | ptb |" in text and text in capsys.readouterr().out
     calls.clear()
-    assert evaluate.evaluate(config, str(workdir)) == found and not calls
+    assert tasks.run(config, str(workdir)) == found and not calls
     other = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, limit=0, tasks=("piqa", "ptb")))
-    evaluate.evaluate(other, str(workdir))  # more questions; the same two documents
+    tasks.run(other, str(workdir))  # more questions; the same two documents
     assert calls == ["ranking"] and json.loads((workdir / "tasks.json").read_text())["files/packed"]
 
 
@@ -434,7 +434,7 @@ def test_settings_that_cannot_work(tmp_path, workdir):
     for settings, said in ((dict(tasks=("lm1b",), lm1b=("none-*",)), "evaluate.lm1b: no file matches 'none-\\*'"),
                            (dict(tasks=("ptb",), tasks_data="nowhere"), "evaluate.tasks_data='nowhere': task ptb")):
         with pytest.raises(ConfigError, match=said):
-            evaluate.evaluate(configured(tmp_path, **settings), "no run, and it is not asked for")
+            tasks.run(configured(tmp_path, **settings), "no run, and it is not asked for")
 
 
 def test_a_tuple_from_the_command_line(monkeypatch):
@@ -458,7 +458,7 @@ def test_weights_or_their_average(tmp_path):
     recipe.write_text(recipe.read_text().replace("    return c", "    c.optimizer.ema = 0.5\n    return c"))
     config = tiny.read_recipe(recipe)
     train.train(config, str(tmp_path / "run"))
-    average, last = (api.load_run(config, str(tmp_path / "run"), "latest", ema) for ema in (True, False))
+    average, last = (runs.load_run(config, str(tmp_path / "run"), "latest", ema) for ema in (True, False))
     assert average.ema and not last.ema
     pairs = list(zip(jax.tree.leaves(average.params), jax.tree.leaves(last.params), strict=True))
     assert any(not np.array_equal(a, b) for a, b in pairs)

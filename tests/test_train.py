@@ -369,7 +369,7 @@ def test_learns_and_starts_from_another_run(corpus, tmp_path, alone):
     train.train(config, str(tmp_path / "first"))
     records = read_metrics(str(tmp_path / "first" / "metrics.jsonl"))
     assert records[-1]["valid_nelbo"] < 3.2 and records[-1]["loss"] < 0.75 * records[0]["loss"]
-    from hdlm_jax.run.api import load_params
+    from hdlm_jax.run.runs import load_params
 
     more = config_lib.resolve(loop_config(corpus, train__steps=1, train__init_from=str(tmp_path / "first"),
                                           optimizer__lr=1e-9))

@@ -13,7 +13,7 @@ from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import schema as schemas
 from hdlm_jax.run.elbo import Evaluator
 from hdlm_jax.run.generate import ended, load_helper, sampler_of, start_canvas, text_of
-from hdlm_jax.run.run import load_here
+from hdlm_jax.run.runs import load_here
 from hdlm_jax.text import pipeline
 
 

@@ -1,7 +1,7 @@
 """The exact NELBO of any rows (docs/theory.md section 3, "Variance").
 
-Noise times come from q_a, stratified over all (sequence, draw) pairs; nats and tokens are summed and divided once. Every
-pair has its own random numbers, so the result does not depend on batch size or device count.
+Noise times come from q_a, stratified over all (sequence, draw) pairs; nats and tokens are summed and divided once.
+Every pair has its own random numbers, so the result does not depend on batch size or device count.
 """
 
 from __future__ import annotations

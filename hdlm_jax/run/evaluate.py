@@ -15,7 +15,7 @@ from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import reuse, write_json
 from hdlm_jax.run.elbo import Evaluator, summarise
 from hdlm_jax.run.metrics import measured, readable, say
-from hdlm_jax.run.run import check_writable, load_run
+from hdlm_jax.run.runs import check_writable, load_run
 from hdlm_jax.text.prepare import load_manifest
 
 SETTINGS = ("draws", "rows", "cv2", "checkpoint", "ema", "seed")  # of config.Evaluate that say what is measured here

@@ -52,7 +52,7 @@ from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.run import parallel, released
 from hdlm_jax.run.checkpoint import checkpoints_of, reuse, save_params, write_json
 from hdlm_jax.run.metrics import say
-from hdlm_jax.run.run import load_run, saved_config
+from hdlm_jax.run.runs import load_run, saved_config
 
 
 def export(config: Config, workdir: str) -> str:

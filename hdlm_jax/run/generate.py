@@ -30,7 +30,7 @@ from hdlm_jax.run import judge as judges
 from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import reuse, write_json
 from hdlm_jax.run.metrics import progress, say
-from hdlm_jax.run.run import check_writable, load_here, load_run
+from hdlm_jax.run.runs import check_writable, load_here, load_run
 from hdlm_jax.text.tokens import Tokenizer, write_atomic
 
 FRAMES = 128  # of a trajectory, at most

@@ -13,7 +13,7 @@ from typing import Any
 
 from hdlm_jax.config import ConfigError, Evaluate, Generate, change
 from hdlm_jax.run import requests as answers
-from hdlm_jax.run.run import load_here
+from hdlm_jax.run.runs import load_here
 from hdlm_jax.run.score import Scorer
 
 try:

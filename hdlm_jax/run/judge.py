@@ -28,7 +28,7 @@ from hdlm_jax.run.checkpoint import checkpoints_of
 from hdlm_jax.run.elbo import Evaluator
 from hdlm_jax.run.metrics import measured, progress, say
 from hdlm_jax.run.metrics import perplexity as exp
-from hdlm_jax.run.run import load_here, saved_config
+from hdlm_jax.run.runs import load_here, saved_config
 from hdlm_jax.text.pipeline import rows_of
 from hdlm_jax.text.tokens import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
 

@@ -30,7 +30,7 @@ from hdlm_jax.run import parallel
 from hdlm_jax.run.generate import load_helper, real_texts, sampler_of
 from hdlm_jax.run.metrics import readable, say
 from hdlm_jax.run.report import markdown
-from hdlm_jax.run.run import Run, load_here, saved_config
+from hdlm_jax.run.runs import Run, load_here, saved_config
 from hdlm_jax.run.sampling_sweep import measure
 from hdlm_jax.text.corpus import expand
 from hdlm_jax.text.tokens import write_atomic

@@ -20,7 +20,7 @@ from hdlm_jax import jsons
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.run import tasks
 from hdlm_jax.run.metrics import read_metrics, readable, say
-from hdlm_jax.run.run import data_dir, saved_config
+from hdlm_jax.run.runs import data_dir, saved_config
 from hdlm_jax.text.hierarchy import Hierarchy
 from hdlm_jax.text.prepare import load_manifest, token_counts
 from hdlm_jax.text.tokens import load_tokenizer

@@ -24,7 +24,7 @@ from hdlm_jax.run import parallel
 from hdlm_jax.run.checkpoint import reuse, save_params, write_json
 from hdlm_jax.run.interop import EMBEDDING, from_torch, heads_of, shapes, sizes, symbol_ids, to_torch
 from hdlm_jax.run.metrics import say
-from hdlm_jax.run.run import check_writable
+from hdlm_jax.run.runs import check_writable
 from hdlm_jax.text.hierarchy import Hierarchy
 from hdlm_jax.text.tokens import make_tokenizer
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from hdlm_jax.run import page, parallel
 from hdlm_jax.run.metrics import measured, readable, say
-from hdlm_jax.run.run import check_writable, saved_config
+from hdlm_jax.run.runs import check_writable, saved_config
 from hdlm_jax.run.tasks import newest
 from hdlm_jax.text.tokens import write_atomic
 

@@ -32,7 +32,7 @@ from hdlm_jax.run import parallel
 from hdlm_jax.run.generate import Sampler, compile_for, ended, identity, sampler_of, sampling_facts, start_canvas
 from hdlm_jax.run.metrics import read_metrics, readable, say
 from hdlm_jax.run.report import markdown
-from hdlm_jax.run.run import Run, load_here, saved_config
+from hdlm_jax.run.runs import Run, load_here, saved_config
 from hdlm_jax.text.corpus import expand
 from hdlm_jax.text.tokens import write_atomic
 

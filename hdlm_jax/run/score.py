@@ -125,7 +125,7 @@ class Scorer:
     """Estimates of the NELBO of pieces, each in a row of about its own width; compiled once for every width.
 
     Args:
-      run: hdlm_jax.run.api.Run.   settings: draws, seed, target_se, most_draws, batch_size, cv2.
+      run: hdlm_jax.run.runs.Run.   settings: draws, seed, target_se, most_draws, batch_size, cv2.
     """
 
     def __init__(self, run: Any, settings: Evaluate):

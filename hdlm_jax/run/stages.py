@@ -12,7 +12,7 @@ import numpy as np
 from hdlm_jax.config import Config, ConfigError, Tokenizer
 from hdlm_jax.run import parallel
 from hdlm_jax.run.metrics import say
-from hdlm_jax.run.run import checkpoint_embedding, data_dir
+from hdlm_jax.run.runs import checkpoint_embedding, data_dir
 from hdlm_jax.text import clusters, corpus, pipeline, tokens
 from hdlm_jax.text import prepare as text_prepare
 from hdlm_jax.text.hierarchy import Hierarchy, read_extra

@@ -39,7 +39,7 @@ from hdlm_jax.run.checkpoint import write_json
 from hdlm_jax.run.elbo import summarise
 from hdlm_jax.run.metrics import perplexity as exp
 from hdlm_jax.run.metrics import say
-from hdlm_jax.run.run import check_writable, load_run
+from hdlm_jax.run.runs import check_writable, load_run
 from hdlm_jax.run.score import Choices, Scorer, documents, encode_pair
 from hdlm_jax.text import benchmarks, corpus
 from hdlm_jax.text.benchmarks import TASKS, Passage, Question

@@ -29,7 +29,7 @@ from hdlm_jax.run.metrics import (
     read_metrics,
     say,
 )
-from hdlm_jax.run.run import FREE, check_writable, load_params, upgraded
+from hdlm_jax.run.runs import FREE, check_writable, load_params, upgraded
 from hdlm_jax.run.stages import batches_of, cluster, prepare, word_vectors
 from hdlm_jax.run.state import abstract_state, build, init_state, make_optimizer, make_train_step
 from hdlm_jax.text.clusters import initial_table

@@ -152,7 +152,7 @@ def test_templates_have_typed_blanks():
 def test_templates_are_the_notebook_s_blanks(text):
     """The same symbols as Model.infill starts from."""
     h, t = clusters(bpe().vocab_size, (8,)), bpe()
-    model = types.SimpleNamespace(tokenizer=t, hierarchy=h, seq_len=64,
+    model = types.SimpleNamespace(tokenizer=t, hierarchy=h, seq_len=64, run=types.SimpleNamespace(ends=False),
                                   _settings=lambda *_, **__: Generate(num_samples=1),
                                   _texts=lambda canvas, g, keep: canvas.z[0, : keep[0]])
     np.testing.assert_array_equal(canvas.template(text, t, h).z[0], Model.infill(model, text))

@@ -229,7 +229,7 @@ def test_a_diffusion_run_gives_a_bound():
     assert record["kind"] == "bound" and record["bound"] and "bound" in record["rule"] and not record["retokenised"]
     assert "perplexity" not in record and "nats_per_token" not in record and "mean_text_perplexity" not in record
     assert record["tokens"] == 11 + 28 and record["empty_texts"] == record["unscored_texts"] == 1
-    assert judge.perplexity(record).startswith("<= ") and judge.perplexity(record).endswith("(bound)")
+    assert judge.perplexity(record).startswith("<= ") and judge.perplexity(record).endswith("(bound, given lengths)")
     assert record["made_from"]["step"] == 3 and record["params"] == model().run.num_params
     # the same rows by hand
     x, segment = np.full((3, SEQ_LEN), 256, np.int32), np.full((3, SEQ_LEN), -1, np.int32)
@@ -302,7 +302,7 @@ def test_samples_are_judged_as_they_are(copied, folder, monkeypatch, capsys):
     assert generate.generate(config(prompt="The ", judge=str(folder)), run)["judge"] == found and len(asked) == 1
     bound = generate.generate(config(prompt="The ", judge=run), run)["judge"]
     assert bound["kind"] == "bound" and bound["tokens"] == 3 * (SEQ_LEN - 4) and len(asked) == 2 and not drawn
-    assert "(bound)" in capsys.readouterr().out
+    assert "(bound, given lengths)" in capsys.readouterr().out
     # samples of something else (a kill between two files) are not judged
     (copied / "samples.jsonl").write_bytes(lines.replace(b'"ids": [', b'"ids":  ['))
     assert "judge" not in generate.generate(config(prompt="The "), run)

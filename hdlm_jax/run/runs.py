@@ -129,12 +129,10 @@ def with_base(given: Any, workdir: str) -> Any:
     name = given["train"]["init_from"]
     if not name:
         return given
-    begun = os.path.exists(os.path.join(workdir, "config.json"))
-    try:
-        base = saved_config(workdir if begun else expand(name))
-    except ConfigError as error:
-        raise ConfigError(f"train.init_from={name!r}: {error}") from error
-    return inherit(given, base, name)
+    begun, name = os.path.exists(os.path.join(workdir, "config.json")), expand(name)
+    if not begun and not os.path.exists(os.path.join(name, "config.json")):
+        raise ConfigError(f"train.init_from={name!r}: no run there")
+    return inherit(given, saved_config(workdir if begun else name), name)
 
 
 def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True) -> Run:

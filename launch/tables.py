@@ -4,8 +4,8 @@
     python launch/tables.py --check     # exit code 1 where a table is not what its runs say
     python launch/tables.py --keep docs/runs/quickstart runs/quickstart/hdlm_tiny runs/quickstart/mdlm_tiny
 
-A mark is a comment, <!-- runs: docs/runs/quickstart/hdlm_tiny docs/runs/quickstart/mdlm_tiny -->, behind which the
-table of `python -m hdlm_jax.run.report` of these runs follows, and the line of their paired difference. --keep
+A table stands between two marks, <!-- runs: docs/runs/quickstart/hdlm_tiny docs/runs/quickstart/mdlm_tiny --> and
+<!-- end -->: that of `python -m hdlm_jax.run.report` of these runs, and the lines of their paired differences. --keep
 copies of runs what such a table is made from.
 """
 import os
@@ -19,12 +19,13 @@ sys.path.insert(0, str(ROOT))
 from hdlm_jax.run import report  # noqa: E402
 
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
-MARK = re.compile(r"(<!-- runs: ([^>]+?) -->\n)(.*?)(?=\n\n[^|]|\Z)", re.DOTALL)
+MARK = re.compile(r"(<!-- runs: ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def rendered(found: re.Match) -> str:
     workdirs = [str(ROOT / name) for name in found[2].split()]
-    return f"{found[1]}\n{report.table(workdirs)}\n" + "".join(f"\n{line}" for line in report.differences(workdirs))
+    lines = [report.table(workdirs), *report.differences(workdirs)]
+    return found[1] + "\n" + "\n\n".join(lines) + "\n\n" + found[4]
 
 
 def main(arguments: list[str]) -> int:

@@ -345,6 +345,30 @@ def test_a_trained_run_sums_to_at_most_one(tmp_path, padding):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("padding", ["end", "hidden"])
+def test_answers_cost_their_entropy_where_nothing_is_given(tmp_path, padding):
+    """The letter is in the prompt, how often it comes is not: ln 8 = 2.079 nats an answer."""
+    rng = np.random.default_rng(0)
+    letters = ["bdkmptrsvz"[i] for i in rng.integers(10, size=4000)]
+    records = [{"prompt": f"say {letter} =", "text": letter * int(rng.integers(1, 9))} for letter in letters]
+    toy(tmp_path, records, padding, 2000, prompt_field="prompt")
+    workdir = str(tmp_path / padding)
+    config = configured(workdir, draws=64, checkpoint="latest")
+    found = evaluate.evaluate(config, workdir)
+    nats = np.load(f"{workdir}/evaluate_rows.npz")["nats"]
+    mean, se = nats.mean(), found["se"] * found["tokens"] / len(nats)
+    if padding == "end":
+        assert math.log(8) - 4 * se < mean < 3 and found["given"] == "nothing"
+    else:
+        assert mean + 4 * se < 0.5 and found["given"] == "lengths"  # the length was a gift
+
+
+def configured(workdir, **settings):
+    config = runs.saved_config(workdir)
+    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **settings))
+
+
+@pytest.mark.slow
 def test_answers_without_their_lengths(tmp_path):
     """A tuned run answers by itself; with hidden padding it cannot, unless it is told how long the answer is."""
     rng, names = np.random.default_rng(0), ["cat", "dog", "owl", "pig", "hen", "fox"]

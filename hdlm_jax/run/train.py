@@ -33,7 +33,7 @@ from hdlm_jax.run.runs import FREE, check_writable, load_params, upgraded
 from hdlm_jax.run.stages import batches_of, cluster, prepare, word_vectors
 from hdlm_jax.run.state import abstract_state, build, init_state, make_optimizer, make_train_step
 from hdlm_jax.text.clusters import initial_table
-from hdlm_jax.text.pipeline import valid_rows
+from hdlm_jax.text.pipeline import given, valid_rows
 
 RESUME_EXIT = 75  # leaving on SIGTERM or Ctrl-C with everything saved: run the same command again
 INTERRUPTED = 130  # leaving on Ctrl-C at once
@@ -274,8 +274,10 @@ def _train(config: Config, workdir: str, profile: bool, stop: _Stop) -> Any:
     curves = os.path.join(workdir, "curves.png")
     drawn = plot_curves(curves, records, text.manifest.unigram_nats)
     final = [r for r in records if "valid_nelbo" in r][-1]
+    d = config.data
     say(f"train: done, step {config.train.steps:,}, validation NELBO "
-        f"{measured(final['valid_nelbo'], final['valid_se'], sign='+-')} nats/token on {len(rows['x'])} sequences "
+        f"{measured(final['valid_nelbo'], final['valid_se'], sign='+-')} nats/token on {len(rows['x'])} sequences, "
+        f"given {given(d.packing, d.padding, bool(d.prompt_field), process.exact)} "
         f"(unigram of the whole split {text.manifest.unigram_nats:.4f})"
         + (f", curves in {curves}" if drawn else ""))
     return state

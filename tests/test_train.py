@@ -660,7 +660,8 @@ def test_steps_that_grow(corpus, tmp_path, alone):
 def test_one_validation_row_ends_in_words(corpus, tmp_path, capsys, monkeypatch, alone):
     """No error of a single row: '-' where it would stand, null in the files."""
     valid_rows = pipeline.valid_rows
-    monkeypatch.setattr(pipeline, "valid_rows", lambda *args: {k: v[:1] for k, v in valid_rows(*args).items()})
+    for module in (pipeline, train):
+        monkeypatch.setattr(module, "valid_rows", lambda *args: {k: v[:1] for k, v in valid_rows(*args).items()})
     config = loop_config(corpus, train__steps=1)
     config.evaluate.draws = 2
     train.train(config_lib.resolve(config), str(tmp_path / "run"))

@@ -66,7 +66,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(where=str(ROOT), include=["hdlm_jax", "hdlm_jax.*"]),
-    package_data={"hdlm_jax.run": ["report.html", "report.js"]},
+    package_data={"hdlm_jax.report": ["report.html", "report.js"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.3.1",

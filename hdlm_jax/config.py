@@ -14,14 +14,14 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from hdlm_jax.data.clusters import default_clusters
+from hdlm_jax.data.corpus import DETOKENIZERS, FORMATS, TXT_DOCUMENTS, expand
+from hdlm_jax.data.pipeline import PACKINGS, PADDINGS
+from hdlm_jax.data.tokenizers import cutting_pattern
 from hdlm_jax.decoding import presets
 from hdlm_jax.diffusion import gidd
-from hdlm_jax.diffusion.process import CLUSTERS, FORCE_TRANSITIONS, WEIGHTINGS
-from hdlm_jax.text.benchmarks import PROTOCOLS, TASKS
-from hdlm_jax.text.clusters import default_clusters
-from hdlm_jax.text.corpus import DETOKENIZERS, FORMATS, TXT_DOCUMENTS, expand
-from hdlm_jax.text.pipeline import PACKINGS, PADDINGS
-from hdlm_jax.text.tokens import cutting_pattern
+from hdlm_jax.diffusion.hierarchical import CLUSTERS, FORCE_TRANSITIONS, WEIGHTINGS
+from hdlm_jax.evaluation.benchmarks import PROTOCOLS, TASKS
 
 # Settings that are paths, or begin with one: `resolve` expands ~ and $VARIABLES in them (and main in --workdir).
 PATHS = ("data.files", "data.validation", "data.dir", "tokenizer.file", "hierarchy.embeddings", "train.init_from",
@@ -53,7 +53,7 @@ def _seed(name: str, value: int, below: int = 2**32) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where text comes from, how it is split, and how sequences are made of it (hdlm_jax.text)."""
+    """Where text comes from, how it is split, and how sequences are made of it (hdlm_jax.data)."""
 
     source: str = "embedded"  # embedded: the documentation inside Python itself; files: `files`
     files: tuple[str, ...] = ()  # paths, folders, globs, URLs: text, json(l), parquet, (nested) tar, plain or packed
@@ -291,7 +291,7 @@ class Evaluate:
     checkpoint: str = "best"
     ema: bool = True  # use the average of the weights where the run keeps one
     seed: int = 0
-    tasks: tuple[str, ...] = ()  # in place of the validation split: names of hdlm_jax.text.benchmarks
+    tasks: tuple[str, ...] = ()  # in place of the validation split: names of hdlm_jax.evaluation.benchmarks
     tasks_data: str = "$HDLM_DATA"  # folder of the tasks' files
     files: tuple[str, ...] = ()  # of the task 'files': any local texts, read as data.format and so on say
     lm1b: tuple[str, ...] = ()  # of the task 'lm1b': its held-out files

@@ -66,7 +66,7 @@ def _leave(code: int) -> NoReturn:
 
 def main(argv: list[str]) -> None:
     from hdlm_jax.config import ConfigError, resolve
-    from hdlm_jax.text.corpus import expand
+    from hdlm_jax.data.corpus import expand
 
     if _MODE.value not in MODES:
         close = difflib.get_close_matches(_MODE.value, MODES, n=1)
@@ -77,27 +77,17 @@ def main(argv: list[str]) -> None:
 
     import jax
 
-    from hdlm_jax.run import (
-        evaluate,
-        export,
-        generate,
-        lock,
-        metrics,
-        parallel,
-        released,
-        report,
-        runs,
-        stages,
-        tasks,
-        train,
-    )
+    from hdlm_jax.common import console, lock, parallel, processes
+    from hdlm_jax.report import report
+    from hdlm_jax.runs import evaluate, export, generate, import_weights, stages, tasks, train
+    from hdlm_jax.training import loading
 
-    config = resolve(runs.with_base(_CONFIG.value, workdir))
+    config = resolve(loading.with_base(_CONFIG.value, workdir))
 
     if _DISTRIBUTED.value:
-        parallel.join()
-        if not parallel.is_first():
-            metrics.mute()
+        processes.join()
+        if not processes.is_first():
+            console.mute()
         if _MODE.value != "train":  # JAX would keep it from us, for a training step that never comes
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if _MODE.value != "prepare":
@@ -114,7 +104,7 @@ def main(argv: list[str]) -> None:
         with lock.held(here, "cluster"):
             stages.cluster(config, workdir, stages.prepare(config, workdir))
     elif _MODE.value == "train":
-        released.check_trainable(workdir)
+        import_weights.check_trainable(workdir)
         train.train(config, workdir, _PROFILE.value)
     elif _MODE.value == "evaluate":
         (tasks.run if config.evaluate.tasks else evaluate.evaluate)(config, workdir)
@@ -122,7 +112,7 @@ def main(argv: list[str]) -> None:
         generate.generate(config, workdir)
     elif _MODE.value == "import":
         with lock.held(here, "import"):
-            released.import_released(config, workdir)
+            import_weights.import_released(config, workdir)
     elif _MODE.value == "report":
         report.report(workdir)
     else:
@@ -133,7 +123,7 @@ def main(argv: list[str]) -> None:
 def run(argv: list[str]) -> None:
     """main, with errors a user can mend as one line and exit code 1; Ctrl-C as one line and exit code 130."""
     try:
-        from hdlm_jax.run.train import TrainingStopped
+        from hdlm_jax.runs.train import TrainingStopped
 
         try:
             main(argv)

@@ -4,7 +4,7 @@
 #   --cases="tiny small-cpu gpt2-vocab-cpu"   with a GPU: owt-small
 #   --sample_steps=32    steps of the samplers' grid
 #   --wait=120           seconds to wait for a quiet machine (1-minute load at most .3) before refusing to measure
-# Results in runs/bench/CASE.jsonl, of this call alone; the table is python -m hdlm_jax.bench --report=runs/bench.
+# Results in runs/bench/CASE.jsonl, of this call alone; the table is python -m tools.bench --report=runs/bench.
 # Exit code 3: the machine was not quiet, so that there are no figures, or they are not valid. Environment:
 #   TORCH_PY      an interpreter that has torch (default: one of .venv-torch, made with torch 2.13.0)
 #   LOADAVG_FILE  where the load average stands (default: /proc/loadavg)
@@ -103,7 +103,7 @@ wait_for_load
 
 mkdir -p "$results"
 rm -f "$results"/*.jsonl
-ours=("$PY" -m hdlm_jax.bench --sample_steps="$sample_steps")
+ours=("$PY" -m tools.bench --sample_steps="$sample_steps")
 for name in $cases; do
   for ((round = 1; round <= rounds; round++)); do
     say "$name, round $round of $rounds ($SECONDS s so far)"
@@ -119,4 +119,4 @@ for name in $cases; do
 done
 
 say "results"
-"$PY" -m hdlm_jax.bench --report="$results"
+"$PY" -m tools.bench --report="$results"

@@ -2,7 +2,7 @@
 # What the TPU compiler says about the recipes of 1B and 7B parameters, without a TPU: ./launch/compile_plan.sh [flags]
 #   (nothing)   all plans of docs/scale.md, for 256 chips of v5e and of v5p: about 20 minutes on 2 cores, 4 GB of memory.
 #               Results in runs/plan/plans.jsonl, of this call alone; the table at the end, the exchanges on the way.
-#   flags       those of python -m hdlm_jax.run.plan (--help tells): that plan only, as in
+#   flags       those of python -m tools.plan (--help tells): that plan only, as in
 #               --config=configs/hdlm_1b.py --topology=v5e:16x16 --mesh=16,16,1
 # The environment is .venv-plan ($VENV_PLAN): requirements.txt and the libtpu that its jax asks for.
 # shellcheck source=launch/common.sh
@@ -24,7 +24,7 @@ fi
 # A described topology is enough: no platform but the CPU is started. Large programs need a deep stack to compile.
 export JAX_PLATFORMS=cpu
 ulimit -s "$(ulimit -H -s)"
-plan() { "$PY" -m hdlm_jax.run.plan "$@"; }
+plan() { "$PY" -m tools.plan "$@"; }
 
 if [ $# -gt 0 ]; then
   plan "$@"

@@ -63,7 +63,7 @@ def child(marker: str, arguments: list[str]) -> None:
     from absl import app
 
     from hdlm_jax import main
-    from hdlm_jax.run.elbo import Evaluator
+    from hdlm_jax.evaluation.elbo import Evaluator
 
     measure = Evaluator.nats
 
@@ -127,15 +127,16 @@ def final(recipe: Path, workdir: Path) -> dict:
     import numpy as np
     from absl import logging
 
+    from hdlm_jax.common import parallel
     from hdlm_jax.config import resolve
-    from hdlm_jax.run import parallel, runs, state
-    from hdlm_jax.run.checkpoint import Checkpoints
+    from hdlm_jax.training import loading, state
+    from hdlm_jax.training.checkpoint import Checkpoints
 
     logging.set_verbosity(logging.ERROR)
     space: dict = {}
     exec(recipe.read_text(), space)
     config = resolve(space["get_config"]())
-    run = runs.load_run(config, str(workdir), "latest")
+    run = loading.load_run(config, str(workdir), "latest")
     mesh = parallel.make_mesh(config)
     abstract, _ = state.abstract_state(config, run.hierarchy, run.network, state.make_optimizer(config)[0], mesh)
     checkpoints = Checkpoints(str(workdir), read_only=True)

@@ -5,7 +5,7 @@
     python launch/tables.py --keep docs/runs/quickstart runs/quickstart/hdlm_tiny runs/quickstart/mdlm_tiny
 
 A table stands between two marks, <!-- runs: docs/runs/quickstart/hdlm_tiny docs/runs/quickstart/mdlm_tiny --> and
-<!-- end -->: that of `python -m hdlm_jax.run.report` of these runs, and the lines of their paired differences. --keep
+<!-- end -->: that of `python -m hdlm_jax.report.report` of these runs, and their paired differences. --keep
 copies of runs what such a table is made from.
 """
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from hdlm_jax.run import report  # noqa: E402
+from hdlm_jax.report import report  # noqa: E402
 
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
 MARK = re.compile(r"(<!-- runs: ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

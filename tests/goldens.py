@@ -68,8 +68,8 @@ def samples(model, **settings) -> str:
 def results(name: str, config, workdir: str, methods: bool, train_it: bool) -> dict:
     import hdlm_jax
     from hdlm_jax.decoding import presets
-    from hdlm_jax.run import evaluate, train
-    from hdlm_jax.run.metrics import read_metrics
+    from hdlm_jax.runs import evaluate, train
+    from hdlm_jax.training.metrics import read_metrics
 
     out: dict = {}
     if train_it:

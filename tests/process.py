@@ -17,13 +17,15 @@ MESH = dict(data=2, fsdp=2, tensor=2)
 def main(recipe: str, folder: Path) -> None:
     import jax
 
+    from hdlm_jax.common import console, lock, processes
     from hdlm_jax.config import Parallel
-    from hdlm_jax.run import evaluate, export, generate, lock, metrics, parallel, runs, train
+    from hdlm_jax.runs import evaluate, export, generate, train
+    from hdlm_jax.training import loading
 
-    parallel.join()
+    processes.join()
     me = jax.process_index()
     if me:
-        metrics.mute()
+        console.mute()
     said = {"processes": jax.process_count(), "devices": jax.device_count(), "here": jax.local_device_count()}
     config = dataclasses.replace(tiny.read_recipe(Path(recipe)), parallel=Parallel(**MESH))
     run = str(folder / "run")
@@ -32,10 +34,10 @@ def main(recipe: str, folder: Path) -> None:
     said["samples"] = generate.generate(config, run)["samples"]
     export.export(config, run)
     # what one process with eight devices has written
-    there = runs.load_run(config, str(Path(recipe).parent / "run"), "latest")
-    said["sums"] = [float(parallel.to_host(leaf).astype("float64").sum()) for leaf in jax.tree.leaves(there.params)]
+    there = loading.load_run(config, str(Path(recipe).parent / "run"), "latest")
+    said["sums"] = [float(processes.to_host(leaf).astype("float64").sum()) for leaf in jax.tree.leaves(there.params)]
     try:  # an error of process 0 is everybody's
-        parallel.first(lambda: {}["x"])
+        processes.first(lambda: {}["x"])
     except Exception as error:
         said["error"] = f"{type(error).__name__}: {error}"
 

@@ -11,8 +11,8 @@ from tiny import SEQ_LEN, model, read_recipe, trained
 
 import hdlm_jax
 from hdlm_jax.config import ConfigError
-from hdlm_jax.run import runs
-from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.training import loading
 
 FEW = {"steps": 6, "batch_size": 8}  # the settings that are compiled already
 
@@ -183,15 +183,15 @@ def test_parts():
     assert m.hierarchy == Hierarchy.load(trained()[1] / "hierarchy.npz")
     assert m.run.step == 3 and m.run.config == read_recipe(trained()[0])
     assert m.run.num_params == sum(a.size for a in _leaves(m.run.params)) > 30_000
-    table = runs.checkpoint_embedding(str(trained()[1]))
+    table = loading.checkpoint_embedding(str(trained()[1]))
     np.testing.assert_array_equal(table, np.asarray(m.run.params["embedding"])[:257])
     start = dataclasses.replace(m.run.config.train, init_from=str(trained()[1]))
     start = dataclasses.replace(m.run.config, train=start)
-    same = runs.load_params(start, m.tokenizer.fingerprint)
+    same = loading.load_params(start, m.tokenizer.fingerprint)
     for a, b in zip(_leaves(same), _leaves(m.run.params), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ConfigError, match="is not this run's 000000000000"):
-        runs.load_params(start, "0" * 64)
+        loading.load_params(start, "0" * 64)
 
 
 def _leaves(tree):
@@ -230,13 +230,13 @@ def test_a_run_is_used_as_it_was_trained(section, change):
     config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **change)})
     (name, value), = change.items()
     with pytest.raises(ConfigError, match=f"{section}.{name}={value!r}: .* was trained with"):
-        runs.load_run(config, str(trained()[1]))
+        loading.load_run(config, str(trained()[1]))
 
 
 def test_saved_config_is_the_config():
     with open(trained()[1] / "config.json") as f:
         assert json.load(f)["train"]["steps"] == 3
-    assert runs.saved_config(str(trained()[1])) == read_recipe(trained()[0])
+    assert loading.saved_config(str(trained()[1])) == read_recipe(trained()[0])
 
 
 def test_a_run_of_the_old_layout_is_refused(copied):

@@ -15,10 +15,10 @@ from hdlm_jax import config as configs
 from hdlm_jax.diffusion import autoregressive, gidd
 from hdlm_jax.diffusion.autoregressive import AutoregressiveProcess
 from hdlm_jax.diffusion.gidd import GiddProcess
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.diffusion.process import HierarchicalProcess
 from hdlm_jax.diffusion.sedd import SeddProcess
-from hdlm_jax.text.hierarchy import Hierarchy
 
 V = 4
 WORDS = Hierarchy.from_parents([], V)
@@ -232,7 +232,8 @@ def test_sedd_s_cost_is_the_score_entropy():
 
 def made(kind, **model):
     """(config, network, process, params) of a small model of a process."""
-    from hdlm_jax.run.state import build, init_state, make_optimizer
+    from hdlm_jax.training.build import build
+    from hdlm_jax.training.state import init_state, make_optimizer
 
     c = configs.default()
     c.tokenizer.kind, c.tokenizer.vocab_size = "bytes", 257
@@ -310,7 +311,7 @@ def test_autoregressive_samples_have_the_law_of_the_chain():
 
 def test_cached_sampling_equals_a_loop_without_a_cache():
     """Token for token, with the same random numbers; prompt and length as the run's sampler gives them."""
-    from hdlm_jax.diffusion.process import draw_from, fold
+    from hdlm_jax.diffusion.draws import draw_from, fold
 
     config, network, process, params = made("autoregressive")
     start = jnp.full((3, 12), process.hierarchy.mask_id).at[:, :2].set(jnp.array([7, 9]))
@@ -335,8 +336,8 @@ def test_trains_evaluates_and_generates(kind, weighting, p_uniform, tmp_path):
     import dataclasses
 
     import hdlm_jax
-    from hdlm_jax.run import evaluate, generate, train
-    from hdlm_jax.run.score import Scorer
+    from hdlm_jax.evaluation.scorer import Scorer
+    from hdlm_jax.runs import evaluate, generate, train
 
     config = tiny.read_recipe(tiny.write_recipe(tmp_path))
     config = dataclasses.replace(
@@ -398,9 +399,9 @@ def test_settings_that_do_not_go_together(changes, message):
 def test_samples_and_nats_do_not_depend_on_devices(kind):
     import dataclasses
 
-    from hdlm_jax.run import parallel
-    from hdlm_jax.run.elbo import Evaluator
-    from hdlm_jax.run.generate import Sampler, prompt_canvas
+    from hdlm_jax.common import parallel
+    from hdlm_jax.decoding.sampler import Sampler, prompt_canvas
+    from hdlm_jax.evaluation.elbo import Evaluator
 
     config, network, process, params = made(kind)
     if kind == "gidd":
@@ -424,9 +425,9 @@ def test_rows_that_end_before_the_canvas_does(kind):
     """Texts of lengths of their own, as Model.infill has them; places of certain words are for other processes."""
     import dataclasses
 
+    from hdlm_jax.common import parallel
     from hdlm_jax.decoding import canvas
-    from hdlm_jax.run import parallel
-    from hdlm_jax.run.generate import Sampler
+    from hdlm_jax.decoding.sampler import Sampler
 
     config, network, process, params = made(kind)
     mesh = parallel.make_mesh(config, jax.devices()[:1])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hdlm_jax import bench
+from tools import bench
 
 MICRO = bench.Case(width=32, blocks=1, heads=2, seq_len=16, words=64, clusters=8, batch_size=4)
 

@@ -10,9 +10,9 @@ import pytest
 from hdlm_jax.decoding import caches
 from hdlm_jax.decoding.caches import DKV, BlockCausal, Cached, Dual, FreeCache, Prefix, Unchanged, Whole, make
 from hdlm_jax.decoding.core import Rows
-from hdlm_jax.model.heads import FlatHead
-from hdlm_jax.model.network import Network
-from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.models.heads import FlatHead
+from hdlm_jax.models.network import Network
 
 B, S, BLOCK, PROMPT = 3, 16, 4, 2
 WORDS = Hierarchy.from_parents([[0, 0, 0, 1, 1, 1, 2, 2]])  # 8 words, 3 clusters, mask

@@ -10,15 +10,15 @@ import oracle
 import pytest
 from oracle import Toy
 
+from hdlm_jax.api import Model
 from hdlm_jax.config import Generate
+from hdlm_jax.data.tokenizers import make_tokenizer
 from hdlm_jax.decoding import canvas
 from hdlm_jax.decoding.core import Rows
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.diffusion.process import HierarchicalProcess
-from hdlm_jax.model.heads import FactorisedHead
-from hdlm_jax.run.api import Model
-from hdlm_jax.text.hierarchy import Hierarchy
-from hdlm_jax.text.tokens import make_tokenizer
+from hdlm_jax.models.heads import FactorisedHead
 
 MDLM = dict(parents=[], num_words=4)
 TWO = dict(parents=[[0, 1, 0, 1]])

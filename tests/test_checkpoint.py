@@ -9,8 +9,9 @@ import jax
 import pytest
 import tiny
 
-from hdlm_jax.run import runs, train
-from hdlm_jax.run.checkpoint import Checkpoints
+from hdlm_jax.runs import train
+from hdlm_jax.training import loading
+from hdlm_jax.training.checkpoint import Checkpoints
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_a_damaged_checkpoint_is_named(run):
     damage(workdir / "checkpoints" / "3")
     config = tiny.read_recipe(recipe)
     with pytest.raises(OSError, match=r"checkpoints: checkpoint of step 3 cannot be read \(damaged\?.*steps \[3\]"):
-        runs.load_run(config, str(workdir), "latest")
+        loading.load_run(config, str(workdir), "latest")
     more = dataclasses.replace(config, train=dataclasses.replace(config.train, nonfinite_limit=3))
     with pytest.raises(OSError, match="checkpoint of step 3 cannot be read"):
         train.train(more, str(workdir))

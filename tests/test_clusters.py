@@ -1,4 +1,4 @@
-"""hdlm_jax.text.clusters: word vectors, clusters within their limits, first tables, report and picture."""
+"""hdlm_jax.data.clusters: word vectors, clusters within their limits, first tables, report and picture."""
 
 import builtins
 import math
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdlm_jax.text import clusters as C
-from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.data import clusters as C
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 
 
 def _blobs(words: int = 300, kinds: int = 8, width: int = 16, noise: float = 0.2) -> np.ndarray:

@@ -234,7 +234,7 @@ def test_rates_of_levels():
 ])
 def test_levels_counted_as_the_hierarchy_does(clusters, keep, levels):
     """As many rates as Hierarchy.from_parents makes levels, no more and no fewer."""
-    from hdlm_jax.text.hierarchy import Hierarchy
+    from hdlm_jax.diffusion.hierarchy import Hierarchy
     parents, below = [], 257
     for n in clusters:
         parents.append([i % n for i in range(below)])
@@ -260,7 +260,7 @@ def test_mesh_shapes():
 
 def test_checkpoints_of_before_go_on(monkeypatch):
     """Of paths as they were written then, without settings that came later; the tokenizer's file may have moved."""
-    from hdlm_jax.run.train import check_resume
+    from hdlm_jax.runs.train import check_resume
     monkeypatch.setenv("WHERE", "/there")
     here = {"tokenizer": {"kind": "bpe", "vocab_size": 300, "file": "$WHERE/a"}, "train": {"init_from": "$WHERE/run"}}
     saved = with_(**here).as_dict()

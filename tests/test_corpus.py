@@ -1,4 +1,4 @@
-"""hdlm_jax/text/corpus.py: the embedded corpus, files of every kind, and what cannot be read of them."""
+"""hdlm_jax/data/corpus.py: the embedded corpus, files of every kind, and what cannot be read of them."""
 import ast
 import bz2
 import gzip
@@ -20,8 +20,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from hdlm_jax.text import corpus
-from hdlm_jax.text.corpus import Bad, Document, Reader
+from hdlm_jax.data import corpus
+from hdlm_jax.data.corpus import Bad, Document, Reader
 
 HASHED = lambda path: (Path(path).stat().st_size, hashlib.sha256(Path(path).read_bytes()).hexdigest())  # noqa: E731
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress,
@@ -89,7 +89,7 @@ def test_embedded_corpus_is_the_documentation_of_python():
 
 
 def test_embedded_corpus_imports_nothing_of_what_it_reads():
-    code = ("import sys; from hdlm_jax.text import corpus; before = set(sys.modules); "
+    code = ("import sys; from hdlm_jax.data import corpus; before = set(sys.modules); "
             "n = len(corpus.embedded_corpus()[0]); print(n, sorted(set(sys.modules) - before))")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     count, modules = out.split(maxsplit=1)

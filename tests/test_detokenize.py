@@ -9,8 +9,9 @@ import re
 
 import pytest
 
-from hdlm_jax.text import benchmarks, corpus
-from hdlm_jax.text.detokenize import DETOKENIZERS
+from hdlm_jax.data import corpus
+from hdlm_jax.data.detokenize import DETOKENIZERS
+from hdlm_jax.evaluation import benchmarks
 
 EXAMPLES = {
     "lm1b": [

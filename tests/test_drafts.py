@@ -13,8 +13,8 @@ from test_sampler import MDLM, THREE, TWO, make
 from hdlm_jax.decoding import choose, core
 from hdlm_jax.decoding.choose import Scored
 from hdlm_jax.decoding.drafts import FreeDave, Guided
-from hdlm_jax.model.heads import FactorisedHead, FlatHead
-from hdlm_jax.model.network import Network
+from hdlm_jax.models.heads import FactorisedHead, FlatHead
+from hdlm_jax.models.network import Network
 
 ONE = Scored(choose.MaxProb(), choose.Count())
 NUMBERS = {"count": 1, "least": 1, "steps": 5, "reveals": 2, "threshold": 0.5, "threshold_cluster": 0.6, "bar": 0.6}

@@ -14,11 +14,14 @@ from tiny import SEQ_LEN, model, read_recipe, trained
 import hdlm_jax
 from hdlm_jax import config as config_lib
 from hdlm_jax.config import ConfigError
+from hdlm_jax.data import pipeline, prepare
+from hdlm_jax.decoding import sampler
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain, Proposal
-from hdlm_jax.diffusion.process import HierarchicalProcess
-from hdlm_jax.run import evaluate, generate, report, runs, stages, train
-from hdlm_jax.text import pipeline, prepare
-from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.report import report
+from hdlm_jax.runs import evaluate, generate, stages, train
+from hdlm_jax.training import loading
 
 # ------------------------------------------------------------------------------------- what a bound is given
 
@@ -143,20 +146,20 @@ def test_lengths_are_drawn_where_they_were_given(tmp_path):
     told = hdlm_jax.load(as_trained_with(tmp_path, packing="crop", padding="hidden"))
     assert told.run.given == told.run.given_alone == "lengths"
     g = dataclasses.replace(told.run.config.generate, num_samples=4000)
-    assert generate.lengths_are(told.run, g) == "training"
-    canvas = generate.start_canvas(told.run, g, np.zeros((4000, 2), np.int32))
+    assert sampler.lengths_are(told.run, g) == "training"
+    canvas = sampler.start_canvas(told.run, g, np.zeros((4000, 2), np.int32))
     assert set(canvas.length.tolist()) == {3, 7}
     assert abs((canvas.length == 7).mean() - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 4000)
     mask = told.hierarchy.mask_id
     assert ((canvas.z == mask).sum(1) == canvas.length - 2).all() and (canvas.z[:, :2] == 0).all()
-    longer = generate.start_canvas(told.run, g, np.zeros((4000, 3), np.int32))
+    longer = sampler.start_canvas(told.run, g, np.zeros((4000, 3), np.int32))
     assert (longer.length == 7).all()  # no text of 3 tokens begins with these
-    assert (generate.start_canvas(told.run, g, np.zeros((3, 9), np.int32)).length == 10).all()
-    rows = told._draw(generate.start_canvas(told.run, g, np.zeros((8, 0), np.int32)), dataclasses.replace(g, steps=6))
+    assert (sampler.start_canvas(told.run, g, np.zeros((3, 9), np.int32)).length == 10).all()
+    rows = told._draw(sampler.start_canvas(told.run, g, np.zeros((8, 0), np.int32)), dataclasses.replace(g, steps=6))
     assert set(rows["length"].tolist()) <= {3, 7}
     texts = told.generate(8, stop="", **FEW)
     assert {len(told.tokenizer.encode(t)) for t in texts if "�" not in t and "<|" not in t} <= {3, 7}
-    assert generate.lengths_are(told.run, dataclasses.replace(g, length=5)) == "given"
+    assert sampler.lengths_are(told.run, dataclasses.replace(g, length=5)) == "given"
     shutil.rmtree(tmp_path / "run" / "data")
     with pytest.raises(ConfigError, match=r"generate.length=0: this run was told how long texts are.*generate.length"):
         told.generate(2, **FEW)
@@ -172,7 +175,7 @@ def test_runs_say_what_they_are_given(tmp_path):
     (found,) = ends.nelbo(["ab"])
     assert found["given"] == "nothing" and found["tokens"] == 3
     assert found["nats"] > 10 * math.log(257)  # 16 tokens are scored by a network that knows nothing
-    assert generate.lengths_are(ends.run, ends.run.config.generate) == "canvas"
+    assert sampler.lengths_are(ends.run, ends.run.config.generate) == "canvas"
 
 
 def test_runs_of_earlier_versions_had_hidden_padding(tmp_path):
@@ -180,7 +183,7 @@ def test_runs_of_earlier_versions_had_hidden_padding(tmp_path):
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     del saved["data"]["padding"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
-    assert runs.saved_config(workdir).data.padding == "hidden"
+    assert loading.saved_config(workdir).data.padding == "hidden"
     meta = {"config": json.loads(json.dumps(read_recipe(trained()[0]).as_dict()))}
     del meta["config"]["data"]["padding"]
     now = read_recipe(trained()[0])
@@ -192,12 +195,12 @@ def test_runs_of_earlier_versions_had_hidden_padding(tmp_path):
 def test_texts_end_at_their_first_end():
     eot = model().tokenizer.eot
     row = np.array([eot, 97, 98, eot, 99, eot], np.int32)
-    assert generate.ended(row, 1, eot, "end").tolist() == [eot, 97, 98, eot]
-    assert generate.ended(row, 4, eot, "end").tolist() == row.tolist()
-    assert generate.ended(row, 1, eot, "").tolist() == row.tolist()
-    assert generate.ended(row[:3], 1, eot, "end").tolist() == row[:3].tolist()
-    assert generate.text_of(model().tokenizer, np.array([97, eot]), "end") == "a"
-    assert generate.text_of(model().tokenizer, np.array([97, eot]), "") == "a<|endoftext|>"
+    assert sampler.ended(row, 1, eot, "end").tolist() == [eot, 97, 98, eot]
+    assert sampler.ended(row, 4, eot, "end").tolist() == row.tolist()
+    assert sampler.ended(row, 1, eot, "").tolist() == row.tolist()
+    assert sampler.ended(row[:3], 1, eot, "end").tolist() == row[:3].tolist()
+    assert sampler.text_of(model().tokenizer, np.array([97, eot]), "end") == "a"
+    assert sampler.text_of(model().tokenizer, np.array([97, eot]), "") == "a<|endoftext|>"
 
 
 def test_what_writes_text_cuts_it(monkeypatch):
@@ -276,19 +279,19 @@ def test_a_run_starts_from_another_without_its_settings(tmp_path):
     given = config_lib.default()
     given.train.init_from = str(base)
     given.optimizer.lr = 1e-4
-    config = config_lib.resolve(runs.with_base(given, str(tmp_path)))
-    was = runs.saved_config(str(base))
+    config = config_lib.resolve(loading.with_base(given, str(tmp_path)))
+    was = loading.saved_config(str(base))
     assert (config.tokenizer, config.hierarchy, config.model) == (was.tokenizer, was.hierarchy, was.model)
     assert config.diffusion == was.diffusion and config.optimizer.lr == 1e-4 and config.data.source == "embedded"
     given.model.seq_len, given.diffusion.weighting = 8, "none"  # these may be others
-    assert config_lib.resolve(runs.with_base(given, str(tmp_path))).model.seq_len == 8
+    assert config_lib.resolve(loading.with_base(given, str(tmp_path))).model.seq_len == 8
     given.model.width, given.hierarchy.clusters = 64, (4,)
     with pytest.raises(ConfigError, match=r"train.init_from=.*hierarchy.clusters=\(4,\) \(there \(8,\)\); "
                                           r"model.width=64 \(there 32\); leave them out"):
-        runs.with_base(given, str(tmp_path))
+        loading.with_base(given, str(tmp_path))
     given.train.init_from = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="train.init_from='.*nowhere': no run there"):
-        runs.with_base(given, str(tmp_path))
+        loading.with_base(given, str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -364,7 +367,7 @@ def test_answers_cost_their_entropy_where_nothing_is_given(tmp_path, padding):
 
 
 def configured(workdir, **settings):
-    config = runs.saved_config(workdir)
+    config = loading.saved_config(workdir)
     return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **settings))
 
 

@@ -17,12 +17,14 @@ from safetensors.numpy import load_file
 from tiny import model, read_recipe, trained
 
 import hdlm_jax
+from hdlm_jax.common.jsons import write_json
 from hdlm_jax.config import ConfigError
-from hdlm_jax.run import export as export_lib
-from hdlm_jax.run import runs
-from hdlm_jax.run.checkpoint import Checkpoints, write_json
-from hdlm_jax.run.export import export
-from hdlm_jax.run.state import build, init_state, make_optimizer
+from hdlm_jax.runs import export as export_lib
+from hdlm_jax.runs.export import export
+from hdlm_jax.training import loading
+from hdlm_jax.training.build import build
+from hdlm_jax.training.checkpoint import Checkpoints
+from hdlm_jax.training.state import init_state, make_optimizer
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", export_lib.__doc__, re.DOTALL)
 FILES = {"model.safetensors", "params", "config.json", "hierarchy.npz", "tokenizer"}
@@ -81,11 +83,11 @@ def test_it_is_used_as_a_run(exported):
         np.testing.assert_array_equal(a, b)
         assert a.sharding == b.sharding
     start = dataclasses.replace(loaded.run.config.train, init_from=str(exported))
-    start = runs.load_params(dataclasses.replace(loaded.run.config, train=start), loaded.tokenizer.fingerprint)
+    start = loading.load_params(dataclasses.replace(loaded.run.config, train=start), loaded.tokenizer.fingerprint)
     np.testing.assert_array_equal(start["embedding"], np.asarray(model().run.params["embedding"]))
     other = dataclasses.replace(loaded.run.config, model=dataclasses.replace(loaded.run.config.model, width=64))
     with pytest.raises(ConfigError, match="model.width=64: .* was trained with 32"):
-        runs.load_run(other, str(exported))
+        loading.load_run(other, str(exported))
 
 
 @pytest.fixture
@@ -161,8 +163,9 @@ import os, sys, jax
 jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], 2, int(os.environ["HDLM_PROCESS_ID"]))
 import dataclasses
 from hdlm_jax.config import Parallel
-from hdlm_jax.run import runs, export
-config = dataclasses.replace(runs.saved_config(sys.argv[1]), parallel=Parallel(1, 4, 1))
+from hdlm_jax.runs import export
+from hdlm_jax.training import loading
+config = dataclasses.replace(loading.saved_config(sys.argv[1]), parallel=Parallel(1, 4, 1))
 for _ in range(2):
     export.export(config, sys.argv[1])
 shards = runs.load_run(config, sys.argv[1]).params["embedding"].addressable_shards

@@ -7,7 +7,7 @@ import pytest
 from tiny import LEVELS, SEQ_LEN, model
 
 from hdlm_jax.config import ConfigError, Generate
-from hdlm_jax.run.generate import program_of, prompt_canvas
+from hdlm_jax.decoding.sampler import program_of, prompt_canvas
 
 GRID = Generate(steps=6, batch_size=8)
 

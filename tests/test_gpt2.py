@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hdlm_jax.model import gpt2
+from hdlm_jax.models import gpt2
 
 IDS = np.arange(12) * 5 % 53
 # logits of transformers 5.23.0 (GPT2LMHeadModel, torch 2.13.0, CPU) for hub.weights() and IDS: positions 0, 5, 11 and

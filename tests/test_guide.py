@@ -14,7 +14,7 @@ from test_sampler import MDLM, TWO, assert_law, counts_of, denoiser, make
 from hdlm_jax.decoding import choose, core, guide
 from hdlm_jax.decoding.choose import Scored
 from hdlm_jax.decoding.core import Policy, Rows
-from hdlm_jax.model.heads import FactorisedHead
+from hdlm_jax.models.heads import FactorisedHead
 
 ONE = Policy(Scored(choose.Uniform(), choose.Count()))
 SLOW = pytest.mark.slow

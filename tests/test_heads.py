@@ -11,12 +11,14 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hdlm_jax.common import parallel
+from hdlm_jax.diffusion.draws import token_keys
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.diffusion.process import Dense, HierarchicalProcess, token_keys
-from hdlm_jax.model import heads
-from hdlm_jax.model.heads import Blocks, FactorisedHead, FlatHead, map_over_noised, product, sum_over_noised
-from hdlm_jax.run import parallel
-from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.diffusion.prediction import Dense
+from hdlm_jax.models import heads
+from hdlm_jax.models.heads import Blocks, FactorisedHead, FlatHead, map_over_noised, product, sum_over_noised
 
 B, S, D = 8, 16, 6
 SIZES = (1, 1, 2, 37, 9)

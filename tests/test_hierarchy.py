@@ -1,11 +1,11 @@
-"""hdlm_jax.text.hierarchy: ids, ancestors, runs of level-1 nodes, files, and every error."""
+"""hdlm_jax.diffusion.hierarchy: ids, ancestors, runs of level-1 nodes, files, and every error."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdlm_jax.text.hierarchy import Hierarchy, read_extra
+from hdlm_jax.diffusion.hierarchy import Hierarchy, read_extra
 
 
 def _onto(rng: np.random.Generator, members: int, nodes: int) -> np.ndarray:

@@ -18,23 +18,16 @@ from tiny import model, read_recipe, trained
 import hdlm_jax
 from hdlm_jax import config
 from hdlm_jax.config import ConfigError, Released
-from hdlm_jax.model.heads import FlatHead
-from hdlm_jax.model.network import Network
-from hdlm_jax.run import evaluate, released, runs
-from hdlm_jax.run.export import export
-from hdlm_jax.run.interop import (
-    EMBEDDING,
-    NEVER,
-    Sizes,
-    from_torch,
-    heads_of,
-    shapes,
-    sizes,
-    symbol_ids,
-    to_torch,
-)
-from hdlm_jax.run.released import check_trainable, import_released, read_clusters, read_weights
-from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.models import weight_files
+from hdlm_jax.models.heads import FlatHead
+from hdlm_jax.models.interop import EMBEDDING, NEVER, Sizes, from_torch, heads_of, shapes, sizes, symbol_ids, to_torch
+from hdlm_jax.models.network import Network
+from hdlm_jax.models.weight_files import read_clusters, read_weights
+from hdlm_jax.runs import evaluate, import_weights
+from hdlm_jax.runs.export import export
+from hdlm_jax.runs.import_weights import check_trainable, import_released
+from hdlm_jax.training import loading
 
 V = 20
 MDLM = Hierarchy.from_parents([], num_words=V)
@@ -299,7 +292,7 @@ def test_averages_of_a_training_checkpoint(monkeypatch, tmp_path):
     found = {"state_dict": {f"backbone.{k}": v for k, v in state.items()} | {"noise.a": np.zeros(1)}, "global_step": 7,
              "ema": {"decay": 0.9, "shadow_params": average}}
     (tmp_path / "a.ckpt").write_bytes(b"")
-    monkeypatch.setattr(released, "_load_torch", lambda path: found)
+    monkeypatch.setattr(weight_files, "_load_torch", lambda path: found)
     file = read_weights(str(tmp_path / "a.ckpt"))
     assert (file.averaged, file.step, file.ignored) == (True, 7, ["noise.a"])
     same(file.state, state | {name: state[name] + 1 for name in names})
@@ -396,7 +389,7 @@ def test_an_imported_run_is_evaluated_and_trained_from(roundtrip):
     want = evaluate.evaluate(c, str(folder / "trained"))
     assert found["nelbo"] == want["nelbo"] and found["step"] == 0 and found["whole_split"] == want["whole_split"]
     start = dataclasses.replace(c, train=dataclasses.replace(c.train, init_from=str(folder / "run")))
-    params = runs.load_params(start, model().tokenizer.fingerprint)
+    params = loading.load_params(start, model().tokenizer.fingerprint)
     np.testing.assert_array_equal(params["stack"]["qkv"]["kernel"], model().run.params["stack"]["qkv"]["kernel"])
     with pytest.raises(ConfigError, match="holds imported or exported weights; train in another"):
         check_trainable(str(folder / "run"))
@@ -414,10 +407,10 @@ def test_what_was_left_over_outlives_fine_tuning(roundtrip, tmp_path):
     tuned = dataclasses.replace(c, train=dataclasses.replace(c.train, init_from=str(tmp_path / "run")))
     params = jax.tree.map(np.asarray, hdlm_jax.load(str(tmp_path / "run")).run.params)
     params["norm"]["weight"] = params["norm"]["weight"] + 1
-    found = released.published(tuned, tuned, str(tmp_path / "tuned"), model().hierarchy, params)
+    found = import_weights.published(tuned, tuned, str(tmp_path / "tuned"), model().hierarchy, params)
     same(found, full | {"output_layer.norm_final.weight": full["output_layer.norm_final.weight"] + 1})
     other = dataclasses.replace(tuned, released=Released(layout="mdlm", first_cluster=258))
-    assert sizes(released.published(other, tuned, str(tmp_path / "tuned"), model().hierarchy, params)).rows == 266
+    assert sizes(import_weights.published(other, tuned, str(tmp_path / "tuned"), model().hierarchy, params)).rows == 266
 
 
 def test_whole_or_not_there(roundtrip, tmp_path, monkeypatch, capsys):
@@ -428,7 +421,7 @@ def test_whole_or_not_there(roundtrip, tmp_path, monkeypatch, capsys):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(released, "write_json", fails)
+        patch.setattr(import_weights, "write_json", fails)
         with pytest.raises(OSError, match="disk full"):
             import_released(c, str(workdir))
     with pytest.raises(ConfigError, match="no .*config.json"):
@@ -465,7 +458,7 @@ def test_settings_that_do_not_go_with_the_file(roundtrip, tmp_path, section, cha
 def test_a_factorised_head_has_no_published_layout(roundtrip):
     head = dataclasses.replace(roundtrip[0].model, head="factorised")
     with pytest.raises(ConfigError, match="head='factorised'; the published network has a logit for every word"):
-        released.check_exportable(dataclasses.replace(roundtrip[0], model=head))
+        import_weights.check_exportable(dataclasses.replace(roundtrip[0], model=head))
 
 
 # ----------------------------------------------------------------------------------------------------------- PyTorch

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from test_metrics import make_run
 
-from hdlm_jax import jsons
-from hdlm_jax.run import judge, page, report, tasks
-from hdlm_jax.run.checkpoint import reuse, write_json
-from hdlm_jax.run.elbo import summarise
-from hdlm_jax.run.metrics import measured, perplexity, readable
+from hdlm_jax.common import jsons
+from hdlm_jax.common.console import measured, perplexity, readable
+from hdlm_jax.common.jsons import reuse, write_json
+from hdlm_jax.evaluation import judges
+from hdlm_jax.evaluation.elbo import summarise
+from hdlm_jax.report import page, report
+from hdlm_jax.runs import tasks
 
 BAD = {"a": math.nan, "b": [np.float32("inf"), (1, -math.inf)], "c": jnp.array([1.0, jnp.nan]), "d": np.int64(3),
        "e": {"f": np.array([[True]]), "g": None}, "h": np.float64("nan"), 1: "x"}
@@ -59,10 +61,10 @@ def test_perplexities_beyond_floats():
     assert summarise(nats, np.full(3, 2), np.arange(6.0).reshape(2, 3), np.ones((2, 3)))["perplexity"] == math.inf
     bad = summarise(nats * math.nan, np.full(3, 2), np.arange(6.0).reshape(2, 3), np.ones((2, 3)))
     assert math.isnan(bad["nelbo"]) and jsons.plain(bad)["perplexity"] is None
-    found = judge.summarise(np.array([1e5, 2e5]), np.array([10, 10]))
+    found = judges.summarise(np.array([1e5, 2e5]), np.array([10, 10]))
     assert found["perplexity"] == found["mean_text_perplexity"] == math.inf
     found = jsons.plain(found) | {"bound": False, "tokens": 20}
-    assert judge.perplexity(found) == "none (not finite)"
+    assert judges.perplexity(found) == "none (not finite)"
 
 
 def unknown(path, *kept):

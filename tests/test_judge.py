@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 from tiny import SEQ_LEN, model, read_recipe, trained
 
+from hdlm_jax.common import parallel
 from hdlm_jax.config import ConfigError, Generate, Parallel
-from hdlm_jax.run import generate, judge, parallel, sampling_sweep
-from hdlm_jax.text.tokens import Tokenizer, make_tokenizer
+from hdlm_jax.data.tokenizers import Tokenizer, make_tokenizer
+from hdlm_jax.decoding import sampler as sampling
+from hdlm_jax.evaluation import judges
+from hdlm_jax.runs import generate
+from tools import sampling_sweep
 
 CONFIG = hub.CONFIG | {"vocab_size": 257}
 P = CONFIG["n_positions"]
@@ -34,7 +38,7 @@ def mesh(devices):
 
 @pytest.fixture(scope="module")
 def gpt2_judge(folder):
-    return judge.open_judge(str(folder), mesh=mesh(1))
+    return judges.open_judge(str(folder), mesh=mesh(1))
 
 
 @pytest.fixture
@@ -52,7 +56,7 @@ def config(**settings):
 
 def test_statistics_by_hand():
     a, b = np.array([0, 0, 1, 1]), np.array([2, 2, 2, 2])
-    found = judge.statistics([a, b])
+    found = judges.statistics([a, b])
     assert found["unigram_entropy"] == pytest.approx(math.log(2) / 2)
     assert found["corpus_entropy"] == pytest.approx(0.5 * math.log(4) + 0.5 * math.log(2))  # shares 1/4, 1/4, 1/2
     assert found["distinct_1"] == 3 / 8
@@ -60,17 +64,17 @@ def test_statistics_by_hand():
     assert found["distinct_3"] == 3 / 4
     assert found["repetition_4"] == 0
     one = np.array([5, 6, 7, 8, 5, 6, 7, 8])  # 5678 6785 7856 8567 5678
-    assert judge.statistics([one])["repetition_4"] == pytest.approx(1 / 5)
-    assert judge.statistics([one, a])["repetition_4"] == pytest.approx(1 / 6)
-    assert judge.statistics([a, a])["repetition_4"] == 0, "a repetition is of the same text"
-    few = judge.statistics([np.array([3, 4]), np.zeros(0, int)])
+    assert judges.statistics([one])["repetition_4"] == pytest.approx(1 / 5)
+    assert judges.statistics([one, a])["repetition_4"] == pytest.approx(1 / 6)
+    assert judges.statistics([a, a])["repetition_4"] == 0, "a repetition is of the same text"
+    few = judges.statistics([np.array([3, 4]), np.zeros(0, int)])
     assert few["distinct_2"] == 1 and few["distinct_3"] is None and few["repetition_4"] is None
     assert few["unigram_entropy"] == pytest.approx(math.log(2) / 2)
-    assert set(judge.statistics([]).values()) == {None}
+    assert set(judges.statistics([]).values()) == {None}
 
 
 def test_summary_by_hand():
-    found = judge.summarise(np.array([6.0, 2.0]), np.array([2, 1]))
+    found = judges.summarise(np.array([6.0, 2.0]), np.array([2, 1]))
     assert found["nats_per_token"] == pytest.approx(8 / 3)
     assert found["perplexity"] == pytest.approx(math.exp(8 / 3))
     assert found["nats_per_token_se"] == pytest.approx(4 / 9)  # residuals +-2/3: sqrt(2 x 8/9) / 3
@@ -78,12 +82,12 @@ def test_summary_by_hand():
     each = math.exp(3), math.exp(2)
     assert found["mean_text_perplexity"] == pytest.approx(sum(each) / 2)
     assert found["mean_text_perplexity_se"] == pytest.approx((each[0] - each[1]) / 2)
-    empty = judge.summarise(np.array([6.0, 0.0]), np.array([2, 0]))
+    empty = judges.summarise(np.array([6.0, 0.0]), np.array([2, 0]))
     assert empty["perplexity"] == pytest.approx(math.exp(3)) == empty["mean_text_perplexity"]
     assert empty["nats_per_token_se"] == 0 and empty["mean_text_perplexity_se"] is None
-    assert judge.summarise(np.array([6.0]), np.array([2]))["nats_per_token_se"] is None
-    assert set(judge.summarise(np.zeros(1), np.zeros(1, int)).values()) == {None}
-    bound = judge.summarise(np.array([6.0, 2.0]), np.array([2, 1]), bound=True)
+    assert judges.summarise(np.array([6.0]), np.array([2]))["nats_per_token_se"] is None
+    assert set(judges.summarise(np.zeros(1), np.zeros(1, int)).values()) == {None}
+    bound = judges.summarise(np.array([6.0, 2.0]), np.array([2, 1]), bound=True)
     assert bound == {f"{name}_bound": value for name, value in found.items()}, "and none without the word"
 
 
@@ -91,7 +95,7 @@ def test_the_standard_error_is_the_spread():
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 40, (300, 60))
     nats = tokens * 3 + 6 * rng.standard_normal(tokens.shape)
-    found = [judge.summarise(a, b) for a, b in zip(nats, tokens, strict=True)]
+    found = [judges.summarise(a, b) for a, b in zip(nats, tokens, strict=True)]
     spread = np.std([f["nats_per_token"] for f in found], ddof=1)
     assert spread == pytest.approx(np.mean([f["nats_per_token_se"] for f in found]), rel=0.12)
 
@@ -131,7 +135,7 @@ def test_gpt2_does_not_depend_on_batches_and_devices(folder, gpt2_judge):
     texts = texts_of(*[9] * 5, 2 * P, 3, P)
     wanted = gpt2_judge.score(texts, [0] * 8)
     for devices, some in [(1, slice(2, 7)), (8, slice(0, 8))]:
-        other = judge.open_judge(str(folder), mesh=mesh(devices))
+        other = judges.open_judge(str(folder), mesh=mesh(devices))
         found = other.score(texts[some], [0] * len(texts[some]))
         for a, b in zip(found, wanted, strict=True):
             np.testing.assert_allclose(a, b[some], rtol=1e-5, atol=1e-5)
@@ -142,10 +146,10 @@ def test_texts_are_written_in_the_judge_s_tokens(gpt2_judge):
     assert theirs.encode("A b").tolist() == [32, 220, 65]
     assert [theirs.decode([i]) for i in (32, 220, 65)] == ["A", " ", "b"]
     ids = np.array([*b"ab", 256, *"é".encode(), 256, 256, 255], np.int32)
-    found = judge.retokenise(ids, BYTES, theirs)
+    found = judges.retokenise(ids, BYTES, theirs)
     parts = [theirs.encode(t).tolist() for t in ("ab", "é", "", "\ufffd")]
     assert found.tolist() == [*parts[0], 256, *parts[1], 256, *parts[2], 256, *parts[3]]
-    record = judge.record(gpt2_judge, BYTES, [np.frombuffer(t, np.uint8).astype(np.int32)
+    record = judges.record(gpt2_judge, BYTES, [np.frombuffer(t, np.uint8).astype(np.int32)
                                               for t in (b"some text", b"another")])
     nats = sum(by_hand(theirs.encode(t))[0] for t in ("some text", "another"))
     assert record["retokenised"] and record["tokens"] == 8 + 6 and record["sampled_tokens"] == 16
@@ -154,7 +158,7 @@ def test_texts_are_written_in_the_judge_s_tokens(gpt2_judge):
 
 @pytest.mark.slow
 def test_precision_of_the_judge(folder, gpt2_judge):
-    half = judge.open_judge(str(folder), "bfloat16", mesh=mesh(1))
+    half = judges.open_judge(str(folder), "bfloat16", mesh=mesh(1))
     exact, found = (j.score(texts_of(P), [0])[0][0] for j in (gpt2_judge, half))
     assert found == pytest.approx(exact, rel=0.02) and found != exact
     assert half.identity == gpt2_judge.identity | {"precision": "bfloat16"}
@@ -162,7 +166,7 @@ def test_precision_of_the_judge(folder, gpt2_judge):
 
 def test_the_same_tokens_are_scored_as_they_are(gpt2_judge):
     texts = [np.array([190, 190, 32], np.int32), np.array([65], np.int32)]  # no text encodes to 190, 190
-    record = judge.record(gpt2_judge, gpt2_judge.tokenizer, texts)
+    record = judges.record(gpt2_judge, gpt2_judge.tokenizer, texts)
     assert not record["retokenised"] and record["tokens"] == 2
     assert record["nats_per_token"] == pytest.approx(by_hand(texts[0])[0] / 2, rel=1e-5)
     assert (record["texts"], record["unscored_texts"], record["empty_texts"]) == (2, 1, 0)
@@ -170,30 +174,30 @@ def test_the_same_tokens_are_scored_as_they_are(gpt2_judge):
 
 def test_a_prompt_is_context(gpt2_judge):
     texts = [np.frombuffer(t, np.uint8).astype(np.int32) for t in (b"The cat", b"The dog", b"The ")]
-    record = judge.record(gpt2_judge, BYTES, texts, given=4)
+    record = judges.record(gpt2_judge, BYTES, texts, given=4)
     ids = [gpt2_judge.tokenizer.encode(t) for t in ("The cat", "The dog")]
     assert (record["tokens"], record["sampled_tokens"], record["prompt_tokens"]) == (6, 6, 4)
     assert (record["empty_texts"], record["unscored_texts"], record["texts"]) == (1, 1, 3)
     assert record["nats_per_token"] == pytest.approx(sum(by_hand(i, 4)[0] for i in ids) / 6, rel=1e-5)
-    assert record["corpus_entropy"] == pytest.approx(judge.entropy(np.frombuffer(b"catdog", np.uint8)))
+    assert record["corpus_entropy"] == pytest.approx(judges.entropy(np.frombuffer(b"catdog", np.uint8)))
 
 
 def test_vocabulary_of_a_folder(tmp_path, data_dir, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(data_dir / "tiktoken_cache"))
     real = make_tokenizer("gpt2")
     shutil.copy(data_dir / "tiktoken_cache" / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6", tmp_path / "vocab.json")
-    found = judge.folder_tokenizer(str(tmp_path))
+    found = judges.folder_tokenizer(str(tmp_path))
     assert (found.kind, found.fingerprint) == ("gpt2", real.fingerprint)
     (tmp_path / "vocab.json").unlink()
-    assert judge.folder_tokenizer(str(tmp_path)).fingerprint == real.fingerprint
-    assert judge.folder_tokenizer(str(tmp_path), found) is found
-    assert judge.folder_tokenizer(str(tmp_path), BYTES).fingerprint == real.fingerprint
+    assert judges.folder_tokenizer(str(tmp_path)).fingerprint == real.fingerprint
+    assert judges.folder_tokenizer(str(tmp_path), found) is found
+    assert judges.folder_tokenizer(str(tmp_path), BYTES).fingerprint == real.fingerprint
 
 
 def test_what_cannot_judge_is_one_line(tmp_path, folder):
     def refused(message, path, **how):
         with pytest.raises(ConfigError, match=message) as error:
-            judge.open_judge(str(path), mesh=mesh(1), **how)
+            judges.open_judge(str(path), mesh=mesh(1), **how)
         assert "\n" not in str(error.value)
 
     refused("generate.judge='.*nowhere': must be a folder with GPT-2's config.json", tmp_path / "nowhere")
@@ -221,15 +225,15 @@ def test_what_cannot_judge_is_one_line(tmp_path, folder):
 
 
 def test_a_diffusion_run_gives_a_bound():
-    run_judge = judge.open_judge(str(trained()[1]))
+    run_judge = judges.open_judge(str(trained()[1]))
     texts = [np.frombuffer(t, np.uint8).astype(np.int32)
              for t in (b"a short one", b"and one of more than sixteen", b"")]
-    record = judge.record(run_judge, BYTES, texts)
+    record = judges.record(run_judge, BYTES, texts)
     assert record["given"] == "lengths"
     assert record["kind"] == "bound" and record["bound"] and "bound" in record["rule"] and not record["retokenised"]
     assert "perplexity" not in record and "nats_per_token" not in record and "mean_text_perplexity" not in record
     assert record["tokens"] == 11 + 28 and record["empty_texts"] == record["unscored_texts"] == 1
-    assert judge.perplexity(record).startswith("<= ") and judge.perplexity(record).endswith("(bound, given lengths)")
+    assert judges.perplexity(record).startswith("<= ") and judges.perplexity(record).endswith("(bound, given lengths)")
     assert record["made_from"]["step"] == 3 and record["params"] == model().run.num_params
     # the same rows by hand
     x, segment = np.full((3, SEQ_LEN), 256, np.int32), np.full((3, SEQ_LEN), -1, np.int32)
@@ -244,7 +248,7 @@ def test_a_diffusion_run_gives_a_bound():
 def test_an_autoregressive_run_is_exact(monkeypatch):
     """By the interface alone: process.exact, and an evaluator that gives one draw of as many nats as a row's scored
     tokens say."""
-    run_judge = judge.open_judge(str(trained()[1]))
+    run_judge = judges.open_judge(str(trained()[1]))
     seen = {}
 
     class Evaluator:
@@ -260,11 +264,11 @@ def test_an_autoregressive_run_is_exact(monkeypatch):
     assert tokens.tolist() == [20, 3, 1] and nats.tolist() == [20, 3, 1]
     assert len(seen["x"]) == 4, "a piece of prompt alone is not worked on"
     assert (seen["segment"] >= 0).sum(-1).tolist() == [16, 4, 5, 2], "the prompt is seen"
-    record = judge.record(run_judge, BYTES, texts)
+    record = judges.record(run_judge, BYTES, texts)
     assert record["given"] == "nothing"
     assert record["kind"] == "autoregressive" and not record["bound"] and "bound" not in record["rule"]
     assert record["perplexity"] == pytest.approx(math.e) and not any(name.endswith("_bound") for name in record)
-    assert judge.perplexity(record) == "2.72 ± 0.00"
+    assert judges.perplexity(record) == "2.72 ± 0.00"
 
 
 # ------------------------------------------------------------------------------------------------ generate
@@ -277,15 +281,15 @@ def test_samples_are_judged_as_they_are(copied, folder, monkeypatch, capsys):
     assert "judge" not in first
     lines = (copied / "samples.jsonl").read_bytes()
     drawn, asked = [], []
-    sample, record = generate._sample, judge.record
+    sample, record = generate._sample, judges.record
     monkeypatch.setattr(generate, "_sample", lambda *a: drawn.append(1) or sample(*a))
-    monkeypatch.setattr(judge, "record", lambda *a: asked.append(1) or record(*a))
+    monkeypatch.setattr(judges, "record", lambda *a: asked.append(1) or record(*a))
     result = generate.generate(config(prompt="The ", judge=str(folder)), run)
     assert not drawn and len(asked) == 1 and (copied / "samples.jsonl").read_bytes() == lines
     found = result["judge"]
     ids = [json.loads(line)["ids"] for line in lines.decode().splitlines()]
-    theirs = judge.folder_tokenizer(str(folder))
-    again = [judge.retokenise(np.array(i, np.int32), BYTES, theirs) for i in ids]
+    theirs = judges.folder_tokenizer(str(folder))
+    again = [judges.retokenise(np.array(i, np.int32), BYTES, theirs) for i in ids]
     wanted = np.sum([by_hand(i, 4) for i in again], axis=0)
     assert found["tokens"] == wanted[1] and found["nats_per_token"] == pytest.approx(wanted[0] / wanted[1], rel=1e-5)
     assert found["sampled_tokens"] == 3 * (SEQ_LEN - 4) and found["unigram_entropy"] == result["unigram_entropy"]
@@ -316,7 +320,7 @@ def test_a_judge_that_is_not_there_is_said_before_any_work(copied, monkeypatch):
     with pytest.raises(ConfigError, match="generate.force_transition='wihtin': choose one of .*did you mean 'within'"):
         dataclasses.replace(GRID, force_transition="wihtin").check()
     with pytest.raises(ConfigError, match="generate.force_transition='none': this run's process has no force"):
-        generate.at_sampling(types.SimpleNamespace(), dataclasses.replace(GRID, force_transition="none"))
+        sampling.at_sampling(types.SimpleNamespace(), dataclasses.replace(GRID, force_transition="none"))
 
 
 def test_mauve_beside_real_texts(folder, copied, monkeypatch):
@@ -328,14 +332,14 @@ def test_mauve_beside_real_texts(folder, copied, monkeypatch):
         return types.SimpleNamespace(mauve=0.25)
 
     monkeypatch.setitem(sys.modules, "mauve", types.SimpleNamespace(compute_mauve=compute_mauve))
-    monkeypatch.setattr(judge, "mauve_installed", lambda: True)
+    monkeypatch.setattr(judges, "mauve_installed", lambda: True)
     found = generate.generate(config(judge=str(folder)), str(copied))["judge"]
     assert found["mauve"] == 0.25 and "3 texts against the first 3 of the validation split" in found["mauve_note"]
-    theirs = judge.folder_tokenizer(str(folder))
+    theirs = judges.folder_tokenizer(str(folder))
     rows = generate.real_texts(model().run, 3, SEQ_LEN)
     for features, texts in [(got["q"], rows),
                             (got["p"], [json.loads(line)["ids"] for line in open(copied / "samples.jsonl")])]:
-        ids = [judge.retokenise(np.asarray(t, np.int32), BYTES, theirs)[:P] for t in texts]
+        ids = [judges.retokenise(np.asarray(t, np.int32), BYTES, theirs)[:P] for t in texts]
         wanted = [hub.twin(hub.weights(CONFIG), i, CONFIG)[1][-1] for i in ids]
         np.testing.assert_allclose(features, wanted, atol=1e-4)
     bound = generate.generate(config(judge=str(copied)), str(copied))["judge"]
@@ -349,7 +353,7 @@ def test_mauve_itself():
     pytest.importorskip("mauve")
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 60, 8)).astype(np.float32)
-    assert judge.mauve(a, a) > 0.95 > 0.5 > judge.mauve(a, b + 9)
+    assert judges.mauve(a, a) > 0.95 > 0.5 > judges.mauve(a, b + 9)
 
 
 # ------------------------------------------------------------------------------------------------ the sampler's force
@@ -361,9 +365,9 @@ def draw(g):
 
 def test_the_process_at_sampling():
     process = model().run.process
-    assert generate.at_sampling(process, GRID) is process and process.force_transition == "cavity"
+    assert sampling.at_sampling(process, GRID) is process and process.force_transition == "cavity"
     free = dataclasses.replace(GRID, force_transition="none")
-    other = generate.at_sampling(dataclasses.replace(process, xi=0.7), free)
+    other = sampling.at_sampling(dataclasses.replace(process, xi=0.7), free)
     assert (other.force_transition, other.xi, other.hierarchy) == ("none", 0.7, process.hierarchy)
 
 
@@ -372,7 +376,7 @@ def test_within_below_xi_one():
     """Every word lies under the cluster that is shown, which the trained cavity does not ask for."""
     run, h = model().run, model().hierarchy
     process = dataclasses.replace(run.process, xi=0.6)
-    sampler = generate.Sampler(run.network, process, run.mesh, run.params)
+    sampler = sampling.Sampler(run.network, process, run.mesh, run.params)
     words = np.frombuffer(b"a sample of text", np.uint8).astype(np.int32)
     canvas = np.tile(h.symbol(1, h.anc[1][words]), (8, 1))
     within, usual = (sampler(canvas, dataclasses.replace(GRID, force_transition=f))["tokens"] for f in ("within", ""))
@@ -409,7 +413,7 @@ def test_which_samplers_are_the_same():
 
 def test_what_leaves_the_exact_law_is_said():
     noisy = dataclasses.replace(model().run.process, xi=0.7)
-    say = lambda process, **how: generate.law(process, dataclasses.replace(GRID, **how))  # noqa: E731
+    say = lambda process, **how: sampling.law(process, dataclasses.replace(GRID, **how))  # noqa: E731
     assert say(noisy) == say(noisy, force_transition="cavity") == "exact"
     for other in ("none", "within", "between"):  # another model's law than the one whose NELBO is measured
         assert say(noisy, force_transition=other) == f"inexact: force_transition={other} where cavity was trained"
@@ -435,8 +439,8 @@ def test_sweep_goes_on_where_it_was(copied, folder, capsys, monkeypatch):
     path = copied / sampling_sweep.FILE
     before = path.read_text()
     assert len(before.splitlines()) == 2
-    count, sample = [], generate.Sampler.__call__
-    monkeypatch.setattr(generate.Sampler, "__call__", lambda *a: count.append(1) or sample(*a))
+    count, sample = [], sampling.Sampler.__call__
+    monkeypatch.setattr(sampling.Sampler, "__call__", lambda *a: count.append(1) or sample(*a))
     capsys.readouterr()
     sampling_sweep.main([*how, "--steps=2,6", f"--judge={folder}"])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -451,7 +455,7 @@ def test_sweep_goes_on_where_it_was(copied, folder, capsys, monkeypatch):
     one = next(r for r in lines if r["same"][0][0] == "within" and r["sampling"]["temperature"] == 0.25
                and r["sampling"]["steps"] == 6)
     tokens = draw(dataclasses.replace(GRID, temperature=0.25))[:3]
-    assert one["judge"]["corpus_entropy"] == pytest.approx(judge.entropy(tokens.reshape(-1)))
+    assert one["judge"]["corpus_entropy"] == pytest.approx(judges.entropy(tokens.reshape(-1)))
     assert f"{one['judge']['perplexity']:.2f} ± {one['judge']['perplexity_se']:.2f}" in out
     sampling_sweep.main([*how, "--steps=6", "--force_transition=within"])  # nobody judges
     last = json.loads(path.read_text().splitlines()[-1])
@@ -473,4 +477,4 @@ def test_sweep_refuses_in_one_line(copied, tmp_path):
 def test_names_are_those_of_the_record():
     """A judge's own tokenizer is one by its fingerprint, whoever holds it."""
     assert Tokenizer("bytes", [bytes([b]) for b in range(256)]).fingerprint == BYTES.fingerprint
-    assert judge.open_judge(str(trained()[1]), shape=Parallel()).tokenizer.fingerprint == BYTES.fingerprint
+    assert judges.open_judge(str(trained()[1]), shape=Parallel()).tokenizer.fingerprint == BYTES.fingerprint

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
+from hdlm_jax.common import lock
 from hdlm_jax.config import ConfigError
-from hdlm_jax.run import lock
 
 HOLDS = """
 import sys, time
-from hdlm_jax.run import lock
+from hdlm_jax.common import lock
 with lock.held(sys.argv[1], "train"):
     print("held", flush=True)
     time.sleep(60)

@@ -11,7 +11,10 @@ from absl import flags
 from tiny import SEQ_LEN, trained, write_recipe
 
 from hdlm_jax import main
-from hdlm_jax.run import evaluate, lock, report, state
+from hdlm_jax.common import lock
+from hdlm_jax.report import report
+from hdlm_jax.runs import evaluate
+from hdlm_jax.training import state
 
 
 @pytest.fixture

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from tiny import LEVELS, SEQ_LEN, model, read_recipe, trained
 
+from hdlm_jax.common import parallel
 from hdlm_jax.config import ConfigError, Generate, resolve
 from hdlm_jax.decoding import presets
-from hdlm_jax.run import generate, method_sweep, parallel
-from hdlm_jax.run.state import build
-from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.decoding import sampler as sampling
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.runs import generate
+from hdlm_jax.training.build import build
+from tools import method_sweep
 
 # one of every kind in each run of the tests, the others when there is time
 QUICK = ("prophet", "dkv")
@@ -45,7 +48,7 @@ def sampler():
     run = model().run
     helped = helper()
     shared = jax.device_put(helped.params, parallel.replicated(run.mesh))
-    return generate.sampler_of(run, types.SimpleNamespace(network=helped.network, params=shared), classifier)
+    return sampling.sampler_of(run, types.SimpleNamespace(network=helped.network, params=shared), classifier)
 
 
 def canvas(rows=4, prompt=3):
@@ -102,13 +105,13 @@ def test_options():
 
 
 def test_what_a_method_needs(tmp_path):
-    bare = generate.sampler_of(model().run)
+    bare = sampling.sampler_of(model().run)
     for name, message in (("guided", "needs an autoregressive run .*generate.helper"),
                           ("classifier", "needs a function: Model.generate")):
         with pytest.raises(ConfigError, match=message):
             bare(canvas(), Generate(method=name))
     with pytest.raises(ConfigError, match="generate.helper=.*must be an autoregressive run"):
-        generate.load_helper(model().run, Generate(helper=str(trained()[1])))
+        sampling.load_helper(model().run, Generate(helper=str(trained()[1])))
 
 
 @pytest.mark.slow
@@ -124,7 +127,7 @@ def test_guidance_and_helpers_change_the_text():
 
 
 def test_law_names_what_is_not_ancestral():
-    say = lambda **how: generate.law(model().run.process, Generate(**how))  # noqa: E731
+    say = lambda **how: sampling.law(model().run.process, Generate(**how))  # noqa: E731
     assert say() == say(method="first_hitting") == "exact"
     for name in set(presets.METHODS) - {"ancestral", "first_hitting"}:
         assert say(method=name) == f"inexact: method={name}"
@@ -188,5 +191,5 @@ def test_sweep_over_methods(tmp_path, capsys, monkeypatch):
     assert "fast_dllm threshold=.5 block=4" in out and "(real text)" in out
     assert (workdir / "method_sweep.png").stat().st_size > 10_000 and "ancestral T=6" in (
         workdir / "method_sweep.md").read_text()
-    monkeypatch.setattr(generate.Sampler, "__call__", None)  # nothing is sampled again
+    monkeypatch.setattr(sampling.Sampler, "__call__", None)  # nothing is sampled again
     method_sweep.main(how)

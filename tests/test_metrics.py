@@ -6,8 +6,9 @@ import struct
 import numpy as np
 import pytest
 
-from hdlm_jax.run import report
-from hdlm_jax.run.metrics import MetricsFile, peak_flops, plot_curves, progress, read_metrics
+from hdlm_jax.common.console import progress
+from hdlm_jax.report import report
+from hdlm_jax.training.metrics import MetricsFile, peak_flops, plot_curves, read_metrics
 
 
 def write(path, steps, resume=0):

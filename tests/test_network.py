@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from hdlm_jax import config
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.diffusion.process import HierarchicalProcess
-from hdlm_jax.model import network as network_module
-from hdlm_jax.model.heads import FactorisedHead, FlatHead
-from hdlm_jax.model.network import Network, attention, flops_per_token, make_network
-from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.models import network as network_module
+from hdlm_jax.models.heads import FactorisedHead, FlatHead
+from hdlm_jax.models.network import Network, attention, flops_per_token, make_network
 
 B, S, V, N = 3, 10, 150, 256
 FLAT = FlatHead(Hierarchy.from_parents([], num_words=V))

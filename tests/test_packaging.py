@@ -62,7 +62,7 @@ for name in names:
     try:
         importlib.import_module(name)
     except ImportError as error:  # lm_eval is an extra: its one module says so
-        if name != "hdlm_jax.run.harness" or "pip install 'hdlm_jax[lm-eval]'" not in str(error):
+        if name != "hdlm_jax.evaluation.harness" or "pip install 'hdlm_jax[lm-eval]'" not in str(error):
             raise
 print(hdlm_jax.__file__, hdlm_jax.__version__, *names, sep="\\n")
 """

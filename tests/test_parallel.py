@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hdlm_jax.run import parallel
+from hdlm_jax.common import parallel
 
 
 def cache_after(tmp_path, **env):
     """Files in the folder after a program was compiled in a process of its own."""
-    script = ("import jax; from hdlm_jax.run import parallel; parallel.keep_compiled();"
+    script = ("import jax; from hdlm_jax.common import parallel; parallel.keep_compiled();"
               "jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((9, 9)))")
     keep = {k: v for k, v in os.environ.items() if not k.startswith("JAX_") and k != "XLA_FLAGS"}
     keep |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XDG_CACHE_HOME": str(tmp_path)}

@@ -10,28 +10,26 @@ import numpy as np
 import pytest
 
 from hdlm_jax.decoding.core import Rows
-from hdlm_jax.decoding.patches import (
+from hdlm_jax.decoding.sparse_attention import Sparse, kept_blocks
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.diffusion.levels import LevelChain
+from hdlm_jax.models import network as network_module
+from hdlm_jax.models.heads import FlatHead
+from hdlm_jax.models.network import Network, attention, rotary
+from hdlm_jax.models.quantise import (
     LAYERS,
     Packed,
-    Sparse,
-    extended,
     input_ranges,
-    kept_blocks,
     num_bytes,
     pack,
     quantise,
-    rope_scale,
     rotate,
     rounded_inputs,
     smooth,
     unpack,
 )
-from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.diffusion.process import HierarchicalProcess
-from hdlm_jax.model import network as network_module
-from hdlm_jax.model.heads import FlatHead
-from hdlm_jax.model.network import Network, attention, rotary
-from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.models.rope_scaling import extended, rope_scale
 
 V, S, B, BLOCKS, HEADS, WIDTH = 30, 22, 3, 2, 2, 24
 HIERARCHY = Hierarchy.from_parents([np.arange(V) % 5])

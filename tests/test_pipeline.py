@@ -1,4 +1,4 @@
-"""hdlm_jax/text/pipeline.py: rows by enumeration against brute force; batches are pure, streams resume exactly."""
+"""hdlm_jax/data/pipeline.py: rows by enumeration against brute force; batches are pure, streams resume exactly."""
 import collections
 import dataclasses
 import gc
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hdlm_jax.text import corpus, pipeline, prepare, tokens
+from hdlm_jax.data import corpus, pipeline, prepare, tokenizers
 
 EOT = 999  # of the folders below; no other token of theirs has this number
 KINDS = [("concat", "end"), ("documents", "end"), ("crop", "hidden"), ("crop", "end")]  # packing, padding
@@ -466,7 +466,7 @@ class Shelf:
             yield corpus.Document(text, source, prompt)
 
 
-class CountingTokenizer(tokens.Tokenizer):
+class CountingTokenizer(tokenizers.Tokenizer):
     def __init__(self):
         super().__init__("bytes", [bytes([byte]) for byte in range(256)])
         self.encoded = 0
@@ -642,7 +642,7 @@ def test_a_stream_of_files(tmp_path):
     for name, lines in texts.items():
         rows = [json.dumps({"text": text}) for text in lines]
         (tmp_path / f"{name}.jsonl").write_text("\n".join([*rows[:4], "{", *rows[4:]]))
-    tokenizer = tokens.make_tokenizer("bpe", 300, itertools.chain(*texts.values()))
+    tokenizer = tokenizers.make_tokenizer("bpe", 300, itertools.chain(*texts.values()))
     sources = corpus.resolve(str(tmp_path / "*.jsonl"))
     batches = pipeline.StreamBatches(corpus.Reader(), sources, tokenizer, lambda document: "3" not in document.text,
                                      seq_len=64, batch_size=16, packing="crop", padding="hidden", eot=tokenizer.eot)

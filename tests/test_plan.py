@@ -13,10 +13,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hdlm_jax import config
-from hdlm_jax.model import network as network_module
-from hdlm_jax.model.heads import backend, chunk_size, compiling_for
-from hdlm_jax.run import parallel, plan
-from hdlm_jax.run.state import TrainState
+from hdlm_jax.common import parallel
+from hdlm_jax.models import network as network_module
+from hdlm_jax.models.heads import backend, chunk_size, compiling_for
+from hdlm_jax.training.state import TrainState
+from tools import plan
 
 ROOT = Path(__file__).parent.parent
 V, D, CLUSTERS = 1000, 32, 16

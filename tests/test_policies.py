@@ -17,10 +17,10 @@ from test_sampler import make as make_toy
 from hdlm_jax.decoding import choose, revise
 from hdlm_jax.decoding.choose import Above, All, Count, Doubling, Eos, Even, MaxProb, Planned, Scored
 from hdlm_jax.decoding.core import Policy, sample
-from hdlm_jax.diffusion import sampler
+from hdlm_jax.diffusion import plans
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.diffusion.process import HierarchicalProcess
-from hdlm_jax.text.hierarchy import Hierarchy
 
 V, S, EOS = 6, 8, 2
 PARENTS = {1: [], 2: [[0, 1, 2, 0, 1, 0]], 3: [[0, 1, 2, 0, 1, 0], [0, 1, 1]]}
@@ -174,7 +174,7 @@ def targets_of(name, levels, row, canvas, free, numbers, seed=0):
         level[0, :size] = [tree.level(s) if f else 0 for s, f in zip(canvas, free, strict=True)]
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), np.uint32(2**32 - 1))
         kind = name.split("_")[1]
-        plan = sampler.plan(key[None], process.chain, level, kind, numbers["steps"], numbers["reveals"])
+        plan = plans.plan(key[None], process.chain, level, kind, numbers["steps"], numbers["reveals"])
         call_of = np.asarray(plan.drop_call)[0]
 
         def planned(call, z):

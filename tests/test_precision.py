@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from oracle import Toy
 
-from hdlm_jax.decoding import presets
-from hdlm_jax.diffusion import levels, sampler
+from hdlm_jax.decoding import presets, statistics
+from hdlm_jax.diffusion import levels
+from hdlm_jax.diffusion.draws import words_of
 from hdlm_jax.diffusion.gidd import GiddProcess
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.diffusion.process import Dense, HierarchicalProcess, words_of
-from hdlm_jax.model.heads import FactorisedHead, FlatHead
-from hdlm_jax.run.state import stratified_tau
-from hdlm_jax.text.hierarchy import Hierarchy
+from hdlm_jax.diffusion.prediction import Dense
+from hdlm_jax.models.heads import FactorisedHead, FlatHead
+from hdlm_jax.training.loss import stratified_tau
 
 V = 6
 PARENTS = {1: [], 2: [[0, 1, 0, 1, 2, 2]], 3: [[0, 0, 1, 1, 2, 2], [0, 0, 1]],
@@ -134,7 +136,7 @@ def test_the_way_back_at_extreme_logits(k, xi, force):
         for name, head in heads_of(process).items():
             laws = {(i, j, how): process.law_below(head(logits), jnp.asarray(z), i, j, how) for i in range(1, k + 1)
                     for j in range(i) for how in (("exact", "clean") if 0 < j < i - 1 else ("exact",))}
-            drops = sampler.drop_probability(process, head(logits[at]), jnp.asarray(z[at]), jnp.asarray(new))
+            drops = statistics.drop_probability(process, head(logits[at]), jnp.asarray(z[at]), jnp.asarray(new))
             out[name] = laws, process.posterior(head(logits), jnp.asarray(z), 0.6, 1.1), drops
         return out
 

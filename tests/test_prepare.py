@@ -1,4 +1,4 @@
-"""hdlm_jax/text/prepare.py and units.py: every document once, whoever makes it and whatever kills it."""
+"""hdlm_jax/data/prepare.py and units.py: every document once, whoever makes it and whatever kills it."""
 import dataclasses
 import gzip
 import hashlib
@@ -20,8 +20,8 @@ import pytest
 from tiny import read_recipe, write_recipe
 
 from hdlm_jax.config import ConfigError, Data, Tokenizer
-from hdlm_jax.run import stages
-from hdlm_jax.text import corpus, prepare, tokens, units
+from hdlm_jax.data import corpus, prepare, tokenizers, units
+from hdlm_jax.runs import stages
 
 BYTES, EOT = Tokenizer(kind="bytes", vocab_size=257), 256
 
@@ -112,13 +112,13 @@ def embedded(tmp_path_factory) -> tuple[Path, prepare.Manifest]:
 def test_embedded_corpus(embedded):
     folder, manifest = embedded
     assert sorted(path.name for path in folder.iterdir()) == sorted([
-        "manifest.json", "begun.json", tokens.JSON_FILE, tokens.RANK_FILE, "unit-00000.json",
+        "manifest.json", "begun.json", tokenizers.JSON_FILE, tokenizers.RANK_FILE, "unit-00000.json",
         *(f"{split}-00000-000.{kind}" for split in ("train", "valid") for kind in ("bin", "idx"))])
     assert manifest == prepare.load_manifest(folder)
     assert (manifest.vocab_size, manifest.eot, manifest.dtype) == (1024, 1023, "uint16")
     assert not manifest.prompts and not manifest.sampled and manifest.bad == 0
     check_counts(folder, manifest)
-    tokenizer = tokens.load_tokenizer(folder)
+    tokenizer = tokenizers.load_tokenizer(folder)
     assert tokenizer.fingerprint == manifest.tokenizer_fingerprint
     documents = corpus.embedded_corpus()[0]
     total = sum(int(hashlib.sha256(document.text.encode()).hexdigest(), 16) for document in documents)
@@ -135,7 +135,7 @@ def test_embedded_corpus(embedded):
     # the BPE saw training documents only
     assert manifest.bpe_training_bytes == manifest.train_bytes
     texts = [document.text for document in documents if not corpus.split(document, 0.05)]
-    assert tokens.make_tokenizer("bpe", 1024, texts).fingerprint == manifest.tokenizer_fingerprint
+    assert tokenizers.make_tokenizer("bpe", 1024, texts).fingerprint == manifest.tokenizer_fingerprint
 
 
 def test_unigram_nats_by_hand(embedded):
@@ -204,8 +204,8 @@ def test_fingerprint_knows_tokens_and_words_and_the_order(tmp_path):
 
 def test_wide_vocabularies_take_uint32(tmp_path):
     words = [bytes([i]) for i in range(256)] + [b"%d" % i for i in range(10, 66_000)]
-    tokens.Tokenizer("bpe", words).save(tmp_path / "t")
-    wide = Tokenizer(kind="bpe", file=str(tmp_path / "t" / tokens.RANK_FILE))
+    tokenizers.Tokenizer("bpe", words).save(tmp_path / "t")
+    wide = Tokenizer(kind="bpe", file=str(tmp_path / "t" / tokenizers.RANK_FILE))
     files = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i} {i}"} for i in range(65_000, 65_100)])
     manifest = make(tmp_path / "tokens", files, wide, validation_fraction=0.2)
     assert manifest.dtype == "uint32" and manifest.vocab_size == len(words) + 1
@@ -304,7 +304,7 @@ def test_bpe_training_text_is_a_share_of_each_file(tmp_path, monkeypatch):
         manifest = make(tmp_path / "tokens", tokenizer=Tokenizer(kind="bpe", vocab_size=400), **arguments)
     assert manifest.bpe_training_bytes == 2020
     texts = [(f"{name}{i:03} " * 10)[:1010 - 50 * i] for name in "ab" for i in range(21)]
-    assert manifest.tokenizer_fingerprint == tokens.make_tokenizer("bpe", 400, texts).fingerprint
+    assert manifest.tokenizer_fingerprint == tokenizers.make_tokenizer("bpe", 400, texts).fingerprint
     said: list[str] = []
     less = make(tmp_path / "less", tokenizer=Tokenizer(kind="bpe", vocab_size=50_000), say=said.append, **arguments)
     assert less.vocab_size < 50_000
@@ -372,7 +372,7 @@ def test_what_needs_all_tokens_says_who_is_missing(tmp_path):
 
 DRIVER = '''
 import json, os, sys, time, types
-from hdlm_jax.text import corpus, prepare, units
+from hdlm_jax.data import corpus, prepare, units
 
 settings = json.loads(os.environ["SETTINGS"])
 units.BATCH_CHARS, units.SHARD_TOKENS = settings["batch_chars"], settings["shard_tokens"]
@@ -727,7 +727,7 @@ def test_changed_files_and_damaged_shards(tmp_path, small, monkeypatch):
     with pytest.raises(ValueError, match=r"valid-00001-001\.idx is missing, and its source files are not on this"):
         make(tmp_path / "tokens", **arguments)
     assert (tmp_path / "tokens" / "manifest.json").exists()
-    tokens.make_tokenizer("bpe", 257, ["a"]).save(tmp_path / "tokens")
+    tokenizers.make_tokenizer("bpe", 257, ["a"]).save(tmp_path / "tokens")
     path.with_suffix(".idx").write_bytes(clean["valid-00001-001.idx"])
     with pytest.raises(ValueError, match="is not the one the tokens were made with"):
         make(tmp_path / "tokens", **arguments)
@@ -751,11 +751,11 @@ def test_a_source_edited_in_place_is_another(tmp_path):
     assert make(tmp_path / "tokens", **arguments) == first
     # the tokenizer's file as well
     words = [bytes([i]) for i in range(256)]
-    tokens.Tokenizer("bpe", [*words, b"ab"]).save(tmp_path / "t")
-    file = tmp_path / "t" / tokens.RANK_FILE
+    tokenizers.Tokenizer("bpe", [*words, b"ab"]).save(tmp_path / "t")
+    file = tmp_path / "t" / tokenizers.RANK_FILE
     tokenizer = Tokenizer(kind="bpe", file=str(file))
     make(tmp_path / "bpe", **arguments, tokenizer=tokenizer)
-    tokens.Tokenizer("bpe", [*words, b"cd"]).save(tmp_path / "t")
+    tokenizers.Tokenizer("bpe", [*words, b"cd"]).save(tmp_path / "t")
     with pytest.raises(ValueError, match=r"made from other files: tokenizer\.tiktoken"):
         make(tmp_path / "bpe", **arguments, tokenizer=tokenizer)
 
@@ -766,16 +766,16 @@ def test_equal_files_elsewhere_are_the_same(tmp_path, small):
         (tmp_path / "here").mkdir(exist_ok=True)
         numbered(tmp_path / "here" / f"{name}.jsonl", 20, start)
     held = numbered(tmp_path / "here.held.jsonl", 4, 200)
-    tokens.make_tokenizer("bpe", 270, [text(i) for i in range(9)]).save(tmp_path / "t")
+    tokenizers.make_tokenizer("bpe", 270, [text(i) for i in range(9)]).save(tmp_path / "t")
     shutil.copytree(tmp_path / "t", tmp_path / "t2")
-    bpe = [Tokenizer(kind="bpe", file=str(tmp_path / folder / tokens.RANK_FILE)) for folder in ("t", "t2")]
+    bpe = [Tokenizer(kind="bpe", file=str(tmp_path / folder / tokenizers.RANK_FILE)) for folder in ("t", "t2")]
     first = make(tmp_path / "tokens", str(tmp_path / "here" / "*.jsonl"), bpe[0], validation=(held,))
     there = tmp_path / "there"
     shutil.copytree(tmp_path / "here", there)
     there_held = shutil.copy(held, str(there / "z.ndjson"))
     (there / "b.jsonl").rename(there / "c.jsonl")
     moved = [str(there / "a.jsonl"), str(there / "?.jsonl")]
-    sha256 = hashlib.sha256((tmp_path / "t" / tokens.RANK_FILE).read_bytes()).hexdigest()
+    sha256 = hashlib.sha256((tmp_path / "t" / tokenizers.RANK_FILE).read_bytes()).hexdigest()
     checked = dataclasses.replace(bpe[1], sha256=sha256)
     with pytest.raises(ValueError, match="sha256 is .*, must be 00"):
         make(tmp_path / "tokens", moved, dataclasses.replace(bpe[1], sha256="00"), validation=(there_held,))
@@ -822,8 +822,8 @@ def test_folders_of_version_2_are_adopted(tmp_path, small, stream):
     """With hashes of the files at hand; the fingerprint, which checkpoints name, stays, also that of a sample."""
     files = [numbered(tmp_path / f"{i}.jsonl", 20, 100 * i) for i in range(2)]
     held = numbered(tmp_path / "held.jsonl", 5, 500)
-    tokens.make_tokenizer("bpe", 270, [text(i) for i in range(9)]).save(tmp_path / "t")
-    bpe = Tokenizer(kind="bpe", file=str(tmp_path / "t" / tokens.RANK_FILE))
+    tokenizers.make_tokenizer("bpe", 270, [text(i) for i in range(9)]).save(tmp_path / "t")
+    bpe = Tokenizer(kind="bpe", file=str(tmp_path / "t" / tokenizers.RANK_FILE))
     arguments = dict(files=files, tokenizer=bpe, validation=(held,), stream=stream)
     folder = tmp_path / "tokens"
     new = make(folder, **arguments)
@@ -899,10 +899,10 @@ def test_the_words_of_the_run_that_weights_come_from(tmp_path):
         assert not (tmp_path / "run").exists()
     (base / "tokenizer").mkdir(parents=True)
     (base / "config.json").write_text("{}")
-    words = tokens.make_tokenizer("bpe", 300, [text(i) for i in range(40)], pattern="qwen2")
+    words = tokenizers.make_tokenizer("bpe", 300, [text(i) for i in range(40)], pattern="qwen2")
     words.save(base / "tokenizer")
     made = stages.prepare(missing, str(tmp_path / "run"))
-    assert made.tokenizer.pattern == tokens.PATTERNS["qwen2"] and made.tokenizer.fingerprint == words.fingerprint
+    assert made.tokenizer.pattern == tokenizers.PATTERNS["qwen2"] and made.tokenizer.fingerprint == words.fingerprint
     with pytest.raises(ConfigError, match="tokenizer.pattern='o200k': the run in train.init_from="):
         other = dataclasses.replace(missing.tokenizer, pattern="o200k")
         stages.make_tokens(dataclasses.replace(missing, tokenizer=other), str(tmp_path / "run"))
@@ -1024,8 +1024,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path, kind, count):
     body = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     tokenizer = BYTES
     if kind == "bpe":
-        tokens.make_tokenizer("bpe", 600, [body[:200_000]]).save(tmp_path / "words")
-        tokenizer = Tokenizer(kind="bpe", file=str(tmp_path / "words" / tokens.RANK_FILE))
+        tokenizers.make_tokenizer("bpe", 600, [body[:200_000]]).save(tmp_path / "words")
+        tokenizer = Tokenizer(kind="bpe", file=str(tmp_path / "words" / tokenizers.RANK_FILE))
     peaks = []
     for size in (50_000_000, 1_000_000_000):
         files = [str(tmp_path / f"{i}.jsonl") for i in range(count)]

@@ -10,9 +10,9 @@ import oracle
 import pytest
 from oracle import Toy
 
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.diffusion.process import HierarchicalProcess
-from hdlm_jax.text.hierarchy import Hierarchy
 
 MDLM = dict(parents=[], num_words=4)
 TWO = dict(parents=[[0, 1, 0, 1]])

@@ -11,10 +11,12 @@ import process
 import pytest
 import tiny
 
+from hdlm_jax.common import parallel
 from hdlm_jax.config import Parallel
-from hdlm_jax.run import evaluate, generate, parallel, runs, state, train
-from hdlm_jax.run.checkpoint import Checkpoints
-from hdlm_jax.run.metrics import read_metrics
+from hdlm_jax.runs import evaluate, generate, train
+from hdlm_jax.training import loading, state
+from hdlm_jax.training.checkpoint import Checkpoints
+from hdlm_jax.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_a_checkpoint_is_read_on_any_number_of_devices(two, written, devices, me
     recipe, alone = tiny.trained()
     workdir = two[0] / "run" if written == "by 2 processes" else alone
     config = dataclasses.replace(tiny.read_recipe(recipe), parallel=Parallel(**mesh))
-    run = runs.load_run(dataclasses.replace(config, parallel=Parallel()), str(workdir), "latest")
+    run = loading.load_run(dataclasses.replace(config, parallel=Parallel()), str(workdir), "latest")
     tx = state.make_optimizer(config)[0]
 
     def restored(mesh):

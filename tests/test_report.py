@@ -12,7 +12,8 @@ from tiny import model, read_recipe, trained
 
 from hdlm_jax.config import ConfigError
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.run import generate, page, report
+from hdlm_jax.report import page, report
+from hdlm_jax.runs import generate
 
 EVALUATED = {"nelbo": 5.5, "se": 0.0123, "perplexity": 244.7, "perplexity_se": 3.0, "whole_split": True,
              "bits_per_byte": 2.25, "bits_per_byte_se": 0.01, "hierarchy": [257, 8, 1], "unigram_nelbo": 6.5,

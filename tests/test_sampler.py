@@ -12,10 +12,11 @@ import pytest
 from oracle import Toy
 
 from hdlm_jax.decoding import choose, core
-from hdlm_jax.diffusion import sampler
+from hdlm_jax.diffusion import plans
+from hdlm_jax.diffusion.draws import categorical, draw_from, fold, row_keys
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.diffusion.process import HierarchicalProcess, categorical, draw_from, fold, row_keys
-from hdlm_jax.text.hierarchy import Hierarchy
 
 MDLM = dict(parents=[], num_words=4)
 TWO = dict(parents=[[0, 1, 0, 1]])
@@ -48,7 +49,7 @@ def planned(kind, clusters="exact"):
 def plan_of(key, process, start, kind, steps=1, reveals=1):
     """The plan that the loop draws for these rows."""
     keys = fold(row_keys(key, len(start)), jnp.uint32(choose._PLAN))
-    return sampler.plan(keys, process.chain, process.level_of(start), kind, steps, reveals)
+    return plans.plan(keys, process.chain, process.level_of(start), kind, steps, reveals)
 
 
 def write(toy, process, network, rows=ROWS, seed=0, start=None, kind="events", steps=1, reveals=1, **kwargs):
@@ -236,7 +237,7 @@ def test_plans_bring_every_token_down(kind, steps, reveals, rates):
     k = len(rates)
     level0 = np.random.default_rng(1).integers(0, k + 1, (rows, tokens))
     level0[0], level0[1] = k, 0
-    draw = jax.jit(lambda key: sampler.plan(key, chain, jnp.asarray(level0), kind, steps, reveals))
+    draw = jax.jit(lambda key: plans.plan(key, chain, jnp.asarray(level0), kind, steps, reveals))
     plan = draw(jax.random.key(2))
     calls = {"grid": steps, "events": tokens * k, "reveal": -(-tokens * k // reveals)}[kind]
     assert (plan.calls == calls).all() and plan.drop_call.shape == (rows, tokens, k)
@@ -255,7 +256,7 @@ def test_plans_bring_every_token_down(kind, steps, reveals, rates):
 
 def test_unknown_plan():
     with pytest.raises(ValueError, match="plan='all'.*grid, events, reveal"):
-        sampler.plan(jax.random.key(0), LevelChain((1.0,)), jnp.ones((1, 2), jnp.int32), "all")
+        plans.plan(jax.random.key(0), LevelChain((1.0,)), jnp.ones((1, 2), jnp.int32), "all")
 
 
 @pytest.mark.parametrize("rates", [(1.0, 1.0), (0.5, 2.0)])
@@ -263,7 +264,7 @@ def test_event_times_have_the_chain_s_law(rates):
     """Kolmogorov-Smirnov on the first and the last event, and the order of the drops of two tokens."""
     rows, tokens = 20_000, 2
     chain = LevelChain(rates)
-    plan = sampler.plan(jax.random.key(3), chain, jnp.full((rows, tokens), 2), "events")
+    plan = plans.plan(jax.random.key(3), chain, jnp.full((rows, tokens), 2), "events")
     tau = -np.log1p(-np.minimum(times_of(plan).astype(float), 1 - 1e-9))
 
     def distance(sample, cdf):
@@ -295,7 +296,7 @@ def test_expected_network_calls(rates):
     """E[NFE] = sum over steps of 1 - (1 - q)^S, q = P(a token crosses anything in the step)."""
     tokens, steps, rows, k = 3, 8, 20_000, len(rates)
     level0 = jnp.full((rows, tokens), k)
-    plan = jax.jit(lambda key: sampler.plan(key, LevelChain(rates), level0, "grid", steps))(jax.random.key(4))
+    plan = jax.jit(lambda key: plans.plan(key, LevelChain(rates), level0, "grid", steps))(jax.random.key(4))
     busy = (np.diff(levels_along(plan, steps), axis=0) != 0).any(-1).sum(0)
     stays = []
     for c in range(steps):
@@ -321,7 +322,7 @@ def test_a_row_alone_makes_no_empty_call():
 def test_grid_times_in_one_step_follow_the_chain():
     """P(level after call c) = beta at the end of that step: the grid's edges are where they should be."""
     rates, steps, rows = (1.0, 0.5), 5, 50_000
-    plan = sampler.plan(jax.random.key(5), LevelChain(rates), jnp.full((rows, 1), 2), "grid", steps)
+    plan = plans.plan(jax.random.key(5), LevelChain(rates), jnp.full((rows, 1), 2), "grid", steps)
     np.testing.assert_allclose(times_of(plan)[0], 1 - np.arange(steps) / steps, rtol=1e-6)
     levels = levels_along(plan, steps)[..., 0]
     for c in range(steps):

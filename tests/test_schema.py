@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_canvas import bpe, clusters, law_of, processed, write
 
+from hdlm_jax.data.tokenizers import make_tokenizer
 from hdlm_jax.decoding import canvas, schema
-from hdlm_jax.text.tokens import make_tokenizer
 
 SCHEMA = {
     "type": "object", "title": "All of it", "required": ["name"], "additionalProperties": False,

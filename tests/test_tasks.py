@@ -16,12 +16,15 @@ import tiny
 
 from hdlm_jax import config as config_lib
 from hdlm_jax.config import ConfigError
-from hdlm_jax.diffusion import sampler
-from hdlm_jax.diffusion.process import HierarchicalProcess, fold
-from hdlm_jax.run import requests, runs, tasks
-from hdlm_jax.run.elbo import Evaluator
-from hdlm_jax.run.score import PILOT, Choices, Piece, Scorer, _best_two, documents, encode_pair, stratified_se
-from hdlm_jax.text import benchmarks, corpus
+from hdlm_jax.data import corpus
+from hdlm_jax.diffusion import plans
+from hdlm_jax.diffusion.draws import fold
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.evaluation import benchmarks, requests
+from hdlm_jax.evaluation.elbo import Evaluator
+from hdlm_jax.evaluation.scorer import PILOT, Choices, Piece, Scorer, _best_two, documents, encode_pair, stratified_se
+from hdlm_jax.runs import tasks
+from hdlm_jax.training import loading
 
 S = tiny.SEQ_LEN
 TEXTS = ["short", "a text that is a good deal longer than the sixteen bytes of a row", "x" * 15, "y" * 16, "é"]
@@ -29,7 +32,7 @@ TEXTS = ["short", "a text that is a good deal longer than the sixteen bytes of a
 
 @functools.cache
 def loaded():
-    return runs.load_here(str(tiny.trained()[1]))
+    return loading.load_here(str(tiny.trained()[1]))
 
 
 def scorer(run=None, **settings):
@@ -180,7 +183,7 @@ def test_common_random_numbers_help():
 
 
 def tasks_fit(question):
-    from hdlm_jax.run.score import _fit
+    from hdlm_jax.evaluation.scorer import _fit
 
     return _fit(question, S)
 
@@ -264,7 +267,7 @@ def test_ranking_counts_right_answers():
         run, seq_len, settings = loaded(), S, None
 
         def rank(self, questions):
-            from hdlm_jax.run.score import Ranking
+            from hdlm_jax.evaluation.scorer import Ranking
 
             n = len(questions)
             return Ranking([np.array([4.0, 11.0, 7.4])] * n, np.zeros(n), np.full(n, 8), np.full(n, True),
@@ -287,7 +290,7 @@ def test_greedy_takes_the_likeliest_words():
     (word,) = s.greedy([context], [1])
     level = jnp.asarray([[0] * 10 + [2] + [0] * 5])
     keys = fold(jnp.broadcast_to(jax.random.key(run.config.generate.seed), (1,)), jnp.zeros(1, int))
-    times = sampler.plan(fold(keys, 0), run.process.chain, level, "events").clock[:, :2]
+    times = plans.plan(fold(keys, 0), run.process.chain, level, "events").clock[:, :2]
     logits = jax.jit(lambda z, t: dense_logits(z, t, jnp.zeros(z.shape, jnp.int32))[0, -1])
     first = int(jnp.argmax(logits(jnp.asarray([[*context, h.mask_id]]), times[:, 0])))
     cluster = h.anc[1][first]
@@ -452,13 +455,13 @@ def test_a_tuple_from_the_command_line(monkeypatch):
 @pytest.mark.slow
 def test_weights_or_their_average(tmp_path):
     """A run with an average is measured by it, unless evaluate.ema=False."""
-    from hdlm_jax.run import train
+    from hdlm_jax.runs import train
 
     recipe = tiny.write_recipe(tmp_path)
     recipe.write_text(recipe.read_text().replace("    return c", "    c.optimizer.ema = 0.5\n    return c"))
     config = tiny.read_recipe(recipe)
     train.train(config, str(tmp_path / "run"))
-    average, last = (runs.load_run(config, str(tmp_path / "run"), "latest", ema) for ema in (True, False))
+    average, last = (loading.load_run(config, str(tmp_path / "run"), "latest", ema) for ema in (True, False))
     assert average.ema and not last.ema
     pairs = list(zip(jax.tree.leaves(average.params), jax.tree.leaves(last.params), strict=True))
     assert any(not np.array_equal(a, b) for a, b in pairs)
@@ -532,15 +535,15 @@ def test_texts_end_at_a_stop(monkeypatch):
 def test_without_the_harness_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    monkeypatch.delitem(sys.modules, "hdlm_jax.run.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "hdlm_jax.evaluation.harness", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'hdlm_jax\[lm-eval\]'$"):
-        import hdlm_jax.run.harness  # noqa: F401
+        import hdlm_jax.evaluation.harness  # noqa: F401
 
 
 def test_in_the_harness(tmp_path):
     """A task of its own, through lm_eval itself, gives the accuracy of our ranking."""
     lm_eval = pytest.importorskip("lm_eval")
-    import hdlm_jax.run.harness  # noqa: F401
+    import hdlm_jax.evaluation.harness  # noqa: F401
 
     rows = [{"q": "the very", "choices": ["much", "like", "forty"], "label": i % 3} for i in range(3)]
     rows += [{"q": "of", "choices": ["short", "others", "x"], "label": 1}]

@@ -1,4 +1,4 @@
-"""hdlm_jax/text/tokens.py: tokenizers give the text back (BERT's what it keeps), are saved, and fail clearly."""
+"""hdlm_jax/data/tokenizers.py: tokenizers give the text back (BERT's what it keeps), are saved, and fail clearly."""
 import base64
 import functools
 import hashlib
@@ -13,20 +13,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hdlm_jax.text import corpus, tokens
+from hdlm_jax.data import corpus, tokenizers
 
-EOT = tokens.END_OF_TEXT
+EOT = tokenizers.END_OF_TEXT
 
 
 @functools.cache
-def bpe(size: int = 1024) -> tokens.Tokenizer:
+def bpe(size: int = 1024) -> tokenizers.Tokenizer:
     documents = corpus.embedded_corpus()[0][:120]
-    return tokens.make_tokenizer("bpe", size, (document.text for document in documents))
+    return tokenizers.make_tokenizer("bpe", size, (document.text for document in documents))
 
 
 @functools.cache
-def plain() -> tokens.Tokenizer:
-    return tokens.make_tokenizer("bytes")
+def plain() -> tokenizers.Tokenizer:
+    return tokenizers.make_tokenizer("bytes")
 
 
 # A vocabulary like BERT's: words in brackets anywhere, lower-case words, pieces, every letter alone and as a piece.
@@ -36,11 +36,11 @@ BERT = ["[PAD]", *LETTERS, "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "un", "##
 
 
 @functools.cache
-def bert() -> tokens.Tokenizer:
+def bert() -> tokenizers.Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "vocab.txt")
         path.write_text("\n".join(BERT) + "\n", encoding="utf-8")
-        return tokens.make_tokenizer("bert", file=str(path))
+        return tokenizers.make_tokenizer("bert", file=str(path))
 
 
 @pytest.mark.parametrize("make", [bpe, plain])
@@ -92,7 +92,7 @@ def test_very_long_runs(piece):
     text = piece * 1_000_000 + "end"
     raw = b"".join(map(bpe()._words.__getitem__, bpe().encode(text).tolist()))
     assert raw == text.encode()
-    small = tokens.make_tokenizer("bpe", 260, [text])
+    small = tokenizers.make_tokenizer("bpe", 260, [text])
     assert small.decode(small.encode(text[-5000:])) == text[-5000:]
 
 
@@ -103,34 +103,34 @@ def test_bpe_has_the_size_asked_and_is_reproducible():
     import rustbpe
     texts = [document.text for document in corpus.embedded_corpus()[0][:120]]
     assert bpe().vocab_size == 1024
-    again = tokens.make_tokenizer("bpe", 1024, iter(texts))
+    again = tokenizers.make_tokenizer("bpe", 1024, iter(texts))
     assert again.fingerprint == bpe().fingerprint and again._words == bpe()._words
-    assert tokens.make_tokenizer("bpe", 1023, texts).fingerprint != bpe().fingerprint
+    assert tokenizers.make_tokenizer("bpe", 1023, texts).fingerprint != bpe().fingerprint
     trainer = rustbpe.Tokenizer()  # our encoding is the trainer's own
-    trainer.train_from_iterator(iter(texts), 1023, pattern=tokens.PATTERN)
+    trainer.train_from_iterator(iter(texts), 1023, pattern=tokenizers.PATTERN)
     assert trainer.encode(texts[7]) == bpe().encode(texts[7]).tolist()
     assert len(bpe().encode(texts[7])) < 0.6 * len(texts[7].encode())
     assert all(bpe().token_bytes(byte) == bytes([byte]) for byte in range(256))
 
 
 def test_bpe_sizes_at_the_edges():
-    assert tokens.make_tokenizer("bpe", 257, ["hello hello"]).vocab_size == 257
-    few = tokens.make_tokenizer("bpe", 5000, ["hello hello"])
+    assert tokenizers.make_tokenizer("bpe", 257, ["hello hello"]).vocab_size == 257
+    few = tokenizers.make_tokenizer("bpe", 5000, ["hello hello"])
     assert 257 < few.vocab_size < 300 and few.decode(few.encode("hello there")) == "hello there"
-    assert tokens.make_tokenizer("bpe", 5000, []).vocab_size == 257
+    assert tokenizers.make_tokenizer("bpe", 5000, []).vocab_size == 257
     with pytest.raises(ValueError, match="tokenizer.vocab_size is 256; must be at least 257"):
-        tokens.make_tokenizer("bpe", 256, ["hello"])
+        tokenizers.make_tokenizer("bpe", 256, ["hello"])
     with pytest.raises(ValueError, match="needs documents"):
-        tokens.make_tokenizer("bpe", 300)
+        tokenizers.make_tokenizer("bpe", 300)
     with pytest.raises(ValueError, match="tokenizer.kind is 'word'; choices: gpt2, bpe, bytes"):
-        tokens.make_tokenizer("word", 300)
+        tokenizers.make_tokenizer("word", 300)
 
     def failing():
         yield "abc"
         raise ValueError("file.txt: broken")
 
     with pytest.raises(ValueError, match="file.txt: broken"):
-        tokens.make_tokenizer("bpe", 300, failing())
+        tokenizers.make_tokenizer("bpe", 300, failing())
 
 
 # ------------------------------------------------------------------------------------------- saved and loaded
@@ -140,38 +140,38 @@ def test_bpe_sizes_at_the_edges():
 def test_saved_and_loaded(tmp_path, make):
     tokenizer = make()
     tokenizer.save(tmp_path / "t")
-    back = tokens.load_tokenizer(tmp_path / "t")
+    back = tokenizers.load_tokenizer(tmp_path / "t")
     for name in ("kind", "vocab_size", "eot", "fingerprint", "_words"):
         assert getattr(back, name) == getattr(tokenizer, name)
-    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == [tokens.JSON_FILE, tokens.RANK_FILE]
-    facts = json.loads((tmp_path / "t" / tokens.JSON_FILE).read_text())
-    raw = (tmp_path / "t" / tokens.RANK_FILE).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == [tokenizers.JSON_FILE, tokenizers.RANK_FILE]
+    facts = json.loads((tmp_path / "t" / tokenizers.JSON_FILE).read_text())
+    raw = (tmp_path / "t" / tokenizers.RANK_FILE).read_bytes()
     assert facts["sha256"] == hashlib.sha256(raw).hexdigest()
     np.testing.assert_array_equal(back.encode("Hello, unaffable"), tokenizer.encode("Hello, unaffable"))
     if make is bert:
         return
     # the rank file alone is enough, here or in tiktoken
-    again = tokens.make_tokenizer("bpe", file=str(tmp_path / "t" / tokens.RANK_FILE), sha256=facts["sha256"])
+    again = tokenizers.make_tokenizer("bpe", file=str(tmp_path / "t" / tokenizers.RANK_FILE), sha256=facts["sha256"])
     assert again.encode("hello").tolist() == tokenizer.encode("hello").tolist()
 
 
 def test_fingerprint_is_of_words_in_order_and_pattern():
     words = list(bpe()._words)
     swapped = [*words[:-2], words[-1], words[-2]]
-    kinds = {tokens.Tokenizer("bpe", words).fingerprint, tokens.Tokenizer("bpe", swapped).fingerprint,
-             tokens.Tokenizer("bpe", words[:256]).fingerprint, plain().fingerprint}
+    kinds = {tokenizers.Tokenizer("bpe", words).fingerprint, tokenizers.Tokenizer("bpe", swapped).fingerprint,
+             tokenizers.Tokenizer("bpe", words[:256]).fingerprint, plain().fingerprint}
     assert len(kinds) == 4
-    assert tokens.Tokenizer("gpt2", words).fingerprint == bpe().fingerprint  # same ids, same tokenizer
+    assert tokenizers.Tokenizer("gpt2", words).fingerprint == bpe().fingerprint  # same ids, same tokenizer
 
 
 def test_damaged_or_missing_files(tmp_path):
     with pytest.raises(ValueError, match=f"no tokenizer in {tmp_path}: tokenizer.json is missing"):
-        tokens.load_tokenizer(tmp_path)
+        tokenizers.load_tokenizer(tmp_path)
     bpe().save(tmp_path)
-    ranks = tmp_path / tokens.RANK_FILE
+    ranks = tmp_path / tokenizers.RANK_FILE
     ranks.write_bytes(ranks.read_bytes()[:-1])
     with pytest.raises(ValueError, match="tokenizer.tiktoken: sha256 is [0-9a-f]{64}, must be"):
-        tokens.load_tokenizer(tmp_path)
+        tokenizers.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -184,12 +184,12 @@ def test_damaged_or_missing_files(tmp_path):
 ])
 def test_malformed_rank_files(tmp_path, change, message):
     bpe().save(tmp_path)
-    lines = (tmp_path / tokens.RANK_FILE).read_bytes().splitlines()[:300]
+    lines = (tmp_path / tokenizers.RANK_FILE).read_bytes().splitlines()[:300]
     (tmp_path / "ranks.tiktoken").write_bytes(b"\n".join(change(lines)) + b"\n")
     with pytest.raises(ValueError, match=message):
-        tokens.make_tokenizer("bpe", file=str(tmp_path / "ranks.tiktoken"))
+        tokenizers.make_tokenizer("bpe", file=str(tmp_path / "ranks.tiktoken"))
     with pytest.raises(ValueError, match="tokenizer.file .*nothing.* cannot be read: No such file"):
-        tokens.make_tokenizer("bpe", file=str(tmp_path / "nothing"))
+        tokenizers.make_tokenizer("bpe", file=str(tmp_path / "nothing"))
 
 
 # ------------------------------------------------------------------------------------------- patterns, rank files
@@ -227,32 +227,32 @@ def published() -> dict[str, str]:
 @example(text="I'LL 12345 HTMLParser \r\n\n  x\n  ")
 def test_patterns_cut_as_published(text):
     import regex
-    assert set(tokens.PATTERNS) == set(published())
+    assert set(tokenizers.PATTERNS) == set(published())
     for name, pattern in published().items():
-        assert regex.findall(tokens.PATTERNS[name], text) == regex.findall(pattern, text), name
+        assert regex.findall(tokenizers.PATTERNS[name], text) == regex.findall(pattern, text), name
 
 
 def test_a_pattern_decides_the_ids(tmp_path):
     """Those of tiktoken with the same ranks and pattern; saved, loaded and told by the fingerprint."""
     import tiktoken
     file = rank_file(tmp_path / "a.tiktoken")
-    ranks = {word: rank for rank, word in enumerate(tokens.read_ranks(file))}
+    ranks = {word: rank for rank, word in enumerate(tokenizers.read_ranks(file))}
     found = {}
-    for name in ("", *tokens.PATTERNS, r"\S+|\s+"):
-        made = tokens.make_tokenizer("bpe", file=file, pattern=name)
+    for name in ("", *tokenizers.PATTERNS, r"\S+|\s+"):
+        made = tokenizers.make_tokenizer("bpe", file=file, pattern=name)
         theirs = tiktoken.Encoding("x", pat_str=published().get(name or "gpt2", name), mergeable_ranks=ranks,
                                    special_tokens={})
         found[name] = made.encode(CUT_APART).tolist()
         assert found[name] == theirs.encode(CUT_APART) and made.decode(found[name]) == CUT_APART
         made.save(tmp_path / "t")
-        back = tokens.load_tokenizer(tmp_path / "t")
+        back = tokenizers.load_tokenizer(tmp_path / "t")
         assert back.fingerprint == made.fingerprint and back.encode(CUT_APART).tolist() == found[name]
         assert made.encode("A" * 1_000_000 + " " * 9000).size > 0
     assert found[""] == found["gpt2"] and len(set(map(tuple, found.values()))) == 6
-    prints = {name: tokens.make_tokenizer("bpe", file=file, pattern=name).fingerprint for name in found}
-    assert prints[""] == prints["gpt2"] == tokens.Tokenizer("bpe", list(ranks)).fingerprint
+    prints = {name: tokenizers.make_tokenizer("bpe", file=file, pattern=name).fingerprint for name in found}
+    assert prints[""] == prints["gpt2"] == tokenizers.Tokenizer("bpe", list(ranks)).fingerprint
     assert len(set(prints.values())) == 6
-    trained = [tokens.make_tokenizer("bpe", 300, ["1234 " * 50], pattern=name) for name in ("", "qwen2")]
+    trained = [tokenizers.make_tokenizer("bpe", 300, ["1234 " * 50], pattern=name) for name in ("", "qwen2")]
     assert [any(len(word) > 1 and word.isdigit() for word in made._words) for made in trained] == [True, False]
 
 
@@ -263,11 +263,11 @@ def test_tokenizers_saved_before_patterns(tmp_path):
     state = hashlib.sha256(before.encode())
     for word in words:
         state.update(len(word).to_bytes(4, "big") + word)
-    raw = Path(rank_file(tmp_path / tokens.RANK_FILE)).read_bytes()
-    (tmp_path / tokens.JSON_FILE).write_text(json.dumps(
+    raw = Path(rank_file(tmp_path / tokenizers.RANK_FILE)).read_bytes()
+    (tmp_path / tokenizers.JSON_FILE).write_text(json.dumps(
         {"kind": "bpe", "vocab_size": len(words) + 1, "eot": len(words), "pattern": before,
          "sha256": hashlib.sha256(raw).hexdigest(), "fingerprint": state.hexdigest()}))
-    assert tokens.load_tokenizer(tmp_path).fingerprint == state.hexdigest()
+    assert tokenizers.load_tokenizer(tmp_path).fingerprint == state.hexdigest()
 
 
 @pytest.mark.parametrize("size, whose, pattern", [
@@ -277,11 +277,11 @@ def test_rank_files_of_other_vocabularies(tmp_path, size, whose, pattern):
     file = rank_file(tmp_path / "a.tiktoken", size=size)
     with pytest.raises(ValueError, match=f"{size:,} ranks are those of {whose}, .* give tokenizer.pattern='{pattern}', "
                                          "or 'gpt2' if these are others") as error:
-        tokens.make_tokenizer("bpe", file=file)
+        tokenizers.make_tokenizer("bpe", file=file)
     assert "\n" not in str(error.value)
-    made = tokens.make_tokenizer("bpe", file=file, pattern=pattern)
-    assert (made.vocab_size, made.pattern) == (size + 1, tokens.PATTERNS[pattern])
-    assert tokens.make_tokenizer("bpe", file=file, pattern="gpt2").pattern == tokens.PATTERN
+    made = tokenizers.make_tokenizer("bpe", file=file, pattern=pattern)
+    assert (made.vocab_size, made.pattern) == (size + 1, tokenizers.PATTERNS[pattern])
+    assert tokenizers.make_tokenizer("bpe", file=file, pattern="gpt2").pattern == tokenizers.PATTERN
 
 
 def test_special_tokens_are_no_ranks(tmp_path):
@@ -290,9 +290,9 @@ def test_special_tokens_are_no_ranks(tmp_path):
         file = rank_file(tmp_path / "a.tiktoken", [*MERGES, special.encode()])
         for kind in ("bpe", "gpt2"):
             with pytest.raises(ValueError, match=f"rank {256 + len(MERGES)} is the special token .*, which no text"):
-                tokens.make_tokenizer(kind, file=file, pattern=r"\S+|\s+")
+                tokenizers.make_tokenizer(kind, file=file, pattern=r"\S+|\s+")
     near = [b"<|", b"|>", b"<| |>", b"<||>", b"a<|b|>"]
-    assert tokens.make_tokenizer("bpe", file=rank_file(tmp_path / "b.tiktoken", near)).vocab_size == 262
+    assert tokenizers.make_tokenizer("bpe", file=rank_file(tmp_path / "b.tiktoken", near)).vocab_size == 262
 
 
 @pytest.mark.parametrize("pattern, message", [
@@ -302,12 +302,12 @@ def test_special_tokens_are_no_ranks(tmp_path):
 ])
 def test_patterns_that_cannot_be(tmp_path, pattern, message):
     with pytest.raises(ValueError, match=message) as error:
-        tokens.make_tokenizer("bpe", file=rank_file(tmp_path / "a.tiktoken"), pattern=pattern)
+        tokenizers.make_tokenizer("bpe", file=rank_file(tmp_path / "a.tiktoken"), pattern=pattern)
     assert "\n" not in str(error.value)
 
 
 def test_a_pattern_that_leaves_out_a_rare_character(tmp_path):
-    made = tokens.make_tokenizer("bpe", file=rank_file(tmp_path / "a.tiktoken"), pattern=r"[^\x{e000}]")
+    made = tokenizers.make_tokenizer("bpe", file=rank_file(tmp_path / "a.tiktoken"), pattern=r"[^\x{e000}]")
     assert made.decode(made.encode("fine")) == "fine"
     with pytest.raises(ValueError, match="leaves out 3 of 5 bytes"):
         made.encode("a\ue000b")
@@ -328,7 +328,7 @@ def test_gpt2_without_a_network_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     advice = r"could not be fetched \(OSError\).*TIKTOKEN_CACHE_DIR.*tokenizer.file"
     with pytest.raises(ValueError, match=advice) as error:
-        tokens.make_tokenizer("gpt2")
+        tokenizers.make_tokenizer("gpt2")
     assert "\n" not in str(error.value)
 
 
@@ -340,7 +340,7 @@ def test_gpt2_from_cache_and_from_rank_file(tmp_path, monkeypatch, data_dir):
     shutil.copytree(cache, tmp_path / "cache", copy_function=shutil.copyfile)
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    cached = tokens.make_tokenizer("gpt2")
+    cached = tokenizers.make_tokenizer("gpt2")
     assert (cached.vocab_size, cached.eot) == (50257, 50256)
     assert cached.encode("hello world").tolist() == [31373, 995]
     assert cached.encode(EOT).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(EOT)
@@ -349,18 +349,18 @@ def test_gpt2_from_cache_and_from_rank_file(tmp_path, monkeypatch, data_dir):
     before = sorted(path.name for path in (tmp_path / "cache").iterdir())
     monkeypatch.setenv("SOME_DIR", str(ranks.parent))
     sha256 = hashlib.sha256(ranks.read_bytes()).hexdigest()
-    local = tokens.make_tokenizer("gpt2", file=f"$SOME_DIR/{ranks.name}", sha256=sha256)
+    local = tokenizers.make_tokenizer("gpt2", file=f"$SOME_DIR/{ranks.name}", sha256=sha256)
     assert local.fingerprint == cached.fingerprint
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == before  # nothing written there
     text = "".join(document.text for document in corpus.embedded_corpus()[0][:20])
     assert local.encode(text).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
     assert local.decode(local.encode(text)) == text
     with pytest.raises(ValueError, match="sha256 is .*, must be 00"):
-        tokens.make_tokenizer("gpt2", file=str(ranks), sha256="00")
+        tokenizers.make_tokenizer("gpt2", file=str(ranks), sha256="00")
     short = tmp_path / "short.tiktoken"
     short.write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)))
     with pytest.raises(ValueError, match="256 words, GPT-2 has 50256"):
-        tokens.make_tokenizer("gpt2", file=str(short))
+        tokenizers.make_tokenizer("gpt2", file=str(short))
 
 
 # ------------------------------------------------------------------------------------------------------- BERT
@@ -403,9 +403,9 @@ def test_bert_fingerprint_is_of_kind_and_order(tmp_path):
     prints = {bert().fingerprint}
     for i, words in enumerate([BERT[::-1], BERT[:-1], BERT]):
         (tmp_path / str(i)).write_text("\r\n".join(words), encoding="utf-8")  # line ends do not count
-        prints.add(tokens.make_tokenizer("bert", file=str(tmp_path / str(i))).fingerprint)
+        prints.add(tokenizers.make_tokenizer("bert", file=str(tmp_path / str(i))).fingerprint)
     assert len(prints) == 3
-    assert tokens.Tokenizer("bpe", [word.encode() for word in BERT]).fingerprint not in prints
+    assert tokenizers.Tokenizer("bpe", [word.encode() for word in BERT]).fingerprint not in prints
 
 
 @pytest.mark.parametrize("raw, message", [
@@ -418,17 +418,17 @@ def test_bert_fingerprint_is_of_kind_and_order(tmp_path):
 def test_bert_files_that_are_no_vocabulary(tmp_path, raw, message):
     (tmp_path / "vocab.txt").write_bytes(raw)
     with pytest.raises(ValueError, match=message):
-        tokens.make_tokenizer("bert", file=str(tmp_path / "vocab.txt"))
+        tokenizers.make_tokenizer("bert", file=str(tmp_path / "vocab.txt"))
 
 
 def test_bert_without_file_or_package(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="tokenizer.kind='bert' needs tokenizer.file"):
-        tokens.make_tokenizer("bert")
+        tokenizers.make_tokenizer("bert")
     with pytest.raises(ValueError, match="tokenizer.file .*nothing' cannot be read: No such file"):
-        tokens.make_tokenizer("bert", file=str(tmp_path / "nothing"))
+        tokenizers.make_tokenizer("bert", file=str(tmp_path / "nothing"))
     (tmp_path / "vocab.txt").write_text("[UNK]\n[SEP]\n")
     with pytest.raises(ValueError, match="sha256 is .*, must be 00"):
-        tokens.make_tokenizer("bert", file=str(tmp_path / "vocab.txt"), sha256="00")
+        tokenizers.make_tokenizer("bert", file=str(tmp_path / "vocab.txt"), sha256="00")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"needs the tokenizers package: pip install 'hdlm_jax\[bert\]'"):
-        tokens.make_tokenizer("bert", file=str(tmp_path / "vocab.txt"))
+        tokenizers.make_tokenizer("bert", file=str(tmp_path / "vocab.txt"))

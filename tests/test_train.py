@@ -18,26 +18,21 @@ import owt
 import pytest
 
 from hdlm_jax import config as config_lib
-from hdlm_jax import jsons
+from hdlm_jax.common import jsons, parallel
 from hdlm_jax.config import ConfigError
-from hdlm_jax.diffusion.process import fold
-from hdlm_jax.run import parallel, train
-from hdlm_jax.run import state as state_lib
-from hdlm_jax.run.generate import make_sample_step, numbers_of, program_of
-from hdlm_jax.run.metrics import read_metrics
-from hdlm_jax.run.state import (
-    abstract_state,
-    build,
-    init_state,
-    make_loss_sums,
-    make_optimizer,
-    make_train_step,
-    stratified_tau,
-)
-from hdlm_jax.text import pipeline
-from hdlm_jax.text.hierarchy import Hierarchy
-from hdlm_jax.text.pipeline import Split
-from hdlm_jax.text.prepare import load_manifest
+from hdlm_jax.data import pipeline
+from hdlm_jax.data.pipeline import Split
+from hdlm_jax.data.prepare import load_manifest
+from hdlm_jax.decoding.sampler import make_sample_step, numbers_of, program_of
+from hdlm_jax.diffusion.draws import fold
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.runs import train
+from hdlm_jax.training import loss as state_lib
+from hdlm_jax.training.build import build
+from hdlm_jax.training.loss import make_loss_sums, stratified_tau
+from hdlm_jax.training.metrics import read_metrics
+from hdlm_jax.training.state import abstract_state, init_state, make_optimizer
+from hdlm_jax.training.step import make_train_step
 
 V, S, B = 40, 8, 16
 HIERARCHY = Hierarchy.from_parents([np.arange(V) % 6, np.arange(6) % 2])
@@ -346,7 +341,7 @@ def test_killed_and_resumed_equals_never_killed(corpus, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         if workdir == killed:
             assert "resuming from step" in done.stdout
-    from hdlm_jax.run.checkpoint import Checkpoints
+    from hdlm_jax.training.checkpoint import Checkpoints
 
     states = []
     for workdir in (killed, tmp_path / "whole"):
@@ -369,7 +364,7 @@ def test_learns_and_starts_from_another_run(corpus, tmp_path, alone):
     train.train(config, str(tmp_path / "first"))
     records = read_metrics(str(tmp_path / "first" / "metrics.jsonl"))
     assert records[-1]["valid_nelbo"] < 3.2 and records[-1]["loss"] < 0.75 * records[0]["loss"]
-    from hdlm_jax.run.runs import load_params
+    from hdlm_jax.training.loading import load_params
 
     more = config_lib.resolve(loop_config(corpus, train__steps=1, train__init_from=str(tmp_path / "first"),
                                           optimizer__lr=1e-9))
@@ -392,7 +387,7 @@ def test_learns_and_starts_from_another_run(corpus, tmp_path, alone):
 
 
 def _tokenizer(corpus):
-    from hdlm_jax.text.tokens import load_tokenizer
+    from hdlm_jax.data.tokenizers import load_tokenizer
 
     return load_tokenizer(corpus / "data")
 
@@ -488,7 +483,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(corpus, tmp_pa
 
 
 def test_too_many_of_them_stop_the_run_and_leave_the_batch(corpus, tmp_path, poison, alone):
-    from hdlm_jax.text.pipeline import TrainBatches
+    from hdlm_jax.data.pipeline import TrainBatches
 
     poison(3, 6)
     config = config_lib.resolve(loop_config(corpus, train__nonfinite_limit=1))
@@ -509,8 +504,8 @@ def test_batch_must_divide_over_devices(corpus, tmp_path):
 
 def test_one_job_trains_others_read_and_ctrl_c_saves(corpus, tmp_path, hearing):
     """In real processes: the second job is told who trains, evaluation works beside it, Ctrl-C saves and leaves."""
-    from hdlm_jax.run import evaluate
-    from hdlm_jax.run.checkpoint import Checkpoints
+    from hdlm_jax.runs import evaluate
+    from hdlm_jax.training.checkpoint import Checkpoints
 
     config = loop_config(corpus, train__steps=10**6, train__log_every=10**6, checkpoint__every=10**6,
                          checkpoint__minutes=0.01, optimizer__schedule="constant")
@@ -541,7 +536,7 @@ def test_one_job_trains_others_read_and_ctrl_c_saves(corpus, tmp_path, hearing):
 HEARS = """
 import threading, time
 import jax
-from hdlm_jax.run import train
+from hdlm_jax.runs import train
 with train._Stop() as stop:
     stop.listen()
     print("listening", flush=True)
@@ -666,7 +661,7 @@ def test_one_validation_row_ends_in_words(corpus, tmp_path, capsys, monkeypatch,
     config.evaluate.draws = 2
     train.train(config_lib.resolve(config), str(tmp_path / "run"))
     assert re.search(r"train: done, step 1, validation NELBO [\d.]+ nats/token on 1 seq", capsys.readouterr().out)
-    from hdlm_jax.run import evaluate
+    from hdlm_jax.runs import evaluate
 
     found = evaluate.evaluate(config_lib.resolve(config), str(tmp_path / "run"))
     assert re.search(r"NELBO [\d.]+ nats/token \(data -, time ", capsys.readouterr().out)

@@ -50,7 +50,7 @@ def read_recipe(recipe: Path):
 @functools.cache
 def trained() -> tuple[Path, Path]:
     """(recipe, workdir) of the trained run; do not write there."""
-    from hdlm_jax.run import train
+    from hdlm_jax.runs import train
 
     folder = Path(tempfile.mkdtemp(prefix="hdlm_jax_tiny_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Decoding: one loop, and every method of the field as a policy of it."""
+"""One sampling loop, and every decoding method of the field as a policy of it."""

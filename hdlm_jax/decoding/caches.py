@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from hdlm_jax.decoding.core import Rows
-from hdlm_jax.model.network import At, Network
+from hdlm_jax.models.network import At, Network
 
 
 class Turn(NamedTuple):

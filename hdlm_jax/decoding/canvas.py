@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.diffusion.process import Dense
+from hdlm_jax.diffusion.prediction import Dense
 
 _MOST = 2**20  # tokens of a text, where nobody says how many the model takes
 _BLANK = re.compile(r"\[\[|\[MASK(?::(\d+))?\]|\[LIKE(?:@(\d+))?:([^\[\]]+)\]|\[")

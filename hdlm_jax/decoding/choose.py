@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.decoding.core import Hook, View
-from hdlm_jax.diffusion import sampler
-from hdlm_jax.diffusion.process import fold, wide
+from hdlm_jax.diffusion import plans
+from hdlm_jax.diffusion.draws import fold, wide
 
 _PLAN = 2**32 - 1  # what the keys of plans are folded with; turns use small numbers
 
@@ -60,7 +60,7 @@ def _mean_level(chain) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Planned(Choice):
-    """Drops at times of the chain itself, which do not look at content (hdlm_jax.diffusion.sampler.plan).
+    """Drops at times of the chain itself, which do not look at content (hdlm_jax.diffusion.plans.plan).
 
     kind: "grid", the exact ancestral kernel on numbers["steps"] equal steps of t, of which a row visits those in which
     anything of it drops; "events", one drop a turn; "reveal", numbers["reveals"] drops a turn.
@@ -71,7 +71,7 @@ class Planned(Choice):
 
     def memory(self, view):
         level = jnp.where(view.free, view.level, 0)
-        return {"plan": sampler.plan(fold(view.key, jnp.uint32(_PLAN)), view.process.chain, level, self.kind,
+        return {"plan": plans.plan(fold(view.key, jnp.uint32(_PLAN)), view.process.chain, level, self.kind,
                                      view.numbers.get("steps", 1), view.numbers.get("reveals", 1))}
 
     def stamp(self, view):

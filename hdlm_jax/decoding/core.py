@@ -17,9 +17,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from hdlm_jax.decoding.statistics import drop_probability, together
+from hdlm_jax.diffusion.draws import fold, row_keys, token_keys
 from hdlm_jax.diffusion.levels import open_uniform
-from hdlm_jax.diffusion.process import fold, row_keys, token_keys
-from hdlm_jax.diffusion.sampler import Film, drop_probability, together
+from hdlm_jax.diffusion.trajectory import Film
 
 ORDERS = ("choose_then_draw", "draw_then_choose")
 

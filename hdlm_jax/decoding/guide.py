@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from hdlm_jax.decoding.core import Hook, Rows, Stateless, View
-from hdlm_jax.diffusion.process import Dense, fold
+from hdlm_jax.diffusion.draws import fold
+from hdlm_jax.diffusion.prediction import Dense
 
 _PICK = 2**32 - 2  # what a row's key is folded with to pick a candidate; positions are small numbers
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hdlm_jax.decoding import caches, choose, guide, lengths, patches, revise
+from hdlm_jax.decoding import caches, choose, guide, lengths, revise, sparse_attention
 from hdlm_jax.decoding import drafts as drafting
 from hdlm_jax.decoding.core import Policy
+from hdlm_jax.models import quantise
 
 
 class Method(NamedTuple):
@@ -25,7 +26,7 @@ class Method(NamedTuple):
     program ("eos" = -1 is the tokenizer's end of text). cache: how the network is called, a spec of
     hdlm_jax.decoding.caches or .patches; None: as it is. guide: ("cfg", what stands for the prompt), ("classifier",) or
     (). needs: "ar", an autoregressive run (config.generate.helper); "classifier", a function (Model.generate's
-    `classifier`). weights: arguments of hdlm_jax.decoding.patches.quantise.
+    `classifier`). weights: arguments of hdlm_jax.models.quantise.quantise.
     """
 
     policy: Policy
@@ -322,13 +323,13 @@ def dkv_greedy(*, refresh: int = 2, window: int = 4, draw: str = "sample") -> Me
 def sparsed(*, steps: int = 0, skip: float = 0.2, select: float = 0.5, tokens: int = 32) -> Method:
     """SparseD's attention (arXiv 2509.24014) on the ancestral grid: after a share `skip` of the drops each head keeps
     the `select` best blocks of `tokens` keys. The semantics by a mask: no faster here."""
-    return Method(Policy(choose.Planned("grid")), {"steps": steps}, patches.SparseD(skip, select, tokens))
+    return Method(Policy(choose.Planned("grid")), {"steps": steps}, sparse_attention.SparseD(skip, select, tokens))
 
 
 def quantised(*, steps: int = 0, bits: int = 8, kind: str = "plain") -> Method:
     """Post-training quantisation of the weights (arXiv 2508.14896) on the ancestral grid: rounded to so many bits, the
     products in floats. kind: "plain" or "rotated"."""
-    patches.check_quantisation(bits, kind)
+    quantise.check_quantisation(bits, kind)
     return Method(Policy(choose.Planned("grid")), {"steps": steps}, weights=(bits, kind))
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from hdlm_jax.decoding.choose import Choice, Even, Path, best, ranks
 from hdlm_jax.decoding.core import Hook, View
+from hdlm_jax.diffusion.draws import fold, wide
 from hdlm_jax.diffusion.levels import open_uniform
-from hdlm_jax.diffusion.process import fold, wide
 
 _GAP = 1e3  # nats; a second symbol of no probability at all is this far behind
 

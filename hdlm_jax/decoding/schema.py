@@ -144,7 +144,7 @@ def scaffold(schema: Any, tokenizer, hierarchy, budget: int = 16, *, prompt: str
 
     Args:
       schema: a dict, or its JSON text.
-      tokenizer: a byte-level one of hdlm_jax.text.tokens (gpt2, bpe, bytes).
+      tokenizer: a byte-level one of hdlm_jax.data.tokenizers (gpt2, bpe, bytes).
       budget: free positions of a string; a field's own number is its keyword "budget" (which validators ignore).
         Numbers have at most 6 unless they say so.
       prompt: text in front, given.

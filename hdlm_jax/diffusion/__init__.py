@@ -1,1 +1,1 @@
-"""The mathematics of docs/theory.md: levels, the process on symbols, the sampler. Pure functions of arrays."""
+"""The mathematics of docs/theory.md: levels, hierarchy, processes, predictions. Pure functions of arrays; no Flax."""

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.diffusion import sampler
-from hdlm_jax.diffusion.process import Process, draw_from, fold, row_keys
+from hdlm_jax.diffusion import trajectory
+from hdlm_jax.diffusion.draws import draw_from, fold, row_keys
+from hdlm_jax.diffusion.process import Process
 
 
 class _Now:
@@ -83,7 +84,7 @@ def sample(key, decode, process: AutoregressiveProcess, z, cache, *, temperature
     """
     keys, mask = row_keys(key, z.shape[0]), process.hierarchy.mask_id
     length = jnp.int32(z.shape[1] if length is None else length)
-    record = sampler.Film(frames, length)
+    record = trajectory.Film(frames, length)
     busy = jnp.any(z == mask, axis=-1)
 
     def time(done):

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.diffusion import sampler
+from hdlm_jax.diffusion import trajectory
+from hdlm_jax.diffusion.draws import categorical, fold, row_keys, token_keys, words_of
 from hdlm_jax.diffusion.levels import Proposal, open_uniform
-from hdlm_jax.diffusion.process import Process, categorical, fold, row_keys, token_keys, words_of
+from hdlm_jax.diffusion.process import Process
 
 WEIGHTINGS = ("none", "constant", "clip", "dynamic")
 
@@ -31,7 +32,7 @@ class GiddProcess(Process):
     """Words, random words and masks; `hierarchy` is words and mask alone (V, 1).
 
     Args:
-      hierarchy: hdlm_jax.text.hierarchy.Hierarchy with a single level above the words.
+      hierarchy: hdlm_jax.diffusion.hierarchy.Hierarchy with a single level above the words.
       p_uniform: p_u in [0, 1), the share of random words at t = 1/2.
 
     Raises:
@@ -270,7 +271,7 @@ def sample(key, denoise, process: GiddProcess, z, *, steps, temperature: Any = 1
         return state, record.expose(film, steps + call, seen), forwards + ~settled, settled | ~jnp.any(best, axis=-1)
 
     end = steps + jnp.int32(corrections)
-    record = sampler.Film(frames, end)
+    record = trajectory.Film(frames, end)
     calls = most(jnp.where(jnp.any(busy), jnp.int32(steps), 0))
     state = (z, jnp.zeros(z.shape, jnp.float32))
     state, film = jax.lax.fori_loop(0, calls, step, (state, record.start((*state, told(0)))))

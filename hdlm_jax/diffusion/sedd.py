@@ -14,7 +14,7 @@ import math
 
 import jax.numpy as jnp
 
-from hdlm_jax.diffusion.process import HierarchicalProcess
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 
 
 class SeddProcess(HierarchicalProcess):

@@ -1,0 +1,171 @@
+"""A trained run in Python: load it, generate, fill in blanks, score texts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hdlm_jax.config import ConfigError, Generate, change
+from hdlm_jax.data import pipeline
+from hdlm_jax.decoding import canvas as canvases
+from hdlm_jax.decoding import schema as schemas
+from hdlm_jax.decoding.sampler import ended, load_helper, sampler_of, start_canvas, text_of
+from hdlm_jax.evaluation.elbo import Evaluator
+from hdlm_jax.training.loading import load_here
+
+
+def _texts_of(name: str, given: Any) -> list[str]:
+    """One text or several as a list."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, list | tuple):
+        raise ConfigError(f"{name}: must be a text or a list of texts, not {type(given).__name__}")
+    for i, text in enumerate(given):
+        if not isinstance(text, str):
+            raise ConfigError(f"{name}[{i}]: must be of type str, not {type(text).__name__}")
+    return list(given)
+
+
+class Model:
+    """What `hdlm_jax.load(workdir)` gives: a trained run to use in a notebook.
+
+    Attributes:
+      hierarchy: hdlm_jax.diffusion.hierarchy.Hierarchy.
+      tokenizer: hdlm_jax.data.tokenizers.Tokenizer.
+      run: the parts beneath: config, network, process, params.
+    """
+
+    def __init__(self, workdir: str, checkpoint: str = "best"):
+        self.run = load_here(workdir, checkpoint)
+        self.hierarchy, self.tokenizer = self.run.hierarchy, self.run.tokenizer
+        self._draw = sampler_of(self.run)
+        self._evaluator: Evaluator | None = None
+
+    @property
+    def seq_len(self) -> int:
+        return self.run.config.model.seq_len
+
+    def generate(self, num_samples: int = 4, steps: int = 128, prompt: str | Sequence[str] = "", *, classifier=None,
+                 **settings: Any) -> list[str]:
+        """Texts after a prompt if there is one, up to their first end of text; at most seq_len (or `length`) tokens.
+
+        Of several prompts, of any lengths, num_samples texts each: prompt by prompt, in batches of all of them.
+
+        Args:
+          steps: of the methods that have some; classifier: function of one-hot symbols float32 [b, S, N] ->
+            log p(y) [b], for method="classifier".
+          settings: any other of config.Generate (method, options, helper, temperature, top_p, seed, ...).
+
+        Raises:
+          ConfigError: what the command line would not take either, in its words.
+        """
+        prompts = _texts_of("generate.prompt", prompt)
+        g = self._settings(settings, steps=steps, num_samples=num_samples)
+        if classifier is not None and not callable(classifier):
+            raise ConfigError(f"classifier: must be a function, not {type(classifier).__name__}")
+        parts: list[Any] = [start_canvas(self.run, g, np.tile(self.tokenizer.encode(text), (g.num_samples, 1)))
+                            for text in prompts]
+        if not parts:
+            return []
+        plain = isinstance(parts[0], np.ndarray)
+        return self._texts(np.concatenate(parts) if plain else canvases.together(parts), g, classifier)
+
+    def infill(self, text: str | Sequence[str], num_samples: int = 1, steps: int = 64, **settings: Any) -> list[str]:
+        """The text with its blanks filled in; everything else stays. Of several texts num_samples each, text by text.
+
+        Blanks: [MASK] one token, [MASK:5] five, [LIKE:word] one token of the same cluster as the given word's first
+        ([LIKE@2:word]: of its node of level 2); the cluster is shown to the model, the word is not. [[ is the character
+        [. A single space in front of a blank is left to it, as words of most tokenizers begin with theirs.
+        """
+        g = self._settings(settings, length=0, prompt="", steps=steps, num_samples=num_samples)
+        parts, keep = [], []
+        for one in _texts_of("infill", text):
+            canvas = canvases.template(one, self.tokenizer, self.hierarchy, g.num_samples, self.seq_len)
+            n, places = int(canvas.length[0]), canvas.z.shape[1]
+            if canvas.given[0, :n].all():
+                raise ValueError(f"infill: no blank in {one!r}; write [MASK], [MASK:5] or [LIKE:word] for what is "
+                                 "missing")
+            if self.run.ends:
+                canvas, places = canvases.closed(canvas, self.seq_len, self.tokenizer.eot), self.seq_len
+            # the rest of the canvas is text the model makes up and nobody reads
+            inside = np.arange(places)[None] < n
+            parts.append(canvas._replace(z=np.where(inside, canvas.z, self.hierarchy.mask_id).astype(np.int32),
+                                         given=canvas.given & inside, length=np.full(g.num_samples, places, np.int32)))
+            keep += [n] * g.num_samples
+        return self._texts(canvases.together(parts), g, keep=keep) if parts else []
+
+    def json(self, schema: Any, num_samples: int = 1, steps: int = 64, prompt: str = "", budget: int = 16,
+             **settings: Any) -> list[Any]:
+        """Objects of a JSON schema (a dict, or its text), whatever the model is like: hdlm_jax.decoding.schema."""
+        g = self._settings(settings, length=0, prompt=prompt, steps=steps, num_samples=num_samples)
+        if type(budget) is not int:
+            raise ConfigError(f"budget={budget!r}: must be of type int")
+        scaffold = schemas.scaffold(schema, self.tokenizer, self.hierarchy, budget, prompt=prompt)
+        canvas = scaffold.canvas(g.num_samples, self.seq_len)
+        if self.run.ends:
+            canvas = canvases.closed(canvas, self.seq_len, self.tokenizer.eot)
+        return [scaffold.read(row) for row in self._draw(canvas, g)["tokens"]]
+
+    def _settings(self, settings: dict[str, Any], **own: Any) -> Generate:
+        """config.Generate with these settings, checked as those of the command line; own: what the caller decides."""
+        if twice := sorted(own.keys() & settings.keys()):
+            raise ConfigError(f"generate.{twice[0]}: is not a setting here; the text says it")
+        values = {k: v.item() if isinstance(v, np.generic) else v for k, v in (own | settings).items()}
+        g = change("generate", self.run.config.generate, values)
+        dataclasses.replace(self.run.config, generate=g).check()
+        if g.schema:
+            raise ConfigError(f"generate.schema={g.schema!r}: here call Model.json(schema)")
+        return g
+
+    def _texts(self, canvas: Any, g: Generate, classifier=None, keep: Sequence[int] = ()) -> list[str]:
+        draw = self._draw
+        if classifier is not None or g.helper:
+            draw = sampler_of(self.run, load_helper(self.run, g), classifier)
+        out = draw(canvas, g)
+        words = canvas < self.hierarchy.num_words if isinstance(canvas, np.ndarray) else canvas.given
+        texts = []
+        for row, given, n in zip(out["tokens"], words, keep or out["length"], strict=True):
+            last = 1 + int(max(np.flatnonzero(given[:n]), default=-1))  # no end of text counts before what is given
+            texts.append(text_of(self.tokenizer, ended(row[:n], last, self.tokenizer.eot, g.stop), g.stop))
+        return texts
+
+    def nelbo(self, texts: str | Sequence[str], draws: int = 16) -> list[dict[str, Any]]:
+        """Upper bounds on -log p of each text (one text is a list of one) followed by the end of text, in nats.
+
+        Texts longer than seq_len are scored in pieces that do not see each other.
+
+        Returns:
+          per text: nats, se (of the noise), tokens (end of text counted), bits_per_byte, given: "nothing", or "lengths"
+          where the run learnt from rows that tell how long a text is, so that the bound is on -log p(text | length).
+        """
+        texts = _texts_of("nelbo", texts)
+        if not isinstance(draws, int | np.integer):
+            raise ConfigError(f"draws={draws!r}: must be of type int")
+        if draws < 2:
+            raise ConfigError(f"draws={draws}: must be at least 2 (for a standard error)")
+        if not texts:
+            return []
+        s, pieces, owner = self.seq_len, [], []
+        for i, text in enumerate(texts):
+            ids = np.append(self.tokenizer.encode(text), self.tokenizer.eot)
+            for start in range(0, len(ids), s):
+                pieces.append(ids[start : start + s])
+                owner.append(i)
+        if self._evaluator is None:
+            run = self.run
+            self._evaluator = Evaluator(run.config, run.network, run.process, run.mesh, run.params)
+        rows = pipeline.rows_of(pieces, s, self.tokenizer.eot, ends=self.run.ends)
+        nats, _, _ = self._evaluator.nats(self.run.params, rows, draws, "nelbo")
+        per_draw = np.zeros((draws, len(texts)))
+        for place, text_index in enumerate(owner):
+            per_draw[:, text_index] += nats[:, place].sum(-1)
+        out: list[dict[str, Any]] = []
+        for i, text in enumerate(texts):
+            mean, count = per_draw[:, i].mean(), sum(len(p) for p, o in zip(pieces, owner, strict=True) if o == i)
+            out.append({"nats": float(mean), "se": float(per_draw[:, i].std(ddof=1) / np.sqrt(draws)), "tokens": count,
+                        "bits_per_byte": float(mean / np.log(2) / max(1, len(text.encode()))),
+                        "given": self.run.given_alone})
+        return out

@@ -1,0 +1,1 @@
+"""What every room stands on: JSON, locks, the console, devices and processes."""

@@ -1,0 +1,188 @@
+"""Devices: the mesh, where arrays live, and the one place that compiles a step.
+
+Steps are pure functions of global arrays; data, FSDP and tensor parallelism are a config line (config.parallel).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+# axis of a weight (from its last) that the tensor axis splits: outputs of the first product, inputs of the second; rows
+# of tables; but the width of the factorised head's words, of which blocks of rows are taken
+_TENSOR = {"qkv": -1, "up": -1, "out": -2, "down": -2, "embedding": -2, "head": -2, "words": -1}
+
+
+def make_mesh(config, devices=None):
+    """The mesh ('data', 'fsdp', 'tensor') over all devices (or those given); ConfigError if the shape does not fit."""
+    devices = jax.devices() if devices is None else devices
+    shape = config.parallel.shape(len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_shards(mesh) -> int:
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_sharding(mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(BATCH))
+
+
+def replicated(mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def state_shardings(mesh, abstract_state):
+    """NamedSharding for every leaf: tensor by the layer's name, FSDP on the largest axis that divides."""
+
+    def place(path, leaf):
+        spec: list[str | None] = [None] * len(leaf.shape)
+        names = [str(getattr(p, "key", getattr(p, "name", ""))) for p in path]
+        axis = next((_TENSOR[n] for n in reversed(names) if n in _TENSOR), None)
+        if axis is not None and len(spec) >= -axis and leaf.shape[axis] % mesh.shape["tensor"] == 0:
+            if mesh.shape["tensor"] > 1 and "bias" not in names:
+                spec[axis] = "tensor"
+        free = [i for i, n in enumerate(leaf.shape) if spec[i] is None and n % mesh.shape["fsdp"] == 0]
+        if mesh.shape["fsdp"] > 1 and free and leaf.ndim >= 2:
+            spec[max(free, key=lambda i: leaf.shape[i])] = "fsdp"
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+
+def put_batch(mesh, batch):
+    """This process's contiguous rows of each array -> global arrays sharded over the batch axes."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+class OverBatch:
+    """What runs a function of rows on every batch shard's own rows (a `shard_map` over the batch axes alone).
+
+    shard(run)(params, *rows): run(params, *rows) -> (sums, rows), trees of arrays. params come whole (but for the
+    tensor axis), rows are divided; sums are summed over the shards, rows stay where they are.
+    """
+
+    def __init__(self, mesh):
+        self.mesh = mesh
+
+    def most(self, count):
+        """Inside `run`: how often a loop that one shard needs `count` times has to be gone through.
+
+        With a tensor axis by all shards alike: the exchanges over it inside the loop wait for every device.
+        """
+        alone = batch_shards(self.mesh) == 1 or self.mesh.shape["tensor"] == 1
+        return count if alone else jax.lax.pmax(count, BATCH)
+
+    def __call__(self, run):
+        mesh = self.mesh
+        if batch_shards(mesh) == 1:
+            return run
+
+        def local(params, *rows):
+            sums, rows = run(params, *rows)
+            return jax.lax.psum(sums, BATCH), rows
+
+        def whole(rows):
+            # along the tensor axis: else how `run` splits its products would be spread over all that made the rows
+            return jax.lax.with_sharding_constraint(rows, batch_sharding(mesh))
+
+        def call(params, *rows):
+            over = jax.shard_map(local, mesh=mesh, in_specs=(P(), *(P(BATCH) for _ in rows)),
+                                 out_specs=(P(), P(BATCH)), axis_names=set(BATCH), check_vma=False)
+            sums, rows = over(params, *whole(rows))
+            return sums, whole(rows)
+
+        return call
+
+
+def compile_step(step, mesh, shardings):
+    """jit of step(state, batch, key) -> (state, metrics): state stays where it is and is donated."""
+    return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
+                   out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
+
+
+def compile_ahead(jitted, *args):
+    """Compiles for arguments of these shapes and places, and gives back what memory that took."""
+    compiled = jitted.lower(*args).compile()
+    trim_memory()
+    return compiled
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs between runs: in $JAX_COMPILATION_CACHE_DIR, else a folder in the user's cache.
+
+    JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    if not getattr(jax.config, "jax_compilation_cache_dir"):  # noqa: B009  (mypy does not know the name)
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "hdlm_jax", "compiled"))
+
+
+def fitting(jitted, params, make_batch, rows: int, shards: int, key):
+    """(compiled, rows): jitted(params, make_batch(rows), key) for as many rows as fit into a device's free memory.
+
+    Halves `rows`, which stay a multiple of shards; where the device does not tell its memory (CPU) they stay.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    if jax.process_count() > 1:  # all processes must run the same program
+        free = int(multihost_utils.process_allgather(np.asarray(free)).min())
+    rows = -(-rows // shards) * shards
+    while True:
+        try:
+            compiled = compile_ahead(jitted, params, make_batch(rows), key)
+            if free <= 0 or rows <= shards or compiled.memory_analysis().temp_size_in_bytes < 0.9 * free:
+                return compiled, rows
+        except jax.errors.JaxRuntimeError as error:  # some compilers refuse what does not fit
+            if "RESOURCE_EXHAUSTED" not in str(error) or rows <= shards:
+                raise
+        rows = max(shards, rows // 2 // shards * shards)
+
+
+def compile_batch_step(step, mesh, params):
+    """jit of step(params, batch, key) -> arrays with the batch in front, gathered to every host."""
+    where = jax.tree.map(lambda a: a.sharding, params)
+    return jax.jit(step, in_shardings=(where, batch_sharding(mesh), replicated(mesh)), out_shardings=replicated(mesh))
+
+
+def compile_sample_step(step, mesh, params):
+    """The same for step((params, numbers), batch, key) with numbers a dictionary of host scalars."""
+    where = jax.tree.map(lambda a: a.sharding, params)
+    return jax.jit(step, in_shardings=((where, replicated(mesh)), batch_sharding(mesh), replicated(mesh)),
+                   out_shardings=replicated(mesh))
+
+
+def trim_memory() -> None:
+    """Gives back to the system what compiling has freed (some hundred MiB that glibc would keep)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def bucket(n: int, most: int) -> int:
+    """The next power of two, at most `most`: so that ten sizes are not ten programs."""
+    return min(1 << (n - 1).bit_length(), most)
+
+
+def local_rows(rows: int) -> slice:
+    """The contiguous part of so many global rows that this process feeds."""
+    n, me = jax.process_count(), jax.process_index()
+    if rows % n:
+        raise ValueError(f"{rows} rows do not divide over {n} processes")
+    return slice(me * rows // n, (me + 1) * rows // n)
+
+
+def pad_rows(batch, rows: int):
+    """Host arrays padded with zeros to so many rows."""
+    return {k: np.concatenate([v, np.zeros((rows - len(v), *v.shape[1:]), v.dtype)]) for k, v in batch.items()}

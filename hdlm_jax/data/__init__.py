@@ -1,0 +1,1 @@
+"""Text to batches: documents, tokenizers, shards, rows, and clusters of tokens."""

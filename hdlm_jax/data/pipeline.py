@@ -1,0 +1,572 @@
+"""Tokens -> batches of S tokens: rows of a prepared folder, or of raw documents tokenised on the fly.
+
+A row is packed in one of three ways. concat: S consecutive tokens of the documents one after the other;
+documents: the same, with attention limited to tokens of the same document; crop: one document, or a window of
+one that is longer than S. Behind a document that ends before its row does is padding of one of two kinds. end: more
+ends of text, shown, noised and scored like any token, so that where a text ends is part of the text; hidden: no token
+sees it and it is not scored, so that a row's length is given (docs/theory.md section 7).
+
+`TrainBatches` reads the folder that `prepare` writes and is a pure function of (seed, step); `StreamBatches` reads raw
+documents and goes on from any position it has handed out; `valid_rows` is the validation split, every token once.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hdlm_jax.data import corpus, tokenizers
+from hdlm_jax.data.prepare import Manifest, load_manifest
+
+PACKINGS = ("concat", "documents", "crop")
+PADDINGS = ("end", "hidden")
+_OPEN_SHARDS = 256  # memory maps held at once; each costs a file descriptor
+_MANY_RECORDS = 10_000  # a share of fewer records says little
+_ENCODED_CHARS = 1 << 20  # streamed documents are encoded in batches of about so many characters
+_AHEAD_TOKENS = 1 << 22  # streamed batches are made ahead up to about so many tokens
+
+
+# ------------------------------------------------------------------------------------------- a folder of tokens
+
+
+class Documents(NamedTuple):
+    """Where the documents of a split are: `starts` int64 [documents + 1] (the last one: the end of the split),
+    `prompts` uint32 [documents], the tokens at a document's beginning that are never scored."""
+
+    starts: np.ndarray
+    prompts: np.ndarray
+
+
+class Split:
+    """The T tokens of a split ('train' or 'valid'): its ranges of shards, one after the other, closed to a ring.
+
+    Shards are mapped when they are read, and the least recently used are given back. `tokens` is T.
+    """
+
+    def __init__(self, folder: str | os.PathLike, manifest: Manifest, split: str):
+        if split not in ("train", "valid"):
+            raise ValueError(f"split is {split!r}; choices: train, valid")
+        self._folder, self._prompts = Path(folder), manifest.prompts
+        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._ranges = [entry for entry in manifest.splits[split] if entry[2] > entry[1]]
+        self._ends = list(itertools.accumulate(end - first for _, first, end, _, _ in self._ranges))
+        self.tokens = self._ends[-1] if self._ends else 0
+        self._flat = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._map)
+
+    def _map(self, number: int) -> np.ndarray:
+        stem, first, end, _, _ = self._ranges[number]
+        path = self._folder / f"{stem}.bin"
+        try:
+            with open(path, "rb") as file:  # np.memmap itself costs twice as long
+                raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(raw, self._dtype, end - first, first * self._dtype.itemsize)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read up to token {end:,} ({error}); run --mode=prepare") from None
+
+    def _pieces(self, start: int, count: int) -> Iterator[np.ndarray]:
+        while count > 0:
+            start %= self.tokens
+            number = bisect.bisect_right(self._ends, start)
+            flat = self._flat(number)
+            place = start - self._ends[number] + len(flat)
+            piece = flat[place:place + count]
+            yield piece
+            start += len(piece)
+            count -= len(piece)
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """A stretch of the tokens, as of an array: uint16 or uint32."""
+        start, stop, _ = part.indices(self.tokens)
+        return self.read(start, max(0, stop - start))
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens of the ring from `start`, uint16 or uint32; a view of the disk where one shard has all."""
+        pieces = list(self._pieces(start, count))
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, self._dtype), *pieces])
+
+    def gather(self, starts: np.ndarray, seq_len: int) -> np.ndarray:
+        """Rows of S consecutive tokens of the ring, int32 [b, S]; starts: int64 [b]."""
+        out = np.empty((len(starts), seq_len), np.int32)
+        for row, start in zip(out, starts.tolist(), strict=True):
+            done = 0
+            for piece in self._pieces(start, seq_len):
+                row[done:done + len(piece)] = piece
+                done += len(piece)
+        return out
+
+    @functools.cached_property
+    def documents(self) -> Documents:
+        """Read from the index files when first asked for; ValueError if one is missing or disagrees."""
+        sizes, prompts = [], []
+        for stem, first, end, first_document, end_document in self._ranges:
+            path = self._folder / f"{stem}.idx"
+            count = end_document - first_document
+            try:
+                index = np.fromfile(path, "<u4", 4 * count, offset=16 * first_document)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read ({error}); run --mode=prepare") from None
+            index = index.reshape(-1, 4)
+            if len(index) != count or index[:, 0].sum(dtype=np.int64) != end - first:
+                raise ValueError(f"{path} does not fit {stem}.bin: documents {first_document:,} to "
+                                 f"{end_document:,} must have {end - first:,} tokens; run --mode=prepare")
+            sizes.append(index[:, 0])
+            prompts.append(index[:, 2])
+        starts = np.concatenate([np.zeros(1, np.int64), *sizes]).cumsum(dtype=np.int64)
+        return Documents(starts, np.concatenate([np.zeros(0, np.uint32), *prompts]))
+
+    def scored(self, starts: np.ndarray, seq_len: int) -> np.ndarray:
+        """Which tokens of `gather(starts, seq_len)` belong to no prompt, bool [b, S]."""
+        if not self._prompts:
+            return np.ones((len(starts), seq_len), np.bool_)
+        places = (starts[:, None] + np.arange(seq_len)) % self.tokens
+        document = np.searchsorted(self.documents.starts, places, side="right") - 1
+        return places - self.documents.starts[document] >= self.documents.prompts[document]
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+def given(packing: str, padding: str, prompts: bool, causal: bool) -> str:
+    """What the NELBO of a row is conditional on beside its prompt: "nothing", or "lengths" (docs/theory.md section 7).
+
+    Args:
+      packing, padding: how rows are made; prompts: whether documents begin with one; causal: whether a token sees those
+        before it alone, so that what is behind it tells nothing.
+    """
+    told = {"concat": prompts, "documents": True, "crop": padding == "hidden"}
+    return "lengths" if told[packing] and not causal else "nothing"
+
+
+def _fields(x: np.ndarray, score: np.ndarray, lengths: np.ndarray, shown: np.ndarray, packing: str,
+            eot: int) -> dict[str, np.ndarray]:
+    """x, score and segment [b, S], tokens int32 [b] of rows whose first `lengths` [b] tokens are text.
+
+    Behind them, up to `shown` [b], are ends of text that count like text but in `tokens`; behind those hidden padding.
+    """
+    segment, place = np.zeros_like(x), np.arange(x.shape[1])
+    if packing == "documents":  # an end of text belongs to the document that it closes
+        ends = x == eot
+        np.cumsum(ends, axis=1, out=segment)
+        segment -= ends
+    behind, outside = place >= lengths[:, None], place >= shown[:, None]
+    x[behind], score[behind] = eot, True
+    tokens = (score & ~behind).sum(1, dtype=np.int32)
+    score[outside], segment[outside] = False, -1
+    return {"x": x, "score": score, "segment": segment, "tokens": tokens}
+
+
+def rows_of(pieces: Sequence[np.ndarray], seq_len: int, eot: int, prompts: Sequence[int] = (), *,
+            ends: bool | np.ndarray = False) -> dict[str, np.ndarray]:
+    """Pieces of text [n_i], each in a row of its own: the fields of `valid_rows`.
+
+    prompts: of each piece, tokens in front that are not scored; ends: whether pieces (each, or bool [n]) that close
+    with the end of text are followed by more of them that count (padding="end"). All else behind a piece is hidden.
+    """
+    x = np.full((len(pieces), seq_len), eot, np.int32)
+    for row, piece in zip(x, pieces, strict=True):
+        row[: len(piece)] = piece
+    lengths = np.array([len(piece) for piece in pieces], np.int64)
+    score = np.arange(seq_len) >= np.array(prompts or [0] * len(pieces), np.int64)[:, None]
+    closed = np.array([len(piece) > 0 and piece[-1] == eot for piece in pieces], bool)
+    return _fields(x, score, lengths, np.where(closed & ends, seq_len, lengths), "crop", eot)
+
+
+def _window(lengths: np.ndarray, prompts: np.ndarray, limits: np.ndarray,
+            draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Start and size (int64 [b]) of the window that a row shows of a document of `lengths` tokens.
+
+    A document of at most `limits` tokens is whole; of a longer one, each window of that size with a scored
+    token in it is equally likely. draws: uint64 [b], uniform.
+    """
+    sizes = np.minimum(lengths, limits)
+    first = np.maximum(0, prompts.astype(np.int64) + 1 - sizes)  # an earlier window holds prompt alone
+    choices = (lengths - sizes - first + 1).astype(np.uint64)
+    return first + (draws % choices).astype(np.int64), sizes
+
+
+class _Batches:
+    """What rows are, wherever their tokens are from, and which of them this process gets."""
+
+    def __init__(self, seq_len: int, batch_size: int, seed: int, process_index: int, process_count: int,
+                 packing: str, padding: str, variable_share: float, prompts: bool, eot: int):
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index is {process_index}; must be in 0..{process_count - 1}")
+        if batch_size < 1 or batch_size % process_count:
+            raise ValueError(f"train.batch_size is {batch_size}; must be a positive multiple of the "
+                             f"{process_count} processes")
+        if seq_len < 1:
+            raise ValueError(f"model.seq_len is {seq_len}; must be at least 1")
+        for name, value, choices in (("packing", packing, PACKINGS), ("padding", padding, PADDINGS)):
+            if value not in choices:
+                raise ValueError(f"data.{name} is {value!r}; choices: {', '.join(choices)}")
+        if not 0.0 <= variable_share <= 1.0:
+            raise ValueError(f"data.variable_share is {variable_share}; must be in 0..1")
+        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.packing, self.variable_share, self._eot = packing, variable_share, eot
+        rows = batch_size // process_count
+        self._index = np.arange(process_index * rows, (process_index + 1) * rows, dtype=np.int32)
+        self._ends = packing == "crop" and padding == "end"
+        hidden = packing == "crop" and not self._ends or variable_share > 0
+        self._names = ["score"] * (prompts or hidden) + ["segment"] * (hidden or packing == "documents") + [
+            "tokens"] * self._ends
+
+    def example(self) -> dict[str, np.ndarray]:
+        """A batch of zeros: the names, shapes and dtypes that every batch of this process has."""
+        shape = (len(self._index), self.seq_len)
+        like = {"score": np.zeros(shape, np.bool_), "segment": np.zeros(shape, np.int32),
+                "tokens": np.zeros(shape[0], np.int32)}
+        return {"x": np.zeros(shape, np.int32), "index": np.zeros(shape[0], np.int32),
+                **{name: like[name] for name in self._names}}
+
+    def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each of this process's rows the most tokens it may show (int64 [b]) and a uniform uint64.
+
+        Row r takes block r of one Philox stream, so that (seed, r) alone decides. Epochs have other keys.
+        """
+        key = np.array([self.seed % 2**64, 2**64 - 1], np.uint64)
+        row = step * self.batch_size + int(self._index[0])
+        raw = np.random.Philox(key=key, counter=row).random_raw(4 * len(self._index)).reshape(-1, 4)
+        cut = (raw[:, 0] >> np.uint64(11)) * 2.0**-53 < self.variable_share
+        limits = np.where(cut, raw[:, 1] % np.uint64(self.seq_len) + np.uint64(1), np.uint64(self.seq_len))
+        return limits.astype(np.int64), raw[:, 2]
+
+    def _batch(self, x: np.ndarray, score: np.ndarray | None, lengths: np.ndarray,
+               limits: np.ndarray) -> dict[str, np.ndarray]:
+        """lengths, limits: [b], tokens of text in each row, and the most that it may show."""
+        batch = {"x": x, "index": self._index.copy()}
+        if self._names:
+            score = np.ones(x.shape, np.bool_) if score is None else score
+            fields = _fields(x, score, lengths, limits if self._ends else lengths, self.packing, self._eot)
+            batch |= {name: fields[name] for name in self._names}
+        return batch
+
+
+# ---------------------------------------------------------------------------------------------- prepared folder
+
+
+class TrainBatches(_Batches):
+    """Training batches: `batch(step)` is a pure function of (seed, step), whatever the number of processes.
+
+    The training tokens are read as a ring of T tokens. An epoch cuts it, from a random place, into W = T // S
+    windows that do not overlap, and visits them in a random order; the next epoch draws place and order anew.
+    Global row r = step * B + i is the (r mod W)-th window of epoch r // W: a step may straddle epochs. With
+    packing="crop" the W documents take the place of the windows.
+
+    The order is an argsort of raw Philox numbers (key: seed and epoch), a stream NumPy keeps the same from
+    version to version. Held in memory: the orders of two epochs, one int array each.
+
+    Args:
+      folder: made by `prepare`. seq_len: S. batch_size: B, of all processes together.
+      process_index, process_count: this process gets rows p*b .. (p+1)*b - 1 of the B, b = B / process_count.
+      packing: concat, documents or crop; padding: end or hidden (see the top of this file).
+      variable_share: of the rows, cut to a length uniform in 1..S, the rest of the row being padding; with
+        packing="crop" the window is drawn with that length.
+      shift: whether an epoch starts at a random place (else always at the first token).
+    """
+
+    def __init__(self, folder: str | os.PathLike, seq_len: int, batch_size: int, seed: int = 0,
+                 process_index: int = 0, process_count: int = 1, *, packing: str = "concat", padding: str = "end",
+                 variable_share: float = 0.0, shift: bool = True):
+        manifest = load_manifest(folder)
+        super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, padding, variable_share,
+                         manifest.prompts, manifest.eot)
+        self._split = Split(folder, manifest, "train")
+        self.num_tokens = self._split.tokens
+        if packing != "crop" and seq_len > self.num_tokens:
+            raise ValueError(f"model.seq_len is {seq_len}; must be at least 1 and at most the "
+                             f"{self.num_tokens} training tokens in {folder}")
+        if manifest.prompts or packing == "crop":
+            _ = self._split.documents  # read once, before prefetch threads ask for it
+        self.windows = len(self._split.documents.prompts) if packing == "crop" else self.num_tokens // seq_len
+        self.shift, self._prompts = shift, manifest.prompts
+        self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
+        self._lock = threading.Lock()  # prefetch threads ask at once; one of them draws
+
+    def _draw_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+        stream = np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64))
+        start = int(stream.random_raw()) % self.num_tokens if self.shift else 0
+        order = np.argsort(stream.random_raw(self.windows), kind="stable")
+        return start, order.astype(np.int32 if self.windows < 2**31 else np.int64)
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This process's rows of a step.
+
+        Returns: x int32 [b, S]; index int32 [b], the row numbers in 0..B-1; where some tokens are not scored
+          (prompts, hidden padding) score bool [b, S]; where attention is limited segment int32 [b, S]: tokens attend to
+          those of the same segment; where padding is scored tokens int32 [b], scored tokens that are none. Padding is
+          end of text; hidden padding is not scored, segment -1. Every batch has the same fields.
+        """
+        epochs, places = np.divmod(step * self.batch_size + self._index.astype(np.int64), self.windows)
+        starts, chosen = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
+        for epoch in np.unique(epochs):
+            with self._lock:
+                start, order = self._epoch(int(epoch))
+            here = epochs == epoch
+            chosen[here] = order[places[here]]
+            starts[here] = (start + chosen[here] * self.seq_len) % self.num_tokens
+        lengths = limits = np.full(len(places), self.seq_len)
+        if self.variable_share or self.packing == "crop":
+            limits, draws = self._draw(step)
+            lengths = limits
+        if self.packing == "crop":
+            bounds, prompts = self._split.documents
+            first, lengths = _window(bounds[chosen + 1] - bounds[chosen], prompts[chosen], limits, draws)
+            starts = bounds[chosen] + first
+        score = self._split.scored(starts, self.seq_len) if self._prompts else None
+        return self._batch(self._split.gather(starts, self.seq_len), score, lengths, limits)
+
+    def position(self, step: int) -> dict[str, int]:
+        """The data position before `step`, as `iterator` takes it and its `get_state` gives it."""
+        return {"next_index": step}
+
+    def iterator(self, position: dict | None = None, *, threads: int = 2, prefetch: int = 8) -> Any:
+        """An endless Grain iterator over `batch(0)`, `batch(1)`, ... read ahead by `threads`, from `position` on;
+        its `get_state()` is the position after the batches handed out, and `set_state` of it goes on exactly there."""
+        import grain
+        steps = grain.MapDataset.range(sys.maxsize).map(lambda step: self.batch(int(step)))
+        iterator = iter(steps.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))))
+        if position is not None:
+            iterator.set_state(_position(position, self.position(0)))
+        return iterator
+
+
+def _position(position: dict, like: dict) -> dict:
+    if position.keys() != like.keys():
+        raise ValueError(f"a data position has {', '.join(position)}, here it must have {', '.join(like)}: was it "
+                         "saved with another data.stream?")
+    return dict(position)
+
+
+def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0, packing: str = "concat",
+               padding: str = "end") -> dict[str, np.ndarray]:
+    """The validation split in rows of S tokens, every scored token once. `limit` > 0 keeps the first `limit` rows only.
+
+    Rows are consecutive tokens of the split, with packing="crop" of one document. What is left of the last row of the
+    others is hidden whatever `padding` says: it is no text, and the split's number of tokens tells where it begins.
+
+    Returns: x int32 [n, S], padded with end of text; score bool [n, S], False on hidden padding and prompts; segment
+      int32 [n, S], -1 on hidden padding, else 0, with packing="documents" the number of the document in its row;
+      tokens int32 [n], scored tokens without any padding: what nats are divided by.
+    """
+    if seq_len < 1 or limit < 0:
+        raise ValueError(f"seq_len is {seq_len} and limit {limit}; must be at least 1 and 0")
+    for name, value, choices in (("packing", packing, PACKINGS), ("padding", padding, PADDINGS)):
+        if value not in choices:
+            raise ValueError(f"data.{name} is {value!r}; choices: {', '.join(choices)}")
+    manifest = load_manifest(folder)
+    split = Split(folder, manifest, "valid")
+    bounds = split.documents.starts if packing == "crop" else np.array([0, split.tokens])
+    rows = -(-np.diff(bounds) // seq_len)  # of each part: a document, or all
+    number = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows)  # of a row in its part
+    starts = np.repeat(bounds[:-1], rows) + number * seq_len
+    lengths = np.minimum(seq_len, np.repeat(bounds[1:], rows) - starts)
+    if limit and not manifest.prompts:
+        starts, lengths = starts[:limit], lengths[:limit]
+    shown = np.full_like(lengths, seq_len) if packing == "crop" and padding == "end" else lengths
+    fields = _fields(split.gather(starts, seq_len), split.scored(starts, seq_len), lengths, shown, packing,
+                     manifest.eot)
+    if not manifest.prompts:
+        return fields
+    says = np.flatnonzero(fields["tokens"])[: limit or None]  # not rows of prompt alone
+    return {name: field[says] for name, field in fields.items()}
+
+
+# ------------------------------------------------------------------------------------------------ raw documents
+
+
+class StreamBatches(_Batches):
+    """Training batches of raw documents, tokenised on the fly: the same fields as `TrainBatches.batch`.
+
+    An epoch reads the sources in a random order, each from its beginning; consecutive training documents are held
+    in windows of `shuffle_documents`, and those of a window are shuffled. Row after row takes the next S tokens
+    (crop: the next document). All is decided by the seed.
+
+    Every process walks the whole stream and keeps its own rows, which is far faster than training on them. So the
+    position is the same on all of them, and any number of processes goes on from it.
+
+    Args:
+      reader: `corpus.Reader`. sources: what it reads. tokenizer: gives the ids; eot: closes each document.
+      is_training: whether a document is for training; others are skipped.
+      bad_share: records that cannot be read are skipped and said (`say`), up to this share of those read.
+      The rest as for `TrainBatches`.
+    """
+
+    def __init__(self, reader: corpus.Reader, sources: Sequence[str], tokenizer: tokenizers.Tokenizer,
+                 is_training: Callable[[corpus.Document], bool], *, seq_len: int, batch_size: int, seed: int = 0,
+                 process_index: int = 0, process_count: int = 1, packing: str = "concat", padding: str = "end",
+                 variable_share: float = 0.0, shuffle_documents: int = 10_000, eot: int, bad_share: float = 1.0,
+                 say: Callable[[str], None] = lambda line: None):
+        super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, padding, variable_share,
+                         bool(reader.prompt_field), eot)
+        if shuffle_documents < 1:
+            raise ValueError(f"data.shuffle_documents is {shuffle_documents}; must be at least 1")
+        self._reader, self._sources, self._tokenizer = reader, list(sources), tokenizer
+        self._is_training, self._shuffle_documents = is_training, shuffle_documents
+        self._bad_share, self._say = bad_share, say
+
+    def iterator(self, position: dict | None = None, *, prefetch: int | None = None) -> Any:
+        """An endless Grain iterator from `position` (a `get_state()`) or the beginning. A thread reads `prefetch`
+        batches ahead (by default enough to go on while the next window of documents is read).
+
+        `get_state()` is exact for the batches handed out: small, plain, and the same on all processes. To go on
+        from it, documents before it in its source are read (not tokenised) once more.
+        """
+        from grain.experimental import ThreadPrefetchDatasetIterator
+        stream = _Stream(self)
+        if position is not None:
+            stream.set_state(_position(position, stream.get_state()))
+        if prefetch is None:
+            prefetch = max(2, min(64, _AHEAD_TOKENS // (self.batch_size * self.seq_len)))
+        return ThreadPrefetchDatasetIterator(stream, prefetch)
+
+    def _order(self, count: int, epoch: int, window: int = -1) -> np.ndarray:
+        """A random order of `count` things: of the sources of an epoch, or of the documents of a window."""
+        key = np.array([self.seed % 2**64, epoch], np.uint64)
+        stream = np.random.Philox(key=key, counter=np.array([0, 0, window + 1, 0], np.uint64))
+        return np.argsort(stream.random_raw(count), kind="stable")
+
+    def _windows(self, epoch: int, source: int, record: int, window: int) -> Iterator[tuple[Any, list]]:
+        """Windows of documents without end: where each begins (all of `_PLACE` but the place in it), its documents."""
+        seen, bad = 0, 0
+        while True:
+            order = self._order(len(self._sources), epoch)
+            begin: tuple[int, int] = source, record
+            held: list[corpus.Document] = []
+            for number in range(source, len(order)):
+                records = itertools.islice(self._reader.read(self._sources[order[number]]), record, None)
+                for read, document in enumerate(records, record + 1):
+                    seen += 1
+                    if isinstance(document, corpus.Bad):
+                        bad += 1
+                        found = f"{document.file}, {document.position}: {document.reason}"
+                        self._say(f"data: {found}; skipped, no. {bad} of {seen:,} records")
+                        if bad > self._bad_share * max(seen, _MANY_RECORDS):
+                            raise ValueError(f"{found}; {bad:,} of {seen:,} records cannot be read, more than "
+                                             f"data.bad_share={self._bad_share:g} allows: raise it, or mend the files")
+                    elif isinstance(document, corpus.Document) and self._is_training(document):
+                        held.append(document)
+                        if len(held) == self._shuffle_documents:
+                            yield (epoch, *begin, window), held
+                            begin, held, window = (number, read), [], window + 1
+                record = 0
+            if held:
+                yield (epoch, *begin, window), held
+            elif not window:
+                raise ValueError(f"data.files: no training document in the {len(self._sources)} sources")
+            epoch, source, window = epoch + 1, 0, 0
+
+    def _encode(self, documents: Sequence[corpus.Document]) -> Iterator[tuple[np.ndarray, int]]:
+        """Tokens of each document (prompt, text, end of text) and how many of them are its prompt."""
+        end_of_text, start = np.array([self._eot], np.int32), 0
+        while start < len(documents):
+            end, size = start, 0
+            while end < len(documents) and size < _ENCODED_CHARS:
+                size += len(documents[end].text) + len(documents[end].prompt)
+                end += 1
+            part = documents[start:end]
+            texts = self._tokenizer.encode_batch([document.text for document in part])
+            prompts = (self._tokenizer.encode_batch([document.prompt for document in part])
+                       if self._reader.prompt_field else [np.zeros(0, np.int32)] * len(part))
+            for prompt, text in zip(prompts, texts, strict=True):
+                yield np.concatenate([prompt, text, end_of_text]), len(prompt)
+            start = end
+
+    def _documents(self, position: dict) -> Iterator[tuple[dict, np.ndarray, int, int]]:
+        """Place, tokens, prompt length and tokens used before, of every document from that of `position` on, endless.
+
+        Raises ValueError for a position that these documents do not have.
+        """
+        *begin, first, used = (position[name] for name in (*_PLACE, "offset"))
+        for window, held in self._windows(*begin):
+            if first >= len(held):
+                raise ValueError(_MOVED)
+            order = self._order(len(held), window[0], window[-1])
+            shuffled = self._encode([held[number] for number in order[first:]])
+            held.clear()  # gone before the next window is read
+            for place, (ids, prompt) in enumerate(shuffled, first):
+                if used > len(ids):
+                    raise ValueError(_MOVED)
+                yield dict(zip(_PLACE, (*window, place), strict=True)), ids, prompt, used
+                used = 0
+            first = 0
+
+
+# Where a document is: epoch, the source in the epoch's order and the record in it where the document's window begins,
+# the window in the epoch, the place in the shuffled window.
+_PLACE = ("epoch", "source", "record", "window", "place")
+_MOVED = "the data position is of other documents: were data.files, their contents or the tokenizer changed?"
+
+
+class _Stream:
+    """Packs streamed documents into batches: an iterator with a state, as Grain's prefetching asks for.
+
+    The state is the step, the place of the last document read and how many of its tokens are used (`offset`).
+    """
+
+    def __init__(self, batches: StreamBatches):
+        self._batches = batches
+        rows = batches._index
+        self._rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        self.set_state(dict.fromkeys(("next_index", *_PLACE, "offset"), 0))
+
+    def get_state(self) -> dict[str, int]:
+        return self._state
+
+    def set_state(self, state: dict) -> None:
+        self._state = state
+        self._documents = self._batches._documents(state)
+        self._tokens, self._prompt, self._offset = np.zeros(0, np.int32), 0, 0
+
+    def _advance(self) -> None:
+        """Goes on to a document with tokens left, where none are."""
+        while self._offset == len(self._tokens):
+            self._place, self._tokens, self._prompt, self._offset = next(self._documents)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        step = self._state["next_index"]
+        batch = self._batches._batch(*(self._crops if self._batches.packing == "crop" else self._consecutive)(step))
+        self._state = {"next_index": step + 1, **self._place, "offset": self._offset}
+        return batch
+
+    def _consecutive(self, step: int) -> tuple[np.ndarray, ...]:
+        shape = self._batches.batch_size, self._batches.seq_len
+        x, score = np.empty(shape, np.int32), np.ones(shape, np.bool_)
+        done, flat_x, flat_score = 0, x.reshape(-1), score.reshape(-1)
+        while done < x.size:
+            self._advance()
+            piece = self._tokens[self._offset:self._offset + x.size - done]
+            flat_x[done:done + len(piece)] = piece
+            flat_score[done:done + min(len(piece), max(0, self._prompt - self._offset))] = False
+            self._offset += len(piece)
+            done += len(piece)
+        limits = self._batches._draw(step)[0]
+        return x[self._rows].copy(), score[self._rows], limits, limits
+
+    def _crops(self, step: int) -> tuple[np.ndarray, ...]:
+        documents = []
+        for _ in range(self._batches.batch_size):
+            self._advance()
+            documents.append((self._tokens, self._prompt))
+            self._offset = len(self._tokens)
+        documents = documents[self._rows]
+        limits, draws = self._batches._draw(step)
+        prompts = np.array([prompt for _, prompt in documents])
+        starts, sizes = _window(np.array([len(ids) for ids, _ in documents]), prompts, limits, draws)
+        x = np.zeros((len(documents), self._batches.seq_len), np.int32)
+        for row, (ids, _), start, size in zip(x, documents, starts, sizes, strict=True):
+            row[:size] = ids[start:start + size]
+        return x, np.arange(x.shape[1]) >= (prompts - starts)[:, None], sizes, limits

@@ -1,0 +1,586 @@
+"""Documents -> a folder of tokens, made on all cores or by many workers, gone on with after a kill, and reused.
+
+Every source file is a unit with shards of its own (units.py). When all units are done, whoever sees it writes
+`manifest.json`, last of all: its presence says that the rest is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hdlm_jax.common import jsons
+from hdlm_jax.data import corpus, tokenizers, units
+
+MANIFEST, BEGUN, VERIFIED, BAD_RECORDS = "manifest.json", "begun.json", "verified.json", "bad_records.jsonl"
+VERSION = 3
+BPE_TRAINING_BYTES = 100_000_000
+LONGEST = 1 << 16
+_COUNTED_TOKENS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of tokens holds. Counts are of whole splits; a token count includes the ends of text,
+    bytes are raw UTF-8 bytes of the documents (an end of text has none). `scored` leaves prompts out.
+
+    settings, sources: what was asked for, without paths, and [name, size, mark] of each file read, in order, the
+      mark of a local one its sha256 (`corpus.facts_of`); `prepare` compares them. (Version 2: paths, [name, size].)
+    prompts: whether documents may begin with a prompt (their lengths are in the .idx files).
+    unigram_nats: nats per scored validation token (end of text counted) under the unigram of the scored
+      training tokens, add-one smoothed over the V words.
+    corpus_fingerprint: sum of the documents' sha256 modulo 2^256, 64 hex digits: no order, no files in it.
+    bpe_training_bytes: bytes of text a BPE was trained on.
+    left_out: training documents left out because they are equal to a document of the validation files.
+    bad: records that could not be read; bad_records.jsonl lists them.
+    unreadable: source files of the embedded corpus that could not be read.
+    sampled: the training split is a sample (data.stream trains on the documents themselves).
+    lengths: [tokens, documents] of the training split, by rising tokens: how many of its documents have so many scored
+      tokens (end of text too), counted as at most LONGEST.
+    splits: "train" and "valid": [stem, first token, end token, first document, end document] of each range, in
+      the order of the documents; a range lies in the shard stem.bin and its index stem.idx.
+    shards: file name -> {"bytes", "sha256"}.
+    adopted: [settings, sources] that it had in version 2, which the fingerprint of a sample made then is of.
+    """
+
+    version: int
+    settings: dict
+    sources: list
+    tokenizer_kind: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eot: int
+    dtype: str
+    prompts: bool
+    train_documents: int
+    train_tokens: int
+    train_bytes: int
+    train_scored_tokens: int
+    train_scored_bytes: int
+    valid_documents: int
+    valid_tokens: int
+    valid_bytes: int
+    valid_scored_tokens: int
+    valid_scored_bytes: int
+    unigram_nats: float
+    corpus_fingerprint: str
+    bpe_training_bytes: int
+    left_out: int
+    bad: int
+    unreadable: int
+    sampled: bool
+    python: str
+    splits: dict
+    shards: dict
+    lengths: list
+    adopted: list = dataclasses.field(default_factory=list)
+
+    @property
+    def unigram_bits_per_byte(self) -> float:
+        """`unigram_nats` in bits per raw UTF-8 byte of the scored validation text."""
+        return self.unigram_nats * self.valid_scored_tokens / self.valid_scored_bytes / np.log(2.0)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the tokens and the tokenizer: what a data position belongs to."""
+        shards = sorted((name, facts["sha256"]) for name, facts in self.shards.items())
+        facts: list = [self.tokenizer_fingerprint, self.splits, shards]
+        if self.sampled:  # what is trained on is not in the shards
+            facts += self.adopted or [self.settings, [corpus.identity(source) for source in self.sources]]
+        return hashlib.sha256(jsons.dumps(facts).encode()).hexdigest()
+
+    def summary(self) -> str:
+        """One line for people."""
+        sample = "a sample of " if self.sampled else ""
+        return (f"{sample}{self.train_tokens:,} training and {self.valid_tokens:,} validation tokens "
+                f"({self.train_documents:,} and {self.valid_documents:,} documents), V={self.vocab_size:,} "
+                f"({self.tokenizer_kind}), unigram {self.unigram_nats:.4f} nats/token, "
+                f"corpus {self.corpus_fingerprint[:12]}")
+
+
+def load_manifest(folder: str | os.PathLike) -> Manifest:
+    """The manifest of a folder of tokens (also of version 2); ValueError when there is none, or another version's."""
+    path = Path(folder) / MANIFEST
+    facts = units.read_json(path)
+    if facts is None:
+        raise ValueError(f"no tokens in {folder} ({MANIFEST} is missing); run --mode=prepare")
+    if facts.get("version") not in (2, VERSION):
+        raise ValueError(f"{path}: version is {facts.get('version')}, this code reads 2 and {VERSION}; "
+                         "delete the folder and prepare again")
+    if "lengths" not in facts:  # made before they were kept
+        facts["lengths"] = document_lengths(Path(folder), facts["splits"]["train"])
+    if facts["version"] == 2 and facts["sampled"]:
+        facts["adopted"] = [facts["settings"], facts["sources"]]
+    return Manifest(**facts)
+
+
+# ---------------------------------------------------------------------------------------------------- prepare
+
+
+def prepare(out_dir: str | os.PathLike, data: Any, tokenizer: Any, *,
+            say: Callable[[str], None] | None = None) -> Manifest | None:
+    """Makes the folder of tokens, goes on making it, or reuses it when it was made with the same settings and files.
+
+    Files are the same by their contents and order (it is that of the tokens), whatever their paths: local ones by
+    sha256, taken again where size or time is another than last time (verified.json), remote ones by size and the
+    entity tag or time that their file system gives (none: by name and size).
+
+    Documents stream from their files to the disk; what is held is some batches of about a megabyte a core. Killed
+    at any moment, the next call goes on after the shards that were closed, to the same bytes.
+
+    Args:
+      out_dir: the folder. data, tokenizer: the settings, `config.Data` and `config.Tokenizer`.
+        data.prepare_shard='i/n': only the units u with u % n == i are made by this call.
+      say: gets a line on what is made, reused or missing (default: absl's log).
+    Returns: the manifest; None where other workers' units are missing still (said).
+    Raises:
+      ValueError: one line; settings or files that differ from those the folder was made with are named.
+      OSError: the disk is full, read-only or the like; what was finished stays and counts.
+    """
+    if say is None:
+        from absl import logging
+        say = logging.info
+    data.check()
+    tokenizer.check()
+    folder = Path(out_dir)
+    if (folder / MANIFEST).exists():
+        manifest = _reuse(folder, data, tokenizer, say)
+        if manifest is not None:
+            return manifest
+
+    start = time.monotonic()
+    reader, train, valid = what_to_read(data, say)
+    for source in [*train, *valid]:
+        reader.check(source)
+    settings = _settings(data, tokenizer, len(valid))
+    seen = _Seen(folder)
+    sources = _facts([*train, *valid], tokenizer, seen)
+    _check_sha256(tokenizer, sources)
+    folder.mkdir(parents=True, exist_ok=True)
+    seen.save()
+    units.remove_leftovers(folder)
+    job = _job(folder, data, reader, train, valid)
+    last = data.validation_documents if data.split == "last" and not valid else 0
+    words, begun = _begin(job, settings, sources, tokenizer, last, say)
+    job = dataclasses.replace(job, id=_hash(begun), dtype="uint16" if words.vocab_size <= 65535 else "uint32")
+
+    index, workers = data.worker()
+    mine = [u for u in range(len(job.units)) if u % workers == index and not units.is_done(job, u)]
+    units.make_all(job, words, mine, [size or 0 for _, size, _ in sources])  # not every server tells sizes
+    records = [units.load_record(job, u) for u in range(len(job.units))]
+    missing = [u for u, record in enumerate(records) if record is None or not record.done]
+    if missing:
+        say(f"tokens: worker {index}/{workers} has done its part of {folder}; {len(missing)} of {len(records)} files "
+            f"are left to others (the first, {job.units[missing[0]][0]}, to {missing[0] % workers}/{workers})")
+        return None
+    facts = begun | {"adopted": []}
+    if begun["version"] != VERSION:
+        old = [begun["settings"], begun["sources"]] if data.stream else []
+        facts |= {"settings": settings, "sources": sources, "adopted": old}
+    manifest = _merge(job, words, [record for record in records if record], facts, last, workers > 1, say)
+    units.remove_leftovers(folder)
+    say(f"tokens: made {folder} in {time.monotonic() - start:.1f} s: {manifest.summary()}")
+    return manifest
+
+
+def _job(folder: Path, data: Any, reader: corpus.Reader, train: list[str], valid: list[str]) -> units.Job:
+    return units.Job(
+        folder=folder, id="", reader=reader, held=held_out(reader, valid), prompts=bool(data.prompt_field),
+        units=tuple((source, "train") for source in train) + tuple((source, "valid") for source in valid),
+        fraction=data.validation_fraction if data.split == "hash" and not valid else 0.0,
+        sample=max(1, data.sample_bytes // len(train)) if data.stream else 0,
+        bad_share=data.bad_share, dtype="", shard_tokens=units.SHARD_TOKENS, batch_chars=units.BATCH_CHARS)
+
+
+def held_out(reader: corpus.Reader, sources: Iterable[str]) -> frozenset[bytes]:
+    """Digests of all documents of the validation files `sources`: equal training documents are left out."""
+    return frozenset(corpus.digest(document) for source in sources for document in units.documents(reader, source))
+
+
+def unigram_nats(train_counts: np.ndarray, valid_counts: np.ndarray) -> float:
+    """Nats per validation token under the add-one smoothed training unigram; both counts are [V]."""
+    smoothed = train_counts + 1.0
+    log_p = np.log(smoothed) - np.log(smoothed.sum())
+    return float(-(valid_counts @ log_p) / valid_counts.sum())
+
+
+def token_counts(folder: str | os.PathLike, split: str = "train", manifest: Manifest | None = None) -> np.ndarray:
+    """How often each word is a scored token of a split ('train' or 'valid'), int64 [V]; read in pieces.
+
+    manifest: that of the folder, where it is not on disk yet.
+    """
+    if split not in ("train", "valid"):
+        raise ValueError(f"split is {split!r}; choices: train, valid")
+    manifest = manifest or load_manifest(folder)
+    dtype = np.dtype(manifest.dtype).newbyteorder("<")
+    counts = np.zeros(manifest.vocab_size, np.int64)
+    for stem, first, end, first_document, end_document in manifest.splits[split]:
+        # Whole documents of about so many tokens at once. No memory map: its pages would count as ours.
+        index = _read_index(Path(folder) / f"{stem}.idx", first_document, end_document)
+        ends = index[:, 0].cumsum(dtype=np.int64)
+        cuts = np.searchsorted(ends, np.arange(0, end - first, _COUNTED_TOKENS)[1:])
+        for piece in np.split(index, np.unique(cuts)):
+            size = int(piece[:, 0].sum(dtype=np.int64))
+            flat = np.fromfile(Path(folder) / f"{stem}.bin", dtype, size, offset=first * dtype.itemsize)
+            first += size
+            if manifest.prompts:
+                lengths = np.stack([piece[:, 2], piece[:, 0] - piece[:, 2]], 1).ravel()
+                flat = flat[np.repeat(np.tile([False, True], len(piece)), lengths)]
+            counts += np.bincount(flat, minlength=manifest.vocab_size)
+    return counts
+
+
+def document_lengths(folder: Path, ranges: list) -> list[list[int]]:
+    """Manifest.lengths of the documents in these ranges of shards."""
+    counts = np.zeros(LONGEST + 1, np.int64)
+    for stem, _, _, first_document, end_document in ranges:
+        index = _read_index(folder / f"{stem}.idx", first_document, end_document)
+        counts += np.bincount(np.minimum(index[:, 0] - index[:, 2], LONGEST), minlength=LONGEST + 1)
+    return [[int(size), int(counts[size])] for size in np.flatnonzero(counts)]
+
+
+def _settings(data: Any, tokenizer: Any, validation: int) -> dict:
+    """What decides the tokens beside the contents of files, so no paths; what cannot matter is None, so that it cannot
+    differ. validation: number of validation files, the last of the sources."""
+    trained = tokenizer.kind == "bpe" and not tokenizer.file
+    files = bool(data.files or data.validation)
+    split = None if data.validation else data.split
+    cut = tokenizers.cutting_pattern(tokenizer.pattern)
+    return {
+        "data.source": data.source,
+        "data.format": data.format if files else None,
+        "data.text_field": data.text_field if files else None,
+        "data.prompt_field": data.prompt_field,
+        "data.txt_documents": data.txt_documents if files else None,
+        "data.detokenize": data.detokenize,
+        _VALIDATION: validation,
+        "data.split": split,
+        "data.validation_fraction": data.validation_fraction if split == "hash" else None,
+        "data.validation_documents": data.validation_documents if split == "last" else None,
+        "data.stream": data.stream,
+        "data.sample_bytes": data.sample_bytes if data.stream else None,
+        "tokenizer.kind": tokenizer.kind,
+        "tokenizer.file": bool(tokenizer.file),
+        "tokenizer.vocab_size": tokenizer.vocab_size if trained else None,
+        "tokenizer.pattern": None if cut == tokenizers.PATTERN else cut,
+    }
+
+
+_VALIDATION = "files of data.validation"  # in settings: how many
+
+
+def what_to_read(data: Any, say: Callable[[str], None] = lambda line: None
+                 ) -> tuple[corpus.Reader, list[str], list[str]]:
+    """How documents are read, the training sources and the validation files; say: gets what folders hold."""
+    reader = corpus.Reader(text_field=data.text_field, prompt_field=data.prompt_field, detokenize=data.detokenize,
+                           txt_documents=data.txt_documents, format=data.format)
+    return (reader, [corpus.EMBEDDED] if data.source == "embedded" 
+            else corpus.resolve(data.files, "data.files", data.format, say),
+            corpus.resolve(data.validation, "data.validation", data.format, say) if data.validation else [])
+
+
+class _Seen:
+    """Size and sha256 of files, hashed where size or time is not that of the last time (verified.json of a folder)."""
+
+    def __init__(self, folder: Path):
+        self._path, self._marks = folder / VERIFIED, {}
+        with contextlib.suppress(OSError, ValueError):
+            self._marks = json.loads(self._path.read_text("utf-8"))
+        self._known = dict(self._marks)
+
+    def facts(self, path: Path, name: str = "") -> tuple[int, str]:
+        """name: the file is remembered by, else its absolute path. OSError: it cannot be read."""
+        name, state = name or os.path.abspath(path), path.stat()
+        size, moment, sha256 = self._known.get(name, (-1, -1, ""))
+        if (size, moment) != (state.st_size, state.st_mtime_ns):
+            with open(path, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self._marks[name] = [state.st_size, state.st_mtime_ns, sha256]
+        return state.st_size, sha256
+
+    def save(self) -> None:
+        if self._marks != self._known:
+            with contextlib.suppress(OSError):  # a folder that cannot be written: they are hashed again each time
+                units.write_file(self._path, jsons.dumps(self._marks).encode() + b"\n")
+
+
+def _facts(sources: list[str], tokenizer: Any, seen: _Seen) -> list[list]:
+    """`corpus.facts_of` each source (many of them may be a network away), then of tokenizer.file if there is one."""
+    with futures.ThreadPoolExecutor(16) as pool:
+        facts = list(pool.map(lambda source: corpus.facts_of(source, lambda path: seen.facts(Path(path))), sources))
+    if not tokenizer.file:
+        return facts
+    file = Path(corpus.expand(tokenizer.file))
+    try:
+        return [*facts, [file.name, *seen.facts(file)]]
+    except OSError as error:
+        raise ValueError(f"tokenizer.file {tokenizer.file!r} cannot be read: {error.strerror}") from None
+
+
+def _hash(facts: dict) -> str:
+    return hashlib.sha256(jsons.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------- beginning and finishing
+
+
+def _begin(job: units.Job, settings: dict, sources: list, tokenizer: Any, last: int,
+           say: Callable[[str], None]) -> tuple[tokenizers.Tokenizer, dict]:
+    """The tokenizer, made or loaded, and the facts in begun.json, which all workers must agree on."""
+    path = job.folder / BEGUN
+    begun = units.read_json(path)
+    if begun:
+        different = _difference(*_as_today(begun, settings, sources), settings, sources)
+        if different and any(job.folder.glob("unit-*.json")):
+            raise _different(job.folder, "begun", different)
+        if not different:
+            words = tokenizers.load_tokenizer(job.folder)
+            if words.fingerprint != begun["tokenizer_fingerprint"]:
+                raise ValueError(f"the tokenizer in {job.folder} is not the one its tokens were begun with: delete it")
+            return words, begun
+    used = 0
+
+    def training_texts() -> Iterator[str]:
+        nonlocal used
+        train = [unit for unit, (_, split) in enumerate(job.units) if split == "train"]
+        end = _last(job, train, last) if last else (len(train), 0)
+        for unit in train:
+            left = BPE_TRAINING_BYTES // len(train)
+            for number, document in enumerate(units.documents(job.reader, job.units[unit][0])):
+                if left <= 0 or (unit, number) >= end:
+                    break
+                if job.split(unit, document) != "train":
+                    continue
+                # Cutting characters, not bytes, keeps the text valid; a hair over the share does not matter.
+                for part in filter(None, (document.prompt, document.text)):
+                    part = part[:max(0, left)]
+                    size = len(part.encode("utf-8"))
+                    left -= size
+                    used += size
+                    yield part
+
+    trained = tokenizer.kind == "bpe" and not tokenizer.file
+    words = tokenizers.make_tokenizer(tokenizer.kind, tokenizer.vocab_size, training_texts() if trained else None,
+                                  tokenizer.file, tokenizer.sha256, tokenizer.pattern)
+    if trained and words.vocab_size < tokenizer.vocab_size:
+        say(f"tokenizer: the corpus holds merges for V={words.vocab_size:,} only, "
+            f"{tokenizer.vocab_size:,} were asked for (tokenizer.vocab_size)")
+    with units.private_folder(job.folder / "tokenizer") as private:  # other workers may be at it too
+        words.save(private)
+        for made in private.iterdir():
+            os.replace(made, job.folder / made.name)
+    begun = {"version": VERSION, "settings": settings, "sources": sources,
+             "tokenizer_fingerprint": words.fingerprint, "bpe_training_bytes": used}
+    units.write_file(path, jsons.dumps(begun, indent=2).encode() + b"\n")
+    return words, begun
+
+
+def _last(job: units.Job, train: list[int], count: int) -> tuple[int, int]:
+    """(unit, document in it) where the last `count` documents of the training units begin."""
+    for unit in reversed(train):
+        here = sum(1 for _ in units.documents(job.reader, job.units[unit][0]))
+        if here >= count:
+            return unit, here - count
+        count -= here
+    return 0, 0
+
+
+def _merge(job: units.Job, words: tokenizers.Tokenizer, records: list[units.Record], begun: dict, last: int,
+           verify: bool, say: Callable[[str], None]) -> Manifest:
+    """Writes the manifest of a folder whose units are all done; verify: after hashing the shards once more."""
+    bad, read = sum(record.bad for record in records), sum(record.records for record in records)
+    if bad:
+        first = next(record.first_bad for record in records if record.bad)
+        units.check_bad(job, bad, read, first)
+        say(f"tokens: {bad:,} of {read:,} records cannot be read, all in {job.folder / BAD_RECORDS}; the first: "
+            f"{first[0]}, {first[1]}: {first[2]}")
+    with units.Files() as files:
+        for record in records:
+            for name in sorted(record.files):
+                if name.startswith("bad-"):
+                    files.write(job.folder / BAD_RECORDS, (job.folder / name).read_bytes())
+        files.close()
+
+    splits: dict[str, list[units.Range]] = {"train": [], "valid": []}
+    for record in records:
+        for shard in record.shards:
+            splits[shard.stem.split("-")[0]].append(shard)
+    if last:
+        splits["train"], splits["valid"] = _cut(job.folder, splits["train"], last)
+    total = sum(shard.end_document - shard.first_document for shards in splits.values() for shard in shards)
+    for split, shards in splits.items():
+        if not shards:
+            for unit in range(len(records)):  # of no use with these settings: others may be tried at once
+                job.record_path(unit).unlink(missing_ok=True)
+            raise ValueError(f"no document of {total} falls in the {split} split: give more documents "
+                             "(data.txt_documents='blank_line' cuts a .txt), data.validation files, or "
+                             "another data.validation_fraction or data.validation_documents")
+    counts: dict[str, Any] = {}
+    for split, shards in splits.items():
+        counts[f"{split}_documents"] = sum(shard.end_document - shard.first_document for shard in shards)
+        counts[f"{split}_tokens"] = sum(shard.end_token - shard.first_token for shard in shards)
+        for name in ("bytes", "scored_tokens", "scored_bytes"):
+            counts[f"{split}_{name}"] = sum(getattr(shard, name) for shard in shards)
+    manifest = Manifest(
+        version=VERSION, settings=begun["settings"], sources=begun["sources"], tokenizer_kind=words.kind,
+        tokenizer_fingerprint=words.fingerprint, vocab_size=words.vocab_size, eot=words.eot, dtype=job.dtype,
+        prompts=job.prompts, **counts, unigram_nats=math.nan,
+        corpus_fingerprint=f"{sum(int(record.digests, 16) for record in records) % 2**256:064x}",
+        bpe_training_bytes=begun["bpe_training_bytes"], left_out=sum(record.left_out for record in records), bad=bad,
+        unreadable=corpus.embedded_corpus()[1] if job.units[0][0] == corpus.EMBEDDED else 0,
+        sampled=job.sample > 0, python=platform.python_version(),
+        splits={split: [list(shard[:5]) for shard in shards] for split, shards in splits.items()},
+        shards={name: facts for record in records for name, facts in sorted(record.files.items())
+                if not name.startswith("bad-")}, lengths=[], adopted=begun["adopted"])
+    if verify and (damage := _damage(job.folder, manifest, _Seen(job.folder))):
+        name, what = damage[0]
+        raise ValueError(f"{job.folder / name} is {what}: delete it and run --mode=prepare, which makes it again")
+    train, valid = (token_counts(job.folder, split, manifest) for split in ("train", "valid"))
+    manifest = dataclasses.replace(manifest, unigram_nats=unigram_nats(train, valid),
+                                   lengths=document_lengths(job.folder, manifest.splits["train"]))
+    _write(job.folder, manifest)
+    return manifest
+
+
+def _read_index(path: Path, first_document: int = 0, end_document: int = -1) -> np.ndarray:
+    """Documents of an .idx file, uint32 [documents, 4]."""
+    count = 4 * (end_document - first_document) if end_document >= 0 else -1
+    return np.fromfile(path, "<u4", count, offset=16 * first_document).reshape(-1, 4)
+
+
+def _cut(folder: Path, shards: list[units.Range], last: int) -> tuple[list[units.Range], list[units.Range]]:
+    """The shards, cut before the last so many documents."""
+    left = sum(shard.end_document for shard in shards) - last
+    head, tail = [], []
+    for shard in shards:
+        here = min(max(left, 0), shard.end_document)
+        left -= shard.end_document
+        size, raw, prompt, raw_prompt = _read_index(folder / f"{shard.stem}.idx")[:here].sum(0, dtype=np.int64).tolist()
+        first = units.Range(shard.stem, 0, size, 0, here, raw, size - prompt, raw - raw_prompt)
+        second = units.Range(shard.stem, size, shard.end_token, here, shard.end_document, shard.bytes - first.bytes,
+                        shard.scored_tokens - first.scored_tokens, shard.scored_bytes - first.scored_bytes)
+        head += [first] * (here > 0)
+        tail += [second] * (here < shard.end_document)
+    return head, tail
+
+
+# -------------------------------------------------------------------------------------------------------- reuse
+
+
+def _difference(was: dict, were: list, now: dict, are: list | None) -> str:
+    """The first setting or file that differs, in words; files only where they are at hand (not None)."""
+    for key in now | was:
+        if was.get(key) != now.get(key):
+            return f"with {key}={was.get(key)!r}, it is now {now.get(key)!r}"
+    before, here = [corpus.identity(fact) for fact in were], [corpus.identity(fact) for fact in are or []]
+    if are is None or here == before:
+        return ""
+    for facts, those in ((are, set(before)), (were, set(here))):
+        for fact in facts:
+            if corpus.identity(fact) not in those:
+                return f"from other files: {fact[0]} ({fact[1]} bytes) was added, removed or has other contents"
+    return f"from these files in another order, the first {were[0][0]}, it is now {are[0][0]}"
+
+
+def _different(folder: Path, verb: str, difference: str) -> ValueError:
+    return ValueError(f"tokens in {folder} were {verb} {difference}: use another working directory or delete {folder}")
+
+
+def _as_today(made: dict, settings: dict, sources: list | None) -> tuple[dict, list]:
+    """Settings and sources of a manifest or begun.json. Version 2 knew paths, names and sizes: then as they would be
+    written today, with the marks of those files at hand that have these names and sizes."""
+    was, were = dict(made["settings"]), made["sources"]
+    if made["version"] == VERSION:
+        return was, were
+    patterns, file = was.pop("data.validation"), was.pop("tokenizer.file")
+    del was["data.files"], was["tokenizer.sha256"]
+    validation = 0
+    if patterns and "splits" in made:  # the last units, one a file
+        validation = len(were) - bool(file) - min(int(stem.split("-")[1]) for stem, *_ in made["splits"]["valid"])
+    elif patterns:
+        validation = settings[_VALIDATION] or len(patterns)
+    marked = []
+    for place, fact in enumerate(were):
+        here = itertools.chain((sources or [])[place:place + 1], sources or [])
+        marked.append(next((other for other in here if other[:2] == fact), [*fact, ""]))
+        if fact[0] == corpus.EMBEDDED and "python" in made:
+            marked[-1] = [*fact, f"Python {made['python']}"]
+    return was | {_VALIDATION: validation, "tokenizer.file": bool(file)}, marked
+
+
+def _at_hand(data: Any, tokenizer: Any, manifest: Manifest, seen: _Seen) -> tuple[list | None, int, str]:
+    """Facts of the sources (None where they are not on this machine), how many are validation files, why None."""
+    if data.source == "embedded" and not data.stream and manifest.python != platform.python_version():
+        return None, len(data.validation), f" (its source is the documentation inside Python {manifest.python})"
+    try:
+        _, train, valid = what_to_read(data)
+        return _facts([*train, *valid], tokenizer, seen), len(valid), ""
+    except (ValueError, OSError):
+        return None, len(data.validation), " (its source files are not on this machine)"
+
+
+def _reuse(folder: Path, data: Any, tokenizer: Any, say: Callable[[str], None]) -> Manifest | None:
+    """The manifest of a folder that is whole; None, and no manifest, where parts are missing and can be made again."""
+    manifest, seen = load_manifest(folder), _Seen(folder)
+    sources, validation, absent = _at_hand(data, tokenizer, manifest, seen)
+    settings = _settings(data, tokenizer, validation)
+    was, were = _as_today(dataclasses.asdict(manifest), settings, sources)
+    if sources is None and validation and was[_VALIDATION]:  # patterns, of which nobody knows how many files match
+        settings[_VALIDATION] = was[_VALIDATION]
+    if different := _difference(was, were, settings, sources):
+        raise _different(folder, "made", different)
+    _check_sha256(tokenizer, sources)
+    for name, what in _damage(folder, manifest, seen):
+        if sources is None:
+            raise ValueError(f"{folder / name} is {what}, and its source files are not on this machine: copy it again")
+        if what == "damaged":
+            raise ValueError(f"{folder / name} is damaged: delete it and run --mode=prepare, which makes it again")
+        say(f"tokens: {folder / name} is missing; it is made again")
+        (folder / MANIFEST).unlink()
+        return None
+    if tokenizers.load_tokenizer(folder).fingerprint != manifest.tokenizer_fingerprint:
+        raise ValueError(f"the tokenizer in {folder} is not the one the tokens were made with: "
+                         f"use another working directory or delete {folder}")
+    if manifest.version != VERSION and sources is not None:
+        manifest = dataclasses.replace(manifest, version=VERSION, settings=settings, sources=sources)
+        with contextlib.suppress(OSError):  # a folder that cannot be written stays as it is, and is as good
+            _write(folder, manifest)
+    say(f"tokens: reusing {folder}{absent}: {manifest.summary()}")
+    return manifest
+
+
+def _write(folder: Path, manifest: Manifest) -> None:
+    units.write_file(folder / MANIFEST, jsons.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
+
+
+def _check_sha256(tokenizer: Any, sources: list | None) -> None:
+    if tokenizer.file and tokenizer.sha256 and sources and sources[-1][2] != tokenizer.sha256.lower():
+        raise ValueError(f"{tokenizer.file}: sha256 is {sources[-1][2]}, must be {tokenizer.sha256}")
+
+
+def _damage(folder: Path, manifest: Manifest, seen: _Seen) -> list[tuple[str, str]]:
+    """(file, 'damaged' or 'missing') of the shards that are not as the manifest says, damaged ones first."""
+    def look(name: str) -> str:
+        try:
+            size, sha256 = seen.facts(folder / name, name)
+        except FileNotFoundError:
+            return "missing"
+        return "" if {"bytes": size, "sha256": sha256} == manifest.shards[name] else "damaged"
+
+    with futures.ThreadPoolExecutor(units.core_count()) as pool:
+        looks = list(zip(pool.map(look, manifest.shards), manifest.shards, strict=True))
+    seen.save()
+    return [(name, what) for what, name in sorted(looks) if what]

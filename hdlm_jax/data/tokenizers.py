@@ -1,0 +1,373 @@
+"""Text <-> token ids: GPT-2's words, a byte-pair encoding trained on the corpus, plain bytes, or BERT's WordPieces.
+
+In all of them V counts the end-of-text token, which ends every document and which no text encodes to: the string
+'<|endoftext|>' (BERT: '[SEP]') inside raw text is ordinary text. In the first three it is the last id, and
+`decode(encode(x)) == x` for any valid Unicode; BERT's lose case, accents and blanks.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from hdlm_jax.common import jsons
+from hdlm_jax.common.jsons import write_atomic
+from hdlm_jax.data import corpus
+
+KINDS = ("gpt2", "bpe", "bytes", "bert")
+END_OF_TEXT = "<|endoftext|>"
+BERT_END, BERT_UNKNOWN = "[SEP]", "[UNK]"
+RANK_FILE, JSON_FILE = "tokenizer.tiktoken", "tokenizer.json"
+
+# GPT-2's way to cut text into pieces, which the trained BPE shares: no merge ever crosses a piece. Words keep
+# their leading space and nothing else, so that a word is one token and clusters of tokens are of words.
+PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""")
+
+# How the text of other published vocabularies is cut: words with any one sign in front, digits by threes (Qwen's one by
+# one), signs with the line ends behind them; GPT-4o's words (o200k) also end before a capital. Blanks at the very end
+# of a text are one piece in cl100k_base as tiktoken has it today; Qwen and Llama 3 cut them behind the last line end.
+_FRONT, _SUFFIX = r"[^\r\n\p{L}\p{N}]?", r"(?i:'(?:[sdmt]|ll|ve|re))"
+_SIGNS, _BLANKS = r" ?[^\s\p{L}\p{N}]+", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _signed(digits: str, blanks: str = _BLANKS) -> str:
+    return rf"{_SUFFIX}|{_FRONT}\p{{L}}+|{digits}|{_SIGNS}[\r\n]*|{blanks}"
+
+
+PATTERNS = {
+    "gpt2": PATTERN,
+    "cl100k": _signed(r"\p{N}{1,3}", rf"\s++$|{_BLANKS}"),
+    "llama3": _signed(r"\p{N}{1,3}"),
+    "qwen2": _signed(r"\p{N}"),
+    "o200k": (rf"{_FRONT}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_FRONT}{_UPPER}+{_LOWER}*{_SUFFIX}?|\p{{N}}{{1,3}}|"
+              rf"{_SIGNS}[\r\n/]*|{_BLANKS}"),
+}
+# Vocabularies that are told by their number of ranks, and how their text is cut. (GPT-2's 50,256 need no word.)
+_KNOWN_SIZES = {100_256: ("cl100k_base", "cl100k"), 199_998: ("o200k_base", "o200k"), 151_643: ("Qwen", "qwen2"),
+                128_000: ("Llama 3", "llama3")}
+_SPECIAL = re.compile(rb"<\|[^|\s]+\|>")  # as special tokens are written in the vocabularies that have rank files
+
+# `\s+(?!\S)` backtracks: the regex engine gives up on a run of about a million blanks. Longer runs are cut.
+_LONG_BLANK = re.compile(r"\s{4096}")
+_EVERY_KIND = "".join(map(chr, range(592))) + " I'll SAY 12345 \r\n\n\t  été e\u0301 中文 ١٢ 👩 \u200b\u2028\ufeff \n "
+
+
+def cutting_pattern(given: str) -> str:
+    """The regular expression of `tokenizer.pattern`: a name of PATTERNS ('' is gpt2), or itself, given in full.
+
+    ValueError: neither; an expression that does not compile or leaves out some kind of character.
+    """
+    if given in ("", *PATTERNS):
+        return PATTERNS[given or "gpt2"]
+    if re.fullmatch(r"[\w.-]*", given):
+        raise ValueError(f"tokenizer.pattern={given!r}: choose of {', '.join(PATTERNS)}, or give a regular expression")
+    try:
+        Tokenizer("bpe", [bytes([byte]) for byte in range(256)], given).encode(_EVERY_KIND)
+    except ValueError as error:
+        raise ValueError(str(error) if "tokenizer.pattern" in str(error) else
+                         f"tokenizer.pattern={given!r}: no regular expression ({error})") from None
+    return given
+
+
+class Tokenizer:
+    """Words 0..V-2 are byte strings, word V-1 is the end of text. Make one with `make_tokenizer`.
+
+    Attributes:
+      kind: 'gpt2', 'bpe' or 'bytes' ('bert': see `WordPiece`).   vocab_size: V.   eot: id of the end of text.
+      pattern: how text is cut into pieces, a regular expression.
+      fingerprint: sha256 (hex) of all that decides the ids: the cutting pattern and the words in order.
+    """
+
+    _end = END_OF_TEXT
+
+    def __init__(self, kind: str, words: Sequence[bytes], pattern: str = PATTERN):
+        self.kind = kind
+        self.pattern = pattern
+        self._checked = kind == "bpe" and pattern not in PATTERNS.values()
+        self._words = tuple(words)
+        self.eot = len(self._words)
+        self.vocab_size = self.eot + 1
+        state = hashlib.sha256(b"" if kind == "bytes" else pattern.encode())
+        for word in self._words:
+            state.update(len(word).to_bytes(4, "big") + word)
+        self.fingerprint = state.hexdigest()
+
+    @functools.cached_property
+    def _encoding(self):
+        import tiktoken
+        return tiktoken.Encoding(self.kind, pat_str=self.pattern, special_tokens={END_OF_TEXT: self.eot},
+                                 mergeable_ranks={word: rank for rank, word in enumerate(self._words)})
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of `text`, int32 [n], without end of text. ValueError for a lone surrogate, or for characters that a
+        pattern given in full leaves out."""
+        raw = _utf8(text)
+        if self.kind == "bytes":
+            return np.frombuffer(raw, np.uint8).astype(np.int32)
+        parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _bounded(text)]
+        ids = np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+        if self._checked and (size := int(self._lengths[ids].sum())) != len(raw):
+            raise ValueError(f"tokenizer.pattern={self.pattern!r}: leaves out {len(raw) - size} of {len(raw)} bytes of "
+                             "a text; every character must be in a piece (add |\\s+|. at its end)")
+        return ids
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.array([len(word) for word in self._words])
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[np.ndarray]:
+        """`encode` of each text, on `threads` threads (0: one per core, at most 8)."""
+        threads = threads or min(8, os.cpu_count() or 1)
+        if self.kind == "bytes" or threads == 1 or len(texts) < 2:
+            return [self.encode(text) for text in texts]
+        _ = self._encoding  # built once, not by every thread
+        size = -(-len(texts) // (4 * threads))  # one by one, short texts cost more to hand over than to encode
+        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
+        with ThreadPoolExecutor(threads) as pool:
+            return [ids for part in pool.map(lambda part: [self.encode(text) for text in part], parts) for ids in part]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one id (of the end of text: its name). ValueError for an id outside 0..V-1."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token id is {token}; must be in 0..{self.vocab_size - 1}")
+        return self._end.encode() if token == self.eot else self._words[token]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are no UTF-8 (possible for ids a model made) show as U+FFFD."""
+        return b"".join(self.token_bytes(int(token)) for token in ids).decode("utf-8", errors="replace")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the folder `path`: the words as a rank file (tiktoken's format), a .json with its sha256."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        ranks = b"".join(base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(self._words))
+        write_atomic(folder / RANK_FILE, ranks)
+        facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "pattern": self.pattern,
+                 "sha256": hashlib.sha256(ranks).hexdigest(), "fingerprint": self.fingerprint}
+        write_atomic(folder / JSON_FILE, jsons.dumps(facts, indent=2).encode() + b"\n")
+
+
+class WordPiece(Tokenizer):
+    """BERT's lower-case words and pieces of words ('##ing'): kind 'bert', through the `tokenizers` library.
+
+    Not lossless: text is lower-cased, accents and control characters are dropped, what has no pieces becomes
+    [UNK]; `decode` joins words by single blanks and pieces by nothing. The end of text is [SEP], wherever it
+    stands in the vocabulary; V is the length of the vocabulary. Other words in brackets never occur.
+    """
+
+    _end = BERT_END
+
+    def __init__(self, words: Sequence[bytes]):
+        super().__init__("bert", words, "BERT, lower case: WordPieces of words of at most 100 letters")
+        self.vocab_size = len(self._words)
+        self.eot = self._words.index(BERT_END.encode())
+
+    @functools.cached_property
+    def _encoding(self):
+        library = _library()
+        vocabulary = {word.decode(): place for place, word in enumerate(self._words)}
+        encoding = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token=BERT_UNKNOWN,
+                                                              max_input_chars_per_word=100))
+        encoding.normalizer = library.normalizers.BertNormalizer(lowercase=True)
+        encoding.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+        return encoding
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[np.ndarray]:
+        """`encode` of each text, on the library's own threads (RAYON_NUM_THREADS; `threads` says nothing here)."""
+        for text in texts:
+            _utf8(text)
+        found = self._encoding.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in found]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        words = b" ".join(self.token_bytes(int(token)) for token in ids).decode()
+        return words.replace(" ##", "")
+
+
+def _library():
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError("tokenizer.kind='bert' needs the tokenizers package: pip install 'hdlm_jax[bert]'") from None
+    return tokenizers
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text is not Unicode: lone surrogate at character {error.start}") from None
+
+
+def _bounded(text: str) -> Iterator[str]:
+    """`text` in consecutive non-empty parts, cut inside very long runs of blanks only."""
+    start = 0
+    # The search alone costs a tenth of the encoding; a run that it finds fills one of these blocks.
+    blocks = (text[i : i + 2048] for i in range(0, len(text), 2048))
+    for blank in _LONG_BLANK.finditer(text) if any(map(str.isspace, blocks)) else ():
+        yield text[start:blank.end()]
+        start = blank.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a folder written by `Tokenizer.save`; ValueError if files are missing or changed."""
+    folder = Path(path)
+    try:
+        facts = json.loads((folder / JSON_FILE).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no tokenizer in {folder}: {JSON_FILE} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / JSON_FILE}: not JSON ({error})") from None
+    kind = facts["kind"]
+    words = read_ranks(folder / RANK_FILE, facts["sha256"], all_bytes=kind != "bert")
+    tokenizer = WordPiece(words) if kind == "bert" else Tokenizer(kind, words, facts["pattern"])
+    if tokenizer.fingerprint != facts["fingerprint"]:
+        raise ValueError(f"{folder}: tokenizer fingerprint is {tokenizer.fingerprint[:12]}, was saved as "
+                         f"{facts['fingerprint'][:12]}")
+    return tokenizer
+
+
+def _read(path: str | os.PathLike, sha256: str) -> bytes:
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"tokenizer.file {str(path)!r} cannot be read: {error.strerror}") from None
+    found = hashlib.sha256(raw).hexdigest()
+    if sha256 and found != sha256.lower():
+        raise ValueError(f"{path}: sha256 is {found}, must be {sha256}")
+    return raw
+
+
+def read_vocabulary(path: str | os.PathLike, sha256: str = "") -> list[bytes]:
+    """The words of a BERT vocab.txt, one a line.
+
+    ValueError: no such file, wrong sha256 (when given), no UTF-8, a word twice or empty, no [UNK] or [SEP].
+    """
+    lines: dict[bytes, int] = {}
+    for number, line in enumerate(_read(path, sha256).removesuffix(b"\n").split(b"\n"), 1):
+        word = line.removesuffix(b"\r")
+        try:
+            word.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not valid UTF-8 ({error.reason})") from None
+        if not word or word in lines:
+            also = f"is line {lines[word]} again" if word else "is empty"
+            raise ValueError(f"{path}:{number}: must be a word of its own, {also}")
+        lines[word] = number
+    for needed in (BERT_UNKNOWN, BERT_END):
+        if needed.encode() not in lines:
+            raise ValueError(f"{path}: no word {needed}; tokenizer.kind='bert' reads a BERT vocab.txt, one word a line")
+    return list(lines)
+
+
+def read_ranks(path: str | os.PathLike, sha256: str = "", *, all_bytes: bool = True) -> list[bytes]:
+    """Words in order of rank from a file in tiktoken's format (lines of base64 and rank).
+
+    tiktoken's own reader copies even local files into TIKTOKEN_CACHE_DIR, so the few lines are here.
+    ValueError: no such file, wrong sha256 (when given), a malformed line, ranks not 0..n-1, a byte missing
+    (with `all_bytes`).
+    """
+    raw = _read(path, sha256)
+    ranks: dict[int, bytes] = {}
+    lines = 0
+    for number, line in enumerate(raw.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            word, rank = line.split()
+            lines += 1
+            ranks[int(rank)] = base64.b64decode(word, validate=True)
+        except (ValueError, binascii.Error):
+            raise ValueError(f"{path}:{number}: must be '<base64> <rank>', is {line[:40]!r}") from None
+    words = [ranks[rank] for rank in sorted(ranks)]
+    if sorted(ranks) != list(range(lines)) or len(set(words)) != len(words) or b"" in words:
+        raise ValueError(f"{path}: ranks must be 0..n-1, each once and with a word of its own")
+    if all_bytes and (missing := set(range(256)) - {word[0] for word in words if len(word) == 1}):
+        raise ValueError(f"{path}: all 256 single bytes must be words; {len(missing)} are missing")
+    return words
+
+
+def _read_foreign(file: str, sha256: str, kind: str, pattern: str) -> list[bytes]:
+    """The words of a rank file; ValueError where it says that text is cut, or encoded, otherwise than asked for."""
+    words = read_ranks(file, sha256)
+    for rank, word in enumerate(words):
+        if _SPECIAL.fullmatch(word):  # some pattern may let text encode to it
+            raise ValueError(f"{file}: rank {rank} is the special token {word.decode(errors='replace')!r}, which no "
+                             f"text may encode to: leave such lines out ({END_OF_TEXT} comes by itself)")
+    if kind == "gpt2" and len(words) != 50256:
+        raise ValueError(f"{file}: {len(words)} words, GPT-2 has 50256; tokenizer.kind='bpe' reads other rank files")
+    if not pattern and len(words) in _KNOWN_SIZES:
+        name, known = _KNOWN_SIZES[len(words)]
+        raise ValueError(f"{file}: {len(words):,} ranks are those of {name}, whose text is not cut by GPT-2's pattern: "
+                         f"give tokenizer.pattern={known!r}, or 'gpt2' if these are others")
+    return words
+
+
+def make_tokenizer(kind: str, vocab_size: int = 0, documents: Iterable[str] | None = None, file: str = "",
+                   sha256: str = "", pattern: str = "") -> Tokenizer:
+    """Makes a tokenizer.
+
+    Args:
+      kind: 'gpt2' (V = 50,257; tiktoken's download or cache, or `file`), 'bpe' (trained on `documents`, or
+        read from `file`), 'bytes' (V = 257), 'bert' (V and words of the vocab.txt `file`).
+      vocab_size: V asked of a trained BPE, counting 256 bytes and the end of text; otherwise ignored. A small
+        corpus may hold fewer merges: `.vocab_size` of the result is what counts.
+      documents: training texts, read once, as a stream.
+      file: a rank file in tiktoken's format, or BERT's vocab.txt; sha256: its hash, checked when given.
+      pattern: how a bpe cuts text, see `cutting_pattern`. A rank file whose number of words is that of a vocabulary
+        cut otherwise than by GPT-2's is refused without one.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"tokenizer.kind is {kind!r}; choices: {', '.join(KINDS)}")
+    if kind == "bytes":
+        return Tokenizer(kind, [bytes([byte]) for byte in range(256)])
+    file = corpus.expand(file)
+    if kind == "bert":
+        if not file:
+            raise ValueError("tokenizer.kind='bert' needs tokenizer.file, a local vocab.txt (one word a line)")
+        _library()
+        return WordPiece(read_vocabulary(file, sha256))
+    cut = cutting_pattern(pattern if kind == "bpe" else "")
+    if file:
+        return Tokenizer(kind, _read_foreign(file, sha256, kind, pattern), cut)
+    if kind == "gpt2":
+        return Tokenizer(kind, _gpt2_words())
+    if vocab_size < 257:
+        raise ValueError(f"tokenizer.vocab_size is {vocab_size}; must be at least 257 "
+                         f"(256 bytes and {END_OF_TEXT})")
+    if documents is None:
+        raise ValueError("tokenizer.kind='bpe' needs documents to train on, or tokenizer.file")
+    import rustbpe
+    trainer = rustbpe.Tokenizer()
+    parts = (part for text in documents for part in _bounded(text))
+    trainer.train_from_iterator(parts, vocab_size - 1, pattern=cut)  # - 1: the end of text
+    ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    return Tokenizer(kind, [bytes(word) for word, _ in ranks], cut)
+
+
+def _gpt2_words() -> list[bytes]:
+    import tiktoken
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever the network layer raises
+        raise ValueError(
+            f"GPT-2's tokenizer could not be fetched ({type(error).__name__}): without a network set "
+            "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files, or tokenizer.file to a rank file "
+            "(gpt2.tiktoken or r50k_base.tiktoken)") from error
+    return [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]

@@ -1,0 +1,470 @@
+"""One source file -> shards of tokens: on all cores, killed and gone on with at will.
+
+A *unit* is one source file. Its shards `{split}-{unit}-{part}.bin` hold tokens, each document closed by the end of
+text; the `.idx` beside each has four uint32 a document: its tokens and bytes, and how many of each are its prompt's.
+Whenever a unit has closed its shards, `unit-{unit}.json` says how far it is, and there a later call goes on. Who makes
+a unit, on how many cores and how often it was killed changes no byte of it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from hdlm_jax.common import jsons
+from hdlm_jax.data import corpus, tokenizers
+
+SHARD_TOKENS = 1 << 26
+BATCH_CHARS = 1 << 20  # encoded at once by one thread
+PROCESSES_FROM = 64 << 20  # bytes of sources; below, the start of other processes costs more than it gains
+_HOUR = 3600.0
+
+
+def documents(reader: corpus.Reader, source: str) -> Iterator[corpus.Document]:
+    """The documents of a source without its bad records."""
+    return (record for record in reader.read(source) if isinstance(record, corpus.Document))
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ------------------------------------------------------------------------------------------------ files, safely
+
+
+def _temporary(path: Path) -> Path:
+    """A name that only this process uses, on any host."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes temporary files and folders of dead writers: gone from this host, or silent for an hour on another."""
+    for path in folder.glob("*.tmp"):
+        host, _, pid = path.name.removesuffix(".tmp").rpartition("-")
+        with contextlib.suppress(OSError):  # another worker was faster
+            here = host.endswith(f".{socket.gethostname()}")
+            if here and not _runs(int(pid)) or time.time() - path.stat().st_mtime > _HOUR:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _runs(pid: int) -> bool:
+    """Whether that process runs, and is not this one, which in a container has the number that a killed one had."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    state = Path(f"/proc/{pid}/stat")
+    zombie = state.exists() and state.read_text().rpartition(") ")[2].startswith("Z")  # nobody asked how it ended
+    return pid != os.getpid() and not zombie
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What goes wrong with the disk, as one line with the file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror}); what was finished before is kept: "
+                      "mend that and run again") from error
+
+
+def write_file(path: Path, raw: bytes) -> None:
+    """Writes a file whole or not at all, and so that it survives a loss of power."""
+    with Files() as files:
+        files.write(path, raw)
+        files.close()
+
+
+@contextlib.contextmanager
+def private_folder(path: Path) -> Iterator[Path]:
+    """A folder that only this process uses, removed in the end."""
+    folder = _temporary(path)
+    with _writing(path):
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+
+def read_json(path: Path) -> dict | None:
+    """None where there is no such file."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); delete the folder and prepare again") from None
+
+
+class Files:
+    """Files under temporary names, until `close` gives all of them their names; else nothing is left of them."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, tuple[Path, BinaryIO, Any]] = {}
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for temporary, file, _hash in self._open.values():
+            with contextlib.suppress(OSError):
+                file.close()
+            temporary.unlink(missing_ok=True)
+
+    def write(self, path: Path, raw: bytes) -> None:
+        with _writing(path):
+            if path not in self._open:
+                temporary = _temporary(path)
+                self._open[path] = temporary, open(temporary, "wb"), hashlib.sha256()
+            _, file, state = self._open[path]
+            file.write(raw)
+        state.update(raw)
+
+    def close(self) -> dict[str, dict]:
+        """Name -> {"bytes", "sha256"} of what was written since the last time."""
+        facts = {}
+        for path, (temporary, file, state) in self._open.items():
+            with _writing(path):
+                file.flush()
+                os.fsync(file.fileno())
+                facts[path.name] = {"bytes": file.tell(), "sha256": state.hexdigest()}
+                file.close()
+                os.replace(temporary, path)
+        for folder in {path.parent for path in self._open}:
+            with contextlib.suppress(OSError):  # the names as well, where the system can
+                number = os.open(folder, os.O_RDONLY)
+                try:
+                    os.fsync(number)
+                finally:
+                    os.close(number)
+        self._open = {}
+        return facts
+
+
+# -------------------------------------------------------------------------------------------------------- units
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What makes a unit what it is; travels to other processes.
+
+    id: of the settings, sources and tokenizer. units: (source, 'train' or 'valid'). held: digests of the documents
+    of the validation files. fraction: of split='hash', else 0. sample: bytes of training text a unit, 0: all.
+    """
+
+    folder: Path
+    id: str
+    reader: corpus.Reader
+    units: tuple[tuple[str, str], ...]
+    held: frozenset[bytes]
+    fraction: float
+    sample: int
+    prompts: bool
+    dtype: str
+    bad_share: float
+    shard_tokens: int
+    batch_chars: int
+
+    def split(self, unit: int, document: corpus.Document) -> str:
+        """'train', 'valid', or '' for a training document that the validation files have too."""
+        if self.units[unit][1] == "valid":
+            return "valid"
+        if self.fraction:
+            return "valid" if corpus.split(document, self.fraction) else "train"
+        return "" if self.held and corpus.digest(document) in self.held else "train"
+
+    def records(self, unit: int) -> Iterator[corpus.Document | corpus.Bad]:
+        """All records of a unit; of a sample, until there are enough bytes of training text."""
+        source, kind = self.units[unit]
+        left = self.sample if kind == "train" else 0
+        for record in self.reader.read(source):
+            yield record
+            if left and isinstance(record, corpus.Document) and self.split(unit, record) == "train":
+                left -= len((record.prompt + record.text).encode("utf-8"))
+                if left <= 0:
+                    return
+
+    def record_path(self, unit: int) -> Path:
+        return self.folder / f"unit-{unit:05d}.json"
+
+
+class Range(NamedTuple):
+    """Whole documents that follow each other in the shard `stem`, and how many bytes and scored tokens they are."""
+
+    stem: str
+    first_token: int
+    end_token: int
+    first_document: int
+    end_document: int
+    bytes: int
+    scored_tokens: int
+    scored_bytes: int
+
+
+@dataclasses.dataclass
+class Record:
+    """How far a unit is. records: read so far, bad ones too. parts: closed so far. digests: sum of the documents'
+    sha256 modulo 2^256, hex. shards: those closed, as `Range`s. files: name -> {"bytes", "sha256"}."""
+
+    job: str
+    source: str
+    records: int = 0
+    bad: int = 0
+    first_bad: tuple = ()
+    left_out: int = 0
+    digests: str = "0"
+    parts: int = 0
+    shards: list = dataclasses.field(default_factory=list)
+    files: dict = dataclasses.field(default_factory=dict)
+    done: bool = False
+
+
+def load_record(job: Job, unit: int) -> Record | None:
+    """None where the unit is not begun, or where files it has made are gone: then it is made again."""
+    facts = read_json(job.record_path(unit))
+    if facts is None:
+        return None
+    record = Record(**facts)
+    if record.job != job.id:
+        raise ValueError(f"{job.record_path(unit)} was made with other settings, files or words than these (by another "
+                         f"worker?): give all workers the same, or delete {job.folder}")
+    for name, made in record.files.items():
+        path = job.folder / name
+        if not path.exists() or path.stat().st_size != made["bytes"]:
+            return None
+    record.shards = [Range(*shard) for shard in record.shards]
+    return record
+
+
+def is_done(job: Job, unit: int) -> bool:
+    record = load_record(job, unit)
+    return record is not None and record.done
+
+
+class _Encoded(NamedTuple):
+    """A batch of records, encoded. digests: sum of sha256. bytes: of text. shards: split -> tokens, index [n, 4]."""
+
+    records: int
+    bad: list[corpus.Bad]
+    left_out: int
+    digests: int
+    bytes: int
+    shards: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[corpus.Document | corpus.Bad]) -> _Encoded:
+    bad = [record for record in batch if isinstance(record, corpus.Bad)]
+    splits: dict[str, list[corpus.Document]] = {"train": [], "valid": [], "": []}
+    for record in batch:
+        if isinstance(record, corpus.Document):
+            splits[job.split(unit, record)].append(record)
+    left_out = len(splits.pop(""))
+    digests = size = 0
+    shards = {}
+    end = np.array([words.eot])
+    for split, documents in splits.items():
+        if not documents:
+            continue
+        texts = words.encode_batch([document.text for document in documents], threads=1)
+        prompts = (words.encode_batch([document.prompt for document in documents], threads=1) if job.prompts
+                   else [end[:0]] * len(documents))
+        pieces, index = [], []
+        for document, prompt, text in zip(documents, prompts, texts, strict=True):
+            pieces += [prompt, text, end]
+            prompt_bytes = len(document.prompt.encode("utf-8"))
+            all_bytes = prompt_bytes + len(document.text.encode("utf-8"))
+            index.append((len(prompt) + len(text) + 1, all_bytes, len(prompt), prompt_bytes))
+            digests += int.from_bytes(corpus.digest(document), "big")
+            size += all_bytes
+        flat = np.concatenate(pieces, dtype=np.dtype(job.dtype).newbyteorder("<"), casting="unsafe")
+        shards[split] = flat, np.array(index, "<u4")
+    return _Encoded(len(batch), bad, left_out, digests, size, shards)
+
+
+def _batches(records: Iterator[corpus.Document | corpus.Bad],
+             chars: int) -> Iterator[list[corpus.Document | corpus.Bad]]:
+    held, size = [], 0
+    for record in records:
+        held.append(record)
+        size += 100  # of a tiny document, the object is what takes the memory
+        if isinstance(record, corpus.Document):
+            size += len(record.prompt) + len(record.text)
+        if size >= chars:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+def _ahead(function: Callable, items: Iterable, threads: int) -> Iterator:
+    """`map` on threads, which work ahead of the reader of the results, but no further than they are many."""
+    with futures.ThreadPoolExecutor(threads) as pool:
+        try:
+            waiting: collections.deque[futures.Future] = collections.deque()
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _make(job: Job, words: tokenizers.Tokenizer, unit: int, threads: int, tick: Callable[[int], None]) -> None:
+    """Makes what is left of a unit. tick: gets the bytes of text of each batch done.
+
+    Shards close between batches, and batches are counted from there: so they are the same after a resume.
+    """
+    record = load_record(job, unit) or Record(job.id, job.units[unit][0])
+    if record.done:
+        return
+    digests = int(record.digests, 16)
+    open_shards: dict[str, list[int]] = {}
+    records = itertools.islice(job.records(unit), record.records, None)
+    encode = functools.partial(_encode, job, words, unit)
+    with Files() as files:
+
+        def close() -> None:
+            record.shards += [Range(stem, 0, sums[0], 0, *sums[1:]) for stem, sums in sorted(open_shards.items())]
+            open_shards.clear()
+            record.files |= files.close()
+            record.parts += 1
+            record.digests = f"{digests:x}"
+            write_file(job.record_path(unit), jsons.dumps(dataclasses.asdict(record)).encode() + b"\n")
+
+        for batch in _ahead(encode, _batches(records, job.batch_chars), threads):
+            place = f"{unit:05d}-{record.parts:03d}"
+            for split, (flat, index) in batch.shards.items():
+                stem = f"{split}-{place}"
+                files.write(job.folder / f"{stem}.bin", flat.tobytes())
+                files.write(job.folder / f"{stem}.idx", index.tobytes())
+                size, raw, prompt, raw_prompt = index.sum(0, dtype=np.int64).tolist()
+                sums = open_shards.setdefault(stem, [0] * 5)
+                for i, count in enumerate([size, len(index), raw, size - prompt, raw - raw_prompt]):
+                    sums[i] += count
+            for bad in batch.bad:
+                files.write(job.folder / f"bad-{place}.jsonl", jsons.dumps(bad._asdict()).encode() + b"\n")
+                record.first_bad = record.first_bad or tuple(bad)
+            record.records += batch.records
+            record.bad += len(batch.bad)
+            record.left_out += batch.left_out
+            digests = (digests + batch.digests) % 2**256
+            tick(batch.bytes)
+            check_bad(job, record.bad, record.records, record.first_bad, out_of=10_000)
+            if sum(sums[0] for sums in open_shards.values()) >= job.shard_tokens:
+                close()
+        record.done = True
+        close()
+
+
+def check_bad(job: Job, bad: int, records: int, first: tuple, out_of: int = 0) -> None:
+    """ValueError where more than the allowed share of the records is bad, of `out_of` records if these are more."""
+    if bad > job.bad_share * max(records, out_of):
+        raise ValueError(f"{', '.join(first[:2])}: {first[2]}; {bad:,} of {records:,} records cannot be read, more "
+                         f"than data.bad_share={job.bad_share:g} allows: raise it, or mend the files and delete "
+                         f"{job.folder}")
+
+
+# ------------------------------------------------------------------------------------------------ many processes
+
+
+def make_all(job: Job, words: tokenizers.Tokenizer, units: list[int], sizes: list[int]) -> None:
+    """Makes these units on all cores: in processes that share them, each with threads for its part of the bytes.
+
+    words: the tokenizer, which is also in the job's folder. sizes: bytes of every source, those of other units too.
+    """
+    from tqdm import tqdm
+
+    cores, total = core_count(), max(1, sum(sizes[u] for u in units))
+    quiet = not sys.stderr.isatty() or "CI" in os.environ
+    with tqdm(desc="tokens", unit="B", unit_scale=True, disable=quiet) as bar:
+        if min(cores, len(units)) < 2 or total < PROCESSES_FROM:
+            for number, unit in enumerate(units):
+                bar.set_postfix_str(f"{number}/{len(units)} files")
+                _make(job, words, unit, cores, bar.update)
+            return
+        context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
+        counter, stop = context.Value("q", 0), context.Event()
+        with futures.ProcessPoolExecutor(min(cores, len(units)), context, _become_worker,
+                                         (job, counter, stop)) as pool:
+            try:
+                with _deaf():
+                    # The largest first, so that all end together.
+                    pending = {pool.submit(_make_one, unit, math.ceil(cores * sizes[unit] / total))
+                               for unit in sorted(units, key=lambda unit: -sizes[unit])}
+                while pending:
+                    finished, pending = futures.wait(pending, 0.5, futures.FIRST_COMPLETED)
+                    bar.update(counter.value - bar.n)
+                    bar.set_postfix_str(f"{len(units) - len(pending)}/{len(units)} files")
+                    for future in finished:
+                        future.result()
+            except futures.process.BrokenProcessPool:
+                raise ChildProcessError(f"a process that makes {job.folder} was killed (out of memory?); what was "
+                                        "finished is kept: run again") from None
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)  # waits: workers that have just begun still need what is ours
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that start here do not hear Ctrl-C, before they can say so themselves; it is kept for us."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_WORKER: dict[str, Any] = {}  # in a worker process: what all its units share
+
+
+def _become_worker(job: Job, counter: Any, stop: Any) -> None:
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()  # nobody else ends us if the parent is killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what to do
+    _WORKER.update(job=job, counter=counter, stop=stop)
+
+
+def _make_one(unit: int, threads: int) -> None:
+    job, counter, stop = _WORKER["job"], _WORKER["counter"], _WORKER["stop"]
+    if "words" not in _WORKER:
+        _WORKER["words"] = tokenizers.load_tokenizer(job.folder)
+
+    def tick(size: int) -> None:
+        with counter.get_lock():
+            counter.value += size
+        if stop.is_set():
+            raise InterruptedError("another process failed")
+
+    _make(job, _WORKER["words"], unit, threads, tick)

@@ -1,0 +1,370 @@
+"""Compiled sampling of canvases from a trained network, by any method (docs/decoding.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hdlm_jax.common import parallel
+from hdlm_jax.common.console import progress
+from hdlm_jax.config import ConfigError, Generate
+from hdlm_jax.data.tokenizers import Tokenizer
+from hdlm_jax.decoding import caches, choose, core, drafts, guide, presets, sparse_attention
+from hdlm_jax.decoding import canvas as canvases
+from hdlm_jax.diffusion import autoregressive, gidd
+from hdlm_jax.diffusion.autoregressive import AutoregressiveProcess
+from hdlm_jax.diffusion.draws import fold
+from hdlm_jax.diffusion.gidd import GiddProcess
+from hdlm_jax.models import quantise
+from hdlm_jax.models.heads import WHOLE
+from hdlm_jax.models.network import Network
+from hdlm_jax.training.loading import load_here
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What of config.Generate a compiled step depends on."""
+
+    method: presets.Method  # but for its numbers
+    temperature: float | None  # 0 and 1 are programs of their own; None: an input
+    top_p: float | None
+    cut: bool  # rows end before the canvas does
+    force_transition: str
+    constrained: bool = False  # positions have kinds of words (hdlm_jax.decoding.canvas)
+
+
+def program_of(g: Generate) -> Program:
+    method = method_of(g)
+    policy = dataclasses.replace(method.policy, clusters=g.clusters)
+    method = method._replace(policy=policy, numbers=())  # type: ignore[arg-type]
+    return Program(method, g.temperature if g.temperature in (0, 1) else None, 1.0 if g.top_p == 1 else None,
+                   g.length > 0 or policy.lengths is not None, g.force_transition)
+
+
+def method_of(g: Generate) -> presets.Method:
+    return presets.make(g.method, g.options, g.steps)
+
+
+def numbers_of(g: Generate, seq_len: int, eos: int = 0) -> dict[str, Any]:
+    """The settings that are inputs of the compiled loop; eos: word id of the end of text."""
+    method = presets.numbers(method_of(g), eos) | {"maximum": np.int32(g.length or seq_len)}
+    return {"steps": np.int32(g.steps), "length": np.int32(g.length or seq_len), "corrections": np.int32(g.corrections),
+            "correction_temperature": np.float32(g.correction_temperature), "temperature": np.float32(g.temperature),
+            "top_p": np.float32(g.top_p), "method": method}
+
+
+def denoiser(program: Program, network: Network, params, process, numbers, classifier, most) -> Any:
+    """The network as the program calls it: with its cache or attention, its constraints, its guidance."""
+    method = program.method
+    out: Any
+    if isinstance(method.cache, sparse_attention.SparseD):
+        out = method.cache.denoiser(network, params)
+    else:
+        out = caches.make(method.cache or caches.Whole(), network, params, process.hierarchy, most=most,
+                          cut=program.cut)
+    if program.constrained:
+        out = canvases.Constrained(out, numbers["allowed"], process.hierarchy)
+    if method.guide[:1] == ("cfg",):
+        out = guide.CFG(process, out, numbers["method"]["weight"], method.guide[1])
+    elif method.guide:
+        score = guide.first_order(classifier, process.hierarchy)
+        out = guide.Classified(process, out, score, numbers["method"]["weight"])
+    return out
+
+
+def reads(network: Network, params):
+    """words int32 [b, S] -> prediction of each word given those before it, of an autoregressive run."""
+    before = AutoregressiveProcess(network.head.hierarchy).sample_z
+    return lambda x: network.denoise(params, before(None, x, None), jnp.zeros(len(x)))
+
+
+def make_sample_step(network: Network, process, program: Program, mesh=None, frames: int = 0, helper=None,
+                     classifier=None):
+    """step((params, numbers), batch, key) -> {tokens int32 [b, S], calls int32 [b], row_forwards int32 [b], ...}.
+
+    batch: z int32 [b, S], the canvas (masks where free, words and clusters where given), index int32 [b]; of a Canvas
+    also given, kind and length. numbers: see `numbers_of`, with a Canvas's table `allowed`. helper: network of an
+    autoregressive run, params then being a pair. The rest is what `hdlm_jax.decoding.core.sample` gives.
+    """
+    shard: Any = WHOLE if mesh is None else parallel.OverBatch(mesh)
+    process = at_sampling(process, program)
+
+    def step(given, batch, key):
+        keys = fold(jnp.broadcast_to(key, batch["index"].shape), batch["index"])
+
+        def run(given, batch, keys):
+            (params, numbers), z = given, batch["z"]
+            tools = {}
+            if helper is not None:
+                params, theirs = params
+                tools["ar"] = reads(helper, theirs)
+                tools["energy"] = guide.ar_energy(tools["ar"], process)
+            heat, nucleus = (numbers[name] if fixed is None else fixed for name, fixed in (
+                ("temperature", program.temperature), ("top_p", program.top_p)))
+            draws = dict(temperature=heat, top_p=nucleus, most=shard.most, frames=frames)
+            length = batch.get("length", numbers["length"])
+            if isinstance(process, AutoregressiveProcess):
+                decode = functools.partial(network.next_word, params)
+                tokens, stats = autoregressive.sample(
+                    fold(keys, 1), decode, process, z, network.empty_cache(*z.shape), length=jnp.max(length), **draws)
+            elif isinstance(process, GiddProcess):
+                behind = (jnp.arange(z.shape[1])[None] >= jnp.reshape(length, (-1, 1))).astype(jnp.int32)
+                shown = jnp.broadcast_to(behind, z.shape) if program.cut else None
+                denoise = lambda z, t: network.denoise(params, z, t, shown)  # noqa: E731
+                tokens, stats = gidd.sample(fold(keys, 1), denoise, process, z, steps=numbers["steps"],
+                                            corrections=numbers["corrections"],
+                                            correction_temperature=numbers["correction_temperature"], **draws)
+            else:
+                policy = program.method.policy
+                if policy.lengths is not None:
+                    prompt = jnp.argmax(process.level_of(z) > 0, axis=1).astype(jnp.int32)
+                    length = jnp.minimum(prompt + numbers["method"]["start"], length)
+                denoise = denoiser(program, network, params, process, numbers, classifier, shard.most)
+                extra = {"kind": batch["kind"]} if program.constrained else {}
+                tokens, stats = core.sample(fold(keys, 1), denoise, process, z, policy, numbers["method"],
+                                            given=batch.get("given"), length=length, extra=extra, tools=tools, **draws)
+            each = {"calls": jnp.broadcast_to(stats["calls"], z.shape[:1]),
+                    "length": jnp.broadcast_to(stats.get("length", length), z.shape[:1])}
+            if frames:
+                each["call"] = jnp.broadcast_to(stats["call"], (len(z), frames + 1))
+            return (), {"tokens": tokens} | stats | each
+
+        return shard(run)(given, {k: v for k, v in batch.items() if k != "index"}, keys)[1]
+
+    return step
+
+
+def at_sampling(process: Any, g: Generate | Program) -> Any:
+    """The process that samples: as trained, but for g.force_transition where that is given."""
+    if not g.force_transition:
+        return process
+    if not hasattr(process, "force_transition"):
+        raise ConfigError(f"generate.force_transition={g.force_transition!r}: this run's process has no force "
+                          "transition; leave it empty")
+    return dataclasses.replace(process, force_transition=g.force_transition)
+
+
+def law(process: Any, g: Generate) -> str:
+    """'exact' where every draw follows the law of the model whose NELBO is measured, else 'inexact: ' and why."""
+    xi, here = getattr(process, "xi", 1), at_sampling(process, g)
+    reasons = []
+    trained, force = (getattr(p, "force_transition", "") for p in (process, here))
+    levels = getattr(process, "num_levels", 1)
+    if levels > 1 and g.clusters == "clean" and (xi < 1 or force == "none" and levels > 2):
+        reasons.append(f"clusters=clean at xi={xi:g}" + " without a force transition" * (force == "none"))
+    if levels > 1 and force != trained and (xi < 1 or "none" in (force, trained)):  # at xi = 1 the others are one
+        reasons.append(f"force_transition={force} where {trained} was trained")
+    method = method_of(g)
+    tilted = method.cache is not None or method.guide or method.weights or method.policy.draw != "sample"
+    if tilted or not isinstance(method.policy.choose, choose.Planned):
+        reasons.append(f"method={g.method}")
+    reasons += ["a schema"] if g.schema else []
+    if g.corrections:
+        reasons.append(f"corrections={g.corrections}")
+    reasons += [f"{name}={value:g}" for name in ("temperature", "top_p") if (value := getattr(g, name)) != 1]
+    return f"inexact: {', '.join(reasons)}" if reasons else "exact"
+
+
+class Sampler:
+    """Compiled sampling of canvases [n, S] in batches; every sample has its own random numbers.
+
+    Args:
+      eos: word id of the end of text. helper: a loaded autoregressive run, for the methods that need one.
+      classifier: function of one-hot symbols float32 [b, S, N] -> log p(y) [b], for method="classifier".
+    """
+
+    def __init__(self, network: Network, process, mesh, params, *, eos: int = 0, helper: Any = None, classifier=None):
+        self.network, self.process, self.mesh, self.params, self.eos = network, process, mesh, params, eos
+        self.helper, self.classifier = helper, classifier
+        self._step = functools.lru_cache(maxsize=8)(self._compile)
+        self._weights = functools.lru_cache(maxsize=2)(self._quantised)
+
+    def _compile(self, program: Program, frames: int = 0):
+        helper = self.helper.network if program.method.needs == "ar" else None
+        step = make_sample_step(self.network, self.process, program, self.mesh, frames, helper, self.classifier)
+        return parallel.compile_sample_step(step, self.mesh, self._params(program.method))
+
+    def _quantised(self, weights: tuple):
+        return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding),
+                            quantise.quantise(self.params, *weights), self.params)
+
+    def _params(self, method: presets.Method) -> Any:
+        params = self._weights(method.weights) if method.weights else self.params
+        return (params, self.helper.params) if method.needs == "ar" else params
+
+    def _check(self, method: presets.Method, g: Generate, behind: bool, constrained: bool):
+        """ConfigError where this run, or this canvas, cannot be sampled by that method.
+
+        behind: something is given behind a blank; constrained: places have kinds of words.
+        """
+        if isinstance(self.process, AutoregressiveProcess) and behind:
+            raise ConfigError("an autoregressive model goes on from a prompt; it cannot fill blanks before given words")
+        if not hasattr(self.process, "chain") and g.method != "ancestral":
+            raise ConfigError(f"generate.method={g.method!r}: this process has no levels that drop; choose 'ancestral'")
+        if method.policy.lengths is not None and behind:
+            raise ConfigError(f"generate.method={g.method!r}: its canvas grows, so nothing can be given behind a blank")
+        if constrained and not hasattr(self.process, "chain"):
+            raise ConfigError("this process cannot keep to kinds of words; an HDLM or MDLM can")
+        if constrained and isinstance(method.policy.propose, drafts.Guided):
+            raise ConfigError(f"generate.method={g.method!r}: its helper does not know which words a place may take")
+        if constrained and self.process.xi < 1 and at_sampling(self.process, g).force_transition == "within":
+            raise ConfigError("generate.force_transition='within': at xi < 1 a cluster on show may have no word that "
+                              "its place may take; choose another")
+        if method.needs == "ar" and self.helper is None:
+            raise ConfigError(f"generate.method={g.method!r} needs an autoregressive run with this run's tokenizer: "
+                              "give its workdir as generate.helper")
+        if method.needs == "classifier" and self.classifier is None:
+            raise ConfigError("generate.method='classifier' needs a function: Model.generate(classifier=...)")
+
+    def __call__(self, canvas: np.ndarray | canvases.Canvas, g: Generate, frames: int = 0) -> dict[str, np.ndarray]:
+        """tokens int32 [n, S], length [n], calls [n] (of the batch shard a sample was in), row_forwards [n].
+
+        With frames also call [n, F+1], time [n, F+1], z and confidence [n, F+1, S] of `core.sample`.
+        """
+        rows_of: dict[str, np.ndarray] = {"z": canvas} if isinstance(canvas, np.ndarray) else {
+            "z": canvas.z, "given": canvas.given, "kind": canvas.kind, "length": canvas.length}
+        z = rows_of["z"]
+        n = len(z)
+        length = rows_of.get("length", np.full(n, g.length or z.shape[1]))
+        inside = np.arange(z.shape[1])[None] < length[:, None]
+        blank = (z == self.process.hierarchy.mask_id) & inside
+        behind = bool(np.any(blank[:, :-1] & ~blank[:, 1:] & inside[:, 1:]))
+        program = program_of(g)
+        constrained = not isinstance(canvas, np.ndarray) and len(canvas.allowed) > 1
+        self._check(program.method, g, behind, constrained)
+        shards = math.lcm(parallel.batch_shards(self.mesh), jax.process_count())
+        rows = -(-parallel.bucket(min(g.batch_size, n), g.batch_size) // shards) * shards
+        numbers = numbers_of(g, z.shape[1], self.eos)
+        if not isinstance(canvas, np.ndarray):
+            program = dataclasses.replace(program, cut=True, constrained=constrained)
+            numbers["allowed"] = canvas.allowed
+        step = self._step(program, frames) if frames else self._step(program)
+        parts = []
+        with progress(n, unit="sample", name="generate") as bar:
+            for start in range(0, n, rows):
+                count = min(rows, n - start)
+                batch = {k: v[start : start + count] for k, v in rows_of.items()}
+                batch["index"] = np.arange(start, start + count, dtype=np.int32)
+                batch = parallel.pad_rows(batch, rows)  # padding is all words: nothing to do there
+                mine = parallel.local_rows(rows)
+                batch = parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
+                found = step((self._params(program.method), numbers), batch, jax.random.key(g.seed))
+                parts.append({k: np.asarray(v)[:count] for k, v in found.items()})
+                bar.update(count)
+        out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+        inside = np.arange(z.shape[1])[None] < out.get("length", length)[:, None]
+        if np.any(out["tokens"][inside] >= self.process.hierarchy.num_words):
+            raise RuntimeError("generate: a cluster or mask symbol is left in a sample; a bug, please report it")
+        return out
+
+
+def prompt_canvas(prompt_ids: np.ndarray, num_samples: int, seq_len: int, mask_id: int, length: int = 0) -> np.ndarray:
+    """Canvases int32 [n, S] that begin with the prompt and are masked after it.
+
+    length: tokens of a text, prompt and all; fewer than seq_len give a canvas of the next power of two, with words
+    (that are not looked at) behind the text. 0: seq_len.
+    """
+    length = length or seq_len
+    if length > seq_len:
+        raise ConfigError(f"generate.length={length}: must be at most model.seq_len={seq_len}")
+    if len(prompt_ids) >= length:
+        raise ConfigError(f"generate.prompt has {len(prompt_ids)} tokens: must be fewer than the {length} of a text "
+                          f"(model.seq_len={seq_len}, generate.length)")
+    canvas = np.zeros((num_samples, parallel.bucket(length, seq_len)), np.int32)
+    canvas[:, :length] = mask_id
+    canvas[:, : len(prompt_ids)] = prompt_ids
+    return canvas
+
+
+def lengths_are(run: Any, g: Generate) -> str:
+    """Where the lengths of samples come from: "given" (generate.length), "training" (drawn from those of the training
+    documents, which a run that was told them needs), "method" (it finds them) or "canvas" (S tokens; where the run
+    learnt ends of texts the text is what is before the first one)."""
+    if method_of(g).policy.lengths is not None:
+        return "method"
+    if g.length or g.schema:
+        return "canvas" if g.schema else "given"
+    told = run.trained.data.packing in ("documents", "crop") and run.given == "lengths"
+    return "training" if told else "canvas"
+
+
+def start_canvas(run: Any, g: Generate, prompts: np.ndarray) -> np.ndarray | canvases.Canvas:
+    """Canvases that begin with prompts int32 [n, P] and are free behind, as long as `lengths_are` says.
+
+    Raises:
+      ConfigError: the prompts do not fit; lengths are to be drawn, and the training tokens that tell them are gone.
+    """
+    seq_len, mask = run.config.model.seq_len, run.hierarchy.mask_id
+    n, given = len(prompts), len(prompts[0])
+    canvas = prompt_canvas(prompts[0], n, seq_len, mask, g.length)
+    canvas[:, :given] = prompts
+    if lengths_are(run, g) != "training":
+        return canvas
+    seen = run.training_lengths()
+    if seen is None:
+        raise ConfigError(f"generate.length=0: this run was told how long texts are, and the training lengths are not "
+                          f"in {run.data_dir}; give generate.length")
+    sizes = np.minimum(seen[:, 0] + (given if run.trained.data.prompt_field else 0), seq_len)
+    fits = sizes > given
+    share = np.where(fits, seen[:, 1], 0) if fits.any() else np.ones(len(sizes))
+    length = np.maximum(np.random.default_rng([g.seed, n]).choice(sizes, n, p=share / share.sum()), given + 1)
+    places = np.arange(seq_len)
+    z = np.where((places >= given) & (places < length[:, None]), mask, canvas).astype(np.int32)
+    z[places >= length[:, None]] = run.tokenizer.eot  # words that nobody looks at
+    allowed = np.ones((1, run.hierarchy.num_words), bool)
+    return canvases.Canvas(z, z != mask, np.zeros_like(z), length.astype(np.int32), allowed)
+
+
+def compile_for(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: Generate) -> None:
+    """Samples a batch of the canvas's shape with nothing to do, so that its program is there before time is taken."""
+    some = first_rows(canvas, g.batch_size)
+    if isinstance(some, np.ndarray):
+        draw(np.zeros_like(some), g)
+    else:
+        draw(some._replace(z=np.zeros_like(some.z), given=np.ones_like(some.given)), g)
+
+
+def first_rows(canvas: np.ndarray | canvases.Canvas, n: int) -> np.ndarray | canvases.Canvas:
+    """The first n of some canvases."""
+    if isinstance(canvas, np.ndarray):
+        return canvas[:n]
+    return canvases.Canvas(canvas.z[:n], canvas.given[:n], canvas.kind[:n], canvas.length[:n], canvas.allowed)
+
+
+def ended(row: np.ndarray, given: int, eot: int, stop: str) -> np.ndarray:
+    """Tokens up to and with the first end of text behind the first `given`; all of them where stop is not "end"."""
+    ends = np.flatnonzero(row[given:] == eot)
+    return row[: given + ends[0] + 1] if stop == "end" and len(ends) else row
+
+
+def text_of(tokenizer: Tokenizer, row: np.ndarray, stop: str) -> str:
+    """Text of what `ended` gives: its closing end of text is not shown."""
+    return tokenizer.decode(row[:-1] if stop == "end" and len(row) and row[-1] == tokenizer.eot else row)
+
+
+def load_helper(run: Any, g: Generate) -> Any:
+    """The autoregressive run in g.helper, or None; ConfigError where it is none, or does not know this run's words."""
+    if not g.helper:
+        return None
+    helper = load_here(g.helper, mesh=run.config.parallel)
+    if not isinstance(helper.process, AutoregressiveProcess):
+        raise ConfigError(f"generate.helper={g.helper!r}: must be an autoregressive run")
+    if helper.tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise ConfigError(f"generate.helper={g.helper!r}: its tokenizer {helper.tokenizer.fingerprint[:12]} is not "
+                          f"this run's {run.tokenizer.fingerprint[:12]}")
+    if helper.config.model.seq_len < run.config.model.seq_len:
+        raise ConfigError(f"generate.helper={g.helper!r}: reads {helper.config.model.seq_len} tokens, this run writes "
+                          f"{run.config.model.seq_len}")
+    return helper
+
+
+def sampler_of(run: Any, helper: Any = None, classifier=None) -> Sampler:
+    """The sampler of a loaded run."""
+    return Sampler(run.network, run.process, run.mesh, run.params, eos=run.tokenizer.eot, helper=helper,
+                   classifier=classifier)

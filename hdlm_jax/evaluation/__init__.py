@@ -1,0 +1,1 @@
+"""Numbers of a trained run: the exact bound, tasks of ranking, judges of its texts."""

@@ -1,0 +1,171 @@
+"""The exact NELBO of any rows (docs/theory.md section 3, "Variance").
+
+Noise times come from q_a, stratified over all (sequence, draw) pairs; nats and tokens are summed and divided once.
+Every pair has its own random numbers, so the result does not depend on batch size or device count.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hdlm_jax.common import parallel
+from hdlm_jax.common.console import perplexity, progress
+from hdlm_jax.config import Config
+from hdlm_jax.diffusion.draws import fold
+from hdlm_jax.models.heads import WHOLE, map_over_noised
+from hdlm_jax.models.network import Network
+
+_FIELDS = ("x", "segment", "score")  # of rows, what the network and the process see
+
+
+def make_nelbo_step(network: Network, process, mesh=None):
+    """step(params, batch, key) -> float32 [b, K]: nats of each row at each level, as an estimate w C / q.
+
+    batch: x and segment int32 [b, S], score bool [b, S], tau and inv_q float32 [b], pair int32 [b] (its randomness).
+    """
+
+    shard: Any = WHOLE if mesh is None else parallel.OverBatch(mesh)
+
+    def step(params, batch, key):
+        x, tau = batch["x"], batch["tau"]
+        z, level = process.noised(fold(jnp.broadcast_to(key, tau.shape), batch["pair"]), x, tau, batch["score"])
+        h = network.apply({"params": params}, z, -jnp.expm1(-tau), batch["segment"], method="trunk")
+        cost_of = lambda p, f, levels: process.cost(p, f[0], f[1], levels, tau=f[2])  # noqa: E731
+        fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape))
+        cost = map_over_noised(network.head, cost_of, params["head"], h, level, x, fields, asks=process.asks(),
+                               shard=shard)
+        rate = process.nelbo_weight(z, tau, x) * cost
+        by_level = [jnp.sum(jnp.where(level == k, rate, 0.0), axis=-1) for k in range(1, process.num_levels + 1)]
+        return jnp.stack(by_level, axis=-1) * batch["inv_q"][:, None]
+
+    return step
+
+
+def _rows_at_once(seq_len: int) -> int:
+    """Sequences that fill a device; fewer where they do not fit."""
+    return max(1, (8192 if jax.default_backend() == "cpu" else 262_144) // seq_len)
+
+
+class Evaluator:
+    """Compiled once for each size of batch, used for any rows and parameters of the same shapes."""
+
+    def __init__(self, config: Config, network: Network, process, mesh, params):
+        self.process, self.mesh, self.seed = process, mesh, config.evaluate.seed
+        shards = math.lcm(parallel.batch_shards(mesh), jax.process_count())
+        here = parallel.batch_shards(mesh) * _rows_at_once(config.model.seq_len)
+        self.most_rows, self.shards = config.evaluate.batch_size or here, shards
+        self.proposal = process.proposal(config.model.seq_len, config.evaluate.cv2)
+        step = make_nelbo_step(network, process, mesh)
+        self._jitted = parallel.compile_batch_step(step, mesh, params)
+        self._compiled: dict[int, Any] = {}  # by rows asked for: (program, rows that fit)
+
+    def _put(self, batch):
+        mine = parallel.local_rows(len(batch["pair"]))
+        return parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
+
+    def pairs(self, rows: int, draws: int):
+        """tau and q of every pair, float64 [draws, rows]: one stratum of q's CDF a pair, each pass spread over all."""
+        rng = np.random.Generator(np.random.Philox(self.seed))
+        place = np.stack([rng.permutation(rows) for _ in range(draws)])
+        part = np.stack([rng.permutation(draws) for _ in range(rows)], axis=1)  # of stratum s, which pass gets which
+        part = np.take_along_axis(part, place, axis=1)
+        u = (place * draws + part + rng.random((draws, rows))) / (rows * draws)
+        return self.proposal.quantile(u)
+
+    def nats(self, params, rows: dict[str, np.ndarray], draws: int, name: str = "evaluate"):
+        """Estimates [draws, rows, K] in nats, and the noise times and densities [draws, rows] they were made at.
+
+        Where the process is exact (autoregressive) there is one draw, whatever was asked for.
+        """
+        n, draws = len(rows["x"]), 1 if self.process.exact else draws
+        tau, q = self.pairs(n, draws)
+        out = self.at(params, rows, np.tile(np.arange(n), draws), tau.reshape(-1), q.reshape(-1), name=name)
+        return out.reshape(draws, n, -1), tau, q
+
+    def at(self, params, rows: dict[str, np.ndarray], which, tau, q, pair=None, name: str = "evaluate") -> np.ndarray:
+        """Estimates [n, K] in nats for n pairs of a row and a noise time.
+
+        Args:
+          rows: x, segment int32 [rows, S], score bool [rows, S]; which: int [n], the pairs' rows.
+          tau, q: float [n], noise times and the densities they come from.
+          pair: int [n], a pair's random numbers: the same one for common random numbers; None: all different.
+        """
+        n, pair = len(which), np.arange(len(which)) if pair is None else pair
+        key = jax.random.key(self.seed)
+        asked = parallel.bucket(n, self.most_rows)
+        if asked not in self._compiled:
+
+            def example(count):
+                some = {name: np.zeros((count, *rows[name].shape[1:]), rows[name].dtype) for name in _FIELDS}
+                one = np.ones(count, np.float32)
+                return self._put(some | {"tau": one, "inv_q": one, "pair": np.zeros(count, np.int32)})
+
+            self._compiled[asked] = parallel.fitting(self._jitted, params, example, asked, self.shards, key)
+        step, at_once = self._compiled[asked]
+        out = np.zeros((n, self.process.num_levels))
+        with progress(n, unit="seq", name=name) as bar:
+            for start in range(0, n, at_once):
+                pick = np.arange(start, min(start + at_once, n))
+                batch = {field: rows[field][which[pick]] for field in _FIELDS}
+                batch |= {"tau": tau[pick].astype(np.float32), "inv_q": (1 / q[pick]).astype(np.float32),
+                          "pair": pair[pick].astype(np.int32)}
+                batch = self._put(parallel.pad_rows(batch, at_once))
+                out[pick] = np.asarray(step(params, batch, key))[: len(pick)]
+                bar.update(len(pick))
+        return out
+
+
+def _beside(rest: np.ndarray, tau: np.ndarray, half: int = 16) -> np.ndarray:
+    """What is left of values [draws, rows] when the mean over themselves and the `half` before and behind each in noise
+    time is taken off, scaled up to the spread of single values.
+
+    That mean is what strata fix, the rest is chance. Without noise times (an exact process) it is the mean of all.
+    """
+    order = np.argsort(tau, axis=None, kind="stable")
+    n, value = order.size, rest.reshape(-1)[order]
+    half = half if np.ptp(tau) > 0 else n
+    low, high = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
+    sums, count = np.concatenate([[0.0], np.cumsum(value)]), high - low
+    out = np.empty(n)
+    out[order] = (value - (sums[high] - sums[low]) / count) / np.sqrt(np.maximum(1 - 1 / count, 1e-9))
+    return out.reshape(rest.shape)
+
+
+def summarise(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarray) -> dict[str, Any]:
+    """Nats per token with standard errors from estimates [draws, rows, K] and tokens [rows].
+
+    se: of the sequences and the noise together, from what is left of the estimates beside those at like noise times,
+    summed over a sequence's draws first (they belong together): good from the first draw on, NaN for a single sequence.
+    se_time: the part of the noise alone (NaN with a single draw). se_data: the rest, the spread between sequences; all
+    of `se` with a single draw. uniform_t_variance: what the variance by noise times would be with t uniform (stratified
+    as well), as a multiple of what it is; None where too few draws tell.
+    """
+    draws, n, _ = nats.shape
+    total = tokens.sum()
+    per_pair = nats.sum(-1)
+    nelbo = per_pair.mean(0).sum() / total
+    rest = _beside(per_pair - nelbo * tokens, tau) / (draws * total)  # of a ratio of sums
+    se = math.sqrt(np.sum(rest.sum(0) ** 2)) if n > 1 else math.nan  # one sequence says nothing of others
+    se_time = math.sqrt(draws * np.sum(rest.var(0, ddof=1))) if draws > 1 else math.nan
+    se_data = math.sqrt(max(se**2 - (se_time**2 if draws > 1 else 0.0), 0.0)) if n > 1 else math.nan
+    # v(tau), the variance of the integrand h at a noise time, from neighbours in noise time; a share b of it is the
+    # spread between sequences, which says nothing about noise times
+    order = np.argsort(tau, axis=None)
+    h = (per_pair * q / np.maximum(tokens, 1)).reshape(-1)[order]
+    q, tau = q.reshape(-1)[order], tau.reshape(-1)[order]
+    v, b = 0.5 * np.diff(h) ** 2, se_data**2 * n
+    here = uniform = math.nan
+    if v.size:
+        here, uniform = np.mean(v / q[1:] ** 2) - b, np.mean(v / (q[1:] * np.exp(-tau[1:]))) - b
+    return {
+        "nelbo": nelbo, "se": se, "se_data": se_data, "se_time": se_time,
+        "perplexity": perplexity(nelbo), "levels": (nats.mean(0).sum(0) / total).tolist(),
+        "uniform_t_variance": uniform / here if min(uniform, here) > 0 else None,
+        "cv2": se_data**2 * n / nelbo**2 if nelbo else None,
+        "tokens": int(total), "rows": n, "draws": draws,
+    }

@@ -1,0 +1,399 @@
+"""Generative perplexity that can be reproduced: a judge scores sampled texts, and the result says all it depends on.
+
+A judge is GPT-2 (a local folder, see hdlm_jax.models.gpt2) or a run of ours. An autoregressive run gives -log p of a
+text exactly; a diffusion run gives an upper bound alone, and its numbers are called `..._bound` throughout. Low
+perplexity is cheap (repeat one word), so entropy, distinct n-grams, repetition and MAUVE stand beside it. Temperature,
+nucleus, steps and the precision of the draws move the number as well: all are in the record.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hdlm_jax.common import parallel, processes
+from hdlm_jax.common.console import measured, progress, say
+from hdlm_jax.common.console import perplexity as exp
+from hdlm_jax.config import ConfigError, Parallel
+from hdlm_jax.data.pipeline import rows_of
+from hdlm_jax.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
+from hdlm_jax.evaluation.elbo import Evaluator
+from hdlm_jax.models import gpt2
+from hdlm_jax.models.heads import chunk_size
+from hdlm_jax.training.checkpoint import checkpoints_of
+from hdlm_jax.training.loading import load_here, saved_config
+
+Texts = Sequence[np.ndarray]  # ids int [length] each
+
+# ------------------------------------------------------------------------------------------------ numbers of texts
+
+
+def entropy(ids: np.ndarray) -> float:
+    """Entropy in nats of the words' frequencies within ids [n]; 0 where there are none."""
+    p = np.unique(ids, return_counts=True)[1] / max(len(ids), 1)
+    return float(-(p * np.log(p)).sum())
+
+
+def statistics(texts: Texts) -> dict[str, float | None]:
+    """How varied texts are, by the ids that were sampled; None where no text is long enough.
+
+    unigram_entropy: nats, of the words within a text, mean over texts (as in the papers of SEDD and MDLM); it grows
+    with their length. corpus_entropy: nats, of the words of all texts together. distinct_n: different n-grams of all
+    texts over all there are (Li et al. 2016). repetition_4: share of 4-grams that repeat an earlier one of their text.
+    """
+    grams = {n: [np.lib.stride_tricks.sliding_window_view(t, n) for t in texts if len(t) >= n] for n in (1, 2, 3, 4)}
+    total = {n: sum(map(len, g)) for n, g in grams.items()}
+
+    def different(of: list) -> int:
+        return len(np.unique(np.concatenate(of), axis=0))
+
+    out: dict[str, float | None] = {
+        "unigram_entropy": float(np.mean([entropy(t) for t in texts])) if len(texts) else None,
+        "corpus_entropy": entropy(np.concatenate(grams[1])) if total[1] else None}
+    out |= {f"distinct_{n}": different(grams[n]) / total[n] if total[n] else None for n in (1, 2, 3)}
+    out["repetition_4"] = 1 - sum(different([g]) for g in grams[4]) / total[4] if total[4] else None
+    return out
+
+
+def summarise(nats: np.ndarray, tokens: np.ndarray, bound: bool = False) -> dict[str, Any]:
+    """Perplexities from nats and scored tokens of each text [n]; keys end in `_bound` where the nats are bounds.
+
+    nats_per_token: all nats over all tokens, with the standard error of that ratio between texts; perplexity: exp of
+    it, its error by the delta method. mean_text_perplexity: mean of exp(nats/tokens) over the texts with a scored
+    token, a larger number (Jensen) that some papers quote. None: too few texts to tell.
+    """
+    n, total = len(nats), int(np.sum(tokens))
+    some = tokens > 0
+    out: dict[str, Any] = dict.fromkeys(("nats_per_token", "nats_per_token_se", "perplexity", "perplexity_se",
+                                         "mean_text_perplexity", "mean_text_perplexity_se"))
+    if total:
+        mean = float(np.sum(nats) / total)
+        with np.errstate(over="ignore"):  # infinity is what it then is
+            each = np.exp(nats[some] / tokens[some])
+        out |= {"nats_per_token": mean, "perplexity": exp(mean), "mean_text_perplexity": float(each.mean())}
+        if n > 1:
+            se = math.sqrt(n / (n - 1) * np.sum((nats - mean * tokens) ** 2)) / total
+            out |= {"nats_per_token_se": se, "perplexity_se": exp(mean) * se}
+        if some.sum() > 1:
+            out["mean_text_perplexity_se"] = float(each.std(ddof=1) / math.sqrt(some.sum()))
+    return {f"{name}_bound" if bound else name: value for name, value in out.items()}
+
+
+def mauve_installed() -> bool:
+    return importlib.util.find_spec("mauve") is not None
+
+
+def mauve(features: np.ndarray, reference: np.ndarray) -> float:
+    """MAUVE (Pillutla et al. 2021) in [0, 1] of features [n, D] and [m, D], by the package mauve-text."""
+    from mauve import compute_mauve
+
+    return float(compute_mauve(p_features=features, q_features=reference).mauve)
+
+
+# ------------------------------------------------------------------------------------------------ judges
+
+
+def retokenise(ids: np.ndarray, ours: Tokenizer, theirs: Tokenizer) -> np.ndarray:
+    """Ids of the same text in another tokenizer, int32; the end of text stays the end of text."""
+    parts, start = [], 0
+    for end in [*np.flatnonzero(ids == ours.eot), len(ids)]:
+        parts += [theirs.encode(ours.decode(ids[start:end])), np.full(int(end < len(ids)), theirs.eot, np.int32)]
+        start = end + 1
+    return np.concatenate(parts)
+
+
+def folder_tokenizer(folder: str, known: Tokenizer | None = None) -> Tokenizer:
+    """The tokenizer of a GPT-2 folder: its vocab.json, else GPT-2's own (`known`, where that is it, or tiktoken's).
+
+    ValueError: a vocab.json that is no byte-pair encoding of GPT-2's kind, with the end of text as its last word.
+    """
+    path = os.path.join(folder, "vocab.json")
+    if not os.path.exists(path):
+        return known if known is not None and known.kind == "gpt2" else make_tokenizer("gpt2")
+    with open(path, encoding="utf-8") as f:
+        ids: dict[str, int] = json.load(f)
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in that file
+    to_byte = {chr(b): b for b in shown}
+    to_byte |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in shown)}
+    names = sorted(ids, key=ids.__getitem__)
+    if [ids[w] for w in names] != list(range(len(ids))) or names[-1:] != [END_OF_TEXT]:
+        raise ValueError(f"{path}: ids must be 0..V-1, and {END_OF_TEXT} the last")
+    try:
+        words = [bytes(to_byte[c] for c in name) for name in names[:-1]]
+    except KeyError as error:
+        raise ValueError(f"{path}: character {error} is none of a byte-level vocabulary") from None
+    if len(set(words[:256])) < 256 or any(len(w) != 1 for w in words[:256]):
+        raise ValueError(f"{path}: the first 256 words must be the single bytes, and merges follow in their order")
+    return Tokenizer("gpt2" if len(words) == 50256 else "bpe", words)
+
+
+class GPT2Judge:
+    """GPT-2 from a local folder. Everything about the folder is checked at once; weights are read when first needed.
+
+    Args:
+      folder: see hdlm_jax.models.gpt2; dtype: of its matrix products; mesh: hdlm_jax.common.parallel.make_mesh.
+      known: a tokenizer at hand, used where it is GPT-2's and the folder has no vocab.json.
+
+    Attributes:
+      identity: dict, what its numbers depend on; tokenizer; bound: whether nats are upper bounds.
+    """
+
+    bound = False
+
+    def __init__(self, folder: str, dtype: str, mesh, known: Tokenizer | None = None):
+        self.sizes, self.folder, self.dtype, self.mesh = gpt2.check(folder), folder, dtype, mesh
+        self.tokenizer = folder_tokenizer(folder, known)
+        if self.tokenizer.vocab_size > self.sizes.vocab or self.sizes.positions < 2:
+            raise ValueError(f"{folder}: {self.sizes.vocab} words and {self.sizes.positions} positions do not do for "
+                             f"the {self.tokenizer.vocab_size} words of its tokenizer (a vocab.json says which)")
+        self.identity = {"kind": "gpt2", "path": folder, "sha256": processes.first(lambda: gpt2.sha256(folder)),
+                         "precision": dtype, "tokenizer": self.tokenizer.fingerprint}
+        self.num_params = gpt2.num_params(self.sizes)
+        self.rule = ("every token given all before it; the first one of a text is not scored (no start symbol); a text "
+                     f"of more than {self.sizes.positions} tokens goes on in pieces that begin with the last token of "
+                     "the piece before; ends of text are tokens like others")
+        self._compiled: dict[tuple[int, int], Any] = {}
+
+    def given(self, texts: Texts) -> str:
+        """What the nats of texts are conditional on beside prompts: "nothing", or "lengths"."""
+        return "nothing"
+
+    @functools.cached_property
+    def _loaded(self):
+        network, params = gpt2.load(self.folder, self.dtype)
+        shards = parallel.state_shardings(self.mesh, params)
+        params = jax.tree.map(lambda a, s: jax.make_array_from_callback(a.shape, s, a.__getitem__), params, shards)
+        shards = math.lcm(parallel.batch_shards(self.mesh), jax.process_count())
+
+        def step(params, batch, key):
+            rows = max(1, len(batch["ids"]) // parallel.batch_shards(self.mesh))
+            found: Any = network.apply({"params": params}, batch["ids"], max(1, chunk_size() // rows), method="score")
+            nats, hidden = found
+            return nats, jnp.take_along_axis(hidden, batch["last"][:, None, None], axis=1)[:, 0]
+
+        return params, shards, parallel.compile_batch_step(step, self.mesh, params)
+
+    def _step(self, rows: int, width: int):
+        """(program, rows at once, parameters) for so many rows of so many positions."""
+        params, shards, jitted = self._loaded
+        device = (4096 if jax.default_backend() == "cpu" else 65_536) // width  # rows; attention is [rows, H, S, S]
+        asked = parallel.bucket(rows, max(1, device) * parallel.batch_shards(self.mesh))
+        if (asked, width) not in self._compiled:
+
+            def example(count):
+                return self._put({"ids": np.zeros((count, width), np.int32), "last": np.zeros(count, np.int32)})
+
+            self._compiled[asked, width] = parallel.fitting(jitted, params, example, asked, shards, jax.random.key(0))
+        return *self._compiled[asked, width], params
+
+    def _put(self, batch):
+        mine = parallel.local_rows(len(batch["ids"]))
+        return parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
+
+    def score(self, texts: Texts, given: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scores texts, of which the first given[i] tokens are context.
+
+        Returns: nats float64 [n]; scored tokens int64 [n]; features float32 [n, D], the last layer's state at the last
+          token of the first piece (zero where there is none).
+        """
+        most, n = self.sizes.positions, len(texts)
+        pieces = [(i, start, ids[start : start + most]) for i, ids in enumerate(texts) if len(ids)
+                  for start in range(0, max(len(ids) - 1, 1), most - 1)]
+        nats, tokens = np.zeros(n), np.zeros(n, np.int64)
+        features = np.zeros((n, self.sizes.width), np.float32)
+        if not pieces:
+            return nats, tokens, features
+        width = parallel.bucket(max(2, *(len(p) for _, _, p in pieces)), most)
+        step, at_once, params = self._step(len(pieces), width)
+        with progress(len(pieces), unit="piece", name="judge") as bar:
+            for begin in range(0, len(pieces), at_once):
+                some = pieces[begin : begin + at_once]
+                batch = {"ids": np.zeros((len(some), width), np.int32),
+                         "last": np.array([len(p) - 1 for _, _, p in some], np.int32)}
+                for row, (_, _, piece) in enumerate(some):
+                    batch["ids"][row, : len(piece)] = piece
+                found, last = step(params, self._put(parallel.pad_rows(batch, at_once)), jax.random.key(0))
+                found, last = np.asarray(found, np.float64), np.asarray(last)
+                for row, (i, start, piece) in enumerate(some):
+                    scored = np.arange(start + 1, start + len(piece)) >= given[i]
+                    nats[i] += found[row, : len(piece) - 1][scored].sum()
+                    tokens[i] += scored.sum()
+                    if start == 0:
+                        features[i] = last[row]
+                bar.update(len(some))
+        return nats, tokens, features
+
+
+class RunJudge:
+    """A run of ours as the judge: exact where its process is (autoregressive), else an upper bound.
+
+    Args:
+      workdir: of the run, or its export; shape: config.parallel of the mesh it is put on.
+    """
+
+    def __init__(self, workdir: str, shape: Parallel):
+        self.workdir, self.shape, self.config = workdir, shape, saved_config(workdir)
+        checkpoints = checkpoints_of(workdir)
+        self.step = checkpoints.choose("best")
+        meta = checkpoints.meta(self.step)
+        checkpoints.close()
+        self.tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
+        self.identity = {"kind": "run", "path": workdir, "step": self.step, "hierarchy": meta["hierarchy"],
+                         "data": meta["data"], "precision": self.config.model.dtype,
+                         "tokenizer": self.tokenizer.fingerprint,
+                         "draws": [self.config.evaluate.draws, self.config.evaluate.seed, self.config.evaluate.cv2]}
+
+    @functools.cached_property
+    def _loaded(self):
+        run = load_here(self.workdir, mesh=self.shape)
+        return run, Evaluator(run.config, run.network, run.process, run.mesh, run.params)
+
+    @property
+    def bound(self) -> bool:
+        return not self._loaded[0].process.exact
+
+    def given(self, texts: Texts) -> str:
+        """As GPT2Judge.given: a text that neither fills its rows nor ends tells its length."""
+        run, s = self._loaded[0], self.config.model.seq_len
+        whole = all(len(ids) % s == 0 or ids[-1] == self.tokenizer.eot for ids in texts)
+        return run.given_alone if whole or run.process.exact else "lengths"
+
+    @property
+    def num_params(self) -> int:
+        return self._loaded[0].num_params
+
+    @property
+    def rule(self) -> str:
+        s, draws = self.config.model.seq_len, self.config.evaluate.draws
+        what = (f"an upper bound on -log p of every token (NELBO, {draws} draws of the noise)" if self.bound
+                else "every token given all before it, from the start symbol on")
+        return f"{what}; a text of more than {s} tokens in pieces that do not see each other"
+
+    def score(self, texts: Texts, given: Sequence[int]) -> tuple[np.ndarray, np.ndarray, None]:
+        """As GPT2Judge.score, without features; nats are means over the draws of the noise where they are bounds."""
+        run, evaluator = self._loaded
+        s, n = self.config.model.seq_len, len(texts)
+        pieces = [(i, start, ids[start : start + s]) for i, ids in enumerate(texts) for start in range(0, len(ids), s)
+                  if min(start + s, len(ids)) > given[i]]  # not those of prompt alone
+        nats, tokens = np.zeros(n), np.zeros(n, np.int64)
+        if not pieces:
+            return nats, tokens, None
+        rows = rows_of([piece for _, _, piece in pieces], s, self.tokenizer.eot,
+                       [max(0, given[i] - start) for i, start, _ in pieces], ends=run.ends)
+        found = evaluator.nats(run.params, rows, self.config.evaluate.draws, "judge")[0].mean(0).sum(-1)
+        owner = [i for i, _, _ in pieces]
+        np.add.at(nats, owner, found)
+        np.add.at(tokens, owner, rows["tokens"])
+        return nats, tokens, None
+
+
+def open_judge(path: str, dtype: str = "float32", shape: Parallel = Parallel(), mesh=None,  # noqa: B008 (frozen)
+               known: Tokenizer | None = None) -> GPT2Judge | RunJudge:
+    """The judge in a folder, checked but not loaded.
+
+    Args:
+      path: folder of a GPT-2 or workdir of a run; dtype: of the first; shape, mesh: devices, as config and as mesh.
+
+    Raises:
+      ConfigError: neither of the two, or one that cannot judge.
+    """
+    folder = os.path.abspath(path)
+    try:
+        if gpt2.is_folder(folder):
+            return GPT2Judge(folder, dtype, mesh, known)
+        if any(os.path.isdir(os.path.join(folder, name)) for name in ("checkpoints", "params")):
+            return RunJudge(folder, shape)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"generate.judge={path!r}: {error}") from error
+    raise ConfigError(f"generate.judge={path!r}: must be a folder with GPT-2's config.json and model.safetensors, or "
+                      "the workdir of a trained run")
+
+
+# ------------------------------------------------------------------------------------------------ the record
+
+
+def made_from(judge: GPT2Judge | RunJudge) -> dict[str, Any]:
+    """What a record depends on beside the texts: it is made anew when that changes."""
+    return judge.identity | {"mauve": mauve_installed()}
+
+
+def record(judge: GPT2Judge | RunJudge, tokenizer: Tokenizer, texts: Texts, given: int = 0,
+           reference: Texts | str = "") -> dict[str, Any]:
+    """All numbers of sampled texts; units are nats and tokens.
+
+    Args:
+      tokenizer: of the ids in `texts`; where the judge's is another one (by fingerprint), texts are decoded and encoded
+        again, else the sampled ids themselves are scored.
+      given: first tokens of every text that are a prompt: context, neither scored nor in the statistics.
+      reference: real texts (ids of `tokenizer`) for MAUVE, or why there are none.
+
+    Returns: see `summarise` and `statistics`; texts, empty_texts (no token at all) and unscored_texts (no token that
+      this judge scores) are counted, none is left out; mauve is None where mauve_note says why.
+    """
+    again = tokenizer.fingerprint != judge.tokenizer.fingerprint
+
+    def theirs(ids: np.ndarray) -> np.ndarray:
+        return retokenise(ids, tokenizer, judge.tokenizer) if again else ids
+
+    prompts, rest = [theirs(t[:given]) for t in texts], [theirs(t[given:]) for t in texts]
+    whole = [np.concatenate(both) for both in zip(prompts, rest, strict=True)]
+    nats, tokens, features = judge.score(whole, [len(p) for p in prompts])
+    score, note = None, ""
+    if not mauve_installed():
+        note = "mauve-text is not installed (pip install 'hdlm_jax[mauve]')"
+    elif features is None:
+        note = "features come from a GPT-2 judge; this judge is a run"
+    elif isinstance(reference, str):
+        note = reference or "no reference texts"
+    else:
+        real = judge.score([theirs(t) for t in reference], [0] * len(reference))[2]
+        kept = features[[len(p) + len(r) > 0 for p, r in zip(prompts, rest, strict=True)]]
+        assert real is not None
+        try:
+            if min(len(kept), len(real)) < 2:
+                raise ValueError("fewer than 2 texts")
+            score = mauve(kept, real)
+            note = (f"mauve-text and its defaults; {len(kept)} texts against the first {len(real)} of the validation "
+                    "split; features: the judge's last layer at a text's last token; noisy with few texts")
+        except (ImportError, ValueError) as error:  # a broken installation, or too little to cluster
+            note = f"MAUVE failed: {error}"
+    return {
+        "judge": os.path.basename(judge.identity["path"]),
+        "kind": judge.identity["kind"] if judge.identity["kind"] == "gpt2" else "bound" if judge.bound else
+        "autoregressive",
+        "bound": judge.bound, "given": judge.given(whole), "params": judge.num_params, "rule": judge.rule,
+        "retokenised": again, "tokenizer": tokenizer.fingerprint, "prompt_tokens": given,
+        "texts": len(texts), "empty_texts": sum(len(r) == 0 for r in rest), "unscored_texts": int((tokens == 0).sum()),
+        "tokens": int(tokens.sum()), "sampled_tokens": int(sum(len(t) - given for t in texts)),
+    } | summarise(nats, tokens, judge.bound) | statistics([t[given:] for t in texts]) | {
+        "mauve": score, "mauve_note": note, "made_from": made_from(judge)}
+
+
+def perplexity(found: dict[str, Any]) -> str:
+    """'143.20 ± 3.10' or '<= 143.20 ± 3.10 (bound)' of a record."""
+    end = "_bound" if found["bound"] else ""
+    text = measured(found[f"perplexity{end}"], found[f"perplexity_se{end}"], ".2f")
+    if text == "-":
+        return "none (no token is scored)" if not found["tokens"] else "none (not finite)"
+    told = ", given lengths" * (found["given"] == "lengths")
+    return f"<= {text} (bound{told})" if found["bound"] else text
+
+
+def tell(found: dict[str, Any]) -> None:
+    """The record as one line."""
+    numbers = [f"{label} {found[name]:.3f}" for label, name in (
+        ("unigram entropy", "unigram_entropy"), ("distinct-2", "distinct_2"), ("repetition", "repetition_4"),
+        ("MAUVE", "mauve")) if found[name] is not None]
+    unscored = f", {found['unscored_texts']} of them without a scored token" if found["unscored_texts"] else ""
+    say(f"judge: {found['judge']} ({found['kind']}, {found['params'] / 1e6:,.1f}M parameters, "
+        f"{found['made_from']['precision']}): perplexity {perplexity(found)} on {found['tokens']:,} tokens of "
+        f"{found['texts']} texts{unscored}{', retokenised' if found['retokenised'] else ''}; {', '.join(numbers)}")

@@ -1,0 +1,92 @@
+"""What evaluation harnesses ask of a model, answered by a Scorer: likelihoods, rolling likelihoods, texts up to a stop.
+
+A request is anything with `args`, as lm-evaluation-harness's Instance. A diffusion model bounds likelihoods: what is
+called a log-likelihood here is minus the (conditional) NELBO.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hdlm_jax.config import Generate
+from hdlm_jax.evaluation.scorer import Choices, Piece, Scorer, documents, encode_pair
+
+
+def loglikelihood(scorer: Scorer, requests: Sequence[Any], greedy: bool = True) -> list[tuple[float, bool]]:
+    """(minus the conditional NELBO in nats, whether greedy filling gives the continuation) of (context, continuation).
+
+    Requests of one document (the same task_name and doc_id; without them, the same context) are ranked together: same
+    noise for all, draws by the best two. greedy=False: False without looking.
+    """
+    pairs = [encode_pair(scorer.run.tokenizer, *request.args) for request in requests]
+    together: dict[Any, list[int]] = {}
+    for i, request in enumerate(requests):
+        document = getattr(request, "doc_id", None)
+        key = request.args[0] if document is None else (getattr(request, "task_name", ""), document)
+        together.setdefault(key, []).append(i)
+    groups = list(together.values())
+    found = scorer.rank([Choices([pairs[i][0] for i in g], [pairs[i][1] for i in g]) for g in groups], "loglikelihood")
+    out: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    for group, nats in zip(groups, found.nats, strict=True):
+        for i, value in zip(group, nats, strict=True):
+            out[i] = (-float(value), False)
+    fits = [i for i, (_, c) in enumerate(pairs) if 0 < len(c) < scorer.seq_len] if greedy else []
+    words = scorer.greedy([pairs[i][0] for i in fits], [len(pairs[i][1]) for i in fits])
+    for i, word in zip(fits, words, strict=True):
+        out[i] = (out[i][0], bool(np.array_equal(word, pairs[i][1])))
+    return out
+
+
+def loglikelihood_rolling(scorer: Scorer, requests: Sequence[Any]) -> list[float]:
+    """Minus the NELBO in nats of each whole text (text,), in pieces of S where it is longer.
+
+    Without its end of text, and so given its length, but for a run that learnt ends of texts.
+    """
+    run = scorer.run
+    end = np.full(int(run.ends), run.tokenizer.eot, np.int32)
+    texts = [np.append(run.tokenizer.encode(request.args[0]), end) for request in requests]
+    pieces: list[Piece] = []
+    owner: list[int] = []
+    for i, ids in enumerate(texts):
+        mine = documents([ids], scorer.seq_len, "document", run.ends)
+        pieces += mine
+        owner += [i] * len(mine)
+    if not pieces:
+        return [0.0] * len(texts)
+    nats = scorer.nats(pieces, scorer.settings.draws, "loglikelihood")[0].mean(0).sum(-1)
+    return (-np.bincount(owner, nats, minlength=len(texts))).tolist()
+
+
+def generate_until(scorer: Scorer, requests: Sequence[Any], g: Generate, most: int = 128) -> list[str]:
+    """Texts for (context, {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}), up to the first stop.
+
+    max_gen_toks tokens (`most` where it is not given, at most S - 1) are written behind the context by the sampler;
+    the text ends before the end of text or the first of the strings `until`. Without do_sample the most likely words
+    are taken (temperature 0).
+    """
+    tokenizer, out = scorer.run.tokenizer, [""] * len(requests)
+    alike: dict[Generate, list[int]] = {}
+    for i, request in enumerate(requests):
+        how = request.args[1]
+        temperature = float(how.get("temperature", g.temperature)) if how.get("do_sample") else 0.0
+        top_p = float(how.get("top_p", g.top_p)) if temperature else 1.0
+        alike.setdefault(dataclasses.replace(g, temperature=temperature, top_p=top_p), []).append(i)
+    for settings, here in alike.items():
+        settings.check()
+        contexts = [tokenizer.encode(requests[i].args[0]) for i in here]
+        counts = [max(1, min(int(requests[i].args[1].get("max_gen_toks", most)), scorer.seq_len - 1)) for i in here]
+        for i, ids in zip(here, scorer.fill(contexts, counts, settings), strict=True):
+            end = np.flatnonzero(ids == tokenizer.eot)
+            stops = requests[i].args[1].get("until") or []
+            text = tokenizer.decode(ids[: end[0]] if len(end) else ids)
+            out[i] = cut(text, [stops] if isinstance(stops, str) else stops)
+    return out
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the strings in it."""
+    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]

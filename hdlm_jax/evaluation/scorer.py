@@ -1,0 +1,265 @@
+"""Likelihoods of any texts under a run: whole documents, choices given a context, and words filled in greedily.
+
+Choices are compared in rows that end where they end: bounds given their lengths, as in the field's own evaluations. A
+run that learnt ends of texts has only seen whole rows: there a choice is followed by its end, and nothing is given.
+
+All of it is the exact NELBO of evaluate.py on rows made here. A context is shown as it is (it is in the row and not
+scored), so the sum over the other tokens bounds -log p(text | context): the conditional NELBO.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hdlm_jax.common import parallel
+from hdlm_jax.config import Evaluate, Generate
+from hdlm_jax.data.pipeline import rows_of
+from hdlm_jax.data.tokenizers import Tokenizer
+from hdlm_jax.decoding.sampler import Sampler, load_helper, prompt_canvas, sampler_of
+from hdlm_jax.evaluation.elbo import Evaluator
+
+Ids = np.ndarray  # int32 [n]
+_NARROWEST = 16
+PILOT = 16  # draws that a question's number of draws is decided by, at the least
+
+
+class Piece(NamedTuple):
+    """At most S tokens that see each other and nothing else; the first `given` of them are not scored.
+
+    ends: behind them, up to S, are ends of text that count (in nats, not in tokens), so that the length is not given.
+    """
+
+    ids: Ids
+    given: int = 0
+    ends: bool = False
+
+
+class Choices(NamedTuple):
+    """Continuations to compare, each behind its own context (usually the same one)."""
+
+    contexts: Sequence[Ids]
+    choices: Sequence[Ids]
+
+
+class Ranking(NamedTuple):
+    """What `Scorer.rank` finds of n questions.
+
+    nats: of each question, float64 [choices], estimates of the conditional NELBO.
+    se: float64 [n], standard error of the difference between the best two (of the value where there is one choice).
+    draws: int [n], the pilot's too.   reached: bool [n], se is within the target.
+    cut: bool [n], context or choice did not fit.
+    """
+
+    nats: list[np.ndarray]
+    se: np.ndarray
+    draws: np.ndarray
+    reached: np.ndarray
+    cut: np.ndarray
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[Ids, Ids]:
+    """Tokens of context and continuation as they are in the whole text; blanks at the seam go with the continuation.
+
+    The convention of lm-evaluation-harness: the whole is encoded, and what is beyond the context's own number of
+    tokens is the continuation.
+    """
+    bare = context.rstrip()
+    continuation = context[len(bare):] + continuation
+    given, whole = tokenizer.encode(bare), tokenizer.encode(bare + continuation)
+    return whole[: len(given)], whole[len(given):]
+
+
+def documents(ids: Iterable[Ids], seq_len: int, protocol: str, ends: bool = False) -> list[Piece]:
+    """Pieces of documents (their end of text included) in which every token is scored once.
+
+    document: each document by itself, in pieces of S where it is longer; ends: of the last one. packed: all of them one
+    after the other, cut into windows of S; the last one holds what is left.
+    """
+    packed = protocol == "packed"
+    parts = [np.concatenate(list(ids))] if packed else ids
+    return [Piece(part[start : start + seq_len], ends=ends and not packed and start + seq_len >= len(part))
+            for part in parts for start in range(0, len(part), seq_len)]
+
+
+def _fit(question: Choices, seq_len: int, end: Sequence[int] = ()) -> tuple[list[list[Piece]], bool]:
+    """Pieces of each choice, and whether anything was cut.
+
+    All contexts are cut (on the left) to the same room, what the longest choice leaves. Where a choice is longer than
+    S, all are scored in pieces of S that see no context. end: the end of text, where choices are followed by theirs.
+    """
+    choices, ends = [np.append(c, np.array(end, np.int32)) for c in question.choices], bool(end)
+    room = seq_len - max(len(c) for c in choices)
+    if room < 0:
+        return [documents([c], seq_len, "document", ends) or [Piece(c)] for c in choices], True
+    kept = [c[len(c) - min(room, len(c)):] for c in question.contexts]
+    pieces = [[Piece(np.concatenate([k, c]), len(k), ends)] for k, c in zip(kept, choices, strict=True)]
+    return pieces, any(len(c) > room for c in question.contexts)
+
+
+def stratified_se(values: np.ndarray) -> float:
+    """Standard error of the mean of values [n], which are in the order of their strata.
+
+    One value a stratum says nothing of the variance inside it; neighbours do: sum of squared differences over 2(n-1),
+    which errs on the large side by what the strata's means differ. NaN where there is a single value.
+    """
+    n = len(values)
+    return math.sqrt(n / (2 * (n - 1)) * np.sum(np.diff(values) ** 2)) / n if n > 1 else math.nan
+
+
+def _best_two(values: np.ndarray) -> float:
+    """Standard error of the difference between the lowest two columns of [draws, choices]."""
+    mean = values.mean(0)
+    if len(mean) == 1:
+        return stratified_se(values[:, 0])
+    first, second = np.argsort(mean, kind="stable")[:2]
+    return stratified_se(values[:, first] - values[:, second])
+
+
+class Scorer:
+    """Estimates of the NELBO of pieces, each in a row of about its own width; compiled once for every width.
+
+    Args:
+      run: hdlm_jax.training.loading.Run.   settings: draws, seed, target_se, most_draws, batch_size, cv2.
+    """
+
+    def __init__(self, run: Any, settings: Evaluate):
+        self.run, self.settings, self.seq_len = run, settings, run.config.model.seq_len
+        self.evaluator = functools.cache(self._make)
+        self._sampler: Sampler | None = None
+
+    def _make(self, width: int) -> Evaluator:
+        """An Evaluator of rows of so many tokens."""
+        model = dataclasses.replace(self.run.config.model, seq_len=width)
+        config = dataclasses.replace(self.run.config, model=model, evaluate=self.settings)
+        return Evaluator(config, self.run.network, self.run.process, self.run.mesh, self.run.params)
+
+    def _width(self, tokens: int) -> int:
+        return self.seq_len if self.run.ends else parallel.bucket(max(tokens, _NARROWEST), self.seq_len)
+
+    def rows(self, pieces: Sequence[Piece], width: int) -> dict[str, np.ndarray]:
+        """Rows [n, width] of pieces."""
+        return rows_of([p.ids for p in pieces], width, self.run.tokenizer.eot, [p.given for p in pieces],
+                       ends=np.array([p.ends for p in pieces], bool))
+
+    def nats(self, pieces: Sequence[Piece], draws: int, name: str = "evaluate"):
+        """Estimates [draws, n, K], and the noise times and densities [draws, n] they were made at.
+
+        As `Evaluator.nats`: strata over all pairs of a piece and a draw, one draw where the process is exact.
+        """
+        n, draws = len(pieces), 1 if self.run.process.exact else draws
+        tau, q = self.evaluator(self.seq_len).pairs(n, draws)
+        pair = np.arange(draws * n).reshape(draws, n)
+        widths = np.array([self._width(len(p.ids)) for p in pieces])
+        out: np.ndarray | None = None
+        for width in np.unique(widths):
+            here = np.flatnonzero(widths == width)
+            rows = self.rows([pieces[i] for i in here.tolist()], int(width))
+            which = np.tile(np.arange(len(here)), draws)
+            times, density, mine = (a[:, here].reshape(-1) for a in (tau, q, pair))
+            got = self.evaluator(int(width)).at(self.run.params, rows, which, times, density, mine, name)
+            out = np.zeros((draws, n, got.shape[-1])) if out is None else out
+            out[:, here] = got.reshape(draws, len(here), -1)
+        return out, tau, q
+
+    def rank(self, questions: Sequence[Choices], name: str = "rank") -> Ranking:
+        """Conditional NELBO of every choice, as exactly as the choice between the best two asks for.
+
+        The choices of a question share noise times and random numbers, so that what is common to them drops out of
+        their differences. A pilot of settings.draws (at least PILOT) tells how many draws bring the standard error of
+        the difference between the best two to settings.target_se nats; so many, from the pilot's number to
+        settings.most_draws, are then made anew, and they alone are averaged: a mean that had to do with when to stop
+        would be too low where nothing happened to be masked. Without room above a pilot all questions get
+        settings.most_draws. Times are stratified over a round. An exact process takes one draw.
+        """
+        s, n = self.settings, len(questions)
+        end = [self.run.tokenizer.eot] if self.run.ends else []
+        fitted = [_fit(question, self.seq_len, end) for question in questions]
+        cut = np.array([cut for _, cut in fitted], bool)
+        none, pilot = np.zeros(n, int), max(s.draws, PILOT)
+        draws = np.full(n, s.most_draws)
+        if self.run.process.exact:
+            draws[:] = 1
+        elif s.most_draws > pilot:
+            first = self._draw(fitted, dict.fromkeys(range(n), pilot), none, name)
+            wanted = [pilot * (_best_two(first[i]) / s.target_se) ** 2 for i in range(n)]
+            most = np.nan_to_num(np.ceil(wanted), nan=s.most_draws)  # what is not finite gets all there are
+            none, draws = np.full(n, pilot), np.clip(most, pilot, s.most_draws).astype(int)
+        found = self._draw(fitted, dict(enumerate(draws.tolist())), none, name)
+        nats = [found[i].mean(0) for i in range(n)]
+        se = np.array([0.0 if self.run.process.exact else _best_two(found[i]) for i in range(n)])
+        return Ranking(nats, se, draws + none, se <= s.target_se, cut)
+
+    def _draw(self, fitted, ask: dict[int, int], done: np.ndarray, name: str) -> dict[int, np.ndarray]:
+        """{question: float64 [draws, choices]} of one round, the draws in the order of their strata."""
+        by_width: dict[int, list[int]] = {}
+        for i in ask:
+            longest = max(len(p.ids) for pieces in fitted[i][0] for p in pieces)
+            by_width.setdefault(self._width(longest), []).append(i)
+        out: dict[int, np.ndarray] = {}
+        for width, members in by_width.items():
+            evaluator = self.evaluator(width)
+            pieces: list[Piece] = []
+            parts: list[tuple[np.ndarray, ...]] = []  # of each question: row, u, pair, all [draws, its pieces]
+            for i in members:
+                rng = np.random.Generator(np.random.Philox(key=[self.settings.seed % 2**64, i],
+                                                           counter=[0, 0, 0, int(done[i])]))
+                m, mine = ask[i], fitted[i][0]
+                u = (np.arange(m) + rng.random(m)) / m
+                pair = rng.integers(2**31, size=(m, max(map(len, mine))))
+                row = len(pieces) + np.arange(sum(map(len, mine)))
+                number = np.concatenate([np.arange(len(p)) for p in mine])
+                parts.append(tuple(np.broadcast_to(a, (m, len(row))).reshape(-1)
+                                   for a in (row[None], u[:, None], pair[:, number])))
+                pieces += [p for choice in mine for p in choice]
+            which, u, pair = (np.concatenate(p) for p in zip(*parts, strict=True))
+            if self.run.process.exact:
+                (tau,), (q,) = evaluator.pairs(len(which), 1)
+            else:
+                tau, q = evaluator.proposal.quantile(u)
+            nats = evaluator.at(self.run.params, self.rows(pieces, width), which, tau, q, pair, name).sum(-1)
+            start = 0
+            for i, (row, _, _) in zip(members, parts, strict=True):
+                values = nats[start : start + len(row)].reshape(ask[i], -1)
+                start += len(row)
+                first = np.cumsum([0, *map(len, fitted[i][0])])[:-1]
+                out[i] = np.add.reduceat(values, first, axis=1)
+        return out
+
+    def fill(self, contexts: Sequence[Ids], counts: Sequence[int], g: Generate) -> list[Ids]:
+        """So many tokens behind each context (cut on the left to fit), written by the sampler with the settings g.
+
+        The canvas ends where they end: nothing behind them is looked at. A run that learnt ends of texts gets a whole
+        row, of which they are the first. counts: 1..S-1 each.
+        """
+        if self._sampler is None:
+            self._sampler = sampler_of(self.run, load_helper(self.run, g))
+        mask, s = self.run.hierarchy.mask_id, self.seq_len
+        kept = [c[len(c) - min(len(c), s - n):] for c, n in zip(contexts, counts, strict=True)]
+        length = np.array([len(k) + n for k, n in zip(kept, counts, strict=True)])
+        out: list[Ids] = [np.zeros(0, np.int32)] * len(kept)
+        for size in np.unique(length):
+            here = np.flatnonzero(length == size)
+            room = s if self.run.ends else int(size)
+            canvas = np.concatenate([prompt_canvas(kept[i], 1, s, mask, room) for i in here])
+            # whole batches, so that one program does for all of a width; a row of words costs nothing
+            canvas = np.concatenate([canvas, np.zeros((-len(here) % g.batch_size, canvas.shape[1]), np.int32)])
+            found = self._sampler(canvas, dataclasses.replace(g, length=0 if room == s else room))
+            for i, row in zip(here, found["tokens"], strict=False):
+                out[i] = row[len(kept[i]) : size]
+        return out
+
+    def greedy(self, contexts: Sequence[Ids], counts: Sequence[int]) -> list[Ids]:
+        """The same without chance in the words: one drop a call, the most likely word at each, in a random order.
+
+        GIDD's words come on its grid of generate.steps, an autoregressive run's from left to right.
+        """
+        g = self.run.config.generate
+        method = "first_hitting" if hasattr(self.run.process, "chain") else "ancestral"
+        g = dataclasses.replace(g, method=method, options="", temperature=0.0, top_p=1.0, corrections=0)
+        return self.fill(contexts, counts, g)

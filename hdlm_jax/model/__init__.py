@@ -1,1 +1,0 @@
-"""Noised tokens -> logits; the only room that knows flax."""

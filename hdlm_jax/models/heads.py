@@ -1,0 +1,447 @@
+"""Heads: hidden states -> predictions over words, without the logits of all tokens at once (docs/theory.md section 5).
+
+`FlatHead` has one logit per word. `FactorisedHead` has p(cluster | h) p(word | cluster, h): a token costs the
+clusters' logits and one block of words in place of all of them. What training and evaluation sum over tokens is
+worked on in pieces, noised tokens alone; a piece of word logits in the factorised head is some tokens of one cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hdlm_jax.diffusion.draws import categorical, draw_from, fold, is_off, wide
+from hdlm_jax.diffusion.prediction import Dense
+
+_target: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
+
+
+def backend() -> str:
+    """What programs are made for: where this process computes, unless `compiling_for` names another place."""
+    return _target.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str):
+    """Traces as for "cpu", "gpu" or "tpu", wherever we are (tools.plan)."""
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def chunk_size() -> int:
+    """Tokens whose logits of all words exist at once on a device."""
+    return 128 if backend() == "cpu" else 2048
+
+
+class Whole:
+    """All tokens are here: nothing to divide (else parallel.OverBatch)."""
+
+    def __call__(self, run):
+        return run
+
+    def most(self, count):
+        return count
+
+
+WHOLE = Whole()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(h, table, dtype):
+    """h [..., D] times table [R, D] -> float32 [..., R]; products in `dtype` both ways, sums in float32."""
+    return jnp.einsum("...d,rd->...r", h.astype(dtype), table.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _product_forward(h, table, dtype):
+    return product(h, table, dtype), (h, table)
+
+
+def _product_backward(dtype, saved, d_out):
+    h, table = saved
+    d_out = d_out.astype(dtype)
+    d_h = jnp.einsum("...r,rd->...d", d_out, table.astype(dtype), preferred_element_type=jnp.float32)
+    d_table = jnp.einsum("...r,...d->rd", d_out, h.astype(dtype), preferred_element_type=jnp.float32)
+    return d_h.astype(h.dtype), d_table.astype(table.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _affine(params, h, dtype):
+    return product(h, params["kernel"], dtype) + wide(params["bias"], h[..., 0])
+
+
+def _padded(rows: int) -> int:
+    """Rows of a table, so that it shards and tiles: the next multiple of 128."""
+    return -(-rows // 128) * 128
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FlatHead:
+    """One logit per word (never mass on clusters, mask or padding). Parameters: kernel [rows, D], bias [rows]."""
+
+    hierarchy: Any
+    dtype: Any = jnp.float32
+
+    def init(self, key, width: int):
+        del key
+        rows = _padded(self.hierarchy.num_words)
+        return {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)}
+
+    def logits(self, params, h):
+        """float32 [..., V]."""
+        return _affine(params, h, self.dtype)[..., : self.hierarchy.num_words]
+
+    def predict(self, params, h):
+        return Dense(self.logits(params, h), self.hierarchy)
+
+    def streams(self, level, x, asks: str):
+        return [_Chunks(level > 0, None, self.predict, ("kernel", "bias"))]
+
+
+class Blocks:
+    """The words' rows in a table in which every level-1 node is one block, and blocks of like size are neighbours.
+
+    Attributes (numpy, int32):
+      row [V]: of each word; word [rows]: of each row (0 in the padding behind the last block).
+      start, size [n]: first row and number of words of each node; rank [n]: place of its block; node [n]: by place.
+      classes: ((first place, last place + 1, width), ...): nodes whose blocks are read as so many rows.
+    """
+
+    def __init__(self, hierarchy):
+        self.size = np.asarray(hierarchy.word_count[1])
+        anc, top = np.asarray(hierarchy.anc[1]), int(self.size.max())
+        widths = np.array(sorted({-(-math.ceil(top / 2**i) // 8) * 8 for i in range(4)}))
+        kind = np.searchsorted(widths, self.size)
+        self.node = np.lexsort([np.arange(len(kind)), -kind]).astype(np.int32)  # the widest first
+        self.rank = np.argsort(self.node).astype(np.int32)
+        first = np.concatenate([[0], np.cumsum(self.size[self.node])])[:-1]
+        self.start = first[self.rank].astype(np.int32)
+        order = np.lexsort([np.arange(len(anc)), self.rank[anc]])
+        self.row = np.argsort(order).astype(np.int32)
+        self.rows = _padded(max(len(anc), int((self.start + widths[kind]).max())))
+        self.word = np.zeros(self.rows, np.int32)
+        self.word[: len(anc)] = order
+        ends = np.cumsum(np.bincount(kind, minlength=len(widths))[::-1])
+        self.classes = [(int(a), int(b), int(w)) for a, b, w in
+                        zip([0, *ends[:-1]], ends, widths[::-1], strict=True) if b > a]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FactorisedHead:
+    """p(x | h) = p(c(x) | h) p(x | c(x), h), c(x) the word's level-1 node.
+
+    Parameters: words.kernel [rows, D] and words.bias [rows], block by block; clusters.kernel [n P, D] and
+    clusters.bias [n P]: a node's logit is the log-sum-exp of its P `prototypes` (a flat head's is one over its words).
+    """
+
+    hierarchy: Any
+    dtype: Any = jnp.float32
+    prototypes: int = 1
+
+    @functools.cached_property
+    def blocks(self) -> Blocks:
+        return Blocks(self.hierarchy)
+
+    def init(self, key, width: int):
+        rows, n = self.blocks.rows, self.hierarchy.sizes[1] * self.prototypes
+        # prototypes of a node must differ, or they never will
+        spread = 0.0 if self.prototypes == 1 else 0.5 / math.sqrt(width)
+        return {"words": {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)},
+                "clusters": {"kernel": spread * jax.random.normal(key, (n, width)), "bias": jnp.zeros(n)}}
+
+    def clusters(self, params, h) -> Dense:
+        """p(node | h) of the level-1 nodes, from float32 logits [..., n]."""
+        logits = _affine(params["clusters"], h, self.dtype)
+        if self.prototypes > 1:
+            logits = jax.nn.logsumexp(logits.reshape(*logits.shape[:-1], -1, self.prototypes), axis=-1)
+        return Dense(logits, self.hierarchy, level=1)
+
+    def within(self, params, h):
+        """log p(x | c(x), h) of every word: float32 [..., V]."""
+        b, anc = self.blocks, np.asarray(self.hierarchy.anc[1])
+        column = np.arange(int(b.size.max()))[None]
+        index = np.minimum(b.start[:, None] + column, b.rows - 1)
+        words = _affine(params["words"], h, self.dtype)[..., index]
+        words = jax.nn.log_softmax(jnp.where(_like(column < b.size[:, None], h), words, -jnp.inf), axis=-1)
+        return words.reshape(*words.shape[:-2], -1)[..., anc * column.size + (b.row - b.start[anc])]
+
+    def logits(self, params, h):
+        """log p(x | h) of every word, put together from the two factors: float32 [..., V]."""
+        return self.predict(params, h).log_probs()
+
+    def predict(self, params, h):
+        return Factorised(self, params, h)
+
+    def streams(self, level, x, asks: str):
+        """Tokens that need a word's probability, by cluster; then the rest, which need the clusters' alone."""
+        words = level > 0 if asks == "all" else level == 1
+        node = jnp.asarray(self.hierarchy.anc[1])[x]
+        tiles = _Tiles(self, words, node, None if asks == "all" else (1,), asks != "within")
+        if asks == "all":
+            return [tiles]
+        above = tuple(range(2, self.hierarchy.num_levels + 1))
+        return [tiles, _Chunks(level > 1, above, self.predict, ("clusters",))]
+
+
+def _like(mask, h):
+    return mask.reshape((1,) * (h.ndim - 1) + mask.shape)
+
+
+class Factorised:
+    """Prediction of a FactorisedHead at hidden states [..., D] (see hdlm_jax.diffusion.process).
+
+    block, start: log p(word | cluster) [..., width] in the one block that is asked about, and its first row; without
+    them every word's is made when one is needed.
+    """
+
+    def __init__(self, head: FactorisedHead, params, h, block=None, start=None):
+        self.head, self.params, self.h, self.block, self.start = head, params, h, block, start
+        self.clusters: Any = head.clusters(params, h) if "clusters" in params else None
+
+    def select(self, index):
+        return Factorised(self.head, self.params, self.h.reshape(-1, self.h.shape[-1])[index])
+
+    def tilted(self, bias):
+        """See Dense.tilted; a bias that is one number for all words of a level-1 node moves the clusters alone."""
+        out = copy.copy(self)
+        out.clusters = self.clusters.tilted(bias)
+        return out
+
+    def _node(self, x):
+        return jnp.asarray(self.head.hierarchy.anc[1])[x]
+
+    def log_probs(self):
+        return self.head.within(self.params, self.h) + self.clusters.log_probs()[..., np.asarray(
+            self.head.hierarchy.anc[1])]
+
+    def log_within(self, x, level: int = 1):
+        if level > 1:
+            return self.clusters.log_within(self._node(x), level)
+        if self.block is None:
+            return jnp.take_along_axis(self.head.within(self.params, self.h), x[..., None], axis=-1)[..., 0]
+        place = jnp.clip(jnp.asarray(self.head.blocks.row)[x] - self.start, 0, self.block.shape[-1] - 1)
+        return jnp.take_along_axis(self.block, place[..., None], axis=-1)[..., 0]
+
+    def log_prob(self, x):
+        return self.clusters.log_prob(self._node(x)) + self.log_within(x)
+
+    def log_mass(self, level: int, node, outside: bool = False):
+        return self.clusters.log_mass(level, node, outside)
+
+    def log_masses(self, level: int):
+        return self.log_probs() if level == 0 else self.clusters.log_masses(level)
+
+    def draw(self, keys, wanted, temperature: Any = 1.0, top_p: Any = 1.0, most=WHOLE.most):
+        """See Dense.draw: the node first, then a word of its block where one is wanted, else any of its words."""
+        if not (is_off(temperature) and is_off(top_p)):  # these act on words: put the words together
+            return draw_from(keys, self.log_probs(), temperature, top_p)
+        node = self.clusters.draw(fold(keys, 0), wanted)
+        blocks, hidden, each = self.head.blocks, self.h.reshape(-1, self.h.shape[-1]), fold(keys, 1).reshape(-1)
+
+        def words(rows, piece):
+            prediction = piece.predict(piece.take(self.params), hidden[piece.index])
+            drawn = prediction.start + categorical(each[piece.index], prediction.block)
+            return rows.at[piece.index].add(jnp.where(piece.keep, drawn - rows[piece.index], 0))
+
+        tiles = _Tiles(self.head, wanted.reshape(-1), node.reshape(-1), None, False)
+        rows = tiles.loop(words, jnp.asarray(blocks.start)[node.reshape(-1)], most)
+        return jnp.asarray(blocks.word)[rows].reshape(node.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Some tokens [c] that are worked on at once, and the part of a head's parameters they need.
+
+    index, keep: int32 and bool [c], numbers of tokens, and which of them count. take(params) -> part;
+    predict(part, h [c, D]) -> prediction; add(params, part) -> params with a part added where it was taken.
+    """
+
+    index: jax.Array
+    keep: jax.Array
+    take: Callable
+    predict: Callable
+    add: Callable
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Chunks:
+    """Wanted tokens [N], so many at a time that their logits fit; chunks without any are not visited."""
+
+    wanted: Any
+    levels: tuple[int, ...] | None  # the levels they are of; None: any
+    predict: Callable
+    uses: tuple[str, ...]  # the parameters that have a part in it
+
+    def loop(self, body, carry, most):
+        """carry = body(carry, piece) for every piece; most: see parallel.OverBatch."""
+        chunk = min(chunk_size(), self.wanted.size)
+        order = jnp.pad(jnp.argsort(~self.wanted, stable=True), (0, chunk))
+        count = jnp.sum(self.wanted)
+
+        def take(params):
+            return {name: params[name] for name in self.uses}
+
+        def add(params, part):
+            return params | {name: jax.tree.map(jnp.add, params[name], part[name]) for name in self.uses}
+
+        def step(i, carry):
+            index = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+            return body(carry, Piece(index, i * chunk + jnp.arange(chunk) < count, take, self.predict, add))
+
+        return jax.lax.fori_loop(0, most((count + chunk - 1) // chunk), step, carry)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tiles:
+    """Wanted tokens [N], some of one cluster at a time, with that cluster's block of words.
+
+    Any number of tokens in any number of clusters: a tile has room for about an average cluster's tokens, a cluster
+    takes as many tiles as it needs, and one without tokens takes none.
+    """
+
+    head: FactorisedHead
+    wanted: Any
+    node: Any  # int32 [N], whose block
+    levels: tuple[int, ...] | None
+    clusters: bool  # whether the prediction needs p(cluster) as well
+
+    def loop(self, body, carry, most):
+        """carry = body(carry, piece) for every piece; most: see parallel.OverBatch."""
+        b, n = self.head.blocks, len(self.head.blocks.size)
+        tile = min(max(8, 2 ** round(math.log2(max(self.wanted.size / 4 / n, 1)))), 512)
+        place = jnp.where(self.wanted, jnp.asarray(b.rank)[self.node], n)
+        order = jnp.pad(jnp.argsort(place, stable=True), (0, tile))
+        first = jnp.searchsorted(jnp.sort(place), jnp.arange(n + 1))  # of each place's tokens in that order
+        tiles = jnp.pad(jnp.cumsum((jnp.diff(first) + tile - 1) // tile), (1, 0))  # before each place
+        starts, sizes = jnp.asarray(b.start[b.node]), jnp.asarray(b.size[b.node])
+        rest = ("clusters",) if self.clusters else ()
+
+        def step(width, low, high, i, carry):
+            i = i + tiles[low]
+            at = jnp.searchsorted(tiles[1:], i, side="right")
+            begin = first[at] + (i - tiles[at]) * tile
+            index = jax.lax.dynamic_slice_in_dim(order, begin, tile)
+            keep = (begin + jnp.arange(tile) < first[at + 1]) & (i < tiles[high])
+            start, shown = starts[at], (jnp.arange(width) < sizes[at])[None]
+
+            def take(params):
+                block = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, width), params["words"])
+                return {"words": block} | {name: params[name] for name in rest}
+
+            def predict(part, h):
+                words = jnp.where(shown, _affine(part["words"], h, self.head.dtype), -jnp.inf)
+                return Factorised(self.head, part, h, jax.nn.log_softmax(words, axis=-1), start)
+
+            def add(params, part):
+                new = jax.tree.map(jnp.add, take(params), part)
+                put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+                return params | new | {"words": jax.tree.map(put, params["words"], new["words"])}
+
+            return body(carry, Piece(index, keep, take, predict, add))
+
+        for low, high, width in b.classes:
+            count = most(tiles[high] - tiles[low])
+            carry = jax.lax.fori_loop(0, count, functools.partial(step, width, low, high), carry)
+        return carry
+
+
+def _tokens(tree):
+    """Leaves [B, S, ...] -> [B S, ...]."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
+
+
+def sum_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "all", shard=WHOLE):
+    """Sums of fn over the noised tokens, and their gradients, without logits of all tokens at once.
+
+    The loss is a sum, so its gradients are made piece by piece in the forward pass (a custom_vjp) and merely scaled
+    in the backward one. What fn gives at tokens that are not noised (they fill up a piece) is dropped.
+
+    Args:
+      head: FlatHead or FactorisedHead; params: its parameters, what gradients are taken in beside hidden.
+      fn: (prediction, fields [c], levels) -> (loss [c], aux [c]), both in nats; levels: those the tokens are of, None
+        if any.
+      hidden: float32 [B, S, D]; level, x: int32 [B, S], level of the symbol on show and the word; fields: pytree of
+        [B, S].
+      asks: what fn asks of a prediction: "within" log_within alone at level 1 and masses above, "word" anything
+        about x at level 1, "all" anything anywhere.
+      shard: what makes run(params, *rows) -> (sums, rows) work on every batch shard's own rows, the sums then summed
+        (parallel.OverBatch): no token moves between devices, and gradients of parameters are summed once.
+
+    Returns:
+      (sum of loss, sum of aux), float32 scalars; gradients flow through the first alone.
+    """
+    def pieces(params, hidden, level, x, fields, gradients: bool):
+        shape, (hidden, level, x, fields) = hidden.shape, _tokens((hidden, level, x, fields))
+        carry: Any = (jnp.float32(0), jnp.float32(0))
+        if gradients:
+            carry += (jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(hidden))
+        for stream in head.streams(level, x, asks):
+
+            def body(carry, piece, levels=stream.levels):
+                some = jax.tree.map(lambda a: a[piece.index], fields)
+
+                def sums(part, h):
+                    loss, aux = fn(piece.predict(part, h), some, levels)
+                    return jnp.sum(jnp.where(piece.keep, loss, 0.0)), jnp.sum(jnp.where(piece.keep, aux, 0.0))
+
+                part, h = piece.take(params), hidden[piece.index]
+                if not gradients:
+                    return jax.tree.map(jnp.add, carry, sums(part, h))
+                loss, aux, d_params, d_hidden = carry
+                (more, more_aux), (d_part, d_h) = jax.value_and_grad(sums, argnums=(0, 1), has_aux=True)(part, h)
+                d_hidden = d_hidden.at[piece.index].add(jnp.where(piece.keep[:, None], d_h, 0.0))
+                return loss + more, aux + more_aux, piece.add(d_params, d_part), d_hidden
+
+            carry = stream.loop(body, carry, shard.most)
+        return (carry[:-1], carry[-1].reshape(shape)) if gradients else (carry, ())
+
+    @jax.custom_vjp
+    def total(params, hidden, level, x, fields):
+        return shard(functools.partial(pieces, gradients=False))(params, hidden, level, x, fields)[0]
+
+    def forward(params, hidden, level, x, fields):
+        run = shard(functools.partial(pieces, gradients=True))
+        (loss, aux, d_params), d_hidden = run(params, hidden, level, x, fields)
+        return (loss, aux), (d_params, d_hidden)
+
+    def backward(gradients, cotangent):
+        d_params, d_hidden = jax.tree.map(lambda g: g * cotangent[0], gradients)
+        return d_params, d_hidden, None, None, None
+
+    total.defvjp(forward, backward)
+    return total(params, hidden, level, x, fields)
+
+
+def map_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "all", shard=WHOLE):
+    """fn(prediction, fields [c], levels) -> float32 [c] at every noised token, zero elsewhere: [B, S].
+
+    Arguments as in sum_over_noised.
+    """
+    def pieces(params, hidden, level, x, fields):
+        shape, (hidden, level, x, fields) = level.shape, _tokens((hidden, level, x, fields))
+        out = jnp.zeros(level.shape, jnp.float32)
+        for stream in head.streams(level, x, asks):
+
+            def body(out, piece, levels=stream.levels):
+                prediction = piece.predict(piece.take(params), hidden[piece.index])
+                values = fn(prediction, jax.tree.map(lambda a: a[piece.index], fields), levels)
+                return out.at[piece.index].add(jnp.where(piece.keep, values, 0.0))
+
+            out = stream.loop(body, out, shard.most)
+        return (), out.reshape(shape)
+
+    return shard(pieces)(params, hidden, level, x, fields)[1]

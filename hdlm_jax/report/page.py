@@ -1,0 +1,376 @@
+"""What the pages of hdlm_jax.report.report hold: a run's files as one dictionary, and that dictionary as one HTML file.
+
+A page needs nothing but itself: styles and program are in it, the data is a JSON block, and no text of a run is ever
+read as markup. What a run does not have yet is named together with the command that makes it.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.resources
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hdlm_jax.common import jsons
+from hdlm_jax.common.console import readable, say
+from hdlm_jax.data.prepare import load_manifest, token_counts
+from hdlm_jax.data.tokenizers import load_tokenizer
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.diffusion.levels import LevelChain
+from hdlm_jax.runs import tasks
+from hdlm_jax.training.loading import data_dir, saved_config
+from hdlm_jax.training.metrics import read_metrics
+
+_VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+
+
+# ---- a run's files ---------------------------------------------------------------------------------------------------
+
+
+def read_json(path: str) -> Any:
+    """What a JSON file holds; None where there is none."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def show_word(raw: bytes, pieces: bool = False) -> str:
+    """A word's bytes as text: line ends and tabs as signs, what cannot be printed or is no UTF-8 as escapes.
+
+    pieces: BERT's way ('##ing' goes on, everything else begins with a blank), turned into ours.
+    """
+    text = raw.decode("utf-8", errors="backslashreplace")
+    if pieces and not re.fullmatch(r"\[[A-Z]+\]", text):
+        text = text[2:] if text.startswith("##") else f" {text}"
+    return "".join(c if c.isprintable() else _VISIBLE.get(c) or c.encode("unicode_escape").decode() for c in text)
+
+
+def curves(workdir: str) -> dict[str, Any] | None:
+    """metrics.jsonl as columns: train (tokens, loss, nelbo) and valid (tokens, nelbo)."""
+    records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+    train = [r for r in records if r.get("loss") is not None]
+    valid = [r for r in records if r.get("valid_nelbo") is not None]
+    if not train and not valid:
+        return None
+    return {"train": {name: [r[name] for r in train] for name in ("tokens", "loss", "nelbo")},
+            "valid": {"tokens": [r["tokens"] for r in valid], "nelbo": [r["valid_nelbo"] for r in valid]}}
+
+
+def training_speed(workdir: str) -> float | None:
+    """Median training tokens a second over a run's records."""
+    speeds = [r["tokens_per_s"] for r in read_metrics(os.path.join(workdir, "metrics.jsonl")) if r.get("tokens_per_s")]
+    return float(np.median(speeds)) if speeds else None
+
+
+def read_trajectories(workdir: str) -> dict[str, Any] | None:
+    """trajectories.npz of --mode=generate: its arrays, and `about`, what they were made from."""
+    path = os.path.join(workdir, "trajectories.npz")
+    if not os.path.exists(path):
+        return None
+    with np.load(path, allow_pickle=False) as found:
+        arrays = {name: found[name] for name in found.files if name != "about"}
+        return arrays | {"about": json.loads(str(found["about"]))}
+
+
+def changes(film: Mapping[str, Any]) -> dict[str, Any]:
+    """Trajectories without repetition: what stands at the start, and what changes from frame to frame.
+
+    Returns call [F+1]; t [F+1], the samples' mean; samples: start [S], frames [F] of flat lists position, symbol and
+    confidence in thousandths, position, ...; prompt, the tokens that were given; settings.
+    """
+    z, sure = film["z"], film["confidence"]
+    samples = []
+    for symbols, confidence in zip(z, sure, strict=True):
+        frames = []
+        for frame in range(1, len(symbols)):
+            at = np.flatnonzero(symbols[frame] != symbols[frame - 1])
+            thousandths = np.rint(1000 * confidence[frame][at]).astype(int)
+            frames.append(np.stack([at, symbols[frame][at], thousandths], 1).ravel().tolist())
+        samples.append({"start": symbols[0].tolist(), "frames": frames})
+    about = film["about"]
+    return {"call": film["call"].tolist(), "t": np.round(film["time"].mean(0), 4).tolist(), "samples": samples,
+            "prompt": about["prompt_tokens"], "settings": about["settings"], "step": about["step"]}
+
+
+def occupancy(rates: Sequence[float], film: Mapping[str, Any] | None, offsets: Sequence[int]) -> dict[str, Any]:
+    """Shares of the levels over t: beta_l (docs/theory.md section 2), and counted in recorded samples.
+
+    Returns t [101], beta [101][K+1]; with a film points: t [F+1], share [F+1][K+1] among `tokens` that were masks.
+    """
+    t = np.linspace(0, 1, 101)
+    with np.errstate(divide="ignore"):
+        beta = LevelChain(tuple(rates)).beta(-np.log1p(-t), np)
+    out: dict[str, Any] = {"t": t.tolist(), "beta": np.round(beta, 6).tolist(), "points": None, "tokens": 0}
+    if film:
+        level = np.searchsorted(np.asarray(offsets), film["z"], side="right") - 1
+        free = level[:, 0] == len(rates)
+        if free.any():
+            share = [[(frame[free] == k).mean() for k in range(len(rates) + 1)] for frame in np.moveaxis(level, 1, 0)]
+            out |= {"points": {"t": film["time"].mean(0).tolist(), "share": np.round(share, 6).tolist()},
+                    "tokens": int(free.sum())}
+    return out
+
+
+def _of_data(folder: str) -> tuple[np.ndarray | None, float | None]:
+    """How often each word occurs in the training tokens, and the unigram's nats; None where the data is not there."""
+    try:
+        manifest = load_manifest(folder)
+        return token_counts(folder, "train", manifest), manifest.unigram_nats
+    except (OSError, ValueError):
+        return None, None
+
+
+def gather(workdir: str, film: bool = True) -> dict[str, Any]:
+    """All that a page says about a run; parts that are not there are None.
+
+    film: also what the viewer and the clusters need (words, counts, trajectories).
+
+    Raises:
+      ConfigError: no run there.
+    """
+    config = saved_config(workdir)
+    raw = read_json(os.path.join(workdir, "config.json"))
+    raw = raw.get("config", raw)
+    process = raw["diffusion"].get("process", "hierarchical")
+    out: dict[str, Any] = {"name": os.path.basename(os.path.abspath(workdir)), "workdir": workdir, "config": raw,
+                           "process": process, "curves": curves(workdir), "train_speed": training_speed(workdir)}
+    for name in ("evaluate", "generate", "tasks"):
+        out[name] = read_json(os.path.join(workdir, f"{name}.json"))
+    out |= {"hierarchy": None, "trajectories": None, "occupancy": None, "unigram": None}
+    path = os.path.join(workdir, "hierarchy.npz")
+    if not film or not os.path.exists(path):
+        return out
+    tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
+    hierarchy = Hierarchy.load(path, tokenizer.fingerprint)
+    counts, out["unigram"] = _of_data(data_dir(config, workdir))
+    recorded = read_trajectories(workdir)
+    if recorded and recorded["about"]["hierarchy_fingerprint"] != hierarchy.fingerprint:
+        recorded = None  # of another run
+    words = [show_word(tokenizer.token_bytes(i), tokenizer.kind == "bert") for i in range(hierarchy.num_words)]
+    out["hierarchy"] = {"sizes": list(hierarchy.sizes), "offsets": list(hierarchy.offsets), "words": words,
+                        "parents": [p.tolist() for p in hierarchy.parents[:-1]],
+                        "counts": None if counts is None else counts.tolist()}
+    out["trajectories"] = changes(recorded) if recorded else None
+    if process == "hierarchical":
+        out["occupancy"] = occupancy(config.diffusion.level_rates(hierarchy.num_levels), recorded, hierarchy.offsets)
+    return out
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def plot_occupancy(path: str, found: Mapping[str, Any]) -> bool:
+    """`occupancy` as a PNG; False (and a line saying so) without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        say("level_occupancy.png: not drawn, matplotlib is missing (pip install 'hdlm_jax[plots]')")
+        return False
+    fig, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    t, beta, points = np.array(found["t"]), np.array(found["beta"]), found["points"]
+    colours = ["#20262e", "#2f6db3", "#8250a8", "#2e8560", "#b5651d"]
+    for level in range(beta.shape[1]):
+        colour = "#8b929c" if level == beta.shape[1] - 1 else colours[level % len(colours)]
+        ax.plot(t, beta[:, level], color=colour, lw=1.6, label=level_name(level, beta.shape[1] - 1))
+        if points:
+            ax.plot(points["t"], np.array(points["share"])[:, level], "o", color=colour, ms=3, alpha=0.6)
+    ax.set(xlabel="t", ylabel="share of tokens", xlim=(0, 1), ylim=(-0.02, 1.02),
+           title="levels over t: theory" + (f" and {found['tokens']:,} sampled tokens" if points else ""))
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.2)
+    aside = f"{path}.tmp{os.getpid()}.png"
+    fig.savefig(aside, dpi=110)
+    plt.close(fig)
+    os.replace(aside, path)
+    return True
+
+
+def level_name(level: int, levels: int) -> str:
+    """words, clusters (level 1, level 2, ... where there are several), mask."""
+    if level in (0, levels):
+        return "mask" if level else "words"
+    return "clusters" if levels == 2 else f"clusters, level {level}"
+
+
+# ---- HTML ------------------------------------------------------------------------------------------------------------
+
+
+def embed(data: Any) -> str:
+    """JSON that can stand inside a <script> element: no '<', '>' or '&', and no line separators of Unicode."""
+    text = jsons.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def html_table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
+    """A <table>; columns of numbers are set to the right, each cell names its column for narrow screens."""
+    def show(value: Any) -> str:
+        if value is None:
+            return "–"
+        counted = isinstance(value, int) and not isinstance(value, bool)
+        return f"{value:,}" if counted else f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+    texts = [[show(value) for value in row] for row in rows]
+    number = [all(re.fullmatch(r"(–|[-+]?[\d,.]+(e[-+]\d+)?( ± .*)?)?", text) for text in column)
+              for column in zip(*texts, strict=True)]
+    sides = [" class=n" if right else "" for right in number]
+    names = [html.escape(name) for name in head]
+    top = "".join(f"<th scope=col{side}>{name}</th>" for name, side in zip(names, sides, strict=True))
+    body = "".join("<tr>" + "".join(f'<td{side} data-name="{name}">{html.escape(text)}</td>'
+                                    for text, name, side in zip(row, names, sides, strict=True)) + "</tr>"
+                   for row in texts)
+    return f"<div class=wide><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def section(name: str, title: str, intro: str, body: str) -> str:
+    """A part of a page; intro and body are HTML, the title is text."""
+    head = f"<h2 id={name}-h>{html.escape(title)}</h2>" + (f"<p>{intro}</p>" if intro else "")
+    return f"<section id={name} aria-labelledby={name}-h>{head}{body}</section>"
+
+
+def missing(what: str, workdir: str, mode: str) -> str:
+    """A line in place of what is not there: the command that makes it."""
+    command = f"python -m hdlm_jax.main --config=… --workdir={workdir} --mode={mode}"
+    return f"<p class=missing>{html.escape(what)} <code>{html.escape(command)}</code></p>"
+
+
+def document(title: str, body: str, data: Any) -> str:
+    """One self-contained page of sections in HTML and the data that report.js draws."""
+    here = importlib.resources.files("hdlm_jax.report")
+    parts = {"title": html.escape(title), "body": body, "data": embed(data),
+             "program": (here / "report.js").read_text("utf-8")}
+    template = (here / "report.html").read_text("utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def _facts(pairs: Iterable[tuple[str, str, str]]) -> str:
+    """Numbers to read at a glance: (value, unit or ± part, what it is)."""
+    def item(value: str, rest: str, name: str) -> str:
+        value, rest, name = map(html.escape, (value, rest, name))
+        return f"<div><dt>{name}</dt><dd><b>{value}</b> <span>{rest}</span></dd></div>"
+
+    return f"<dl class=facts>{''.join(item(*pair) for pair in pairs)}</dl>"
+
+
+def describe(run: Mapping[str, Any]) -> str:
+    """What was trained, in two sentences."""
+    c, e = run["config"], run["evaluate"] or {}
+    h, m, d, t = run["hierarchy"], c["model"], c["diffusion"], c["train"]
+    sizes = h["sizes"] if h else e.get("hierarchy") or []
+    levels = " → ".join([f"{sizes[0]:,} words", *(f"{n:,} clusters" for n in sizes[1:-1]), "mask"]) if sizes else ""
+    if run["process"] == "autoregressive":
+        levels = levels.removesuffix(" → mask")
+    names = {1: "MDLM", 2: "HDLM"}
+    kind = names.get(len(sizes) - 1, "HDLM") if run["process"] == "hierarchical" else run["process"]
+    parts = [f"{kind}: {levels}" if levels else kind, f"ξ = {d['xi']:g}" if d["xi"] != 1 else "",
+             f"{c['tokenizer']['kind']} tokenizer", f"{m['blocks']} blocks of width {m['width']}, {m['head']} head",
+             f"sequences of {m['seq_len']:,} tokens"]
+    tokens = ((run["curves"] or {}).get("train") or {"tokens": []})["tokens"]
+    trained = f" Trained on {tokens[-1]:,} tokens, {t['batch_size']} sequences a step" if tokens else " Not trained yet"
+    made = [f"{t['steps']:,} steps planned", f"learning rate {c['optimizer']['lr']:g}", f"seed {t['seed']}"]
+    return ", ".join(filter(None, parts)) + "." + f"{trained} ({', '.join(made)})."
+
+
+def gain(evaluated: Mapping[str, Any]) -> float | None:
+    """Nats a token below the unigram; None where the bound is not finite."""
+    return None if evaluated["nelbo"] is None else evaluated["unigram_nelbo"] - evaluated["nelbo"]
+
+
+def headline(run: Mapping[str, Any]) -> str:
+    """The header's numbers, each only where it is known."""
+    e, g, out = run["evaluate"], run["generate"], []
+    if e:
+        told = ", given lengths" * (e.get("given") == "lengths")
+        out += [(readable(e["nelbo"]), f"± {readable(e['se'])} nats/token", f"NELBO{told}"),
+                (readable(e["perplexity"], ".1f"), f"± {readable(e['perplexity_se'], '.1f')}",
+                 "perplexity" + ", at most" * (run["process"] != "autoregressive") + told)]
+        if e.get("whole_split"):
+            out.append((readable(e["bits_per_byte"]), f"± {readable(e['bits_per_byte_se'])}", "bits/byte"))
+        out += [(readable(gain(e), ".2f"), "nats/token", "below the unigram"),
+                (f"{e['step']:,}", "", "step"), (f"{e['params']:,}" if "params" in e else "–", "", "parameters")]
+    tokens = run["curves"]["train"]["tokens"] if run["curves"] else []
+    if tokens:
+        out.append((f"{tokens[-1]:,}", "", "training tokens"))
+    if run["train_speed"]:
+        out.append((f"{run['train_speed']:,.0f}", "tokens/s", "training"))
+    if g:
+        out.append((f"{g['tokens_per_s']:,.0f}", "tokens/s", f"sampling, {g['network_calls']:.0f} calls"))
+        judge = g.get("judge") or {}
+        for end, sign in (("", ""), ("_bound", "≤ ")):
+            if judge.get(f"perplexity{end}") is not None:
+                out.append((f"{sign}{judge[f'perplexity{end}']:.1f}", f"under {judge['judge']}",
+                            "generative perplexity"))
+        if judge.get("unigram_entropy") is not None:
+            out.append((f"{judge['unigram_entropy']:.2f}", "nats", "entropy of the samples"))
+    return _facts(out) if out else ""
+
+
+def _tasks(found: dict[str, Any]) -> str:
+    """tasks.json as tables."""
+    return "".join(html_table(cells, head) for head, *cells in tasks.rows(tasks.newest(found)))
+
+
+_WAYS = {
+    "hierarchical": "Every token starts at the mask and falls, level by level, until it is a word.",
+    "gidd": "Every token starts at the mask; a word may still be replaced, or masked again, until the last call.",
+    "autoregressive": "Words are drawn from left to right, each given those before it.",
+}
+
+
+def run_page(run: Mapping[str, Any]) -> str:
+    """The page of one run from what `gather` found."""
+    name, workdir = html.escape(run["name"]), run["workdir"]
+    lack = lambda what, mode: missing(what, workdir, mode)  # noqa: E731
+    head = f"<header><p class=kicker>hdlm_jax run report</p><h1>{name}</h1>"
+    head += f"<p class=lead>{html.escape(describe(run))}</p>{headline(run)}"
+    if not run["evaluate"]:
+        head += lack("Not evaluated yet:", "evaluate")
+    parts = [head + "</header>"]
+    film, levels, clusters = run["trajectories"], run["occupancy"], run["hierarchy"]
+    if film:
+        parts.append(section("viewer", "How a text is written", (
+            f"{_WAYS.get(run['process'], _WAYS['hierarchical'])} Move through the network's calls with the slider, the "
+            "arrow keys or the play button; point at a token for its history and the probability that the model gave "
+            "to what was drawn."), "<div data-part=viewer></div>"))
+    else:
+        parts.append(section("viewer", "How a text is written", "", lack("No recorded samples yet:", "generate")))
+    if run["curves"]:
+        parts.append(section("curves", "Training", (
+            "Weighted loss of the training batches, and the bound (NELBO) and perplexity on validation text, over "
+            "training tokens."), "<div data-part=curves></div>"))
+    else:
+        parts.append(section("curves", "Training", "", lack("Not trained yet:", "train")))
+    if levels:
+        said = "Lines: the forward process, β<sub>l</sub>(t)."
+        if levels["points"]:
+            said += (f" Dots: shares counted in the {levels['tokens']:,} recorded tokens on the way back; the band is "
+                     "two standard errors of such a share.")
+        body = "<div data-part=levels></div>"
+        parts.append(section("levels", "Levels over time", said, body if levels["points"] else body + lack(
+            "Shares counted in recorded samples:", "generate")))
+    if clusters and len(clusters["sizes"]) > 2:
+        how = "most frequent first" if clusters["counts"] else (
+            "in the tokenizer's order, as the training tokens are not here")
+        parts.append(section("clusters", "Clusters", f"What the levels between word and mask hold; words {how}.",
+                             "<div data-part=clusters></div>"))
+    else:
+        kind = "words go straight to the mask (MDLM)" if run["process"] == "hierarchical" else "this process has none"
+        why = (f"<p class=missing>No clusters: {kind}.</p>" if clusters
+               else lack("Not clustered yet:", "cluster"))
+        parts.append(section("clusters", "Clusters", "", why))
+    if tasks := _tasks(run["tasks"]) if run["tasks"] else "":
+        parts.append(section("tasks", "Zero-shot tasks", "± is one standard error; * the first items alone.", tasks))
+    small = {k: run[k] for k in ("name", "curves", "hierarchy", "occupancy", "trajectories", "unigram")}
+    config = html.escape(jsons.dumps(run["config"], indent=1))
+    parts.append("<section><details><summary>The whole configuration</summary>"
+                 f"<pre>{config}</pre></details></section>")
+    return document(f"{run['name']} – hdlm_jax", "\n".join(parts), {"run": small})

@@ -1,1 +1,0 @@
-"""Everything that touches devices, disks and time."""

@@ -1,0 +1,1 @@
+"""The modes of hdlm_jax.main: each reads and writes one workdir."""

@@ -1,0 +1,66 @@
+"""--mode=evaluate on the whole validation split: nats, tokens and bytes are summed and divided once."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from hdlm_jax.common import jsons, processes
+from hdlm_jax.common.console import measured, readable, say
+from hdlm_jax.common.jsons import reuse, write_json
+from hdlm_jax.config import Config
+from hdlm_jax.data.prepare import load_manifest
+from hdlm_jax.evaluation.elbo import Evaluator, summarise
+from hdlm_jax.training.loading import check_writable, load_run
+
+SETTINGS = ("draws", "rows", "cv2", "checkpoint", "ema", "seed")  # of config.Evaluate that say what is measured here
+
+
+def evaluate(config: Config, workdir: str) -> dict[str, Any]:
+    """Measures a run's checkpoint on its validation split; writes and returns <workdir>/evaluate.json.
+
+    Nats of each sequence go to evaluate_rows.npz, for paired comparisons. Other texts and questions: tasks.py.
+    """
+    run = load_run(config, workdir, config.evaluate.checkpoint, config.evaluate.ema)
+    check_writable(workdir)
+    manifest = load_manifest(run.data_dir)
+    made_from = {"step": run.step, "data": manifest.fingerprint, "hierarchy_fingerprint": run.hierarchy.fingerprint,
+                 "packing": run.trained.data.packing, "padding": run.trained.data.padding, "given": run.given,
+                 "settings": {name: getattr(config.evaluate, name) for name in SETTINGS}}
+    path = os.path.join(workdir, "evaluate.json")
+    if found := processes.first(lambda: reuse(path, made_from)):
+        bound = measured(found["nelbo"], found["se"], sign="+-")
+        say(f"evaluate: reusing {path} of step {run.step}, NELBO {bound} nats/token, given {found['given']}")
+        return found
+    rows = run.valid_rows(config.model.seq_len, config.evaluate.rows)
+    evaluator = Evaluator(config, run.network, run.process, run.mesh, run.params)
+    started = time.time()
+    nats, tau, q = evaluator.nats(run.params, rows, config.evaluate.draws)
+    seconds = time.time() - started
+    result = summarise(nats, rows["tokens"], tau, q) | ({"se_time": 0.0} if run.process.exact else {})
+    whole = result["tokens"] == manifest.valid_scored_tokens
+    per_byte = manifest.valid_scored_tokens / manifest.valid_scored_bytes / math.log(2)
+    if whole:
+        result |= {"bits_per_byte": result["nelbo"] * per_byte, "bits_per_byte_se": result["se"] * per_byte,
+                   "unigram_bits_per_byte": manifest.unigram_bits_per_byte}
+    result |= {
+        "perplexity_se": result["perplexity"] * result["se"], "unigram_nelbo": manifest.unigram_nats,
+        "unigram_perplexity": math.exp(manifest.unigram_nats), "bytes": manifest.valid_scored_bytes if whole else None,
+        "whole_split": whole, "ema": run.ema,
+        "seconds": seconds, "tokens_per_s": result["tokens"] * result["draws"] / seconds,
+        "corpus": manifest.corpus_fingerprint, "hierarchy": list(run.hierarchy.sizes), "params": run.num_params,
+    } | made_from
+    result = jsons.plain(result)  # what is read again from the file
+    if processes.is_first():
+        np.savez(os.path.join(workdir, "evaluate_rows.npz"), nats=nats.mean(0).sum(-1), tokens=rows["tokens"])
+        write_json(path, result)
+    say(f"evaluate: step {run.step}, {result['tokens']:,} tokens x {result['draws']} draws in {seconds:.0f} s: "
+        f"NELBO {measured(result['nelbo'], result['se'], sign='+-')} nats/token (data {readable(result['se_data'])}, "
+        f"time {readable(result['se_time'])}), perplexity {readable(result['perplexity'], '.2f')}, "
+        f"given {result['given']}; "
+        f"unigram {manifest.unigram_nats:.4f}")
+    return result

@@ -1,0 +1,119 @@
+'''A run's weights as files for other programs: python -m hdlm_jax.main --config=... --workdir=... --mode=export
+
+<workdir>/export holds, about one checkpoint (its averaged weights, where the run keeps them):
+
+    model.safetensors  float32; names are those of the network, joined by dots: stack.qkv.kernel
+    params/            the same as a tree of arrays, by Orbax
+    config.json        config (as trained), step, ema, fingerprints (tokenizer, hierarchy, data), shapes, hdlm_jax
+    hierarchy.npz      words -> clusters -> ... -> mask: parents_0, parents_1, ...
+    tokenizer/         its words as a rank file, and a .json
+    <layout>.safetensors   with --config.released.layout=mdlm, gidd or hdlm: the weights under the names of the
+                       published PyTorch network (docs/import.md)
+
+`hdlm_jax.load("<workdir>/export")` and `--config.train.init_from=<workdir>/export` take it as they take a run.
+The network from these files alone:
+
+```python
+import json, numpy as np
+from flax.traverse_util import unflatten_dict
+from safetensors.numpy import load_file
+from hdlm_jax.config import resolve
+from hdlm_jax.models.network import make_network
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+
+with open(f"{folder}/config.json") as f:
+    config = resolve(json.load(f)["config"])
+hierarchy = Hierarchy.load(f"{folder}/hierarchy.npz")
+params = unflatten_dict(load_file(f"{folder}/model.safetensors"), sep=".")
+z = np.full((1, config.model.seq_len), hierarchy.mask_id)  # [B, S] words, clusters or masks
+logits = make_network(config, hierarchy).apply({"params": params}, z, np.ones(1))  # of words [B, S, V], at time 1
+```
+
+And its weights without any of our code:
+
+```python
+import os, orbax.checkpoint as ocp
+
+params = ocp.StandardCheckpointer().restore(os.path.abspath(f"{folder}/params"))  # nested dicts of numpy arrays
+```
+'''
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import jax
+import numpy as np
+
+import hdlm_jax
+from hdlm_jax.common import jsons, processes
+from hdlm_jax.common.console import say
+from hdlm_jax.common.jsons import reuse, write_json
+from hdlm_jax.config import Config, ConfigError
+from hdlm_jax.runs import import_weights
+from hdlm_jax.training.checkpoint import checkpoints_of, save_params
+from hdlm_jax.training.loading import load_run, saved_config
+
+
+def export(config: Config, workdir: str) -> str:
+    """Writes <workdir>/export from the checkpoint config.evaluate.checkpoint; gives back its path.
+
+    Every process of a run calls it; process 0 writes, and holds the weights once (4 bytes each) in its memory. The
+    folder is made aside and renamed: it is whole or not there, and that of another step stays until then.
+
+    Raises:
+      ConfigError: no such run, settings it was not trained with, or safetensors is not installed.
+    """
+    try:
+        from safetensors.numpy import save_file
+    except ImportError:
+        raise ConfigError("--mode=export: needs safetensors, pip install hdlm_jax[safetensors]") from None
+    which, layout = config.evaluate.checkpoint, config.released.layout
+    trained = saved_config(workdir)
+    checkpoints = checkpoints_of(workdir)
+    step = checkpoints.choose(which)
+    saved = checkpoints.meta(step)
+    checkpoints.close()
+    fingerprints = {name: saved[name] for name in ("tokenizer", "hierarchy", "data")}
+    facts = {"step": step, "ema": bool(trained.optimizer.ema), "fingerprints": fingerprints,
+             "hdlm_jax": hdlm_jax.__version__, "config": trained.as_dict()}
+    if layout:
+        import_weights.check_exportable(trained)
+        facts["layout"] = [layout, config.released.mask_id, config.released.first_cluster]
+    folder = os.path.abspath(os.path.join(workdir, "export"))
+    if processes.first(lambda: reuse(os.path.join(folder, "config.json"), facts) is not None):
+        say(f"export: reusing {folder} of step {step:,}")
+        return folder
+    run = load_run(config, workdir, which)
+    arrays: dict[str, np.ndarray] = {}
+    for path, leaf in jax.tree.leaves_with_path(run.params):
+        whole = processes.to_host(leaf)  # a leaf at a time: all processes take part
+        if processes.is_first():
+            arrays[".".join(str(part.key) for part in path)] = np.asarray(whole, np.float32, order="C")
+
+    def write() -> None:
+        aside, old = f"{folder}.tmp", f"{folder}.old"
+        shutil.rmtree(aside, ignore_errors=True)  # of an export that was interrupted
+        os.makedirs(aside)
+        about = jsons.dumps({name: value for name, value in facts.items() if name != "config"})
+        # a single entry: safetensors writes several in any order, and the same weights should be the same file
+        save_file(arrays, os.path.join(aside, "model.safetensors"), {"hdlm_jax": about})
+        tree = jax.tree.unflatten(jax.tree.structure(run.params), arrays.values())
+        save_params(os.path.join(aside, "params"), tree)
+        if layout:
+            published = import_weights.published(config, trained, workdir, run.hierarchy, tree)
+            save_file(published, os.path.join(aside, f"{layout}.safetensors"), {"hdlm_jax": about})
+        run.tokenizer.save(os.path.join(aside, "tokenizer"))
+        shutil.copyfile(os.path.join(workdir, "hierarchy.npz"), os.path.join(aside, "hierarchy.npz"))
+        shapes = {name: list(array.shape) for name, array in arrays.items()}
+        write_json(os.path.join(aside, "config.json"), facts | {"shapes": shapes})
+        shutil.rmtree(old, ignore_errors=True)
+        if os.path.exists(folder):
+            os.rename(folder, old)
+        os.rename(aside, folder)
+        shutil.rmtree(old, ignore_errors=True)
+        say(f"export: step {step:,}, {run.num_params:,} parameters, in {folder}")
+
+    processes.first(write)
+    return folder

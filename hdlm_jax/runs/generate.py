@@ -1,0 +1,215 @@
+"""Text from a trained run, by any method of hdlm_jax.decoding.presets (docs/decoding.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hdlm_jax.common import jsons, processes
+from hdlm_jax.common.console import say
+from hdlm_jax.common.jsons import reuse, write_atomic, write_json
+from hdlm_jax.config import Config, ConfigError, Generate
+from hdlm_jax.decoding import canvas as canvases
+from hdlm_jax.decoding import schema
+from hdlm_jax.decoding.sampler import (
+    Sampler,
+    at_sampling,
+    compile_for,
+    ended,
+    first_rows,
+    law,
+    lengths_are,
+    load_helper,
+    method_of,
+    sampler_of,
+    start_canvas,
+    text_of,
+)
+from hdlm_jax.evaluation import judges
+from hdlm_jax.training.loading import check_writable, load_run
+
+FRAMES = 128  # of a trajectory, at most
+
+
+def generate(config: Config, workdir: str) -> dict[str, Any]:
+    """Samples of a run: samples.txt to read, samples.jsonl with ids and costs, generate.json with the summary.
+
+    Texts are cut before the first end of text behind the prompt (generate.stop="end"; ids keep that end).
+
+    trajectories.npz has the way of the first generate.trajectories of them, and what they were made from. With
+    config.generate.judge the summary has their generative perplexity (evaluation/judges.py) under "judge"; samples
+    that are there are judged as they are.
+    """
+    g = config.generate
+    run = load_run(config, workdir, g.checkpoint)
+    check_writable(workdir)
+    at_sampling(run.process, g)
+    judge: Any = None
+    helper = load_helper(run, g)
+    if g.judge:  # checked before anything is computed
+        judge = judges.open_judge(g.judge, g.judge_dtype, config.parallel, run.mesh, run.tokenizer)
+    settings = {k: v for k, v in dataclasses.asdict(g).items() if k not in ("judge", "judge_dtype")}
+    settings["schema"] = _schema(g)
+    made_from = {"step": run.step, "hierarchy_fingerprint": run.hierarchy.fingerprint, "settings": settings}
+    made_from |= {"helper": identity(helper)} if helper else {}
+    summary, lines = os.path.join(workdir, "generate.json"), os.path.join(workdir, "samples.jsonl")
+    if result := processes.first(lambda: _reuse(summary, lines, made_from)):
+        say(f"generate: reusing {os.path.join(workdir, 'samples.txt')} of step {run.step}")
+        with open(lines, encoding="utf-8") as f:
+            tokens = [np.array(json.loads(line)["ids"], np.int32) for line in f]
+    else:
+        result, tokens = _sample(run, workdir, made_from, helper)
+    if judge and (result.get("judge") or {}).get("made_from") != judges.made_from(judge):
+        started = time.time()
+        given = result["prompt_tokens"]
+        found = judges.record(judge, run.tokenizer, tokens, given, real_texts(run, len(tokens), result["seq_len"]))
+        result["judge"] = found | {"sampling": sampling_facts(run, g, result), "seconds": time.time() - started}
+        if processes.is_first():
+            write_json(summary, result)
+    if judge:
+        judges.tell(result["judge"])
+    return result
+
+
+def identity(helper: Any) -> dict[str, Any]:
+    """What tells a helper from another one, or from itself trained further."""
+    return {"step": helper.step, "tokenizer": helper.tokenizer.fingerprint,
+            "weights": [float(jnp.sum(jnp.abs(a))) for a in jax.tree.leaves(helper.params)]}
+
+
+def sampling_facts(run: Any, g: Generate, result: dict[str, Any]) -> dict[str, Any]:
+    """How samples were drawn, in full: what a generative perplexity has to be quoted with."""
+    trained = getattr(run.process, "force_transition", None)
+    method = method_of(g)
+    return {
+        "step": run.step, "samples": result["samples"], "length": result["seq_len"], "seed": g.seed,
+        "method": g.method, "options": g.options,
+        "steps": method.numbers.get("steps") if not run.process.exact else None,
+        "corrections": g.corrections, "correction_temperature": g.correction_temperature if g.corrections else None,
+        "temperature": g.temperature, "top_p": g.top_p, "clusters": g.clusters, "stop": g.stop,
+        "lengths": lengths_are(run, g),
+        "force_transition": g.force_transition or trained, "force_transition_trained": trained,
+        "law": law(run.process, g), "network_calls": result["network_calls"], "row_forwards": result["row_forwards"],
+        "network_precision": run.config.model.dtype, "draws": "float32 noise, jax.random mode='high'",
+    }
+
+
+def _reuse(summary: str, lines: str, made_from: dict) -> dict | None:
+    """The summary, if it was made from the same things and the samples beside it are the ones it speaks of."""
+    found = reuse(summary, made_from)
+    return found if found and os.path.exists(lines) and found.get("samples_sha256") == _sha256(lines) else None
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def real_texts(run: Any, count: int, length: int) -> list[np.ndarray] | str:
+    """Ids of the first rows of the validation split, each cut to its text; or why there are none."""
+    try:
+        rows = run.valid_rows(length, count)
+    except (ValueError, OSError) as error:
+        return f"no reference texts: {error}"
+    return [ended(x[segment >= 0], 0, run.tokenizer.eot, "end" if run.trained.data.packing == "crop" else "")
+            for x, segment in zip(rows["x"], rows["segment"], strict=True)]
+
+
+def _sample(run: Any, workdir: str, made_from: dict, helper: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Draws the samples and writes them: the summary, and the tokens of each."""
+    g = run.config.generate
+    ids = run.tokenizer.encode(g.prompt) if g.prompt else np.zeros(0, np.int32)
+    canvas, length, scaffold = _canvas(run, g, ids)
+    draw = sampler_of(run, helper)
+    started = time.time()
+    compile_for(draw, canvas, g)
+    compiled = time.time()
+    out = draw(canvas, g)
+    seconds = time.time() - compiled
+    whole = [row[: min(n, length)] for row, n in zip(out["tokens"], out["length"], strict=True)]
+    tokens = whole if scaffold else [ended(row, len(ids), run.tokenizer.eot, g.stop) for row in whole]
+    texts = [scaffold.text(row) if scaffold else text_of(run.tokenizer, row, g.stop) for row in tokens]
+    words = sum(len(row) for row in whole) - len(whole) * len(ids)
+    film = _trajectories(draw, first_rows(canvas, g.trajectories), g, out["tokens"][:, :length]) if (
+        g.trajectories and not scaffold and method_of(g).policy.lengths is None) else {}
+    result = {
+        "samples": len(texts), "seq_len": length, "prompt_tokens": len(ids), "lengths": lengths_are(run, g),
+        "ended": sum(len(row) > len(ids) and row[-1] == run.tokenizer.eot for row in tokens),
+        "cut_tokens": words + len(whole) * len(ids) - sum(map(len, tokens)),
+        "network_calls": float(out["calls"].mean()), "row_forwards": float(out["row_forwards"].mean()),
+        "unigram_entropy": float(np.mean([judges.entropy(row[len(ids) :]) for row in tokens])),
+        "law": law(run.process, g), "seconds": seconds, "tokens_per_s": words / seconds,
+        "compile_s": compiled - started,
+    } | made_from
+    path = os.path.join(workdir, "samples.txt")
+    if processes.is_first():
+        read = "".join(f"--- sample {i} ---\n{text}\n\n" for i, text in enumerate(texts))
+        write_atomic(Path(path), read.encode())
+        rows = zip(texts, tokens, out["row_forwards"], strict=True)
+        lines = "".join(jsons.dumps({"text": text, "ids": row.tolist(), "row_forwards": int(calls)}) + "\n"
+                        for text, row, calls in rows).encode()
+        write_atomic(Path(workdir) / "samples.jsonl", lines)
+        result["samples_sha256"] = hashlib.sha256(lines).hexdigest()
+        _keep(os.path.join(workdir, "trajectories.npz"), film, {"prompt_tokens": len(ids)} | made_from)
+        write_json(os.path.join(workdir, "generate.json"), result)
+    say(f"generate: {len(texts)} samples, {result['network_calls']:.0f} network calls a batch, "
+        f"{result['tokens_per_s']:,.0f} tokens/s, in {path}; the first one:\n{texts[0]}")
+    return result, tokens
+
+
+def _schema(g: Generate) -> str:
+    """Text of the file g.schema, "" without one."""
+    try:
+        return Path(g.schema).read_text(encoding="utf-8") if g.schema else ""
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"generate.schema={g.schema!r}: {error}") from error
+
+
+def _canvas(run: Any, g: Generate, ids: np.ndarray) -> tuple[Any, int, Any]:
+    """(canvas, most tokens of a text, scaffold or None)."""
+    seq_len, h = run.config.model.seq_len, run.hierarchy
+    if not g.schema:
+        return start_canvas(run, g, np.tile(ids, (g.num_samples, 1))), g.length or seq_len, None
+    if not hasattr(run.process, "chain"):
+        raise ConfigError(f"generate.schema={g.schema!r}: this process cannot fill blanks between given words")
+    try:
+        scaffold = schema.scaffold(_schema(g), run.tokenizer, h, prompt=g.prompt)
+        canvas = scaffold.canvas(g.num_samples, seq_len)
+    except ValueError as error:
+        raise ConfigError(f"generate.schema={g.schema!r}: {error}") from error
+    return canvases.closed(canvas, seq_len, run.tokenizer.eot) if run.ends else canvas, int(canvas.length[0]), scaffold
+
+
+def _trajectories(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: Generate,
+                  tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """The first samples once more, step by step: so that recording costs the samples' own time nothing.
+
+    Returns call int32 [F+1], time float32 [n, F+1], z int32 and confidence float32 [n, F+1, S] (core.sample), up to
+    the first frame in which all is written.
+    """
+    found = draw(canvas, g, FRAMES)
+    length = tokens.shape[1]
+    call, z, ends = found["call"].max(0), found["z"][:, :, :length], found["tokens"][:, :length]
+    if differ := int((ends != tokens[: len(ends)]).any(1).sum()):  # other batches are rounded otherwise on some devices
+        say(f"generate: {differ} of {len(ends)} recorded samples differ from the same ones unrecorded, by rounding")
+    last = int(np.flatnonzero((call == call[-1]) | (z == ends[:, None]).all((0, 2)))[0])
+    film = {"time": found["time"], "z": z, "confidence": found["confidence"][:, :, :length]}
+    return {"call": call[: last + 1]} | {name: a[:, : last + 1] for name, a in film.items()}
+
+
+def _keep(path: str, film: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+    """Writes trajectories.npz aside and renames it; without a film one of other samples is removed."""
+    if not film:
+        return Path(path).unlink(missing_ok=True)
+    aside = f"{path}.tmp{os.getpid()}.npz"
+    np.savez_compressed(aside, about=np.asarray(jsons.dumps(about)), **film)  # type: ignore[arg-type]
+    os.replace(aside, path)

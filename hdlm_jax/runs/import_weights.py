@@ -1,0 +1,153 @@
+"""Published weights from files, and as files: --mode=import, and what it adds to --mode=export (docs/import.md).
+
+    python -m hdlm_jax.main --config=configs/released_mdlm.py --mode=import --config.released.weights=FILE
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+
+import hdlm_jax
+from hdlm_jax.common import jsons, processes
+from hdlm_jax.common.console import say
+from hdlm_jax.common.jsons import reuse, write_json
+from hdlm_jax.config import Config, ConfigError, Released
+from hdlm_jax.data.tokenizers import make_tokenizer
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.models.interop import EMBEDDING, from_torch, heads_of, sizes, symbol_ids, to_torch
+from hdlm_jax.models.weight_files import find, read_clusters, read_weights, sha256
+from hdlm_jax.training.checkpoint import save_params
+from hdlm_jax.training.loading import check_writable
+
+
+def import_released(config: Config, workdir: str) -> None:
+    """Writes published weights as a workdir for evaluate, generate, export, `hdlm_jax.load` and train.init_from.
+
+    It is laid out as an export is (config.json, params/, hierarchy.npz, tokenizer/), with released.npz beside it.
+    config.json comes last: without it nothing is there, and the same command starts over.
+
+    Raises:
+      ConfigError: settings that do not go with the file, by name. ValueError: see `read_weights`, `from_torch`.
+    """
+    r, h = config.released, config.hierarchy
+    if not (r.layout and r.weights):
+        name = "weights" if r.layout else "layout"
+        raise ConfigError(f"released.{name}='': --mode=import needs it; see configs/released_{r.layout or 'mdlm'}.py")
+    if config.model.head != "flat":
+        raise ConfigError(f"model.head={config.model.head!r}: published networks have a logit for every word, 'flat'")
+    if bool(r.clusters) != (h.keep_single or max(h.clusters, default=1) > 1):
+        raise ConfigError(f"released.clusters={r.clusters!r}: needed with hierarchy.clusters above 1 (or keep_single), "
+                          f"and only there; it is {h.clusters}")
+    check_writable(workdir)
+    processes.first(lambda: _import(config, workdir))
+
+
+def _import(config: Config, workdir: str) -> None:
+    r, m, t = config.released, config.model, config.tokenizer
+    weights, dictionary = find(r.weights), find(r.clusters) if r.clusters else ""
+    settings = jsons.plain(config.as_dict())
+    made_from = {"weights": sha256(weights), "clusters": sha256(dictionary) if dictionary else "",
+                 "settings": {name: settings[name] for name in ("tokenizer", "hierarchy", "diffusion", "model")},
+                 "released": settings["released"] | {"weights": "", "clusters": ""}}
+    marker = os.path.join(workdir, "config.json")
+    if reuse(marker, {"made_from": made_from}) is not None:
+        return say(f"import: reusing {workdir}")
+    if os.path.exists(marker) or os.path.isdir(os.path.join(workdir, "checkpoints")):
+        raise ConfigError(f"workdir={workdir!r}: holds a run or another import; give another --workdir")
+    if t.kind == "bpe" and not t.file:
+        raise ConfigError("tokenizer.file='': --mode=import needs the rank file of a trained tokenizer")
+    tokenizer = make_tokenizer(t.kind, file=t.file, sha256=t.sha256, pattern=t.pattern)
+    words = tokenizer.vocab_size
+    hierarchy = Hierarchy.from_parents([], num_words=words, special=(tokenizer.eot,))
+    if dictionary:
+        mask = int(symbol_ids(r, hierarchy)[-1])
+        first = max(words, mask + 1) if r.first_cluster < 0 else r.first_cluster
+        hierarchy = read_clusters(dictionary, words, first, r.missing, (tokenizer.eot,))
+        if hierarchy.sizes[1:-1] != config.hierarchy.clusters:
+            raise ConfigError(f"hierarchy.clusters={config.hierarchy.clusters}: {dictionary} has "
+                              f"{hierarchy.sizes[1]}; --config.hierarchy.clusters='({hierarchy.sizes[1]},)'")
+    file = read_weights(weights, r.ema)
+    s, told = sizes(file.state), heads_of(file.state, file.state[EMBEDDING].shape[1])
+    found = {"width": s.width, "blocks": s.blocks} | ({"heads": told} if told else {})
+    for name, value in found.items():
+        if getattr(m, name) != value:
+            needed = {"heads": max(1, s.width // 64)} | found  # 64 a head, as in all published sizes
+            raise ConfigError(f"model.{name}={getattr(m, name)}: {weights} has {value}; give "
+                              + " ".join(f"--config.model.{k}={v}" for k, v in needed.items()))
+    ids = symbol_ids(r, hierarchy)
+    params, rest = from_torch(file.state, hierarchy, ids, m.time_conditioning)
+    about: dict[str, Any] = {
+        "weights": os.path.basename(weights), "averaged": file.averaged, "ids": _vocabulary(r, ids), "cond": s.cond,
+        "unused_rows": len(rest[EMBEDDING]), "unused": sorted({name.split(".")[0] for name in rest}),
+        "ignored": file.ignored}
+    aside = os.path.join(workdir, "import.tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # of an import that was interrupted
+    os.makedirs(aside)
+    tokenizer.save(os.path.join(aside, "tokenizer"))
+    hierarchy.save(os.path.join(aside, "hierarchy.npz"), tokenizer.fingerprint, {"released": about})
+    np.savez(os.path.join(aside, "released.npz"), about=np.asarray(jsons.dumps(about)), **rest)  # type: ignore[arg-type]
+    save_params(os.path.join(aside, "params"), params)
+    for name in os.listdir(aside):
+        here = os.path.join(workdir, name)
+        shutil.rmtree(here) if os.path.isdir(here) else None
+        os.replace(os.path.join(aside, name), here)
+    os.rmdir(aside)
+    fingerprints = {"tokenizer": tokenizer.fingerprint, "hierarchy": hierarchy.fingerprint, "data": ""}
+    kept = config.as_dict()
+    kept["data"]["dir"] = config.data.dir and os.path.abspath(config.data.dir)
+    write_json(marker, {"step": file.step, "ema": file.averaged, "fingerprints": fingerprints, "config": kept,
+                        "hdlm_jax": hdlm_jax.__version__, "released": about, "made_from": made_from})
+    count = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
+    told_heads = f"{m.heads} heads" + ("" if told else " (as set; the file does not tell)")
+    say(f"import: {count:,} parameters{' (averaged)' if file.averaged else ''} of {weights}, step {file.step:,}: width "
+        f"{s.width}, {s.blocks} blocks, {told_heads}; levels {' -> '.join(map(str, hierarchy.sizes))}, in {workdir}")
+    say(f"import: unused and kept in released.npz: {about['unused_rows']} of {s.rows} rows of the tables, "
+        f"{', '.join(n for n in about['unused'] if n not in ('vocab_embed', 'output_layer')) or 'no other tensors'}"
+        + (f"; ignored: {', '.join(file.ignored[:5])}{' ...' if file.ignored[5:] else ''}" if file.ignored else ""))
+
+
+def _vocabulary(released: Released, ids: np.ndarray) -> list[Any]:
+    return [released.layout, hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()]
+
+
+def check_trainable(workdir: str) -> None:
+    """ConfigError for a workdir that holds imported or exported weights: training would mix with them."""
+    if os.path.isdir(os.path.join(workdir, "params")):
+        raise ConfigError(f"workdir={workdir!r}: holds imported or exported weights; train in another --workdir with "
+                          f"--config.train.init_from={workdir}")
+
+
+def check_exportable(trained: Config) -> None:
+    """ConfigError for a run whose network is not the published one."""
+    if trained.model.head != "flat":
+        raise ConfigError(f"released.layout: this run has model.head={trained.model.head!r}; the published network has "
+                          "a logit for every word, 'flat'")
+    if getattr(trained.diffusion, "process", "") == "autoregressive":
+        raise ConfigError("released.layout: this run is autoregressive; the published network sees both sides")
+
+
+def published(config: Config, trained: Config, workdir: str, hierarchy: Hierarchy, params: dict[str, Any]
+             ) -> dict[str, np.ndarray]:
+    """Published weights of a run in the layout config.released asks for, with what its import left over, if any.
+
+    The import is that of the workdir itself, or of the one it was fine-tuned from (train.init_from).
+    """
+    ids = symbol_ids(config.released, hierarchy)
+    extra: dict[str, Any] = {}
+    for folder in filter(None, (workdir, trained.train.init_from)):
+        path = os.path.join(folder, "released.npz")
+        if not extra and os.path.exists(path):
+            with np.load(path, allow_pickle=False) as data:
+                rest = dict(data)
+            about = json.loads(str(rest.pop("about")))
+            if about["ids"] == _vocabulary(config.released, ids):
+                extra = {"rest": rest, "cond": about["cond"]}
+    return to_torch(params, hierarchy, ids, config.released.layout, trained.model.heads, trained.model.seq_len, **extra)

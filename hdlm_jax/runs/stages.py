@@ -1,0 +1,194 @@
+"""The stages before training, each idempotent: prepare (text -> tokens) and cluster (words -> hierarchy)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from hdlm_jax.common import processes
+from hdlm_jax.common.console import say
+from hdlm_jax.config import Config, ConfigError, Tokenizer
+from hdlm_jax.data import clusters, corpus, pipeline, tokenizers
+from hdlm_jax.data import prepare as text_prepare
+from hdlm_jax.diffusion.hierarchy import Hierarchy, read_extra
+from hdlm_jax.training.loading import checkpoint_embedding, data_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Prepared text: where it lies, what it holds, and its tokenizer."""
+
+    dir: str
+    manifest: text_prepare.Manifest
+    tokenizer: tokenizers.Tokenizer
+
+
+def make_tokens(config: Config, workdir: str) -> str | None:
+    """Tokens under data.dir (default <workdir>/data), made, finished or reused by process 0: their fingerprint.
+
+    None where other workers of data.prepare_shard have yet to do their part (said).
+    """
+    folder = data_dir(config, workdir)
+
+    def make() -> str | None:
+        if not os.path.exists(os.path.join(folder, text_prepare.MANIFEST)):
+            check_base(config)
+        manifest = text_prepare.prepare(folder, config.data, _tokenizer_of(config, folder), say=say)
+        return manifest.fingerprint if manifest else None
+
+    return processes.first(make)
+
+
+def check_base(config: Config) -> None:
+    """ConfigError where train.init_from names no run, which matters as long as something is still to come from it."""
+    base = config.train.init_from
+    if base and not os.path.exists(os.path.join(base, "config.json")):
+        raise ConfigError(f"train.init_from={base!r}: no run there (no config.json)")
+
+
+def _tokenizer_of(config: Config, folder: str) -> Tokenizer:
+    """The settings of the tokenizer; with train.init_from that run's words and way to cut text, as its weights mean.
+
+    folder: of prepared tokens, which know the way if the base run is gone.
+    """
+    words, base = config.tokenizer, config.train.init_from
+    if not base or words.kind not in ("gpt2", "bpe"):
+        return words
+    words = dataclasses.replace(words, file=os.path.join(base, "tokenizer", tokenizers.RANK_FILE), sha256="")
+    known = [path for path in (os.path.join(base, "tokenizer"), folder)
+             if os.path.exists(os.path.join(path, tokenizers.JSON_FILE))]
+    if not known or words.kind == "gpt2":
+        return words
+    pattern = tokenizers.load_tokenizer(known[0]).pattern
+    if words.pattern and tokenizers.cutting_pattern(words.pattern) != pattern:
+        raise ConfigError(f"tokenizer.pattern={words.pattern!r}: the run in train.init_from={base!r} cuts text by "
+                          f"{pattern!r}; leave it out")
+    return dataclasses.replace(words, pattern=pattern)
+
+
+def prepare(config: Config, workdir: str) -> Text:
+    """The tokens, for what needs all of them.
+
+    Raises:
+      ConfigError: other workers have yet to do their part, or processes do not see one folder.
+    """
+    folder, made = data_dir(config, workdir), make_tokens(config, workdir)
+    if made is None:
+        raise ConfigError(f"data.prepare_shard={config.data.prepare_shard!r}: other workers have not done their part "
+                          f"of {folder}; run --mode=prepare as each of them first")
+    try:
+        manifest = text_prepare.load_manifest(folder)
+    except ValueError:
+        manifest = None
+    if manifest is None or manifest.fingerprint != made:
+        raise ConfigError(f"data.dir: process {jax.process_index()} does not find the tokens of process 0 in {folder}; "
+                          "data.dir and --workdir must lie on storage that all processes share")
+    return Text(folder, manifest, tokenizers.load_tokenizer(folder))
+
+
+def word_vectors(config: Config, text: Text) -> np.ndarray:
+    """Embeddings the words are clustered by, float32 [V, E]; those of the corpus are kept beside its tokens.
+
+    All processes have to ask for them together.
+    """
+    h = config.hierarchy
+    kept = os.path.join(text.dir, f"embeddings-{text.manifest.fingerprint[:12]}-{h.seed}.npy")
+
+    def vectors(tokens: Any) -> np.ndarray:
+        return clusters.embeddings(h.embeddings, vocab_size=text.manifest.vocab_size, eot=text.manifest.eot,
+                                   seed=h.seed, tokens=tokens, load_checkpoint_embedding=checkpoint_embedding)
+
+    def keep() -> None:
+        if os.path.exists(kept):
+            return say(f"embeddings: reusing {kept}")
+        aside = f"{kept}.{os.getpid()}.tmp.npy"
+        np.save(aside, vectors(pipeline.Split(text.dir, text.manifest, "train")))
+        os.replace(aside, kept)
+
+    if h.embeddings != "corpus":
+        return vectors(None)
+    processes.first(keep)
+    return np.load(kept, allow_pickle=False)
+
+
+def cluster(config: Config, workdir: str, text: Text) -> Hierarchy:
+    """The hierarchy in <workdir>/hierarchy.npz, made (by process 0) or reused, with its report and picture beside it.
+
+    Raises:
+      ConfigError: the one there was made with other settings.
+    """
+    path = os.path.join(workdir, "hierarchy.npz")
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config.hierarchy).items()}
+    settings |= {"data": text.manifest.fingerprint, "init_from": config.train.init_from}
+    if not processes.first(lambda: _found(config, text, path, settings)):
+        vectors = word_vectors(config, text) if max(config.hierarchy.clusters, default=1) > 1 else None
+        processes.first(lambda: _make(config, text, path, settings, vectors))
+    return Hierarchy.load(path, text.tokenizer.fingerprint)
+
+
+def _levels(hierarchy: Hierarchy) -> str:
+    return f"levels {' -> '.join(map(str, hierarchy.sizes))}"
+
+
+def _found(config: Config, text: Text, path: str, settings: dict) -> bool:
+    """Whether the hierarchy is there, or can be taken over from another run."""
+    if os.path.exists(path):
+        made = read_extra(path).get("settings", {})
+        for name, value in settings.items():
+            if made.get(name) != value:
+                raise ConfigError(f"hierarchy.{name}={value!r}: {path} was made with {made.get(name)!r}; "
+                                  "use another --workdir or remove that file")
+        say(f"hierarchy: reusing {path}, {_levels(Hierarchy.load(path, text.tokenizer.fingerprint))}")
+        return True
+    if config.train.init_from:  # its cluster ids are what the weights mean
+        check_base(config)
+        theirs = os.path.join(config.train.init_from, "hierarchy.npz")
+        hierarchy = Hierarchy.load(theirs, text.tokenizer.fingerprint)
+        hierarchy.save(path, text.tokenizer.fingerprint, {"settings": settings})
+        say(f"hierarchy: that of {theirs}, {_levels(hierarchy)}")
+        return True
+    if max(config.hierarchy.clusters, default=1) > text.manifest.vocab_size:
+        raise ConfigError(f"hierarchy.clusters={config.hierarchy.clusters!r}: more clusters than the tokenizer's "
+                          f"{text.manifest.vocab_size} words")
+    return False
+
+
+def _make(config: Config, text: Text, path: str, settings: dict, vectors: np.ndarray | None) -> None:
+    h, words = config.hierarchy, text.manifest.vocab_size
+    report: dict = {}
+    made = " (MDLM)"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if vectors is None:
+        parents = [np.zeros(words, np.int32)] if h.keep_single and h.clusters else []
+        hierarchy = Hierarchy.from_parents(parents, num_words=words, keep_single=h.keep_single)
+    else:
+        hierarchy, report = clusters.build_hierarchy(vectors, h.clusters, special=(text.manifest.eot,), seed=h.seed,
+                                                     shuffle=h.shuffle)
+        readable, counts = os.path.join(os.path.dirname(path), "clusters"), text_prepare.token_counts(text.dir, "train")
+        clusters.write_report(hierarchy, vectors, text.tokenizer.decode, counts, readable)
+        made = f", report in {readable}.txt"
+    hierarchy.save(path, text.tokenizer.fingerprint, {"settings": settings, "report": report})
+    say(f"hierarchy: {_levels(hierarchy)}{made}")
+
+
+def batches_of(config: Config, text: Text) -> Any:
+    """Training batches of this process: of the prepared tokens, or of the raw documents with data.stream."""
+    d = config.data
+    how: dict[str, Any] = dict(
+        seq_len=config.model.seq_len, batch_size=config.train.batch_size, seed=config.train.seed,
+        process_index=jax.process_index(), process_count=jax.process_count(), packing=d.packing,
+        padding=d.padding, variable_share=d.variable_share)
+    if not d.stream:
+        return pipeline.TrainBatches(text.dir, **how)
+    reader, train, valid = text_prepare.what_to_read(d)
+    held = text_prepare.held_out(reader, valid)
+
+    def is_training(document: corpus.Document) -> bool:
+        return corpus.digest(document) not in held if valid else not corpus.split(document, d.validation_fraction)
+
+    return pipeline.StreamBatches(reader, train, text.tokenizer, is_training, eot=text.manifest.eot,
+                                  shuffle_documents=d.shuffle_documents, bad_share=d.bad_share, say=say, **how)

@@ -1,0 +1,230 @@
+"""Zero-shot tasks of a run: perplexities of other corpora, and questions answered by the likeliest choice.
+
+`--mode=evaluate --config.evaluate.tasks="('ptb', 'hellaswag')"`. The tasks are in evaluation/benchmarks.py, how
+texts are scored in evaluation/scorer.py.
+
+Perplexities count every token of every document once, its end of text too, in one of two ways:
+
+- document: each document by itself (its first tokens see nothing before them), in pieces of S where it is longer;
+- packed: all documents one after the other, cut into windows of S, the last window too.
+
+`given` says what a bound is conditional on (docs/theory.md section 7): packed windows on nothing; a document by itself
+on its length, and answers on those of their choices, as elsewhere in the field, unless the run is autoregressive or
+learnt ends of texts (data.padding="end"), which are then scored behind them up to S.
+
+nats per token are of the model's own tokens. bits per byte are of the UTF-8 bytes of the *detokenised* text, and the
+perplexity by words divides all nats by the words of the *original* text (blank-separated, one more for each line end),
+as the field does; neither depends on the tokenizer. `se` is of the documents as a sample and of the noise (see
+`evaluate.summarise`; pieces of one document count as different rows).
+
+Answers are ranked by the conditional NELBO of each choice given its context (`Scorer.rank`), as it is, per token and
+per character of the choice (its leading blank not counted).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hdlm_jax.common import jsons, processes
+from hdlm_jax.common.console import perplexity as exp
+from hdlm_jax.common.console import say
+from hdlm_jax.common.jsons import write_atomic, write_json
+from hdlm_jax.config import Config, ConfigError
+from hdlm_jax.data import corpus
+from hdlm_jax.evaluation import benchmarks
+from hdlm_jax.evaluation.benchmarks import TASKS, Passage, Question
+from hdlm_jax.evaluation.elbo import summarise
+from hdlm_jax.evaluation.scorer import Choices, Scorer, documents, encode_pair
+from hdlm_jax.training.loading import check_writable, load_run
+
+
+def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bool) -> dict[str, Any]:
+    """Nats per token, bits per byte and perplexities of documents, with standard errors. words: those by words too."""
+    tokenizer, started = scorer.run.tokenizer, time.time()
+    ids = [np.append(found, np.int32(tokenizer.eot)) for found in tokenizer.encode_batch([p.text for p in passages])]
+    run = scorer.run
+    pieces = documents(ids, scorer.seq_len, protocol, run.ends)
+    tokens = np.array([len(p.ids) for p in pieces])
+    nats, tau, q = scorer.nats(pieces, scorer.settings.draws)
+    found = summarise(nats, tokens, tau, q)
+    size = sum(len(p.text.encode()) for p in passages)
+    per_byte = found["tokens"] / size / math.log(2)
+    found |= {"given": "nothing" if protocol == "packed" else run.given_alone,
+              "perplexity_se": found["perplexity"] * found["se"], "documents": len(passages), "bytes": size,
+              "bits_per_byte": found["nelbo"] * per_byte, "bits_per_byte_se": found["se"] * per_byte}
+    if words:
+        count = sum(p.words for p in passages)
+        per_word = found["tokens"] / count
+        by_word = exp(found["nelbo"] * per_word)
+        found |= {"words": count, "word_perplexity": by_word, "word_perplexity_se": by_word * found["se"] * per_word}
+    return found | {"seconds": time.time() - started}
+
+
+def _share(right: np.ndarray) -> tuple[float, float]:
+    """A proportion and its binomial standard error."""
+    p = float(np.mean(right))
+    return p, math.sqrt(p * (1 - p) / len(right))
+
+
+def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
+    """Accuracy by the conditional NELBO of the choices; of single choices its perplexity and the greedy one."""
+    started, tokenizer = time.time(), scorer.run.tokenizer
+    encoded = [[encode_pair(tokenizer, *pair) for pair in zip(q.contexts, q.choices, strict=True)] for q in questions]
+    asked = [Choices(*zip(*pairs, strict=True)) for pairs in encoded]
+    found = scorer.rank(asked)
+    label = np.array([q.label for q in questions])
+    tokens = [np.array([len(c) for c in a.choices]) for a in asked]
+    right = np.array([nats[i] for nats, i in zip(found.nats, label, strict=True)])
+    length = np.array([n[i] for n, i in zip(tokens, label, strict=True)])
+    out: dict[str, Any] = {
+        "given": scorer.run.given_alone,
+        "questions": len(questions), "draws": float(found.draws.mean()), "reached": float(found.reached.mean()),
+        "cut": int(found.cut.sum()), "nelbo_of_right": float(right.sum() / length.sum()), "tokens": int(length.sum())}
+    if max(len(q.choices) for q in questions) > 1:
+        characters = [np.array([len(c.strip()) for c in q.choices]) for q in questions]
+        for name, by in (("", None), ("_per_token", tokens), ("_per_character", characters)):
+            best = [np.argmin(nats / np.maximum(by[i], 1) if by else nats) for i, nats in enumerate(found.nats)]
+            out[f"accuracy{name}"], out[f"accuracy{name}_se"] = _share(np.array(best) == label)
+    else:
+        fits = [i for i, n in enumerate(length) if 0 < n < scorer.seq_len]
+        words = scorer.greedy([asked[i].contexts[0] for i in fits], [length[i] for i in fits])
+        hits = np.zeros(len(questions), bool)
+        hits[fits] = [np.array_equal(word, asked[i].choices[0]) for i, word in zip(fits, words, strict=True)]
+        out["accuracy"], out["accuracy_se"] = _share(hits)
+        se = right.std(ddof=1) / math.sqrt(len(right)) if len(right) > 1 else math.nan
+        by_word = exp(float(right.mean()))
+        out |= {"word_nats": float(right.mean()), "word_nats_se": float(se),
+                "word_perplexity": by_word, "word_perplexity_se": by_word * float(se)}
+    return out | {"seconds": time.time() - started}
+
+
+def sources(config: Config) -> dict[str, str | list[str]]:
+    """Where the data of each task asked for is; ConfigError where it is not."""
+    e, formats = config.evaluate, {"files": config.data.format, "lm1b": "txt"}
+    try:
+        return {name: benchmarks.find(name, e.tasks_data) if TASKS[name].path
+                else corpus.resolve(getattr(e, name), f"evaluate.{name}", formats[name], say) for name in e.tasks}
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _read(config: Config, name: str, source: str | list[str]) -> tuple[list, str]:
+    """The items of a task and the detokeniser they went through."""
+    d, task = config.data, TASKS[name]
+    reader = corpus.Reader(d.text_field, "", "line" if name == "lm1b" else d.txt_documents,
+                           "txt" if name == "lm1b" else d.format, d.detokenize if name == "files" else "")
+    return benchmarks.load(name, source, config.evaluate.limit, reader), reader.detokenize or task.detokenize
+
+
+def run(config: Config, workdir: str) -> dict[str, Any]:
+    """Runs config.evaluate.tasks; writes and returns <workdir>/tasks.json, and tasks.md, a table of it.
+
+    The file grows by one entry a task (a task and protocol for perplexities), so a run that was stopped goes on where
+    it was; an entry made from the same checkpoint, texts and settings is reused, others of the file stay.
+
+    Raises:
+      ConfigError: no such run, or data that is not there or cannot be read, before anything is computed.
+    """
+    e = config.evaluate
+    data = {name: _read(config, name, source) for name, source in sources(config).items()}
+    loaded = load_run(config, workdir, e.checkpoint, e.ema)
+    check_writable(workdir)
+    path = os.path.join(workdir, "tasks.json")
+    results: dict[str, Any] = processes.first(lambda: _saved(path))
+    scorer = Scorer(loaded, e)
+    for name, (items, detokenizer) in data.items():
+        task = TASKS[name]
+        made_from: dict[str, Any] = {
+            "step": loaded.step, "ema": loaded.ema, "hierarchy_fingerprint": loaded.hierarchy.fingerprint,
+            "text": benchmarks.fingerprint(items), "draws": e.draws, "seed": e.seed, "cv2": e.cv2}
+        if task.ranks:
+            g = config.generate  # of the words filled in greedily
+            made_from |= {"target_se": e.target_se, "most_draws": e.most_draws,
+                          "generate": [g.seed, g.clusters, g.force_transition, g.steps]}
+        for protocol in ("",) if task.ranks else e.protocols:
+            key = f"{name}/{protocol}" if protocol else name
+            if (old := results.get(key)) and old["made_from"] == made_from and "given" in old:
+                say(f"tasks: reusing {key} of step {loaded.step}: {_line(old)}")
+                continue
+            found = ranking(scorer, items) if task.ranks else perplexity(scorer, items, protocol, task.words)
+            about = {"task": name, "kind": "ranking" if task.ranks else "perplexity", "protocol": protocol or None,
+                     "detokenizer": detokenizer or None, "limited": bool(e.limit and len(items) == e.limit),
+                     "note": task.note, "made_from": made_from}
+            results[key] = about | jsons.plain(found)
+            say(f"tasks: {key}: {_line(results[key])}")
+            if processes.is_first():
+                write_json(path, results)
+    wanted = [k for k, r in results.items() if r["made_from"]["step"] == loaded.step
+              and r["made_from"]["ema"] == loaded.ema]
+    text = table({k: results[k] for k in wanted}, loaded.step)
+    if processes.is_first():
+        write_atomic(Path(workdir) / "tasks.md", text.encode())
+    say(f"tasks: {os.path.join(workdir, 'tasks.md')}\n{text}")
+    return results
+
+
+def _saved(path: str) -> dict[str, Any]:
+    if not os.path.exists(path):
+        return {}
+    with open(path) as f:
+        return json.load(f)
+
+
+def _with_se(found: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
+    value, se = found.get(name), found.get(f"{name}_se" if name != "nelbo" else "se")
+    if value is None:
+        return ""
+    shown = f",.{digits}f" if value < 1e6 else ".3g"
+    return f"{scale * value:{shown}}" + (f" ± {scale * se:{shown}}" if se is not None else "")
+
+
+def _line(found: dict[str, Any]) -> str:
+    seconds = f"{found['seconds']:.0f} s"
+    if found["kind"] == "perplexity":
+        nats, bits, per_token = (_with_se(found, name, digits) or "-" for name, digits in (
+            ("nelbo", 4), ("bits_per_byte", 4), ("perplexity", 2)))
+        return (f"{nats} nats/token, {bits} bits/byte, perplexity {per_token}, {found['tokens']:,} tokens x "
+                f"{found['draws']}, {seconds}")
+    return (f"accuracy {_with_se(found, 'accuracy', 2, 100)} %, {found['questions']:,} questions x "
+            f"{found['draws']:.1f} draws, {seconds}")
+
+
+def newest(results: dict[str, Any]) -> dict[str, Any]:
+    """Of tasks.json what was measured on the latest of its checkpoints."""
+    step = max((r["made_from"]["step"] for r in results.values()), default=0)
+    return {name: r for name, r in results.items() if r["made_from"]["step"] == step}
+
+
+def rows(results: dict[str, Any]) -> list[list[list[str]]]:
+    """Results as tables of text, one of perplexities and one of answers, their heads first; none that is empty."""
+    texts = [["text", "protocol", "given", "detokeniser", "nats/token", "bits/byte", "perplexity", "by words", "tokens",
+              "documents", "draws"]]
+    texts += [[r["task"] + "*" * r["limited"], r["protocol"], r.get("given", "?"), r["detokenizer"] or "none",
+               _with_se(r, "nelbo", 4),
+               _with_se(r, "bits_per_byte", 4), _with_se(r, "perplexity", 2), _with_se(r, "word_perplexity", 1),
+               f"{r['tokens']:,}", f"{r['documents']:,}", str(r["draws"])]
+              for r in results.values() if r["kind"] == "perplexity"]
+    asked = [["questions", "given", "accuracy %", "per token", "per character", "perplexity", "number", "draws",
+              "reached", "cut"]]
+    asked += [[r["task"] + "*" * r["limited"], r.get("given", "?"), *(_with_se(r, f"accuracy{by}", 2, 100)
+                                                 for by in ("", "_per_token", "_per_character")),
+               _with_se(r, "word_perplexity", 1), f"{r['questions']:,}", f"{r['draws']:.1f}",
+               f"{100 * r['reached']:.0f} %", str(r["cut"])] for r in results.values() if r["kind"] == "ranking"]
+    return [t for t in (texts, asked) if len(t) > 1]
+
+
+def table(results: dict[str, Any], step: int) -> str:
+    """Markdown of the results, ± one standard error; a star marks those limited to the first items of their data."""
+    lines = [f"Step {step:,}; ± is one standard error; * the first documents or questions alone (evaluate.limit). "
+             "Given: what the bound is conditional on, the lengths of texts or nothing."]
+    for head, *cells in rows(results):
+        lines += ["", *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *cells))]
+    notes = {f"{r['task']}: {r['note']}." for r in results.values() if r["note"]}
+    return "\n".join(lines + [""] * bool(notes) + sorted(notes)) + "\n"

@@ -1,1 +1,0 @@
-"""Text -> tokens -> batches, and the hierarchy of words and clusters."""

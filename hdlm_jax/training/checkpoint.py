@@ -1,0 +1,180 @@
+"""Checkpoints: best and latest kept, written aside and renamed, with everything a resume needs."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from hdlm_jax.common import jsons
+
+_PRESERVE = ocp.checkpoint_managers
+_TRASH = "trash"
+_UNREADABLE = "checkpoint of step {} cannot be read (damaged? remove its folder to go back to the one before)"
+
+
+class _Manager(ocp.CheckpointManager):
+    """Asks nobody whether it is time to leave: train does, and the answer must not depend on who else has asked."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+class Checkpoints:
+    """Orbax checkpoints under <workdir>/checkpoints: state and EMA as arrays, meta as JSON.
+
+    meta holds the config, the fingerprints of tokenizer and hierarchy, and the data position.
+    """
+
+    def __init__(self, workdir: str, read_only: bool = False):
+        self.path, self._read_only = os.path.abspath(os.path.join(workdir, "checkpoints")), read_only
+        if read_only and not os.path.isdir(self.path):
+            raise FileNotFoundError(f"{self.path}: no checkpoint there; train first (--mode=train)")
+        best = _PRESERVE.BestN(get_metric_fn=_score, reverse=True, n=1)
+        # put aside by a rename before it is deleted: a kill leaves no half of a checkpoint among the others
+        trash = None if read_only else _TRASH
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_PRESERVE.AnyPreservationPolicy([_PRESERVE.LatestN(1), best]), best_fn=_score,
+            best_mode="min", create=not read_only, read_only=read_only, save_interval_steps=0 if read_only else 1,
+            todelete_subdir=trash)
+        if not read_only:
+            self._sweep("*.orbax-checkpoint-tmp*")  # what a kill left unfinished
+        self.manager = _Manager(self.path, options=options)
+
+    def latest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def choose(self, which: str) -> int:
+        """Step of the 'best' (lowest validation NELBO) or 'latest' checkpoint."""
+        if which not in ("best", "latest"):
+            raise ValueError(f"checkpoint={which!r}: choose one of best, latest")
+        step = self.manager.best_step() if which == "best" else self.manager.latest_step()
+        step = self.manager.latest_step() if step is None else step
+        if step is None:
+            raise FileNotFoundError(f"{self.path}: no checkpoint there; train first (--mode=train)")
+        return step
+
+    def has(self, step: int) -> bool:
+        """Whether that step is there at this moment."""
+        return os.path.isdir(os.path.join(self.path, str(step)))
+
+    def save(self, step: int, state: Any, meta: dict, metrics: dict[str, float]) -> None:
+        """Starts an asynchronous save; a kill while it runs leaves the checkpoints before it.
+
+        metrics: nelbo on validation text tells the best checkpoint; one that is not finite is none.
+        """
+        if step in self.manager.all_steps():
+            return
+        ema = state.ema
+        items = {"state": ocp.args.StandardSave(state._replace(ema={})), "meta": ocp.args.JsonSave(jsons.plain(meta))}
+        if ema:
+            items["ema"] = ocp.args.StandardSave(ema)
+        self.wait()
+        self._sweep()
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        with self._told("a checkpoint cannot be written"):
+            self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def _sweep(self, *more: str) -> None:
+        """Deletes what Orbax has put aside (nothing is being put there now), and more by its name."""
+        if jax.process_index() == 0:
+            for pattern in (_TRASH, *more):
+                for path in glob.glob(os.path.join(glob.escape(self.path), pattern)):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong on disk as one line (OSError) that says what is still there."""
+        try:
+            yield
+        except Exception as error:  # storage libraries have errors of their own
+            whole = sorted(int(name) for name in os.listdir(self.path) if name.isdigit())
+            rest = f"steps {whole} are there" if whole else "there is no other"
+            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = reason if len(reason) < 600 else f"{reason[:200]} ... {reason[-300:]}"
+            raise OSError(f"{self.path}: {what}: {reason}; {rest}") from error
+
+    def meta(self, step: int) -> dict:
+        with self._told(_UNREADABLE.format(step)):
+            return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """The state of a step, placed as the abstract state's shardings say."""
+        ema = abstract_state.ema
+        items = {"state": ocp.args.StandardRestore(abstract_state._replace(ema={}))}
+        if ema:
+            items["ema"] = ocp.args.StandardRestore(ema)
+        with self._told(_UNREADABLE.format(step)):
+            found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        return found["state"]._replace(ema=found["ema"] if ema else {})
+
+    def params(self, step: int, abstract_params: Any, ema: bool) -> Any:
+        """Parameters alone (the EMA where the run has one): no optimizer state is read."""
+        if ema:
+            args = ocp.args.Composite(ema=ocp.args.StandardRestore(abstract_params))
+            with self._told(_UNREADABLE.format(step)):
+                return self.manager.restore(step, args=args)["ema"]
+        item = {"params": abstract_params}
+        restore = ocp.args.PyTreeRestore(item, partial_restore=True,
+                                         restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+        with self._told(_UNREADABLE.format(step)):
+            return self.manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"]
+
+    def wait(self) -> None:
+        with self._told("a checkpoint cannot be written"):
+            self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        with self._told("a checkpoint cannot be written"):
+            self.manager.close()
+        if not self._read_only:
+            self._sweep()
+
+
+def checkpoints_of(workdir: str) -> Any:
+    """The checkpoints of a run, or the one step of an export or import."""
+    return Exported(workdir) if os.path.isdir(os.path.join(workdir, "params")) else Checkpoints(workdir, read_only=True)
+
+
+class Exported:
+    """An export where a reader of weights expects Checkpoints: the one step it has."""
+
+    def __init__(self, folder: str):
+        self.folder = os.path.abspath(folder)
+        with open(os.path.join(self.folder, "config.json")) as f:
+            self.facts = json.load(f)
+
+    def choose(self, which: str) -> int:
+        return self.facts["step"]
+
+    def has(self, step: int) -> bool:
+        return True
+
+    def meta(self, step: int) -> dict:
+        return self.facts["fingerprints"]
+
+    def params(self, step: int, abstract_params: Any, ema: bool) -> Any:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(os.path.join(self.folder, "params"), abstract_params)
+
+    def close(self) -> None:
+        pass
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics.get("nelbo", float("inf"))
+
+
+def save_params(path: str, tree: Any) -> None:
+    """A tree of numpy arrays as a folder of Orbax's; process 0 alone calls it."""
+    alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="export")
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+        checkpointer.save(os.path.abspath(path), tree)

@@ -1,0 +1,208 @@
+"""What a run is: a workdir with its config, tokenizer, hierarchy and checkpoints, and how its parts are loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from hdlm_jax.common import parallel, processes
+from hdlm_jax.config import Config, ConfigError, Parallel, inherit, resolve
+from hdlm_jax.data import pipeline
+from hdlm_jax.data.corpus import expand
+from hdlm_jax.data.prepare import load_manifest
+from hdlm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.models.network import Network
+from hdlm_jax.training.build import build
+from hdlm_jax.training.checkpoint import checkpoints_of
+from hdlm_jax.training.state import init_state, make_optimizer
+
+# settings in which a use of a run, or its resume, may differ from how it was trained
+FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "train.nonfinite_limit", "model.remat",
+        "tokenizer.file", "tokenizer.sha256")  # these two: what they hold is in the tokenizer's fingerprint
+
+
+def data_dir(config: Config, workdir: str) -> str:
+    return config.data.dir or os.path.join(workdir, "data")
+
+
+def check_writable(folder: str) -> None:
+    """OSError unless files can be made in a folder (which is made if it is not there), before any work."""
+    def probe() -> None:
+        path = os.path.join(folder, f".writable.{os.getpid()}")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with open(path, "w") as file:
+                file.write("x" * 4096)  # an empty file fits on a full disk
+        except OSError as error:
+            raise OSError(f"workdir={folder!r} cannot be written ({error.strerror}); give another --workdir") from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+
+    processes.first(probe)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's parts with the weights of one checkpoint (their average, where the run keeps one)."""
+
+    config: Config
+    trained: Config  # as it was trained: how sequences were made of the text
+    data_dir: str  # of its prepared text; only evaluation needs it to be there
+    tokenizer: Tokenizer
+    hierarchy: Hierarchy
+    network: Network
+    process: HierarchicalProcess
+    mesh: Any
+    params: Any
+    step: int
+    ema: bool  # whether params are the average of the weights
+
+    @property
+    def num_params(self) -> int:
+        return sum(a.size for a in jax.tree.leaves(self.params))
+
+    @property
+    def ends(self) -> bool:
+        """Whether a text by itself is followed by ends of text that count, as rows of data.padding="end" are.
+
+        A causal network does not see them, nor need them.
+        """
+        return (self.trained.data.packing, self.trained.data.padding) == ("crop", "end") and not self.process.exact
+
+    @property
+    def given(self) -> str:
+        """What the NELBO of its validation rows is conditional on beside prompts: "nothing" or "lengths"."""
+        d = self.trained.data
+        return pipeline.given(d.packing, d.padding, bool(d.prompt_field), self.process.exact)
+
+    @property
+    def given_alone(self) -> str:
+        """The same of texts that are scored one by one, each in rows of its own."""
+        return "nothing" if self.ends or self.process.exact else "lengths"
+
+    def valid_rows(self, seq_len: int, limit: int = 0) -> dict[str, np.ndarray]:
+        """Rows of the validation split made as the training rows were (pipeline.valid_rows)."""
+        return pipeline.valid_rows(self.data_dir, seq_len, limit, self.trained.data.packing, self.trained.data.padding)
+
+    def training_lengths(self) -> np.ndarray | None:
+        """[n, 2]: how many training documents have so many scored tokens (end of text too); None where the tokens are
+        not on this machine."""
+        try:
+            return np.array(load_manifest(self.data_dir).lengths, np.int64).reshape(-1, 2)
+        except (OSError, ValueError):
+            return None
+
+
+def upgraded(saved: dict, path: str) -> dict:
+    """A saved config with what earlier versions did not know; ConfigError where checkpoints had another layout."""
+    if "packing" not in saved["data"]:
+        raise ConfigError(f"{path}: made by an earlier version, whose checkpoints had another layout; train it again")
+    return saved | {"data": {"padding": "hidden"} | saved["data"]}
+
+
+def saved_config(workdir: str) -> Config:
+    """The config a run was trained with; ConfigError where there is none."""
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        raise ConfigError(f"workdir={workdir!r}: no {path}; train first (--mode=train)")
+    with open(path) as f:
+        saved = json.load(f)
+    return resolve(upgraded(saved.get("config", saved), workdir))  # an export says more about itself
+
+
+def with_base(given: Any, workdir: str) -> Any:
+    """A config as given, with the settings of the run it starts from (train.init_from) where it leaves the defaults.
+
+    A workdir that has been begun already knows them itself.
+
+    Raises:
+      ConfigError: no run there, or settings that contradict it.
+    """
+    name = given["train"]["init_from"]
+    if not name:
+        return given
+    begun, name = os.path.exists(os.path.join(workdir, "config.json")), expand(name)
+    if not begun and not os.path.exists(os.path.join(name, "config.json")):
+        raise ConfigError(f"train.init_from={name!r}: no run there")
+    return inherit(given, saved_config(workdir if begun else name), name)
+
+
+def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True) -> Run:
+    """A run (or its export) with the settings given for this use (evaluate, generate, parallel, where its data lies).
+
+    What makes the model (tokenizer, hierarchy, diffusion, model, optimizer) must be as trained. The weights are their
+    average where the run keeps one, unless ema=False.
+
+    Raises:
+      ConfigError: no such run, or settings it was not trained with.
+    """
+    dataclasses.replace(config.evaluate, checkpoint=which).check()
+    trained = saved_config(workdir)
+    for section in ("tokenizer", "hierarchy", "diffusion", "model"):
+        for name, value in dataclasses.asdict(getattr(config, section)).items():
+            was = getattr(getattr(trained, section), name)
+            if value != was and f"{section}.{name}" not in FREE:
+                raise ConfigError(f"{section}.{name}={value!r}: {workdir} was trained with {was!r}")
+    folder = config.data.dir or trained.data.dir or data_dir(config, workdir)
+    tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
+    hierarchy = Hierarchy.load(os.path.join(workdir, "hierarchy.npz"), tokenizer.fingerprint)
+    mesh = parallel.make_mesh(config)
+    network, process = build(config, hierarchy)
+    tx, _ = make_optimizer(trained)
+    shape = jax.eval_shape(lambda: init_state(trained, hierarchy, network, tx, jax.random.key(0)))
+    shardings = parallel.state_shardings(mesh, shape.params)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shape.params, shardings)
+    if os.path.isdir(os.path.join(workdir, "params")) and trained.optimizer.ema and not ema:
+        raise ConfigError(f"evaluate.ema=False: {workdir} is an export, which holds the average of the weights alone")
+    ema = bool(trained.optimizer.ema) and ema
+    step, params = _weights(workdir, which, hierarchy, abstract, ema)
+    return Run(config, trained, folder, tokenizer, hierarchy, network, process, mesh, params, step, ema)
+
+
+def _weights(workdir: str, which: str, hierarchy: Hierarchy, abstract: Any, ema: bool) -> tuple[int, Any]:
+    """(step, parameters) of the best or latest checkpoint."""
+    checkpoints = checkpoints_of(workdir)
+    step = checkpoints.choose(which)
+    try:
+        saved = checkpoints.meta(step)
+        if saved["hierarchy"] != hierarchy.fingerprint:
+            raise ConfigError(f"{workdir}: hierarchy.npz {hierarchy.fingerprint[:12]} is not the checkpoint's "
+                              f"{saved['hierarchy'][:12]}")
+        return step, checkpoints.params(step, abstract, ema)
+    except OSError:
+        if checkpoints.has(step) or jax.process_count() > 1:  # many must not choose differently
+            raise
+    finally:
+        checkpoints.close()
+    return _weights(workdir, which, hierarchy, abstract, ema)  # a training beside us has gone on to another one
+
+
+def load_here(workdir: str, which: str = "best", mesh: Parallel = Parallel(),  # noqa: B008 (it is frozen)
+              ema: bool = True) -> Run:
+    """A run as trained, on the devices at hand whatever mesh it was trained on; ~ and $VARIABLES are expanded."""
+    workdir = expand(workdir)
+    return load_run(dataclasses.replace(saved_config(workdir), parallel=mesh), workdir, which, ema)
+
+
+def load_params(config: Config, tokenizer_fingerprint: str) -> Any:
+    """Weights of the run in train.init_from on config's mesh; ConfigError if its tokenizer is another one."""
+    run = load_here(config.train.init_from, mesh=config.parallel)
+    if run.tokenizer.fingerprint != tokenizer_fingerprint:
+        raise ConfigError(f"{config.train.init_from}: tokenizer {run.tokenizer.fingerprint[:12]} is not this run's "
+                          f"{tokenizer_fingerprint[:12]}")
+    return run.params
+
+
+def checkpoint_embedding(workdir: str) -> np.ndarray:
+    """Word rows of a run's embedding table, float32 [V, D], to cluster words by. All processes have to ask for it."""
+    run = load_here(workdir)
+    return processes.to_host(run.params["embedding"])[: run.hierarchy.num_words]

@@ -1,0 +1,108 @@
+"""What a run says while it works: metrics.jsonl, a progress bar, curves."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from hdlm_jax.common import jsons
+from hdlm_jax.common.console import say
+
+# bf16 matrix peak of one device, FLOP/s, by jax's device_kind (vendors' data sheets, dense)
+PEAK_FLOPS = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of a device by the longest name that its kind begins with; None where it is not known (CPUs)."""
+    names = [n for n in PEAK_FLOPS if device_kind.startswith(n)]
+    return PEAK_FLOPS[max(names, key=len)] if names else None
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, each step once, also after a resume."""
+
+    def __init__(self, path: str, resume_step: int):
+        self.path = path
+        kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
+        aside = path + ".tmp"
+        with open(aside, "w") as f:
+            f.writelines(jsons.dumps(r) + "\n" for r in kept)
+        os.replace(aside, path)
+        self.file = open(path, "a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(jsons.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl; a last line that a kill left half written is dropped."""
+    records = []
+    if os.path.exists(path):
+        with open(path) as f:
+            for line in f:
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+    return records
+
+
+class TensorBoard:
+    """The same scalars for TensorBoard where its extra is installed (hdlm_jax[tensorboard]), else nothing."""
+
+    def __init__(self, folder: str):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            self.writer = None
+        else:
+            self.writer = SummaryWriter(folder)
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.writer:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self.writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+def plot_curves(path: str, records: list[dict[str, Any]], unigram_nats: float) -> bool:
+    """Loss and validation NELBO against tokens as a PNG; False (and a line saying so) without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        say("curves: not drawn, matplotlib is missing (pip install hdlm_jax[plots])")
+        return False
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    train = [r for r in records if r.get("loss") is not None]
+    valid = [r for r in records if r.get("valid_nelbo") is not None]
+    axes[0].plot([r["tokens"] for r in train], [r["loss"] for r in train], color="tab:blue", lw=1)
+    axes[0].set(title="training loss (weighted)", xlabel="tokens", ylabel="nats per token")
+    axes[1].plot([r["tokens"] for r in train], [r["nelbo"] for r in train], color="0.8", lw=0.8,
+                 label="training batches, t uniform (noisy)")
+    axes[1].plot([r["tokens"] for r in valid], [r["valid_nelbo"] for r in valid], color="tab:orange", marker="o", ms=3,
+                 label="validation (exact bound)")
+    axes[1].axhline(unigram_nats, color="0.3", ls="--", lw=1, label="unigram")
+    low = min([r["valid_nelbo"] for r in valid], default=unigram_nats)
+    axes[1].set(title="NELBO", xlabel="tokens", ylabel="nats per token", ylim=(low - 0.5, unigram_nats + 1.5))
+    axes[1].legend(frameon=False)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.2)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    return True

@@ -1,0 +1,56 @@
+"""Everything a training step changes: parameters, optimizer, average."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hdlm_jax.common import parallel
+from hdlm_jax.models.network import Network
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32, batches seen
+    skipped: jax.Array  # int32, those of them whose loss or gradient was not finite and that changed nothing
+    params: Any
+    opt_state: Any
+    ema: Any  # average of params, or {} when off
+
+
+def make_optimizer(config) -> tuple[optax.GradientTransformation, Any]:
+    """AdamW with clipping by the global norm, and its learning-rate schedule (steps -> lr)."""
+    o, steps = config.optimizer, config.train.steps
+    rest = max(1, steps - o.warmup)
+    after = optax.constant_schedule(o.lr)
+    if o.schedule == "cosine":
+        after = optax.cosine_decay_schedule(o.lr, rest, o.final_lr)
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, o.lr, max(1, o.warmup)), after], [o.warmup])
+    # the update made from state.step = 0 is the first one, so that its rate is not zero
+    tx = optax.chain(optax.clip_by_global_norm(o.clip),
+                     optax.adamw(lambda n: schedule(n + 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay))
+    return tx, lambda n: schedule(n + 1)
+
+
+def init_state(config, hierarchy, network: Network, tx, key, table=None) -> TrainState:
+    """A fresh state (jit it with out_shardings, so that it is born where it lives).
+
+    Args:
+      table: float32 [rows, D] start of the embedding table, or None for a random one.
+    """
+    z = jnp.zeros((1, config.model.seq_len), jnp.int32)
+    params = network.init(key, z, jnp.zeros((1,)))["params"]
+    if table is not None:
+        params = {**params, "embedding": jnp.asarray(table)}
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema else {}
+    return TrainState(jnp.int32(0), jnp.int32(0), params, tx.init(params), ema)
+
+
+def abstract_state(config, hierarchy, network, tx, mesh):
+    """Shapes of the state, each with the sharding it has on the mesh; and the shardings."""
+    shape = jax.eval_shape(lambda: init_state(config, hierarchy, network, tx, jax.random.key(0)))
+    shardings: Any = parallel.state_shardings(mesh, shape)
+    add = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(add, shape, shardings), shardings

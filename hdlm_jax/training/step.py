@@ -1,0 +1,56 @@
+"""One training step."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hdlm_jax.training.loss import make_loss_sums
+from hdlm_jax.training.state import TrainState
+
+
+def make_train_step(config, network, process, tx, mesh=None):
+    """train_step(state, batch, key) -> (state, metrics), pure and global.
+
+    Gradients are those of the batch's loss in nats per token of text, whatever the number of microbatches. Where the
+    loss or the gradient is not finite parameters, optimizer and average stay as they are.
+    metrics: loss, nelbo (nats/token), grad_norm: float32 scalars; skipped: how often that was so up to here.
+    """
+    loss_sums = make_loss_sums(config, network, process, mesh)
+    parts, ema = config.train.microbatches, config.optimizer.ema
+
+    def sums(params, batch, key):
+        loss, nelbo, tokens = loss_sums(params, batch, key)
+        return loss, (nelbo, tokens)
+
+    def gradients(params, batch, key):
+        if parts == 1:
+            return jax.value_and_grad(sums, has_aux=True)(params, batch, key)
+        # rows i, i + parts, ... make a part: contiguous rows stay on their device
+        split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
+
+        def add(carry, part):
+            return jax.tree.map(jnp.add, carry, jax.value_and_grad(sums, has_aux=True)(params, part, key)), None
+
+        zero = jnp.float32(0)
+        carry, _ = jax.lax.scan(add, ((zero, (zero, zero)), jax.tree.map(jnp.zeros_like, params)), split)
+        return carry
+
+    def train_step(state: TrainState, batch, key):
+        key = jax.random.fold_in(key, state.step)
+        (loss, (nelbo, tokens)), grads = gradients(state.params, batch, key)
+        says, tokens = tokens > 0, jnp.maximum(tokens, 1)  # a batch of prompts alone is no step, nor an accident
+        grads = jax.tree.map(lambda g: g / tokens, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params) if ema else {}
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        kept = (state.params, state.opt_state, state.ema)
+        after = jax.tree.map(lambda new, old: jnp.where(finite & says, new, old), (params, opt_state, average), kept)
+        skipped = state.skipped + ~finite
+        metrics = {"loss": loss / tokens, "nelbo": nelbo / tokens, "grad_norm": norm, "skipped": skipped}
+        return TrainState(state.step + 1, skipped, *after), metrics
+
+    return train_step

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from hdlm_jax.config import ConfigError, Generate, change
+from hdlm_jax.config import ConfigError, GenerateConfig, change
 from hdlm_jax.data import pipeline
 from hdlm_jax.decoding import canvas as canvases
+from hdlm_jax.decoding import presets
 from hdlm_jax.decoding import schema as schemas
 from hdlm_jax.decoding.sampler import ended, load_helper, sampler_of, start_canvas, text_of
 from hdlm_jax.evaluation.elbo import Evaluator
@@ -109,18 +110,19 @@ class Model:
             canvas = canvases.closed(canvas, self.seq_len, self.tokenizer.eot)
         return [scaffold.read(row) for row in self._draw(canvas, g)["tokens"]]
 
-    def _settings(self, settings: dict[str, Any], **own: Any) -> Generate:
+    def _settings(self, settings: dict[str, Any], **own: Any) -> GenerateConfig:
         """config.Generate with these settings, checked as those of the command line; own: what the caller decides."""
         if twice := sorted(own.keys() & settings.keys()):
             raise ConfigError(f"generate.{twice[0]}: is not a setting here; the text says it")
         values = {k: v.item() if isinstance(v, np.generic) else v for k, v in (own | settings).items()}
         g = change("generate", self.run.config.generate, values)
         dataclasses.replace(self.run.config, generate=g).check()
+        presets.check(g)
         if g.schema:
             raise ConfigError(f"generate.schema={g.schema!r}: here call Model.json(schema)")
         return g
 
-    def _texts(self, canvas: Any, g: Generate, classifier=None, keep: Sequence[int] = ()) -> list[str]:
+    def _texts(self, canvas: Any, g: GenerateConfig, classifier=None, keep: Sequence[int] = ()) -> list[str]:
         draw = self._draw
         if classifier is not None or g.helper:
             draw = sampler_of(self.run, load_helper(self.run, g), classifier)

@@ -65,8 +65,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def main(argv: list[str]) -> None:
-    from hdlm_jax.config import ConfigError, resolve
-    from hdlm_jax.data.corpus import expand
+    from hdlm_jax.config import ConfigError, expand
 
     if _MODE.value not in MODES:
         close = difflib.get_close_matches(_MODE.value, MODES, n=1)
@@ -79,10 +78,10 @@ def main(argv: list[str]) -> None:
 
     from hdlm_jax.common import console, lock, parallel, processes
     from hdlm_jax.report import report
-    from hdlm_jax.runs import evaluate, export, generate, import_weights, stages, tasks, train
+    from hdlm_jax.runs import evaluate, export, generate, import_weights, preflight, stages, tasks, train
     from hdlm_jax.training import loading
 
-    config = resolve(loading.with_base(_CONFIG.value, workdir))
+    config = preflight.resolve(loading.with_base(_CONFIG.value, workdir))
 
     if _DISTRIBUTED.value:
         processes.join()

@@ -18,7 +18,7 @@ def main(recipe: str, folder: Path) -> None:
     import jax
 
     from hdlm_jax.common import console, lock, processes
-    from hdlm_jax.config import Parallel
+    from hdlm_jax.config import ParallelConfig
     from hdlm_jax.runs import evaluate, export, generate, train
     from hdlm_jax.training import loading
 
@@ -27,7 +27,7 @@ def main(recipe: str, folder: Path) -> None:
     if me:
         console.mute()
     said = {"processes": jax.process_count(), "devices": jax.device_count(), "here": jax.local_device_count()}
-    config = dataclasses.replace(tiny.read_recipe(Path(recipe)), parallel=Parallel(**MESH))
+    config = dataclasses.replace(tiny.read_recipe(Path(recipe)), parallel=ParallelConfig(**MESH))
     run = str(folder / "run")
     train.train(config, run)
     said["nelbo"] = evaluate.evaluate(config, run)["nelbo"]

@@ -11,7 +11,7 @@ import pytest
 from oracle import Toy
 
 from hdlm_jax.api import Model
-from hdlm_jax.config import Generate
+from hdlm_jax.config import GenerateConfig
 from hdlm_jax.data.tokenizers import make_tokenizer
 from hdlm_jax.decoding import canvas
 from hdlm_jax.decoding.core import Rows
@@ -153,7 +153,7 @@ def test_templates_are_the_notebook_s_blanks(text):
     """The same symbols as Model.infill starts from."""
     h, t = clusters(bpe().vocab_size, (8,)), bpe()
     model = types.SimpleNamespace(tokenizer=t, hierarchy=h, seq_len=64, run=types.SimpleNamespace(ends=False),
-                                  _settings=lambda *_, **__: Generate(num_samples=1),
+                                  _settings=lambda *_, **__: GenerateConfig(num_samples=1),
                                   _texts=lambda canvas, g, keep: canvas.z[0, : keep[0]])
     np.testing.assert_array_equal(canvas.template(text, t, h).z[0], Model.infill(model, text))
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hdlm_jax.config import default_clusters
 from hdlm_jax.data import clusters as C
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 
@@ -317,9 +318,9 @@ def test_vectors_must_be_finite() -> None:
 
 
 def test_default_number_of_clusters() -> None:
-    assert C.default_clusters(4096) == (64,)
-    assert C.default_clusters(50257) == (256,)
-    assert C.default_clusters(257) == (16,)
+    assert default_clusters(4096) == (64,)
+    assert default_clusters(50257) == (256,)
+    assert default_clusters(257) == (16,)
 
 
 def test_all_points_are_used() -> None:

@@ -9,13 +9,14 @@ from ml_collections import config_dict
 
 from hdlm_jax import config
 from hdlm_jax.config import ConfigError, check_name, default, resolve
+from hdlm_jax.runs import preflight
 
 TINY = {"tokenizer": {"kind": "bytes", "vocab_size": 257}}
 
 
 def with_(**sections):
     """A resolved config of plain dicts over a small base."""
-    return resolve(TINY | sections)
+    return preflight.resolve(TINY | sections)
 
 
 def refused(match, **sections):
@@ -26,8 +27,8 @@ def refused(match, **sections):
 
 
 def test_defaults_resolve_to_themselves():
-    resolved = dataclasses.replace(config.Config(), hierarchy=config.Hierarchy(clusters=(256,)),
-                                   evaluate=config.Evaluate(tasks_data=os.path.expandvars("$HDLM_DATA")))
+    resolved = dataclasses.replace(config.Config(), hierarchy=config.HierarchyConfig(clusters=(256,)),
+                                   evaluate=config.EvaluateConfig(tasks_data=os.path.expandvars("$HDLM_DATA")))
     assert resolve(default()) == resolved == resolve({})  # about sqrt(50257) clusters
     assert resolve({"tokenizer": {"kind": "bpe", "vocab_size": 4096}}).hierarchy.clusters == (64,)
     assert issubclass(ConfigError, ValueError)
@@ -80,7 +81,7 @@ def test_overrides_keep_their_type():
     c.train.steps, c.optimizer.lr, c.hierarchy.clusters, c.diffusion.hard_training = 7, 1e-2, (32, 8), True
     found = resolve(c)
     assert (found.train.steps, found.optimizer.lr, found.hierarchy.clusters) == (7, 1e-2, (32, 8))
-    assert found.diffusion.hard_training is True and found.train.batch_size == config.Train().batch_size
+    assert found.diffusion.hard_training is True and found.train.batch_size == config.TrainConfig().batch_size
     with pytest.raises(TypeError):
         c.train.steps = "many"
     whole = resolve({"optimizer": {"lr": 1}})
@@ -218,10 +219,10 @@ def test_xi_names_the_n_at_hand():
 
 
 def test_rates_of_levels():
-    assert config.Diffusion().level_rates(3) == (1.0, 1.0, 1.0)
-    assert config.Diffusion(gamma=2.0).level_rates(2) == (2.0, 1.0)
-    assert config.Diffusion(gamma=0.5).level_rates(2) == (1.0, 2.0), "the smallest is 1: only their ratio matters"
-    assert config.Diffusion(rates=(3.0, 1.5, 6.0)).level_rates(3) == (2.0, 1.0, 4.0)
+    assert config.DiffusionConfig().level_rates(3) == (1.0, 1.0, 1.0)
+    assert config.DiffusionConfig(gamma=2.0).level_rates(2) == (2.0, 1.0)
+    assert config.DiffusionConfig(gamma=0.5).level_rates(2) == (1.0, 2.0), "the smallest is 1: only their ratio matters"
+    assert config.DiffusionConfig(rates=(3.0, 1.5, 6.0)).level_rates(3) == (2.0, 1.0, 4.0)
     refused("only one of diffusion.gamma and diffusion.rates", diffusion={"gamma": 2.0, "rates": (2.0, 1.0)})
     refused("stands for two levels; give diffusion.rates for the 3", diffusion={"gamma": 2.0},
             hierarchy={"clusters": (256, 16)})
@@ -250,7 +251,7 @@ def test_levels_counted_as_the_hierarchy_does(clusters, keep, levels):
 
 
 def test_mesh_shapes():
-    p = config.Parallel
+    p = config.ParallelConfig
     assert p().shape(8) == (8, 1, 1) and p(data=2, fsdp=-1).shape(8) == (2, 4, 1)
     assert p(data=-1, fsdp=2, tensor=2).shape(8) == (2, 2, 2) and p(data=1).shape(1) == (1, 1, 1)
     for shape in (p(data=3), p(data=4), p(fsdp=3), p(data=16), p(fsdp=16)):

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from hdlm_jax.data import corpus
+from hdlm_jax import config
 from hdlm_jax.data.detokenize import DETOKENIZERS
 from hdlm_jax.evaluation import benchmarks
 
@@ -65,8 +65,8 @@ def test_examples(name, raw, wanted):
 
 
 def test_every_name_is_a_choice_and_has_examples():
-    assert tuple(DETOKENIZERS) == corpus.DETOKENIZERS[1:] == tuple(EXAMPLES)
-    assert all(task.detokenize in corpus.DETOKENIZERS for task in benchmarks.TASKS.values())
+    assert tuple(DETOKENIZERS) == config.DETOKENIZERS[1:] == tuple(EXAMPLES)
+    assert all(task.detokenize in config.DETOKENIZERS for task in benchmarks.TASKS.values())
 
 
 def lines(path):

@@ -13,7 +13,7 @@ from tiny import SEQ_LEN, model, read_recipe, trained
 
 import hdlm_jax
 from hdlm_jax import config as config_lib
-from hdlm_jax.config import ConfigError
+from hdlm_jax.config import PACKINGS, PADDINGS, ConfigError
 from hdlm_jax.data import pipeline, prepare
 from hdlm_jax.decoding import sampler
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
@@ -112,10 +112,10 @@ def test_bounds_sum_to_at_most_one_exactly_where_nothing_is_given(language, pack
 
 def test_given():
     table = {(packing, padding, prompts): pipeline.given(packing, padding, prompts, False)
-             for packing in pipeline.PACKINGS for padding in pipeline.PADDINGS for prompts in (False, True)}
+             for packing in PACKINGS for padding in PADDINGS for prompts in (False, True)}
     assert {key for key, value in table.items() if value == "nothing"} == {
         ("concat", "end", False), ("concat", "hidden", False), ("crop", "end", False), ("crop", "end", True)}
-    assert all(pipeline.given(packing, "hidden", True, True) == "nothing" for packing in pipeline.PACKINGS)
+    assert all(pipeline.given(packing, "hidden", True, True) == "nothing" for packing in PACKINGS)
     given = config_lib.default()
     given.data.prompt_field = "prompt"
     with pytest.raises(ConfigError, match="data.packing='concat': with data.prompt_field .* choose crop"):

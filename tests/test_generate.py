@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tiny import LEVELS, SEQ_LEN, model
 
-from hdlm_jax.config import ConfigError, Generate
+from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.decoding.sampler import program_of, prompt_canvas
 
-GRID = Generate(steps=6, batch_size=8)
+GRID = GenerateConfig(steps=6, batch_size=8)
 
 
 def masks(rows):
@@ -18,9 +18,9 @@ def masks(rows):
 
 @pytest.mark.parametrize("g, calls", [
     (GRID, 6),
-    (Generate(method="first_hitting", batch_size=8), SEQ_LEN * LEVELS),
-    (Generate(method="first_hitting", options="reveals=5", batch_size=8), -(-SEQ_LEN * LEVELS // 5)),
-    (Generate(method="max_prob", steps=7, batch_size=8), 7),
+    (GenerateConfig(method="first_hitting", batch_size=8), SEQ_LEN * LEVELS),
+    (GenerateConfig(method="first_hitting", options="reveals=5", batch_size=8), -(-SEQ_LEN * LEVELS // 5)),
+    (GenerateConfig(method="max_prob", steps=7, batch_size=8), 7),
 ], ids=["grid", "events", "reveal", "by score"])
 def test_plans_fill_all_with_words_and_count_calls(g, calls):
     canvas = masks(5)
@@ -80,7 +80,7 @@ def test_compiled_once_for_all_that_does_not_change_the_program():
     other = {"method": "first_hitting", "temperature": 0.5, "top_p": 0.5, "clusters": "clean", "length": 9,
              "force_transition": "none"}
     options = {"options": "steps=9"}  # thresholds and counts are inputs
-    assert set(same) | set(other) | set(options) == {f.name for f in dataclasses.fields(Generate)}
+    assert set(same) | set(other) | set(options) == {f.name for f in dataclasses.fields(GenerateConfig)}
     assert program_of(dataclasses.replace(GRID, **same)) == program_of(GRID)
     assert program_of(dataclasses.replace(GRID, **options)) == program_of(GRID)
     for name, value in other.items():

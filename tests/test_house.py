@@ -1,8 +1,8 @@
 """The house, read off the syntax trees: imports go one way, and all of them stand at the top of their files."""
 import ast
+import subprocess
+import sys
 from pathlib import Path
-
-import pytest
 
 EXEMPT = ("main.py", "__init__.py")  # the front door and the lazy faces of rooms
 
@@ -50,14 +50,37 @@ def test_imports_go_one_way(root):
     assert len(edges) > 50 and circles(edges) == []
 
 
-@pytest.mark.parametrize("room, below", [X
-                                         ("decoding", ("diffusion", "text", "model"))])
-def test_rooms_stand_on_what_is_below_them(root, room, below):
+# from the ground up: a room imports from itself and from those before it
+ROOMS = ("config", "common", "diffusion", "models", "data", "training", "decoding", "evaluation", "runs", "report",
+         "api", "main")
+
+
+def test_rooms_stand_on_what_is_below_them(root):
     found = modules(root)
+    up = []
     for name, tree in found.items():
-        if name.startswith(f"hdlm_jax.{room}."):
-            rooms = {target.split(".")[1] for target in imported(tree, found) if target != "hdlm_jax.__init__"}
-            assert rooms - {room, "jsons"} <= set(below), name
+        room = name.split(".")[1]
+        if room == "__init__":
+            continue
+        for target in imported(tree, found):
+            there = target.split(".")[1]
+            if there != "__init__" and ROOMS.index(there) > ROOMS.index(room):
+                up.append(f"{name} -> {target}")
+    assert up == []
+
+
+def test_rooms_are_few(root):
+    """At most ten rooms, and nothing beside them but the front door, the Python face and `load`."""
+    package = root / "hdlm_jax"
+    assert len([path for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"]) <= 10
+    assert {path.stem for path in package.glob("*.py")} <= {"__init__", "api", "main"}
+
+
+def test_settings_need_no_network(root):
+    """The config room imports nothing of ours, and neither JAX nor Flax."""
+    code = "import sys, hdlm_jax.config; print([n for n in ('jax', 'flax', 'optax') if n in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          cwd=root).stdout.strip() == "[]"
 
 
 def test_imports_of_ours_stand_at_the_top(root):

@@ -17,7 +17,7 @@ from tiny import model, read_recipe, trained
 
 import hdlm_jax
 from hdlm_jax import config
-from hdlm_jax.config import ConfigError, Released
+from hdlm_jax.config import ConfigError, ReleasedConfig
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models import weight_files
 from hdlm_jax.models.heads import FlatHead
@@ -53,7 +53,7 @@ def random_params(hierarchy, time=True, seed=0):
 
 
 def ids_of(layout, hierarchy, **settings):
-    return symbol_ids(Released(layout=layout, **settings), hierarchy)
+    return symbol_ids(ReleasedConfig(layout=layout, **settings), hierarchy)
 
 
 def same(a, b):
@@ -361,11 +361,11 @@ def roundtrip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("released")
     workdir = shutil.copytree(trained()[1], folder / "trained")
     c = read_recipe(trained()[0])
-    c = dataclasses.replace(c, released=Released(layout="hdlm"))
+    c = dataclasses.replace(c, released=ReleasedConfig(layout="hdlm"))
     weights = os.path.join(export(c, str(workdir)), "hdlm.safetensors")
     clusters = write(folder / "clusters.npy", model().hierarchy.parents[0])
     c = dataclasses.replace(c, data=dataclasses.replace(c.data, dir=str(workdir / "data")),
-                            released=Released(layout="hdlm", weights=weights, clusters=clusters))
+                            released=ReleasedConfig(layout="hdlm", weights=weights, clusters=clusters))
     import_released(c, str(folder / "run"))
     return c, folder
 
@@ -409,7 +409,7 @@ def test_what_was_left_over_outlives_fine_tuning(roundtrip, tmp_path):
     params["norm"]["weight"] = params["norm"]["weight"] + 1
     found = import_weights.published(tuned, tuned, str(tmp_path / "tuned"), model().hierarchy, params)
     same(found, full | {"output_layer.norm_final.weight": full["output_layer.norm_final.weight"] + 1})
-    other = dataclasses.replace(tuned, released=Released(layout="mdlm", first_cluster=258))
+    other = dataclasses.replace(tuned, released=ReleasedConfig(layout="mdlm", first_cluster=258))
     assert sizes(import_weights.published(other, tuned, str(tmp_path / "tuned"), model().hierarchy, params)).rows == 266
 
 

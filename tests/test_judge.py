@@ -13,7 +13,7 @@ import pytest
 from tiny import SEQ_LEN, model, read_recipe, trained
 
 from hdlm_jax.common import parallel
-from hdlm_jax.config import ConfigError, Generate, Parallel
+from hdlm_jax.config import ConfigError, GenerateConfig, ParallelConfig
 from hdlm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from hdlm_jax.decoding import sampler as sampling
 from hdlm_jax.evaluation import judges
@@ -23,7 +23,7 @@ from tools import sampling_sweep
 CONFIG = hub.CONFIG | {"vocab_size": 257}
 P = CONFIG["n_positions"]
 BYTES = make_tokenizer("bytes")
-GRID = Generate(steps=6, batch_size=8)
+GRID = GenerateConfig(steps=6, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 def mesh(devices):
-    return parallel.make_mesh(types.SimpleNamespace(parallel=Parallel()), jax.devices()[:devices])
+    return parallel.make_mesh(types.SimpleNamespace(parallel=ParallelConfig()), jax.devices()[:devices])
 
 
 @pytest.fixture(scope="module")
@@ -477,4 +477,4 @@ def test_sweep_refuses_in_one_line(copied, tmp_path):
 def test_names_are_those_of_the_record():
     """A judge's own tokenizer is one by its fingerprint, whoever holds it."""
     assert Tokenizer("bytes", [bytes([b]) for b in range(256)]).fingerprint == BYTES.fingerprint
-    assert judges.open_judge(str(trained()[1]), shape=Parallel()).tokenizer.fingerprint == BYTES.fingerprint
+    assert judges.open_judge(str(trained()[1]), shape=ParallelConfig()).tokenizer.fingerprint == BYTES.fingerprint

@@ -13,7 +13,7 @@ import pytest
 from tiny import LEVELS, SEQ_LEN, model, read_recipe, trained
 
 from hdlm_jax.common import parallel
-from hdlm_jax.config import ConfigError, Generate, resolve
+from hdlm_jax.config import ConfigError, GenerateConfig, resolve
 from hdlm_jax.decoding import presets
 from hdlm_jax.decoding import sampler as sampling
 from hdlm_jax.diffusion.hierarchy import Hierarchy
@@ -61,7 +61,7 @@ def canvas(rows=4, prompt=3):
                                   for n in presets.METHODS])
 def test_every_method_writes_words(name):
     """All tokens, the prompt untouched, the same text in other company; numbers are inputs of the program."""
-    g = Generate(method=name, steps=5, batch_size=8, options="start=8" if name == "daedal" else "")
+    g = GenerateConfig(method=name, steps=5, batch_size=8, options="start=8" if name == "daedal" else "")
     out = sampler()(canvas(), g)
     inside = np.arange(SEQ_LEN)[None] < out["length"][:, None]
     assert (out["tokens"][inside] < 257).all() and (out["tokens"][:, :3] == [72, 101, 108]).all()
@@ -101,7 +101,7 @@ def test_options():
         with pytest.raises(ValueError, match=message):
             presets.make(name, options)
         with pytest.raises(ConfigError, match="generate." + message):
-            Generate(method=name, options=options).check()
+            GenerateConfig(method=name, options=options).check()
 
 
 def test_what_a_method_needs(tmp_path):
@@ -109,25 +109,26 @@ def test_what_a_method_needs(tmp_path):
     for name, message in (("guided", "needs an autoregressive run .*generate.helper"),
                           ("classifier", "needs a function: Model.generate")):
         with pytest.raises(ConfigError, match=message):
-            bare(canvas(), Generate(method=name))
+            bare(canvas(), GenerateConfig(method=name))
     with pytest.raises(ConfigError, match="generate.helper=.*must be an autoregressive run"):
-        sampling.load_helper(model().run, Generate(helper=str(trained()[1])))
+        sampling.load_helper(model().run, GenerateConfig(helper=str(trained()[1])))
 
 
 @pytest.mark.slow
 def test_guidance_and_helpers_change_the_text():
     """The classifier asks for the word 65, and gets more of it; a helper that is followed blindly writes its own."""
-    plain = sampler()(canvas(8), Generate(steps=5, batch_size=8))["tokens"]
-    asked = sampler()(canvas(8), Generate(steps=5, batch_size=8, method="classifier", options="weight=8"))["tokens"]
+    plain = sampler()(canvas(8), GenerateConfig(steps=5, batch_size=8))["tokens"]
+    settings = GenerateConfig(steps=5, batch_size=8, method="classifier", options="weight=8")
+    asked = sampler()(canvas(8), settings)["tokens"]
     assert (asked[:, 3:] == 65).mean() > 0.5 > (plain[:, 3:] == 65).mean()
-    nothing = sampler()(canvas(8), Generate(steps=5, batch_size=8, method="classifier", options="weight=0"))["tokens"]
+    nothing = sampler()(canvas(8), dataclasses.replace(settings, options="weight=0"))["tokens"]
     np.testing.assert_array_equal(nothing, plain)
-    one = sampler()(canvas(8), Generate(steps=5, batch_size=8, method="edlm", options="candidates=1"))["tokens"]
+    one = sampler()(canvas(8), GenerateConfig(steps=5, batch_size=8, method="edlm", options="candidates=1"))["tokens"]
     np.testing.assert_array_equal(one, plain)
 
 
 def test_law_names_what_is_not_ancestral():
-    say = lambda **how: sampling.law(model().run.process, Generate(**how))  # noqa: E731
+    say = lambda **how: sampling.law(model().run.process, GenerateConfig(**how))  # noqa: E731
     assert say() == say(method="first_hitting") == "exact"
     for name in set(presets.METHODS) - {"ancestral", "first_hitting"}:
         assert say(method=name) == f"inexact: method={name}"
@@ -165,7 +166,7 @@ def test_canvases_that_cannot_be():
 
 @pytest.mark.slow
 def test_a_growing_canvas_begins_behind_the_prompt():
-    out = sampler()(canvas(4, 3), Generate(batch_size=8, method="daedal", options="start=5 window=1 eos_grow=0"))
+    out = sampler()(canvas(4, 3), GenerateConfig(batch_size=8, method="daedal", options="start=5 window=1 eos_grow=0"))
     assert (out["length"] >= 8).all() and (out["tokens"][:, :3] == [72, 101, 108]).all()
     assert (out["row_forwards"] >= 1).all()
 

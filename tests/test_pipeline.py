@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hdlm_jax.config import PACKINGS
 from hdlm_jax.data import corpus, pipeline, prepare, tokenizers
+from hdlm_jax.data.prepare import load_manifest
 
 EOT = 999  # of the folders below; no other token of theirs has this number
 KINDS = [("concat", "end"), ("documents", "end"), ("crop", "hidden"), ("crop", "end")]  # packing, padding
@@ -117,7 +119,7 @@ def test_shards_are_one_ring(folders, prompts, monkeypatch):
     monkeypatch.setattr(prepare, "_COUNTED_TOKENS", 50)
     for shards in (1, 4):
         folder = folders[prompts, shards]
-        split = pipeline.Split(folder, pipeline.load_manifest(folder), "train")
+        split = pipeline.Split(folder, load_manifest(folder), "train")
         starts = np.arange(split.tokens)
         for size in (1, 17, len(flat), 2 * len(flat) + 3):  # the ring, once and again
             places = (starts[:, None] + np.arange(size)) % len(flat)
@@ -133,7 +135,7 @@ def test_shards_are_one_ring(folders, prompts, monkeypatch):
         open_files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
         assert sum(str(folder) in name for name in open_files) == min(shards, 2)  # the rest is closed again
         for name, tokens_there, scored in (("train", flat, score), ("valid", held, held_score)):
-            whole = pipeline.Split(folder, pipeline.load_manifest(folder), name)
+            whole = pipeline.Split(folder, load_manifest(folder), name)
             found = whole[:]
             assert found.dtype == np.uint16
             np.testing.assert_array_equal(found, tokens_there)
@@ -143,20 +145,20 @@ def test_shards_are_one_ring(folders, prompts, monkeypatch):
             counts = prepare.token_counts(folder, name)
             assert counts.dtype == np.int64
             np.testing.assert_array_equal(counts, np.bincount(tokens_there[scored], minlength=EOT + 1))
-    view = pipeline.Split(folders[prompts, 1], pipeline.load_manifest(folders[prompts, 1]), "train")[:]
+    view = pipeline.Split(folders[prompts, 1], load_manifest(folders[prompts, 1]), "train")[:]
     assert not view.flags.writeable and not view.flags.owndata  # on disk, not in memory
 
 
 def test_wide_tokens(tmp_path):
     wide = [([], [70_000, 3, 2**31 - 1])]
     folder = write_folder(tmp_path / "tokens", wide, wide, dtype="uint32")
-    assert pipeline.Split(folder, pipeline.load_manifest(folder), "train")[:].dtype == np.uint32
+    assert pipeline.Split(folder, load_manifest(folder), "train")[:].dtype == np.uint32
     assert pipeline.valid_rows(folder, 4)["x"].tolist() == [[70_000, 3, 2**31 - 1, EOT]]
 
 
 def test_wrong_folders(folders, tmp_path):
     with pytest.raises(ValueError, match="split is 'test'; choices: train, valid"):
-        pipeline.Split(folders[False, 1], pipeline.load_manifest(folders[False, 1]), "test")
+        pipeline.Split(folders[False, 1], load_manifest(folders[False, 1]), "test")
     with pytest.raises(ValueError, match="no tokens in .* run --mode=prepare"):
         pipeline.valid_rows(tmp_path, 8)
     documents = lengths_to_documents([5, 6], [1, 2])
@@ -358,7 +360,7 @@ def test_crop_draws_every_window_equally_often(tmp_path, length, prompt):
     assert ((starts[allowed] - expected) ** 2 / expected).sum() < len(allowed) + 5 * (2 * len(allowed)) ** 0.5
 
 
-@pytest.mark.parametrize("packing", pipeline.PACKINGS)
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_lengths_vary(ring, packing):
     batches = pipeline.TrainBatches(ring, 10, 500, seed=3, packing=packing, variable_share=0.3)
     lengths = np.concatenate([(batches.batch(step)["segment"] >= 0).sum(1) for step in range(20)])

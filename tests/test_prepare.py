@@ -19,11 +19,11 @@ import owt
 import pytest
 from tiny import read_recipe, write_recipe
 
-from hdlm_jax.config import ConfigError, Data, Tokenizer
+from hdlm_jax.config import ConfigError, DataConfig, TokenizerConfig
 from hdlm_jax.data import corpus, prepare, tokenizers, units
 from hdlm_jax.runs import stages
 
-BYTES, EOT = Tokenizer(kind="bytes", vocab_size=257), 256
+BYTES, EOT = TokenizerConfig(kind="bytes", vocab_size=257), 256
 
 
 def write_jsonl(path: Path, rows) -> str:
@@ -41,7 +41,7 @@ def numbered(path: Path, count: int = 60, start: int = 0) -> str:
 
 def make(folder, files, tokenizer=BYTES, say=lambda _: None, **data) -> prepare.Manifest | None:
     files = (files,) if isinstance(files, str) else tuple(files)
-    return prepare.prepare(folder, Data(source="files", files=files, **data), tokenizer, say=say)
+    return prepare.prepare(folder, DataConfig(source="files", files=files, **data), tokenizer, say=say)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def check_counts(folder: Path, manifest: prepare.Manifest) -> None:
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory) -> tuple[Path, prepare.Manifest]:
     folder = tmp_path_factory.mktemp("embedded")
-    manifest = prepare.prepare(folder, Data(), Tokenizer(kind="bpe", vocab_size=1024), say=lambda _: None)
+    manifest = prepare.prepare(folder, DataConfig(), TokenizerConfig(kind="bpe", vocab_size=1024), say=lambda _: None)
     assert manifest is not None
     return folder, manifest
 
@@ -205,14 +205,14 @@ def test_fingerprint_knows_tokens_and_words_and_the_order(tmp_path):
 def test_wide_vocabularies_take_uint32(tmp_path):
     words = [bytes([i]) for i in range(256)] + [b"%d" % i for i in range(10, 66_000)]
     tokenizers.Tokenizer("bpe", words).save(tmp_path / "t")
-    wide = Tokenizer(kind="bpe", file=str(tmp_path / "t" / tokenizers.RANK_FILE))
+    wide = TokenizerConfig(kind="bpe", file=str(tmp_path / "t" / tokenizers.RANK_FILE))
     files = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i} {i}"} for i in range(65_000, 65_100)])
     manifest = make(tmp_path / "tokens", files, wide, validation_fraction=0.2)
     assert manifest.dtype == "uint32" and manifest.vocab_size == len(words) + 1
     flat, rows = read_split(tmp_path / "tokens", manifest, "valid")
     assert max(flat) == manifest.eot > 65_535 and len(flat) == sum(row[0] for row in rows)
     with pytest.raises(ValueError, match="tokenizer.file"):
-        make(tmp_path / "tokens", files, Tokenizer(kind="bpe"), validation_fraction=0.2)
+        make(tmp_path / "tokens", files, TokenizerConfig(kind="bpe"), validation_fraction=0.2)
 
 
 # ------------------------------------------------------------------------------------------------------ splits
@@ -223,7 +223,7 @@ def test_validation_files_and_leaks(tmp_path, small):
     with gzip.open(tmp_path / "held.jsonl.gz", "wt") as file:
         for i in (3, 7, 99):
             file.write(json.dumps({"text": text(i), "q": ""}) + "\n")
-    manifest = make(tmp_path / "tokens", str(tmp_path / "train.jsonl"), Tokenizer(kind="bpe", vocab_size=300),
+    manifest = make(tmp_path / "tokens", str(tmp_path / "train.jsonl"), TokenizerConfig(kind="bpe", vocab_size=300),
                     validation=(str(tmp_path / "held*"),))
     assert (manifest.train_documents, manifest.valid_documents, manifest.left_out) == (48, 3, 2)
     assert manifest.bpe_training_bytes == manifest.train_bytes
@@ -240,7 +240,7 @@ def test_validation_files_and_leaks(tmp_path, small):
 def test_the_last_documents(tmp_path, small, count):
     """Cut inside a shard, between shards, between files."""
     files = [numbered(tmp_path / "a.jsonl", 27), numbered(tmp_path / "b.jsonl", 17, 100)]
-    bpe = Tokenizer(kind="bpe", vocab_size=260)
+    bpe = TokenizerConfig(kind="bpe", vocab_size=260)
     manifest = make(tmp_path / "tokens", files, bpe, split="last", validation_documents=count, prompt_field="q",
                     packing="crop")
     documents = [(f"what {i}?", text(i)) for i in [*range(27), *range(100, 117)]]
@@ -301,12 +301,13 @@ def test_bpe_training_text_is_a_share_of_each_file(tmp_path, monkeypatch):
     arguments = dict(files=str(tmp_path / "[ab].jsonl"), validation=(held,))
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "BPE_TRAINING_BYTES", 2020)
-        manifest = make(tmp_path / "tokens", tokenizer=Tokenizer(kind="bpe", vocab_size=400), **arguments)
+        manifest = make(tmp_path / "tokens", tokenizer=TokenizerConfig(kind="bpe", vocab_size=400), **arguments)
     assert manifest.bpe_training_bytes == 2020
     texts = [(f"{name}{i:03} " * 10)[:1010 - 50 * i] for name in "ab" for i in range(21)]
     assert manifest.tokenizer_fingerprint == tokenizers.make_tokenizer("bpe", 400, texts).fingerprint
     said: list[str] = []
-    less = make(tmp_path / "less", tokenizer=Tokenizer(kind="bpe", vocab_size=50_000), say=said.append, **arguments)
+    tokenizer = TokenizerConfig(kind="bpe", vocab_size=50_000)
+    less = make(tmp_path / "less", tokenizer=tokenizer, say=said.append, **arguments)
     assert less.vocab_size < 50_000
     assert "50,000 were asked for" in said[0] and f"V={less.vocab_size:,}" in said[0]
 
@@ -319,7 +320,7 @@ def test_workers_make_the_same_as_one(tmp_path, small, order):
     """Whatever their number and order; a worker that finishes early says what is missing."""
     files = [numbered(tmp_path / f"{i}.jsonl", 9 + 3 * i, 100 * i) for i in range(4)]
     held = numbered(tmp_path / "held.jsonl", 5, 102)
-    arguments = dict(files=files, tokenizer=Tokenizer(kind="bpe", vocab_size=270), validation=(held,))
+    arguments = dict(files=files, tokenizer=TokenizerConfig(kind="bpe", vocab_size=270), validation=(held,))
     alone = make(tmp_path / "alone", **arguments)
     assert alone.left_out == 5
     made: set[str] = set()
@@ -403,7 +404,7 @@ def driver(tmp_path: Path, code: str, files: list[str], *, batch_chars=350, shar
     """A Python process of its own (without JAX, which must not be forked) that runs `code`."""
     script = tmp_path / "driver.py"
     script.write_text(f"{DRIVER}\nif __name__ == '__main__':\n{textwrap.indent(code, '    ')}")
-    settings = dict(data=dataclasses.asdict(Data(source="files", files=tuple(files), **data)), pause=pause,
+    settings = dict(data=dataclasses.asdict(DataConfig(source="files", files=tuple(files), **data)), pause=pause,
                     words=dataclasses.asdict(words), batch_chars=batch_chars, shard_tokens=shard_tokens,
                     processes_from=processes_from)
     root = str(Path(__file__).resolve().parent.parent)
@@ -677,7 +678,7 @@ def test_idempotent_and_says_so(tmp_path, monkeypatch):
     (dict(text_field="q"), "data.text_field='text', it is now 'q'"),
     (dict(validation_fraction=0.3), "data.validation_fraction=0.2, it is now 0.3"),
     (dict(split="last"), "data.split='hash', it is now 'last'"),
-    (dict(tokenizer=Tokenizer(kind="bpe", vocab_size=300)), "tokenizer.kind='bytes', it is now 'bpe'"),
+    (dict(tokenizer=TokenizerConfig(kind="bpe", vocab_size=300)), "tokenizer.kind='bytes', it is now 'bpe'"),
     (dict(prompt_field="q", packing="crop"), "data.prompt_field='', it is now 'q'"),
     (dict(detokenize="lm1b"), "data.detokenize='', it is now 'lm1b'"),
     (dict(stream=True), "data.stream=False, it is now True"),
@@ -753,7 +754,7 @@ def test_a_source_edited_in_place_is_another(tmp_path):
     words = [bytes([i]) for i in range(256)]
     tokenizers.Tokenizer("bpe", [*words, b"ab"]).save(tmp_path / "t")
     file = tmp_path / "t" / tokenizers.RANK_FILE
-    tokenizer = Tokenizer(kind="bpe", file=str(file))
+    tokenizer = TokenizerConfig(kind="bpe", file=str(file))
     make(tmp_path / "bpe", **arguments, tokenizer=tokenizer)
     tokenizers.Tokenizer("bpe", [*words, b"cd"]).save(tmp_path / "t")
     with pytest.raises(ValueError, match=r"made from other files: tokenizer\.tiktoken"):
@@ -768,7 +769,7 @@ def test_equal_files_elsewhere_are_the_same(tmp_path, small):
     held = numbered(tmp_path / "here.held.jsonl", 4, 200)
     tokenizers.make_tokenizer("bpe", 270, [text(i) for i in range(9)]).save(tmp_path / "t")
     shutil.copytree(tmp_path / "t", tmp_path / "t2")
-    bpe = [Tokenizer(kind="bpe", file=str(tmp_path / folder / tokenizers.RANK_FILE)) for folder in ("t", "t2")]
+    bpe = [TokenizerConfig(kind="bpe", file=str(tmp_path / folder / tokenizers.RANK_FILE)) for folder in ("t", "t2")]
     first = make(tmp_path / "tokens", str(tmp_path / "here" / "*.jsonl"), bpe[0], validation=(held,))
     there = tmp_path / "there"
     shutil.copytree(tmp_path / "here", there)
@@ -823,7 +824,7 @@ def test_folders_of_version_2_are_adopted(tmp_path, small, stream):
     files = [numbered(tmp_path / f"{i}.jsonl", 20, 100 * i) for i in range(2)]
     held = numbered(tmp_path / "held.jsonl", 5, 500)
     tokenizers.make_tokenizer("bpe", 270, [text(i) for i in range(9)]).save(tmp_path / "t")
-    bpe = Tokenizer(kind="bpe", file=str(tmp_path / "t" / tokenizers.RANK_FILE))
+    bpe = TokenizerConfig(kind="bpe", file=str(tmp_path / "t" / tokenizers.RANK_FILE))
     arguments = dict(files=files, tokenizer=bpe, validation=(held,), stream=stream)
     folder = tmp_path / "tokens"
     new = make(folder, **arguments)
@@ -858,16 +859,16 @@ def test_the_documentation_inside_another_python(tmp_path, embedded):
     """Its tokens go on, as those whose files are not at hand; training on the documents themselves does not."""
     folder, manifest = embedded
     shutil.copytree(folder, tmp_path / "tokens")
-    bpe, said = Tokenizer(kind="bpe", vocab_size=1024), []
+    bpe, said = TokenizerConfig(kind="bpe", vocab_size=1024), []
     other = {"python": "3.1.4", "sources": [["embedded", 0, "Python 3.1.4"]]}
     older = dataclasses.replace(manifest, **other)
     prepare._write(tmp_path / "tokens", older)
-    assert prepare.prepare(tmp_path / "tokens", Data(), bpe, say=said.append) == older
+    assert prepare.prepare(tmp_path / "tokens", DataConfig(), bpe, say=said.append) == older
     assert "the documentation inside Python 3.1.4" in said[-1]
-    stream = older.settings | {"data.stream": True, "data.sample_bytes": Data().sample_bytes}
+    stream = older.settings | {"data.stream": True, "data.sample_bytes": DataConfig().sample_bytes}
     prepare._write(tmp_path / "tokens", dataclasses.replace(older, settings=stream))
     with pytest.raises(ValueError, match="other files: embedded"):
-        prepare.prepare(tmp_path / "tokens", Data(stream=True), bpe, say=said.append)
+        prepare.prepare(tmp_path / "tokens", DataConfig(stream=True), bpe, say=said.append)
 
 
 def test_a_folder_of_files(tmp_path):
@@ -892,7 +893,7 @@ def test_the_words_of_the_run_that_weights_come_from(tmp_path):
     base = tmp_path / "base"
     start = dataclasses.replace(config.train, init_from=str(base))
     for kind in ("bytes", "bpe"):
-        tokenizer = Tokenizer(kind=kind, vocab_size=257)
+        tokenizer = TokenizerConfig(kind=kind, vocab_size=257)
         missing = dataclasses.replace(config, train=start, tokenizer=tokenizer)
         with pytest.raises(ConfigError, match=f"^train.init_from='{base}': no run there"):
             stages.make_tokens(missing, str(tmp_path / "run"))
@@ -929,7 +930,7 @@ def test_wrong_folders(tmp_path):
 @pytest.mark.parametrize("data, tokenizer, message", [
     (dict(source="web"), BYTES, "data.source='web': choose one of embedded, files"),
     (dict(files="no/such.txt"), BYTES, "data.files: no file matches 'no/such.txt'"),
-    (dict(source="embedded", files=()), Tokenizer(kind="bpe", file="no/such"), "tokenizer.file 'no/such' cannot"),
+    (dict(source="embedded", files=()), TokenizerConfig(kind="bpe", file="no/such"), "tokenizer.file 'no/such' cannot"),
     (dict(source="embedded", files=(), validation=("no.txt",)), BYTES, "data.validation: no file matches 'no.txt'"),
     (dict(source="embedded", files=(), prompt_field="q", packing="crop"), BYTES, "data.prompt_field='q' needs"),
     (dict(files=__file__), BYTES, "kind of file"),
@@ -938,7 +939,7 @@ def test_wrong_arguments(tmp_path, data, tokenizer, message):
     data = {"source": "files"} | data
     data["files"] = (data["files"],) if data.get("files") else ()
     with pytest.raises(ValueError, match=message):
-        prepare.prepare(tmp_path / "tokens", Data(**data), tokenizer, say=print)
+        prepare.prepare(tmp_path / "tokens", DataConfig(**data), tokenizer, say=print)
     assert not (tmp_path / "tokens").exists()
 
 
@@ -1025,7 +1026,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, kind, count):
     tokenizer = BYTES
     if kind == "bpe":
         tokenizers.make_tokenizer("bpe", 600, [body[:200_000]]).save(tmp_path / "words")
-        tokenizer = Tokenizer(kind="bpe", file=str(tmp_path / "words" / tokenizers.RANK_FILE))
+        tokenizer = TokenizerConfig(kind="bpe", file=str(tmp_path / "words" / tokenizers.RANK_FILE))
     peaks = []
     for size in (50_000_000, 1_000_000_000):
         files = [str(tmp_path / f"{i}.jsonl") for i in range(count)]

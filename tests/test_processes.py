@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from hdlm_jax.common import parallel
-from hdlm_jax.config import Parallel
+from hdlm_jax.config import ParallelConfig
 from hdlm_jax.runs import evaluate, generate, train
 from hdlm_jax.training import loading, state
 from hdlm_jax.training.checkpoint import Checkpoints
@@ -54,7 +54,7 @@ def test_losses_evaluation_and_samples_of_one_process(two, tmp_path):
     assert [r["step"] for r in ours] == [1, 2, 3]
     for name in ("loss", "nelbo", "grad_norm"):
         np.testing.assert_allclose([r[name] for r in ours], [r[name] for r in theirs], rtol=1e-5)
-    config = dataclasses.replace(tiny.read_recipe(recipe), parallel=Parallel(**process.MESH))
+    config = dataclasses.replace(tiny.read_recipe(recipe), parallel=ParallelConfig(**process.MESH))
     there = [json.loads((folder / "run" / name).read_text()) for name in ("evaluate.json", "generate.json")]
     samples = (folder / "run" / "samples.jsonl").read_text()
     for name in ("evaluate.json", "generate.json"):
@@ -70,8 +70,8 @@ def test_losses_evaluation_and_samples_of_one_process(two, tmp_path):
 def test_a_checkpoint_is_read_on_any_number_of_devices(two, written, devices, mesh):
     recipe, alone = tiny.trained()
     workdir = two[0] / "run" if written == "by 2 processes" else alone
-    config = dataclasses.replace(tiny.read_recipe(recipe), parallel=Parallel(**mesh))
-    run = loading.load_run(dataclasses.replace(config, parallel=Parallel()), str(workdir), "latest")
+    config = dataclasses.replace(tiny.read_recipe(recipe), parallel=ParallelConfig(**mesh))
+    run = loading.load_run(dataclasses.replace(config, parallel=ParallelConfig()), str(workdir), "latest")
     tx = state.make_optimizer(config)[0]
 
     def restored(mesh):

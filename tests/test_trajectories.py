@@ -13,7 +13,7 @@ import pytest
 from test_sampler import MDLM, THREE, TWO, denoiser, make, planned
 from tiny import LEVELS, SEQ_LEN, model, read_recipe, trained
 
-from hdlm_jax.config import Generate
+from hdlm_jax.config import GenerateConfig
 from hdlm_jax.decoding import core
 from hdlm_jax.decoding.statistics import drop_probability
 from hdlm_jax.runs import generate
@@ -104,7 +104,7 @@ def test_an_oracle_s_confidence_is_the_data_s():
 
 @pytest.mark.slow
 def test_recorded_tokens_are_the_unrecorded_ones():
-    g = Generate(method="first_hitting", options="reveals=3", temperature=0.7)
+    g = GenerateConfig(method="first_hitting", options="reveals=3", temperature=0.7)
     canvas = np.full((3, SEQ_LEN), model().hierarchy.mask_id, np.int32)
     canvas[:, :4] = 65
     plain, film = model()._draw(canvas, g), model()._draw(canvas, g, generate.FRAMES)

@@ -26,8 +26,7 @@ from absl import logging
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import readable, say
 from hdlm_jax.common.jsons import write_atomic
-from hdlm_jax.config import Generate
-from hdlm_jax.data.corpus import expand
+from hdlm_jax.config import GenerateConfig, expand
 from hdlm_jax.decoding import presets
 from hdlm_jax.decoding.sampler import load_helper, sampler_of
 from hdlm_jax.evaluation import judges
@@ -40,7 +39,7 @@ FILE = "method_sweep.jsonl"
 VARIED = 0.2  # nats that a text's unigram entropy may lie below real text's
 
 
-def settings(run: Run, given: argparse.Namespace) -> list[Generate]:
+def settings(run: Run, given: argparse.Namespace) -> list[GenerateConfig]:
     """What to sample a run with: every method it can use, at every number of steps where it has one."""
     out = []
     greedy = [n for n, f in presets.METHODS.items() if getattr(inspect.signature(f).parameters.get("draw"), "default",
@@ -57,8 +56,8 @@ def settings(run: Run, given: argparse.Namespace) -> list[Generate]:
             raise ValueError(f"--methods={text!r}: {why}")
         if why:
             continue
-        steps = given.steps if "steps" in method.numbers and "steps=" not in options else [Generate().steps]
-        out += [Generate(num_samples=given.num_samples, method=name, options=options, steps=n, seed=given.seed,
+        steps = given.steps if "steps" in method.numbers and "steps=" not in options else [GenerateConfig().steps]
+        out += [GenerateConfig(num_samples=given.num_samples, method=name, options=options, steps=n, seed=given.seed,
                          batch_size=given.batch_size, helper=given.helper if method.needs == "ar" else "")
                 for n in steps]
     for g in out:
@@ -70,7 +69,7 @@ def sweep(workdir: str, given: argparse.Namespace, judge: Any) -> list[dict[str,
     """All lines that were asked for, and first one of real text, which has no sampling."""
     run = load_here(workdir)
     todo, lines, length = settings(run, given), [], run.config.model.seq_len
-    draw = sampler_of(run, load_helper(run, Generate(helper=given.helper)))
+    draw = sampler_of(run, load_helper(run, GenerateConfig(helper=given.helper)))
     real = real_texts(run, 4 * given.num_samples, length)
     if isinstance(real, str):
         raise ValueError(f"{workdir}: {real}")
@@ -87,7 +86,7 @@ def sweep(workdir: str, given: argparse.Namespace, judge: Any) -> list[dict[str,
     return lines
 
 
-def _steps(g: Generate) -> Any:
+def _steps(g: GenerateConfig) -> Any:
     return presets.make(g.method, g.options, g.steps).numbers.get("steps")
 
 

@@ -27,10 +27,8 @@ from absl import logging
 from hdlm_jax.common import jsons, parallel
 from hdlm_jax.common.console import readable, say
 from hdlm_jax.common.jsons import write_atomic
-from hdlm_jax.config import Generate
-from hdlm_jax.data.corpus import expand
+from hdlm_jax.config import CLUSTERS, FORCE_TRANSITIONS, GenerateConfig, expand
 from hdlm_jax.decoding.sampler import Sampler, compile_for, ended, sampler_of, start_canvas
-from hdlm_jax.diffusion.hierarchical import CLUSTERS, FORCE_TRANSITIONS
 from hdlm_jax.evaluation import judges
 from hdlm_jax.report.report import markdown
 from hdlm_jax.runs.generate import identity, sampling_facts
@@ -57,7 +55,7 @@ def samplers(process: Any, forces: Sequence[str], clusters: Sequence[str]) -> li
     return list(groups.values())
 
 
-def settings(run: Run, given: argparse.Namespace) -> list[tuple[Generate, list[tuple[str, str]]]]:
+def settings(run: Run, given: argparse.Namespace) -> list[tuple[GenerateConfig, list[tuple[str, str]]]]:
     """All settings of a run with the pairs each stands for; programs that are alike follow each other."""
     out = []
     for group in samplers(run.process, given.force_transition, given.clusters):
@@ -67,10 +65,11 @@ def settings(run: Run, given: argparse.Namespace) -> list[tuple[Generate, list[t
     return out
 
 
-def basis(given: argparse.Namespace) -> Generate:
+def basis(given: argparse.Namespace) -> GenerateConfig:
     """What all settings have in common."""
-    return Generate(num_samples=given.num_samples, length=given.length, method=given.method, options=given.options,
-                    top_p=given.top_p, batch_size=given.batch_size, seed=given.seed, checkpoint=given.checkpoint)
+    return GenerateConfig(num_samples=given.num_samples, length=given.length, method=given.method,
+                          options=given.options, top_p=given.top_p,
+                          batch_size=given.batch_size, seed=given.seed, checkpoint=given.checkpoint)
 
 
 def sweep(workdir: str, given: argparse.Namespace, judge: Any = None) -> list[dict[str, Any]]:
@@ -85,7 +84,7 @@ def sweep(workdir: str, given: argparse.Namespace, judge: Any = None) -> list[di
     return asked
 
 
-def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: Generate, judge: Any,
+def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: GenerateConfig, judge: Any,
             about: dict[str, Any], prompts: np.ndarray | None = None) -> dict[str, Any]:
     """Samples and judges one setting, unless WORKDIR/file holds it already; `name` for who reads along.
 
@@ -152,7 +151,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments; the settings are those of config.Generate and have its rules."""
-    base = Generate()
+    base = GenerateConfig()
     some = lambda kind: lambda text: [kind(part) for part in text.split(",")]  # noqa: E731
     ask = argparse.ArgumentParser(prog="python -m tools.sampling_sweep", allow_abbrev=False,
                                   description="Judge samples of trained runs at many settings (lists: by commas).")

@@ -214,14 +214,6 @@ def _safetensors(spec: str) -> np.ndarray:
         return file.get_tensor(tensor)
 
 
-# ---------------------------------------------------------------- clusters
-
-
-def default_clusters(vocab_size: int) -> tuple[int, ...]:
-    """(n,), n the power of two nearest to sqrt(V) in logarithm: 64 for V = 4,096, 256 for GPT-2's 50,257."""
-    return (2 ** round(math.log2(math.sqrt(vocab_size))),)
-
-
 def check_clusters(clusters: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     """The numbers of clusters, fine to coarse, without closing ones; () is MDLM. Raises ValueError."""
     out = tuple(int(n) for n in clusters)

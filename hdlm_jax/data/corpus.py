@@ -32,12 +32,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
+from hdlm_jax.config import DETOKENIZERS, FORMATS, TXT_DOCUMENTS, expand
 from hdlm_jax.data import detokenize
 
 EMBEDDED = "embedded"  # the one source of data.source='embedded'
-TXT_DOCUMENTS = ("file", "blank_line", "line")
-FORMATS = ("auto", "txt", "jsonl", "json", "parquet", "tar")
-DETOKENIZERS = ("", *detokenize.DETOKENIZERS)
 KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".tar": "tar"}
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 _SHORT = {".tgz": ".gz", ".txz": ".xz", ".tbz2": ".bz2", ".tzst": ".zst"}  # tars
@@ -141,17 +139,6 @@ def docstrings(source: bytes | str) -> list[str]:
         warnings.simplefilter("ignore")
         visit(ast.parse(source))
     return found
-
-
-# ---------------------------------------------------------------------------------------------------- sources
-
-
-def expand(path: Any) -> Any:
-    """`path` (or a tuple of paths) with ~ and $VARIABLES expanded, behind `checkpoint:` too; unset ones stay."""
-    if isinstance(path, tuple):
-        return tuple(map(expand, path))
-    prefix = "checkpoint:" if path.startswith("checkpoint:") else ""
-    return prefix + os.path.expanduser(os.path.expandvars(path.removeprefix(prefix)))
 
 
 def resolve(files: str | Sequence[str], name: str = "data.files", format: str = "auto",

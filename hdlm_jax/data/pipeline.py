@@ -25,11 +25,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hdlm_jax.config.choices import PACKINGS, PADDINGS
 from hdlm_jax.data import corpus, tokenizers
 from hdlm_jax.data.prepare import Manifest, load_manifest
 
-PACKINGS = ("concat", "documents", "crop")
-PADDINGS = ("end", "hidden")
 _OPEN_SHARDS = 256  # memory maps held at once; each costs a file descriptor
 _MANY_RECORDS = 10_000  # a share of fewer records says little
 _ENCODED_CHARS = 1 << 20  # streamed documents are encoded in batches of about so many characters

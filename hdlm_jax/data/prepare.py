@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from hdlm_jax.common import jsons
+from hdlm_jax.config import expand
 from hdlm_jax.data import corpus, tokenizers, units
 
 MANIFEST, BEGUN, VERIFIED, BAD_RECORDS = "manifest.json", "begun.json", "verified.json", "bad_records.jsonl"
@@ -323,7 +324,7 @@ def _facts(sources: list[str], tokenizer: Any, seen: _Seen) -> list[list]:
         facts = list(pool.map(lambda source: corpus.facts_of(source, lambda path: seen.facts(Path(path))), sources))
     if not tokenizer.file:
         return facts
-    file = Path(corpus.expand(tokenizer.file))
+    file = Path(expand(tokenizer.file))
     try:
         return [*facts, [file.name, *seen.facts(file)]]
     except OSError as error:

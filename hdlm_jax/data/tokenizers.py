@@ -22,7 +22,7 @@ import numpy as np
 
 from hdlm_jax.common import jsons
 from hdlm_jax.common.jsons import write_atomic
-from hdlm_jax.data import corpus
+from hdlm_jax.config import expand
 
 KINDS = ("gpt2", "bpe", "bytes", "bert")
 END_OF_TEXT = "<|endoftext|>"
@@ -337,7 +337,7 @@ def make_tokenizer(kind: str, vocab_size: int = 0, documents: Iterable[str] | No
         raise ValueError(f"tokenizer.kind is {kind!r}; choices: {', '.join(KINDS)}")
     if kind == "bytes":
         return Tokenizer(kind, [bytes([byte]) for byte in range(256)])
-    file = corpus.expand(file)
+    file = expand(file)
     if kind == "bert":
         if not file:
             raise ValueError("tokenizer.kind='bert' needs tokenizer.file, a local vocab.txt (one word a line)")

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hdlm_jax.config import ConfigError, GenerateConfig
+from hdlm_jax.config.rules import rule
 from hdlm_jax.decoding import caches, choose, guide, lengths, revise, sparse_attention
 from hdlm_jax.decoding import drafts as drafting
 from hdlm_jax.decoding.core import Policy
@@ -367,6 +369,22 @@ def make(name: str, options: str = "", steps: int = 128) -> Method:
             rule = "in [0, 1]" if share else f"at least {least}"
             raise ValueError(f"options={key}={value}: method {name!r} needs it {rule}")
     return METHODS[name](**given)
+
+
+def check(g: GenerateConfig) -> Method:
+    """The method of these settings.
+
+    Raises:
+      ConfigError: an unknown method or option, or temperature or top_p beside a method that takes the likeliest.
+    """
+    try:
+        method = make(g.method, g.options, g.steps)
+    except ValueError as error:
+        raise ConfigError(f"generate.{error}") from error
+    for name in ("temperature", "top_p"):
+        rule(method.policy.draw != "argmax" or getattr(g, name) == 1, f"generate.{name}", getattr(g, name),
+             f"does nothing where method {g.method!r} takes the likeliest; add draw=sample to its options")
+    return method
 
 
 def numbers(method: Method, eos: int = 0) -> dict[str, np.generic]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import progress
-from hdlm_jax.config import ConfigError, Generate
+from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding import caches, choose, core, drafts, guide, presets, sparse_attention
 from hdlm_jax.decoding import canvas as canvases
@@ -39,7 +39,7 @@ class Program:
     constrained: bool = False  # positions have kinds of words (hdlm_jax.decoding.canvas)
 
 
-def program_of(g: Generate) -> Program:
+def program_of(g: GenerateConfig) -> Program:
     method = method_of(g)
     policy = dataclasses.replace(method.policy, clusters=g.clusters)
     method = method._replace(policy=policy, numbers=())  # type: ignore[arg-type]
@@ -47,11 +47,11 @@ def program_of(g: Generate) -> Program:
                    g.length > 0 or policy.lengths is not None, g.force_transition)
 
 
-def method_of(g: Generate) -> presets.Method:
+def method_of(g: GenerateConfig) -> presets.Method:
     return presets.make(g.method, g.options, g.steps)
 
 
-def numbers_of(g: Generate, seq_len: int, eos: int = 0) -> dict[str, Any]:
+def numbers_of(g: GenerateConfig, seq_len: int, eos: int = 0) -> dict[str, Any]:
     """The settings that are inputs of the compiled loop; eos: word id of the end of text."""
     method = presets.numbers(method_of(g), eos) | {"maximum": np.int32(g.length or seq_len)}
     return {"steps": np.int32(g.steps), "length": np.int32(g.length or seq_len), "corrections": np.int32(g.corrections),
@@ -140,7 +140,7 @@ def make_sample_step(network: Network, process, program: Program, mesh=None, fra
     return step
 
 
-def at_sampling(process: Any, g: Generate | Program) -> Any:
+def at_sampling(process: Any, g: GenerateConfig | Program) -> Any:
     """The process that samples: as trained, but for g.force_transition where that is given."""
     if not g.force_transition:
         return process
@@ -150,7 +150,7 @@ def at_sampling(process: Any, g: Generate | Program) -> Any:
     return dataclasses.replace(process, force_transition=g.force_transition)
 
 
-def law(process: Any, g: Generate) -> str:
+def law(process: Any, g: GenerateConfig) -> str:
     """'exact' where every draw follows the law of the model whose NELBO is measured, else 'inexact: ' and why."""
     xi, here = getattr(process, "xi", 1), at_sampling(process, g)
     reasons = []
@@ -198,7 +198,7 @@ class Sampler:
         params = self._weights(method.weights) if method.weights else self.params
         return (params, self.helper.params) if method.needs == "ar" else params
 
-    def _check(self, method: presets.Method, g: Generate, behind: bool, constrained: bool):
+    def _check(self, method: presets.Method, g: GenerateConfig, behind: bool, constrained: bool):
         """ConfigError where this run, or this canvas, cannot be sampled by that method.
 
         behind: something is given behind a blank; constrained: places have kinds of words.
@@ -222,7 +222,8 @@ class Sampler:
         if method.needs == "classifier" and self.classifier is None:
             raise ConfigError("generate.method='classifier' needs a function: Model.generate(classifier=...)")
 
-    def __call__(self, canvas: np.ndarray | canvases.Canvas, g: Generate, frames: int = 0) -> dict[str, np.ndarray]:
+    def __call__(self, canvas: np.ndarray | canvases.Canvas, g: GenerateConfig,
+                 frames: int = 0) -> dict[str, np.ndarray]:
         """tokens int32 [n, S], length [n], calls [n] (of the batch shard a sample was in), row_forwards [n].
 
         With frames also call [n, F+1], time [n, F+1], z and confidence [n, F+1, S] of `core.sample`.
@@ -282,7 +283,7 @@ def prompt_canvas(prompt_ids: np.ndarray, num_samples: int, seq_len: int, mask_i
     return canvas
 
 
-def lengths_are(run: Any, g: Generate) -> str:
+def lengths_are(run: Any, g: GenerateConfig) -> str:
     """Where the lengths of samples come from: "given" (generate.length), "training" (drawn from those of the training
     documents, which a run that was told them needs), "method" (it finds them) or "canvas" (S tokens; where the run
     learnt ends of texts the text is what is before the first one)."""
@@ -294,7 +295,7 @@ def lengths_are(run: Any, g: Generate) -> str:
     return "training" if told else "canvas"
 
 
-def start_canvas(run: Any, g: Generate, prompts: np.ndarray) -> np.ndarray | canvases.Canvas:
+def start_canvas(run: Any, g: GenerateConfig, prompts: np.ndarray) -> np.ndarray | canvases.Canvas:
     """Canvases that begin with prompts int32 [n, P] and are free behind, as long as `lengths_are` says.
 
     Raises:
@@ -321,7 +322,7 @@ def start_canvas(run: Any, g: Generate, prompts: np.ndarray) -> np.ndarray | can
     return canvases.Canvas(z, z != mask, np.zeros_like(z), length.astype(np.int32), allowed)
 
 
-def compile_for(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: Generate) -> None:
+def compile_for(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: GenerateConfig) -> None:
     """Samples a batch of the canvas's shape with nothing to do, so that its program is there before time is taken."""
     some = first_rows(canvas, g.batch_size)
     if isinstance(some, np.ndarray):
@@ -348,7 +349,7 @@ def text_of(tokenizer: Tokenizer, row: np.ndarray, stop: str) -> str:
     return tokenizer.decode(row[:-1] if stop == "end" and len(row) and row[-1] == tokenizer.eot else row)
 
 
-def load_helper(run: Any, g: Generate) -> Any:
+def load_helper(run: Any, g: GenerateConfig) -> Any:
     """The autoregressive run in g.helper, or None; ConfigError where it is none, or does not know this run's words."""
     if not g.helper:
         return None

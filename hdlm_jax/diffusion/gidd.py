@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hdlm_jax.config import WEIGHTINGS
 from hdlm_jax.diffusion import trajectory
 from hdlm_jax.diffusion.draws import categorical, fold, row_keys, token_keys, words_of
 from hdlm_jax.diffusion.levels import Proposal, open_uniform
 from hdlm_jax.diffusion.process import Process
-
-WEIGHTINGS = ("none", "constant", "clip", "dynamic")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,8 +126,8 @@ class GiddProcess(Process):
         """W of the training loss for t uniform, of z's shape: none (the NELBO's own, w/(1-t)), clip (the same within
         bounds), constant (1), or dynamic (GIDD+): what w is relative to a wrong word's, without its growth at both
         ends of time."""
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting={weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
+        if weighting not in WEIGHTINGS["gidd"]:
+            raise ValueError(f"weighting={weighting!r}: choose one of {', '.join(WEIGHTINGS['gidd'])}")
         if weighting == "constant":
             return jnp.ones(z.shape)
         if weighting == "dynamic":

@@ -15,14 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hdlm_jax.config import CLUSTERS, FORCE_TRANSITIONS, WEIGHTINGS
 from hdlm_jax.diffusion.draws import fold, row_keys, token_keys, wide
 from hdlm_jax.diffusion.levels import LevelChain, Proposal, open_uniform
 from hdlm_jax.diffusion.prediction import finite, log_sum
 from hdlm_jax.diffusion.process import Process
-
-FORCE_TRANSITIONS = ("none", "within", "between", "cavity")
-WEIGHTINGS = ("none", "constant", "clip", "empirical")
-CLUSTERS = ("exact", "clean")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -278,8 +275,8 @@ class HierarchicalProcess(Process):
         none: W_k = w_k/(1-t), the NELBO's own; clip: the same within [weight_min, weight_max]; constant: 1;
         empirical: t^2 - t + 3 at the mask, 3 - 2t below. Zero at words.
         """
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting={weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
+        if weighting not in WEIGHTINGS["hierarchical"]:
+            raise ValueError(f"weighting={weighting!r}: choose one of {', '.join(WEIGHTINGS['hierarchical'])}")
         t = -jnp.expm1(-tau)[..., None]
         if weighting == "constant":
             weights = jnp.ones((*tau.shape, self.num_levels), tau.dtype)

@@ -43,10 +43,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hdlm_jax.common import jsons
+from hdlm_jax.config import expand
 from hdlm_jax.data import corpus
 from hdlm_jax.data.detokenize import DETOKENIZERS
 
-PROTOCOLS = ("document", "packed")
 _OPEN: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _HEADING = re.compile(r" ?= [^=].* = ?")
 
@@ -183,10 +183,10 @@ TASKS: dict[str, Task] = {
 
 def find(name: str, folder: str) -> str:
     """The file of a task under the data folder, plain or compressed; ValueError where there is none."""
-    path = os.path.join(corpus.expand(folder), TASKS[name].path)
+    path = os.path.join(expand(folder), TASKS[name].path)
     found = [file for suffix in ("", *_OPEN) for file in glob.glob(glob.escape(path + suffix))]
     if not found:
-        hint = " (is the variable set?)" if "$" in corpus.expand(folder) else ""
+        hint = " (is the variable set?)" if "$" in expand(folder) else ""
         raise ValueError(f"evaluate.tasks_data={folder!r}: task {name} needs {TASKS[name].path} there, plain or with "
                          f"{', '.join(_OPEN)}{hint}")
     return found[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from hdlm_jax.config import ConfigError, Evaluate, Generate, change
+from hdlm_jax.config import ConfigError, EvaluateConfig, GenerateConfig, change
 from hdlm_jax.evaluation import requests as answers
 from hdlm_jax.evaluation.scorer import Scorer
 from hdlm_jax.training.loading import load_here
@@ -43,11 +43,11 @@ class HDLM(LM):
         if unknown := sorted(set(given) - {*_EVALUATE, *_GENERATE}):
             raise ConfigError(f"model_args {', '.join(unknown)}: choose of workdir, greedy, "
                               f"{', '.join((*_EVALUATE, *_GENERATE))}")
-        evaluate = change("evaluate", Evaluate(), {k: v for k, v in given.items() if k in _EVALUATE})
+        evaluate = change("evaluate", EvaluateConfig(), {k: v for k, v in given.items() if k in _EVALUATE})
         evaluate.check()
         run = load_here(workdir, evaluate.checkpoint, ema=evaluate.ema)
         self._greedy, self._scorer = greedy, Scorer(run, evaluate)
-        self._generate: Generate = change("generate", run.config.generate,
+        self._generate: GenerateConfig = change("generate", run.config.generate,
                                           {k: v for k, v in given.items() if k in _GENERATE})
         dataclasses.replace(run.config, generate=self._generate).check()
 

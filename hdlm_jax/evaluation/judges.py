@@ -23,7 +23,7 @@ import numpy as np
 from hdlm_jax.common import parallel, processes
 from hdlm_jax.common.console import measured, progress, say
 from hdlm_jax.common.console import perplexity as exp
-from hdlm_jax.config import ConfigError, Parallel
+from hdlm_jax.config import ConfigError, ParallelConfig
 from hdlm_jax.data.pipeline import rows_of
 from hdlm_jax.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
 from hdlm_jax.evaluation.elbo import Evaluator
@@ -240,7 +240,7 @@ class RunJudge:
       workdir: of the run, or its export; shape: config.parallel of the mesh it is put on.
     """
 
-    def __init__(self, workdir: str, shape: Parallel):
+    def __init__(self, workdir: str, shape: ParallelConfig):
         self.workdir, self.shape, self.config = workdir, shape, saved_config(workdir)
         checkpoints = checkpoints_of(workdir)
         self.step = checkpoints.choose("best")
@@ -296,7 +296,7 @@ class RunJudge:
         return nats, tokens, None
 
 
-def open_judge(path: str, dtype: str = "float32", shape: Parallel = Parallel(), mesh=None,  # noqa: B008 (frozen)
+def open_judge(path: str, dtype: str = "float32", shape: ParallelConfig = ParallelConfig(), mesh=None,  # noqa: B008 (frozen)
                known: Tokenizer | None = None) -> GPT2Judge | RunJudge:
     """The judge in a folder, checked but not loaded.
 

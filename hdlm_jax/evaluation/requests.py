@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hdlm_jax.config import Generate
+from hdlm_jax.config import GenerateConfig
 from hdlm_jax.evaluation.scorer import Choices, Piece, Scorer, documents, encode_pair
 
 
@@ -61,7 +61,7 @@ def loglikelihood_rolling(scorer: Scorer, requests: Sequence[Any]) -> list[float
     return (-np.bincount(owner, nats, minlength=len(texts))).tolist()
 
 
-def generate_until(scorer: Scorer, requests: Sequence[Any], g: Generate, most: int = 128) -> list[str]:
+def generate_until(scorer: Scorer, requests: Sequence[Any], g: GenerateConfig, most: int = 128) -> list[str]:
     """Texts for (context, {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}), up to the first stop.
 
     max_gen_toks tokens (`most` where it is not given, at most S - 1) are written behind the context by the sampler;
@@ -69,7 +69,7 @@ def generate_until(scorer: Scorer, requests: Sequence[Any], g: Generate, most: i
     are taken (temperature 0).
     """
     tokenizer, out = scorer.run.tokenizer, [""] * len(requests)
-    alike: dict[Generate, list[int]] = {}
+    alike: dict[GenerateConfig, list[int]] = {}
     for i, request in enumerate(requests):
         how = request.args[1]
         temperature = float(how.get("temperature", g.temperature)) if how.get("do_sample") else 0.0

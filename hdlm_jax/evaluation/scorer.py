@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hdlm_jax.common import parallel
-from hdlm_jax.config import Evaluate, Generate
+from hdlm_jax.config import EvaluateConfig, GenerateConfig
 from hdlm_jax.data.pipeline import rows_of
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding.sampler import Sampler, load_helper, prompt_canvas, sampler_of
@@ -128,7 +128,7 @@ class Scorer:
       run: hdlm_jax.training.loading.Run.   settings: draws, seed, target_se, most_draws, batch_size, cv2.
     """
 
-    def __init__(self, run: Any, settings: Evaluate):
+    def __init__(self, run: Any, settings: EvaluateConfig):
         self.run, self.settings, self.seq_len = run, settings, run.config.model.seq_len
         self.evaluator = functools.cache(self._make)
         self._sampler: Sampler | None = None
@@ -231,7 +231,7 @@ class Scorer:
                 out[i] = np.add.reduceat(values, first, axis=1)
         return out
 
-    def fill(self, contexts: Sequence[Ids], counts: Sequence[int], g: Generate) -> list[Ids]:
+    def fill(self, contexts: Sequence[Ids], counts: Sequence[int], g: GenerateConfig) -> list[Ids]:
         """So many tokens behind each context (cut on the left to fit), written by the sampler with the settings g.
 
         The canvas ends where they end: nothing behind them is looked at. A run that learnt ends of texts gets a whole

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hdlm_jax.config import ConfigError, Released
+from hdlm_jax.config import ConfigError, ReleasedConfig
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.network import rotary
 
@@ -117,7 +117,7 @@ def heads_of(state: dict[str, np.ndarray], width: int) -> int | None:
     return width // dim
 
 
-def symbol_ids(released: Released, hierarchy: Hierarchy) -> np.ndarray:
+def symbol_ids(released: ReleasedConfig, hierarchy: Hierarchy) -> np.ndarray:
     """int64 [N]: the id in the published vocabulary of each of our symbols (words, clusters fine to coarse, mask)."""
     words, between = hierarchy.num_words, hierarchy.num_symbols - hierarchy.num_words - 1
     mask = words + LAYOUTS[released.layout].before_mask if released.mask_id < 0 else released.mask_id

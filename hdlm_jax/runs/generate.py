@@ -17,7 +17,7 @@ import numpy as np
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import reuse, write_atomic, write_json
-from hdlm_jax.config import Config, ConfigError, Generate
+from hdlm_jax.config import Config, ConfigError, GenerateConfig
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import schema
 from hdlm_jax.decoding.sampler import (
@@ -86,7 +86,7 @@ def identity(helper: Any) -> dict[str, Any]:
             "weights": [float(jnp.sum(jnp.abs(a))) for a in jax.tree.leaves(helper.params)]}
 
 
-def sampling_facts(run: Any, g: Generate, result: dict[str, Any]) -> dict[str, Any]:
+def sampling_facts(run: Any, g: GenerateConfig, result: dict[str, Any]) -> dict[str, Any]:
     """How samples were drawn, in full: what a generative perplexity has to be quoted with."""
     trained = getattr(run.process, "force_transition", None)
     method = method_of(g)
@@ -166,7 +166,7 @@ def _sample(run: Any, workdir: str, made_from: dict, helper: Any) -> tuple[dict[
     return result, tokens
 
 
-def _schema(g: Generate) -> str:
+def _schema(g: GenerateConfig) -> str:
     """Text of the file g.schema, "" without one."""
     try:
         return Path(g.schema).read_text(encoding="utf-8") if g.schema else ""
@@ -174,7 +174,7 @@ def _schema(g: Generate) -> str:
         raise ConfigError(f"generate.schema={g.schema!r}: {error}") from error
 
 
-def _canvas(run: Any, g: Generate, ids: np.ndarray) -> tuple[Any, int, Any]:
+def _canvas(run: Any, g: GenerateConfig, ids: np.ndarray) -> tuple[Any, int, Any]:
     """(canvas, most tokens of a text, scaffold or None)."""
     seq_len, h = run.config.model.seq_len, run.hierarchy
     if not g.schema:
@@ -189,7 +189,7 @@ def _canvas(run: Any, g: Generate, ids: np.ndarray) -> tuple[Any, int, Any]:
     return canvases.closed(canvas, seq_len, run.tokenizer.eot) if run.ends else canvas, int(canvas.length[0]), scaffold
 
 
-def _trajectories(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: Generate,
+def _trajectories(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: GenerateConfig,
                   tokens: np.ndarray) -> dict[str, np.ndarray]:
     """The first samples once more, step by step: so that recording costs the samples' own time nothing.
 

@@ -19,7 +19,7 @@ import hdlm_jax
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import reuse, write_json
-from hdlm_jax.config import Config, ConfigError, Released
+from hdlm_jax.config import Config, ConfigError, ReleasedConfig
 from hdlm_jax.data.tokenizers import make_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.interop import EMBEDDING, from_torch, heads_of, sizes, symbol_ids, to_torch
@@ -114,7 +114,7 @@ def _import(config: Config, workdir: str) -> None:
         + (f"; ignored: {', '.join(file.ignored[:5])}{' ...' if file.ignored[5:] else ''}" if file.ignored else ""))
 
 
-def _vocabulary(released: Released, ids: np.ndarray) -> list[Any]:
+def _vocabulary(released: ReleasedConfig, ids: np.ndarray) -> list[Any]:
     return [released.layout, hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()]
 
 

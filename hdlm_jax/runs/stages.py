@@ -11,7 +11,7 @@ import numpy as np
 
 from hdlm_jax.common import processes
 from hdlm_jax.common.console import say
-from hdlm_jax.config import Config, ConfigError, Tokenizer
+from hdlm_jax.config import Config, ConfigError, TokenizerConfig
 from hdlm_jax.data import clusters, corpus, pipeline, tokenizers
 from hdlm_jax.data import prepare as text_prepare
 from hdlm_jax.diffusion.hierarchy import Hierarchy, read_extra
@@ -50,7 +50,7 @@ def check_base(config: Config) -> None:
         raise ConfigError(f"train.init_from={base!r}: no run there (no config.json)")
 
 
-def _tokenizer_of(config: Config, folder: str) -> Tokenizer:
+def _tokenizer_of(config: Config, folder: str) -> TokenizerConfig:
     """The settings of the tokenizer; with train.init_from that run's words and way to cut text, as its weights mean.
 
     folder: of prepared tokens, which know the way if the base run is gone.

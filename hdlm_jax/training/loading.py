@@ -12,9 +12,8 @@ import jax
 import numpy as np
 
 from hdlm_jax.common import parallel, processes
-from hdlm_jax.config import Config, ConfigError, Parallel, inherit, resolve
+from hdlm_jax.config import Config, ConfigError, ParallelConfig, expand, inherit, resolve
 from hdlm_jax.data import pipeline
-from hdlm_jax.data.corpus import expand
 from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
@@ -186,7 +185,7 @@ def _weights(workdir: str, which: str, hierarchy: Hierarchy, abstract: Any, ema:
     return _weights(workdir, which, hierarchy, abstract, ema)  # a training beside us has gone on to another one
 
 
-def load_here(workdir: str, which: str = "best", mesh: Parallel = Parallel(),  # noqa: B008 (it is frozen)
+def load_here(workdir: str, which: str = "best", mesh: ParallelConfig = ParallelConfig(),  # noqa: B008 (it is frozen)
               ema: bool = True) -> Run:
     """A run as trained, on the devices at hand whatever mesh it was trained on; ~ and $VARIABLES are expanded."""
     workdir = expand(workdir)

@@ -1,0 +1,175 @@
+"""Every choice, its default and its rules, as frozen dataclasses.
+
+A file in configs/ calls `default()`, changes what it wants and returns the ConfigDict; absl flags override it
+(`--config.train.steps=100`); `resolve` checks the whole and freezes it before anything runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from typing import Any
+
+from ml_collections import config_dict
+
+from hdlm_jax.config.data import DataConfig, HierarchyConfig, TokenizerConfig, default_clusters
+from hdlm_jax.config.model import DiffusionConfig, ModelConfig
+from hdlm_jax.config.rules import ConfigError, expand, rule
+from hdlm_jax.config.training import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from hdlm_jax.config.use import EvaluateConfig, GenerateConfig, ReleasedConfig
+
+# Settings that are paths, or begin with one: `resolve` expands ~ and $VARIABLES in them (and main in --workdir).
+PATHS = ("data.files", "data.validation", "data.dir", "tokenizer.file", "hierarchy.embeddings", "train.init_from",
+         "evaluate.tasks_data", "evaluate.files", "evaluate.lm1b", "generate.schema", "generate.helper",
+         "generate.judge", "released.weights", "released.clusters")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    hierarchy: HierarchyConfig = HierarchyConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    generate: GenerateConfig = GenerateConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    released: ReleasedConfig = ReleasedConfig()
+
+    def check(self) -> None:
+        """Raises ConfigError at the first broken rule, cross-field ones last."""
+        for field in dataclasses.fields(self):
+            getattr(self, field.name).check()
+        n = max(self.hierarchy.clusters, default=1)
+        rule(n <= self.tokenizer.vocab_size, "hierarchy.clusters", self.hierarchy.clusters,
+              f"more clusters than the tokenizer.vocab_size={self.tokenizer.vocab_size} words")
+        single = n == 1 and not (self.hierarchy.keep_single and self.hierarchy.clusters)
+        levels = 1 if single else 1 + sum(c > 1 for c in self.hierarchy.clusters) + (n == 1)
+        process = self.diffusion.process
+        rule(process == "hierarchical" or levels == 1, "hierarchy.clusters", self.hierarchy.clusters,
+              f"diffusion.process={process!r} knows no clusters; give (1,)")
+        rule(process != "autoregressive" or not self.model.time_conditioning, "model.time_conditioning", True,
+              "diffusion.process='autoregressive' has no time; give False")
+        self.diffusion.level_rates(levels)
+        rule(self.model.head == "flat" or levels > 1, "model.head", self.model.head,
+              "needs clusters of words; MDLM (a single level) has none, choose 'flat'")
+        rule(self.generate.length <= self.model.seq_len, "generate.length", self.generate.length,
+              f"must be at most model.seq_len={self.model.seq_len}")
+        rule(process == "gidd" or not self.generate.corrections, "generate.corrections", self.generate.corrections,
+              f"goes with diffusion.process='gidd', not {process!r}")
+        plain = self.generate.method == "ancestral" and not self.generate.options
+        rule(process in ("hierarchical", "sedd") or plain, "generate.method", self.generate.method,
+              f"diffusion.process={process!r} has no levels that drop; choose 'ancestral' without options")
+        low = 1 / n
+        rule(self.diffusion.xi == 1 or low < self.diffusion.xi, "diffusion.xi", self.diffusion.xi,
+              f"must lie in (1/n, 1] = ({low:.4g}, 1] for n = {n} clusters"
+              if n > 1 else "must be 1 when there is a single cluster (MDLM)")
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def default() -> config_dict.ConfigDict:
+    """All defaults as a ConfigDict with typed, overridable fields."""
+    return config_dict.ConfigDict(Config().as_dict())
+
+
+def resolve(given: Any) -> Config:
+    """A checked, frozen Config from a ConfigDict (or plain nested dict); ~ and $VARIABLES in its PATHS are expanded.
+
+    Raises:
+      ConfigError: unknown names, wrong types, broken rules.
+    """
+    given = given.to_dict() if isinstance(given, config_dict.ConfigDict) else dict(given)
+    built = {}
+    for name in given:
+        check_name(name)
+    for field in dataclasses.fields(Config):
+        name = field.name
+        section: Any = field.default
+        values = given.get(name, {})
+        rule(isinstance(values, dict), f"config.{name}", values, f"is a section; its settings are {_names(section)}")
+        section = change(name, section, values)
+        paths = [key for whole, _, key in (path.partition(".") for path in PATHS) if whole == name]
+        built[name] = dataclasses.replace(section, **{key: expand(getattr(section, key)) for key in paths})
+    if built["hierarchy"].clusters == (0,):
+        clusters = default_clusters(built["tokenizer"].vocab_size)
+        built["hierarchy"] = dataclasses.replace(built["hierarchy"], clusters=clusters)
+    config = Config(**built)
+    config.check()
+    return config
+
+
+_INHERITED = ("tokenizer", "hierarchy", "diffusion", "model")
+_MAY_DIFFER = ("diffusion.", "model.seq_len", "model.dropout", "model.embeddings", "model.dtype", "model.remat")
+
+
+def inherit(given: Any, base: Config, name: str) -> dict[str, Any]:
+    """What is given (a ConfigDict or nested dict), with what makes the model taken from the run `base` it starts from.
+
+    A setting left at its default is the base's; of those given, the process, the loss and what does not change the
+    weights' meaning may differ.
+
+    Raises:
+      ConfigError: all settings that contradict the base, in one line; `name` is what to call it.
+    """
+    out = given.to_dict() if isinstance(given, config_dict.ConfigDict) else dict(given)
+    wrong = []
+    for section in _INHERITED:
+        values = dict(out.get(section, {}))
+        for field in dataclasses.fields(getattr(base, section)):
+            was, key = getattr(getattr(base, section), field.name), f"{section}.{field.name}"
+            value = values.get(field.name, field.default)
+            if value == field.default:
+                values[field.name] = was
+            elif (expand(value) if key in PATHS else value) != was and not key.startswith(_MAY_DIFFER):
+                wrong.append(f"{key}={value!r} (there {was!r})")
+        out[section] = values
+    rule(not wrong, "train.init_from", name, f"that run has other settings than given here: {'; '.join(wrong)}; leave "
+                                              "them out, and the run's own are taken")
+    return out
+
+
+def change(name: str, section: Any, values: dict[str, Any]) -> Any:
+    """A section with some settings changed: names and types are checked, rules are not (`check` does).
+
+    Raises:
+      ConfigError: unknown names, wrong types.
+    """
+    types = typing.get_type_hints(type(section))
+    for key in values:
+        check_name(f"{name}.{key}")
+    return dataclasses.replace(section, **{k: _typed(f"{name}.{k}", v, types[k]) for k, v in values.items()})
+
+
+def check_name(name: str) -> None:
+    """ConfigError unless `name` is a section ("train") or a setting ("train.steps") of the config."""
+    sections: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Config)}
+    section, dot, key = name.partition(".")
+    known = tuple(f.name for f in dataclasses.fields(sections[section])) if section in sections and dot else None
+    here, choices = (key, known) if known else (section, tuple(sections))
+    if here not in choices:
+        close = difflib.get_close_matches(here, choices, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        kind = "setting" if known else "section"
+        raise ConfigError(f"config.{name}: no such {kind}; choose one of {', '.join(choices)}{hint}")
+
+
+def _names(section: Any) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(section))
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    if typing.get_origin(kind) is tuple:
+        rule(isinstance(value, list | tuple), name, value, "must be a tuple, as in (64,) or (256, 16)")
+        return tuple(_typed(name, v, typing.get_args(kind)[0]) for v in value)
+    if kind is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    rule(type(value) is kind, name, value, f"must be of type {kind.__name__}")
+    rule(kind is not float or math.isfinite(value), name, value, "must be a finite number")
+    return value

@@ -127,7 +127,7 @@ class Model:
         if classifier is not None or g.helper:
             draw = sampler_of(self.run, load_helper(self.run, g), classifier)
         out = draw(canvas, g)
-        words = canvas < self.hierarchy.num_words if isinstance(canvas, np.ndarray) else canvas.given
+        words = canvas < self.hierarchy.vocab_size if isinstance(canvas, np.ndarray) else canvas.given
         texts = []
         for row, given, n in zip(out["tokens"], words, keep or out["length"], strict=True):
             last = 1 + int(max(np.flatnonzero(given[:n]), default=-1))  # no end of text counts before what is given

@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
 
     if _DISTRIBUTED.value:
         processes.join()
-        if not processes.is_first():
+        if not processes.is_main_process():
             console.mute()
         if _MODE.value != "train":  # JAX would keep it from us, for a training step that never comes
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

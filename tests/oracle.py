@@ -72,11 +72,11 @@ def quadrature(rates, nodes=16):
     return np.concatenate(tau), np.concatenate(weight)
 
 
-def random_joint(num_words, length, seed=0, concentration=0.3):
+def random_joint(vocab_size, length, seed=0, concentration=0.3):
     """A positive joint distribution of `length` dependent words, [V] * S."""
     rng = np.random.default_rng(seed)
-    p = rng.dirichlet(np.full(num_words**length, concentration)) + 1e-4
-    return (p / p.sum()).reshape((num_words,) * length)
+    p = rng.dirichlet(np.full(vocab_size**length, concentration)) + 1e-4
+    return (p / p.sum()).reshape((vocab_size,) * length)
 
 
 def entropy(p):
@@ -92,12 +92,12 @@ class Toy:
       parents: maps fine to coarse as `Hierarchy.from_parents` takes them; the map to the mask is added here.
       rates: r_1 .. r_K, K = len(parents) + 1.
       xi: probability that the first crossing goes to the word's own cluster.
-      num_words: V where parents is empty.
+      vocab_size: V where parents is empty.
     """
 
-    def __init__(self, parents, rates, xi=1.0, num_words=None):
+    def __init__(self, parents, rates, xi=1.0, vocab_size=None):
         self.given = [np.asarray(p) for p in parents]
-        sizes = [len(p) for p in self.given] or [num_words]
+        sizes = [len(p) for p in self.given] or [vocab_size]
         if self.given:
             sizes.append(int(self.given[-1].max()) + 1)
         self.parents = [*self.given, np.zeros(sizes[-1], int)]
@@ -433,8 +433,8 @@ def total_variation(counts, p):
 class Gidd:
     """GIDD over words 0..V-1 and the mask V, written out (arXiv 2503.04482 section 3): what it mixes in and rates."""
 
-    def __init__(self, num_words, p_uniform):
-        self.V, self.p_u = num_words, p_uniform
+    def __init__(self, vocab_size, p_uniform):
+        self.V, self.p_u = vocab_size, p_uniform
 
     def alpha_mix(self, t):
         """alpha_t and beta_t pi_t [V+1]."""

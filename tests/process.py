@@ -37,7 +37,7 @@ def main(recipe: str, folder: Path) -> None:
     there = loading.load_run(config, str(Path(recipe).parent / "run"), "latest")
     said["sums"] = [float(processes.to_host(leaf).astype("float64").sum()) for leaf in jax.tree.leaves(there.params)]
     try:  # an error of process 0 is everybody's
-        processes.first(lambda: {}["x"])
+        processes.on_main_process(lambda: {}["x"])
     except Exception as error:
         said["error"] = f"{type(error).__name__}: {error}"
 

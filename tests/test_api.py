@@ -143,7 +143,7 @@ def test_infill_like_a_word_stays_in_its_cluster(drawn):
     word = next(int(w) for w in b"etaoin" if h.word_count[1][h.anc[1][w]] > 5)
     model().infill(f"ab[LIKE:{chr(word)}xyz]", num_samples=8, **FEW)
     canvas, tokens = drawn[0]
-    assert (canvas[:, 2] == h.symbol(1, h.anc[1][word])).all(), "only the cluster of its first token is shown"
+    assert (canvas[:, 2] == h.state_id(1, h.anc[1][word])).all(), "only the cluster of its first token is shown"
     assert (h.anc[1][tokens[:, 2]] == h.anc[1][word]).all() and len(np.unique(tokens[:, 2])) > 1
     assert (tokens[:, :2] == [97, 98]).all()
 
@@ -155,7 +155,7 @@ def test_infill_refuses(monkeypatch):
         model().infill("a[MASK:16]")
     with pytest.raises(ConfigError, match="num_samples=0"):
         model().infill("a[MASK]", num_samples=0)
-    monkeypatch.setattr(model(), "hierarchy", Hierarchy.from_parents([], num_words=257))
+    monkeypatch.setattr(model(), "hierarchy", Hierarchy.from_parents([], vocab_size=257))
     with pytest.raises(ValueError, match=r"\[LIKE:x\]' at character 1: level 1 has no clusters; .*none, so use"):
         model().infill("a[LIKE:x]")
 

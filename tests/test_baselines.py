@@ -53,7 +53,7 @@ def test_the_oracle_s_marginals_belong_to_its_transitions(p_uniform):
 def test_gidd_noise_has_its_marginal(p_uniform, t):
     rows, process = 40_000, GiddProcess(WORDS, p_uniform)
     x = jnp.full((rows, 2), 2)
-    z = np.asarray(jax.jit(process.sample_z)(jax.random.key(3), x, jnp.full(rows, tau_of(t))))
+    z = np.asarray(jax.jit(process.corrupt)(jax.random.key(3), x, jnp.full(rows, tau_of(t))))
     want = oracle.Gidd(V, p_uniform).marginal(t)[2]
     got = np.bincount(z.reshape(-1), minlength=V + 1) / z.size
     assert np.all(np.abs(got - want) < 4.5 * np.sqrt(want * (1 - want) / z.size) + 1e-12)
@@ -222,9 +222,9 @@ def test_sedd_s_cost_is_the_score_entropy():
         np.testing.assert_allclose(got, [*want, 0], rtol=2e-4)
     sure = jnp.log(random_p(3, 1, 3)) + math.log(V)  # scores that sum to one: MDLM's cost
     mdlm = HierarchicalProcess(WORDS, LevelChain((1.0,)))
-    np.testing.assert_allclose(process.cost(sure, x, z), mdlm.cost(sure, x, z), atol=1e-6)
-    assert np.all(process.cost(sure + 0.5, x, z)[0, :2] > mdlm.cost(sure, x, z)[0, :2])
-    np.testing.assert_allclose(process.cost(jnp.zeros((1, 3, V)), x, z)[0], [math.log(V)] * 2 + [0], rtol=1e-6)
+    np.testing.assert_allclose(process.token_loss(sure, x, z), mdlm.token_loss(sure, x, z), atol=1e-6)
+    assert np.all(process.token_loss(sure + 0.5, x, z)[0, :2] > mdlm.token_loss(sure, x, z)[0, :2])
+    np.testing.assert_allclose(process.token_loss(jnp.zeros((1, 3, V)), x, z)[0], [math.log(V)] * 2 + [0], rtol=1e-6)
 
 
 # -- autoregressive --------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_cached_sampling_equals_a_loop_without_a_cache():
                                      network.empty_cache(3, 12))
     slow = start
     for i in range(2, 12):
-        z = process.sample_z(None, slow, None)
+        z = process.corrupt(None, slow, None)
         logits = network.apply({"params": params}, z, jnp.zeros(3))[:, i]
         slow = slow.at[:, i].set(draw_from(fold(keys, i), logits))
     np.testing.assert_array_equal(words, slow)
@@ -364,7 +364,7 @@ def test_trains_evaluates_and_generates(kind, weighting, p_uniform, tmp_path):
         ids = [json.loads(line)["ids"] for line in open(f"{workdir}/samples.jsonl")]
         x = jnp.asarray(ids)
         log_p = jax.nn.log_softmax(model.run.network.apply({"params": model.run.params},
-                                                           model.run.process.sample_z(None, x, None), jnp.zeros(3)))
+                                                           model.run.process.corrupt(None, x, None), jnp.zeros(3)))
         nats = -jnp.take_along_axis(log_p, x[..., None], axis=-1).mean()
         assert said["kind"] == "autoregressive" and said["tokens"] == x.size and not said["retokenised"]
         assert said["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)

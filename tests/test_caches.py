@@ -34,7 +34,7 @@ def weights(network, seed=0):
 
 def rows_of(z, wanted, before, call, lengths=(S,) * B, prompt=PROMPT, block=BLOCK) -> Rows:
     """What the core tells of states z [b, S], in numpy; `before`: the states of the call before, or None."""
-    level = np.select([z < WORDS.num_words, z == MASK], [0, K], 1)
+    level = np.select([z < WORDS.vocab_size, z == MASK], [0, K], 1)
     active = np.arange(S)[None] < np.asarray(lengths)[:, None]
     number = np.broadcast_to((np.arange(S) - prompt) // block, z.shape)
     number = np.where(np.arange(S) < prompt, -1, number)
@@ -283,7 +283,7 @@ def test_drift_grows_with_the_period():
     """One program for all periods: they are traced."""
     walked = [rows for seed in range(3) for rows in walk(seed, drops=1)]
     want, drift, asked = run(Whole(), walked), {}, at(walked, "wanted")
-    kernel = np.asarray(weights(NET)["head"]["kernel"])[: WORDS.num_words].T
+    kernel = np.asarray(weights(NET)["head"]["kernel"])[: WORDS.vocab_size].T
     for period in (1, 2, 8):
         got = run(DKV(), walked, {"refresh": jnp.int32(period)})
         drift[period] = np.abs((got - want)[asked] @ kernel).mean()

@@ -20,7 +20,7 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.models.heads import FactorisedHead
 
-MDLM = dict(parents=[], num_words=4)
+MDLM = dict(parents=[], vocab_size=4)
 TWO = dict(parents=[[0, 1, 0, 1]])
 THREE = dict(parents=[[0, 1, 2, 0, 2], [0, 1, 1]])
 ROWS = 20_000
@@ -75,7 +75,7 @@ def write(process, denoiser, start, kind, order, seed=0, by=1, watch=None):
         level = process.level_of(z).reshape(-1)
         here = jnp.broadcast_to(at, z.shape).reshape(-1)
         keys = jax.random.split(key, z.size)
-        flat = process.descend(keys, prediction.select(jnp.arange(z.size)), z.reshape(-1),
+        flat = process.reverse_step(keys, prediction.select(jnp.arange(z.size)), z.reshape(-1),
                                jnp.where(here, jnp.maximum(level - by, 0), level))
         return flat.reshape(z.shape)
 
@@ -134,7 +134,7 @@ def test_templates_have_typed_blanks():
     text = "The [LIKE:cat] and[MASK:2] [[a] [LIKE@2:dog]  [MASK]."
     found = canvas.template(text, t, h)
     cat, dog = (int(t.encode(w)[0]) for w in (" cat", " dog"))
-    cat, dog = (int(h.symbol(level, h.anc[level][word])) for level, word in ((1, cat), (2, dog)))
+    cat, dog = (int(h.state_id(level, h.anc[level][word])) for level, word in ((1, cat), (2, dog)))
     mask = h.mask_id
     want = [*t.encode("The"), cat, *t.encode(" and"), mask, mask, *t.encode(" [a]"), dog, *t.encode("  "), mask,
             *t.encode(".")]
@@ -178,7 +178,7 @@ def test_templates_say_where_they_are_wrong(text, message):
 
 def toy_of(shape, xi=1.0, force="cavity"):
     rates = (1.0,) * (len(shape["parents"]) + 1)
-    hierarchy = Hierarchy.from_parents(shape["parents"], shape.get("num_words"))
+    hierarchy = Hierarchy.from_parents(shape["parents"], shape.get("vocab_size"))
     return Toy(rates=rates, xi=xi, **shape), HierarchicalProcess(hierarchy, LevelChain(rates), xi, force)
 
 

@@ -284,7 +284,7 @@ def test_seed_matters_and_input_does_not_change() -> None:
 def test_no_clusters_is_mdlm(clusters: tuple[int, ...]) -> None:
     h, report = C.build_hierarchy(_blobs(50), clusters, special=(49,))
     assert h.sizes == (50, 1) and report["levels"] == [] and h.special == ()
-    assert h == Hierarchy.from_parents([], num_words=50)
+    assert h == Hierarchy.from_parents([], vocab_size=50)
 
 
 def test_closing_ones_are_dropped_and_small_n_keeps_special_words_inside() -> None:
@@ -383,10 +383,10 @@ def test_initial_table(width: int) -> None:
     for level in (1, 2):
         node = 1
         words = np.setdiff1d(np.flatnonzero(h.anc[level] == node), [5])
-        row = table[h.symbol(level, node)]
+        row = table[h.state_id(level, node)]
         mean = table[words].mean(0)
         assert row @ mean / np.linalg.norm(row) / np.linalg.norm(mean) == pytest.approx(1, abs=1e-4)
-    np.testing.assert_allclose(table[299], table[h.symbol(1, h.parents[0][299])], atol=1e-6)
+    np.testing.assert_allclose(table[299], table[h.state_id(1, h.parents[0][299])], atol=1e-6)
 
 
 def test_initial_table_of_nothing_is_uniform() -> None:
@@ -457,7 +457,7 @@ def test_plane_keeps_groups_together(width: int) -> None:
 
 
 def test_report_of_mdlm_and_wrong_lengths(tmp_path) -> None:
-    h = Hierarchy.from_parents([], num_words=10)
+    h = Hierarchy.from_parents([], vocab_size=10)
     paths = C.write_report(h, np.ones((10, 2)), _decode, np.ones(10), tmp_path / "m")
     assert "MDLM" in paths["text"].read_text(encoding="utf-8") and paths["picture"] is None
     with pytest.raises(ValueError, match="9 counts for 10 words"):

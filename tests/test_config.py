@@ -240,7 +240,7 @@ def test_levels_counted_as_the_hierarchy_does(clusters, keep, levels):
     for n in clusters:
         parents.append([i % n for i in range(below)])
         below = n
-    made = Hierarchy.from_parents(parents, num_words=257, keep_single=keep).num_levels
+    made = Hierarchy.from_parents(parents, vocab_size=257, keep_single=keep).num_levels
     assert made == levels
     for rates in range(1, 5):
         sections = {"diffusion": {"rates": (1.0,) * rates}, "hierarchy": {"clusters": clusters, "keep_single": keep}}

@@ -156,7 +156,7 @@ def chains(models, words, seed=0, concentration=1.0):
 
 def decode_chains(chain, length, drafts, match="exact", choice=ONE, numbers=NUMBERS, **kwargs):
     words = chain.shape[-1]
-    _, process = make(dict(parents=[], num_words=words), (1.0,))
+    _, process = make(dict(parents=[], vocab_size=words), (1.0,))
     policy = core.Policy(choice, "argmax", verify=drafts and FreeDave(drafts, match))
     z = jnp.full((len(chain), length), words)
     run = jax.jit(lambda key, z, chain: core.sample(key, Chains(), process, z, policy, numbers,

@@ -54,9 +54,9 @@ def sum_over_language(folder, packing, padding, sizes, xi) -> tuple[float, float
     shown = rows["segment"]
     both, counts = np.unique(np.stack([words, shown], -1), axis=0, return_counts=True)
     words, shown = jnp.asarray(both[..., 0]), jnp.asarray(both[..., 1])
-    h = Hierarchy.from_parents([np.array([0, 0, 1])] if sizes == 2 else [], num_words=3)
+    h = Hierarchy.from_parents([np.array([0, 0, 1])] if sizes == 2 else [], vocab_size=3)
     process = HierarchicalProcess(h, LevelChain((1.0,) * h.num_levels), xi, "none")
-    table = np.zeros((3, h.num_symbols))  # M of theory.md section 2: how likely a word shows as that symbol
+    table = np.zeros((3, h.num_states))  # M of theory.md section 2: how likely a word shows as that symbol
     table[np.arange(3), np.arange(3)] = table[:, h.mask_id] = 1
     if sizes == 2:
         table[:, 3:5] = process.leak + (xi - process.leak) * (h.anc[1][:, None] == np.arange(2))
@@ -320,7 +320,8 @@ def toy(tmp_path, records, padding, steps, **data):
 def test_stages_know_the_padding():
     config = read_recipe(trained()[0])
     data = dataclasses.replace(config.data, packing="crop", padding="hidden")
-    text = stages.Text(str(trained()[1] / "data"), prepare.load_manifest(trained()[1] / "data"), model().tokenizer)
+    folder = trained()[1] / "data"
+    text = stages.PreparedData(str(folder), prepare.load_manifest(folder), model().tokenizer)
     config = dataclasses.replace(config, data=data)
     assert "segment" in stages.batches_of(config, text).example()
     config = dataclasses.replace(config, data=dataclasses.replace(data, padding="end"))

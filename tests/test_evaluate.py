@@ -17,7 +17,7 @@ from hdlm_jax.training.state import init_state, make_optimizer
 
 V, S = 40, 8
 HIERARCHY = Hierarchy.from_parents([np.arange(V) % 6, np.arange(6) % 2])
-FLAT = Hierarchy.from_parents([], num_words=V)
+FLAT = Hierarchy.from_parents([], vocab_size=V)
 
 
 def make_config(hierarchy, batch_size=8, **evaluate):

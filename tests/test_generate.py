@@ -56,7 +56,7 @@ def test_calls_where_nothing_changes_are_skipped():
 def test_given_clusters_are_kept():
     h = model().hierarchy
     words = np.frombuffer(b"a sample of text", np.uint8).astype(np.int32)
-    canvas = np.tile(h.symbol(1, h.anc[1][words]), (8, 1))
+    canvas = np.tile(h.state_id(1, h.anc[1][words]), (8, 1))
     tokens = model()._draw(canvas, GRID)["tokens"]
     np.testing.assert_array_equal(h.anc[1][tokens], np.tile(h.anc[1][words], (8, 1)))
     assert np.any(tokens != words)

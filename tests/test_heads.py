@@ -16,7 +16,7 @@ from hdlm_jax.diffusion.draws import token_keys
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.diffusion.prediction import Dense
+from hdlm_jax.diffusion.prediction import LogitsPrediction
 from hdlm_jax.models import heads
 from hdlm_jax.models.heads import Blocks, FactorisedHead, FlatHead, map_over_noised, product, sum_over_noised
 
@@ -58,8 +58,8 @@ def brute_force(head, params, h):
     table = p if isinstance(head, FlatHead) else p["words"]
     words = [table["kernel"][i] @ h + table["bias"][i] for i in range(len(table["bias"]))]
     if isinstance(head, FlatHead):
-        return log_softmax(np.array(words[: head.hierarchy.num_words]))
-    anc, row, out = head.hierarchy.anc[1], head.blocks.row, np.zeros(head.hierarchy.num_words)
+        return log_softmax(np.array(words[: head.hierarchy.vocab_size]))
+    anc, row, out = head.hierarchy.anc[1], head.blocks.row, np.zeros(head.hierarchy.vocab_size)
     n, prototypes, c = head.hierarchy.sizes[1], head.prototypes, p["clusters"]
     each = [[np.exp(c["kernel"][i] @ h + c["bias"][i]) for i in range(v * prototypes, (v + 1) * prototypes)]
             for v in range(n)]
@@ -132,7 +132,7 @@ def test_predictions_answer_as_dense_ones(head):
     """log_prob, log_within, log_mass, log_masses of every level; and select(index) is the whole at those tokens."""
     h = head.hierarchy
     params, hidden, rng = numbers(head), hidden_of((2, 5)), np.random.default_rng(2)
-    x = jnp.asarray(rng.integers(0, h.num_words, (2, 5)), jnp.int32)
+    x = jnp.asarray(rng.integers(0, h.vocab_size, (2, 5)), jnp.int32)
     nodes = [jnp.asarray(rng.integers(0, n, (2, 5)), jnp.int32) for n in h.sizes]
 
     def answers(p, at=...):
@@ -147,7 +147,8 @@ def test_predictions_answer_as_dense_ones(head):
     @jit
     def run(params, hidden):
         whole = head.predict(params, hidden)
-        return answers(whole), answers(Dense(head.logits(params, hidden), h)), answers(whole.select(index), index)
+        dense = LogitsPrediction(head.logits(params, hidden), h)
+        return answers(whole), answers(dense), answers(whole.select(index), index)
 
     whole, dense, some = run(params, hidden)
     for one, want in zip(whole, dense, strict=True):
@@ -166,9 +167,9 @@ def texts(process):
     large = np.flatnonzero(h.anc[1] == sizes.argmax())
     few = np.flatnonzero(np.isin(h.anc[1], [0, h.sizes[1] - 1]))
     tau = jnp.asarray([0, 1e3, *np.linspace(0.3, 2, B - 2)], jnp.float32)  # a row of words, a row of masks
-    for name, words in {"any": np.arange(h.num_words), "one cluster": large, "few clusters": few}.items():
+    for name, words in {"any": np.arange(h.vocab_size), "one cluster": large, "few clusters": few}.items():
         x = jnp.asarray(rng.choice(words, (B, S)), jnp.int32)
-        z = process.sample_z(jax.random.key(4), x, tau)
+        z = process.corrupt(jax.random.key(4), x, tau)
         yield name, x, z
         if name != "few clusters":
             yield name + ", all noised", x, jnp.where(process.level_of(z) == 0, h.mask_id, z)
@@ -178,7 +179,7 @@ def texts(process):
 
 def both_ways(process, head, hard=False, shard=None):
     """Two functions of (params, hidden, x, z, weight), dense and piece by piece -> losses, gradients, costs."""
-    kwargs = {"asks": process.asks(hard)} | ({} if shard is None else {"shard": shard})
+    kwargs = {"needs": process.needs(hard)} | ({} if shard is None else {"shard": shard})
 
     def scaled(total):
         def run(params, hidden, x, z, weight):
@@ -188,21 +189,21 @@ def both_ways(process, head, hard=False, shard=None):
         return jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
 
     def dense(params, hidden, x, z, weight):
-        p = Dense(head.logits(params, hidden), process.hierarchy)
-        costs = process.cost(p, x, z)
-        losses = process.cost(p, x, z, hard_training=hard)
+        p = LogitsPrediction(head.logits(params, hidden), process.hierarchy)
+        costs = process.token_loss(p, x, z)
+        losses = process.token_loss(p, x, z, hard_training=hard)
         return jnp.sum(weight * losses), jax.lax.stop_gradient(jnp.sum(costs)), costs
 
     def pieces(params, hidden, x, z, weight):
-        def cost(p, fields, levels):
-            return process.cost(p, *fields[:2], levels)
+        def token_loss(p, fields, levels):
+            return process.token_loss(p, *fields[:2], levels)
 
         def fn(p, fields, levels):
-            loss = process.cost(p, *fields[:2], levels, hard_training=hard)
-            return fields[2] * loss, cost(p, fields, levels)
+            loss = process.token_loss(p, *fields[:2], levels, hard_training=hard)
+            return fields[2] * loss, token_loss(p, fields, levels)
 
         rest = (params, hidden, process.level_of(z), x, (x, z, weight))
-        return (*sum_over_noised(head, fn, *rest, **kwargs), map_over_noised(head, cost, *rest, **kwargs))
+        return (*sum_over_noised(head, fn, *rest, **kwargs), map_over_noised(head, token_loss, *rest, **kwargs))
 
     return scaled(dense), scaled(pieces)
 
@@ -301,7 +302,7 @@ def test_work_is_for_noised_tokens_alone(small):
 
     def visit(head, level, x):
         seen.clear()
-        jax.block_until_ready(map_over_noised(head, fn, numbers(head), hidden_of(), level, x, x, asks="word"))
+        jax.block_until_ready(map_over_noised(head, fn, numbers(head), hidden_of(), level, x, x, needs="word"))
         jax.effects_barrier()
         return sorted(seen, key=str)
 
@@ -324,14 +325,14 @@ def compiled(process, head, width=D, shape=(B, S), dense=False, gradients=True, 
     """The compiled program of (params, hidden, x, z) -> (loss, gradients), or -> costs; it is never run."""
     def loss(params, hidden, x, z):
         if dense:
-            return jnp.sum(process.cost(head.logits(params, hidden), x, z))
+            return jnp.sum(process.token_loss(head.logits(params, hidden), x, z))
 
         def fn(p, fields, levels):
-            cost = process.cost(p, *fields, levels)
+            cost = process.token_loss(p, *fields, levels)
             return (cost, cost) if gradients else cost
 
         over = sum_over_noised if gradients else map_over_noised
-        out = over(head, fn, params, hidden, process.level_of(z), x, (x, z), asks=process.asks(), **kwargs)
+        out = over(head, fn, params, hidden, process.level_of(z), x, (x, z), needs=process.needs(), **kwargs)
         return out[0] if gradients else out
 
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -403,12 +404,12 @@ def test_no_token_moves_between_devices(small, shape, head):
     def step(params, inputs, x, z):
         def loss(params):
             def fn(p, fields, levels):
-                cost = process.cost(p, *fields, levels)
+                cost = process.token_loss(p, *fields, levels)
                 return cost, cost
 
             hidden = inputs * params["trunk"][None, None]
             return sum_over_noised(head, fn, params["head"], hidden, process.level_of(z), x, (x, z),
-                                   asks=process.asks(), shard=parallel.OverBatch(mesh))
+                                   needs=process.needs(), shard=parallel.OverBatch(mesh))
 
         (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         return jax.tree.map(lambda p, g: p - g, params, gradients), value, aux
@@ -452,7 +453,7 @@ def test_draws_have_the_law_of_the_logits(levels, xi, force):
 
     @jit
     def draw(params, keys, z, target):
-        return process.descend(keys, head.predict(params, jnp.broadcast_to(h[None], (len(z), D))), z, target)
+        return process.reverse_step(keys, head.predict(params, jnp.broadcast_to(h[None], (len(z), D))), z, target)
 
     out = np.asarray(draw(params, jax.random.split(jax.random.key(8), len(z)), z, target)).reshape(-1, ROWS)
     p = np.exp(brute_force(head, params, np.asarray(h, float)))
@@ -472,13 +473,13 @@ def test_temperature_and_nucleus_are_of_words():
     process = make(3, 0.8, "cavity")
     head, hidden = FactorisedHead(process.hierarchy), hidden_of()
     params = numbers(head)
-    z = process.sample_z(jax.random.key(9), jnp.zeros((B, S), jnp.int32), jnp.linspace(0.3, 3, B))
+    z = process.corrupt(jax.random.key(9), jnp.zeros((B, S), jnp.int32), jnp.linspace(0.3, 3, B))
     target = jnp.maximum(process.level_of(z) - 1 - jnp.arange(S)[None] % 2, 0)
 
     @jit
     def run(params, hidden, warm):
         def draw(p, **kwargs):
-            return process.descend(token_keys(jax.random.key(10), z.shape), p, z, target, **kwargs)
+            return process.reverse_step(token_keys(jax.random.key(10), z.shape), p, z, target, **kwargs)
 
         settings = [dict(temperature=0.7), dict(top_p=0.8), dict(temperature=0), dict(temperature=warm, top_p=0.5), {}]
         return [(draw(head.predict(params, hidden), **s), draw(head.logits(params, hidden), **s)) for s in settings]
@@ -496,17 +497,17 @@ def test_words_never_leave_a_given_cluster():
     h = process.hierarchy
     head = FactorisedHead(h)
     params, rng = numbers(head), np.random.default_rng(11)
-    z = jnp.asarray(rng.integers(h.offsets[1], h.num_symbols, 2000), jnp.int32)
+    z = jnp.asarray(rng.integers(h.offsets[1], h.num_states, 2000), jnp.int32)
     hidden, index = hidden_of((2000,)), jnp.asarray(rng.integers(0, 2000, 500))
 
     @jit
     def draw(params, hidden, z, keys):
-        whole = process.descend(keys, head.predict(params, hidden), z, 0 * z)
+        whole = process.reverse_step(keys, head.predict(params, hidden), z, 0 * z)
         some = head.predict(params, hidden).select(index)
-        return whole, process.descend(keys[index], some, z[index], 0 * z[index])
+        return whole, process.reverse_step(keys[index], some, z[index], 0 * z[index])
 
     words, some = (np.asarray(a) for a in draw(params, hidden, z, jax.random.split(jax.random.key(12), 2000)))
-    assert words.min() >= 0 and words.max() < h.num_words
+    assert words.min() >= 0 and words.max() < h.vocab_size
     for k in range(1, 4):
         here = h.level_of(np.asarray(z)) == k
         assert here.any()

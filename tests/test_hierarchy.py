@@ -19,7 +19,7 @@ def hierarchies(draw: st.DrawFn) -> Hierarchy:
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     sizes = sorted(draw(st.lists(st.integers(2, 30), min_size=1, max_size=4)), reverse=True)
     if len(sizes) == 1:
-        return Hierarchy.from_parents([], num_words=sizes[0])
+        return Hierarchy.from_parents([], vocab_size=sizes[0])
     parents = [_onto(rng, fine, coarse) for fine, coarse in zip(sizes, sizes[1:], strict=False)]
     return Hierarchy.from_parents(parents, keep_single=draw(st.booleans()))
 
@@ -27,10 +27,10 @@ def hierarchies(draw: st.DrawFn) -> Hierarchy:
 @settings(max_examples=60)
 @given(hierarchies())
 def test_everything_against_brute_force(h: Hierarchy) -> None:
-    words, last = h.num_words, h.num_levels
+    words, last = h.vocab_size, h.num_levels
     assert h.sizes[-1] == 1 and len(h.sizes) == last + 1
-    assert h.num_symbols == sum(h.sizes) and h.mask_id == h.num_symbols - 1
-    assert h.padded_symbols % 128 == 0 and 0 <= h.padded_symbols - h.num_symbols < 128
+    assert h.num_states == sum(h.sizes) and h.mask_id == h.num_states - 1
+    assert h.padded_symbols % 128 == 0 and 0 <= h.padded_symbols - h.num_states < 128
     for word in range(words):  # climb one map after the other
         node = word
         for level in range(last + 1):
@@ -59,26 +59,26 @@ def test_everything_against_brute_force(h: Hierarchy) -> None:
 @settings(max_examples=30)
 @given(hierarchies())
 def test_symbol_ids_are_one_to_one_and_ordered_by_level(h: Hierarchy) -> None:
-    ids = np.arange(h.num_symbols)
+    ids = np.arange(h.num_states)
     level, node = h.level_of(ids), h.node_of(ids)
     assert np.all(np.diff(level) >= 0)
-    np.testing.assert_array_equal(h.symbol(level, node), ids)
-    np.testing.assert_array_equal(level[:h.num_words], 0)
-    np.testing.assert_array_equal(node[:h.num_words], ids[:h.num_words])
+    np.testing.assert_array_equal(h.state_id(level, node), ids)
+    np.testing.assert_array_equal(level[:h.vocab_size], 0)
+    np.testing.assert_array_equal(node[:h.vocab_size], ids[:h.vocab_size])
     assert level[h.mask_id] == h.num_levels
     for where, first in enumerate(h.offsets):
         assert h.level_of(first) == where and h.node_of(first) == 0
-    assert h.level_of(ids.reshape(1, -1)).shape == (1, h.num_symbols)
+    assert h.level_of(ids.reshape(1, -1)).shape == (1, h.num_states)
 
 
 def test_levels_are_cut_at_the_first_single_node() -> None:
     single = np.zeros(5, int)
-    assert Hierarchy.from_parents([], num_words=5).sizes == (5, 1)
+    assert Hierarchy.from_parents([], vocab_size=5).sizes == (5, 1)
     assert Hierarchy.from_parents([single]).sizes == (5, 1)
     assert Hierarchy.from_parents([single], keep_single=True).sizes == (5, 1, 1)
     assert Hierarchy.from_parents([[0, 1, 2, 0, 1], [0, 0, 0], [0]]).sizes == (5, 3, 1)
     assert Hierarchy.from_parents([[0, 1, 2, 0, 1], [1, 0, 1]]).sizes == (5, 3, 2, 1)
-    assert Hierarchy.from_parents([single]) == Hierarchy.from_parents([], num_words=5)
+    assert Hierarchy.from_parents([single]) == Hierarchy.from_parents([], vocab_size=5)
 
 
 def test_dtypes_and_read_only() -> None:
@@ -108,8 +108,8 @@ def test_equality_hash_and_fingerprint() -> None:
 
 
 @pytest.mark.parametrize(("parents", "kwargs", "message"), [
-    ([], {}, "needs num_words"),
-    ([], {"num_words": 1}, "num_words = 1: .* at least 2"),
+    ([], {}, "needs vocab_size"),
+    ([], {"vocab_size": 1}, "vocab_size = 1: .* at least 2"),
     ([[0]], {}, "at least 2 words"),
     ([[0, 2, 0]], {}, "empty cluster: node 1 of level 1"),
     ([[0, 1, 0], [0, 0, 0]], {}, "empty cluster: node 2 of level 1"),
@@ -117,7 +117,7 @@ def test_equality_hash_and_fingerprint() -> None:
     ([[0, 1, 0], [1, 1]], {}, "empty cluster: node 0 of level 2"),
     ([[0, -1, 0]], {}, "holds node -1"),
     ([[0, -1, 1], [0, 0]], {}, "holds node -1"),
-    ([[0, 1, 0]], {"num_words": 4}, "3 words, but num_words = 4"),
+    ([[0, 1, 0]], {"vocab_size": 4}, "3 words, but vocab_size = 4"),
     ([[0, 1, 0], []], {}, "parents.1. is empty"),
     ([[0.0, 1.0]], {}, "float64"),
     ([[[0, 1]]], {}, r"shape \(1, 2\)"),
@@ -136,9 +136,9 @@ def test_ids_out_of_range() -> None:
         with pytest.raises(ValueError, match=r"outside 0\.\.5"):
             call([0, 6])
     with pytest.raises(ValueError, match="outside its level"):
-        h.symbol(1, 2)
+        h.state_id(1, 2)
     with pytest.raises(ValueError, match=r"outside 0\.\.2"):
-        h.symbol(3, 0)
+        h.state_id(3, 0)
 
 
 def test_save_and_load(tmp_path) -> None:

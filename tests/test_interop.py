@@ -21,7 +21,7 @@ from hdlm_jax.config import ConfigError, ReleasedConfig
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models import weight_files
 from hdlm_jax.models.heads import FlatHead
-from hdlm_jax.models.interop import EMBEDDING, NEVER, Sizes, from_torch, heads_of, shapes, sizes, symbol_ids, to_torch
+from hdlm_jax.models.interop import EMBEDDING, NEVER, Sizes, from_torch, heads_of, shapes, sizes, state_ids, to_torch
 from hdlm_jax.models.network import Network
 from hdlm_jax.models.weight_files import read_clusters, read_weights
 from hdlm_jax.runs import evaluate, import_weights
@@ -30,7 +30,7 @@ from hdlm_jax.runs.import_weights import check_trainable, import_released
 from hdlm_jax.training import loading
 
 V = 20
-MDLM = Hierarchy.from_parents([], num_words=V)
+MDLM = Hierarchy.from_parents([], vocab_size=V)
 HDLM = Hierarchy.from_parents([np.arange(V) % 5])
 DEEP = Hierarchy.from_parents([np.arange(V) % 6, np.arange(6) % 2])
 HEADS, S = 2, 10
@@ -53,7 +53,7 @@ def random_params(hierarchy, time=True, seed=0):
 
 
 def ids_of(layout, hierarchy, **settings):
-    return symbol_ids(ReleasedConfig(layout=layout, **settings), hierarchy)
+    return state_ids(ReleasedConfig(layout=layout, **settings), hierarchy)
 
 
 def same(a, b):
@@ -100,7 +100,7 @@ def test_published_outputs_through_the_whole_path(dit, tmp_path, capsys):
     run = hdlm_jax.load(str(tmp_path / "run")).run
     assert run.step == 0 and run.hierarchy.sizes == (95, 8, 1)
     ours = np.full(128, -1)
-    ours[symbol_ids(c.released, run.hierarchy)] = np.arange(run.hierarchy.num_symbols)
+    ours[state_ids(c.released, run.hierarchy)] = np.arange(run.hierarchy.num_states)
     z, t = jnp.asarray(ours[dit.z], jnp.int32), jnp.asarray(dit.t)
     assert z.min() >= 0 and int(jnp.sum(z == run.hierarchy.mask_id)) == 46 and int(jnp.sum(z >= 95)) == 46 + 43
     params = jax.tree.map(np.asarray, run.params)
@@ -154,7 +154,7 @@ def published_network(w, z, t, heads):
 def test_both_ways_the_network_is_the_published_one(hierarchy, layout):
     """Against a numpy twin that knows nothing of our names: imported from it, and exported to it."""
     ids, rng = ids_of(layout, hierarchy), np.random.default_rng(0)
-    z, t = rng.integers(0, hierarchy.num_symbols, (3, S)), np.array([0.1, 0.5, 0.9])
+    z, t = rng.integers(0, hierarchy.num_states, (3, S)), np.array([0.1, 0.5, 0.9])
     network, ours = random_params(hierarchy)
     state = {name: 0.5 * a for name, a in random_state().items()}
     for theirs, params in ((state, from_torch(state, hierarchy, ids)[0]),
@@ -225,7 +225,7 @@ def test_time_that_is_always_zero_is_folded_into_the_biases():
 def test_ids_of_the_published_vocabularies():
     """MDLM: the mask behind the words. GIDD and HDLM: padding, mask, clusters. LM1B: the mask is a word of BERT's."""
     for layout, mask in (("mdlm", 50257), ("gidd", 50258), ("hdlm", 50258)):
-        gpt2 = Hierarchy.from_parents([], num_words=50257)
+        gpt2 = Hierarchy.from_parents([], vocab_size=50257)
         assert ids_of(layout, gpt2)[-1] == mask, layout
     clustered = ids_of("hdlm", Hierarchy.from_parents([np.arange(50257) % 64]))
     np.testing.assert_array_equal(clustered[50257:], [*range(50259, 50323), 50258])
@@ -375,7 +375,7 @@ def test_our_own_weights_come_back(roundtrip):
     assert sizes(load_file(c.released.weights)) == (32, 1, 128, 384)
     run, want = hdlm_jax.load(str(folder / "run")).run, model().run
     assert run.hierarchy == want.hierarchy and run.tokenizer.fingerprint == want.tokenizer.fingerprint
-    z = jnp.asarray(np.random.default_rng(0).integers(0, run.hierarchy.num_symbols, (2, 16)), jnp.int32)
+    z = jnp.asarray(np.random.default_rng(0).integers(0, run.hierarchy.num_states, (2, 16)), jnp.int32)
     t = jnp.asarray([0.2, 0.9])
     a, b = (apply(want.network, jax.tree.map(np.asarray, r.params), z, t) for r in (run, want))
     np.testing.assert_array_equal(a, b)

@@ -378,7 +378,7 @@ def test_within_below_xi_one():
     process = dataclasses.replace(run.process, xi=0.6)
     sampler = sampling.Sampler(run.network, process, run.mesh, run.params)
     words = np.frombuffer(b"a sample of text", np.uint8).astype(np.int32)
-    canvas = np.tile(h.symbol(1, h.anc[1][words]), (8, 1))
+    canvas = np.tile(h.state_id(1, h.anc[1][words]), (8, 1))
     within, usual = (sampler(canvas, dataclasses.replace(GRID, force_transition=f))["tokens"] for f in ("within", ""))
     np.testing.assert_array_equal(h.anc[1][within], np.tile(h.anc[1][words], (8, 1)))
     assert (h.anc[1][usual] != h.anc[1][words]).any()
@@ -413,7 +413,7 @@ def test_which_samplers_are_the_same():
 
 def test_what_leaves_the_exact_law_is_said():
     noisy = dataclasses.replace(model().run.process, xi=0.7)
-    say = lambda process, **how: sampling.law(process, dataclasses.replace(GRID, **how))  # noqa: E731
+    say = lambda process, **how: sampling.exactness(process, dataclasses.replace(GRID, **how))  # noqa: E731
     assert say(noisy) == say(noisy, force_transition="cavity") == "exact"
     for other in ("none", "within", "between"):  # another model's law than the one whose NELBO is measured
         assert say(noisy, force_transition=other) == f"inexact: force_transition={other} where cavity was trained"

@@ -32,7 +32,7 @@ def helper():
     settings["diffusion"] |= {"process": "autoregressive"}
     settings["hierarchy"] |= {"clusters": (1,)}
     settings["model"] |= {"time_conditioning": False}
-    network, process = build(resolve(settings), Hierarchy.from_parents([], num_words=257))
+    network, process = build(resolve(settings), Hierarchy.from_parents([], vocab_size=257))
     z = jnp.zeros((1, SEQ_LEN), jnp.int32)
     params = jax.jit(network.init)(jax.random.key(3), z, jnp.zeros(1))["params"]
     return types.SimpleNamespace(network=network, params=params)
@@ -128,7 +128,7 @@ def test_guidance_and_helpers_change_the_text():
 
 
 def test_law_names_what_is_not_ancestral():
-    say = lambda **how: sampling.law(model().run.process, GenerateConfig(**how))  # noqa: E731
+    say = lambda **how: sampling.exactness(model().run.process, GenerateConfig(**how))  # noqa: E731
     assert say() == say(method="first_hitting") == "exact"
     for name in set(presets.METHODS) - {"ancestral", "first_hitting"}:
         assert say(method=name) == f"inexact: method={name}"

@@ -17,7 +17,7 @@ from hdlm_jax.models.heads import FactorisedHead, FlatHead
 from hdlm_jax.models.network import Network, attention, flops_per_token, make_network
 
 B, S, V, N = 3, 10, 150, 256
-FLAT = FlatHead(Hierarchy.from_parents([], num_words=V))
+FLAT = FlatHead(Hierarchy.from_parents([], vocab_size=V))
 SIZES = {"head": FLAT, "symbols": N, "width": 16, "blocks": 2, "heads": 2}
 
 
@@ -136,7 +136,7 @@ def test_equals_published_network(data_dir):
                 "qkv": {"kernel": linear(b + "attn_qkv")["kernel"].reshape(32, 3, 32)}, "out": linear(b + "attn_out"),
                 "up": affine(b + "mlp.0"), "down": affine(b + "mlp.2"), "modulation": affine(b + "adaLN_modulation")}
 
-    head = FlatHead(Hierarchy.from_parents([], num_words=128))
+    head = FlatHead(Hierarchy.from_parents([], vocab_size=128))
     network = Network(head, symbols=128, width=32, blocks=2, heads=4, cond=16)
     params = {"embedding": w["vocab_embed.embedding"], "time_in": affine("sigma_map.mlp.0"),
               "time_out": affine("sigma_map.mlp.2"), "stack": jax.tree.map(lambda *a: np.stack(a), block(0), block(1)),

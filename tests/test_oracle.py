@@ -15,7 +15,7 @@ from oracle import (
     random_joint,
 )
 
-MDLM = dict(parents=[], num_words=4)
+MDLM = dict(parents=[], vocab_size=4)
 TWO = dict(parents=[[0, 1, 0, 1]])
 THREE = dict(parents=[[0, 1, 2, 0, 2], [0, 1, 1]])
 CASES = [
@@ -165,7 +165,7 @@ def test_fact_3_the_optimum_does_not_depend_on_time(shape, rates, xi):
 
 @pytest.mark.parametrize("r_2", [0.3, 1.0, 4.0])
 def test_fact_4_a_single_cluster_is_mdlm(r_2):
-    flat, deep = Toy([], (1.0,), num_words=3), Toy([[0, 0, 0]], (1.0, r_2))
+    flat, deep = Toy([], (1.0,), vocab_size=3), Toy([[0, 0, 0]], (1.0, r_2))
     network = flat.random_network(2, seed=7)
     rows = np.minimum(deep.sequences(2), flat.mask)  # the cluster and the mask look the same to it
     twin = network[rows[:, 0] * flat.N + rows[:, 1]]

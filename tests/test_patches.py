@@ -46,7 +46,7 @@ def random_params(network=NETWORK, seed=0, scale=0.15):
 
 def inputs(seed=1, s=S):
     rng = np.random.default_rng(seed)
-    z = rng.integers(0, HIERARCHY.num_symbols, (B, s))
+    z = rng.integers(0, HIERARCHY.num_states, (B, s))
     return jnp.asarray(z, jnp.int32), jnp.asarray(rng.random(B), jnp.float32)
 
 
@@ -109,7 +109,7 @@ def test_scaled_base_finds_needles_further_away():
     import optax
 
     words, trained = 12, 16
-    network = Network(FlatHead(Hierarchy.from_parents([], num_words=words)), 128, 32, 2, 2, time_conditioning=False)
+    network = Network(FlatHead(Hierarchy.from_parents([], vocab_size=words)), 128, 32, 2, 2, time_conditioning=False)
 
     def draw(key, s):
         x = jax.random.randint(jax.random.fold_in(key, 0), (64, s), 1, words)
@@ -503,7 +503,7 @@ def test_ranges_see_words_clusters_and_masks():
     """The first block's input is a function of the symbol, so its range is the largest over all symbols."""
     network = NETWORK.clone(time_conditioning=False)
     params = random_params(network)
-    n, stack = HIERARCHY.num_symbols, params["stack"]
+    n, stack = HIERARCHY.num_states, params["stack"]
     for symbol, channel in ((2, 0), (V + 3, 1), (HIERARCHY.mask_id, 2)):
         params["embedding"] = params["embedding"].at[symbol, channel].set(30.0)
     x = np.asarray(params["embedding"])[:n]

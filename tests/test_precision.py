@@ -16,7 +16,7 @@ from hdlm_jax.diffusion.gidd import GiddProcess
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.diffusion.prediction import Dense
+from hdlm_jax.diffusion.prediction import LogitsPrediction
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
 from hdlm_jax.training.loss import stratified_tau
 
@@ -105,7 +105,7 @@ def test_costs_and_their_gradients_at_extreme_logits(k, xi, force):
     @jit
     def run(logits):
         def total(logits, head):
-            cost = process.cost(head(logits), jnp.asarray(x), jnp.asarray(z))
+            cost = process.token_loss(head(logits), jnp.asarray(x), jnp.asarray(z))
             return jnp.sum(cost), cost
 
         return {name: jax.grad(total, has_aux=True)(logits, head) for name, head in heads_of(process).items()}
@@ -134,8 +134,8 @@ def test_the_way_back_at_extreme_logits(k, xi, force):
     def run(logits):
         out = {}
         for name, head in heads_of(process).items():
-            laws = {(i, j, how): process.law_below(head(logits), jnp.asarray(z), i, j, how) for i in range(1, k + 1)
-                    for j in range(i) for how in (("exact", "clean") if 0 < j < i - 1 else ("exact",))}
+            laws = {(i, j, how): process.log_probs_below(head(logits), jnp.asarray(z), i, j, how)
+                    for i in range(1, k + 1) for j in range(i) for how in (("exact", "clean") if 0 < j < i - 1 else ("exact",))}
             drops = statistics.drop_probability(process, head(logits[at]), jnp.asarray(z[at]), jnp.asarray(new))
             out[name] = laws, process.posterior(head(logits), jnp.asarray(z), 0.6, 1.1), drops
         return out
@@ -159,7 +159,7 @@ def test_the_way_back_at_extreme_logits(k, xi, force):
 def test_no_cluster_is_too_unlikely_to_be_shown(force):
     """The node above the last two words has e^-120 of the mass: what is under it is known all the same."""
     _, process = make(3, 1.0, force)
-    law = process.law_below(jnp.asarray([[0.0, 0, 0, 0, -120, -121]]), jnp.asarray([V + 4]), 2, 1)
+    law = process.log_probs_below(jnp.asarray([[0.0, 0, 0, 0, -120, -121]]), jnp.asarray([V + 4]), 2, 1)
     np.testing.assert_array_equal(np.asarray(law), [[-np.inf, -np.inf, 0.0]])
 
 
@@ -167,7 +167,7 @@ def test_an_unforced_mistake_is_charged_in_full():
     """K = 3, unforced: 100 nats are 100 nats, not -log of a floor, and push the word up."""
     _, process = make(3, 1.0, "none", [[0, 1, 2, 2], [0, 0, 1]])
     logits, x, z = jnp.asarray([[0.0, -100, -300, -300]]), jnp.asarray([1]), jnp.asarray([4 + 3])
-    cost, gradient = jax.value_and_grad(lambda a: process.cost(a, x, z)[0])(logits)
+    cost, gradient = jax.value_and_grad(lambda a: process.token_loss(a, x, z)[0])(logits)
     assert float(cost) == pytest.approx(100, rel=1e-6)
     np.testing.assert_allclose(gradient, [[1, -1, 0, 0]], atol=1e-6)
 
@@ -176,7 +176,7 @@ def test_between_divides_by_however_little_there_is():
     """f has e^-90 under the cluster on show; between gives it all the mass that the forward process would."""
     toy, process = make(2, 0.8, "between", [[0, 0, 1, 1]])
     logits, x, z = np.float32([[-90, -90.5, 0, 0]]), 0, 4
-    cost = process.cost(jnp.asarray(logits), jnp.asarray([x]), jnp.asarray([z]))
+    cost = process.token_loss(jnp.asarray(logits), jnp.asarray([x]), jnp.asarray([z]))
     assert float(cost[0]) == pytest.approx(-math.log(0.8 / (1 + math.exp(-0.5))), rel=1e-6)
 
 
@@ -188,8 +188,8 @@ def test_forbidden_words_are_no_nan(xi, force):
     for z in range(V, toy.N):
         shown = jnp.full(2, z)
         for j in range(toy.level[z]):
-            assert not jnp.any(jnp.isnan(process.law_below(logits, shown, int(toy.level[z]), j)))
-    assert not jnp.any(jnp.isnan(Dense(logits, process.hierarchy).log_masses(2)))
+            assert not jnp.any(jnp.isnan(process.log_probs_below(logits, shown, int(toy.level[z]), j)))
+    assert not jnp.any(jnp.isnan(LogitsPrediction(logits, process.hierarchy).log_masses(2)))
 
 
 @pytest.mark.parametrize("xi, force", [(1.0, "cavity"), (1.0, "none"), (0.8, "between"), (0.8, "cavity")])
@@ -198,7 +198,7 @@ def test_a_network_that_diverged_has_no_finite_cost(xi, force):
     toy, process = make(3, xi, force)
     z = jnp.arange(V, toy.N)
     for bad in (jnp.nan, jnp.inf):
-        cost = process.cost(jnp.tile(jnp.zeros(V).at[0].set(bad), (len(z), 1)), jnp.zeros(len(z), jnp.int32), z)
+        cost = process.token_loss(jnp.tile(jnp.zeros(V).at[0].set(bad), (len(z), 1)), jnp.zeros(len(z), jnp.int32), z)
         assert not jnp.any(jnp.isfinite(cost))
 
 
@@ -211,11 +211,11 @@ def test_a_uniform_of_zero_is_never_drawn(monkeypatch):
     x, tau = jnp.zeros((2, 5), jnp.int32), jnp.full(2, 1e-9)
     for p_uniform in (0.0, 0.1):
         process = GiddProcess(Hierarchy.from_parents([], V), p_uniform)
-        np.testing.assert_array_equal(process.sample_z(jax.random.key(0), x, tau), x)
+        np.testing.assert_array_equal(process.corrupt(jax.random.key(0), x, tau), x)
         z = process.step(jax.random.key(0), jnp.zeros((2, 5, V)), x, jnp.float32(0.1), jnp.float32(0.1 + 1e-8))
         np.testing.assert_array_equal(z, x)  # a step of 1e-8: nothing jumps
     _, process = make(2, 1.0, "cavity")
-    np.testing.assert_array_equal(process.sample_z(jax.random.key(0), x, tau), x)
+    np.testing.assert_array_equal(process.corrupt(jax.random.key(0), x, tau), x)
     taus = stratified_tau(jax.random.split(jax.random.key(0), 2), jnp.arange(2), 2)
     np.testing.assert_allclose(taus, [-math.log1p(-(2.0**-25)), -math.log(0.5 - 2.0**-25)], rtol=1e-6)
 

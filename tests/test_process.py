@@ -14,7 +14,7 @@ from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
 
-MDLM = dict(parents=[], num_words=4)
+MDLM = dict(parents=[], vocab_size=4)
 TWO = dict(parents=[[0, 1, 0, 1]])
 THREE = dict(parents=[[0, 1, 2, 0, 2], [0, 1, 1]])
 FOUR = dict(parents=[[0, 1, 2, 3, 0, 2], [2, 0, 1, 1], [1, 0, 1]])
@@ -33,7 +33,7 @@ NODES = 4  # a panel of the quadrature (32 in all): exact to 1e-6 nats here, les
 
 def make(shape, rates, xi, force="cavity", keep_single=False):
     """The same toy twice: the oracle's and the library's."""
-    hierarchy = Hierarchy.from_parents(shape["parents"], shape.get("num_words"), keep_single=keep_single)
+    hierarchy = Hierarchy.from_parents(shape["parents"], shape.get("vocab_size"), keep_single=keep_single)
     return Toy(rates=rates, xi=xi, **shape), HierarchicalProcess(hierarchy, LevelChain(rates), xi, force)
 
 
@@ -150,7 +150,7 @@ def test_nelbo_bounds_the_likelihood_of_the_sampled_model(force):
 @pytest.mark.parametrize("force", ["none", "cavity"])
 def test_a_single_cluster_is_mdlm(force):
     """Fact 4: (V, 1, 1) has the NELBO of (V, 1), whatever r_2, for a network blind to the difference."""
-    flat, flat_process = make(dict(parents=[], num_words=3), (1.0,), 1.0, force)
+    flat, flat_process = make(dict(parents=[], vocab_size=3), (1.0,), 1.0, force)
     network = flat.random_network(2, seed=7)
     want = flat.nelbo(network, library_rates(flat, flat_process), NODES)
     for r_2 in (0.5, 3.0):
@@ -298,7 +298,7 @@ def test_a_confident_mistake_is_charged_in_full(xi):
     toy, process = make(TWO, (1.0, 1.0), xi, "cavity")
     logits = jnp.array([[[0.0, -200.0, -200.0, -200.0]]])
     shown = jnp.array([[toy.offsets[1]]])  # the cluster of words 0 and 2
-    cost = process.cost(logits, jnp.array([[2]]), shown)
+    cost = process.token_loss(logits, jnp.array([[2]]), shown)
     assert float(cost[0, 0]) == pytest.approx(200, rel=1e-5)
 
 
@@ -312,7 +312,7 @@ def test_sample_z_frequencies(shape, rates, xi):
     rows, taus = 90_000, np.array([0.08, 0.8, 2.5])
     x = np.tile(np.array([[1, 3]], np.int32), (rows, 1))
     tau = np.tile(taus, rows // 3).astype(np.float32)
-    z = np.asarray(jax.jit(process.sample_z)(jax.random.key(1), jnp.asarray(x), jnp.asarray(tau)))
+    z = np.asarray(jax.jit(process.corrupt)(jax.random.key(1), jnp.asarray(x), jnp.asarray(tau)))
     assert z.shape == x.shape and z.dtype == np.int32 and z.min() >= 0 and z.max() < toy.N
     for i, t in enumerate(taus):
         q = toy.q(t)
@@ -329,7 +329,7 @@ def test_levels_of_one_token_share_one_chain(xi):
     toy, process = make(FOUR, (1.0, 1.0, 1.0, 1.0), xi)
     rows = 2000
     x = jnp.asarray(np.random.default_rng(0).integers(0, toy.V, (rows, 3)), jnp.int32)
-    sample = jax.jit(lambda tau: process.sample_z(jax.random.key(2), x, jnp.full(rows, tau)))
+    sample = jax.jit(lambda tau: process.corrupt(jax.random.key(2), x, jnp.full(rows, tau)))
     before = np.asarray(x)
     wrong = np.zeros(toy.K + 1)
     for tau in (0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0):
@@ -354,7 +354,7 @@ def test_sample_z_rows_do_not_depend_on_the_batch():
     x = jnp.asarray(np.random.default_rng(1).integers(0, 5, (8, 16)), jnp.int32)
     tau = jnp.linspace(0.1, 3.0, 8)
     key = jax.random.key(3)
-    sample = jax.jit(process.sample_z)
+    sample = jax.jit(process.corrupt)
     whole = sample(key, x, tau)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(8))
     np.testing.assert_array_equal(whole, sample(keys, x, tau))
@@ -407,10 +407,10 @@ def test_descend_frequencies(shape, rates, xi, force, clusters):
     target = np.tile(np.array([j for _, j in cases], np.int32), (rows, 1))
     logits = random_logits(toy.N, toy.V, seed=7)[[v for v, _ in cases], 0]
     p = softmax(logits)
-    descend = jax.jit(process.descend, static_argnames="clusters")
+    reverse_step = jax.jit(process.reverse_step, static_argnames="clusters")
     batch = jnp.broadcast_to(jnp.asarray(logits), (rows, *logits.shape))
     key = jax.random.key(4)
-    out = np.asarray(descend(key, batch, jnp.asarray(z), jnp.asarray(target), clusters=clusters))
+    out = np.asarray(reverse_step(key, batch, jnp.asarray(z), jnp.asarray(target), clusters=clusters))
     assert out.dtype == np.int32
     for i, (v, j) in enumerate(cases):
         if j >= toy.level[v]:
@@ -432,8 +432,8 @@ def test_descend_draws_positions_and_rows_apart():
     toy, process = make(TWO, (1.0, 1.0), 1.0)
     rows = 20_000
     z = jnp.full((rows, 2), toy.mask)
-    descend = jax.jit(process.descend)
-    out = np.asarray(descend(jax.random.key(5), jnp.zeros((rows, 2, 4)), z, jnp.zeros_like(z)))
+    reverse_step = jax.jit(process.reverse_step)
+    out = np.asarray(reverse_step(jax.random.key(5), jnp.zeros((rows, 2, 4)), z, jnp.zeros_like(z)))
     counts = np.zeros((4, 4))
     np.add.at(counts, tuple(out.T), 1)
     assert np.abs(z_scores(counts, np.full((4, 4), 1 / 16))).max() < 4.5
@@ -452,7 +452,7 @@ def test_errors_name_the_value_and_the_choices():
         with pytest.raises(ValueError, match=f"xi={xi}"):
             HierarchicalProcess(hierarchy, chain, xi)
     with pytest.raises(ValueError, match="xi=0.9"):
-        HierarchicalProcess(Hierarchy.from_parents([], num_words=4), LevelChain((1.0,)), 0.9)
+        HierarchicalProcess(Hierarchy.from_parents([], vocab_size=4), LevelChain((1.0,)), 0.9)
     with pytest.raises(ValueError, match="rates"):
         HierarchicalProcess(hierarchy, LevelChain((1.0,)))
     with pytest.raises(ValueError, match="force_transition='both'.*none, within, between, cavity"):
@@ -462,6 +462,6 @@ def test_errors_name_the_value_and_the_choices():
     with pytest.raises(ValueError, match="weighting='mean'"):
         process.loss(jnp.zeros((1, 1, 4)), one, one, jnp.ones(1), weighting="mean")
     with pytest.raises(ValueError, match="V=4"):
-        process.cost(jnp.zeros((1, 1, 5)), one, one)
+        process.token_loss(jnp.zeros((1, 1, 5)), one, one)
     with pytest.raises(ValueError, match="clusters='dirty'"):
-        process.descend(jax.random.key(0), jnp.zeros((1, 1, 4)), one, one, clusters="dirty")
+        process.reverse_step(jax.random.key(0), jnp.zeros((1, 1, 4)), one, one, clusters="dirty")

@@ -18,7 +18,7 @@ from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
 
-MDLM = dict(parents=[], num_words=4)
+MDLM = dict(parents=[], vocab_size=4)
 TWO = dict(parents=[[0, 1, 0, 1]])
 THREE = dict(parents=[[0, 1, 2, 0, 2], [0, 1, 1]])
 ROWS = 20_000
@@ -26,7 +26,7 @@ ROWS = 20_000
 
 def make(shape, rates, xi=1.0, force="cavity"):
     """The same toy twice: the oracle's and the library's."""
-    hierarchy = Hierarchy.from_parents(shape["parents"], shape.get("num_words"))
+    hierarchy = Hierarchy.from_parents(shape["parents"], shape.get("vocab_size"))
     return Toy(rates=rates, xi=xi, **shape), HierarchicalProcess(hierarchy, LevelChain(rates), xi, force)
 
 
@@ -64,8 +64,8 @@ def write(toy, process, network, rows=ROWS, seed=0, start=None, kind="events", s
     return np.asarray(words), jax.tree.map(np.asarray, stats)
 
 
-def counts_of(words, num_words):
-    counts = np.zeros((num_words,) * words.shape[1])
+def counts_of(words, vocab_size):
+    counts = np.zeros((vocab_size,) * words.shape[1])
     np.add.at(counts, tuple(words.T), 1)
     return counts
 
@@ -365,7 +365,7 @@ def test_compiled_loop_equals_its_python_twin(kind, steps, clusters):
     plan = plan_of(jax.random.key(7), process, start, kind, steps, 2)
     drop_call, time = np.asarray(plan.drop_call), times_of(plan)
     keys = [jax.random.fold_in(jax.random.key(7), row) for row in range(len(start))]
-    descend = jax.jit(process.descend, static_argnames="clusters")
+    reverse_step = jax.jit(process.reverse_step, static_argnames="clusters")
     fell = np.full(drop_call.shape, -1)
     z, forwards = np.asarray(start), np.zeros(len(start), int)
     for call in range(time.shape[1]):
@@ -378,7 +378,7 @@ def test_compiled_loop_equals_its_python_twin(kind, steps, clusters):
         here = jnp.stack([jax.random.fold_in(key, call) for key in keys])
         logits = denoise(jnp.asarray(z), jnp.asarray(time[:, call]))
         target_ = jnp.asarray(target, jnp.int32)
-        after = np.asarray(descend(here, logits, jnp.asarray(z), target_, clusters=clusters))
+        after = np.asarray(reverse_step(here, logits, jnp.asarray(z), target_, clusters=clusters))
         unmoved = target >= toy.level[z]
         np.testing.assert_array_equal(after[unmoved], z[unmoved])
         np.testing.assert_array_equal(toy.level[after], np.minimum(target, toy.level[z]))
@@ -428,7 +428,7 @@ def draw_words(logits, rows=ROWS, z=None, seed=0, **kwargs):
     z = toy.mask if z is None else z
     tokens = jnp.full((rows, 1), z)
     batch = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (rows, 1, 4))
-    run = jax.jit(lambda key, batch, z: process.descend(key, batch, z, jnp.zeros_like(z), **kwargs))
+    run = jax.jit(lambda key, batch, z: process.reverse_step(key, batch, z, jnp.zeros_like(z), **kwargs))
     return np.asarray(run(jax.random.key(seed), batch, tokens))
 
 

@@ -134,7 +134,7 @@ def directly(question, seed, draws, number=0):
 
     @jax.jit
     def rate(x, scored, segment):
-        z = jnp.where(scored, run.process.sample_z(keys, x, t), x)
+        z = jnp.where(scored, run.process.corrupt(keys, x, t), x)
         return run.process.nelbo_rate(dense_logits(z, -jnp.expm1(-t), segment), x, z, t)
 
     for c, (context, choice) in enumerate(zip(question.contexts, question.choices, strict=True)):
@@ -294,7 +294,7 @@ def test_greedy_takes_the_likeliest_words():
     logits = jax.jit(lambda z, t: dense_logits(z, t, jnp.zeros(z.shape, jnp.int32))[0, -1])
     first = int(jnp.argmax(logits(jnp.asarray([[*context, h.mask_id]]), times[:, 0])))
     cluster = h.anc[1][first]
-    second = logits(jnp.asarray([[*context, h.symbol(1, cluster)]]), times[:, 1])
+    second = logits(jnp.asarray([[*context, h.state_id(1, cluster)]]), times[:, 1])
     assert word.tolist() == [int(jnp.argmax(jnp.where(jnp.asarray(h.anc[1]) == cluster, second, -jnp.inf)))]
     both = s.greedy([context, encode("a much longer text than fits in here")], [1, 3])
     assert both[0].tolist() == word.tolist() and len(both[1]) == 3

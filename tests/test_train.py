@@ -593,7 +593,7 @@ def test_minutes_between_checkpoints(monkeypatch):
     """Saves are due at most a step late where steps are slow, and few steps have to agree where they are fast."""
     now, asked = [0.0], []
     monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train.parallel, "first", lambda look: asked.append(now[0]) or look())
+    monkeypatch.setattr(train.processes, "on_main_process", lambda look: asked.append(now[0]) or look())
     for pace in (0.003, 1.0, 100.0):
         now[0], saved = 0.0, [0.0]
         asked.clear()

@@ -11,9 +11,9 @@ import numpy as np
 class Tree:
     """Symbols of words, clusters, .., mask, numbered in this order; parents fine to coarse, without the mask's."""
 
-    def __init__(self, parents, num_words):
-        self.anc = [list(range(num_words))]
-        for parent in [*parents, [0] * (max(parents[-1]) + 1 if parents else num_words)]:
+    def __init__(self, parents, vocab_size):
+        self.anc = [list(range(vocab_size))]
+        for parent in [*parents, [0] * (max(parents[-1]) + 1 if parents else vocab_size)]:
             self.anc.append([parent[a] for a in self.anc[-1]])
         self.sizes = [max(a) + 1 for a in self.anc]
         self.K, self.offset = len(self.sizes) - 1, [sum(self.sizes[:k]) for k in range(len(self.sizes))]

@@ -81,7 +81,7 @@ def settings(case: Case, head: str = "flat", process: str = "hdlm", dtype: str =
     o.schedule, o.warmup = "constant", 0
     c.train.batch_size = c.generate.batch_size = case.batch_size
     maps = [np.arange(below) % n for below, n in zip([case.words, *sizes], sizes, strict=False)]
-    return configs.resolve(c), Hierarchy.from_parents(maps, num_words=case.words)
+    return configs.resolve(c), Hierarchy.from_parents(maps, vocab_size=case.words)
 
 
 def _seconds(fn, *args) -> tuple[float, Any]:
@@ -113,7 +113,7 @@ class Training:
 
     def batch(self):
         shape = self.config.train.batch_size, self.config.model.seq_len
-        words = self.rng.integers(self.hierarchy.num_words, size=shape, dtype=np.int32)
+        words = self.rng.integers(self.hierarchy.vocab_size, size=shape, dtype=np.int32)
         return parallel.put_batch(self.mesh, {"x": words, "index": np.arange(shape[0], dtype=np.int32)})
 
     def compile(self, step):
@@ -147,7 +147,7 @@ class Training:
             x, index = batch["x"], batch["index"]
             keys = fold(jnp.broadcast_to(key, index.shape), index)
             tau = stratified_tau(fold(keys, 0), index, len(x))
-            z = self.process.sample_z(fold(keys, 1), x, tau)
+            z = self.process.corrupt(fold(keys, 1), x, tau)
             p = self.process.as_prediction(self.network.apply({"params": params}, z, -jnp.expm1(-tau)))
             tau = jnp.broadcast_to(tau[:, None], x.shape)
             return jnp.mean(self.process.loss(p, x, z, tau, weighting=d.weighting, weight_min=d.weight_min,

@@ -29,7 +29,7 @@ def held(path: str, mode: str) -> Iterator[None]:
       ConfigError: another job holds it. OSError: it cannot be made.
     """
     found: list[int] = []
-    processes.first(lambda: found.append(_take(path, mode)))
+    processes.on_main_process(lambda: found.append(_take(path, mode)))
     try:
         yield
     finally:

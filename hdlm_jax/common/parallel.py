@@ -75,7 +75,7 @@ class OverBatch:
     def __init__(self, mesh):
         self.mesh = mesh
 
-    def most(self, count):
+    def sync_trip_count(self, count):
         """Inside `run`: how often a loop that one shard needs `count` times has to be gone through.
 
         With a tensor axis by all shards alike: the exchanges over it inside the loop wait for every device.

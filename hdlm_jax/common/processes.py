@@ -35,7 +35,7 @@ def join() -> None:
         raise ValueError(f"--distributed: the other processes cannot be joined ({error})") from error
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes files and speaks."""
     return jax.process_index() == 0
 
@@ -43,7 +43,7 @@ def is_first() -> bool:
 _turns = iter(range(sys.maxsize))
 
 
-def first(make: Callable[[], Any]) -> Any:
+def on_main_process(make: Callable[[], Any]) -> Any:
     """make() in process 0 alone; all processes get its (JSON-able) value, or fail with its error.
 
     The others wait at the coordinator, not in a collective: it may take days.
@@ -54,7 +54,7 @@ def first(make: Callable[[], Any]) -> Any:
 
     client: Any = global_state.client
     key = f"hdlm_jax/first/{next(_turns)}"
-    if not is_first():
+    if not is_main_process():
         value, failed = json.loads(client.blocking_key_value_get(key, _WEEK_MS))
         if failed:
             raise ValueError(f"process 0: {failed}")

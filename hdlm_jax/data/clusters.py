@@ -258,11 +258,11 @@ def build_hierarchy(vectors: np.ndarray, clusters: Sequence[int] = (64,), *, spe
         raise ValueError(f"embeddings of shape {vectors.shape} must be a finite [words, width] array")
     if not 0 <= min_ratio <= 1 <= max_ratio:
         raise ValueError(f"need 0 <= min_ratio <= 1 <= max_ratio, not {min_ratio} and {max_ratio}")
-    num_words = len(vectors)
+    vocab_size = len(vectors)
     special = tuple(sorted({int(i) for i in special}))
-    if special and not 0 <= special[0] <= special[-1] < num_words:
-        raise ValueError(f"special words {special} are outside 0..{num_words - 1}")
-    counts = check_clusters(clusters, num_words)
+    if special and not 0 <= special[0] <= special[-1] < vocab_size:
+        raise ValueError(f"special words {special} are outside 0..{vocab_size - 1}")
+    counts = check_clusters(clusters, vocab_size)
     own = special if counts and counts[0] - len(special) >= 2 else ()
     report: dict[str, Any] = {"clusters": list(counts), "seed": seed, "shuffle": shuffle,
                               "min_ratio": min_ratio, "max_ratio": max_ratio,
@@ -285,9 +285,9 @@ def build_hierarchy(vectors: np.ndarray, clusters: Sequence[int] = (64,), *, spe
         parents.append(parent)
         points = centroids
     if shuffle and parents:  # after the upper levels: the control is the same tree with other words on it
-        common = np.setdiff1d(np.arange(num_words), np.asarray(own, np.int64))
+        common = np.setdiff1d(np.arange(vocab_size), np.asarray(own, np.int64))
         parents[0][common] = np.random.default_rng([seed, 1]).permutation(parents[0][common])
-    return Hierarchy.from_parents(parents, num_words=num_words, special=own), report
+    return Hierarchy.from_parents(parents, vocab_size=vocab_size, special=own), report
 
 
 def _limits(members: int, nodes: int, apart: int, min_ratio: float, max_ratio: float) -> tuple[int, int]:
@@ -400,8 +400,8 @@ def initial_table(vectors: np.ndarray, hierarchy: Hierarchy, width: int, scale: 
     their words'. All are scaled to the standard deviation that uniform(+-1/sqrt(width)) has, times `scale`.
     The mask, the padding and symbols of which nothing is known are uniform(+-1/sqrt(width)).
     """
-    if len(vectors) != hierarchy.num_words:
-        raise ValueError(f"embeddings have {len(vectors)} rows, the hierarchy {hierarchy.num_words} words")
+    if len(vectors) != hierarchy.vocab_size:
+        raise ValueError(f"embeddings have {len(vectors)} rows, the hierarchy {hierarchy.vocab_size} words")
     rng = np.random.default_rng(seed)
     bound = 1 / math.sqrt(width)
     table = rng.uniform(-bound, bound, (hierarchy.padded_symbols, width)).astype(np.float32)
@@ -444,9 +444,9 @@ def write_report(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[li
     prefix = Path(out_prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     counts = np.asarray(counts, np.int64)
-    if len(counts) != hierarchy.num_words or len(vectors) != hierarchy.num_words:
+    if len(counts) != hierarchy.vocab_size or len(vectors) != hierarchy.vocab_size:
         raise ValueError(f"report: {len(vectors)} vectors and {len(counts)} counts for "
-                         f"{hierarchy.num_words} words")
+                         f"{hierarchy.vocab_size} words")
     text = prefix.with_name(prefix.name + ".txt")
     text.write_text(_report_text(hierarchy, vectors, decode, counts), encoding="utf-8")
     picture = prefix.with_name(prefix.name + ".png")
@@ -463,7 +463,7 @@ def _show(decode: Callable[[list[int]], str], word: int) -> str:
 def _report_text(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[list[int]], str],
                  counts: np.ndarray, words_shown: int = 16) -> str:
     lines = [f"Hierarchy {hierarchy.fingerprint[:12]}: {hierarchy.sizes} nodes a level, last the mask.",
-             f"{int((counts > 0).sum())} of {hierarchy.num_words} words occur in {int(counts.sum())} "
+             f"{int((counts > 0).sum())} of {hierarchy.vocab_size} words occur in {int(counts.sum())} "
              f"training tokens. {_SPACE} is a space; words are listed most frequent first."]
     if hierarchy.num_levels == 1:
         return "\n".join([*lines, "No clusters: this is masked diffusion (MDLM)."]) + "\n"
@@ -471,7 +471,7 @@ def _report_text(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[li
     total = max(int(counts.sum()), 1)
     share = [np.bincount(a, counts, n) / total for a, n in zip(hierarchy.anc, hierarchy.sizes, strict=True)]
     lines.append(f"Unigram entropy of the words {_entropy(share[0]):.3f} nats.")
-    common = np.setdiff1d(np.arange(hierarchy.num_words), hierarchy.special)
+    common = np.setdiff1d(np.arange(hierarchy.vocab_size), hierarchy.special)
     for level in range(1, hierarchy.num_levels):
         anc, n = hierarchy.anc[level], hierarchy.sizes[level]
         sizes = np.bincount(anc[common], minlength=n)

@@ -175,7 +175,7 @@ class Cached:
     t: Any
     mask: int
     sizes: tuple[int, ...] | None
-    most: Callable
+    sync_trip_count: Callable
     rows_axis, forwards = 1, 1
 
     def start(self, rows: Rows) -> Memory:
@@ -209,7 +209,7 @@ class Cached:
             return hidden.at[0, row, place].set(new, mode="drop"), k, v
 
         sizes = (0, *(sizes_of(s) if self.sizes is None else sorted(n for n in self.sizes if 0 < n < s)), s)
-        kind = jnp.sum(self.most(jnp.max(count)) > jnp.asarray(sizes))
+        kind = jnp.sum(self.sync_trip_count(jnp.max(count)) > jnp.asarray(sizes))
         state = memory.hidden, memory.k, memory.v
         for i, size in enumerate(sizes[1:], 1):  # loops of at most one turn: lax.switch would copy what it is handed
             state = jax.lax.fori_loop(0, (kind == i).astype(jnp.int32), lambda _, a, n=size: compute(n, *a), state)
@@ -228,7 +228,7 @@ def sizes_of(seq_len: int) -> tuple[int, ...]:
 
 
 def make(spec: Any, network: Network, params, hierarchy, *, numbers: Mapping[str, Any] | None = None, t: Any = None,
-         sizes: tuple[int, ...] | None = None, most: Callable = lambda count: count, cut: bool = True):
+         sizes: tuple[int, ...] | None = None, sync_trip_count: Callable = lambda count: count, cut: bool = True):
     """The denoiser (see decoding.core) of a network, with the cache that `spec` describes.
 
     Args:
@@ -239,7 +239,7 @@ def make(spec: Any, network: Network, params, hierarchy, *, numbers: Mapping[str
       sizes: numbers of tokens of a row that can be computed at once, beside all; the least that is enough for all rows
         on show is taken. None: see `sizes_of`. They change no result; each is compiled by itself.
       cut: whether rows may end before S does; without a cache a mask costs time.
-      most: where devices that share the batch must keep step, the largest count of all (parallel.OverBatch).
+      sync_trip_count: where devices that share the batch must keep step, the largest count of all (parallel.OverBatch).
 
     Raises:
       ValueError: an unknown spec or number, a causal network, predictions to be reused at another time.
@@ -260,4 +260,4 @@ def make(spec: Any, network: Network, params, hierarchy, *, numbers: Mapping[str
     spec = dataclasses.replace(spec, **numbers or {})
     if isinstance(spec, Whole):
         return Uncached(spec, network, params, t, cut)
-    return Cached(spec, network, params, t, hierarchy.num_levels, sizes, most)
+    return Cached(spec, network, params, t, hierarchy.num_levels, sizes, sync_trip_count)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.diffusion.prediction import Dense
+from hdlm_jax.diffusion.prediction import LogitsPrediction
 
 _MOST = 2**20  # tokens of a text, where nobody says how many the model takes
 _BLANK = re.compile(r"\[\[|\[MASK(?::(\d+))?\]|\[LIKE(?:@(\d+))?:([^\[\]]+)\]|\[")
@@ -53,7 +53,7 @@ def make(symbols: Sequence[int] | np.ndarray, hierarchy, rows: int = 1, seq_len:
     if not n or seq_len and n > seq_len:
         raise ValueError(f"canvas of {n} tokens: must be 1 to seq_len={seq_len}" if n else "canvas: it has no tokens")
     kinds = np.zeros(n, np.int32) if kind is None else np.asarray(kind, np.int32)
-    sets = np.stack([np.ones(hierarchy.num_words, bool), *allowed])
+    sets = np.stack([np.ones(hierarchy.vocab_size, bool), *allowed])
     given = hierarchy.level_of(ids) == 0
     if np.any(wrong := given & ~sets[kinds, np.where(given, ids, 0)]):
         raise ValueError(f"canvas position {np.argmax(wrong)}: word {ids[np.argmax(wrong)]} is given, and not allowed")
@@ -159,7 +159,7 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
             raise ValueError(f"{where}: level {level} has no clusters; levels that have: {choices}")
         word = int(tokenizer.encode(" " * space + found[3])[0])
         node = int(hierarchy.anc[level][word])
-        ids.append(int(hierarchy.symbol(level, node)))
+        ids.append(int(hierarchy.state_id(level, node)))
         kinds.append(sets.setdefault((level, node), len(sets) + 1))
     flush(buffer + text[end:])
     return make(ids, hierarchy, rows, seq_len, kinds, [hierarchy.anc[level] == node for level, node in sets])
@@ -195,7 +195,7 @@ class Constrained:
     bias: Any = None
 
     def __post_init__(self):
-        words = self.hierarchy.num_words
+        words = self.hierarchy.vocab_size
         for name, table in (("allowed", self.allowed), ("bias", self.bias)):
             if table is not None and (table.ndim != 2 or table.shape[1] != words):
                 raise ValueError(f"{name}.shape={table.shape}: must be [kinds, V={words}]")
@@ -221,7 +221,7 @@ class Constrained:
         else:
             prediction = self.inner(rows.z, rows.t)
         if not hasattr(prediction, "select"):
-            prediction = Dense(prediction, self.hierarchy)
+            prediction = LogitsPrediction(prediction, self.hierarchy)
         return Restricted(self, prediction, rows.extra["kind"].reshape(-1)), cache
 
 
@@ -232,7 +232,7 @@ class Restricted(NamedTuple):
     prediction: Any
     kind: Any  # int32 [b S]
 
-    def select(self, index) -> Dense:
+    def select(self, index) -> LogitsPrediction:
         """The law over allowed words at tokens index int32 [n]; uniform over them where they have no probability."""
         c, kind = self.constraint, self.kind[index]
         allowed = jnp.asarray(c.allowed)[kind]
@@ -241,4 +241,4 @@ class Restricted(NamedTuple):
         logits = jnp.where(jnp.isfinite(best), logits - best, 0.0)
         if c.bias is not None:
             logits += jnp.asarray(c.bias)[kind]
-        return Dense(jnp.where(allowed, logits, -jnp.inf), c.hierarchy)
+        return LogitsPrediction(jnp.where(allowed, logits, -jnp.inf), c.hierarchy)

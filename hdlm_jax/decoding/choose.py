@@ -224,7 +224,7 @@ class History(Hook):
             raise ValueError(f"depth={self.depth}, by={self.by!r}: at least 1; choose entropy or top")
 
     @property
-    def most(self):  # type: ignore[override]
+    def top_k(self):  # type: ignore[override]
         return self.kept
 
     def memory(self, view):

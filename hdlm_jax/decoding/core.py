@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from hdlm_jax.decoding.statistics import drop_probability, together
 from hdlm_jax.diffusion.draws import fold, row_keys, token_keys
 from hdlm_jax.diffusion.levels import open_uniform
-from hdlm_jax.diffusion.trajectory import Film
+from hdlm_jax.diffusion.trajectory import Trajectory
 
 ORDERS = ("choose_then_draw", "draw_then_choose")
 
@@ -71,7 +71,7 @@ class Hook:
 
     looks: what of a View it needs: "top" (top, log_top, log_second, entropy), "word" (word, log_word), "own" (log_own
       and log_up; log_word at words as well), "sure" (sure, of draws too).
-    most: m, how many of the likeliest symbols it needs (ids, logs).
+    top_k: m, how many of the likeliest symbols it needs (ids, logs).
     whole: whether it asks about every token that is not written yet, not the current block's alone.
     jumps: may let a token drop by more than one level in a turn.
     crosses: raises tokens as the process does: a word by a first crossing of its own where xi < 1.
@@ -79,7 +79,7 @@ class Hook:
     """
 
     looks: ClassVar[tuple[str, ...]] = ()
-    most: ClassVar[int] = 0
+    top_k: ClassVar[int] = 0
     whole: ClassVar[bool] = False
     jumps: ClassVar[bool] = False
     crosses: ClassVar[bool] = False
@@ -111,7 +111,7 @@ class Policy:
     propose: hook (view, loop) -> (symbols [b, S], probability of each drop), in place of choosing and drawing.
     verify: hook (loop, cache, state) -> (symbols, probability of each drop, memory, cache): drafts of several turns,
       checked in one call of verify.width rows each.
-    clusters: see HierarchicalProcess.descend.
+    clusters: see HierarchicalProcess.reverse_step.
     """
 
     choose: Any
@@ -157,8 +157,8 @@ class Policy:
         return tuple(sorted(looks))
 
     @property
-    def most(self) -> int:
-        return max((hook.most for hook in self.hooks()), default=0)
+    def top_k(self) -> int:
+        return max((hook.top_k for hook in self.hooks()), default=0)
 
     @property
     def width(self) -> int:
@@ -264,7 +264,7 @@ def bare(process, policy: Policy, numbers, s: State) -> View:
     return view._replace(sure=s.sure, stamp=stamp, key=key, keys=token_keys(key, s.z.shape), t=policy.choose.time(view))
 
 
-def statistics(process, p, z, looks, most: int, straight: bool, clusters: str) -> dict[str, jax.Array]:
+def statistics(process, p, z, looks, top_k: int, straight: bool, clusters: str) -> dict[str, jax.Array]:
     """What `View` says of tokens z [n] with a prediction p of theirs: arrays [n] and [n, m]."""
     level = process.level_of(z)
     out: dict[str, Any] = {}
@@ -276,23 +276,23 @@ def statistics(process, p, z, looks, most: int, straight: bool, clusters: str) -
 
     for k in range(1, process.num_levels + 1):
         j = 0 if straight else k - 1
-        words: Any = process.law_below(p, z, k, 0, clusters) if "word" in looks or j == 0 else None
-        if "top" in looks or most:
-            law: Any = words if j == 0 else process.law_below(p, z, k, j, clusters)
-            many = min(max(most, 2), law.shape[-1])
+        words: Any = process.log_probs_below(p, z, k, 0, clusters) if "word" in looks or j == 0 else None
+        if "top" in looks or top_k:
+            law: Any = words if j == 0 else process.log_probs_below(p, z, k, j, clusters)
+            many = min(max(top_k, 2), law.shape[-1])
             # barriers keep XLA from merging what follows into a sort of all words, a dozen times as slow on CPU; one
             # barrier for both aborts its compiler where many devices are compiled for
             logs, ids = map(jax.lax.optimization_barrier, jax.lax.top_k(law, many))
-            short = ((0, 0), (0, max(most, 2) - many))
+            short = ((0, 0), (0, max(top_k, 2) - many))
             logs = jnp.pad(logs, short, constant_values=-jnp.inf)
             ids = jnp.pad(ids + process.hierarchy.offsets[j], short, mode="edge").astype(z.dtype)
             put("top", k, ids[:, 0])
             put("log_top", k, logs[:, 0])
             put("log_second", k, logs[:, 1])
             put("entropy", k, -jnp.sum(jnp.where(law > -jnp.inf, jnp.exp(law) * law, 0.0), axis=-1))
-            if most:
-                put("ids", k, ids[:, :most])
-                put("logs", k, logs[:, :most])
+            if top_k:
+                put("ids", k, ids[:, :top_k])
+                put("logs", k, logs[:, :top_k])
         if "word" in looks:
             best = jnp.argmax(words, axis=-1).astype(z.dtype)
             put("word", k, best)
@@ -323,7 +323,7 @@ class _Loop(NamedTuple):
     top_p: Any
     drops: int
     frames: int
-    most: Any
+    sync_trip_count: Any
     tools: dict[str, Any]
 
     def wanted(self, view: View):
@@ -342,19 +342,19 @@ class _Loop(NamedTuple):
         def some(i, carry):
             return work(jax.lax.dynamic_slice_in_dim(order, i * size, size), carry)
 
-        return jax.lax.fori_loop(0, self.most((jnp.sum(flat) + size - 1) // size), some, carry)
+        return jax.lax.fori_loop(0, self.sync_trip_count((jnp.sum(flat) + size - 1) // size), some, carry)
 
     def look(self, view: View, prediction, wanted) -> View:
         """The view with the statistics its policy asks for."""
-        looks, most = self.policy.looks, self.policy.most
-        if not looks and not most:
+        looks, top_k = self.policy.looks, self.policy.top_k
+        if not looks and not top_k:
             return view
         straight, clusters = self.policy.choose.straight, self.policy.clusters
         flat, z = wanted.reshape(-1), view.z.reshape(-1)
 
         def of(at):
             p = self.process.as_prediction(prediction.select(at))
-            return statistics(self.process, p, z[at], looks, most, straight, clusters)
+            return statistics(self.process, p, z[at], looks, top_k, straight, clusters)
 
         shapes = jax.eval_shape(of, jnp.zeros(min(self.drops, flat.size), jnp.int32))
         empty = {"top": z, "word": z, "ids": z, "entropy": jnp.inf}
@@ -372,7 +372,7 @@ class _Loop(NamedTuple):
         out = self.in_pieces(work, wanted, start)
         return view._replace(**{n: a.reshape(*view.z.shape, *a.shape[1:]) for n, a in out.items()})
 
-    def descend(self, view: View, prediction, target):
+    def reverse_step(self, view: View, prediction, target):
         """Symbols [b, S] after the drops to `target`, drawn, and the probability of each drop."""
         target, keys = target.reshape(-1), view.keys.reshape(-1)
         sure = jnp.zeros(target.shape, jnp.float32)
@@ -381,8 +381,8 @@ class _Loop(NamedTuple):
         def work(at, carry):  # the last ones overlap those before: a token that has dropped drops no more
             flat, sure = carry
             p = self.process.as_prediction(prediction.select(at))
-            new = self.process.descend(keys[at], p, flat[at], target[at], self.policy.clusters, self.temperature,
-                                       self.top_p, self.most)
+            new = self.process.reverse_step(keys[at], p, flat[at], target[at], self.policy.clusters, self.temperature,
+                                       self.top_p, self.sync_trip_count)
             if asked:
                 law = drop_probability(self.process, p, flat[at], new, self.policy.clusters)
                 sure = sure.at[at].set(jnp.where(new != flat[at], law, sure[at]))
@@ -401,7 +401,7 @@ class _Loop(NamedTuple):
             if policy.draw == "argmax":
                 drawn, sure = view.top, jnp.exp(view.log_top)
             else:
-                drawn, sure = self.descend(view, prediction,
+                drawn, sure = self.reverse_step(view, prediction,
                                            jnp.where(view.open, self._below(view.level), view.level))
             view = view._replace(drawn=drawn, log_drawn=jnp.log(sure))
             target = policy.choose.target(view)
@@ -410,7 +410,7 @@ class _Loop(NamedTuple):
         if policy.draw == "argmax":
             return self.likeliest(view, target)
         if policy.draw == "sample":
-            return self.descend(view, prediction, target)
+            return self.reverse_step(view, prediction, target)
         return policy.draw(view, self, prediction, target)
 
     def decide(self, view: View, prediction):
@@ -451,7 +451,7 @@ class _Loop(NamedTuple):
             z, sure, memory, cache = policy.verify(self, cache, s)
         else:
             # where nothing it says can change what drops, the network is asked about that alone
-            blind = not (policy.looks or policy.most or policy.propose or any(hook.whole for hook in policy.hooks()))
+            blind = not (policy.looks or policy.top_k or policy.propose or any(hook.whole for hook in policy.hooks()))
             blind = blind and policy.order == "choose_then_draw"
             wanted = policy.choose.target(view) < view.level if blind else self.wanted(view)
             prediction, cache = self.ask(cache, view.rows(wanted))
@@ -488,8 +488,8 @@ class _Loop(NamedTuple):
             s = s._replace(film=self.record(s).expose(s.film, s.call - 1, state))
         return cache, s
 
-    def record(self, s: State) -> Film:
-        return Film(self.frames, self.policy.choose.bound(self.numbers, s.z.shape[1], self.process.num_levels))
+    def record(self, s: State) -> Trajectory:
+        return Trajectory(self.frames, self.policy.choose.bound(self.numbers, s.z.shape[1], self.process.num_levels))
 
 
 def wide_levels(process):
@@ -535,7 +535,7 @@ def moved(process, s: State, source, inserted) -> State:
 
 def sample(key, denoise, process, z, policy: Policy, numbers: dict[str, Any] | None = None, *, given=None, length=None,
            extra: dict[str, Any] | None = None, tools: dict[str, Any] | None = None, temperature: Any = 1.0,
-           top_p: Any = 1.0, rows: int | None = None, drops: int | None = None, most=lambda count: count,
+           top_p: Any = 1.0, rows: int | None = None, drops: int | None = None, sync_trip_count=lambda count: count,
            frames: int = 0, limit=None):
     """Fill a canvas z int32 [B, S] as a policy says, in one loop on the device.
 
@@ -546,9 +546,9 @@ def sample(key, denoise, process, z, policy: Policy, numbers: dict[str, Any] | N
       process: HierarchicalProcess. policy, numbers: what to do, and its traced numbers.
       given: bool [B, S], tokens that stay; None: the words of z. length: int32 [B] or a scalar, tokens of each row
         (behind them z stays); None: S. extra: arrays [B, ...] for hooks and denoisers. tools: functions for hooks.
-      temperature, top_p: see HierarchicalProcess.descend.
+      temperature, top_p: see HierarchicalProcess.reverse_step.
       rows, drops: rows and tokens that are worked on at once (see `together`); they change no result.
-      most: how often a loop is gone through that is needed `count` times here: where devices that share the batch must
+      sync_trip_count: trip count of a loop that needs `count` iterations here; where devices that share the batch must
         keep step, the largest count of all (parallel.OverBatch). Changes no result.
       frames: F, at most so many states are recorded beside the start (see `Film`). Changes no result.
       limit: stop rows after so many calls, finished or not, traced or not; None: when all is written.
@@ -570,7 +570,7 @@ def sample(key, denoise, process, z, policy: Policy, numbers: dict[str, Any] | N
     fill = together(positions)
     rows = min(rows or max(1, fill[0] // policy.width), batch)
     loop = _Loop(denoise, process, policy, numbers, temperature, top_p, min(drops or fill[1], rows * positions), frames,
-                 most, tools or {})
+                 sync_trip_count, tools or {})
     length = jnp.broadcast_to(jnp.asarray(positions if length is None else length, jnp.int32), (batch,))
     still = process.level_of(z) == 0 if given is None else given
     none = jnp.zeros(z.shape, bool)
@@ -621,10 +621,10 @@ def sample(key, denoise, process, z, policy: Policy, numbers: dict[str, Any] | N
         if rows == batch:  # one group: nothing to gather
             cache, s = turn((cache, s), busy)
         else:
-            cache, s = jax.lax.fori_loop(0, most((jnp.sum(busy) + rows - 1) // rows), some, (cache, s))
-        return cache, s, calls + 1, most(jnp.any(live(s)).astype(jnp.int32))
+            cache, s = jax.lax.fori_loop(0, sync_trip_count((jnp.sum(busy) + rows - 1) // rows), some, (cache, s))
+        return cache, s, calls + 1, sync_trip_count(jnp.any(live(s)).astype(jnp.int32))
 
-    go = most(jnp.any(live(s)).astype(jnp.int32))
+    go = sync_trip_count(jnp.any(live(s)).astype(jnp.int32))
     _, s, calls, _ = jax.lax.while_loop(lambda carry: carry[-1] > 0, sweep, (cache, s, jnp.int32(0), go))
     stats = {"calls": calls, "row_forwards": s.call * (denoise.forwards * policy.width), "length": s.length,
              "fell": s.fell, "revised": s.revised}

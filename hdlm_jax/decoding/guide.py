@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from hdlm_jax.decoding.core import Hook, Rows, Stateless, View
 from hdlm_jax.diffusion.draws import fold
-from hdlm_jax.diffusion.prediction import Dense
+from hdlm_jax.diffusion.prediction import LogitsPrediction
 
 _PICK = 2**32 - 2  # what a row's key is folded with to pick a candidate; positions are small numbers
 
@@ -27,7 +27,7 @@ class Tilted(NamedTuple):
     hierarchy: Any
 
     def select(self, index):
-        return Dense(self.of(index), self.hierarchy)
+        return LogitsPrediction(self.of(index), self.hierarchy)
 
 
 class Guide:
@@ -112,7 +112,7 @@ class Classified(Guide):
     def __call__(self, cache, rows: Rows):
         law, cache = self.ask(cache, rows)
         score = self.score(rows.z)
-        words = self.process.hierarchy.num_words
+        words = self.process.hierarchy.vocab_size
         if score.shape != (*rows.z.shape, words):
             raise ValueError(f"score.shape={score.shape}: must be [b, S, V] = {(*rows.z.shape, words)}")
         score = score.reshape(-1, words)
@@ -127,8 +127,8 @@ def first_order(classifier: Callable, hierarchy) -> Callable:
     """
 
     def score(z):
-        shown = jax.nn.one_hot(z, hierarchy.num_symbols, dtype=jnp.float32)
-        return jax.grad(lambda x: jnp.sum(classifier(x)))(shown)[..., : hierarchy.num_words]
+        shown = jax.nn.one_hot(z, hierarchy.num_states, dtype=jnp.float32)
+        return jax.grad(lambda x: jnp.sum(classifier(x)))(shown)[..., : hierarchy.vocab_size]
 
     return score
 
@@ -138,7 +138,7 @@ def by_replacement(classifier: Callable, hierarchy) -> Callable:
 
     def score(z):
         each = jax.vmap(jax.vmap(lambda i, v: classifier(z.at[:, i].set(v)), (None, 0)), (0, None))
-        return jnp.moveaxis(each(jnp.arange(z.shape[1]), jnp.arange(hierarchy.num_words, dtype=z.dtype)), -1, 0)
+        return jnp.moveaxis(each(jnp.arange(z.shape[1]), jnp.arange(hierarchy.vocab_size, dtype=z.dtype)), -1, 0)
 
     return score
 
@@ -171,19 +171,19 @@ class EnergyDraw(Hook):
     def __call__(self, view: View, loop, prediction, target):
         """(symbols [b, S], probability of each drop)."""
         if self.candidates == 1:
-            return loop.descend(view, prediction, target)
+            return loop.reverse_step(view, prediction, target)
         if "energy" not in loop.tools:
             raise ValueError("tools lack 'energy': a function (x, z, log_p) -> E of each row")
         rows = view.z.shape[0]
         inside = (view.t >= view.numbers["energy_from"]) & (view.t <= view.numbers["energy_to"])
         others = [fold(view.keys, 16 + i) for i in range(1, self.candidates)]  # small numbers are a draw's own
         keys = jnp.stack([view.keys, *others])
-        energies = jax.lax.cond(loop.most(jnp.any(inside).astype(jnp.int32)) > 0,
+        energies = jax.lax.cond(loop.sync_trip_count(jnp.any(inside).astype(jnp.int32)) > 0,
                                 lambda: jax.lax.map(lambda k: self.energy(view, loop, prediction, inside, k), keys),
                                 lambda: jnp.zeros((self.candidates, rows), jnp.float32))
         pick = jax.vmap(jax.random.categorical)(fold(view.key, jnp.uint32(_PICK)), -energies.T)
         keys = keys[jnp.where(inside, pick, 0), jnp.arange(rows)]
-        return loop.descend(view._replace(keys=keys), prediction, target)
+        return loop.reverse_step(view._replace(keys=keys), prediction, target)
 
     def energy(self, view: View, loop, prediction, inside, keys):
         """E [b] of the text that keys [b, S] draw."""
@@ -193,8 +193,8 @@ class EnergyDraw(Hook):
         def work(at, carry):
             x, log_p = carry
             p = process.as_prediction(prediction.select(at))
-            new = process.descend(keys[at], p, z[at], jnp.zeros_like(at), loop.policy.clusters, loop.temperature,
-                                  loop.top_p, loop.most)
+            new = process.reverse_step(keys[at], p, z[at], jnp.zeros_like(at), loop.policy.clusters, loop.temperature,
+                                  loop.top_p, loop.sync_trip_count)
             new_log_p = jnp.where(process.level_of(z[at]) > 0, process.forced(p, z[at]).log_prob(new), 0.0)
             pairs = (x, new), (log_p, new_log_p)
             return tuple(a.at[at].set(jnp.where(flat[at], b, a[at])) for a, b in pairs)

@@ -59,15 +59,15 @@ def numbers_of(g: GenerateConfig, seq_len: int, eos: int = 0) -> dict[str, Any]:
             "top_p": np.float32(g.top_p), "method": method}
 
 
-def denoiser(program: Program, network: Network, params, process, numbers, classifier, most) -> Any:
+def denoiser(program: Program, network: Network, params, process, numbers, classifier, sync_trip_count) -> Any:
     """The network as the program calls it: with its cache or attention, its constraints, its guidance."""
     method = program.method
     out: Any
     if isinstance(method.cache, sparse_attention.SparseD):
         out = method.cache.denoiser(network, params)
     else:
-        out = caches.make(method.cache or caches.Whole(), network, params, process.hierarchy, most=most,
-                          cut=program.cut)
+        out = caches.make(method.cache or caches.Whole(), network, params, process.hierarchy,
+                          sync_trip_count=sync_trip_count, cut=program.cut)
     if program.constrained:
         out = canvases.Constrained(out, numbers["allowed"], process.hierarchy)
     if method.guide[:1] == ("cfg",):
@@ -80,7 +80,7 @@ def denoiser(program: Program, network: Network, params, process, numbers, class
 
 def reads(network: Network, params):
     """words int32 [b, S] -> prediction of each word given those before it, of an autoregressive run."""
-    before = AutoregressiveProcess(network.head.hierarchy).sample_z
+    before = AutoregressiveProcess(network.head.hierarchy).corrupt
     return lambda x: network.denoise(params, before(None, x, None), jnp.zeros(len(x)))
 
 
@@ -107,7 +107,7 @@ def make_sample_step(network: Network, process, program: Program, mesh=None, fra
                 tools["energy"] = guide.ar_energy(tools["ar"], process)
             heat, nucleus = (numbers[name] if fixed is None else fixed for name, fixed in (
                 ("temperature", program.temperature), ("top_p", program.top_p)))
-            draws = dict(temperature=heat, top_p=nucleus, most=shard.most, frames=frames)
+            draws = dict(temperature=heat, top_p=nucleus, sync_trip_count=shard.sync_trip_count, frames=frames)
             length = batch.get("length", numbers["length"])
             if isinstance(process, AutoregressiveProcess):
                 decode = functools.partial(network.next_word, params)
@@ -125,7 +125,7 @@ def make_sample_step(network: Network, process, program: Program, mesh=None, fra
                 if policy.lengths is not None:
                     prompt = jnp.argmax(process.level_of(z) > 0, axis=1).astype(jnp.int32)
                     length = jnp.minimum(prompt + numbers["method"]["start"], length)
-                denoise = denoiser(program, network, params, process, numbers, classifier, shard.most)
+                denoise = denoiser(program, network, params, process, numbers, classifier, shard.sync_trip_count)
                 extra = {"kind": batch["kind"]} if program.constrained else {}
                 tokens, stats = core.sample(fold(keys, 1), denoise, process, z, policy, numbers["method"],
                                             given=batch.get("given"), length=length, extra=extra, tools=tools, **draws)
@@ -150,7 +150,7 @@ def at_sampling(process: Any, g: GenerateConfig | Program) -> Any:
     return dataclasses.replace(process, force_transition=g.force_transition)
 
 
-def law(process: Any, g: GenerateConfig) -> str:
+def exactness(process: Any, g: GenerateConfig) -> str:
     """'exact' where every draw follows the law of the model whose NELBO is measured, else 'inexact: ' and why."""
     xi, here = getattr(process, "xi", 1), at_sampling(process, g)
     reasons = []
@@ -260,7 +260,7 @@ class Sampler:
                 bar.update(count)
         out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
         inside = np.arange(z.shape[1])[None] < out.get("length", length)[:, None]
-        if np.any(out["tokens"][inside] >= self.process.hierarchy.num_words):
+        if np.any(out["tokens"][inside] >= self.process.hierarchy.vocab_size):
             raise RuntimeError("generate: a cluster or mask symbol is left in a sample; a bug, please report it")
         return out
 
@@ -318,7 +318,7 @@ def start_canvas(run: Any, g: GenerateConfig, prompts: np.ndarray) -> np.ndarray
     places = np.arange(seq_len)
     z = np.where((places >= given) & (places < length[:, None]), mask, canvas).astype(np.int32)
     z[places >= length[:, None]] = run.tokenizer.eot  # words that nobody looks at
-    allowed = np.ones((1, run.hierarchy.num_words), bool)
+    allowed = np.ones((1, run.hierarchy.vocab_size), bool)
     return canvases.Canvas(z, z != mask, np.zeros_like(z), length.astype(np.int32), allowed)
 
 

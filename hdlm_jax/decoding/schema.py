@@ -163,11 +163,11 @@ def scaffold(schema: Any, tokenizer, hierarchy, budget: int = 16, *, prompt: str
             raise ValueError(f"schema is not JSON: {error}") from None
     if tokenizer.kind == "bert":
         raise ValueError("tokenizer.kind='bert' joins words by blanks, which breaks the text; use gpt2, bpe, bytes")
-    if tokenizer.vocab_size != hierarchy.num_words:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} words, the hierarchy {hierarchy.num_words}")
+    if tokenizer.vocab_size != hierarchy.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} words, the hierarchy {hierarchy.vocab_size}")
     filler = tokenizer.eot if filler is None else filler
-    if not 0 <= filler < hierarchy.num_words:
-        raise ValueError(f"filler={filler}: must be a word, 0..{hierarchy.num_words - 1}")
+    if not 0 <= filler < hierarchy.vocab_size:
+        raise ValueError(f"filler={filler}: must be a word, 0..{hierarchy.vocab_size - 1}")
     parts = _Compiler(tokenizer, budget, filler, partial).value(schema, "$", False)
     pieces: list[Literal | Field] = []
     buffer = ""

@@ -23,7 +23,7 @@ def drop_probability(process, prediction, z, new, clusters: str = "exact"):
     out = jnp.where((level > 0) & (below == 0), jnp.exp(word), 0.0)
     for k in range(2, process.num_levels + 1):
         for j in range(1, k):
-            law = process.law_below(p, z, k, j, clusters)
+            law = process.log_probs_below(p, z, k, j, clusters)
             node = jnp.take_along_axis(law, process._node(new, j)[..., None], axis=-1)[..., 0]
             out = jnp.where((level == k) & (below == j), jnp.exp(node), out)
     return out

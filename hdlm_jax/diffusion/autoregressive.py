@@ -34,20 +34,20 @@ class AutoregressiveProcess(Process):
         if self.hierarchy.num_levels != 1:
             raise ValueError(f"hierarchy {self.hierarchy.sizes}: an autoregressive model knows words alone")
 
-    def sample_z(self, key, x, tau):
+    def corrupt(self, key, x, tau):
         """The words before: int32 [B, S], the start symbol (the mask) first."""
         start = jnp.full((x.shape[0], 1), self.hierarchy.mask_id, x.dtype)
         return jnp.concatenate([start, x[:, :-1]], axis=1)
 
     def noised(self, key, x, tau, score):
         """(inputs, level), int32 [B, S]; every token that `score` names is scored."""
-        return self.sample_z(key, x, tau), score.astype(jnp.int32)
+        return self.corrupt(key, x, tau), score.astype(jnp.int32)
 
     def shares(self) -> np.ndarray:
         """[2] share of tokens that are not, and that are scored."""
         return np.array([0.0, 1.0])
 
-    def cost(self, prediction, x, z, levels=None, hard_training: bool = False, *, tau=None):
+    def token_loss(self, prediction, x, z, levels=None, hard_training: bool = False, *, tau=None):
         """-log p(x | what was before), in nats, of x's shape."""
         return -self.as_prediction(prediction).log_prob(x)
 
@@ -57,7 +57,7 @@ class AutoregressiveProcess(Process):
 
     def nelbo_rate(self, prediction, x, z, tau):
         """Nats per unit of noise time, of x's shape."""
-        return self.nelbo_weight(z, tau) * self.cost(prediction, x, z)
+        return self.nelbo_weight(z, tau) * self.token_loss(prediction, x, z)
 
     def loss_weight(self, z, tau, weighting: str = "constant", weight_min: float = 0.0, weight_max: float = jnp.inf, *,
                     x=None):
@@ -69,7 +69,7 @@ class AutoregressiveProcess(Process):
 
 
 def sample(key, decode, process: AutoregressiveProcess, z, cache, *, temperature: Any = 1.0, top_p: Any = 1.0,
-           length=None, most=lambda n: n, frames: int = 0):
+           length=None, sync_trip_count=lambda n: n, frames: int = 0):
     """Words int32 [B, S] from a canvas z with given words in front and masks behind, one position a call.
 
     Args:
@@ -84,7 +84,7 @@ def sample(key, decode, process: AutoregressiveProcess, z, cache, *, temperature
     """
     keys, mask = row_keys(key, z.shape[0]), process.hierarchy.mask_id
     length = jnp.int32(z.shape[1] if length is None else length)
-    record = trajectory.Film(frames, length)
+    record = trajectory.Trajectory(frames, length)
     busy = jnp.any(z == mask, axis=-1)
 
     def time(done):
@@ -106,6 +106,6 @@ def sample(key, decode, process: AutoregressiveProcess, z, cache, *, temperature
     calls = jnp.where(jnp.any(busy), length, 0)
     state = (z, jnp.zeros(z.shape, jnp.float32))
     film = record.start((*state, time(0)))
-    (z, _), _, _, film = jax.lax.fori_loop(0, most(calls), step, (state, cache, start, film))
+    (z, _), _, _, film = jax.lax.fori_loop(0, sync_trip_count(calls), step, (state, cache, start, film))
     made = jnp.broadcast_to(calls, busy.shape)
     return z, {"calls": calls, "row_forwards": jnp.where(busy, calls, 0)} | record.stats(film, made)

@@ -62,11 +62,11 @@ class GiddProcess(Process):
         At t = 0 it is infinite; there it is large, and a cost of 0 stays 0. No t > 0 that float32 has is changed.
         """
         t, rest, _ = self._times(tau, xp)
-        return self.hierarchy.num_words / self._b * xp.sqrt(rest / xp.maximum(t, np.finfo(np.float32).tiny))
+        return self.hierarchy.vocab_size / self._b * xp.sqrt(rest / xp.maximum(t, np.finfo(np.float32).tiny))
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
-    def sample_z(self, key, x, tau):
+    def corrupt(self, key, x, tau):
         """Noise words x int32 [B, S] to noise time tau [B]: words and masks int32 [B, S]. Keys as in process.py."""
         chex.assert_rank([x, tau], [2, 1])
         keys = row_keys(key, x.shape[0])
@@ -74,7 +74,7 @@ class GiddProcess(Process):
         u = (1 + c) * jax.vmap(lambda k: open_uniform(k, x.shape[1:]))(fold(keys, 0))
         z = jnp.where(u < t, self.hierarchy.mask_id, x)
         if self.p_uniform:
-            words = jax.vmap(lambda k: jax.random.randint(k, x.shape[1:], 0, self.hierarchy.num_words))(fold(keys, 1))
+            words = jax.vmap(lambda k: jax.random.randint(k, x.shape[1:], 0, self.hierarchy.vocab_size))(fold(keys, 1))
             z = jnp.where(u >= t + rest, words, z)
         return z.astype(jnp.int32)
 
@@ -83,7 +83,7 @@ class GiddProcess(Process):
 
         At p_u = 0 they are not, and only masks count.
         """
-        z = jnp.where(score, self.sample_z(key, x, tau), x)
+        z = jnp.where(score, self.corrupt(key, x, tau), x)
         return z, (score if self.p_uniform else z == self.hierarchy.mask_id).astype(jnp.int32)
 
     def shares(self) -> np.ndarray:
@@ -92,14 +92,14 @@ class GiddProcess(Process):
 
     # -- objective -------------------------------------------------------------------------------------------------
 
-    def cost(self, prediction, x, z, levels=None, hard_training: bool = False, *, tau):
+    def token_loss(self, prediction, x, z, levels=None, hard_training: bool = False, *, tau):
         """KL(q_t(.|x) || q_t(.|p)) + D_IS in nats, of x's shape; tau of x's shape or [B]."""
         p, masked = self.as_prediction(prediction), z == self.hierarchy.mask_id
         tau = jnp.broadcast_to(tau.reshape(tau.shape + (1,) * (x.ndim - tau.ndim)), x.shape)
         _, rest, c = self._times(tau)
         if not self.p_uniform:
             return jnp.where(masked, -rest * p.log_prob(x), 0.0)
-        r, words = self._ratio(tau), self.hierarchy.num_words
+        r, words = self._ratio(tau), self.hierarchy.vocab_size
         shown = jnp.log1p(r[..., None] * jnp.exp(p.log_probs()))  # log q_t(.|p) over chance, of all words
         at = lambda v: jnp.take_along_axis(shown, v[..., None], axis=-1)[..., 0]  # noqa: E731
         chance = c / (words * (1 + c))
@@ -119,7 +119,7 @@ class GiddProcess(Process):
 
     def nelbo_rate(self, prediction, x, z, tau):
         """w (KL + D_IS): nats per unit of noise time, of x's shape [B, S]; tau [B]."""
-        return self.nelbo_weight(z, tau, x) * self.cost(prediction, x, z, tau=tau)
+        return self.nelbo_weight(z, tau, x) * self.token_loss(prediction, x, z, tau=tau)
 
     def loss_weight(self, z, tau, weighting: str = "dynamic", weight_min: float = 0.0, weight_max: float = jnp.inf, *,
                     x):
@@ -153,7 +153,7 @@ class GiddProcess(Process):
             # 0.2: the surprise is in nats, a cross-entropy about 5 of them. It only shapes the proposal, so estimates
             # stay unbiased; on Zipf words of 4.5 and 5.5 nats their variance is within 2% of the least (4-11% with 0)
             flow.append(c / (1 + c))
-            rate.append((rest + 0.2 * np.log1p(self._ratio(tau, np) / self.hierarchy.num_words)) / (2 * t))
+            rate.append((rest + 0.2 * np.log1p(self._ratio(tau, np) / self.hierarchy.vocab_size)) / (2 * t))
         return sum(f * w for f, w in zip(flow, rate, strict=True)), sum(f * w * w for f, w in zip(flow, rate,
                                                                                                    strict=True))
 
@@ -162,7 +162,7 @@ class GiddProcess(Process):
     def _step(self, z, tau_s, tau_t):
         """What a step needs: t_s, 1 - t_s, c_s / V; the same at t_t; and, all of z's shape, the joint
         probability that the token jumped in between and that its last jump ended at z."""
-        words = self.hierarchy.num_words
+        words = self.hierarchy.vocab_size
         t, rest, c = (jnp.broadcast_to(a, z.shape) for a in self._times(jnp.asarray(tau_t, jnp.float32)))
         s, rest_s, c_s = (jnp.broadcast_to(a, z.shape) for a in self._times(jnp.asarray(tau_s, jnp.float32)))
         kept = jnp.broadcast_to(jnp.exp(jnp.asarray(tau_s - tau_t, jnp.float32)), z.shape)
@@ -175,7 +175,7 @@ class GiddProcess(Process):
         (s, rest_s, u_s, c_s), (_, _, _, c), kept, jumped = self._step(z, tau_s, tau_t)
         before = jnp.concatenate([rest_s[..., None] * p + u_s[..., None], s[..., None]], -1) / (1 + c_s)[..., None]
         stayed = kept * (1 + c_s) / (1 + c)  # alpha_t / alpha_s
-        symbols = np.append(np.arange(self.hierarchy.num_words), self.hierarchy.mask_id)
+        symbols = np.append(np.arange(self.hierarchy.vocab_size), self.hierarchy.mask_id)
         same = symbols.reshape((1,) * z.ndim + (-1,)) == z[..., None]
         both = before * (jumped[..., None] + jnp.where(same, stayed[..., None], 0.0))
         return both / jnp.sum(both, -1, keepdims=True)
@@ -185,7 +185,7 @@ class GiddProcess(Process):
         so that a rare jump is not lost in one draw over all symbols.
 
         Args:
-          key: as in HierarchicalProcess.descend. tau_s, tau_t: scalars, tau_t may be inf.
+          key: as in HierarchicalProcess.reverse_step. tau_s, tau_t: scalars, tau_t may be inf.
           temperature, top_p: of the words' distribution, temperature first.
         """
         keys = token_keys(key, z.shape)
@@ -209,14 +209,15 @@ NOISE = 0.01  # t that the network is told while it corrects
 
 
 def sample(key, denoise, process: GiddProcess, z, *, steps, temperature: Any = 1.0, top_p: Any = 1.0, corrections=0,
-           correction_temperature=0.1, most=lambda n: n, tokens: int = 128, frames: int = 0):
+           correction_temperature=0.1, sync_trip_count=lambda n: n, tokens: int = 128, frames: int = 0):
     """Words int32 [B, S] from a canvas z (masks where free), by the exact posterior on `steps` equal steps of t.
 
     Given words stay; any other token may be revised at every step, so each one is scored at every call.
 
     Args:
       key: one key or keys [B]. denoise: function (z [b, S], t [b]) -> prediction, asked for select(index).
-      steps: int, traced or not. tokens: scored at once; changes no result. most: see hdlm_jax.decoding.core.sample.
+      steps: int, traced or not. tokens: scored at once; changes no result.
+      sync_trip_count: see hdlm_jax.decoding.core.sample.
       corrections: calls after the last step, traced or not, that each revise one word of a row (after the
         paper's self-correction): of the words drawn anew from p at `correction_temperature`, the likeliest that is not
         there yet. Words of a row that all come up again stay, and the row costs nothing more.
@@ -244,7 +245,7 @@ def sample(key, denoise, process: GiddProcess, z, *, steps, temperature: Any = 1
         def some(i):
             p = process.as_prediction(prediction.select(i))
             new = process.step(each[i], p, old[i], tau_s, tau_t, temperature, top_p)
-            word = jnp.minimum(new, process.hierarchy.num_words - 1)
+            word = jnp.minimum(new, process.hierarchy.vocab_size - 1)
             return new, jnp.where(new == word, jnp.exp(p.log_prob(word)), 0.0)
 
         new, law = (a.reshape(-1)[: z.size].reshape(z.shape) for a in jax.lax.map(some, at))
@@ -270,11 +271,11 @@ def sample(key, denoise, process: GiddProcess, z, *, steps, temperature: Any = 1
         return state, record.expose(film, steps + call, seen), forwards + ~settled, settled | ~jnp.any(best, axis=-1)
 
     end = steps + jnp.int32(corrections)
-    record = trajectory.Film(frames, end)
-    calls = most(jnp.where(jnp.any(busy), jnp.int32(steps), 0))
+    record = trajectory.Trajectory(frames, end)
+    calls = sync_trip_count(jnp.where(jnp.any(busy), jnp.int32(steps), 0))
     state = (z, jnp.zeros(z.shape, jnp.float32))
     state, film = jax.lax.fori_loop(0, calls, step, (state, record.start((*state, told(0)))))
-    more = most(jnp.where(jnp.any(busy), jnp.int32(corrections), 0))
+    more = sync_trip_count(jnp.where(jnp.any(busy), jnp.int32(corrections), 0))
     (z, _), film, forwards, _ = jax.lax.fori_loop(0, more, correct, (state, film, jnp.where(busy, calls, 0), ~busy))
     made = jnp.broadcast_to(calls + more, forwards.shape)
     return z, {"calls": calls + more, "row_forwards": forwards} | record.stats(film, made)

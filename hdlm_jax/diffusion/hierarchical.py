@@ -91,7 +91,7 @@ class HierarchicalProcess(Process):
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
-    def sample_z(self, key, x, tau):
+    def corrupt(self, key, x, tau):
         """Noise words x int32 [B, S] to noise time tau [B]: symbols int32 [B, S] (docs/theory.md section 2).
 
         `key` is one key (row b then uses fold_in(key, b)) or one key per row.
@@ -114,7 +114,7 @@ class HierarchicalProcess(Process):
 
     def noised(self, key, x, tau, score):
         """(z, level), int32 [B, S]: x noised to tau [B] where `score` bool [B, S] says so; words are of level 0."""
-        z = jnp.where(score, self.sample_z(key, x, tau), x)
+        z = jnp.where(score, self.corrupt(key, x, tau), x)
         return z, self.level_of(z)
 
     def shares(self) -> np.ndarray:
@@ -124,13 +124,14 @@ class HierarchicalProcess(Process):
 
     # -- objective -------------------------------------------------------------------------------------------------
 
-    def asks(self, hard_training: bool = False) -> str:
+    def needs(self, hard_training: bool = False) -> str:
         """What costs ask of a prediction (see hdlm_jax.models.heads.sum_over_noised): within, word or all."""
         if hard_training or self.num_levels == 1:
             return "all"
         return "within" if self.xi == 1 and self.force_transition != "none" else "word"
 
-    def cost(self, prediction, x, z, levels: tuple[int, ...] | None = None, hard_training: bool = False, *, tau=None):
+    def token_loss(self, prediction, x, z, levels: tuple[int, ...] | None = None, hard_training: bool = False, *,
+                   tau=None):
         """C of docs/theory.md section 3, in nats: float32 of x's shape; zero at words. Exact for every K and xi.
 
         Args:
@@ -143,7 +144,7 @@ class HierarchicalProcess(Process):
         def one(k):
             if hard_training and k > 1:
                 return -self.forced(p, z, (k,)).log_prob(x)
-            return self._cost_xi1(p, x, k) if self.xi == 1 else self._cost(p, x, z, k)
+            return self._token_loss_xi1(p, x, k) if self.xi == 1 else self._token_loss(p, x, z, k)
 
         return self._by_level(z, {k: one(k) for k in levels or range(1, self.num_levels + 1)})
 
@@ -154,7 +155,7 @@ class HierarchicalProcess(Process):
             out = jnp.where(level == k, value, out)
         return out
 
-    def _cost_xi1(self, p, x, k: int):
+    def _token_loss_xi1(self, p, x, k: int):
         """Every token shows its own ancestor, so single masses suffice: C = A_k - A_{k-1} once p lies under v.
 
         A_l is the log of f's mass under the word's ancestor at level l: A_0 = log f(x), A_K = 0.
@@ -167,7 +168,7 @@ class HierarchicalProcess(Process):
         share = jnp.asarray(np.log(self._count(k - 1)))[u] - jnp.asarray(np.log(self._count(k)))[v]
         return -jnp.logaddexp(p.log_mass(k - 1, u), p.log_mass(k, v, outside=True) + share)
 
-    def _cost(self, p, x, z, k: int):
+    def _token_loss(self, p, x, z, k: int):
         """The general case, xi < 1: KL over the children of the node on show."""
         if self.force_transition == "within":
             raise ValueError("force_transition='within': infinite bound for xi < 1; choose none, between or cavity")
@@ -179,10 +180,10 @@ class HierarchicalProcess(Process):
         mine = self._anc(k - 1, x)[..., None] == wide(np.arange(n_u.size), x)
         inside = (self._anc(k, x) == self._node(z, k))[..., None]
         target = jnp.where(inside, (d * n_u + own * mine) / (d * n_v + own), n_u / n_v)
-        log_q = jnp.where(under, self._log_child_law(p, z, k, k - 1), 0.0)
+        log_q = jnp.where(under, self._log_probs_of_children(p, z, k, k - 1), 0.0)
         return jnp.sum(jnp.where(under, target * (jnp.log(target) - log_q), 0.0), axis=-1)
 
-    def _log_child_law(self, p, z, k: int, j: int):
+    def _log_probs_of_children(self, p, z, k: int, j: int):
         """log Q_{v->j}(u) for tokens that show v of level k, 1 <= j < k: [..., n_j]; -inf off v's descendants.
 
         Q, a sum of three terms, is summed by logarithm: each of them can be all that there is.
@@ -237,15 +238,15 @@ class HierarchicalProcess(Process):
 
         return p.tilted(bias)
 
-    def law_below(self, prediction, z, k: int, j: int, clusters: str = "exact"):
+    def log_probs_below(self, prediction, z, k: int, j: int, clusters: str = "exact"):
         """Log of the law over nodes of level j that tokens z [...] showing a node of level k > j drop to: [..., n_j].
 
-        Words (j = 0) by p(x | z), after the force transition; nodes as `descend` shows them. Means nothing at tokens of
-        another level.
+        Words (j = 0) by p(x | z), after the force transition; nodes as `reverse_step` shows them. Means nothing at
+        tokens of another level.
         """
         p = self.as_prediction(prediction)
         if j and clusters == "exact" and not self._stays_under:
-            return self._log_child_law(p, z, k, j)
+            return self._log_probs_of_children(p, z, k, j)
         return self.forced(p, z, (k,)).log_masses(j)
 
     def proposal(self, tokens: int, cv2: float) -> Proposal:
@@ -261,7 +262,7 @@ class HierarchicalProcess(Process):
 
         Its integral over tau in [0, inf), in expectation over z, is the exact NELBO of x.
         """
-        return self.nelbo_weight(z, tau) * self.cost(prediction, x, z)
+        return self.nelbo_weight(z, tau) * self.token_loss(prediction, x, z)
 
     def _spread(self, weights, x):
         """[B or x.shape, K] -> {level: array of x's shape}."""
@@ -292,7 +293,7 @@ class HierarchicalProcess(Process):
     def loss(self, prediction, x, z, tau, *, weighting: str = "constant", weight_min: float = 0.0,
              weight_max: float = jnp.inf, hard_training: bool = False):
         """Training loss W C per token, of x's shape [B, S], for tau = -log(1-t) with t uniform [B]."""
-        cost = self.cost(prediction, x, z, hard_training=hard_training)
+        cost = self.token_loss(prediction, x, z, hard_training=hard_training)
         return self.loss_weight(z, tau, weighting, weight_min, weight_max) * cost
 
     # -- reverse ---------------------------------------------------------------------------------------------------
@@ -300,22 +301,22 @@ class HierarchicalProcess(Process):
     def posterior(self, prediction, z, tau_s, tau_t, clusters: str = "exact"):
         """Law of the symbol at tau_s given z at tau_t: [..., N], dense (docs/theory.md section 4).
 
-        For tests and small vocabularies; `descend` draws from it without building it. tau_s, tau_t: scalars.
+        For tests and small vocabularies; `reverse_step` draws from it without building it. tau_s, tau_t: scalars.
         """
         p = self.as_prediction(prediction)
         h, levels = self.hierarchy, self.num_levels
         law = self.chain.posterior(tau_s, tau_t)
-        onto = jax.nn.one_hot(z, h.num_symbols)
+        onto = jax.nn.one_hot(z, h.num_states)
         out = jnp.where((self.level_of(z) == 0)[..., None], onto, 0.0)
         for k in range(1, levels + 1):
-            parts = [law[k, j] * jnp.exp(self.law_below(p, z, k, j, clusters)) for j in range(k)]
+            parts = [law[k, j] * jnp.exp(self.log_probs_below(p, z, k, j, clusters)) for j in range(k)]
             parts.append(law[k, k] * jax.nn.one_hot(self._node(z, k), h.sizes[k]))
             parts += [jnp.zeros((*z.shape, h.sizes[j])) for j in range(k + 1, levels + 1)]
             out = jnp.where((self.level_of(z) == k)[..., None], jnp.concatenate(parts, axis=-1), out)
         return out
 
-    def descend(self, key, prediction, z, target, clusters: str = "exact", temperature: Any = 1.0, top_p: Any = 1.0,
-                most=lambda count: count):
+    def reverse_step(self, key, prediction, z, target, clusters: str = "exact", temperature: Any = 1.0,
+                     top_p: Any = 1.0, sync_trip_count=lambda count: count):
         """Draw the symbols z [B, S] drops to where its level exceeds `target` int [B, S]; others stay.
 
         One word x ~ p(x | z) per dropping token, shown at its target level: as itself, as anc_j(x) where x is sure to
@@ -327,7 +328,7 @@ class HierarchicalProcess(Process):
             z's shape, which may then be any (also a list of tokens [n]).
           prediction: prediction or logits of z's shape.
           temperature, top_p: of the words' distribution after the force transition, temperature first.
-          most: see hdlm_jax.decoding.core.sample.
+          sync_trip_count: see hdlm_jax.decoding.core.sample.
         """
         if clusters not in CLUSTERS:
             raise ValueError(f"clusters={clusters!r}: choose one of {', '.join(CLUSTERS)}")
@@ -335,7 +336,7 @@ class HierarchicalProcess(Process):
         p = self.as_prediction(prediction)
         level = self.level_of(z)
 
-        x = self.forced(p, z).draw(fold(keys, 0), (target == 0) & (level > 0), temperature, top_p, most)
+        x = self.forced(p, z).draw(fold(keys, 0), (target == 0) & (level > 0), temperature, top_p, sync_trip_count)
         out = jnp.where(target == 0, x, z)
         for j in range(1, self.num_levels):
             if clusters == "clean" or self._stays_under:

@@ -43,10 +43,10 @@ class Hierarchy:
 
     def __post_init__(self) -> None:
         if not self.parents:
-            raise ValueError("hierarchy has no map: from_parents([], num_words=V) makes words and a mask")
+            raise ValueError("hierarchy has no map: from_parents([], vocab_size=V) makes words and a mask")
         maps = tuple(_int_map(p, f"parents[{level}]") for level, p in enumerate(self.parents))
         if len(maps[0]) < 2:
-            raise ValueError(f"num_words = {len(maps[0])}: a hierarchy needs at least 2 words")
+            raise ValueError(f"vocab_size = {len(maps[0])}: a hierarchy needs at least 2 words")
         for level, parent in enumerate(maps):
             last = level == len(maps) - 1
             upper = 1 if last else len(maps[level + 1])
@@ -69,14 +69,14 @@ class Hierarchy:
         object.__setattr__(self, "special", special)
 
     @classmethod
-    def from_parents(cls, parents: Sequence[Any], num_words: int | None = None, keep_single: bool = False,
+    def from_parents(cls, parents: Sequence[Any], vocab_size: int | None = None, keep_single: bool = False,
                      special: Sequence[int] = ()) -> Hierarchy:
         """Builds a hierarchy from its maps, fine to coarse; the last map, to the mask, is added.
 
         Args:
           parents: `parents[0]`: int [V], word -> level-1 node; `parents[1]`: int [n_1], level-1 node ->
-            level-2 node; and so on. `[]` with `num_words=V` is MDLM: words and the mask.
-          num_words: V; needed only for `[]`, checked against `parents[0]` otherwise.
+            level-2 node; and so on. `[]` with `vocab_size=V` is MDLM: words and the mask.
+          vocab_size: V; needed only for `[]`, checked against `parents[0]` otherwise.
           keep_single: levels are cut at the first one with a single node (that one *is* the mask), unless
             this is True: then a single cluster stays below the mask, as in levels (V, 1, 1).
           special: word ids exempt from the size limits of clusters.
@@ -86,13 +86,13 @@ class Hierarchy:
         """
         maps = [_int_map(p, f"parents[{level}]") for level, p in enumerate(parents)]
         if not maps:
-            if num_words is None:
-                raise ValueError("from_parents([]) needs num_words (the number of words V)")
-            if num_words < 2:
-                raise ValueError(f"num_words = {num_words}: a hierarchy needs at least 2 words")
-            return cls((np.zeros(num_words, np.int32),), tuple(special))
-        if num_words is not None and len(maps[0]) != num_words:
-            raise ValueError(f"parents[0] has {len(maps[0])} words, but num_words = {num_words}")
+            if vocab_size is None:
+                raise ValueError("from_parents([]) needs vocab_size (the number of words V)")
+            if vocab_size < 2:
+                raise ValueError(f"vocab_size = {vocab_size}: a hierarchy needs at least 2 words")
+            return cls((np.zeros(vocab_size, np.int32),), tuple(special))
+        if vocab_size is not None and len(maps[0]) != vocab_size:
+            raise ValueError(f"parents[0] has {len(maps[0])} words, but vocab_size = {vocab_size}")
         for level, parent in enumerate(maps):
             if len(parent) == 0:
                 raise ValueError(f"parents[{level}] is empty: it needs one entry per node of level {level}")
@@ -118,19 +118,19 @@ class Hierarchy:
         return len(self.parents)
 
     @property
-    def num_words(self) -> int:
+    def vocab_size(self) -> int:
         """V."""
         return len(self.parents[0])
 
     @property
-    def num_symbols(self) -> int:
+    def num_states(self) -> int:
         """N: words, clusters of all levels and the mask."""
         return sum(self.sizes)
 
     @property
     def padded_symbols(self) -> int:
         """N rounded up to a multiple of 128: the rows of the embedding table."""
-        return -(-self.num_symbols // _PAD_TO) * _PAD_TO
+        return -(-self.num_states // _PAD_TO) * _PAD_TO
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -140,7 +140,7 @@ class Hierarchy:
     @property
     def mask_id(self) -> int:
         """Symbol id of the mask, the last one: N - 1."""
-        return self.num_symbols - 1
+        return self.num_states - 1
 
     def level_of(self, ids: Any) -> np.ndarray:
         """Level of each symbol id, int32, same shape as `ids`."""
@@ -152,7 +152,7 @@ class Hierarchy:
         ids = self._checked_ids(ids)
         return (ids - np.asarray(self.offsets)[self.level_of(ids)]).astype(np.int32)
 
-    def symbol(self, level: Any, node: Any) -> np.ndarray:
+    def state_id(self, level: Any, node: Any) -> np.ndarray:
         """Symbol id of node `node` of level `level` (arrays broadcast against each other), int32."""
         level, node = np.asarray(level), np.asarray(node)
         if level.size and (level.min() < 0 or level.max() > self.num_levels):
@@ -163,8 +163,8 @@ class Hierarchy:
 
     def _checked_ids(self, ids: Any) -> np.ndarray:
         ids = np.asarray(ids)
-        if ids.size and (ids.min() < 0 or ids.max() >= self.num_symbols):
-            raise ValueError(f"symbol id {ids.min()}..{ids.max()} is outside 0..{self.num_symbols - 1}")
+        if ids.size and (ids.min() < 0 or ids.max() >= self.num_states):
+            raise ValueError(f"symbol id {ids.min()}..{ids.max()} is outside 0..{self.num_states - 1}")
         return ids
 
     # ---- ancestors and counts ----
@@ -172,7 +172,7 @@ class Hierarchy:
     @cached_property
     def anc(self) -> tuple[np.ndarray, ...]:
         """anc[l]: int32 [V], the node of level l above each word; anc[0] = arange(V), anc[K] = zeros."""
-        out = [np.arange(self.num_words, dtype=np.int32)]
+        out = [np.arange(self.vocab_size, dtype=np.int32)]
         for parent in self.parents:
             out.append(parent[out[-1]])
         return _frozen(out)

@@ -55,7 +55,7 @@ def _log(total):
     return jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1.0, total)))
 
 
-class Dense:
+class LogitsPrediction:
     """A prediction from logits [..., V] (softmax over the last axis), any float dtype, computed in float32.
 
     level: the hierarchy's level whose nodes the logits are of; 0: words. (1: a factorised head's clusters.)
@@ -88,11 +88,12 @@ class Dense:
         return self._near - finite(self._total)[..., None]
 
     def select(self, index):
-        return Dense(self.logits.reshape(-1, self.logits.shape[-1])[index], self.hierarchy, self.level)
+        return LogitsPrediction(self.logits.reshape(-1, self.logits.shape[-1])[index], self.hierarchy, self.level)
 
     def tilted(self, bias):
         """bias: function of `anc(level) -> int32 [1, .., V]`, the words' ancestors; gives [..., V] or [..., 1]."""
-        return Dense(self._near + bias(lambda level: wide(self.anc[level], self._total)), self.hierarchy, self.level)
+        bias = bias(lambda level: wide(self.anc[level], self._total))
+        return LogitsPrediction(self._near + bias, self.hierarchy, self.level)
 
     def log_prob(self, x):
         return _at(self.logits, x) - self._top - finite(self._total)
@@ -123,14 +124,14 @@ class Dense:
         total = _log(jnp.matmul(jnp.exp(self.logits - top[..., anc]), onto, precision="highest"))
         return top - self._top[..., None] + (total - finite(self._total)[..., None])
 
-    def draw(self, keys, wanted, temperature: Any = 1.0, top_p: Any = 1.0, most=None):
+    def draw(self, keys, wanted, temperature: Any = 1.0, top_p: Any = 1.0, sync_trip_count=None):
         """One word per token: int32 [...]; keys [...], one for each token.
 
         Args:
           wanted: bool [...]; elsewhere only the word's level-1 node will be looked at.
           temperature: divides the log-probabilities; 0 (a Python number) takes the most likely word.
           top_p: nucleus, in (0, 1]: keep the fewest most likely words with at least this much mass.
-          most: see hdlm_jax.decoding.core.sample.
+          sync_trip_count: see hdlm_jax.decoding.core.sample.
         """
         return draw_from(keys, self.logits, temperature, top_p)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from hdlm_jax.diffusion.prediction import Dense
+from hdlm_jax.diffusion.prediction import LogitsPrediction
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Process:
         shares()                      share of tokens at every `level` of noised, t uniform
         proposal(tokens, cv2)         its quantile(u) gives noise times to evaluate at and their densities
 
-    The way back differs: `descend` for sampler.sample, `GiddProcess.step` for gidd.sample, autoregressive.sample.
+    The way back differs: `reverse_step` for sampler.sample, `GiddProcess.step` for gidd.sample, autoregressive.sample.
     `posterior`, dense, is for tests.
     """
 
@@ -34,12 +34,12 @@ class Process:
 
     def as_prediction(self, prediction):
         """A prediction as it is; logits [..., V] as a Dense one."""
-        return prediction if hasattr(prediction, "select") else Dense(prediction, self.hierarchy)
+        return prediction if hasattr(prediction, "select") else LogitsPrediction(prediction, self.hierarchy)
 
     def level_of(self, z):
         """Level of each symbol, int32 of z's shape."""
         return sum((z >= o).astype(jnp.int32) for o in self.hierarchy.offsets[1:])
 
-    def asks(self, hard_training: bool = False) -> str:
+    def needs(self, hard_training: bool = False) -> str:
         """What costs ask of a prediction (see hdlm_jax.models.heads.sum_over_noised)."""
         return "all"

@@ -25,8 +25,8 @@ class SeddProcess(HierarchicalProcess):
         if self.num_levels != 1:
             raise ValueError(f"hierarchy {self.hierarchy.sizes}: SEDD-absorb knows words and mask alone")
 
-    def cost(self, prediction, x, z, levels=None, hard_training: bool = False, *, tau=None):
+    def token_loss(self, prediction, x, z, levels=None, hard_training: bool = False, *, tau=None):
         """-log f_x + sum f - 1 in nats at masks, of x's shape. Divided by V, untrained logits (all 0) sum to one."""
         p = self.as_prediction(prediction)
-        log_total = p.log_z - math.log(self.hierarchy.num_words)
+        log_total = p.log_z - math.log(self.hierarchy.vocab_size)
         return self._by_level(z, {1: -p.log_prob(x) + jnp.expm1(log_total) - log_total})

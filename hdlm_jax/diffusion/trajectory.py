@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Film:
+class Trajectory:
     """States recorded on the way: at most `frames` beside the start, every m-th call, m the least that suffices for
     `bound` calls (which may be traced), and the last. With frames = 0 nothing is kept."""
 

@@ -35,9 +35,9 @@ def make_nelbo_step(network: Network, process, mesh=None):
         x, tau = batch["x"], batch["tau"]
         z, level = process.noised(fold(jnp.broadcast_to(key, tau.shape), batch["pair"]), x, tau, batch["score"])
         h = network.apply({"params": params}, z, -jnp.expm1(-tau), batch["segment"], method="trunk")
-        cost_of = lambda p, f, levels: process.cost(p, f[0], f[1], levels, tau=f[2])  # noqa: E731
+        cost_of = lambda p, f, levels: process.token_loss(p, f[0], f[1], levels, tau=f[2])  # noqa: E731
         fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape))
-        cost = map_over_noised(network.head, cost_of, params["head"], h, level, x, fields, asks=process.asks(),
+        cost = map_over_noised(network.head, cost_of, params["head"], h, level, x, fields, needs=process.needs(),
                                shard=shard)
         rate = process.nelbo_weight(z, tau, x) * cost
         by_level = [jnp.sum(jnp.where(level == k, rate, 0.0), axis=-1) for k in range(1, process.num_levels + 1)]

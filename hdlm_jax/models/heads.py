@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.diffusion.draws import categorical, draw_from, fold, is_off, wide
-from hdlm_jax.diffusion.prediction import Dense
+from hdlm_jax.diffusion.prediction import LogitsPrediction
 
 _target: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
 
@@ -52,7 +52,7 @@ class Whole:
     def __call__(self, run):
         return run
 
-    def most(self, count):
+    def sync_trip_count(self, count):
         return count
 
 
@@ -98,17 +98,17 @@ class FlatHead:
 
     def init(self, key, width: int):
         del key
-        rows = _padded(self.hierarchy.num_words)
+        rows = _padded(self.hierarchy.vocab_size)
         return {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)}
 
     def logits(self, params, h):
         """float32 [..., V]."""
-        return _affine(params, h, self.dtype)[..., : self.hierarchy.num_words]
+        return _affine(params, h, self.dtype)[..., : self.hierarchy.vocab_size]
 
     def predict(self, params, h):
-        return Dense(self.logits(params, h), self.hierarchy)
+        return LogitsPrediction(self.logits(params, h), self.hierarchy)
 
-    def streams(self, level, x, asks: str):
+    def streams(self, level, x, needs: str):
         return [_Chunks(level > 0, None, self.predict, ("kernel", "bias"))]
 
 
@@ -163,12 +163,12 @@ class FactorisedHead:
         return {"words": {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)},
                 "clusters": {"kernel": spread * jax.random.normal(key, (n, width)), "bias": jnp.zeros(n)}}
 
-    def clusters(self, params, h) -> Dense:
+    def clusters(self, params, h) -> LogitsPrediction:
         """p(node | h) of the level-1 nodes, from float32 logits [..., n]."""
         logits = _affine(params["clusters"], h, self.dtype)
         if self.prototypes > 1:
             logits = jax.nn.logsumexp(logits.reshape(*logits.shape[:-1], -1, self.prototypes), axis=-1)
-        return Dense(logits, self.hierarchy, level=1)
+        return LogitsPrediction(logits, self.hierarchy, level=1)
 
     def within(self, params, h):
         """log p(x | c(x), h) of every word: float32 [..., V]."""
@@ -186,12 +186,12 @@ class FactorisedHead:
     def predict(self, params, h):
         return Factorised(self, params, h)
 
-    def streams(self, level, x, asks: str):
+    def streams(self, level, x, needs: str):
         """Tokens that need a word's probability, by cluster; then the rest, which need the clusters' alone."""
-        words = level > 0 if asks == "all" else level == 1
+        words = level > 0 if needs == "all" else level == 1
         node = jnp.asarray(self.hierarchy.anc[1])[x]
-        tiles = _Tiles(self, words, node, None if asks == "all" else (1,), asks != "within")
-        if asks == "all":
+        tiles = _Tiles(self, words, node, None if needs == "all" else (1,), needs != "within")
+        if needs == "all":
             return [tiles]
         above = tuple(range(2, self.hierarchy.num_levels + 1))
         return [tiles, _Chunks(level > 1, above, self.predict, ("clusters",))]
@@ -245,7 +245,7 @@ class Factorised:
     def log_masses(self, level: int):
         return self.log_probs() if level == 0 else self.clusters.log_masses(level)
 
-    def draw(self, keys, wanted, temperature: Any = 1.0, top_p: Any = 1.0, most=WHOLE.most):
+    def draw(self, keys, wanted, temperature: Any = 1.0, top_p: Any = 1.0, sync_trip_count=WHOLE.sync_trip_count):
         """See Dense.draw: the node first, then a word of its block where one is wanted, else any of its words."""
         if not (is_off(temperature) and is_off(top_p)):  # these act on words: put the words together
             return draw_from(keys, self.log_probs(), temperature, top_p)
@@ -258,7 +258,7 @@ class Factorised:
             return rows.at[piece.index].add(jnp.where(piece.keep, drawn - rows[piece.index], 0))
 
         tiles = _Tiles(self.head, wanted.reshape(-1), node.reshape(-1), None, False)
-        rows = tiles.loop(words, jnp.asarray(blocks.start)[node.reshape(-1)], most)
+        rows = tiles.loop(words, jnp.asarray(blocks.start)[node.reshape(-1)], sync_trip_count)
         return jnp.asarray(blocks.word)[rows].reshape(node.shape)
 
 
@@ -286,8 +286,8 @@ class _Chunks:
     predict: Callable
     uses: tuple[str, ...]  # the parameters that have a part in it
 
-    def loop(self, body, carry, most):
-        """carry = body(carry, piece) for every piece; most: see parallel.OverBatch."""
+    def loop(self, body, carry, sync_trip_count):
+        """carry = body(carry, piece) for every piece; sync_trip_count: see parallel.OverBatch."""
         chunk = min(chunk_size(), self.wanted.size)
         order = jnp.pad(jnp.argsort(~self.wanted, stable=True), (0, chunk))
         count = jnp.sum(self.wanted)
@@ -302,7 +302,7 @@ class _Chunks:
             index = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
             return body(carry, Piece(index, i * chunk + jnp.arange(chunk) < count, take, self.predict, add))
 
-        return jax.lax.fori_loop(0, most((count + chunk - 1) // chunk), step, carry)
+        return jax.lax.fori_loop(0, sync_trip_count((count + chunk - 1) // chunk), step, carry)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -319,8 +319,8 @@ class _Tiles:
     levels: tuple[int, ...] | None
     clusters: bool  # whether the prediction needs p(cluster) as well
 
-    def loop(self, body, carry, most):
-        """carry = body(carry, piece) for every piece; most: see parallel.OverBatch."""
+    def loop(self, body, carry, sync_trip_count):
+        """carry = body(carry, piece) for every piece; sync_trip_count: see parallel.OverBatch."""
         b, n = self.head.blocks, len(self.head.blocks.size)
         tile = min(max(8, 2 ** round(math.log2(max(self.wanted.size / 4 / n, 1)))), 512)
         place = jnp.where(self.wanted, jnp.asarray(b.rank)[self.node], n)
@@ -354,7 +354,7 @@ class _Tiles:
             return body(carry, Piece(index, keep, take, predict, add))
 
         for low, high, width in b.classes:
-            count = most(tiles[high] - tiles[low])
+            count = sync_trip_count(tiles[high] - tiles[low])
             carry = jax.lax.fori_loop(0, count, functools.partial(step, width, low, high), carry)
         return carry
 
@@ -364,7 +364,7 @@ def _tokens(tree):
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
 
 
-def sum_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "all", shard=WHOLE):
+def sum_over_noised(head, fn, params, hidden, level, x, fields, *, needs: str = "all", shard=WHOLE):
     """Sums of fn over the noised tokens, and their gradients, without logits of all tokens at once.
 
     The loss is a sum, so its gradients are made piece by piece in the forward pass (a custom_vjp) and merely scaled
@@ -376,7 +376,7 @@ def sum_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "
         if any.
       hidden: float32 [B, S, D]; level, x: int32 [B, S], level of the symbol on show and the word; fields: pytree of
         [B, S].
-      asks: what fn asks of a prediction: "within" log_within alone at level 1 and masses above, "word" anything
+      needs: what fn asks of a prediction: "within" log_within alone at level 1 and masses above, "word" anything
         about x at level 1, "all" anything anywhere.
       shard: what makes run(params, *rows) -> (sums, rows) work on every batch shard's own rows, the sums then summed
         (parallel.OverBatch): no token moves between devices, and gradients of parameters are summed once.
@@ -389,7 +389,7 @@ def sum_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "
         carry: Any = (jnp.float32(0), jnp.float32(0))
         if gradients:
             carry += (jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(hidden))
-        for stream in head.streams(level, x, asks):
+        for stream in head.streams(level, x, needs):
 
             def body(carry, piece, levels=stream.levels):
                 some = jax.tree.map(lambda a: a[piece.index], fields)
@@ -406,7 +406,7 @@ def sum_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "
                 d_hidden = d_hidden.at[piece.index].add(jnp.where(piece.keep[:, None], d_h, 0.0))
                 return loss + more, aux + more_aux, piece.add(d_params, d_part), d_hidden
 
-            carry = stream.loop(body, carry, shard.most)
+            carry = stream.loop(body, carry, shard.sync_trip_count)
         return (carry[:-1], carry[-1].reshape(shape)) if gradients else (carry, ())
 
     @jax.custom_vjp
@@ -426,7 +426,7 @@ def sum_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "
     return total(params, hidden, level, x, fields)
 
 
-def map_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "all", shard=WHOLE):
+def map_over_noised(head, fn, params, hidden, level, x, fields, *, needs: str = "all", shard=WHOLE):
     """fn(prediction, fields [c], levels) -> float32 [c] at every noised token, zero elsewhere: [B, S].
 
     Arguments as in sum_over_noised.
@@ -434,14 +434,14 @@ def map_over_noised(head, fn, params, hidden, level, x, fields, *, asks: str = "
     def pieces(params, hidden, level, x, fields):
         shape, (hidden, level, x, fields) = level.shape, _tokens((hidden, level, x, fields))
         out = jnp.zeros(level.shape, jnp.float32)
-        for stream in head.streams(level, x, asks):
+        for stream in head.streams(level, x, needs):
 
             def body(out, piece, levels=stream.levels):
                 prediction = piece.predict(piece.take(params), hidden[piece.index])
                 values = fn(prediction, jax.tree.map(lambda a: a[piece.index], fields), levels)
                 return out.at[piece.index].add(jnp.where(piece.keep, values, 0.0))
 
-            out = stream.loop(body, out, shard.most)
+            out = stream.loop(body, out, shard.sync_trip_count)
         return (), out.reshape(shape)
 
     return shard(pieces)(params, hidden, level, x, fields)[1]

@@ -117,9 +117,9 @@ def heads_of(state: dict[str, np.ndarray], width: int) -> int | None:
     return width // dim
 
 
-def symbol_ids(released: ReleasedConfig, hierarchy: Hierarchy) -> np.ndarray:
+def state_ids(released: ReleasedConfig, hierarchy: Hierarchy) -> np.ndarray:
     """int64 [N]: the id in the published vocabulary of each of our symbols (words, clusters fine to coarse, mask)."""
-    words, between = hierarchy.num_words, hierarchy.num_symbols - hierarchy.num_words - 1
+    words, between = hierarchy.vocab_size, hierarchy.num_states - hierarchy.vocab_size - 1
     mask = words + LAYOUTS[released.layout].before_mask if released.mask_id < 0 else released.mask_id
     first = max(words, mask + 1) if released.first_cluster < 0 else released.first_cluster
     if between and (first < words or first <= mask < first + between):
@@ -179,14 +179,14 @@ def from_torch(state: dict[str, np.ndarray], hierarchy: Hierarchy, ids: np.ndarr
 
     Args:
       state: float32 arrays by published name; `rotary_emb.*`, `logit_bias`, `output_layer_clusters.*` may be there.
-      ids: see `symbol_ids`. Padding of our own tables is zero, and the logit of a mask among the words is NEVER.
+      ids: see `state_ids`. Padding of our own tables is zero, and the logit of a mask among the words is NEVER.
       time: the network is told t in [0, 1) (GIDD, HDLM). False: it always sees 0 (MDLM without time conditioning),
         which is folded into the biases in float64.
 
     Raises:
       ValueError: tensors missing, unexpected, of other shapes, or with fewer rows than there are symbols.
     """
-    s, words, total = sizes(state), hierarchy.num_words, hierarchy.num_symbols
+    s, words, total = sizes(state), hierarchy.vocab_size, hierarchy.num_states
     if ids.max() >= s.rows:
         raise ValueError(f"{EMBEDDING} has {s.rows} rows, too few for symbol {ids.max()}: check tokenizer, clusters, "
                          "released.layout, released.mask_id and released.first_cluster")
@@ -221,7 +221,7 @@ def to_torch(params: dict[str, Any], hierarchy: Hierarchy, ids: np.ndarray, layo
     """
     params, left = jax.tree.map(np.asarray, params), dict(rest or {})
     depth, width = params["stack"]["norm1"]["weight"].shape
-    spoken, pad = _spoken(ids, hierarchy.num_words), LAYOUTS[layout].pad
+    spoken, pad = _spoken(ids, hierarchy.vocab_size), LAYOUTS[layout].pad
     if "time_in" in params:
         _with_cond(params, cond)
     else:
@@ -239,7 +239,7 @@ def to_torch(params: dict[str, Any], hierarchy: Hierarchy, ids: np.ndarray, layo
         out[where] = values
         return {name: out}
 
-    state = table(EMBEDDING, ids, params["embedding"][: hierarchy.num_symbols], 0.0)
+    state = table(EMBEDDING, ids, params["embedding"][: hierarchy.num_states], 0.0)
     state |= table(f"{HEAD}.weight", spoken, params["head"]["kernel"][spoken], 0.0)
     state |= table(f"{HEAD}.bias", spoken, params["head"]["bias"][spoken], NEVER)
     for ours, theirs in _TOP.items():

@@ -278,8 +278,8 @@ def flops_per_token(config, hierarchy, process) -> float:
     m = config.model
     trunk = m.blocks * (12 * m.width**2 + 2 * m.seq_len * m.width)
     share = process.shares()
-    rows = (1 - share[0]) * hierarchy.num_words
+    rows = (1 - share[0]) * hierarchy.vocab_size
     if m.head == "factorised":
         n, within = hierarchy.sizes[1], config.diffusion.xi == 1 and config.diffusion.force_transition != "none"
-        rows = share[2 if within else 1 :].sum() * n * m.prototypes + share[1] * hierarchy.num_words / n
+        rows = share[2 if within else 1 :].sum() * n * m.prototypes + share[1] * hierarchy.vocab_size / n
     return float(6.0 * (trunk + m.width * rows))

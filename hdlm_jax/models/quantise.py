@@ -192,7 +192,7 @@ class _Ranges:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _measure(network, process, params, key, words):
     t = jax.random.uniform(jax.random.fold_in(key, 0), words.shape[:1])
-    z = process.sample_z(jax.random.fold_in(key, 1), words, -jnp.log1p(-t))
+    z = process.corrupt(jax.random.fold_in(key, 1), words, -jnp.log1p(-t))
     return network.apply({"params": params}, z, t, method="trunk", mutable=["patch"])[1]["patch"]["stack"]
 
 

@@ -146,7 +146,7 @@ def read_clusters(path: str, words: int, first: int, missing: str = "refuse", sp
                           "released.missing='own' gives them one of their own")
     known |= dict.fromkeys(lacking, int(numbers.max()) + 1)
     parents = np.array([known[word] - base for word in range(words)], np.int32)
-    return Hierarchy.from_parents([parents], num_words=words, keep_single=True, special=special)
+    return Hierarchy.from_parents([parents], vocab_size=words, keep_single=True, special=special)
 
 
 def sha256(path: str) -> str:

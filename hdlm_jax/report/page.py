@@ -152,7 +152,7 @@ def gather(workdir: str, film: bool = True) -> dict[str, Any]:
     recorded = read_trajectories(workdir)
     if recorded and recorded["about"]["hierarchy_fingerprint"] != hierarchy.fingerprint:
         recorded = None  # of another run
-    words = [show_word(tokenizer.token_bytes(i), tokenizer.kind == "bert") for i in range(hierarchy.num_words)]
+    words = [show_word(tokenizer.token_bytes(i), tokenizer.kind == "bert") for i in range(hierarchy.vocab_size)]
     out["hierarchy"] = {"sizes": list(hierarchy.sizes), "offsets": list(hierarchy.offsets), "words": words,
                         "parents": [p.tolist() for p in hierarchy.parents[:-1]],
                         "counts": None if counts is None else counts.tolist()}

@@ -163,7 +163,7 @@ def report(workdir: str) -> str:
             page.plot_occupancy(os.path.join(workdir, "level_occupancy.png"), run["occupancy"])
         say(f"report: {path}, {os.path.getsize(path) / 1e6:.1f} MB, a page by itself")
 
-    processes.first(write)
+    processes.on_main_process(write)
     return path
 
 

@@ -32,7 +32,7 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
                  "packing": run.trained.data.packing, "padding": run.trained.data.padding, "given": run.given,
                  "settings": {name: getattr(config.evaluate, name) for name in SETTINGS}}
     path = os.path.join(workdir, "evaluate.json")
-    if found := processes.first(lambda: reuse(path, made_from)):
+    if found := processes.on_main_process(lambda: reuse(path, made_from)):
         bound = measured(found["nelbo"], found["se"], sign="+-")
         say(f"evaluate: reusing {path} of step {run.step}, NELBO {bound} nats/token, given {found['given']}")
         return found
@@ -55,7 +55,7 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "corpus": manifest.corpus_fingerprint, "hierarchy": list(run.hierarchy.sizes), "params": run.num_params,
     } | made_from
     result = jsons.plain(result)  # what is read again from the file
-    if processes.is_first():
+    if processes.is_main_process():
         np.savez(os.path.join(workdir, "evaluate_rows.npz"), nats=nats.mean(0).sum(-1), tokens=rows["tokens"])
         write_json(path, result)
     say(f"evaluate: step {run.step}, {result['tokens']:,} tokens x {result['draws']} draws in {seconds:.0f} s: "

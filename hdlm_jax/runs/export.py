@@ -82,14 +82,14 @@ def export(config: Config, workdir: str) -> str:
         import_weights.check_exportable(trained)
         facts["layout"] = [layout, config.released.mask_id, config.released.first_cluster]
     folder = os.path.abspath(os.path.join(workdir, "export"))
-    if processes.first(lambda: reuse(os.path.join(folder, "config.json"), facts) is not None):
+    if processes.on_main_process(lambda: reuse(os.path.join(folder, "config.json"), facts) is not None):
         say(f"export: reusing {folder} of step {step:,}")
         return folder
     run = load_run(config, workdir, which)
     arrays: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree.leaves_with_path(run.params):
         whole = processes.to_host(leaf)  # a leaf at a time: all processes take part
-        if processes.is_first():
+        if processes.is_main_process():
             arrays[".".join(str(part.key) for part in path)] = np.asarray(whole, np.float32, order="C")
 
     def write() -> None:
@@ -115,5 +115,5 @@ def export(config: Config, workdir: str) -> str:
         shutil.rmtree(old, ignore_errors=True)
         say(f"export: step {step:,}, {run.num_params:,} parameters, in {folder}")
 
-    processes.first(write)
+    processes.on_main_process(write)
     return folder

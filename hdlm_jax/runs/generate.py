@@ -25,8 +25,8 @@ from hdlm_jax.decoding.sampler import (
     at_sampling,
     compile_for,
     ended,
+    exactness,
     first_rows,
-    law,
     lengths_are,
     load_helper,
     method_of,
@@ -62,7 +62,7 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
     made_from = {"step": run.step, "hierarchy_fingerprint": run.hierarchy.fingerprint, "settings": settings}
     made_from |= {"helper": identity(helper)} if helper else {}
     summary, lines = os.path.join(workdir, "generate.json"), os.path.join(workdir, "samples.jsonl")
-    if result := processes.first(lambda: _reuse(summary, lines, made_from)):
+    if result := processes.on_main_process(lambda: _reuse(summary, lines, made_from)):
         say(f"generate: reusing {os.path.join(workdir, 'samples.txt')} of step {run.step}")
         with open(lines, encoding="utf-8") as f:
             tokens = [np.array(json.loads(line)["ids"], np.int32) for line in f]
@@ -73,7 +73,7 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
         given = result["prompt_tokens"]
         found = judges.record(judge, run.tokenizer, tokens, given, real_texts(run, len(tokens), result["seq_len"]))
         result["judge"] = found | {"sampling": sampling_facts(run, g, result), "seconds": time.time() - started}
-        if processes.is_first():
+        if processes.is_main_process():
             write_json(summary, result)
     if judge:
         judges.tell(result["judge"])
@@ -98,7 +98,8 @@ def sampling_facts(run: Any, g: GenerateConfig, result: dict[str, Any]) -> dict[
         "temperature": g.temperature, "top_p": g.top_p, "clusters": g.clusters, "stop": g.stop,
         "lengths": lengths_are(run, g),
         "force_transition": g.force_transition or trained, "force_transition_trained": trained,
-        "law": law(run.process, g), "network_calls": result["network_calls"], "row_forwards": result["row_forwards"],
+        "law": exactness(run.process, g), "network_calls": result["network_calls"],
+        "row_forwards": result["row_forwards"],
         "network_precision": run.config.model.dtype, "draws": "float32 noise, jax.random mode='high'",
     }
 
@@ -147,11 +148,11 @@ def _sample(run: Any, workdir: str, made_from: dict, helper: Any) -> tuple[dict[
         "cut_tokens": words + len(whole) * len(ids) - sum(map(len, tokens)),
         "network_calls": float(out["calls"].mean()), "row_forwards": float(out["row_forwards"].mean()),
         "unigram_entropy": float(np.mean([judges.entropy(row[len(ids) :]) for row in tokens])),
-        "law": law(run.process, g), "seconds": seconds, "tokens_per_s": words / seconds,
+        "law": exactness(run.process, g), "seconds": seconds, "tokens_per_s": words / seconds,
         "compile_s": compiled - started,
     } | made_from
     path = os.path.join(workdir, "samples.txt")
-    if processes.is_first():
+    if processes.is_main_process():
         read = "".join(f"--- sample {i} ---\n{text}\n\n" for i, text in enumerate(texts))
         write_atomic(Path(path), read.encode())
         rows = zip(texts, tokens, out["row_forwards"], strict=True)

@@ -22,7 +22,7 @@ from hdlm_jax.common.jsons import reuse, write_json
 from hdlm_jax.config import Config, ConfigError, ReleasedConfig
 from hdlm_jax.data.tokenizers import make_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models.interop import EMBEDDING, from_torch, heads_of, sizes, symbol_ids, to_torch
+from hdlm_jax.models.interop import EMBEDDING, from_torch, heads_of, sizes, state_ids, to_torch
 from hdlm_jax.models.weight_files import find, read_clusters, read_weights, sha256
 from hdlm_jax.training.checkpoint import save_params
 from hdlm_jax.training.loading import check_writable
@@ -47,7 +47,7 @@ def import_released(config: Config, workdir: str) -> None:
         raise ConfigError(f"released.clusters={r.clusters!r}: needed with hierarchy.clusters above 1 (or keep_single), "
                           f"and only there; it is {h.clusters}")
     check_writable(workdir)
-    processes.first(lambda: _import(config, workdir))
+    processes.on_main_process(lambda: _import(config, workdir))
 
 
 def _import(config: Config, workdir: str) -> None:
@@ -66,9 +66,9 @@ def _import(config: Config, workdir: str) -> None:
         raise ConfigError("tokenizer.file='': --mode=import needs the rank file of a trained tokenizer")
     tokenizer = make_tokenizer(t.kind, file=t.file, sha256=t.sha256, pattern=t.pattern)
     words = tokenizer.vocab_size
-    hierarchy = Hierarchy.from_parents([], num_words=words, special=(tokenizer.eot,))
+    hierarchy = Hierarchy.from_parents([], vocab_size=words, special=(tokenizer.eot,))
     if dictionary:
-        mask = int(symbol_ids(r, hierarchy)[-1])
+        mask = int(state_ids(r, hierarchy)[-1])
         first = max(words, mask + 1) if r.first_cluster < 0 else r.first_cluster
         hierarchy = read_clusters(dictionary, words, first, r.missing, (tokenizer.eot,))
         if hierarchy.sizes[1:-1] != config.hierarchy.clusters:
@@ -82,7 +82,7 @@ def _import(config: Config, workdir: str) -> None:
             needed = {"heads": max(1, s.width // 64)} | found  # 64 a head, as in all published sizes
             raise ConfigError(f"model.{name}={getattr(m, name)}: {weights} has {value}; give "
                               + " ".join(f"--config.model.{k}={v}" for k, v in needed.items()))
-    ids = symbol_ids(r, hierarchy)
+    ids = state_ids(r, hierarchy)
     params, rest = from_torch(file.state, hierarchy, ids, m.time_conditioning)
     about: dict[str, Any] = {
         "weights": os.path.basename(weights), "averaged": file.averaged, "ids": _vocabulary(r, ids), "cond": s.cond,
@@ -140,7 +140,7 @@ def published(config: Config, trained: Config, workdir: str, hierarchy: Hierarch
 
     The import is that of the workdir itself, or of the one it was fine-tuned from (train.init_from).
     """
-    ids = symbol_ids(config.released, hierarchy)
+    ids = state_ids(config.released, hierarchy)
     extra: dict[str, Any] = {}
     for folder in filter(None, (workdir, trained.train.init_from)):
         path = os.path.join(folder, "released.npz")

@@ -19,7 +19,7 @@ from hdlm_jax.training.loading import checkpoint_embedding, data_dir
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class PreparedData:
     """Prepared text: where it lies, what it holds, and its tokenizer."""
 
     dir: str
@@ -40,7 +40,7 @@ def make_tokens(config: Config, workdir: str) -> str | None:
         manifest = text_prepare.prepare(folder, config.data, _tokenizer_of(config, folder), say=say)
         return manifest.fingerprint if manifest else None
 
-    return processes.first(make)
+    return processes.on_main_process(make)
 
 
 def check_base(config: Config) -> None:
@@ -70,7 +70,7 @@ def _tokenizer_of(config: Config, folder: str) -> TokenizerConfig:
     return dataclasses.replace(words, pattern=pattern)
 
 
-def prepare(config: Config, workdir: str) -> Text:
+def prepare(config: Config, workdir: str) -> PreparedData:
     """The tokens, for what needs all of them.
 
     Raises:
@@ -87,10 +87,10 @@ def prepare(config: Config, workdir: str) -> Text:
     if manifest is None or manifest.fingerprint != made:
         raise ConfigError(f"data.dir: process {jax.process_index()} does not find the tokens of process 0 in {folder}; "
                           "data.dir and --workdir must lie on storage that all processes share")
-    return Text(folder, manifest, tokenizers.load_tokenizer(folder))
+    return PreparedData(folder, manifest, tokenizers.load_tokenizer(folder))
 
 
-def word_vectors(config: Config, text: Text) -> np.ndarray:
+def word_vectors(config: Config, text: PreparedData) -> np.ndarray:
     """Embeddings the words are clustered by, float32 [V, E]; those of the corpus are kept beside its tokens.
 
     All processes have to ask for them together.
@@ -111,11 +111,11 @@ def word_vectors(config: Config, text: Text) -> np.ndarray:
 
     if h.embeddings != "corpus":
         return vectors(None)
-    processes.first(keep)
+    processes.on_main_process(keep)
     return np.load(kept, allow_pickle=False)
 
 
-def cluster(config: Config, workdir: str, text: Text) -> Hierarchy:
+def cluster(config: Config, workdir: str, text: PreparedData) -> Hierarchy:
     """The hierarchy in <workdir>/hierarchy.npz, made (by process 0) or reused, with its report and picture beside it.
 
     Raises:
@@ -124,9 +124,9 @@ def cluster(config: Config, workdir: str, text: Text) -> Hierarchy:
     path = os.path.join(workdir, "hierarchy.npz")
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config.hierarchy).items()}
     settings |= {"data": text.manifest.fingerprint, "init_from": config.train.init_from}
-    if not processes.first(lambda: _found(config, text, path, settings)):
+    if not processes.on_main_process(lambda: _found(config, text, path, settings)):
         vectors = word_vectors(config, text) if max(config.hierarchy.clusters, default=1) > 1 else None
-        processes.first(lambda: _make(config, text, path, settings, vectors))
+        processes.on_main_process(lambda: _make(config, text, path, settings, vectors))
     return Hierarchy.load(path, text.tokenizer.fingerprint)
 
 
@@ -134,7 +134,7 @@ def _levels(hierarchy: Hierarchy) -> str:
     return f"levels {' -> '.join(map(str, hierarchy.sizes))}"
 
 
-def _found(config: Config, text: Text, path: str, settings: dict) -> bool:
+def _found(config: Config, text: PreparedData, path: str, settings: dict) -> bool:
     """Whether the hierarchy is there, or can be taken over from another run."""
     if os.path.exists(path):
         made = read_extra(path).get("settings", {})
@@ -157,14 +157,14 @@ def _found(config: Config, text: Text, path: str, settings: dict) -> bool:
     return False
 
 
-def _make(config: Config, text: Text, path: str, settings: dict, vectors: np.ndarray | None) -> None:
+def _make(config: Config, text: PreparedData, path: str, settings: dict, vectors: np.ndarray | None) -> None:
     h, words = config.hierarchy, text.manifest.vocab_size
     report: dict = {}
     made = " (MDLM)"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if vectors is None:
         parents = [np.zeros(words, np.int32)] if h.keep_single and h.clusters else []
-        hierarchy = Hierarchy.from_parents(parents, num_words=words, keep_single=h.keep_single)
+        hierarchy = Hierarchy.from_parents(parents, vocab_size=words, keep_single=h.keep_single)
     else:
         hierarchy, report = clusters.build_hierarchy(vectors, h.clusters, special=(text.manifest.eot,), seed=h.seed,
                                                      shuffle=h.shuffle)
@@ -175,7 +175,7 @@ def _make(config: Config, text: Text, path: str, settings: dict, vectors: np.nda
     say(f"hierarchy: {_levels(hierarchy)}{made}")
 
 
-def batches_of(config: Config, text: Text) -> Any:
+def batches_of(config: Config, text: PreparedData) -> Any:
     """Training batches of this process: of the prepared tokens, or of the raw documents with data.stream."""
     d = config.data
     how: dict[str, Any] = dict(

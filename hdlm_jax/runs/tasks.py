@@ -137,7 +137,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     loaded = load_run(config, workdir, e.checkpoint, e.ema)
     check_writable(workdir)
     path = os.path.join(workdir, "tasks.json")
-    results: dict[str, Any] = processes.first(lambda: _saved(path))
+    results: dict[str, Any] = processes.on_main_process(lambda: _saved(path))
     scorer = Scorer(loaded, e)
     for name, (items, detokenizer) in data.items():
         task = TASKS[name]
@@ -159,12 +159,12 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
                      "note": task.note, "made_from": made_from}
             results[key] = about | jsons.plain(found)
             say(f"tasks: {key}: {_line(results[key])}")
-            if processes.is_first():
+            if processes.is_main_process():
                 write_json(path, results)
     wanted = [k for k, r in results.items() if r["made_from"]["step"] == loaded.step
               and r["made_from"]["ema"] == loaded.ema]
     text = table({k: results[k] for k in wanted}, loaded.step)
-    if processes.is_first():
+    if processes.is_main_process():
         write_atomic(Path(workdir) / "tasks.md", text.encode())
     say(f"tasks: {os.path.join(workdir, 'tasks.md')}\n{text}")
     return results

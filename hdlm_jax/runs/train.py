@@ -93,7 +93,7 @@ def _train(config: Config, workdir: str, profile: bool, stop: _Stop) -> Any:
     checkpoints = Checkpoints(workdir)
     facts = {"data": text.manifest.fingerprint, "tokenizer": text.tokenizer.fingerprint,
              "hierarchy": hierarchy.fingerprint}
-    start = processes.first(checkpoints.latest) or 0
+    start = processes.on_main_process(checkpoints.latest) or 0
     here = {"devices": jax.device_count(), "processes": jax.process_count(), "mesh": dict(mesh.shape)}
     position: dict | None = None
     window: list[dict[str, float]] = []  # metrics of the steps since the last record
@@ -118,7 +118,7 @@ def _train(config: Config, workdir: str, profile: bool, stop: _Stop) -> Any:
     compiled = time.time()
     state = (checkpoints.restore(start, abstract) if start else
              _fresh_state(config, text, hierarchy, network, tx, shardings))
-    if processes.is_first():
+    if processes.is_main_process():
         text.tokenizer.save(os.path.join(workdir, "tokenizer"))
         kept = config.as_dict()
         kept["data"]["dir"] = config.data.dir and os.path.abspath(config.data.dir)
@@ -137,7 +137,7 @@ def _train(config: Config, workdir: str, profile: bool, stop: _Stop) -> Any:
                       config.data.padding)
     metrics_path = os.path.join(workdir, "metrics.jsonl")
     writers: list[Any] = []
-    if processes.is_first():
+    if processes.is_main_process():
         writers = [MetricsFile(metrics_path, start), TensorBoard(os.path.join(workdir, "tensorboard"))]
     peak = peak_flops(jax.devices()[0].device_kind)
     flops = flops_per_token(config, hierarchy, process)
@@ -262,7 +262,7 @@ def _train(config: Config, workdir: str, profile: bool, stop: _Stop) -> Any:
         checkpoints.close()
         for writer in writers:
             writer.close()
-    if not processes.is_first():
+    if not processes.is_main_process():
         return state
     records = read_metrics(metrics_path)
     curves = os.path.join(workdir, "curves.png")
@@ -328,7 +328,7 @@ class _Timer:
             left, pace = self._seconds - (now - self._since), max(now - self._began, 1e-9) / step
             return left <= 0, step + max(1, int(min(left / pace / 2, 100)))  # half the way, as steps may get slower
 
-        due, self._next = processes.first(look)
+        due, self._next = processes.on_main_process(look)
         return due
 
 

@@ -46,7 +46,7 @@ def check_writable(folder: str) -> None:
             with contextlib.suppress(OSError):
                 os.remove(path)
 
-    processes.first(probe)
+    processes.on_main_process(probe)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,4 +204,4 @@ def load_params(config: Config, tokenizer_fingerprint: str) -> Any:
 def checkpoint_embedding(workdir: str) -> np.ndarray:
     """Word rows of a run's embedding table, float32 [V, D], to cluster words by. All processes have to ask for it."""
     run = load_here(workdir)
-    return processes.to_host(run.params["embedding"])[: run.hierarchy.num_words]
+    return processes.to_host(run.params["embedding"])[: run.hierarchy.vocab_size]

@@ -61,14 +61,14 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=
 
         def token_loss(p, fields, levels):
             x, z, tau, weight, nelbo_weight = fields
-            cost = process.cost(p, x, z, levels, tau=tau)
-            hard = process.cost(p, x, z, levels, hard_training=True) if d.hard_training else cost
+            cost = process.token_loss(p, x, z, levels, tau=tau)
+            hard = process.token_loss(p, x, z, levels, hard_training=True) if d.hard_training else cost
             return weight * hard, jax.lax.stop_gradient(nelbo_weight * cost)
 
         fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape), weigh(z, tau, x=x),
                   process.nelbo_weight(z, tau, x) * jnp.exp(tau)[:, None])
         loss, nelbo = sum_over_noised(network.head, token_loss, params["head"], h, level, x, fields,
-                                      asks=process.asks(d.hard_training), shard=shard)
+                                      needs=process.needs(d.hard_training), shard=shard)
         return loss, nelbo, jnp.sum(batch.get("tokens", score)).astype(jnp.float32)
 
     return loss_sums

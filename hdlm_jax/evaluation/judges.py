@@ -156,7 +156,8 @@ class GPT2Judge:
             raise ValueError(f"{folder}: {self.sizes.vocab} words and {self.sizes.positions} positions do not do for "
                              f"the {self.tokenizer.vocab_size} words of its tokenizer (a vocab.json says which)")
         sha256 = processes.on_main_process(lambda: gpt2.sha256(folder))
-        self.identity = {"kind": "gpt2", "path": folder, "sha256": sha256, "precision": dtype, "tokenizer": self.tokenizer.fingerprint}
+        self.identity = {"kind": "gpt2", "path": folder, "sha256": sha256, "precision": dtype,
+                         "tokenizer": self.tokenizer.fingerprint}
         self.num_params = gpt2.num_params(self.sizes)
         self.rule = ("every token given all before it; the first one of a text is not scored (no start symbol); a text "
                      f"of more than {self.sizes.positions} tokens goes on in pieces that begin with the last token of "

@@ -162,10 +162,10 @@ TWO = """
 import os, sys, jax
 jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], 2, int(os.environ["HDLM_PROCESS_ID"]))
 import dataclasses
-from hdlm_jax.config import Parallel
+from hdlm_jax.config import ParallelConfig
 from hdlm_jax.runs import export
 from hdlm_jax.training import loading
-config = dataclasses.replace(loading.saved_config(sys.argv[1]), parallel=Parallel(1, 4, 1))
+config = dataclasses.replace(loading.saved_config(sys.argv[1]), parallel=ParallelConfig(1, 4, 1))
 for _ in range(2):
     export.export(config, sys.argv[1])
 shards = runs.load_run(config, sys.argv[1]).params["embedding"].addressable_shards

@@ -101,7 +101,7 @@ def test_options():
         with pytest.raises(ValueError, match=message):
             presets.make(name, options)
         with pytest.raises(ConfigError, match="generate." + message):
-            GenerateConfig(method=name, options=options).check()
+            presets.check(GenerateConfig(method=name, options=options))
 
 
 def test_what_a_method_needs(tmp_path):

@@ -27,7 +27,7 @@ from hdlm_jax.decoding.sampler import make_sample_step, numbers_of, program_of
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.runs import train
-from hdlm_jax.training import loss as state_lib
+from hdlm_jax.training import step as step_lib
 from hdlm_jax.training.build import build
 from hdlm_jax.training.loss import make_loss_sums, stratified_tau
 from hdlm_jax.training.metrics import read_metrics
@@ -444,7 +444,7 @@ def test_openwebtext_as_it_is_distributed(tmp_path, monkeypatch, alone, layout):
 @pytest.fixture
 def poison(monkeypatch):
     """poison(steps): the loss of these steps (from 1) is not a number, and so are its gradients."""
-    real = state_lib.make_loss_sums
+    real = step_lib.make_loss_sums
 
     def at(*steps):
         bad = jnp.stack([jax.random.key_data(jax.random.fold_in(jax.random.key(0), step - 1)) for step in steps])
@@ -459,7 +459,7 @@ def poison(monkeypatch):
 
             return wrapped
 
-        monkeypatch.setattr(state_lib, "make_loss_sums", poisoned)
+        monkeypatch.setattr(step_lib, "make_loss_sums", poisoned)
 
     return at
 

@@ -168,7 +168,7 @@ from hdlm_jax.training import loading
 config = dataclasses.replace(loading.saved_config(sys.argv[1]), parallel=ParallelConfig(1, 4, 1))
 for _ in range(2):
     export.export(config, sys.argv[1])
-shards = runs.load_run(config, sys.argv[1]).params["embedding"].addressable_shards
+shards = loading.load_run(config, sys.argv[1]).params["embedding"].addressable_shards
 print("rows", shards[0].data.shape[0], flush=True)
 """
 

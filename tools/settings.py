@@ -18,9 +18,9 @@ from hdlm_jax.config import Config
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 HEAD = """# All settings
 
-Made from hdlm_jax/config by `python -m tools.settings`. Set one on the command line, `--config.train.steps=100`, or in a
-recipe, `c.train.steps = 100`; tuples as `--config.hierarchy.clusters='(256, 16)'`. A name that does not exist, a wrong type
-or a broken rule is one line, before any compute.
+Made from hdlm_jax/config by `python -m tools.settings`. Set one on the command line, `--config.train.steps=100`, or in
+a recipe, `c.train.steps = 100`; tuples as `--config.hierarchy.clusters='(256, 16)'`. A name that does not exist, a wrong
+type or a broken rule is one line, before any compute.
 """
 
 

@@ -65,7 +65,9 @@ setup(
     author="The hdlm_jax authors",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(where=str(ROOT), include=["hdlm_jax", "hdlm_jax.*"]),
+    packages=[*find_packages(where=str(ROOT), include=["hdlm_jax", "hdlm_jax.*"]), "hdlm_jax.configs"],
+    package_dir={"hdlm_jax.configs": "configs"},  # recipes by name, from any folder
+    entry_points={"console_scripts": ["hdlm-jax = hdlm_jax.main:command"]},
     package_data={"hdlm_jax.report": ["report.html", "report.js"]},
     python_requires=">=3.11",
     install_requires=[

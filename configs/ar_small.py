@@ -1,15 +1,15 @@
 """The autoregressive baseline of hdlm_small.py's size: the same blocks, causal, plain cross-entropy.
 
-    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=configs/ar_small.py
+    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=ar_small
 
 Published beside MDLM at S = 1024 and 1M steps: 17.5 PPL. Not run by us at this scale.
 """
 
-from configs import hdlm_small
+from hdlm_jax import config
 
 
 def get_config():
-    c = hdlm_small.get_config()
+    c = config.recipe("hdlm_small")
     c.hierarchy.clusters = (1,)
     c.diffusion.process = "autoregressive"
     c.diffusion.weighting = "constant"

@@ -1,6 +1,6 @@
 """Controlled comparison on real text: HDLM, MDLM and the field's baselines, one recipe (docs/results.md).
 
-    HDLM_DATA=../shared/data python -m hdlm_jax.main --config=configs/books.py:hdlm
+    HDLM_DATA=../shared/data python -m hdlm_jax.main --config=books:hdlm
 
 The argument is hdlm (64 clusters), shuffled (64 clusters of the same sizes with random members), hdlm_xi9 (xi = .9),
 hdlm_k3 (K = 3 levels, 256 and 16 clusters), mdlm, gidd0 (GIDD+ without random words), gidd (p_uniform = .1), sedd, ar;

@@ -1,15 +1,15 @@
 """GIDD+-small (arXiv 2503.04482): 170M, S = 512, 131B tokens of OpenWebText; the argument is p_uniform, 0.0 by default.
 
-    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=configs/gidd_small.py:0.1
+    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=gidd_small:0.1
 
 GIDD's own perplexities there: 23.05 (p_uniform 0, dynamic weights), 23.67 (.1), 24.38 (.2). Not run by us.
 """
 
-from configs import hdlm_small
+from hdlm_jax import config
 
 
 def get_config(p_uniform="0.0"):
-    c = hdlm_small.get_config()
+    c = config.recipe("hdlm_small")
     c.hierarchy.clusters = (1,)
     c.diffusion.process = "gidd"
     c.diffusion.p_uniform = float(p_uniform)

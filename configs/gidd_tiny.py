@@ -1,13 +1,13 @@
 """GIDD with a tenth of random words at t = 1/2, the recipe of hdlm_tiny.py otherwise.
 
-    python -m hdlm_jax.main --config=configs/gidd_tiny.py
+    python -m hdlm_jax.main --config=gidd_tiny
 """
 
-from configs import hdlm_tiny
+from hdlm_jax import config
 
 
 def get_config():
-    c = hdlm_tiny.get_config()
+    c = config.recipe("hdlm_tiny")
     c.hierarchy.clusters = (1,)
     c.diffusion.process = "gidd"
     c.diffusion.p_uniform = 0.1

@@ -1,16 +1,16 @@
 """HDLM at 1.15B parameters: 18 blocks of width 2048, 256 clusters, S = 1024, 131B tokens; 256 TPU v5e or v5p.
 
-    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=configs/hdlm_1b.py --distributed
+    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=hdlm_1b --distributed
     ./launch/compile_plan.sh    # what the TPU compiler says about it: memory, exchanges, arithmetic; needs no TPU
 
 On every host of the pod. Compiled for both pods, and fits (docs/scale.md); not run by us at this scale, no TPU at hand.
 """
 
-from configs import hdlm_small
+from hdlm_jax import config
 
 
 def get_config():
-    c = hdlm_small.get_config()
+    c = config.recipe("hdlm_small")
     c.hierarchy.clusters = (256,)  # about sqrt(V): a token then costs as many cluster rows as words
     c.model.width = 2048
     c.model.blocks = 18

@@ -1,16 +1,16 @@
 """HDLM at 6.97B parameters: 32 blocks of width 4096, 256 clusters, S = 2048, 131B tokens; 256 TPU v5e or v5p.
 
-    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=configs/hdlm_7b.py --distributed
+    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=hdlm_7b --distributed
     ./launch/compile_plan.sh    # what the TPU compiler says about it: memory, exchanges, arithmetic; needs no TPU
 
 On every host of the pod. Compiled for both pods, and fits (docs/scale.md); not run by us at this scale, no TPU at hand.
 """
 
-from configs import hdlm_1b
+from hdlm_jax import config
 
 
 def get_config():
-    c = hdlm_1b.get_config()
+    c = config.recipe("hdlm_1b")
     c.model.width = 4096
     c.model.blocks = 32
     c.model.heads = 32

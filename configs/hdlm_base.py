@@ -1,16 +1,16 @@
 """HDLM-base of the paper: 24 blocks of width 1024, 128 clusters, 425M parameters (published: 19.22 PPL).
 
-    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=configs/hdlm_base.py
+    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=hdlm_base
 
 Not run by us at this scale. On a pod see docs/scale.md (--distributed on every host, --config.parallel.fsdp=8 where
 memory asks).
 """
 
-from configs import hdlm_small
+from hdlm_jax import config
 
 
 def get_config():
-    c = hdlm_small.get_config()
+    c = config.recipe("hdlm_small")
     c.hierarchy.clusters = (128,)
     c.model.width = 1024
     c.model.blocks = 24

@@ -1,15 +1,15 @@
 """Three levels above the words, 2048 -> 256 -> 16 -> mask, with xi = .9: the paper's future work, at laptop size.
 
-    python -m hdlm_jax.main --config=configs/hdlm_deep.py
+    python -m hdlm_jax.main --config=hdlm_deep
 
 The recipe of hdlm_tiny.py otherwise; the bound is exact at any depth and xi (docs/theory.md section 3).
 """
 
-from configs import hdlm_tiny
+from hdlm_jax import config
 
 
 def get_config():
-    c = hdlm_tiny.get_config()
+    c = config.recipe("hdlm_tiny")
     c.hierarchy.clusters = (256, 16)
     c.diffusion.xi = 0.9
     return c

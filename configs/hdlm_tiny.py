@@ -1,6 +1,6 @@
 """HDLM with 64 clusters, small enough for a laptop: what ./launch/quickstart.sh trains.
 
-    python -m hdlm_jax.main --config=configs/hdlm_tiny.py
+    python -m hdlm_jax.main --config=hdlm_tiny
 """
 
 from hdlm_jax import config

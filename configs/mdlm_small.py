@@ -1,14 +1,14 @@
 """MDLM-small: the recipe of hdlm_small.py with n = 1 (published as HDLM's n = 1: 25.72 PPL; GIDD's own MDM: 24.37).
 
-    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=configs/mdlm_small.py
+    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=mdlm_small
 
 The same weighting as HDLM, so that the two differ in the process alone. Not run by us at this scale.
 """
 
-from configs import hdlm_small
+from hdlm_jax import config
 
 
 def get_config():
-    c = hdlm_small.get_config()
+    c = config.recipe("hdlm_small")
     c.hierarchy.clusters = (1,)
     return c

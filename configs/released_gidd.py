@@ -1,6 +1,6 @@
 """GIDD's released weights (OpenWebText, S = 512, 131B tokens; published: GIDD+ small 23.05 PPL at p_u = 0) as a run.
 
-    python -m hdlm_jax.main --config=configs/released_gidd.py --mode=import \\
+    python -m hdlm_jax.main --config=released_gidd --mode=import \\
         --config.released.weights=gidd-small-p_unif-0.0/model.safetensors
 
 Then --mode=prepare with OPENWEBTEXT set and --mode=evaluate (docs/import.md). Weights trained with p_u = .1 or .2 need
@@ -8,11 +8,11 @@ Then --mode=prepare with OPENWEBTEXT set and --mode=evaluate (docs/import.md). W
 --config.model.heads=16. Not run on the real weights: none were at hand.
 """
 
-from configs import hdlm_small
+from hdlm_jax import config
 
 
 def get_config():
-    c = hdlm_small.get_config()
+    c = config.recipe("hdlm_small")
     c.data.packing, c.data.padding = "crop", "hidden"  # a document a row, its length given, as in the paper
     c.hierarchy.clusters = (1,)
     c.diffusion.process = "gidd"

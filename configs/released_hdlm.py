@@ -1,6 +1,6 @@
 """HDLM's weights in the layout of its code (OpenWebText, S = 512, 131B tokens; published: 23.36 PPL with 64 clusters).
 
-    python -m hdlm_jax.main --config=configs/released_hdlm.py --mode=import \\
+    python -m hdlm_jax.main --config=released_hdlm --mode=import \\
         --config.released.weights=checkpoint/model.pt --config.released.clusters=semantic_cluster_dict_64.pt
 
 Then --mode=prepare with OPENWEBTEXT set and --mode=evaluate (docs/import.md). Other numbers of clusters:
@@ -8,11 +8,11 @@ Then --mode=prepare with OPENWEBTEXT set and --mode=evaluate (docs/import.md). O
 --config.model.heads=16. Not run on the real weights: none were at hand.
 """
 
-from configs import hdlm_small
+from hdlm_jax import config
 
 
 def get_config():
-    c = hdlm_small.get_config()
+    c = config.recipe("hdlm_small")
     c.data.packing, c.data.padding = "crop", "hidden"  # a document a row, its length given, as in the paper
     c.generate.length = c.model.seq_len  # whole rows, as the papers sample
     c.model.dtype = "float32"

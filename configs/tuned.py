@@ -1,8 +1,8 @@
 """Fine-tuning on prompt/response pairs: words, clusters and network are those of the run it starts from.
 
-    python -m hdlm_jax.main --config=configs/tuned.py --config.train.init_from=runs/quickstart/hdlm_tiny \\
+    python -m hdlm_jax.main --config=tuned --config.train.init_from=runs/quickstart/hdlm_tiny \\
         --config.data.files='("pairs.jsonl",)'
-    python -m hdlm_jax.main --config=configs/tuned.py --config.train.init_from=runs/quickstart/hdlm_tiny \\
+    python -m hdlm_jax.main --config=tuned --config.train.init_from=runs/quickstart/hdlm_tiny \\
         --mode=generate --config.generate.prompt='3 times list:'
 
 README makes such a file and shows what comes out. A record is a row: its prompt is given, its response and the ends of

@@ -1,4 +1,7 @@
-"""The front door: python -m hdlm_jax.main --config=configs/hdlm_base.py [--workdir=DIR] [--mode=train]."""
+"""The command line: hdlm-jax (python -m hdlm_jax.main) --config=hdlm_base [--workdir=DIR] [--mode=train].
+
+--config is a recipe by name or as a file; a run that is there knows its own: --workdir=RUN --mode=evaluate.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,41 @@ from ml_collections import config_flags
 
 MODES = ("prepare", "cluster", "train", "evaluate", "generate", "report", "export", "import")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; fields as --config.train.steps=100.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, by name or as a file; settings as "
+                                          "--config.train.steps=100. A run in --workdir needs none.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run lies; default runs/<config name>.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}; train first makes what is missing.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a profiler trace of a few training steps.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run (see parallel.join).")
+
+
+def _flag(argv: list[str], name: str) -> tuple[int, str]:
+    """(place, value) of --name=value or --name value; (-1, "") where it is not given."""
+    for i, arg in enumerate(argv):
+        if found := re.fullmatch(rf"--?{name}(?:=(.*))?", arg, re.DOTALL):
+            return i, found[1] if found[1] is not None else (argv[i + 1] if i + 1 < len(argv) else "")
+    return -1, ""
+
+
+def with_recipe(argv: list[str]) -> list[str]:
+    """The command line with a file as --config: that of the recipe named, or of the run in --workdir.
+
+    Raises:
+      ConfigError: an unknown recipe; neither a recipe nor a run.
+    """
+    from hdlm_jax.config import ConfigError, expand, recipes
+
+    at, name = _flag(argv, "config")
+    if at >= 0:
+        behind = 1 if "=" in argv[at] else 2
+        return [*argv[:at], f"--config={recipes.path_of(name)}", *argv[at + behind:]] if name else argv
+    workdir = expand(_flag(argv, "workdir")[1])
+    if not workdir:
+        raise ConfigError("--config is missing; give a recipe, as in --config=hdlm_tiny, or the --workdir of a run")
+    from hdlm_jax.training import loading
+
+    loading.saved_config(workdir)  # its errors are ours; inside a config file they would be absl's
+    return [argv[0], f"--config={os.path.join(os.path.dirname(loading.__file__), 'of_run.py')}:{workdir}", *argv[1:]]
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -32,9 +65,9 @@ def parse(argv: list[str]) -> list[str]:
         for arg in argv[1:]:
             if found := re.match(r"--?config\.([^=\[]+)", arg):
                 check_name(found[1])
+        if not any(arg.lstrip("-").partition("=")[0] in ("help", "helpfull", "helpshort") for arg in argv[1:]):
+            sys.argv = argv = with_recipe(argv)  # ml_collections finds the settings to override in sys.argv
         rest = flags.FLAGS(argv)
-        if not given:
-            raise ConfigError("--config is missing; give a recipe, as in --config=configs/hdlm_tiny.py")
         if len(rest) > 1:
             raise ConfigError(f"unexpected argument {rest[1]!r}; flags begin with --")
         _CONFIG.value.items()  # ml_collections tells only now that it found no file
@@ -147,6 +180,11 @@ def _hush() -> None:
                                             else sys.__unraisablehook__(found))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """hdlm-jax, the console command."""
     _hush()
     app.run(run, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    command()

@@ -187,7 +187,7 @@ def test_runs_of_earlier_versions_had_hidden_padding(tmp_path):
     meta = {"config": json.loads(json.dumps(read_recipe(trained()[0]).as_dict()))}
     del meta["config"]["data"]["padding"]
     now = read_recipe(trained()[0])
-    with pytest.raises(ConfigError, match="data.padding='end': the checkpoint in here was trained with 'hidden'"):
+    with pytest.raises(ConfigError, match="data.padding='end' .there 'hidden'.: the checkpoint in here"):
         train.check_resume(now, meta, "here")
     train.check_resume(dataclasses.replace(now, data=dataclasses.replace(now.data, padding="hidden")), meta, "here")
 

@@ -86,7 +86,7 @@ def test_it_is_used_as_a_run(exported):
     start = loading.load_params(dataclasses.replace(loaded.run.config, train=start), loaded.tokenizer.fingerprint)
     np.testing.assert_array_equal(start["embedding"], np.asarray(model().run.params["embedding"]))
     other = dataclasses.replace(loaded.run.config, model=dataclasses.replace(loaded.run.config.model, width=64))
-    with pytest.raises(ConfigError, match="model.width=64: .* was trained with 32"):
+    with pytest.raises(ConfigError, match="model.width=64 .there 32.: .* was trained otherwise"):
         loading.load_run(other, str(exported))
 
 

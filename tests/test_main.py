@@ -80,7 +80,10 @@ def test_mistakes_before_anything_is_made(call, recipe, tmp_path, args, match):
 
 
 def test_the_config_file_itself(call, tmp_path):
-    one_line(*call(), "--config is missing; give a recipe, as in --config=configs/hdlm_tiny.py")
+    one_line(*call(), "--config is missing; give a recipe, as in --config=hdlm_tiny, or the --workdir of a run")
+    one_line(*call("--config=hdlm_tyni"), "--config='hdlm_tyni': choose one of ar_small, .*did you mean 'hdlm_tiny'")
+    one_line(*call("--config", "hdlm_tiny", "--config.train.steps=0"), "train.steps=0: must be at least 1")
+    one_line(*call("--workdir=nowhere", "--mode=evaluate"), "workdir='nowhere': no nowhere/config.json; train first")
     one_line(*call("--config.train.steps=5"), "--config")
     one_line(*call("--config=nope.py"), "--config=nope.py: .*No such file")
     one_line(*call("--config=nope.py", "--config.train.steps=5"), "--config=nope.py: .*No such file")
@@ -119,11 +122,44 @@ def test_text_that_does_not_fit(call, recipe, tmp_path, monkeypatch):
     one_line(*call(f"--config={recipe}", "--workdir=v"), "corpus.jsonl.*text")
 
 
+def test_a_run_knows_what_it_is(call, tmp_path):
+    """Without --config: the run's own settings, overridden as those of a recipe; contradictions named all at once."""
+    workdir = shutil.copytree(trained()[1], tmp_path / "run")
+    run = [f"--workdir={workdir}"]
+    code, out, err = call(*run, "--mode=evaluate")
+    assert code == 0 and "evaluate: step 3" in out and not err
+    code, out, err = call(*run, "--mode=generate", "--config.generate.num_samples=2", "--config.generate.steps=4")
+    assert code == 0 and "2 samples, 4 network calls" in out
+    for mode, said in (("export", "export: step 3"), ("report", "report.html")):
+        code, out, err = call(*run, f"--mode={mode}")
+        assert code == 0 and said in out, mode
+    code, out, err = call(*run)
+    assert code == 0 and "nothing to do, step 3 is there" in out
+    code, out, err = call(f"--workdir={workdir}/export", "--mode=generate", "--config.generate.num_samples=2")
+    assert code == 0 and "2 samples" in out
+    wrong = ["--config.model.width=64", "--config.diffusion.xi=0.5"]
+    one_line(*call(*run, "--mode=evaluate", *wrong), r"diffusion.xi=0.5 \(there 1.0\); model.width=64 \(there 32\): ")
+    one_line(*call(*run, *wrong), r"diffusion.xi=0.5 \(there 1.0\); model.width=64 \(there 32\): the checkpoint in ")
+    one_line(*call(*run, "--mode=evaluate", "--config.train.stpes=5"), "config.train.stpes: no such setting")
+
+
+def test_recipes_by_name(call, tmp_path):
+    """From an empty folder; an argument behind a colon; a file by its path as ever."""
+    for name in ("--config=mdlm_tiny", "--config=books:mdlm"):
+        where = tmp_path / name[9:13]
+        code, out, err = call(name, f"--workdir={where}", "--mode=cluster", "--config.data.source=embedded",
+                              "--config.data.files=()", "--config.data.validation=()",
+                              "--config.tokenizer.kind=bytes", "--config.tokenizer.vocab_size=257")
+        assert code == 0 and "hierarchy: levels 257 -> 1 (MDLM)" in out, err
+
+
 def test_modes_of_a_trained_run(call, tmp_path):
     recipe, workdir = trained()[0], shutil.copytree(trained()[1], tmp_path / "run")
     run = [f"--config={recipe}", f"--workdir={workdir}"]
-    one_line(*call(*run, "--mode=evaluate", "--config.model.width=64"), "model.width=64: .* was trained with 32")
-    one_line(*call(*run, "--config.optimizer.lr=0.5"), "optimizer.lr=0.5: the checkpoint in .* trained with 0.001")
+    one_line(*call(*run, "--mode=evaluate", "--config.model.width=64"),
+             r"model.width=64 \(there 32\): .* was trained otherwise")
+    one_line(*call(*run, "--config.optimizer.lr=0.5"),
+             r"optimizer.lr=0.5 \(there 0.001\): the checkpoint in .* was trained otherwise")
     code, out, err = call(*run)
     assert code == 0 and "nothing to do, step 3 is there" in out and not err
     with lock.held(str(workdir / "lock"), "train"):  # beside a training

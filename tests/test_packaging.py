@@ -1,4 +1,5 @@
 """The package as users get it: metadata, requirements, and a wheel that builds and imports."""
+import os
 import runpy
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ def packages_on_disk(root: Path) -> set[str]:
 def test_version_and_packages(metadata: dict, root: Path):
     assert metadata["version"] == hdlm_jax.__version__
     assert f"version: {hdlm_jax.__version__}\n" in (root / "CITATION.cff").read_text()
-    assert set(metadata["packages"]) == packages_on_disk(root)  # also: no folder without __init__.py
+    assert set(metadata["packages"]) == packages_on_disk(root) | {"hdlm_jax.configs"}  # no folder without __init__.py
 
 
 def test_ranges_have_no_upper_bounds(metadata: dict):
@@ -75,10 +76,14 @@ def test_wheel_builds_and_imports(root: Path, tmp_path: Path):
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(root / name, source)
-    shutil.copytree(root / "hdlm_jax", source / "hdlm_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("hdlm_jax", "configs"):
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
 
     def run(*command: object) -> str:
-        done = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True)
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run([str(part) for part in command], cwd=empty, capture_output=True, text=True, env=clean)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -93,7 +98,16 @@ def test_wheel_builds_and_imports(root: Path, tmp_path: Path):
     where, version, *names = run(fresh / "bin" / "python", "-I", "-c", IMPORT_ALL).splitlines()
     assert Path(where).resolve().is_relative_to(fresh.resolve()) and version == hdlm_jax.__version__
     files = [path.relative_to(root).with_suffix("") for path in (root / "hdlm_jax").rglob("*.py")]
-    pages = {path.name for path in (root / "hdlm_jax" / "run").glob("report.*")}
-    assert pages == {path.name for path in Path(where).parent.glob("run/report.*")} == {
-        "report.html", "report.js", "report.py"}
-    assert {"hdlm_jax", *names} == {".".join(file.parts).removesuffix(".__init__") for file in files}
+    assert {"report.html", "report.js"} <= {path.name for path in Path(where).parent.glob("report/*")}
+    assert {"hdlm_jax", *names} >= {".".join(file.parts).removesuffix(".__init__") for file in files}
+    # the whole main job by name, from an empty folder, by the console command; then a run that knows what it is
+    small = ("--config.train.steps=3", "--config.train.batch_size=8", "--config.model.width=32",
+             "--config.model.blocks=2", "--config.model.seq_len=32",
+             "--config.tokenizer.kind=bytes", "--config.tokenizer.vocab_size=257",
+             "--config.hierarchy.clusters=(8,)", "--config.optimizer.warmup=1", "--config.evaluate.rows=8")
+    command = fresh / "bin" / "hdlm-jax"
+    assert "train: done, step 3" in run(command, "--config=hdlm_tiny", "--workdir=runs/a", *small)
+    said = {"evaluate": "NELBO", "generate": "samples", "report": "report.html", "export": "export: "}
+    for mode in said:
+        assert said[mode] in run(command, "--workdir=runs/a", f"--mode={mode}", "--config.generate.num_samples=2")
+    assert sorted(path.name for path in empty.iterdir()) == ["runs"]

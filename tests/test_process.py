@@ -166,7 +166,7 @@ def test_cost_takes_any_leading_shape_and_rate_any_tau():
     x, z = (jnp.asarray(a[:12].reshape(3, 4)) for a in every_pair(toy))
     logits = jnp.asarray(random_logits(12, 5).reshape(3, 4, 5))
     tau = jnp.array([0.1, 0.5, 2.0])
-    cost = jax.jit(process.cost)
+    cost = jax.jit(process.token_loss)
     assert cost(logits, x, z).shape == (3, 4)
     rate = jax.jit(process.nelbo_rate)
     per_row = rate(logits, x, z, tau)

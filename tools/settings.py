@@ -19,8 +19,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 HEAD = """# All settings
 
 Made from hdlm_jax/config by `python -m tools.settings`. Set one on the command line, `--config.train.steps=100`, or in
-a recipe, `c.train.steps = 100`; tuples as `--config.hierarchy.clusters='(256, 16)'`. A name that does not exist, a wrong
-type or a broken rule is one line, before any compute.
+a recipe, `c.train.steps = 100`; tuples as `--config.hierarchy.clusters='(256, 16)'`. A name that does not exist, a
+wrong type or a broken rule is one line, before any compute.
 """
 
 
@@ -39,14 +39,14 @@ def comments(section: type) -> dict[str, str]:
 def page() -> str:
     parts = [HEAD]
     for field in dataclasses.fields(Config):
-        section = type(field.default)
+        section: type = type(field.default)
         said = comments(section)
         doc = " ".join((section.__doc__ or "").split())
         if doc.startswith(f"{section.__name__}("):  # dataclasses' own
             doc = ""
         parts.append(f"\n## {field.name}\n" + (f"\n{doc}\n" if doc else ""))
         parts.append("\n| setting | default | |\n| --- | --- | --- |\n")
-        for setting in dataclasses.fields(section):
+        for setting in dataclasses.fields(section):  # type: ignore[arg-type]
             text = said[setting.name].replace("|", "\\|")
             parts.append(f"| `{field.name}.{setting.name}` | `{setting.default!r}` | {text} |\n")
     return "".join(parts)

@@ -15,6 +15,7 @@ from hdlm_jax.config.choices import (
 )
 from hdlm_jax.config.data import DataConfig, HierarchyConfig, TokenizerConfig, default_clusters
 from hdlm_jax.config.model import DiffusionConfig, ModelConfig
+from hdlm_jax.config.recipes import recipe
 from hdlm_jax.config.rules import ConfigError, expand
 from hdlm_jax.config.settings import PATHS, Config, change, check_name, default, inherit, resolve
 from hdlm_jax.config.training import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig

@@ -24,7 +24,7 @@ from hdlm_jax.models.network import flops_per_token
 from hdlm_jax.runs.stages import batches_of, cluster, prepare, word_vectors
 from hdlm_jax.training.build import build
 from hdlm_jax.training.checkpoint import Checkpoints
-from hdlm_jax.training.loading import FREE, check_writable, load_params, upgraded
+from hdlm_jax.training.loading import check_writable, differences, load_params, upgraded
 from hdlm_jax.training.metrics import MetricsFile, TensorBoard, peak_flops, plot_curves, read_metrics
 from hdlm_jax.training.state import abstract_state, init_state, make_optimizer
 from hdlm_jax.training.step import make_train_step
@@ -34,7 +34,7 @@ INTERRUPTED = 130  # leaving on Ctrl-C at once
 # sections in which a resumed run must not differ, and the settings in them that may; of data its fingerprint counts
 # and how sequences are made of it
 _FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "optimizer", "train")
-_FIXED_DATA = ("packing", "padding", "variable_share", "stream", "shuffle_documents")
+_FIXED_DATA = ("data.packing", "data.padding", "data.variable_share", "data.stream", "data.shuffle_documents")
 
 
 class TrainingStopped(RuntimeError):
@@ -42,21 +42,20 @@ class TrainingStopped(RuntimeError):
 
 
 def check_resume(config: Config, meta: dict, path: str) -> None:
-    """ConfigError if a checkpoint belongs to another configuration."""
-    now = config.as_dict()
-    then = resolve(upgraded(meta["config"], path)).as_dict()  # with paths expanded, and settings of today
-    for section in ("data", *_FIXED):
-        for name, value in now[section].items():
-            saved = then[section][name]
-            free = f"{section}.{name}" in FREE or (name == "steps" and config.optimizer.schedule == "constant")
-            free |= section == "data" and name not in _FIXED_DATA[: None if config.data.stream else 4]
-            if saved != value and not free:
-                if (section, name) == ("train", "steps"):
-                    raise ConfigError(f"train.steps={value}: the checkpoint in {path} was trained with {saved}, which "
-                                      "its cosine schedule is made for: keep them, or go on from its weights in "
-                                      f"another --workdir with --config.train.init_from={os.path.dirname(path)}")
-                raise ConfigError(f"{section}.{name}={value!r}: the checkpoint in {path} was trained with {saved!r}; "
-                                  "use another --workdir or the old setting")
+    """ConfigError if a checkpoint belongs to another configuration; it names all settings that differ."""
+    then = resolve(upgraded(meta["config"], path))  # with paths expanded, and settings of today
+    differ = differences(config, then, _FIXED)
+    if config.optimizer.schedule == "constant":
+        differ = [text for text in differ if not text.startswith("train.steps=")]
+    rows = _FIXED_DATA[: None if config.data.stream else 4]
+    differ += [text for text in differences(config, then, ("data",)) if text.partition("=")[0] in rows]
+    if not differ:
+        return
+    remedy = "use another --workdir or the old settings"
+    if any(text.startswith("train.steps=") for text in differ):
+        remedy += (", as the cosine schedule is made for its steps; or go on from its weights in another --workdir "
+                   f"with --config.train.init_from={os.path.dirname(path)}")
+    raise ConfigError(f"{'; '.join(differ)}: the checkpoint in {path} was trained otherwise; {remedy}")
 
 
 def train(config: Config, workdir: str, profile: bool = False) -> Any:

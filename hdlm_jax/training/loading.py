@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -135,6 +136,14 @@ def with_base(given: Any, workdir: str) -> Any:
     return inherit(given, saved_config(workdir if begun else name), name)
 
 
+def differences(config: Config, trained: Config, sections: Sequence[str]) -> list[str]:
+    """"model.width=64 (there 32)" for every setting of these sections that is not as trained and not in FREE."""
+    pairs = [(f"{section}.{field.name}", getattr(getattr(config, section), field.name),
+              getattr(getattr(trained, section), field.name))
+             for section in sections for field in dataclasses.fields(getattr(config, section))]
+    return [f"{name}={value!r} (there {was!r})" for name, value, was in pairs if value != was and name not in FREE]
+
+
 def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True) -> Run:
     """A run (or its export) with the settings given for this use (evaluate, generate, parallel, where its data lies).
 
@@ -146,11 +155,10 @@ def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True
     """
     dataclasses.replace(config.evaluate, checkpoint=which).check()
     trained = saved_config(workdir)
-    for section in ("tokenizer", "hierarchy", "diffusion", "model"):
-        for name, value in dataclasses.asdict(getattr(config, section)).items():
-            was = getattr(getattr(trained, section), name)
-            if value != was and f"{section}.{name}" not in FREE:
-                raise ConfigError(f"{section}.{name}={value!r}: {workdir} was trained with {was!r}")
+    differ = differences(config, trained, ("tokenizer", "hierarchy", "diffusion", "model"))
+    if differ:
+        raise ConfigError(f"{'; '.join(differ)}: {workdir} was trained otherwise; leave out --config, and its own "
+                          "settings are taken")
     folder = config.data.dir or trained.data.dir or data_dir(config, workdir)
     tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
     hierarchy = Hierarchy.load(os.path.join(workdir, "hierarchy.npz"), tokenizer.fingerprint)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from hdlm_jax.config import ConfigError, GenerateConfig, change
-from hdlm_jax.data import pipeline
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import presets
 from hdlm_jax.decoding import schema as schemas
 from hdlm_jax.decoding.sampler import ended, load_helper, sampler_of, start_canvas, text_of
-from hdlm_jax.evaluation.elbo import Evaluator
+from hdlm_jax.evaluation.elbo import Evaluator, evaluator_of
+from hdlm_jax.evaluation.rows import per_text, split_all, to_rows
 from hdlm_jax.training.loading import load_here
 
 
@@ -150,24 +150,12 @@ class Model:
             raise ConfigError(f"draws={draws}: must be at least 2 (for a standard error)")
         if not texts:
             return []
-        s, pieces, owner = self.seq_len, [], []
-        for i, text in enumerate(texts):
-            ids = np.append(self.tokenizer.encode(text), self.tokenizer.eot)
-            for start in range(0, len(ids), s):
-                pieces.append(ids[start : start + s])
-                owner.append(i)
-        if self._evaluator is None:
-            run = self.run
-            self._evaluator = Evaluator(run.config, run.network, run.process, run.mesh, run.params)
-        rows = pipeline.rows_of(pieces, s, self.tokenizer.eot, ends=self.run.ends)
-        nats, _, _ = self._evaluator.nats(self.run.params, rows, draws, "nelbo")
-        per_draw = np.zeros((draws, len(texts)))
-        for place, text_index in enumerate(owner):
-            per_draw[:, text_index] += nats[:, place].sum(-1)
-        out: list[dict[str, Any]] = []
-        for i, text in enumerate(texts):
-            mean, count = per_draw[:, i].mean(), sum(len(p) for p, o in zip(pieces, owner, strict=True) if o == i)
-            out.append({"nats": float(mean), "se": float(per_draw[:, i].std(ddof=1) / np.sqrt(draws)), "tokens": count,
-                        "bits_per_byte": float(mean / np.log(2) / max(1, len(text.encode()))),
-                        "given": self.run.given_alone})
-        return out
+        ids = [np.append(self.tokenizer.encode(text), self.tokenizer.eot) for text in texts]
+        pieces, owner = split_all(ids, self.seq_len, ends=self.run.ends)
+        self._evaluator = self._evaluator or evaluator_of(self.run)
+        rows = to_rows(pieces, self.seq_len, self.tokenizer.eot)
+        nats = self._evaluator.nats(self.run.params, rows, draws, "nelbo")[0].sum(-1)
+        per_draw = np.broadcast_to(per_text(nats, owner, len(texts)), (draws, len(texts)))  # an exact process has one
+        return [{"nats": float(values.mean()), "se": float(values.std(ddof=1) / np.sqrt(draws)), "tokens": len(tokens),
+                 "bits_per_byte": float(values.mean() / np.log(2) / max(1, len(text.encode()))),
+                 "given": self.run.given_alone} for text, tokens, values in zip(texts, ids, per_draw.T, strict=True)]

@@ -414,7 +414,8 @@ def test_samples_and_nats_do_not_depend_on_devices(kind):
         mesh = parallel.make_mesh(config, jax.devices()[:devices])
         here = jax.device_put(params, parallel.replicated(mesh))
         tokens = Sampler(network, process, mesh, here)(prompt_canvas(np.array([3], np.int32), 8, 12, 257), g)["tokens"]
-        nats, _, _ = Evaluator(config, network, process, mesh, here).nats(here, rows, 2)
+        nats, _, _ = Evaluator(network, process, mesh, here, seq_len=12, seed=config.evaluate.seed,
+                               cv2=config.evaluate.cv2, batch_size=config.evaluate.batch_size).nats(here, rows, 2)
         found.append((tokens, nats))
     np.testing.assert_array_equal(found[0][0], found[1][0])
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-4)

@@ -54,7 +54,8 @@ def make_evaluator(hierarchy, batch_size=8, devices=1, seed=0, warm=True):
     network, process = build(config, hierarchy)
     mesh = parallel.make_mesh(config, jax.devices()[:devices])
     params = jax.device_put(start_params(hierarchy, warm), parallel.replicated(mesh))
-    return Evaluator(config, network, process, mesh, params), params
+    return Evaluator(network, process, mesh, params, seq_len=config.model.seq_len, seed=seed, cv2=config.evaluate.cv2,
+                     batch_size=batch_size), params
 
 
 def measure(hierarchy, draws, batch_size=8, devices=1, warm=True, rows=None):

@@ -21,8 +21,9 @@ from hdlm_jax.diffusion import plans
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.evaluation import benchmarks, requests
-from hdlm_jax.evaluation.elbo import Evaluator
-from hdlm_jax.evaluation.scorer import PILOT, Choices, Piece, Scorer, _best_two, documents, encode_pair, stratified_se
+from hdlm_jax.evaluation.elbo import evaluator_of
+from hdlm_jax.evaluation.rows import Piece, per_text, split, split_all, to_rows
+from hdlm_jax.evaluation.scorer import PILOT, Choices, Scorer, _best_two, encode_pair, stratified_se
 from hdlm_jax.runs import tasks
 from hdlm_jax.training import loading
 
@@ -59,8 +60,8 @@ def passages(texts=TEXTS):
 def test_every_token_is_scored_once(protocol):
     run = loaded()
     ids = [np.append(encode(text), run.tokenizer.eot) for text in TEXTS]
-    pieces = documents(ids, S, protocol)
-    rows = scorer().rows(pieces, S)
+    pieces = split(np.concatenate(ids), S) if protocol == "packed" else split_all(ids, S)[0]
+    rows = to_rows(pieces, S, run.tokenizer.eot)
     wanted = sum(len(encode(text)) + 1 for text in TEXTS)
     assert rows["score"].sum() == wanted == 108
     np.testing.assert_array_equal(rows["x"][rows["score"]], np.concatenate(ids))
@@ -71,6 +72,16 @@ def test_every_token_is_scored_once(protocol):
     assert found["rows"] == (sum(sizes) if protocol == "document" else math.ceil(wanted / S)) == len(pieces)
 
 
+def test_pieces_know_their_texts():
+    texts = [np.arange(1, 8), np.zeros(0, int), np.arange(3), np.arange(4)]
+    pieces, owner = split_all(texts, 3, given=[4, 0, 3, 1], ends=True)
+    assert owner.tolist() == [0, 0, 3, 3], "a piece of prompt alone is left out"
+    assert [(p.ids.tolist(), p.given, p.ends) for p in pieces] == [
+        ([4, 5, 6], 1, False), ([7], 0, True), ([0, 1, 2], 1, False), ([3], 0, True)]
+    np.testing.assert_array_equal(per_text(np.array([[1, 2, 4, 8], [1, 1, 1, 1]]), owner, 4),
+                                  [[3, 0, 0, 12], [2, 0, 0, 2]])
+
+
 def test_packed_is_what_evaluation_does():
     """Windows over the joined documents are rows of `evaluate`: same noise, same nats."""
     run = loaded()
@@ -79,9 +90,8 @@ def test_packed_is_what_evaluation_does():
     padded = np.append(flat, np.full(-len(flat) % S, run.tokenizer.eot)).reshape(-1, S).astype(np.int32)
     inside = (np.arange(padded.size) < len(flat)).reshape(-1, S)
     rows = {"x": padded, "segment": inside.astype(np.int32) - 1, "score": inside}
-    reference = Evaluator(dataclasses.replace(run.config, evaluate=s.settings), run.network, run.process, run.mesh,
-                          run.params).nats(run.params, rows, 3)
-    found = s.nats(documents([flat], S, "packed"), 3)
+    reference = evaluator_of(run, s.settings).nats(run.params, rows, 3)
+    found = s.nats(split(flat, S), 3)
     for a, b in zip(found, reference, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -126,7 +136,7 @@ def directly(question, seed, draws, number=0):
     rng = np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, 0, 0]))
     u = (np.arange(draws) + rng.random(draws)) / draws
     pair = rng.integers(2**31, size=(draws, 1))[:, 0]
-    evaluator = Evaluator(run.config, run.network, run.process, run.mesh, run.params)
+    evaluator = evaluator_of(run)
     tau, q = evaluator.proposal.quantile(u)
     out = np.zeros((draws, len(question.choices)))
     keys = fold(jnp.broadcast_to(jax.random.key(seed), (draws,)), jnp.asarray(pair))
@@ -506,7 +516,7 @@ def test_rolling_likelihoods_are_of_every_token():
     s = scorer(draws=4)
     texts = [TEXTS[1], "", "short"]
     found = requests.loglikelihood_rolling(s, [request(text) for text in texts])
-    pieces = [p for text in texts for p in documents([encode(text)], S, "document")]
+    pieces, _ = split_all([encode(text) for text in texts], S)
     nats = s.nats(pieces, 4)[0].mean(0).sum(-1)
     assert found == pytest.approx([-nats[:-1].sum(), 0.0, -nats[-1]])
     assert sum(len(p.ids) for p in pieces) == sum(map(len, texts))

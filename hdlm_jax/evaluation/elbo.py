@@ -15,10 +15,11 @@ import numpy as np
 
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import perplexity, progress
-from hdlm_jax.config import Config
+from hdlm_jax.config import EvaluateConfig
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.models.heads import WHOLE, map_over_noised
 from hdlm_jax.models.network import Network
+from hdlm_jax.training.loading import Run
 
 _FIELDS = ("x", "segment", "score")  # of rows, what the network and the process see
 
@@ -52,14 +53,20 @@ def _rows_at_once(seq_len: int) -> int:
 
 
 class Evaluator:
-    """Compiled once for each size of batch, used for any rows and parameters of the same shapes."""
+    """Compiled once for each size of batch, used for any rows and parameters of the same shapes.
 
-    def __init__(self, config: Config, network: Network, process, mesh, params):
-        self.process, self.mesh, self.seed = process, mesh, config.evaluate.seed
+    Args:
+      seq_len: tokens of a row; seed: of noise times and noise; batch_size: rows at once, 0: what fills the devices.
+      cv2: squared coefficient of variation that the noise times are drawn for (process.proposal).
+    """
+
+    def __init__(self, network: Network, process, mesh, params, *, seq_len: int, seed: int, cv2: float,
+                 batch_size: int = 0):
+        self.process, self.mesh, self.seed = process, mesh, seed
         shards = math.lcm(parallel.batch_shards(mesh), jax.process_count())
-        here = parallel.batch_shards(mesh) * _rows_at_once(config.model.seq_len)
-        self.most_rows, self.shards = config.evaluate.batch_size or here, shards
-        self.proposal = process.proposal(config.model.seq_len, config.evaluate.cv2)
+        here = parallel.batch_shards(mesh) * _rows_at_once(seq_len)
+        self.most_rows, self.shards = batch_size or here, shards
+        self.proposal = process.proposal(seq_len, cv2)
         step = make_nelbo_step(network, process, mesh)
         self._jitted = parallel.compile_batch_step(step, mesh, params)
         self._compiled: dict[int, Any] = {}  # by rows asked for: (program, rows that fit)
@@ -118,6 +125,13 @@ class Evaluator:
                 out[pick] = np.asarray(step(params, batch, key))[: len(pick)]
                 bar.update(len(pick))
         return out
+
+
+def evaluator_of(run: Run, settings: EvaluateConfig | None = None, seq_len: int = 0) -> Evaluator:
+    """The Evaluator of a run; settings: in place of its own; seq_len: of rows of another width."""
+    e = settings or run.config.evaluate
+    return Evaluator(run.network, run.process, run.mesh, run.params, seq_len=seq_len or run.config.model.seq_len,
+                     seed=e.seed, cv2=e.cv2, batch_size=e.batch_size)
 
 
 def _beside(rest: np.ndarray, tau: np.ndarray, half: int = 16) -> np.ndarray:

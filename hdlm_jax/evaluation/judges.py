@@ -24,9 +24,9 @@ from hdlm_jax.common import parallel, processes
 from hdlm_jax.common.console import measured, progress, say
 from hdlm_jax.common.console import perplexity as exp
 from hdlm_jax.config import ConfigError, ParallelConfig
-from hdlm_jax.data.pipeline import rows_of
 from hdlm_jax.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
-from hdlm_jax.evaluation.elbo import Evaluator
+from hdlm_jax.evaluation.elbo import evaluator_of
+from hdlm_jax.evaluation.rows import per_text, split_all, to_rows
 from hdlm_jax.models import gpt2
 from hdlm_jax.models.heads import chunk_size
 from hdlm_jax.training.checkpoint import checkpoints_of
@@ -256,7 +256,7 @@ class RunJudge:
     @functools.cached_property
     def _loaded(self):
         run = load_here(self.workdir, mesh=self.shape)
-        return run, Evaluator(run.config, run.network, run.process, run.mesh, run.params)
+        return run, evaluator_of(run)
 
     @property
     def bound(self) -> bool:
@@ -283,18 +283,12 @@ class RunJudge:
         """As GPT2Judge.score, without features; nats are means over the draws of the noise where they are bounds."""
         run, evaluator = self._loaded
         s, n = self.config.model.seq_len, len(texts)
-        pieces = [(i, start, ids[start : start + s]) for i, ids in enumerate(texts) for start in range(0, len(ids), s)
-                  if min(start + s, len(ids)) > given[i]]  # not those of prompt alone
-        nats, tokens = np.zeros(n), np.zeros(n, np.int64)
+        pieces, owner = split_all(texts, s, given, run.ends)
         if not pieces:
-            return nats, tokens, None
-        rows = rows_of([piece for _, _, piece in pieces], s, self.tokenizer.eot,
-                       [max(0, given[i] - start) for i, start, _ in pieces], ends=run.ends)
-        found = evaluator.nats(run.params, rows, self.config.evaluate.draws, "judge")[0].mean(0).sum(-1)
-        owner = [i for i, _, _ in pieces]
-        np.add.at(nats, owner, found)
-        np.add.at(tokens, owner, rows["tokens"])
-        return nats, tokens, None
+            return np.zeros(n), np.zeros(n, np.int64), None
+        rows = to_rows(pieces, s, self.tokenizer.eot)
+        nats = evaluator.nats(run.params, rows, self.config.evaluate.draws, "judge")[0].mean(0).sum(-1)
+        return per_text(nats, owner, n), per_text(rows["tokens"], owner, n), None
 
 
 def open_judge(path: str, dtype: str = "float32", shape: ParallelConfig = ParallelConfig(), mesh=None,  # noqa: B008 (frozen)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from hdlm_jax.config import GenerateConfig
-from hdlm_jax.evaluation.scorer import Choices, Piece, Scorer, documents, encode_pair
+from hdlm_jax.evaluation.rows import per_text, split_all
+from hdlm_jax.evaluation.scorer import Choices, Scorer, encode_pair
 
 
 def loglikelihood(scorer: Scorer, requests: Sequence[Any], greedy: bool = True) -> list[tuple[float, bool]]:
@@ -49,16 +50,11 @@ def loglikelihood_rolling(scorer: Scorer, requests: Sequence[Any]) -> list[float
     run = scorer.run
     end = np.full(int(run.ends), run.tokenizer.eot, np.int32)
     texts = [np.append(run.tokenizer.encode(request.args[0]), end) for request in requests]
-    pieces: list[Piece] = []
-    owner: list[int] = []
-    for i, ids in enumerate(texts):
-        mine = documents([ids], scorer.seq_len, "document", run.ends)
-        pieces += mine
-        owner += [i] * len(mine)
+    pieces, owner = split_all(texts, scorer.seq_len, ends=run.ends)
     if not pieces:
         return [0.0] * len(texts)
     nats = scorer.nats(pieces, scorer.settings.draws, "loglikelihood")[0].mean(0).sum(-1)
-    return (-np.bincount(owner, nats, minlength=len(texts))).tolist()
+    return (-per_text(nats, owner, len(texts))).tolist()
 
 
 def generate_until(scorer: Scorer, requests: Sequence[Any], g: GenerateConfig, most: int = 128) -> list[str]:

@@ -12,32 +12,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from hdlm_jax.common import parallel
 from hdlm_jax.config import EvaluateConfig, GenerateConfig
-from hdlm_jax.data.pipeline import rows_of
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding.sampler import Sampler, load_helper, prompt_canvas, sampler_of
-from hdlm_jax.evaluation.elbo import Evaluator
+from hdlm_jax.evaluation.elbo import evaluator_of
+from hdlm_jax.evaluation.rows import Ids, Piece, split, to_rows
+from hdlm_jax.training.loading import Run
 
-Ids = np.ndarray  # int32 [n]
 _NARROWEST = 16
 PILOT = 16  # draws that a question's number of draws is decided by, at the least
-
-
-class Piece(NamedTuple):
-    """At most S tokens that see each other and nothing else; the first `given` of them are not scored.
-
-    ends: behind them, up to S, are ends of text that count (in nats, not in tokens), so that the length is not given.
-    """
-
-    ids: Ids
-    given: int = 0
-    ends: bool = False
 
 
 class Choices(NamedTuple):
@@ -75,18 +64,6 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     return whole[: len(given)], whole[len(given):]
 
 
-def documents(ids: Iterable[Ids], seq_len: int, protocol: str, ends: bool = False) -> list[Piece]:
-    """Pieces of documents (their end of text included) in which every token is scored once.
-
-    document: each document by itself, in pieces of S where it is longer; ends: of the last one. packed: all of them one
-    after the other, cut into windows of S; the last one holds what is left.
-    """
-    packed = protocol == "packed"
-    parts = [np.concatenate(list(ids))] if packed else ids
-    return [Piece(part[start : start + seq_len], ends=ends and not packed and start + seq_len >= len(part))
-            for part in parts for start in range(0, len(part), seq_len)]
-
-
 def _fit(question: Choices, seq_len: int, end: Sequence[int] = ()) -> tuple[list[list[Piece]], bool]:
     """Pieces of each choice, and whether anything was cut.
 
@@ -96,7 +73,7 @@ def _fit(question: Choices, seq_len: int, end: Sequence[int] = ()) -> tuple[list
     choices, ends = [np.append(c, np.array(end, np.int32)) for c in question.choices], bool(end)
     room = seq_len - max(len(c) for c in choices)
     if room < 0:
-        return [documents([c], seq_len, "document", ends) or [Piece(c)] for c in choices], True
+        return [split(c, seq_len, ends=ends) or [Piece(c)] for c in choices], True
     kept = [c[len(c) - min(room, len(c)):] for c in question.contexts]
     pieces = [[Piece(np.concatenate([k, c]), len(k), ends)] for k, c in zip(kept, choices, strict=True)]
     return pieces, any(len(c) > room for c in question.contexts)
@@ -125,27 +102,16 @@ class Scorer:
     """Estimates of the NELBO of pieces, each in a row of about its own width; compiled once for every width.
 
     Args:
-      run: hdlm_jax.training.loading.Run.   settings: draws, seed, target_se, most_draws, batch_size, cv2.
+      settings: draws, seed, target_se, most_draws, batch_size, cv2.
     """
 
-    def __init__(self, run: Any, settings: EvaluateConfig):
+    def __init__(self, run: Run, settings: EvaluateConfig):
         self.run, self.settings, self.seq_len = run, settings, run.config.model.seq_len
-        self.evaluator = functools.cache(self._make)
+        self.evaluator = functools.cache(lambda width: evaluator_of(run, settings, width))
         self._sampler: Sampler | None = None
-
-    def _make(self, width: int) -> Evaluator:
-        """An Evaluator of rows of so many tokens."""
-        model = dataclasses.replace(self.run.config.model, seq_len=width)
-        config = dataclasses.replace(self.run.config, model=model, evaluate=self.settings)
-        return Evaluator(config, self.run.network, self.run.process, self.run.mesh, self.run.params)
 
     def _width(self, tokens: int) -> int:
         return self.seq_len if self.run.ends else parallel.bucket(max(tokens, _NARROWEST), self.seq_len)
-
-    def rows(self, pieces: Sequence[Piece], width: int) -> dict[str, np.ndarray]:
-        """Rows [n, width] of pieces."""
-        return rows_of([p.ids for p in pieces], width, self.run.tokenizer.eot, [p.given for p in pieces],
-                       ends=np.array([p.ends for p in pieces], bool))
 
     def nats(self, pieces: Sequence[Piece], draws: int, name: str = "evaluate"):
         """Estimates [draws, n, K], and the noise times and densities [draws, n] they were made at.
@@ -159,7 +125,7 @@ class Scorer:
         out: np.ndarray | None = None
         for width in np.unique(widths):
             here = np.flatnonzero(widths == width)
-            rows = self.rows([pieces[i] for i in here.tolist()], int(width))
+            rows = to_rows([pieces[i] for i in here.tolist()], int(width), self.run.tokenizer.eot)
             which = np.tile(np.arange(len(here)), draws)
             times, density, mine = (a[:, here].reshape(-1) for a in (tau, q, pair))
             got = self.evaluator(int(width)).at(self.run.params, rows, which, times, density, mine, name)
@@ -222,7 +188,8 @@ class Scorer:
                 (tau,), (q,) = evaluator.pairs(len(which), 1)
             else:
                 tau, q = evaluator.proposal.quantile(u)
-            nats = evaluator.at(self.run.params, self.rows(pieces, width), which, tau, q, pair, name).sum(-1)
+            rows = to_rows(pieces, width, self.run.tokenizer.eot)
+            nats = evaluator.at(self.run.params, rows, which, tau, q, pair, name).sum(-1)
             start = 0
             for i, (row, _, _) in zip(members, parts, strict=True):
                 values = nats[start : start + len(row)].reshape(ask[i], -1)

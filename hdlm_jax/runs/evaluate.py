@@ -14,7 +14,7 @@ from hdlm_jax.common.console import measured, readable, say
 from hdlm_jax.common.jsons import reuse, write_json
 from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest
-from hdlm_jax.evaluation.elbo import Evaluator, summarise
+from hdlm_jax.evaluation.elbo import evaluator_of, summarise
 from hdlm_jax.training.loading import check_writable, load_run
 
 SETTINGS = ("draws", "rows", "cv2", "checkpoint", "ema", "seed")  # of config.Evaluate that say what is measured here
@@ -37,7 +37,7 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
         say(f"evaluate: reusing {path} of step {run.step}, NELBO {bound} nats/token, given {found['given']}")
         return found
     rows = run.valid_rows(config.model.seq_len, config.evaluate.rows)
-    evaluator = Evaluator(config, run.network, run.process, run.mesh, run.params)
+    evaluator = evaluator_of(run)
     started = time.time()
     nats, tau, q = evaluator.nats(run.params, rows, config.evaluate.draws)
     seconds = time.time() - started

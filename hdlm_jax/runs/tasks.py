@@ -41,7 +41,8 @@ from hdlm_jax.data import corpus
 from hdlm_jax.evaluation import benchmarks
 from hdlm_jax.evaluation.benchmarks import TASKS, Passage, Question
 from hdlm_jax.evaluation.elbo import summarise
-from hdlm_jax.evaluation.scorer import Choices, Scorer, documents, encode_pair
+from hdlm_jax.evaluation.rows import split, split_all
+from hdlm_jax.evaluation.scorer import Choices, Scorer, encode_pair
 from hdlm_jax.training.loading import check_writable, load_run
 
 
@@ -49,8 +50,8 @@ def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bo
     """Nats per token, bits per byte and perplexities of documents, with standard errors. words: those by words too."""
     tokenizer, started = scorer.run.tokenizer, time.time()
     ids = [np.append(found, np.int32(tokenizer.eot)) for found in tokenizer.encode_batch([p.text for p in passages])]
-    run = scorer.run
-    pieces = documents(ids, scorer.seq_len, protocol, run.ends)
+    run, s = scorer.run, scorer.seq_len
+    pieces = split(np.concatenate(ids), s) if protocol == "packed" else split_all(ids, s, ends=run.ends)[0]
     tokens = np.array([len(p.ids) for p in pieces])
     nats, tau, q = scorer.nats(pieces, scorer.settings.draws)
     found = summarise(nats, tokens, tau, q)

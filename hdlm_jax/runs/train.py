@@ -131,7 +131,9 @@ def _train(config: Config, workdir: str, profile: bool, stop: _Stop) -> Any:
         checkpoints.close()
         return state
 
-    evaluator = Evaluator(config, network, process, mesh, abstract.params)
+    e = config.evaluate
+    evaluator = Evaluator(network, process, mesh, abstract.params, seq_len=config.model.seq_len, seed=e.seed,
+                          cv2=e.cv2, batch_size=e.batch_size)
     rows = valid_rows(text.dir, config.model.seq_len, config.evaluate.rows_in_training, config.data.packing,
                       config.data.padding)
     metrics_path = os.path.join(workdir, "metrics.jsonl")

@@ -19,7 +19,7 @@ def main(recipe: str, folder: Path) -> None:
 
     from hdlm_jax.common import console, lock, processes
     from hdlm_jax.config import ParallelConfig
-    from hdlm_jax.runs import evaluate, export, generate, train
+    from hdlm_jax.runs import evaluate, export, generate, interrupt, train
     from hdlm_jax.training import loading
 
     processes.join()
@@ -48,14 +48,14 @@ def main(recipe: str, folder: Path) -> None:
         said["locked"] = str(error)
 
     # a checkpoint when process 0's clock says so; Ctrl-C to one process alone: all leave at one step
-    said["timer"], due = [], train._Timer.due
+    said["timer"], due = [], interrupt.Timer.due
 
     def spy(self, step):
         if found := due(self, step):
             said["timer"].append(step)
         return found
 
-    train._Timer.due = spy  # type: ignore[method-assign]
+    interrupt.Timer.due = spy  # type: ignore[method-assign]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what goes to the background without it
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=100_000),
                                  checkpoint=dataclasses.replace(config.checkpoint, minutes=0.001 + me),

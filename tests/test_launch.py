@@ -49,7 +49,7 @@ def jobset(root):
 
 def test_gke_resumes_what_was_preempted(jobset):
     """A pod that saved (75) or was preempted restarts all of them and does not count; crashes do."""
-    from hdlm_jax.runs.train import RESUME_EXIT
+    from hdlm_jax.runs.interrupt import RESUME_EXIT
 
     (slice_,) = jobset["spec"]["replicatedJobs"]
     job, pod = slice_["template"]["spec"], slice_["template"]["spec"]["template"]["spec"]

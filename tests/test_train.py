@@ -26,7 +26,7 @@ from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.decoding.sampler import make_sample_step, numbers_of, program_of
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.runs import train
+from hdlm_jax.runs import interrupt, train
 from hdlm_jax.training import step as step_lib
 from hdlm_jax.training.build import build
 from hdlm_jax.training.loss import make_loss_sums, stratified_tau
@@ -404,7 +404,7 @@ def test_every_kind_of_sequence_resumes_where_it_was(corpus, tmp_path, monkeypat
     config = config_lib.resolve(config)
     whole = train.train(config, str(tmp_path / "whole"))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train._Stop, "at", lambda self, step: step == 4)
+        patch.setattr(interrupt.Stop, "at", lambda self, step: step == 4)
         train.train(config, str(tmp_path / "run"))
     state = train.train(config, str(tmp_path / "run"))
     for a, b in zip(flat(state), flat(whole), strict=True):
@@ -525,7 +525,7 @@ def test_one_job_trains_others_read_and_ctrl_c_saves(corpus, tmp_path, hearing):
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == train.RESUME_EXIT and not err, err
+    assert process.returncode == interrupt.RESUME_EXIT and not err, err
     step = Checkpoints(str(workdir), read_only=True).latest()
     assert "train: Ctrl-C, saving" in out and f"asked to stop, saved step {step:,}; the same command resumes" in out
     assert (workdir / "lock").read_text() == ""
@@ -535,8 +535,8 @@ def test_one_job_trains_others_read_and_ctrl_c_saves(corpus, tmp_path, hearing):
 HEARS = """
 import threading, time
 import jax
-from hdlm_jax.runs import train
-with train._Stop() as stop:
+from hdlm_jax.runs import interrupt, train
+with interrupt.Stop() as stop:
     stop.listen()
     print("listening", flush=True)
     while not stop.at(1):
@@ -568,7 +568,7 @@ def test_a_second_ctrl_c_leaves_at_once(root, hearing, first):
 
 def test_signals_are_given_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with train._Stop() as stop:
+    with interrupt.Stop() as stop:
         stop.listen()
         assert not stop.at(1)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -582,7 +582,7 @@ def test_signals_are_given_back():
 
 def test_an_ignored_ctrl_c_stays_ignored(hearing):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what goes to the background
-    with train._Stop() as stop:
+    with interrupt.Stop() as stop:
         stop.listen()
         os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN and not stop.at(1)
@@ -591,12 +591,12 @@ def test_an_ignored_ctrl_c_stays_ignored(hearing):
 def test_minutes_between_checkpoints(monkeypatch):
     """Saves are due at most a step late where steps are slow, and few steps have to agree where they are fast."""
     now, asked = [0.0], []
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train.processes, "on_main_process", lambda look: asked.append(now[0]) or look())
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(interrupt.processes, "on_main_process", lambda look: asked.append(now[0]) or look())
     for pace in (0.003, 1.0, 100.0):
         now[0], saved = 0.0, [0.0]
         asked.clear()
-        timer = train._Timer(2)
+        timer = interrupt.Timer(2)
         for step in range(1, int(1000 / pace)):
             now[0] = step * pace
             if timer.due(step):
@@ -605,7 +605,7 @@ def test_minutes_between_checkpoints(monkeypatch):
         gaps = np.diff(saved)
         assert len(gaps) >= 4 and gaps.min() >= 120 and gaps.max() < 120 + max(1.01 * pace, 1), pace
         assert len(asked) < max(0.02 * 1000 / pace, 1100 / pace + 100), "not at every step where they are fast"
-    timer = train._Timer(0)
+    timer = interrupt.Timer(0)
     now[0] = 1e9
     assert not timer.due(10**6)
 
@@ -623,10 +623,10 @@ def test_saved_by_the_clock_or_asked_to_stop_it_ends_as_if_never_stopped(corpus,
 
     monkeypatch.setattr(train.Checkpoints, "save", spy)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-        patch.setattr(train._Timer, "due", lambda self, step: step == 5)
-        patch.setattr(train._Stop, "at", lambda self, step: step == 6)
+        patch.setattr(interrupt.Timer, "due", lambda self, step: step == 5)
+        patch.setattr(interrupt.Stop, "at", lambda self, step: step == 6)
         train.train(config, str(tmp_path / "run"))
-    assert left.value.code == train.RESUME_EXIT
+    assert left.value.code == interrupt.RESUME_EXIT
     assert saved == [(5, {"nelbo": math.inf}, 1), (6, {"nelbo": math.inf}, 2)], "nothing is measured"
     metric = tmp_path / "run" / "checkpoints" / "6" / "metrics" / "metrics"
     assert json.loads(metric.read_text(), parse_constant=pytest.fail) == {}

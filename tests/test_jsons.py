@@ -12,7 +12,7 @@ from test_metrics import make_run
 from hdlm_jax.common import jsons
 from hdlm_jax.common.console import measured, perplexity, readable
 from hdlm_jax.common.jsons import reuse, write_json
-from hdlm_jax.evaluation import judges
+from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.evaluation.elbo import summarise
 from hdlm_jax.report import page, report
 from hdlm_jax.runs import tasks
@@ -61,7 +61,7 @@ def test_perplexities_beyond_floats():
     assert summarise(nats, np.full(3, 2), np.arange(6.0).reshape(2, 3), np.ones((2, 3)))["perplexity"] == math.inf
     bad = summarise(nats * math.nan, np.full(3, 2), np.arange(6.0).reshape(2, 3), np.ones((2, 3)))
     assert math.isnan(bad["nelbo"]) and jsons.plain(bad)["perplexity"] is None
-    found = judges.summarise(np.array([1e5, 2e5]), np.array([10, 10]))
+    found = text_statistics.perplexities(np.array([1e5, 2e5]), np.array([10, 10]))
     assert found["perplexity"] == found["mean_text_perplexity"] == math.inf
     found = jsons.plain(found) | {"bound": False, "tokens": 20}
     assert judges.perplexity(found) == "none (not finite)"

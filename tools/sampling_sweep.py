@@ -29,7 +29,7 @@ from hdlm_jax.common.console import readable, say
 from hdlm_jax.common.jsons import write_atomic
 from hdlm_jax.config import CLUSTERS, FORCE_TRANSITIONS, GenerateConfig, expand
 from hdlm_jax.decoding.sampler import Sampler, compile_for, ended, sampler_of, start_canvas
-from hdlm_jax.evaluation import judges
+from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.report.report import markdown
 from hdlm_jax.runs.generate import identity, sampling_facts
 from hdlm_jax.training.loading import Run, load_here, saved_config
@@ -118,7 +118,7 @@ def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: Gene
     line = {"run": os.path.basename(os.path.normpath(workdir)), "xi": getattr(run.process, "xi", None)} | about
     line |= {"sampling": sampling_facts(run, g, costs), "prompt_tokens": given,
              "tokens_per_s": float(out["length"].sum() - len(tokens) * given) / seconds}
-    line |= {"judge": judges.record(judge, run.tokenizer, tokens, given)} if judge else judges.statistics(
+    line |= {"judge": judges.record(judge, run.tokenizer, tokens, given)} if judge else text_statistics.statistics(
         [row[given:] for row in tokens])
     lines.append(line | {"made_from": made_from})
     write_atomic(Path(path), "".join(jsons.dumps(record) + "\n" for record in lines).encode())

@@ -14,7 +14,8 @@ from hdlm_jax.common.console import measured, perplexity, readable
 from hdlm_jax.common.jsons import reuse, write_json
 from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.evaluation.elbo import summarise
-from hdlm_jax.report import page, report
+from hdlm_jax.report import __main__ as report
+from hdlm_jax.report import compare, page
 from hdlm_jax.runs import tasks
 
 BAD = {"a": math.nan, "b": [np.float32("inf"), (1, -math.inf)], "c": jnp.array([1.0, jnp.nan]), "d": np.int64(3),
@@ -84,12 +85,12 @@ def test_tables_survive_what_is_not_known(tmp_path, capsys):
         (tmp_path / name / "tasks.json").write_text(json.dumps({"ptb/packed": text}))
     rows = [str(tmp_path / name) for name in "ab"]
     np.savez(tmp_path / "b" / "evaluate_rows.npz", nats=np.full(20, math.nan), tokens=np.full(20, 16))
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in report.table(rows).splitlines()]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in compare.table(rows).splitlines()]
     assert cells[2][3:6] == ["-", "-", "-"]
     report.main(rows)
     said = capsys.readouterr().out
     assert "b - a: - nats/token" in said and f"{rows[0]}: - nats below the unigram" in said
-    assert report.task_table(rows).count("| -") >= 2
+    assert compare.task_table(rows).count("| -") >= 2
     assert "nan" not in said and "None" not in said
     assert tasks._line(text).startswith("- nats/token, - bits/byte, perplexity -, 12 tokens")
     assert tasks.rows({"x": text})

@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from hdlm_jax.common import console, lock, parallel, processes
-    from hdlm_jax.report import report
+    from hdlm_jax.report import page
     from hdlm_jax.runs import evaluate, export, generate, import_weights, preflight, stages, tasks, train
     from hdlm_jax.training import loading
 
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> None:
         with lock.held(here, "import"):
             import_weights.import_released(config, workdir)
     elif _MODE.value == "report":
-        report.report(workdir)
+        page.write_run_page(workdir)
     else:
         with lock.held(f"{here}.export", "export"):  # beside a training that goes on
             export.export(config, workdir)

@@ -29,5 +29,5 @@ for seed in "${seeds[@]}"; do
     "${main[@]}" --mode=report "$@"
   done
 done
-"$PY" -m hdlm_jax.report.report "${all[@]}"
-"$PY" -m hdlm_jax.report.report --html="$runs/comparison.html" "${all[@]}"
+"$PY" -m hdlm_jax.report "${all[@]}"
+"$PY" -m hdlm_jax.report --html="$runs/comparison.html" "${all[@]}"

@@ -21,5 +21,5 @@ for name in hdlm_tiny mdlm_tiny; do
 done
 
 say "results"
-"$PY" -m hdlm_jax.report.report "$runs/hdlm_tiny" "$runs/mdlm_tiny"
+"$PY" -m hdlm_jax.report "$runs/hdlm_tiny" "$runs/mdlm_tiny"
 say "done in $((SECONDS - started)) s, installation not counted"

@@ -19,7 +19,8 @@ from hdlm_jax.decoding import sampler
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain, Proposal
-from hdlm_jax.report import report
+from hdlm_jax.report import __main__ as report
+from hdlm_jax.report import compare, page
 from hdlm_jax.runs import evaluate, generate, stages, train
 from hdlm_jax.training import loading
 
@@ -252,13 +253,13 @@ def test_results_say_what_they_are_given_and_are_not_mixed(tmp_path):
     assert (found["ends"]["given"], found["hidden"]["given"]) == ("nothing", "lengths")
     assert found["ends"]["tokens"] == found["hidden"]["tokens"]  # of text
     ends, hidden, again = (str(tmp_path / name / "run") for name in ("ends", "hidden", "again"))
-    assert report.compare(ends, again)[0] == 0
+    assert compare.paired_difference(ends, again)[0] == 0
     with pytest.raises(ValueError, match="padding differs"):
-        report.compare(ends, hidden)
+        compare.paired_difference(ends, hidden)
     for arguments in ([ends, hidden], [f"--html={tmp_path / 'page.html'}", ends, hidden]):
         with pytest.raises(SystemExit, match="is given nothing, .*lengths: bounds given lengths lie below"):
             report.main(arguments)
-    report.report(hidden)
+    page.write_run_page(hidden)
     assert "NELBO, given lengths" in (tmp_path / "hidden" / "run" / "report.html").read_text()
 
 

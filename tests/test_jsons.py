@@ -12,9 +12,10 @@ from test_metrics import make_run
 from hdlm_jax.common import jsons
 from hdlm_jax.common.console import measured, perplexity, readable
 from hdlm_jax.common.jsons import reuse, write_json
-from hdlm_jax.evaluation import judges
+from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.evaluation.elbo import summarise
-from hdlm_jax.report import page, report
+from hdlm_jax.report import __main__ as report
+from hdlm_jax.report import compare, page
 from hdlm_jax.runs import tasks
 
 BAD = {"a": math.nan, "b": [np.float32("inf"), (1, -math.inf)], "c": jnp.array([1.0, jnp.nan]), "d": np.int64(3),
@@ -61,7 +62,7 @@ def test_perplexities_beyond_floats():
     assert summarise(nats, np.full(3, 2), np.arange(6.0).reshape(2, 3), np.ones((2, 3)))["perplexity"] == math.inf
     bad = summarise(nats * math.nan, np.full(3, 2), np.arange(6.0).reshape(2, 3), np.ones((2, 3)))
     assert math.isnan(bad["nelbo"]) and jsons.plain(bad)["perplexity"] is None
-    found = judges.summarise(np.array([1e5, 2e5]), np.array([10, 10]))
+    found = text_statistics.perplexities(np.array([1e5, 2e5]), np.array([10, 10]))
     assert found["perplexity"] == found["mean_text_perplexity"] == math.inf
     found = jsons.plain(found) | {"bound": False, "tokens": 20}
     assert judges.perplexity(found) == "none (not finite)"
@@ -84,12 +85,12 @@ def test_tables_survive_what_is_not_known(tmp_path, capsys):
         (tmp_path / name / "tasks.json").write_text(json.dumps({"ptb/packed": text}))
     rows = [str(tmp_path / name) for name in "ab"]
     np.savez(tmp_path / "b" / "evaluate_rows.npz", nats=np.full(20, math.nan), tokens=np.full(20, 16))
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in report.table(rows).splitlines()]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in compare.table(rows).splitlines()]
     assert cells[2][3:6] == ["-", "-", "-"]
     report.main(rows)
     said = capsys.readouterr().out
     assert "b - a: - nats/token" in said and f"{rows[0]}: - nats below the unigram" in said
-    assert report.task_table(rows).count("| -") >= 2
+    assert compare.task_table(rows).count("| -") >= 2
     assert "nan" not in said and "None" not in said
     assert tasks._line(text).startswith("- nats/token, - bits/byte, perplexity -, 12 tokens")
     assert tasks.rows({"x": text})

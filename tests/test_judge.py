@@ -16,7 +16,7 @@ from hdlm_jax.common import parallel
 from hdlm_jax.config import ConfigError, GenerateConfig, ParallelConfig
 from hdlm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from hdlm_jax.decoding import sampler as sampling
-from hdlm_jax.evaluation import judges
+from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.runs import generate
 from tools import sampling_sweep
 
@@ -56,7 +56,7 @@ def config(**settings):
 
 def test_statistics_by_hand():
     a, b = np.array([0, 0, 1, 1]), np.array([2, 2, 2, 2])
-    found = judges.statistics([a, b])
+    found = text_statistics.statistics([a, b])
     assert found["unigram_entropy"] == pytest.approx(math.log(2) / 2)
     assert found["corpus_entropy"] == pytest.approx(0.5 * math.log(4) + 0.5 * math.log(2))  # shares 1/4, 1/4, 1/2
     assert found["distinct_1"] == 3 / 8
@@ -64,17 +64,17 @@ def test_statistics_by_hand():
     assert found["distinct_3"] == 3 / 4
     assert found["repetition_4"] == 0
     one = np.array([5, 6, 7, 8, 5, 6, 7, 8])  # 5678 6785 7856 8567 5678
-    assert judges.statistics([one])["repetition_4"] == pytest.approx(1 / 5)
-    assert judges.statistics([one, a])["repetition_4"] == pytest.approx(1 / 6)
-    assert judges.statistics([a, a])["repetition_4"] == 0, "a repetition is of the same text"
-    few = judges.statistics([np.array([3, 4]), np.zeros(0, int)])
+    assert text_statistics.statistics([one])["repetition_4"] == pytest.approx(1 / 5)
+    assert text_statistics.statistics([one, a])["repetition_4"] == pytest.approx(1 / 6)
+    assert text_statistics.statistics([a, a])["repetition_4"] == 0, "a repetition is of the same text"
+    few = text_statistics.statistics([np.array([3, 4]), np.zeros(0, int)])
     assert few["distinct_2"] == 1 and few["distinct_3"] is None and few["repetition_4"] is None
     assert few["unigram_entropy"] == pytest.approx(math.log(2) / 2)
-    assert set(judges.statistics([]).values()) == {None}
+    assert set(text_statistics.statistics([]).values()) == {None}
 
 
 def test_summary_by_hand():
-    found = judges.summarise(np.array([6.0, 2.0]), np.array([2, 1]))
+    found = text_statistics.perplexities(np.array([6.0, 2.0]), np.array([2, 1]))
     assert found["nats_per_token"] == pytest.approx(8 / 3)
     assert found["perplexity"] == pytest.approx(math.exp(8 / 3))
     assert found["nats_per_token_se"] == pytest.approx(4 / 9)  # residuals +-2/3: sqrt(2 x 8/9) / 3
@@ -82,12 +82,12 @@ def test_summary_by_hand():
     each = math.exp(3), math.exp(2)
     assert found["mean_text_perplexity"] == pytest.approx(sum(each) / 2)
     assert found["mean_text_perplexity_se"] == pytest.approx((each[0] - each[1]) / 2)
-    empty = judges.summarise(np.array([6.0, 0.0]), np.array([2, 0]))
+    empty = text_statistics.perplexities(np.array([6.0, 0.0]), np.array([2, 0]))
     assert empty["perplexity"] == pytest.approx(math.exp(3)) == empty["mean_text_perplexity"]
     assert empty["nats_per_token_se"] == 0 and empty["mean_text_perplexity_se"] is None
-    assert judges.summarise(np.array([6.0]), np.array([2]))["nats_per_token_se"] is None
-    assert set(judges.summarise(np.zeros(1), np.zeros(1, int)).values()) == {None}
-    bound = judges.summarise(np.array([6.0, 2.0]), np.array([2, 1]), bound=True)
+    assert text_statistics.perplexities(np.array([6.0]), np.array([2]))["nats_per_token_se"] is None
+    assert set(text_statistics.perplexities(np.zeros(1), np.zeros(1, int)).values()) == {None}
+    bound = text_statistics.perplexities(np.array([6.0, 2.0]), np.array([2, 1]), bound=True)
     assert bound == {f"{name}_bound": value for name, value in found.items()}, "and none without the word"
 
 
@@ -95,7 +95,7 @@ def test_the_standard_error_is_the_spread():
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 40, (300, 60))
     nats = tokens * 3 + 6 * rng.standard_normal(tokens.shape)
-    found = [judges.summarise(a, b) for a, b in zip(nats, tokens, strict=True)]
+    found = [text_statistics.perplexities(a, b) for a, b in zip(nats, tokens, strict=True)]
     spread = np.std([f["nats_per_token"] for f in found], ddof=1)
     assert spread == pytest.approx(np.mean([f["nats_per_token_se"] for f in found]), rel=0.12)
 
@@ -179,7 +179,7 @@ def test_a_prompt_is_context(gpt2_judge):
     assert (record["tokens"], record["sampled_tokens"], record["prompt_tokens"]) == (6, 6, 4)
     assert (record["empty_texts"], record["unscored_texts"], record["texts"]) == (1, 1, 3)
     assert record["nats_per_token"] == pytest.approx(sum(by_hand(i, 4)[0] for i in ids) / 6, rel=1e-5)
-    assert record["corpus_entropy"] == pytest.approx(judges.entropy(np.frombuffer(b"catdog", np.uint8)))
+    assert record["corpus_entropy"] == pytest.approx(text_statistics.entropy(np.frombuffer(b"catdog", np.uint8)))
 
 
 def test_vocabulary_of_a_folder(tmp_path, data_dir, monkeypatch):
@@ -353,7 +353,7 @@ def test_mauve_itself():
     pytest.importorskip("mauve")
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 60, 8)).astype(np.float32)
-    assert judges.mauve(a, a) > 0.95 > 0.5 > judges.mauve(a, b + 9)
+    assert text_statistics.mauve(a, a) > 0.95 > 0.5 > text_statistics.mauve(a, b + 9)
 
 
 # ------------------------------------------------------------------------------------------------ the sampler's force
@@ -455,7 +455,7 @@ def test_sweep_goes_on_where_it_was(copied, folder, capsys, monkeypatch):
     one = next(r for r in lines if r["same"][0][0] == "within" and r["sampling"]["temperature"] == 0.25
                and r["sampling"]["steps"] == 6)
     tokens = draw(dataclasses.replace(GRID, temperature=0.25))[:3]
-    assert one["judge"]["corpus_entropy"] == pytest.approx(judges.entropy(tokens.reshape(-1)))
+    assert one["judge"]["corpus_entropy"] == pytest.approx(text_statistics.entropy(tokens.reshape(-1)))
     assert f"{one['judge']['perplexity']:.2f} ± {one['judge']['perplexity_se']:.2f}" in out
     sampling_sweep.main([*how, "--steps=6", "--force_transition=within"])  # nobody judges
     last = json.loads(path.read_text().splitlines()[-1])

@@ -12,7 +12,7 @@ from tiny import SEQ_LEN, trained, write_recipe
 
 from hdlm_jax import main
 from hdlm_jax.common import lock
-from hdlm_jax.report import report
+from hdlm_jax.report import __main__ as report
 from hdlm_jax.runs import evaluate
 from hdlm_jax.training import state
 

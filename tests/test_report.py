@@ -12,7 +12,8 @@ from tiny import model, read_recipe, trained
 
 from hdlm_jax.config import ConfigError
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.report import page, report
+from hdlm_jax.report import __main__ as report
+from hdlm_jax.report import compare, page, run_files
 from hdlm_jax.runs import generate
 
 EVALUATED = {"nelbo": 5.5, "se": 0.0123, "perplexity": 244.7, "perplexity_se": 3.0, "whole_split": True,
@@ -88,7 +89,7 @@ def counts_per_level(z):
 
 
 def test_the_page_holds_what_the_files_say(run):
-    path = report.report(str(run))
+    path = page.write_run_page(str(run))
     text, reader = read(run / "report.html")
     assert path == str(run / "report.html") and {"viewer", "curves", "levels", "clusters"} <= set(reader.ids)
     data = reader.data()["run"]
@@ -120,7 +121,7 @@ def test_what_is_missing_is_named_with_its_command(run, tmp_path):
     (workdir / "metrics.jsonl").unlink()
     config = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps(config | {"data": config["data"] | {"dir": "/gone"}}))
-    report.report(str(workdir))
+    page.write_run_page(str(workdir))
     text, reader = read(workdir / "report.html")
     for mode in ("evaluate", "generate", "train"):
         assert f"--workdir={workdir} --mode={mode}</code>" in text
@@ -128,10 +129,10 @@ def test_what_is_missing_is_named_with_its_command(run, tmp_path):
     assert data["trajectories"] is None and data["curves"] is None and data["hierarchy"]["counts"] is None
     assert data["occupancy"]["points"] is None and "in the tokenizer's order" in text
     (workdir / "hierarchy.npz").unlink()
-    report.report(str(workdir))
+    page.write_run_page(str(workdir))
     assert f"--workdir={workdir} --mode=cluster</code>" in read(workdir / "report.html")[0]
     with pytest.raises(ConfigError, match="train first"):
-        report.report(str(tmp_path / "nowhere"))
+        page.write_run_page(str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -148,7 +149,7 @@ def test_numbers_of_others_are_shown(run, tmp_path):
     asked = {"kind": "ranking", "task": "quiz", "made_from": {"step": 3}, "limited": False, "accuracy": 0.5,
              "accuracy_se": 0.05, "questions": 100, "draws": 8.0, "reached": 0.9, "cut": 0}
     (workdir / "tasks.json").write_text(json.dumps({"a&b/packed": text, "quiz": asked}))
-    report.report(str(workdir))
+    page.write_run_page(str(workdir))
     text, _ = read(workdir / "report.html")
     for said in ("5.5000", "± 0.0123 nats/token", "244.7", "2.2500", "12,345", "87.7", "under big &lt;model&gt;",
                  "5.43", '<td data-name="text">a&amp;b*</td>', '<td class=n data-name="accuracy %">50.00 ± 5.00</td>',
@@ -160,7 +161,7 @@ def test_numbers_of_others_are_shown(run, tmp_path):
     for folder in (workdir, other):
         np.savez(folder / "evaluate_rows.npz", nats=np.ones(4), tokens=np.full(4, 16))
     with pytest.raises(ValueError, match="data differs"):
-        report.compare(str(workdir), str(other))
+        compare.paired_difference(str(workdir), str(other))
 
 
 NASTY = ["</script>", '"quoted"', "<b>&amp;", "\x00\x1b", "\u2028\u2029", "a\u202eb", "--><!--", "{{data}}", "\\u003c"]
@@ -169,13 +170,13 @@ NASTY = ["</script>", '"quoted"', "<b>&amp;", "\x00\x1b", "\u2028\u2029", "a\u20
 def test_any_text_is_only_text(run, tmp_path):
     for raw, shown in [(b" the", " the"), (b"\n\n", "↵↵"), (b"\t", "⇥"), (b"\xe2\x80", r"\xe2\x80"), (b"\x00", r"\x00"),
                        ("\u2028".encode(), r"\u2028"), ("é‮".encode(), r"é\u202e"), (b"</script>", "</script>")]:
-        assert page.show_word(raw) == shown and shown.isprintable()
-    assert [page.show_word(w, True) for w in (b"the", b"##ing", b"[SEP]")] == [" the", "ing", "[SEP]"]
+        assert run_files.show_word(raw) == shown and shown.isprintable()
+    assert [run_files.show_word(w, True) for w in (b"the", b"##ing", b"[SEP]")] == [" the", "ing", "[SEP]"]
     text = page.embed({"words": NASTY, "n": 1})
     assert not re.search("[<>&\u2028\u2029]", text) and json.loads(text) == {"words": NASTY, "n": 1}
     assert page.embed({"a": [1.0, math.nan, (math.inf,)]}) == '{"a":[1.0,null,[null]]}'
 
-    found = page.gather(str(run))
+    found = run_files.gather(str(run))
     found["hierarchy"]["words"][: len(NASTY)] = NASTY
     asked = {"kind": "ranking", "made_from": {"step": 3}, "limited": False, "accuracy": 0.5, "questions": 1,
              "draws": 8.0, "reached": 0.9, "cut": 0}
@@ -196,7 +197,7 @@ def test_occupancy_of_a_long_recording():
         level = (times <= -np.log1p(-t)[None, :, None, None]).sum(-1)
     level[:, :, :7] = 0
     film = {"z": np.array([0, 9, 12, 14])[level], "time": np.tile(t, (n, 1))}
-    found = page.occupancy(rates, film, (0, 9, 12, 14))
+    found = run_files.occupancy(rates, film, (0, 9, 12, 14))
     assert found["tokens"] == n * (length - 7)
     with np.errstate(divide="ignore"):
         expect = LevelChain(rates).beta(-np.log1p(-t), np)
@@ -217,12 +218,13 @@ def test_runs_side_by_side(run, tmp_path, capsys):
     text, reader = read(tmp_path / "all.html")
     assert [r["name"] for r in reader.data()["runs"]] == list("abcd")
     assert "5.5000 ± 0.0123" in text and "other sequences" in text
-    assert "{:+.4f} ± {:.4f}".format(*report.compare(str(tmp_path / "a"), str(tmp_path / "b"))) in text
+    assert "{:+.4f} ± {:.4f}".format(*compare.paired_difference(str(tmp_path / "a"), str(tmp_path / "b"))) in text
     assert f"--workdir={tmp_path / 'd'} --mode=generate" in text and reader.data()["unigram"] == 6.5
-    assert reader.data()["runs"][0]["curves"] == page.curves(str(run))
+    assert reader.data()["runs"][0]["curves"] == run_files.curves(str(run))
     for wrong in (["--html=x"], ["--html=", "a"], ["--page=x", "a"]):
-        with pytest.raises(SystemExit, match="usage:"):
+        with pytest.raises(SystemExit, match="2"):
             report.main(wrong)
+        assert capsys.readouterr().err.startswith("usage: python -m hdlm_jax.report")
     with pytest.raises(SystemExit, match="report: .*train first"):
         report.main([f"--html={tmp_path / 'x.html'}", str(tmp_path / "nowhere")])
 
@@ -236,15 +238,15 @@ def test_tasks_and_judges_side_by_side(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tasks.json").write_text(json.dumps(tasks))
     (tmp_path / "c").mkdir()
-    assert report.task_table([str(tmp_path / "c")]) == ""
-    lines = report.task_table([str(tmp_path / name) for name in "abc"]).splitlines()
+    assert compare.task_table([str(tmp_path / "c")]) == ""
+    lines = compare.task_table([str(tmp_path / name) for name in "abc"]).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["", "ptb/packed (limited)", "piqa"] and cells[2] == ["a", "100.0 ± 2.0", "25.0 ± 1.0 %"]
     assert cells[3] == ["b", "100.0 ± 2.0", "-"] and cells[4] == ["c", "-", "-"]
     exact = {"perplexity": 87.65, "perplexity_se": 1.5, "unigram_entropy": 5.4321, "distinct_2": 0.5}
-    assert report._judged({"judge": exact}) == ["87.7 ± 1.5", "5.432", "0.500"] and report._judged({}) == ["-"] * 3
+    assert compare._judged({"judge": exact}) == ["87.7 ± 1.5", "5.432", "0.500"] and compare._judged({}) == ["-"] * 3
     bound = {"perplexity_bound": 87.65, "perplexity_se_bound": None, "unigram_entropy": None}
-    assert report._judged({"judge": bound}) == ["≤ 87.7", "-", "-"]
+    assert compare._judged({"judge": bound}) == ["≤ 87.7", "-", "-"]
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
@@ -291,7 +293,7 @@ def set_frame(tab, frame):
 
 
 def test_the_viewer_in_a_browser(run, look):
-    report.report(str(run))
+    page.write_run_page(str(run))
     with np.load(run / "trajectories.npz") as film:
         z, call = film["z"], film["call"]
     expect, tokenizer = counts_per_level(z), model().tokenizer
@@ -307,7 +309,7 @@ def test_the_viewer_in_a_browser(run, look):
                 assert tab.locator(f"#status [data-count='{level}']").inner_text() == str(count)
                 assert tab.locator(f"#text .tok[data-level='{level}']").count() == count
     shown = tab.locator("#text .tok > .on").all_text_contents()
-    words = [page.show_word(tokenizer.token_bytes(int(i))).strip() or "␣" for i in z[2, -1]]
+    words = [run_files.show_word(tokenizer.token_bytes(int(i))).strip() or "␣" for i in z[2, -1]]
     assert shown == words
 
     set_frame(tab, 0)
@@ -330,7 +332,7 @@ def test_the_viewer_in_a_browser(run, look):
 
 
 def test_clusters_in_a_browser(run, look):
-    report.report(str(run))
+    page.write_run_page(str(run))
     tab, h = look(run / "report.html"), model().hierarchy
     word = int(model().tokenizer.encode("t")[0])
     tab.locator("#find").fill("t")
@@ -346,7 +348,7 @@ def test_clusters_in_a_browser(run, look):
     members = {int(b.get_attribute("data-word")) for b in card.locator("[data-word]").all()}
     assert card.get_attribute("data-cluster") == "5" and members <= set(np.flatnonzero(h.anc[1] == 5).tolist())
     frequent = tab.locator(".list button").first.get_attribute("data-node")
-    counts = np.bincount(h.anc[1], page.gather(str(run))["hierarchy"]["counts"])
+    counts = np.bincount(h.anc[1], run_files.gather(str(run))["hierarchy"]["counts"])
     assert int(frequent) == counts.argmax()
     first = card.locator("[data-word]").first
     first.click()
@@ -355,17 +357,17 @@ def test_clusters_in_a_browser(run, look):
 
 @pytest.mark.parametrize("width", [1280, 400])
 def test_pages_fit_and_say_no_error(run, look, tmp_path, width):
-    report.report(str(run))
-    found, film = page.gather(str(run)), page.read_trajectories(str(run))
+    page.write_run_page(str(run))
+    found, film = run_files.gather(str(run)), run_files.read_trajectories(str(run))
     found["hierarchy"]["words"][: len(NASTY)] = NASTY
     found["hierarchy"]["words"][len(NASTY) : 120] = ["long" * 100] * (120 - len(NASTY))
-    found["trajectories"] = page.changes(film | {k: np.tile(film[k], 20) for k in ("z", "confidence")})
+    found["trajectories"] = run_files.changes(film | {k: np.tile(film[k], 20) for k in ("z", "confidence")})
     (tmp_path / "nasty.html").write_text(page.run_page(found), encoding="utf-8")
     report.main([f"--html={tmp_path / 'all.html'}", str(run), str(run)])
     lacking = shutil.copytree(run, tmp_path / "lacking")
     for name in ("trajectories.npz", "metrics.jsonl", "generate.json"):
         (lacking / name).unlink()
-    report.report(str(lacking))
+    page.write_run_page(str(lacking))
     for path in (run / "report.html", tmp_path / "nasty.html", tmp_path / "all.html", lacking / "report.html"):
         scheme = "dark" if path.parent == tmp_path else "light"
         tab = look(path, width, scheme)

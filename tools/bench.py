@@ -6,6 +6,7 @@ how the heads and the sampler scale; `--report=FOLDER` is the table of what laun
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import resource
@@ -19,11 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 
 from hdlm_jax import config as configs
 from hdlm_jax.common import jsons, parallel
-from hdlm_jax.common.console import progress
+from hdlm_jax.common.console import markdown, progress
 from hdlm_jax.common.jsons import write_json
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.decoding.sampler import Sampler
@@ -35,6 +35,7 @@ from hdlm_jax.training.loss import make_loss_sums, stratified_tau
 from hdlm_jax.training.metrics import peak_flops, read_metrics
 from hdlm_jax.training.state import abstract_state, init_state, make_optimizer
 from hdlm_jax.training.step import make_train_step
+from tools import cli
 
 
 class Case(NamedTuple):
@@ -442,7 +443,8 @@ def report(folder: str) -> tuple[str, bool]:
     if not found:
         raise ConfigError(f"--report={folder}: no CASE.jsonl there; ./launch/bench.sh makes them")
     head = ["case", "run", "measure", "ours", "other", "min", "median", "max", "target", "floor"]
-    table, notes, bad = [head, ["---"] * len(head)], [], []
+    table: list[list[str]] = []
+    notes, bad = [], []
     for case, rounds in found.items():
         wrong = problems(case, rounds)
         bad += wrong
@@ -453,61 +455,48 @@ def report(folder: str) -> tuple[str, bool]:
                      f"({torch['threads']} threads{', compiled' if torch['compiled'] else ''}), jax "
                      f"{ours.get('jax')} on {ours.get('device')} ({ours.get('dtype')}), {torch['sample_steps']} "
                      f"sampling steps")
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [f"| {' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))} |" for row in table]
-    lines += ["", "min, median, max: ours over the other's, paired within rounds; targets are for the median.", *notes]
+    lines = [markdown(head, table), "",
+             "min, median, max: ours over the other's, paired within rounds; targets are for the median.", *notes]
     return "\n".join([*lines, *bad]), not bad
 
 
 # ---- the command ----
 
 
-def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """Flags of their own, so that this module goes with hdlm_jax.main in one process."""
-    f = flags.FlagValues()
-    flags.DEFINE_enum("case", "tiny", list(CASES), "Shapes to run.", flag_values=f)
-    flags.DEFINE_enum("head", "flat", HEADS, "model.head.", flag_values=f)
-    flags.DEFINE_enum("process", "hdlm", list(PROCESSES), "With the case's clusters, or a baseline.", flag_values=f)
-    flags.DEFINE_enum("dtype", "", ("", "float32", "bfloat16"), "model.dtype; default float32 on CPU, bfloat16 "
-                      "elsewhere.", flag_values=f)
-    flags.DEFINE_integer("steps", 12, "Training steps that count.", 1, flag_values=f)
-    flags.DEFINE_integer("warmup", 3, "Training steps before them.", 0, flag_values=f)
-    flags.DEFINE_integer("sample_steps", 32, "Steps of the sampler's grid.", 1, flag_values=f)
-    flags.DEFINE_integer("batch_size", 0, "In place of the case's.", 0, flag_values=f)
-    flags.DEFINE_bool("temp_bytes_full", False, "Also compile the loss, as it is and over full logits, for its memory.",
-                      flag_values=f)
-    flags.DEFINE_string("profile", "", "Folder for a trace of three steps.", flag_values=f)
-    flags.DEFINE_string("curves", "", "Folder for the scaling of heads and sampler (small-cpu unless --case).",
-                        flag_values=f)
-    flags.DEFINE_string("report", "", "Folder of launch/bench.sh's results to tabulate.", flag_values=f)
-    if {"--help", "-h"} & set(argv):
-        print(f"{__doc__}\n{f.get_help()}")
-        sys.exit()
-    if rest := f(list(argv))[1:]:
-        raise ConfigError(f"unexpected argument {rest[0]!r}; flags begin with --")
-    return f
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    ask = cli.Parser("bench", __doc__)
+    ask.add_argument("--case", choices=CASES, help="shapes to run (default: tiny; with --curves small-cpu)")
+    ask.add_argument("--head", default="flat", choices=HEADS, help="model.head")
+    ask.add_argument("--process", default="hdlm", choices=PROCESSES, help="with the case's clusters, or a baseline")
+    ask.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"),
+                     help="model.dtype; default: float32 on CPU, bfloat16 elsewhere")
+    for name, value, least, text in (
+            ("steps", 12, 1, "training steps that count"), ("warmup", 3, 0, "training steps before them"),
+            ("sample_steps", 32, 1, "steps of the sampler's grid"), ("batch_size", 0, 0, "in place of the case's")):
+        ask.add_argument(f"--{name}", type=cli.at_least(least), default=value, help=f"{text} (default: %(default)s)")
+    ask.add_argument("--temp_bytes_full", action="store_true",
+                     help="also compile the loss, as it is and over full logits, for its memory")
+    ask.add_argument("--profile", default="", metavar="FOLDER", help="for a trace of three steps")
+    ask.add_argument("--curves", default="", metavar="FOLDER", help="for the scaling of heads and sampler")
+    ask.add_argument("--report", default="", metavar="FOLDER", help="of launch/bench.sh's results to tabulate")
+    return ask.parse_args(argv)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit code: 0; 1 for what a user can mend; 3 for a report whose figures are not valid."""
-    try:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 3 for a report whose figures are not valid; SystemExit for what a user can mend."""
+    with cli.one_line("bench"):
         f = parse(argv)
         if f.report:
             text, valid = report(f.report)
             print(text)
             return 0 if valid else 3
         if f.curves:
-            curves(f.curves, f.case if f["case"].present else "small-cpu")
-            return 0
-        print(jsons.dumps(measure(f.case, f.head, f.process, f.steps, f.warmup, f.sample_steps, f.dtype, f.batch_size,
-                                 f.temp_bytes_full, f.profile)))
-    except (ValueError, OSError, flags.Error) as error:
-        if os.environ.get("HDLM_TRACEBACK"):
-            raise
-        print(f"bench: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+            curves(f.curves, f.case or "small-cpu")
+        else:
+            print(jsons.dumps(measure(f.case or "tiny", f.head, f.process, f.steps, f.warmup, f.sample_steps, f.dtype,
+                                      f.batch_size, f.temp_bytes_full, f.profile)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main())

@@ -24,15 +24,15 @@ import numpy as np
 from absl import logging
 
 from hdlm_jax.common import parallel
-from hdlm_jax.common.console import readable, say
+from hdlm_jax.common.console import markdown, readable, say
 from hdlm_jax.common.jsons import write_atomic
 from hdlm_jax.config import GenerateConfig, expand
 from hdlm_jax.decoding import presets
 from hdlm_jax.decoding.sampler import load_helper, sampler_of
 from hdlm_jax.evaluation import judges
-from hdlm_jax.report.report import markdown
 from hdlm_jax.runs.generate import real_texts
 from hdlm_jax.training.loading import Run, load_here, saved_config
+from tools import cli
 from tools.sampling_sweep import measure
 
 FILE = "method_sweep.jsonl"
@@ -97,8 +97,9 @@ def label(method: str, options: str, steps: Any) -> str:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown of what `sweep` gives back, best perplexity last within a run's order of speed."""
-    rows = [["run", "method", "calls", "network passes a sample", "tokens/s", "perplexity", "unigram entropy",
-             "repetition"]]
+    head = ["run", "method", "calls", "network passes a sample", "tokens/s", "perplexity", "unigram entropy",
+            "repetition"]
+    rows = []
     for line in lines:
         s, numbers = line["sampling"], line["judge"]
         cost = ["-"] * 3 if s is None else [f"{s['network_calls']:.1f}", f"{s['row_forwards']:.1f}",
@@ -106,7 +107,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         name = "(real text)" if s is None else label(s["method"], s["options"], s["steps"])
         rows.append([line["run"], name, *cost, judges.perplexity(numbers), readable(numbers["unigram_entropy"], ".3f"),
                      readable(numbers["repetition_4"], ".3f")])
-    return markdown(rows)
+    return markdown(head, rows)
 
 
 def front(cost: Sequence[float], perplexity: Sequence[float]) -> list[int]:
@@ -178,16 +179,15 @@ def picture(path: str, lines: list[dict[str, Any]]) -> bool:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    ask = argparse.ArgumentParser(prog="python -m tools.method_sweep", allow_abbrev=False,
-                                  description="Every decoding method on trained runs: speed and judged quality.")
+    ask = cli.Parser("method_sweep", __doc__)
     ask.add_argument("workdir", nargs="+", type=expand)
     ask.add_argument("--judge", type=expand, required=True,
                      help="workdir of an autoregressive run, or folder of a GPT-2")
     ask.add_argument("--judge_dtype", default="float32", choices=("float32", "bfloat16"))
     ask.add_argument("--helper", type=expand, default="", help="autoregressive run for the methods that need one")
-    ask.add_argument("--methods", type=lambda text: text.split(","), default=[], metavar="LIST",
+    ask.add_argument("--methods", type=cli.listed(str), default=[], metavar="LIST",
                      help="'max_prob,fast_dllm threshold=.8'; default: all")
-    ask.add_argument("--steps", type=lambda text: [int(part) for part in text.split(",")], default=[16, 64, 128])
+    ask.add_argument("--steps", type=cli.listed(int), default=[16, 64, 128])
     ask.add_argument("--out", type=expand, default="",
                      help="folder for method_sweep.md and .png; default: the first workdir")
     for name, value in (("num_samples", 64), ("batch_size", 16), ("seed", 0), ("prompt_tokens", 32)):
@@ -196,8 +196,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    given = parse(argv)
-    try:
+    with cli.one_line("method_sweep"):
+        given = parse(argv)
         config = saved_config(given.workdir[0])
         config = dataclasses.replace(config, parallel=type(config.parallel)())
         parallel.keep_compiled()
@@ -208,8 +208,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_atomic(Path(out) / "method_sweep.md", f"{text}\n".encode())
         picture(os.path.join(out, "method_sweep.png"), lines)
         print("\n" + text)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"method_sweep: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":

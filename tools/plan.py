@@ -9,12 +9,12 @@ Memory and exchanges are read from the compiled program. Step time is arithmetic
 
 from __future__ import annotations
 
+import argparse
 import collections
 import json
 import os
 import re
 import resource
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from ml_collections import config_flags
 
 from hdlm_jax import config as configs
 from hdlm_jax.common import jsons, parallel
-from hdlm_jax.common.console import say
+from hdlm_jax.common.console import markdown, say
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.heads import compiling_for
@@ -36,6 +36,7 @@ from hdlm_jax.training.build import build
 from hdlm_jax.training.metrics import peak_flops
 from hdlm_jax.training.state import abstract_state, make_optimizer
 from hdlm_jax.training.step import make_train_step
+from tools import cli
 
 MFU = 0.4  # of the chips' bf16 peak: an assumption, not a measurement
 TOKENS = 131e9  # of the published runs
@@ -302,7 +303,7 @@ def table(plans: list[dict[str, Any]]) -> str:
     names = ("config", "head", "topology", "data, fsdp, tensor", "microbatches", "state GiB", "temporary GiB",
              "peak GiB", "fits", "moved GiB", "at full links s", f"at {MFU:.0%} MFU s", "tokens/s",
              f"days for {TOKENS / 1e9:.0f}B", "compiled s")
-    rows = [names, ("---",) * len(names)]
+    rows = []
     for p in plans:
         gib = {name: f"{size / 2**30:.2f}" for name, size in p.get("bytes", {}).items()}
         number = lambda name, form, by=1.0, p=p: format(p[name] / by, form) if name in p else ""  # noqa: E731
@@ -312,7 +313,7 @@ def table(plans: list[dict[str, Any]]) -> str:
             {True: "yes", False: "no", None: ""}[p["fits"]], number("moved_bytes", ".1f", 2**30),
             number("links_s", ".2f"), number("step_s", ".2f"), number("tokens_per_s", ",.0f"), number("days", ".1f"),
             number("compile_s", ".0f")))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(names, rows)
 
 
 def exchanges(found: list[dict[str, Any]], most: int) -> str:
@@ -326,25 +327,23 @@ def exchanges(found: list[dict[str, Any]], most: int) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """Flags of their own, so that this module goes with hdlm_jax.main in one process."""
-    f = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "A file of configs/; fields as --config.model.head=flat.",
-                                    flag_values=f, sys_argv=list(argv))
-    flags.DEFINE_string("topology", "v5e:16x16", "Chip and grid, as in v5e:16x16 or v5p:8x8x4.", flag_values=f)
-    flags.DEFINE_multi_string("mesh", [], "data,fsdp,tensor; may be given several times. Default: the config's.",
-                              flag_values=f)
-    flags.DEFINE_string("out", "", "A file to add the plans to, a line of JSON each.", flag_values=f)
-    flags.DEFINE_integer("top", 12, "Exchanges to print a plan, the largest first.", 0, flag_values=f)
-    flags.DEFINE_multi_string("table", [], "Only print the table of such files.", flag_values=f)
-    if {"--help", "-h"} & set(argv):
-        print(f"{__doc__}\n{f.get_help()}")
-        sys.exit()
-    if rest := f(list(argv))[1:]:
-        raise ConfigError(f"unexpected argument {rest[0]!r}; flags begin with --")
-    if f.config is None and not f.table:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, flags.FlagValues]:
+    """The tool's own arguments, and those of a config (--config=FILE, --config.model.head=flat)."""
+    ask = cli.Parser("plan", __doc__)
+    ask.add_argument("--topology", default="v5e:16x16", help="chip and grid, as in v5e:16x16 or v5p:8x8x4")
+    ask.add_argument("--mesh", action="append", default=[],
+                     help="data,fsdp,tensor; may be given several times (default: the config's)")
+    ask.add_argument("--out", default="", metavar="FILE", help="to add the plans to, a line of JSON each")
+    ask.add_argument("--top", type=cli.at_least(0), default=12, help="exchanges to print a plan, the largest first")
+    ask.add_argument("--table", action="append", default=[], metavar="FILE", help="only print the table of such files")
+    given, rest = ask.parse_known_args(argv)
+    f, rest = flags.FlagValues(), ["plan", *rest]
+    config_flags.DEFINE_config_file("config", None, "A file of configs/.", flag_values=f, sys_argv=rest)
+    if unknown := f(rest)[1:]:
+        raise ConfigError(f"unexpected argument {unknown[0]!r}; flags begin with --")
+    if f.config is None and not given.table:
         raise ConfigError("--config is missing; give a recipe, as in --config=configs/hdlm_7b.py")
-    return f
+    return given, f
 
 
 def meshes(given: Any, shapes: Sequence[str]) -> list[Config]:
@@ -360,35 +359,28 @@ def meshes(given: Any, shapes: Sequence[str]) -> list[Config]:
     return out
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit code: 0; 1 for what a user can mend."""
-    try:
-        f = parse(argv)
+def main(argv: Sequence[str] | None = None) -> None:
+    with cli.one_line("plan"):
+        given, f = parse(argv)
         plans = []
-        for file in f.table:
+        for file in given.table:
             with open(file) as lines:
                 plans += [json.loads(line) for line in lines]
-        if not f.table:
+        if not given.table:
             jax.config.update("jax_platforms", "cpu")  # with libtpu installed jax would look for a TPU
             jax.config.update("jax_enable_compilation_cache", False)  # or compile_s is that of a look-up
-            devices = topology(f.topology)
+            devices = topology(given.topology)
             name = os.path.splitext(os.path.basename(config_flags.get_config_filename(f["config"])))[0]
-            for config in meshes(f.config, f.mesh):
-                found = plan(config, devices, name) | {"topology": f.topology}
-                say(f"plan: {name}, {f.topology}, {found['mesh']}\n"
-                    + (found.get("refused") or exchanges(found["collectives"], f.top)))
+            for config in meshes(f.config, given.mesh):
+                found = plan(config, devices, name) | {"topology": given.topology}
+                say(f"plan: {name}, {given.topology}, {found['mesh']}\n"
+                    + (found.get("refused") or exchanges(found["collectives"], given.top)))
                 plans.append(found)
-                if f.out:
-                    with open(f.out, "a") as out:
+                if given.out:
+                    with open(given.out, "a") as out:
                         out.write(jsons.dumps(found) + "\n")
         say(table(plans))
-    except (ValueError, OSError, flags.Error) as error:
-        if os.environ.get("HDLM_TRACEBACK"):
-            raise
-        print(f"plan: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    main()

@@ -25,15 +25,15 @@ import numpy as np
 from absl import logging
 
 from hdlm_jax.common import jsons, parallel
-from hdlm_jax.common.console import readable, say
+from hdlm_jax.common.console import markdown, readable, say
 from hdlm_jax.common.jsons import write_atomic
 from hdlm_jax.config import CLUSTERS, FORCE_TRANSITIONS, GenerateConfig, expand
 from hdlm_jax.decoding.sampler import Sampler, compile_for, ended, sampler_of, start_canvas
-from hdlm_jax.evaluation import judges
-from hdlm_jax.report.report import markdown
+from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.runs.generate import identity, sampling_facts
 from hdlm_jax.training.loading import Run, load_here, saved_config
 from hdlm_jax.training.metrics import read_metrics
+from tools import cli
 
 FILE = "sampling_sweep.jsonl"
 
@@ -118,7 +118,7 @@ def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: Gene
     line = {"run": os.path.basename(os.path.normpath(workdir)), "xi": getattr(run.process, "xi", None)} | about
     line |= {"sampling": sampling_facts(run, g, costs), "prompt_tokens": given,
              "tokens_per_s": float(out["length"].sum() - len(tokens) * given) / seconds}
-    line |= {"judge": judges.record(judge, run.tokenizer, tokens, given)} if judge else judges.statistics(
+    line |= {"judge": judges.record(judge, run.tokenizer, tokens, given)} if judge else text_statistics.statistics(
         [row[given:] for row in tokens])
     lines.append(line | {"made_from": made_from})
     write_atomic(Path(path), "".join(jsons.dumps(record) + "\n" for record in lines).encode())
@@ -138,30 +138,29 @@ def _perplexity(line: dict[str, Any]) -> str:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown of what `sweep` gives back."""
-    rows = [["run", "xi", "force transition", "clusters", "T", "temperature", "perplexity", "unigram entropy",
-             "repetition", "network calls", "row forwards", "law"]]
+    head = ["run", "xi", "force transition", "clusters", "T", "temperature", "perplexity", "unigram entropy",
+            "repetition", "network calls", "row forwards", "law"]
+    rows = []
     for line in lines:
         s, numbers = line["sampling"], line.get("judge", line)
         rows.append([line["run"], "-" if line["xi"] is None else f"{line['xi']:g}", *_names(line["same"]),
                      str(s["steps"] or s["method"]), f"{s['temperature']:g}", _perplexity(line),
                      readable(numbers["unigram_entropy"], ".3f"), readable(numbers["repetition_4"], ".3f"),
                      f"{s['network_calls']:.1f}", f"{s['row_forwards']:.1f}", s["law"]])
-    return markdown(rows)
+    return markdown(head, rows)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments; the settings are those of config.Generate and have its rules."""
     base = GenerateConfig()
-    some = lambda kind: lambda text: [kind(part) for part in text.split(",")]  # noqa: E731
-    ask = argparse.ArgumentParser(prog="python -m tools.sampling_sweep", allow_abbrev=False,
-                                  description="Judge samples of trained runs at many settings (lists: by commas).")
+    ask = cli.Parser("sampling_sweep", __doc__)
     ask.add_argument("workdir", nargs="+", type=expand)
     ask.add_argument("--judge", type=expand, default="", help="folder of a GPT-2, or workdir of a run")
     ask.add_argument("--judge_dtype", default="float32", choices=("float32", "bfloat16"))
-    ask.add_argument("--force_transition", type=some(str), default=list(FORCE_TRANSITIONS), metavar="LIST")
-    ask.add_argument("--clusters", type=some(str), default=list(CLUSTERS), metavar="LIST")
-    ask.add_argument("--steps", type=some(int), default=[base.steps], metavar="LIST")
-    ask.add_argument("--temperature", type=some(float), default=[base.temperature], metavar="LIST")
+    ask.add_argument("--force_transition", type=cli.listed(str), default=list(FORCE_TRANSITIONS), metavar="LIST")
+    ask.add_argument("--clusters", type=cli.listed(str), default=list(CLUSTERS), metavar="LIST")
+    ask.add_argument("--steps", type=cli.listed(int), default=[base.steps], metavar="LIST")
+    ask.add_argument("--temperature", type=cli.listed(float), default=[base.temperature], metavar="LIST")
     for name, value in (("num_samples", 64), ("length", 0), ("method", base.method), ("options", base.options),
                         ("top_p", base.top_p), ("batch_size", base.batch_size), ("seed", base.seed),
                         ("checkpoint", base.checkpoint)):
@@ -170,8 +169,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    given = parse(argv)
-    try:
+    with cli.one_line("sampling_sweep"):
+        given = parse(argv)
         for force, shown, steps, heat in itertools.product(given.force_transition, given.clusters, given.steps,
                                                            given.temperature):
             dataclasses.replace(basis(given), force_transition=force, clusters=shown, steps=steps,
@@ -184,8 +183,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             config = dataclasses.replace(config, parallel=type(config.parallel)())
             judge = judges.open_judge(given.judge, given.judge_dtype, config.parallel, parallel.make_mesh(config))
         print("\n" + table([line for workdir in given.workdir for line in sweep(workdir, given, judge)]))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"sampling_sweep: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Sequence
 
 _speaks = True
 
@@ -32,6 +33,13 @@ def measured(value: float | None, se: float | None, spec: str = ".4f", sign: str
     """'5.1234 ± 0.0123': a number with its standard error, alone where that is not known, '-' where it is not."""
     both = [text for text in (readable(value, spec), readable(se, spec.lstrip("+"))) if text != "-"]
     return f" {sign} ".join(both) if readable(value, spec) != "-" else "-"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its columns aligned."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in lines)
 
 
 def perplexity(nats: float) -> float:

@@ -38,7 +38,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ class Task:
     """
 
     path: str
-    read: Callable[..., Iterator[Any]]
+    read: Callable[..., Iterator[Passage] | Iterator[Question]]
     detokenize: str = ""
     words: bool = False
     ranks: bool = False
@@ -110,7 +110,7 @@ def _by_article(lines: Iterable[str], detokenize: str) -> Iterator[Passage]:
         held.append(_passage(line.strip(), detokenize))
 
 
-def _jsonl(lines: Iterable[str]) -> Iterator[dict]:
+def _jsonl(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     return (json.loads(line) for line in lines if line.strip())
 
 
@@ -207,7 +207,7 @@ def load(name: str, source: str | list[str], limit: int = 0, reader: corpus.Read
       ValueError: a file that is not of the form the task has, or a record that cannot be read; one line.
     """
     task = TASKS[name]
-    items: Iterator[Any]
+    items: Iterator[Passage] | Iterator[Question]
     if isinstance(source, str):
         items = task.read(_lines(source), task.detokenize) if not task.ranks else task.read(_lines(source))
     else:
@@ -231,7 +231,7 @@ def _documents(sources: list[str], reader: corpus.Reader, detokenize: str) -> It
             yield _passage(record.prompt + record.text, detokenize)
 
 
-def fingerprint(items: list) -> str:
+def fingerprint(items: Sequence[Passage] | Sequence[Question]) -> str:
     """sha256 (hex) of what a task has read."""
     state = hashlib.sha256()
     for item in items:

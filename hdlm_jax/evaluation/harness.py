@@ -9,6 +9,7 @@ own flags. What is computed is in requests.py.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from hdlm_jax.config import ConfigError, EvaluateConfig, GenerateConfig, change
@@ -51,13 +52,13 @@ class HDLM(LM):
                                           {k: v for k, v in given.items() if k in _GENERATE})
         dataclasses.replace(run.config, generate=self._generate).check()
 
-    def loglikelihood(self, requests, **_):
+    def loglikelihood(self, requests: Sequence[answers.Request], **_: Any) -> list[tuple[float, bool]]:
         return answers.loglikelihood(self._scorer, requests, self._greedy)
 
-    def loglikelihood_rolling(self, requests, **_):
+    def loglikelihood_rolling(self, requests: Sequence[answers.Request], **_: Any) -> list[float]:
         return answers.loglikelihood_rolling(self._scorer, requests)
 
-    def generate_until(self, requests, **_):
+    def generate_until(self, requests: Sequence[answers.Request], **_: Any) -> list[str]:
         return answers.generate_until(self._scorer, requests, self._generate)
 
 

@@ -9,12 +9,11 @@ nucleus, steps and the precision of the draws move the number as well: all are i
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,84 +21,57 @@ import numpy as np
 
 from hdlm_jax.common import parallel, processes
 from hdlm_jax.common.console import measured, progress, say
-from hdlm_jax.common.console import perplexity as exp
 from hdlm_jax.config import ConfigError, ParallelConfig
 from hdlm_jax.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
 from hdlm_jax.evaluation.elbo import evaluator_of
 from hdlm_jax.evaluation.rows import per_text, split_all, to_rows
+from hdlm_jax.evaluation.text_statistics import Texts, mauve, mauve_installed, perplexities, statistics
 from hdlm_jax.models import gpt2
 from hdlm_jax.models.heads import chunk_size
 from hdlm_jax.training.checkpoint import checkpoints_of
 from hdlm_jax.training.loading import load_here, saved_config
 
-Texts = Sequence[np.ndarray]  # ids int [length] each
 
-# ------------------------------------------------------------------------------------------------ numbers of texts
+class Scores(NamedTuple):
+    """What a judge says of n texts.
 
-
-def entropy(ids: np.ndarray) -> float:
-    """Entropy in nats of the words' frequencies within ids [n]; 0 where there are none."""
-    p = np.unique(ids, return_counts=True)[1] / max(len(ids), 1)
-    return float(-(p * np.log(p)).sum())
-
-
-def statistics(texts: Texts) -> dict[str, float | None]:
-    """How varied texts are, by the ids that were sampled; None where no text is long enough.
-
-    unigram_entropy: nats, of the words within a text, mean over texts (as in the papers of SEDD and MDLM); it grows
-    with their length. corpus_entropy: nats, of the words of all texts together. distinct_n: different n-grams of all
-    texts over all there are (Li et al. 2016). repetition_4: share of 4-grams that repeat an earlier one of their text.
+    nats: float64 [n]; tokens: int64 [n], how many were scored; features: float32 [n, D] for MAUVE, where it has some.
     """
-    grams = {n: [np.lib.stride_tricks.sliding_window_view(t, n) for t in texts if len(t) >= n] for n in (1, 2, 3, 4)}
-    total = {n: sum(map(len, g)) for n, g in grams.items()}
 
-    def different(of: list) -> int:
-        return len(np.unique(np.concatenate(of), axis=0))
-
-    out: dict[str, float | None] = {
-        "unigram_entropy": float(np.mean([entropy(t) for t in texts])) if len(texts) else None,
-        "corpus_entropy": entropy(np.concatenate(grams[1])) if total[1] else None}
-    out |= {f"distinct_{n}": different(grams[n]) / total[n] if total[n] else None for n in (1, 2, 3)}
-    out["repetition_4"] = 1 - sum(different([g]) for g in grams[4]) / total[4] if total[4] else None
-    return out
+    nats: np.ndarray
+    tokens: np.ndarray
+    features: np.ndarray | None
 
 
-def summarise(nats: np.ndarray, tokens: np.ndarray, bound: bool = False) -> dict[str, Any]:
-    """Perplexities from nats and scored tokens of each text [n]; keys end in `_bound` where the nats are bounds.
+class Judge(Protocol):
+    """A model that scores texts.
 
-    nats_per_token: all nats over all tokens, with the standard error of that ratio between texts; perplexity: exp of
-    it, its error by the delta method. mean_text_perplexity: mean of exp(nats/tokens) over the texts with a scored
-    token, a larger number (Jensen) that some papers quote. None: too few texts to tell.
+    Attributes:
+      identity: what its numbers depend on ("kind", "path", "precision" and more); tokenizer: of the ids it is given.
+      kind: "gpt2", "autoregressive" or "bound"; bound: whether nats are upper bounds.
+      rule: in words, which tokens are scored and given what; num_params.
     """
-    n, total = len(nats), int(np.sum(tokens))
-    some = tokens > 0
-    out: dict[str, Any] = dict.fromkeys(("nats_per_token", "nats_per_token_se", "perplexity", "perplexity_se",
-                                         "mean_text_perplexity", "mean_text_perplexity_se"))
-    if total:
-        mean = float(np.sum(nats) / total)
-        with np.errstate(over="ignore"):  # infinity is what it then is
-            each = np.exp(nats[some] / tokens[some])
-        out |= {"nats_per_token": mean, "perplexity": exp(mean), "mean_text_perplexity": float(each.mean())}
-        if n > 1:
-            se = math.sqrt(n / (n - 1) * np.sum((nats - mean * tokens) ** 2)) / total
-            out |= {"nats_per_token_se": se, "perplexity_se": exp(mean) * se}
-        if some.sum() > 1:
-            out["mean_text_perplexity_se"] = float(each.std(ddof=1) / math.sqrt(some.sum()))
-    return {f"{name}_bound" if bound else name: value for name, value in out.items()}
 
+    identity: dict[str, Any]
+    tokenizer: Tokenizer
 
-def mauve_installed() -> bool:
-    return importlib.util.find_spec("mauve") is not None
+    @property
+    def kind(self) -> str: ...
 
+    @property
+    def bound(self) -> bool: ...
 
-def mauve(features: np.ndarray, reference: np.ndarray) -> float:
-    """MAUVE (Pillutla et al. 2021) in [0, 1] of features [n, D] and [m, D], by the package mauve-text."""
-    from mauve import compute_mauve
+    @property
+    def rule(self) -> str: ...
 
-    return float(compute_mauve(p_features=features, q_features=reference).mauve)
+    @property
+    def num_params(self) -> int: ...
 
+    def given(self, texts: Texts) -> str:
+        """What the nats of texts are conditional on beside prompts: "nothing", or "lengths"."""
 
-# ------------------------------------------------------------------------------------------------ judges
+    def score(self, texts: Texts, given: Sequence[int]) -> Scores:
+        """Scores texts, of which the first given[i] tokens are context: seen, not scored."""
 
 
 def retokenise(ids: np.ndarray, ours: Tokenizer, theirs: Tokenizer) -> np.ndarray:
@@ -142,12 +114,9 @@ class GPT2Judge:
     Args:
       folder: see hdlm_jax.models.gpt2; dtype: of its matrix products; mesh: hdlm_jax.common.parallel.make_mesh.
       known: a tokenizer at hand, used where it is GPT-2's and the folder has no vocab.json.
-
-    Attributes:
-      identity: dict, what its numbers depend on; tokenizer; bound: whether nats are upper bounds.
     """
 
-    bound = False
+    kind, bound = "gpt2", False
 
     def __init__(self, folder: str, dtype: str, mesh, known: Tokenizer | None = None):
         self.sizes, self.folder, self.dtype, self.mesh = gpt2.check(folder), folder, dtype, mesh
@@ -165,7 +134,6 @@ class GPT2Judge:
         self._compiled: dict[tuple[int, int], Any] = {}
 
     def given(self, texts: Texts) -> str:
-        """What the nats of texts are conditional on beside prompts: "nothing", or "lengths"."""
         return "nothing"
 
     @functools.cached_property
@@ -200,19 +168,15 @@ class GPT2Judge:
         mine = parallel.local_rows(len(batch["ids"]))
         return parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
 
-    def score(self, texts: Texts, given: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Scores texts, of which the first given[i] tokens are context.
-
-        Returns: nats float64 [n]; scored tokens int64 [n]; features float32 [n, D], the last layer's state at the last
-          token of the first piece (zero where there is none).
-        """
+    def score(self, texts: Texts, given: Sequence[int]) -> Scores:
+        """features: the last layer's state at the last token of the first piece (zero where there is none)."""
         most, n = self.sizes.positions, len(texts)
         pieces = [(i, start, ids[start : start + most]) for i, ids in enumerate(texts) if len(ids)
                   for start in range(0, max(len(ids) - 1, 1), most - 1)]
         nats, tokens = np.zeros(n), np.zeros(n, np.int64)
         features = np.zeros((n, self.sizes.width), np.float32)
         if not pieces:
-            return nats, tokens, features
+            return Scores(nats, tokens, features)
         width = parallel.bucket(max(2, *(len(p) for _, _, p in pieces)), most)
         step, at_once, params = self._step(len(pieces), width)
         with progress(len(pieces), unit="piece", name="judge") as bar:
@@ -231,7 +195,7 @@ class GPT2Judge:
                     if start == 0:
                         features[i] = last[row]
                 bar.update(len(some))
-        return nats, tokens, features
+        return Scores(nats, tokens, features)
 
 
 class RunJudge:
@@ -262,8 +226,12 @@ class RunJudge:
     def bound(self) -> bool:
         return not self._loaded[0].process.exact
 
+    @property
+    def kind(self) -> str:
+        return "bound" if self.bound else "autoregressive"
+
     def given(self, texts: Texts) -> str:
-        """As GPT2Judge.given: a text that neither fills its rows nor ends tells its length."""
+        """A text that neither fills its rows nor ends tells its length."""
         run, s = self._loaded[0], self.config.model.seq_len
         whole = all(len(ids) % s == 0 or ids[-1] == self.tokenizer.eot for ids in texts)
         return run.given_alone if whole or run.process.exact else "lengths"
@@ -279,20 +247,20 @@ class RunJudge:
                 else "every token given all before it, from the start symbol on")
         return f"{what}; a text of more than {s} tokens in pieces that do not see each other"
 
-    def score(self, texts: Texts, given: Sequence[int]) -> tuple[np.ndarray, np.ndarray, None]:
-        """As GPT2Judge.score, without features; nats are means over the draws of the noise where they are bounds."""
+    def score(self, texts: Texts, given: Sequence[int]) -> Scores:
+        """nats: means over the draws of the noise where they are bounds."""
         run, evaluator = self._loaded
         s, n = self.config.model.seq_len, len(texts)
         pieces, owner = split_all(texts, s, given, run.ends)
         if not pieces:
-            return np.zeros(n), np.zeros(n, np.int64), None
+            return Scores(np.zeros(n), np.zeros(n, np.int64), None)
         rows = to_rows(pieces, s, self.tokenizer.eot)
         nats = evaluator.nats(run.params, rows, self.config.evaluate.draws, "judge")[0].mean(0).sum(-1)
-        return per_text(nats, owner, n), per_text(rows["tokens"], owner, n), None
+        return Scores(per_text(nats, owner, n), per_text(rows["tokens"], owner, n), None)
 
 
 def open_judge(path: str, dtype: str = "float32", shape: ParallelConfig = ParallelConfig(), mesh=None,  # noqa: B008 (frozen)
-               known: Tokenizer | None = None) -> GPT2Judge | RunJudge:
+               known: Tokenizer | None = None) -> Judge:
     """The judge in a folder, checked but not loaded.
 
     Args:
@@ -316,12 +284,33 @@ def open_judge(path: str, dtype: str = "float32", shape: ParallelConfig = Parall
 # ------------------------------------------------------------------------------------------------ the record
 
 
-def made_from(judge: GPT2Judge | RunJudge) -> dict[str, Any]:
+def made_from(judge: Judge) -> dict[str, Any]:
     """What a record depends on beside the texts: it is made anew when that changes."""
     return judge.identity | {"mauve": mauve_installed()}
 
 
-def record(judge: GPT2Judge | RunJudge, tokenizer: Tokenizer, texts: Texts, given: int = 0,
+def _mauve(judge: Judge, features: np.ndarray | None, kept: list[bool], reference: Texts | str,
+           theirs: Callable[[np.ndarray], np.ndarray]) -> tuple[float | None, str]:
+    """MAUVE of the texts that are kept against real ones, and how it was made; None, and why there is none."""
+    if not mauve_installed():
+        return None, "mauve-text is not installed (pip install 'hdlm_jax[mauve]')"
+    if features is None:
+        return None, "features come from a GPT-2 judge; this judge is a run"
+    if isinstance(reference, str):
+        return None, reference or "no reference texts"
+    real, own = judge.score([theirs(t) for t in reference], [0] * len(reference)).features, features[kept]
+    assert real is not None
+    try:
+        if min(len(own), len(real)) < 2:
+            raise ValueError("fewer than 2 texts")
+        return mauve(own, real), (
+            f"mauve-text and its defaults; {len(own)} texts against the first {len(real)} of the validation split; "
+            "features: the judge's last layer at a text's last token; noisy with few texts")
+    except (ImportError, ValueError) as error:  # a broken installation, or too little to cluster
+        return None, f"MAUVE failed: {error}"
+
+
+def record(judge: Judge, tokenizer: Tokenizer, texts: Texts, given: int = 0,
            reference: Texts | str = "") -> dict[str, Any]:
     """All numbers of sampled texts; units are nats and tokens.
 
@@ -331,7 +320,7 @@ def record(judge: GPT2Judge | RunJudge, tokenizer: Tokenizer, texts: Texts, give
       given: first tokens of every text that are a prompt: context, neither scored nor in the statistics.
       reference: real texts (ids of `tokenizer`) for MAUVE, or why there are none.
 
-    Returns: see `summarise` and `statistics`; texts, empty_texts (no token at all) and unscored_texts (no token that
+    Returns: see `perplexities` and `statistics`; texts, empty_texts (no token at all) and unscored_texts (no token that
       this judge scores) are counted, none is left out; mauve is None where mauve_note says why.
     """
     again = tokenizer.fingerprint != judge.tokenizer.fingerprint
@@ -342,34 +331,15 @@ def record(judge: GPT2Judge | RunJudge, tokenizer: Tokenizer, texts: Texts, give
     prompts, rest = [theirs(t[:given]) for t in texts], [theirs(t[given:]) for t in texts]
     whole = [np.concatenate(both) for both in zip(prompts, rest, strict=True)]
     nats, tokens, features = judge.score(whole, [len(p) for p in prompts])
-    score, note = None, ""
-    if not mauve_installed():
-        note = "mauve-text is not installed (pip install 'hdlm_jax[mauve]')"
-    elif features is None:
-        note = "features come from a GPT-2 judge; this judge is a run"
-    elif isinstance(reference, str):
-        note = reference or "no reference texts"
-    else:
-        real = judge.score([theirs(t) for t in reference], [0] * len(reference))[2]
-        kept = features[[len(p) + len(r) > 0 for p, r in zip(prompts, rest, strict=True)]]
-        assert real is not None
-        try:
-            if min(len(kept), len(real)) < 2:
-                raise ValueError("fewer than 2 texts")
-            score = mauve(kept, real)
-            note = (f"mauve-text and its defaults; {len(kept)} texts against the first {len(real)} of the validation "
-                    "split; features: the judge's last layer at a text's last token; noisy with few texts")
-        except (ImportError, ValueError) as error:  # a broken installation, or too little to cluster
-            note = f"MAUVE failed: {error}"
+    score, note = _mauve(judge, features, [len(ids) > 0 for ids in whole], reference, theirs)
     return {
         "judge": os.path.basename(judge.identity["path"]),
-        "kind": judge.identity["kind"] if judge.identity["kind"] == "gpt2" else "bound" if judge.bound else
-        "autoregressive",
-        "bound": judge.bound, "given": judge.given(whole), "params": judge.num_params, "rule": judge.rule,
+        "kind": judge.kind, "bound": judge.bound, "given": judge.given(whole),
+        "params": judge.num_params, "rule": judge.rule,
         "retokenised": again, "tokenizer": tokenizer.fingerprint, "prompt_tokens": given,
         "texts": len(texts), "empty_texts": sum(len(r) == 0 for r in rest), "unscored_texts": int((tokens == 0).sum()),
         "tokens": int(tokens.sum()), "sampled_tokens": int(sum(len(t) - given for t in texts)),
-    } | summarise(nats, tokens, judge.bound) | statistics([t[given:] for t in texts]) | {
+    } | perplexities(nats, tokens, judge.bound) | statistics([t[given:] for t in texts]) | {
         "mauve": score, "mauve_note": note, "made_from": made_from(judge)}
 
 

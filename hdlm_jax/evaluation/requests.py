@@ -1,14 +1,13 @@
 """What evaluation harnesses ask of a model, answered by a Scorer: likelihoods, rolling likelihoods, texts up to a stop.
 
-A request is anything with `args`, as lm-evaluation-harness's Instance. A diffusion model bounds likelihoods: what is
-called a log-likelihood here is minus the (conditional) NELBO.
+A diffusion model bounds likelihoods: what is called a log-likelihood here is minus the (conditional) NELBO.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,14 +16,20 @@ from hdlm_jax.evaluation.rows import per_text, split_all
 from hdlm_jax.evaluation.scorer import Choices, Scorer, encode_pair
 
 
-def loglikelihood(scorer: Scorer, requests: Sequence[Any], greedy: bool = True) -> list[tuple[float, bool]]:
+class Request(Protocol):
+    """What a harness asks: args (context, continuation), (text,) or (context, settings); doc_id where it has one."""
+
+    args: tuple[Any, ...]
+
+
+def loglikelihood(scorer: Scorer, requests: Sequence[Request], greedy: bool = True) -> list[tuple[float, bool]]:
     """(minus the conditional NELBO in nats, whether greedy filling gives the continuation) of (context, continuation).
 
     Requests of one document (the same task_name and doc_id; without them, the same context) are ranked together: same
     noise for all, draws by the best two. greedy=False: False without looking.
     """
     pairs = [encode_pair(scorer.run.tokenizer, *request.args) for request in requests]
-    together: dict[Any, list[int]] = {}
+    together: dict[Hashable, list[int]] = {}
     for i, request in enumerate(requests):
         document = getattr(request, "doc_id", None)
         key = request.args[0] if document is None else (getattr(request, "task_name", ""), document)
@@ -42,7 +47,7 @@ def loglikelihood(scorer: Scorer, requests: Sequence[Any], greedy: bool = True) 
     return out
 
 
-def loglikelihood_rolling(scorer: Scorer, requests: Sequence[Any]) -> list[float]:
+def loglikelihood_rolling(scorer: Scorer, requests: Sequence[Request]) -> list[float]:
     """Minus the NELBO in nats of each whole text (text,), in pieces of S where it is longer.
 
     Without its end of text, and so given its length, but for a run that learnt ends of texts.
@@ -57,7 +62,7 @@ def loglikelihood_rolling(scorer: Scorer, requests: Sequence[Any]) -> list[float
     return (-per_text(nats, owner, len(texts))).tolist()
 
 
-def generate_until(scorer: Scorer, requests: Sequence[Any], g: GenerateConfig, most: int = 128) -> list[str]:
+def generate_until(scorer: Scorer, requests: Sequence[Request], g: GenerateConfig, most: int = 128) -> list[str]:
     """Texts for (context, {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}), up to the first stop.
 
     max_gen_toks tokens (`most` where it is not given, at most S - 1) are written behind the context by the sampler;

@@ -36,6 +36,9 @@ class Choices(NamedTuple):
     choices: Sequence[Ids]
 
 
+Fitted = list[tuple[list[list[Piece]], bool]]  # of each question: pieces of its choices, whether anything was cut
+
+
 class Ranking(NamedTuple):
     """What `Scorer.rank` finds of n questions.
 
@@ -113,7 +116,8 @@ class Scorer:
     def _width(self, tokens: int) -> int:
         return self.seq_len if self.run.ends else parallel.bucket(max(tokens, _NARROWEST), self.seq_len)
 
-    def nats(self, pieces: Sequence[Piece], draws: int, name: str = "evaluate"):
+    def nats(self, pieces: Sequence[Piece], draws: int,
+             name: str = "evaluate") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Estimates [draws, n, K], and the noise times and densities [draws, n] they were made at.
 
         As `Evaluator.nats`: strata over all pairs of a piece and a draw, one draw where the process is exact.
@@ -122,14 +126,13 @@ class Scorer:
         tau, q = self.evaluator(self.seq_len).pairs(n, draws)
         pair = np.arange(draws * n).reshape(draws, n)
         widths = np.array([self._width(len(p.ids)) for p in pieces])
-        out: np.ndarray | None = None
+        out = np.zeros((draws, n, self.run.process.num_levels))
         for width in np.unique(widths):
             here = np.flatnonzero(widths == width)
             rows = to_rows([pieces[i] for i in here.tolist()], int(width), self.run.tokenizer.eot)
             which = np.tile(np.arange(len(here)), draws)
             times, density, mine = (a[:, here].reshape(-1) for a in (tau, q, pair))
             got = self.evaluator(int(width)).at(self.run.params, rows, which, times, density, mine, name)
-            out = np.zeros((draws, n, got.shape[-1])) if out is None else out
             out[:, here] = got.reshape(draws, len(here), -1)
         return out, tau, q
 
@@ -161,7 +164,7 @@ class Scorer:
         se = np.array([0.0 if self.run.process.exact else _best_two(found[i]) for i in range(n)])
         return Ranking(nats, se, draws + none, se <= s.target_se, cut)
 
-    def _draw(self, fitted, ask: dict[int, int], done: np.ndarray, name: str) -> dict[int, np.ndarray]:
+    def _draw(self, fitted: Fitted, ask: dict[int, int], done: np.ndarray, name: str) -> dict[int, np.ndarray]:
         """{question: float64 [draws, choices]} of one round, the draws in the order of their strata."""
         by_width: dict[int, list[int]] = {}
         for i in ask:

@@ -1,4 +1,4 @@
-"""What the pages of hdlm_jax.report.report hold: a run's files as one dictionary, and that dictionary as one HTML file.
+"""The page of one run: what `gather` found as one HTML file.
 
 A page needs nothing but itself: styles and program are in it, the data is a JSON block, and no text of a run is ever
 read as markup. What a run does not have yet is named together with the command that makes it.
@@ -8,159 +8,20 @@ from __future__ import annotations
 
 import html
 import importlib.resources
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hdlm_jax.common import jsons
+from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import readable, say
-from hdlm_jax.data.prepare import load_manifest, token_counts
-from hdlm_jax.data.tokenizers import load_tokenizer
-from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.diffusion.levels import LevelChain
+from hdlm_jax.common.jsons import write_atomic
+from hdlm_jax.report.run_files import gather
 from hdlm_jax.runs import tasks
-from hdlm_jax.training.loading import data_dir, saved_config
-from hdlm_jax.training.metrics import read_metrics
-
-_VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
-
-
-# ---- a run's files ---------------------------------------------------------------------------------------------------
-
-
-def read_json(path: str) -> Any:
-    """What a JSON file holds; None where there is none."""
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
-
-
-def show_word(raw: bytes, pieces: bool = False) -> str:
-    """A word's bytes as text: line ends and tabs as signs, what cannot be printed or is no UTF-8 as escapes.
-
-    pieces: BERT's way ('##ing' goes on, everything else begins with a blank), turned into ours.
-    """
-    text = raw.decode("utf-8", errors="backslashreplace")
-    if pieces and not re.fullmatch(r"\[[A-Z]+\]", text):
-        text = text[2:] if text.startswith("##") else f" {text}"
-    return "".join(c if c.isprintable() else _VISIBLE.get(c) or c.encode("unicode_escape").decode() for c in text)
-
-
-def curves(workdir: str) -> dict[str, Any] | None:
-    """metrics.jsonl as columns: train (tokens, loss, nelbo) and valid (tokens, nelbo)."""
-    records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
-    train = [r for r in records if r.get("loss") is not None]
-    valid = [r for r in records if r.get("valid_nelbo") is not None]
-    if not train and not valid:
-        return None
-    return {"train": {name: [r[name] for r in train] for name in ("tokens", "loss", "nelbo")},
-            "valid": {"tokens": [r["tokens"] for r in valid], "nelbo": [r["valid_nelbo"] for r in valid]}}
-
-
-def training_speed(workdir: str) -> float | None:
-    """Median training tokens a second over a run's records."""
-    speeds = [r["tokens_per_s"] for r in read_metrics(os.path.join(workdir, "metrics.jsonl")) if r.get("tokens_per_s")]
-    return float(np.median(speeds)) if speeds else None
-
-
-def read_trajectories(workdir: str) -> dict[str, Any] | None:
-    """trajectories.npz of --mode=generate: its arrays, and `about`, what they were made from."""
-    path = os.path.join(workdir, "trajectories.npz")
-    if not os.path.exists(path):
-        return None
-    with np.load(path, allow_pickle=False) as found:
-        arrays = {name: found[name] for name in found.files if name != "about"}
-        return arrays | {"about": json.loads(str(found["about"]))}
-
-
-def changes(film: Mapping[str, Any]) -> dict[str, Any]:
-    """Trajectories without repetition: what stands at the start, and what changes from frame to frame.
-
-    Returns call [F+1]; t [F+1], the samples' mean; samples: start [S], frames [F] of flat lists position, symbol and
-    confidence in thousandths, position, ...; prompt, the tokens that were given; settings.
-    """
-    z, sure = film["z"], film["confidence"]
-    samples = []
-    for symbols, confidence in zip(z, sure, strict=True):
-        frames = []
-        for frame in range(1, len(symbols)):
-            at = np.flatnonzero(symbols[frame] != symbols[frame - 1])
-            thousandths = np.rint(1000 * confidence[frame][at]).astype(int)
-            frames.append(np.stack([at, symbols[frame][at], thousandths], 1).ravel().tolist())
-        samples.append({"start": symbols[0].tolist(), "frames": frames})
-    about = film["about"]
-    return {"call": film["call"].tolist(), "t": np.round(film["time"].mean(0), 4).tolist(), "samples": samples,
-            "prompt": about["prompt_tokens"], "settings": about["settings"], "step": about["step"]}
-
-
-def occupancy(rates: Sequence[float], film: Mapping[str, Any] | None, offsets: Sequence[int]) -> dict[str, Any]:
-    """Shares of the levels over t: beta_l (docs/theory.md section 2), and counted in recorded samples.
-
-    Returns t [101], beta [101][K+1]; with a film points: t [F+1], share [F+1][K+1] among `tokens` that were masks.
-    """
-    t = np.linspace(0, 1, 101)
-    with np.errstate(divide="ignore"):
-        beta = LevelChain(tuple(rates)).beta(-np.log1p(-t), np)
-    out: dict[str, Any] = {"t": t.tolist(), "beta": np.round(beta, 6).tolist(), "points": None, "tokens": 0}
-    if film:
-        level = np.searchsorted(np.asarray(offsets), film["z"], side="right") - 1
-        free = level[:, 0] == len(rates)
-        if free.any():
-            share = [[(frame[free] == k).mean() for k in range(len(rates) + 1)] for frame in np.moveaxis(level, 1, 0)]
-            out |= {"points": {"t": film["time"].mean(0).tolist(), "share": np.round(share, 6).tolist()},
-                    "tokens": int(free.sum())}
-    return out
-
-
-def _of_data(folder: str) -> tuple[np.ndarray | None, float | None]:
-    """How often each word occurs in the training tokens, and the unigram's nats; None where the data is not there."""
-    try:
-        manifest = load_manifest(folder)
-        return token_counts(folder, "train", manifest), manifest.unigram_nats
-    except (OSError, ValueError):
-        return None, None
-
-
-def gather(workdir: str, film: bool = True) -> dict[str, Any]:
-    """All that a page says about a run; parts that are not there are None.
-
-    film: also what the viewer and the clusters need (words, counts, trajectories).
-
-    Raises:
-      ConfigError: no run there.
-    """
-    config = saved_config(workdir)
-    raw = read_json(os.path.join(workdir, "config.json"))
-    raw = raw.get("config", raw)
-    process = raw["diffusion"].get("process", "hierarchical")
-    out: dict[str, Any] = {"name": os.path.basename(os.path.abspath(workdir)), "workdir": workdir, "config": raw,
-                           "process": process, "curves": curves(workdir), "train_speed": training_speed(workdir)}
-    for name in ("evaluate", "generate", "tasks"):
-        out[name] = read_json(os.path.join(workdir, f"{name}.json"))
-    out |= {"hierarchy": None, "trajectories": None, "occupancy": None, "unigram": None}
-    path = os.path.join(workdir, "hierarchy.npz")
-    if not film or not os.path.exists(path):
-        return out
-    tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
-    hierarchy = Hierarchy.load(path, tokenizer.fingerprint)
-    counts, out["unigram"] = _of_data(data_dir(config, workdir))
-    recorded = read_trajectories(workdir)
-    if recorded and recorded["about"]["hierarchy_fingerprint"] != hierarchy.fingerprint:
-        recorded = None  # of another run
-    words = [show_word(tokenizer.token_bytes(i), tokenizer.kind == "bert") for i in range(hierarchy.vocab_size)]
-    out["hierarchy"] = {"sizes": list(hierarchy.sizes), "offsets": list(hierarchy.offsets), "words": words,
-                        "parents": [p.tolist() for p in hierarchy.parents[:-1]],
-                        "counts": None if counts is None else counts.tolist()}
-    out["trajectories"] = changes(recorded) if recorded else None
-    if process == "hierarchical":
-        out["occupancy"] = occupancy(config.diffusion.level_rates(hierarchy.num_levels), recorded, hierarchy.offsets)
-    return out
-
+from hdlm_jax.training.loading import check_writable, saved_config
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
@@ -374,3 +235,26 @@ def run_page(run: Mapping[str, Any]) -> str:
     parts.append("<section><details><summary>The whole configuration</summary>"
                  f"<pre>{config}</pre></details></section>")
     return document(f"{run['name']} – hdlm_jax", "\n".join(parts), {"run": small})
+
+
+def write_run_page(workdir: str) -> str:
+    """<workdir>/report.html, and level_occupancy.png where the levels are those of a hierarchy; gives back its path.
+
+    What the run does not have yet (evaluation, samples, ...) is named there with its command.
+
+    Raises:
+      ConfigError: no run there.
+    """
+    saved_config(workdir)
+    check_writable(workdir)
+    path = os.path.join(workdir, "report.html")
+
+    def write() -> None:
+        run = gather(workdir)
+        write_atomic(Path(path), run_page(run).encode())
+        if run["occupancy"]:
+            plot_occupancy(os.path.join(workdir, "level_occupancy.png"), run["occupancy"])
+        say(f"report: {path}, {os.path.getsize(path) / 1e6:.1f} MB, a page by itself")
+
+    processes.on_main_process(write)
+    return path

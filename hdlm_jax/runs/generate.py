@@ -34,7 +34,7 @@ from hdlm_jax.decoding.sampler import (
     start_canvas,
     text_of,
 )
-from hdlm_jax.evaluation import judges
+from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.training.loading import check_writable, load_run
 
 FRAMES = 128  # of a trajectory, at most
@@ -53,7 +53,7 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
     run = load_run(config, workdir, g.checkpoint)
     check_writable(workdir)
     at_sampling(run.process, g)
-    judge: Any = None
+    judge: judges.Judge | None = None
     helper = load_helper(run, g)
     if g.judge:  # checked before anything is computed
         judge = judges.open_judge(g.judge, g.judge_dtype, config.parallel, run.mesh, run.tokenizer)
@@ -147,7 +147,7 @@ def _sample(run: Any, workdir: str, made_from: dict, helper: Any) -> tuple[dict[
         "ended": sum(len(row) > len(ids) and row[-1] == run.tokenizer.eot for row in tokens),
         "cut_tokens": words + len(whole) * len(ids) - sum(map(len, tokens)),
         "network_calls": float(out["calls"].mean()), "row_forwards": float(out["row_forwards"].mean()),
-        "unigram_entropy": float(np.mean([judges.entropy(row[len(ids) :]) for row in tokens])),
+        "unigram_entropy": float(np.mean([text_statistics.entropy(row[len(ids) :]) for row in tokens])),
         "law": exactness(run.process, g), "seconds": seconds, "tokens_per_s": words / seconds,
         "compile_s": compiled - started,
     } | made_from

@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 
 from hdlm_jax.common import jsons, processes
+from hdlm_jax.common.console import markdown, say
 from hdlm_jax.common.console import perplexity as exp
-from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import write_atomic, write_json
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.data import corpus
@@ -226,6 +226,6 @@ def table(results: dict[str, Any], step: int) -> str:
     lines = [f"Step {step:,}; ± is one standard error; * the first documents or questions alone (evaluate.limit). "
              "Given: what the bound is conditional on, the lengths of texts or nothing."]
     for head, *cells in rows(results):
-        lines += ["", *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *cells))]
+        lines += ["", markdown(head, cells)]
     notes = {f"{r['task']}: {r['note']}." for r in results.values() if r["note"]}
     return "\n".join(lines + [""] * bool(notes) + sorted(notes)) + "\n"

@@ -1,44 +1,34 @@
-"""What runs have reached, to look at.
-
-    python -m hdlm_jax.main --config=... --mode=report           one run as a page, <workdir>/report.html
-    python -m hdlm_jax.report.report WORKDIR [WORKDIR ...]          several as a table in Markdown
-    python -m hdlm_jax.report.report --html=FILE WORKDIR [...]      several as a page
-"""
+"""Several runs side by side: as tables in Markdown, or as one HTML page with their curves."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hdlm_jax.common import processes
-from hdlm_jax.common.console import measured, readable, say
+from hdlm_jax.common.console import markdown, measured, readable, say
 from hdlm_jax.common.jsons import write_atomic
-from hdlm_jax.report import page
+from hdlm_jax.report import page, run_files
 from hdlm_jax.runs.tasks import newest
-from hdlm_jax.training.loading import check_writable, saved_config
 
 
 def _read(workdir: str, name: str) -> dict[str, Any]:
     path = os.path.join(workdir, name)
-    if not os.path.exists(path):
-        mode = name.removesuffix(".json")
-        raise SystemExit(f"report: {path} is missing; run --mode={mode} on {workdir} first")
-    with open(path) as f:
-        return json.load(f)
+    if (found := run_files.read_json(path)) is None:
+        raise ValueError(f"{path} is missing; run --mode={name.removesuffix('.json')} on {workdir} first")
+    return found
 
 
-def compare(workdir_a: str, workdir_b: str) -> tuple[float, float]:
+def paired_difference(workdir_a: str, workdir_b: str) -> tuple[float, float]:
     """NELBO of b minus that of a in nats per token, with its paired standard error over sequences."""
     a, b = (np.load(os.path.join(w, "evaluate_rows.npz")) for w in (workdir_a, workdir_b))
     if not np.array_equal(a["tokens"], b["tokens"]):
         raise ValueError(f"{workdir_a} and {workdir_b} were not evaluated on the same sequences")
-    one, other = (page.read_json(os.path.join(w, "evaluate.json")) or {} for w in (workdir_a, workdir_b))
+    one, other = (run_files.read_json(os.path.join(w, "evaluate.json")) or {} for w in (workdir_a, workdir_b))
     for name in ("data", "packing", "padding"):
         if one.get(name) != other.get(name) and (name != "padding" or one.get("packing") == "crop"):
             raise ValueError(f"{workdir_a} and {workdir_b} were evaluated on other sequences ({name} differs)")
@@ -71,7 +61,7 @@ def differences(workdirs: list[str]) -> list[str]:
     """A line for each run but the first: its NELBO minus that of the first, paired over sequences."""
     lines = []
     for workdir in workdirs[1:]:
-        mean, se = compare(workdirs[0], workdir)
+        mean, se = paired_difference(workdirs[0], workdir)
         names = [os.path.basename(os.path.normpath(w)) for w in (workdir, workdirs[0])]
         lines.append(f"{names[0]} - {names[1]}: {measured(mean, se, '+.4f')} nats/token (paired)")
     return lines
@@ -82,11 +72,10 @@ def table(workdirs: list[str]) -> str:
     judged = any("judge" in _read(w, "generate.json") for w in workdirs)
     head = ["", "levels", "step", "nats/token", "bits/byte", "perplexity", *JUDGED * judged, "train tok/s",
             "sample tok/s", "network calls"]
-    rows = [head]
-    unigram = None
+    rows, unigram = [], None
     for workdir in workdirs:
         e, g = _read(workdir, "evaluate.json"), _read(workdir, "generate.json")
-        speed = page.training_speed(workdir)
+        speed = run_files.training_speed(workdir)
         bits = measured(e["bits_per_byte"], e["bits_per_byte_se"]) if e["whole_split"] else "-"
         rows.append([os.path.basename(os.path.normpath(workdir)), " → ".join(map(str, e["hierarchy"])), str(e["step"]),
                      measured(e["nelbo"], e["se"]), bits, measured(e["perplexity"], e["perplexity_se"], ".1f"),
@@ -95,9 +84,10 @@ def table(workdirs: list[str]) -> str:
         bits = f"{e['unigram_bits_per_byte']:.4f}" if e["whole_split"] else "-"
         unigram = ["unigram", "", "", f"{e['unigram_nelbo']:.4f}", bits, f"{e['unigram_perplexity']:.1f}"]
         unigram += [""] * (len(head) - len(unigram))
-    return markdown([*rows, *([unigram] if unigram else [])])
+    return markdown(head, [*rows, *([unigram] if unigram else [])])
 
 
+FILES = ("metrics.jsonl", "curves.png", "clusters.txt", "clusters.png", "samples.txt", "evaluate.json", "report.html")
 JUDGED = ["generative perplexity", "entropy", "distinct-2"]
 
 
@@ -113,19 +103,12 @@ def _judged(g: dict[str, Any]) -> list[str]:
     return [shown, *(readable(judge.get(n), ".3f") for n in ("unigram_entropy", "distinct_2"))]
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """A table whose first row is its head."""
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    rows = [rows[0], ["-" * w for w in widths], *rows[1:]]
-    return "\n".join(f"| {' | '.join(c.ljust(w) for c, w in zip(r, widths, strict=True))} |" for r in rows)
-
-
 def task_table(workdirs: list[str]) -> str:
     """Markdown: each run's tasks.json side by side, a column a task and protocol; "" where there is none.
 
     Perplexities by the models' own tokens, accuracies in percent; with a standard error each.
     """
-    found = {w: newest(page.read_json(os.path.join(w, "tasks.json")) or {}) for w in workdirs}
+    found = {w: newest(run_files.read_json(os.path.join(w, "tasks.json")) or {}) for w in workdirs}
     names = list(dict.fromkeys(name for tasks in found.values() for name in tasks))
     for name in names:
         here = [w for w in workdirs if name in found[w]]
@@ -141,35 +124,12 @@ def task_table(workdirs: list[str]) -> str:
     head = ["", *(name + " (limited)" * any(t.get(name, {}).get("limited", False) for t in found.values())
                   for name in names)]
     rows = [[os.path.basename(os.path.normpath(w)), *(cell(found[w].get(name)) for name in names)] for w in workdirs]
-    return markdown([head, *rows]) if names else ""
+    return markdown(head, rows) if names else ""
 
 
-def report(workdir: str) -> str:
-    """<workdir>/report.html, and level_occupancy.png where the levels are those of a hierarchy; gives back its path.
-
-    What the run does not have yet (evaluation, samples, ...) is named there with its command.
-
-    Raises:
-      ConfigError: no run there.
-    """
-    saved_config(workdir)
-    check_writable(workdir)
-    path = os.path.join(workdir, "report.html")
-
-    def write() -> None:
-        run = page.gather(workdir)
-        write_atomic(Path(path), page.run_page(run).encode())
-        if run["occupancy"]:
-            page.plot_occupancy(os.path.join(workdir, "level_occupancy.png"), run["occupancy"])
-        say(f"report: {path}, {os.path.getsize(path) / 1e6:.1f} MB, a page by itself")
-
-    processes.on_main_process(write)
-    return path
-
-
-def compare_page(path: str, workdirs: list[str]) -> None:
+def write_page(path: str, workdirs: list[str]) -> None:
     """Several runs as one page: their curves, a table, differences to the first of them on the same sequences."""
-    runs = [page.gather(w, film=False) for w in workdirs]
+    runs = [run_files.gather(w, film=False) for w in workdirs]
     evaluated = [(w, r["evaluate"]) for w, r in zip(workdirs, runs, strict=True) if r["evaluate"]]
     told = same_given(*map(list, zip(*evaluated, strict=True))) if evaluated else "nothing"
     head = ["run", "levels", "parameters", "training tokens", "NELBO, nats/token", "perplexity",
@@ -181,7 +141,7 @@ def compare_page(path: str, workdirs: list[str]) -> None:
         difference = ""
         if workdir != workdirs[0] and e:
             try:
-                difference = measured(*compare(workdirs[0], workdir), spec="+.4f")
+                difference = measured(*paired_difference(workdirs[0], workdir), spec="+.4f")
             except (ValueError, OSError):
                 difference = "other sequences"
         speed = run["train_speed"]
@@ -209,45 +169,26 @@ def compare_page(path: str, workdirs: list[str]) -> None:
     say(f"report: {path}")
 
 
-USAGE = "usage: python -m hdlm_jax.report.report [--html=FILE] WORKDIR [WORKDIR ...]"
+def summary(workdirs: list[str]) -> str:
+    """What the runs have reached, to read: tables, paired differences, and of each run its files and a sample.
 
-
-def main(workdirs: list[str]) -> None:
-    flags = [a for a in workdirs if a.startswith("--")]
-    workdirs = [a for a in workdirs if not a.startswith("--")]
-    if not workdirs or any(not f.startswith("--html=") or f == "--html=" for f in flags) or len(flags) > 1:
-        raise SystemExit(USAGE)
-    if flags:
-        try:
-            return compare_page(flags[0].removeprefix("--html="), workdirs)
-        except (ValueError, OSError) as error:
-            raise SystemExit(f"report: {error}") from error
+    Raises:
+      ValueError: results that are missing, or that cannot be compared.
+    """
     results = [_read(w, "evaluate.json") for w in workdirs]
     for name in ("corpus", "tokens", "data"):
         if len({str(r.get(name)) for r in results}) > 1:
-            raise SystemExit(f"report: the runs were evaluated on different text ({name} differs)")
-    try:
-        shared, zero_shot = same_given(workdirs, results), task_table(workdirs)
-    except ValueError as error:
-        raise SystemExit(f"report: {error}") from error
-    print(table(workdirs))
-    print(f"\nvalidation: {results[0]['tokens']:,} tokens, {results[0]['bytes'] or 0:,} bytes, "
-          f"corpus {results[0]['corpus'][:12]}; given {shared}; ± is one standard error (data and noise times)")
-    print("\n".join(differences(workdirs)))
-    if zero_shot:
-        print(f"\n{zero_shot}")
+            raise ValueError(f"the runs were evaluated on different text ({name} differs)")
+    shared, zero_shot = same_given(workdirs, results), task_table(workdirs)
+    lines = [table(workdirs), "", f"validation: {results[0]['tokens']:,} tokens, {results[0]['bytes'] or 0:,} bytes, "
+             f"corpus {results[0]['corpus'][:12]}; given {shared}; ± is one standard error (data and noise times)",
+             "\n".join(differences(workdirs))]
+    lines += ["", zero_shot] if zero_shot else []
     for workdir, result in zip(workdirs, results, strict=True):
-        print(f"\n{workdir}: {readable(page.gain(result), '.2f')} nats below the unigram")
-        for name in ("metrics.jsonl", "curves.png", "clusters.txt", "clusters.png", "samples.txt", "evaluate.json",
-                     "report.html"):
-            if os.path.exists(os.path.join(workdir, name)):
-                print(f"  {os.path.join(workdir, name)}")
+        lines += ["", f"{workdir}: {readable(page.gain(result), '.2f')} nats below the unigram"]
+        lines += [f"  {path}" for name in FILES if os.path.exists(path := os.path.join(workdir, name))]
         with open(os.path.join(workdir, "samples.jsonl")) as f:
             text = json.loads(f.readline())["text"]
-        print("  a sample: " + " ".join(text.split())[:240])
-    print("\nModels this small, trained for minutes, have learnt spelling, frequent words, short phrases and the\n"
-          "layout of the text; what they write has no meaning yet.")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+        lines.append("  a sample: " + " ".join(text.split())[:240])
+    return "\n".join([*lines, "", "Models this small, trained for minutes, have learnt spelling, frequent words, short "
+                      "phrases and the", "layout of the text; what they write has no meaning yet."])

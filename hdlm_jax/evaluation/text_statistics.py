@@ -1,0 +1,75 @@
+"""Numbers of sampled texts: how varied they are, perplexities from a judge's nats, MAUVE. Units: nats and tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from hdlm_jax.common.console import perplexity as exp
+
+Texts = Sequence[np.ndarray]  # ids int [length] each
+
+
+def entropy(ids: np.ndarray) -> float:
+    """Entropy in nats of the words' frequencies within ids [n]; 0 where there are none."""
+    p = np.unique(ids, return_counts=True)[1] / max(len(ids), 1)
+    return float(-(p * np.log(p)).sum())
+
+
+def statistics(texts: Texts) -> dict[str, float | None]:
+    """How varied texts are, by the ids that were sampled; None where no text is long enough.
+
+    unigram_entropy: nats, of the words within a text, mean over texts (as in the papers of SEDD and MDLM); it grows
+    with their length. corpus_entropy: nats, of the words of all texts together. distinct_n: different n-grams of all
+    texts over all there are (Li et al. 2016). repetition_4: share of 4-grams that repeat an earlier one of their text.
+    """
+    grams = {n: [np.lib.stride_tricks.sliding_window_view(t, n) for t in texts if len(t) >= n] for n in (1, 2, 3, 4)}
+    total = {n: sum(map(len, g)) for n, g in grams.items()}
+
+    def different(of: list) -> int:
+        return len(np.unique(np.concatenate(of), axis=0))
+
+    out: dict[str, float | None] = {
+        "unigram_entropy": float(np.mean([entropy(t) for t in texts])) if len(texts) else None,
+        "corpus_entropy": entropy(np.concatenate(grams[1])) if total[1] else None}
+    out |= {f"distinct_{n}": different(grams[n]) / total[n] if total[n] else None for n in (1, 2, 3)}
+    out["repetition_4"] = 1 - sum(different([g]) for g in grams[4]) / total[4] if total[4] else None
+    return out
+
+
+def perplexities(nats: np.ndarray, tokens: np.ndarray, bound: bool = False) -> dict[str, float | None]:
+    """Perplexities from nats and scored tokens of each text [n]; keys end in `_bound` where the nats are bounds.
+
+    nats_per_token: all nats over all tokens, with the standard error of that ratio between texts; perplexity: exp of
+    it, its error by the delta method. mean_text_perplexity: mean of exp(nats/tokens) over the texts with a scored
+    token, a larger number (Jensen) that some papers quote. None: too few texts to tell.
+    """
+    n, total = len(nats), int(np.sum(tokens))
+    some = tokens > 0
+    out: dict[str, float | None] = dict.fromkeys(("nats_per_token", "nats_per_token_se", "perplexity", "perplexity_se",
+                                                  "mean_text_perplexity", "mean_text_perplexity_se"))
+    if total:
+        mean = float(np.sum(nats) / total)
+        with np.errstate(over="ignore"):  # infinity is what it then is
+            each = np.exp(nats[some] / tokens[some])
+        out |= {"nats_per_token": mean, "perplexity": exp(mean), "mean_text_perplexity": float(each.mean())}
+        if n > 1:
+            se = math.sqrt(n / (n - 1) * np.sum((nats - mean * tokens) ** 2)) / total
+            out |= {"nats_per_token_se": se, "perplexity_se": exp(mean) * se}
+        if some.sum() > 1:
+            out["mean_text_perplexity_se"] = float(each.std(ddof=1) / math.sqrt(some.sum()))
+    return {f"{name}_bound" if bound else name: value for name, value in out.items()}
+
+
+def mauve_installed() -> bool:
+    return importlib.util.find_spec("mauve") is not None
+
+
+def mauve(features: np.ndarray, reference: np.ndarray) -> float:
+    """MAUVE (Pillutla et al. 2021) in [0, 1] of features [n, D] and [m, D], by the package mauve-text."""
+    from mauve import compute_mauve
+
+    return float(compute_mauve(p_features=features, q_features=reference).mauve)

@@ -1,0 +1,74 @@
+"""Tables of README.md and docs/ from the runs' own JSON: rewrites what stands behind each mark, or checks it.
+
+    python -m tools.tables             # rewrites
+    python -m tools.tables --check     # exit code 1 where a table is not what its runs say
+    python -m tools.tables --keep=docs/runs/quickstart runs/quickstart/hdlm_tiny runs/quickstart/mdlm_tiny
+
+A table stands between two marks, <!-- runs: docs/runs/quickstart/hdlm_tiny docs/runs/quickstart/mdlm_tiny --> and
+<!-- end -->: that of `python -m hdlm_jax.report` of these runs, and their paired differences. --keep copies of runs
+what such a table is made from.
+"""
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hdlm_jax.report import compare
+from tools import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
+MARK = re.compile(r"(<!-- runs: ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def rendered(found: re.Match[str]) -> str:
+    """A mark with the table of its runs behind it."""
+    workdirs = [str(ROOT / name) for name in found[2].split()]
+    lines = [compare.table(workdirs), *compare.differences(workdirs)]
+    return found[1] + "\n" + "\n\n".join(lines) + "\n\n" + found[4]
+
+
+def keep(folder: Path, workdirs: Sequence[str]) -> None:
+    """Copies of each run what a table is made from."""
+    for workdir in workdirs:
+        there = folder / os.path.basename(os.path.normpath(workdir))
+        there.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copyfile(Path(workdir, name), there / name)
+
+
+def rewrite(check: bool) -> bool:
+    """Whether a table differs from what its runs say; written anew unless check."""
+    differ = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = path.read_text(encoding="utf-8")
+        new = MARK.sub(rendered, old)
+        if new != old:
+            differ.append(path.name)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    if differ:
+        print(f"tables: {', '.join(differ)}: {'not what the runs say' if check else 'rewritten'}")
+    return bool(differ)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 1 where --check finds a table that differs."""
+    with cli.one_line("tables"):
+        ask = cli.Parser("tables", __doc__)
+        ask.add_argument("workdir", nargs="*", help="runs whose files --keep copies")
+        ask.add_argument("--check", action="store_true", help="write nothing")
+        ask.add_argument("--keep", metavar="FOLDER", help="copy what tables need, in place of writing tables")
+        given = ask.parse_args(argv)
+        if bool(given.workdir) != bool(given.keep):
+            raise ValueError("--keep=FOLDER goes with the runs to copy from")
+        if given.keep:
+            keep(Path(given.keep), given.workdir)
+            return 0
+        return int(rewrite(given.check) and given.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,8 +2,8 @@
 import re
 import shutil
 
-from hdlm_jax.config import check_name
-from tools import tables
+from hdlm_jax.config import check_name, recipes
+from tools import settings, tables
 
 
 def test_tables_are_what_their_runs_say(root, capsys):
@@ -25,11 +25,19 @@ def test_a_table_that_differs_is_found_and_rewritten(root, tmp_path, monkeypatch
     assert tables.main([]) == 0 and (copy / "README.md").read_text(encoding="utf-8") == text
 
 
-def test_recipes_and_settings_of_the_readme_exist(root):
-    text = (root / "README.md").read_text(encoding="utf-8")
-    for name in set(re.findall(r"configs/(\w+\.py)", text)):
-        assert (root / "configs" / name).exists(), name
-    for name in set(re.findall(r"--config\.([a-z_]+\.[a-z_0-9]+)", text)):
-        check_name(name)
-    for name in set(re.findall(r"\(((?:docs/)[\w/.]+)(?:#[\w-]+)?\)", text)):
-        assert (root / name).exists(), name
+def test_recipes_settings_and_links_of_the_documents_exist(root):
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        for name in set(re.findall(r"configs/(\w+\.py)", text)):
+            assert (root / "configs" / name).exists(), (path, name)
+        for name in set(re.findall(r"--config=(\w+)\b(?!/)", text)) - {"configs", "FILE"}:
+            assert name in recipes.names(), (path, name)
+        for name in set(re.findall(r"--config\.([a-z_]+\.[a-z_0-9]+)", text)):
+            check_name(name)
+        for name in set(re.findall(r"\]\(((?!http|#)[\w/.]+)(?:#[\w-]+)?\)", text)):
+            assert (path.parent / name).exists(), (path, name)
+
+
+def test_the_page_of_settings_is_what_the_code_says():
+    assert settings.page() == settings.PAGE.read_text(encoding="utf-8"), "run python -m tools.settings"
+    assert "|  |\n" not in settings.page(), "a setting without a word about it"

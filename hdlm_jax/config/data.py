@@ -69,8 +69,8 @@ class DataConfig:
 class TokenizerConfig:
     """gpt2 (50,257 words, through tiktoken), bpe (trained on the corpus), bytes (257) or bert (WordPiece of a file)."""
 
-    kind: str = "gpt2"
-    vocab_size: int = 50257
+    kind: str = "gpt2"  # gpt2 | bpe (trained on the corpus) | bytes | bert (WordPiece)
+    vocab_size: int = 50257  # V, the end of text counted; 50257 for gpt2, 257 for bytes
     file: str = ""  # gpt2 without a network, bpe that is not to be trained: a local rank file; bert: its vocab.txt
     sha256: str = ""  # of that file; checked if given
     pattern: str = ""  # how bpe cuts text: gpt2 (or empty), cl100k, llama3, qwen2, o200k, or a regular expression
@@ -96,7 +96,7 @@ class HierarchyConfig:
     embeddings: str = "corpus"  # corpus | FILE.npy | FILE.safetensors:TENSOR | checkpoint:WORKDIR
     shuffle: bool = False  # control: clusters of the same sizes with random members
     keep_single: bool = False  # keep a single cluster as a level of its own: (V, 1, 1)
-    seed: int = 0
+    seed: int = 0  # of k-means, and of shuffle
 
     def check(self) -> None:
         c = self.clusters

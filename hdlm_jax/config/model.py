@@ -16,12 +16,12 @@ class DiffusionConfig:
     p_uniform: float = 0.0  # gidd: share of random words at t = 1/2
     gamma: float = 1.0  # rates (gamma, 1) for two levels
     rates: tuple[float, ...] = ()  # rates of all K levels, in place of gamma
-    xi: float = 1.0
-    force_transition: str = "cavity"
-    weighting: str = "clip"
-    weight_min: float = 0.0
-    weight_max: float = 2.0
-    hard_training: bool = False
+    xi: float = 1.0  # share of tokens that go to their own cluster at the first crossing, in (1/n, 1]
+    force_transition: str = "cavity"  # of predictions under a cluster: none | within | between | cavity
+    weighting: str = "clip"  # of the training loss, by process (docs/theory.md "Training weights")
+    weight_min: float = 0.0  # of weighting=clip
+    weight_max: float = 2.0  # of weighting=clip
+    hard_training: bool = False  # above level 1: -log p(token) as the loss in place of the bound's
 
     def check(self) -> None:
         choice("diffusion.force_transition", self.force_transition, FORCE_TRANSITIONS)
@@ -56,12 +56,12 @@ class DiffusionConfig:
 class ModelConfig:
     """The published transformer; defaults are its small size."""
 
-    width: int = 768
-    blocks: int = 12
-    heads: int = 12
-    seq_len: int = 512
-    dropout: float = 0.0
-    time_conditioning: bool = True
+    width: int = 768  # D
+    blocks: int = 12  # transformer blocks
+    heads: int = 12  # of attention
+    seq_len: int = 512  # S, tokens of a row
+    dropout: float = 0.0  # in the blocks, as published
+    time_conditioning: bool = True  # whether the network is told t
     head: str = "flat"  # flat: a logit for every word | factorised: p(cluster) p(word | cluster), needs clusters
     prototypes: int = 8  # vectors a cluster, factorised head
     embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by

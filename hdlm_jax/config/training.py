@@ -12,15 +12,15 @@ from hdlm_jax.config.rules import check_seed, choice, rule
 class OptimizerConfig:
     """AdamW as published."""
 
-    lr: float = 5e-4
-    b1: float = 0.9
-    b2: float = 0.99
-    eps: float = 1e-9
-    weight_decay: float = 0.02
+    lr: float = 5e-4  # peak learning rate
+    b1: float = 0.9  # AdamW
+    b2: float = 0.99  # AdamW
+    eps: float = 1e-9  # AdamW
+    weight_decay: float = 0.02  # AdamW, of all parameters
     clip: float = 1.0  # global norm of the gradient
     warmup: int = 10_000  # steps
     schedule: str = "cosine"  # to final_lr x lr at the last step | constant
-    final_lr: float = 0.1
+    final_lr: float = 0.1  # of schedule=cosine, as a share of lr
     ema: float = 0.0  # decay of the average of the weights that evaluation uses; 0: none
 
     def check(self) -> None:
@@ -37,11 +37,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 500_000
+    steps: int = 500_000  # optimizer steps
     batch_size: int = 512  # sequences a step, over all devices
     microbatches: int = 1  # gradients are summed over as many parts of the batch
-    seed: int = 0
-    log_every: int = 100
+    seed: int = 0  # of weights, noise and order of the rows
+    log_every: int = 100  # steps between records of metrics.jsonl
     nonfinite_limit: int = 10  # steps whose loss or gradient is not finite are skipped; stop after more than so many
     evaluate_every: int = 0  # steps between measurements on `evaluate.rows_in_training`; 0: at the end alone
     init_from: str = ""  # workdir of a run whose weights to start from
@@ -60,9 +60,9 @@ class TrainConfig:
 class ParallelConfig:
     """Shape of the device mesh; one axis may be -1, all the devices that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # axis that splits batches, weights copied
+    fsdp: int = 1  # axis that splits batches and weights
+    tensor: int = 1  # axis that splits products
 
     def check(self) -> None:
         shape = (self.data, self.fsdp, self.tensor)

@@ -17,9 +17,9 @@ class EvaluateConfig:
     rows: int = 0  # only the first so many sequences; 0: all
     rows_in_training: int = 256  # as many (and one draw) at each train.evaluate_every
     cv2: float = 0.03  # a of the proposal q_a, the squared coefficient of variation between sequences
-    checkpoint: str = "best"
+    checkpoint: str = "best"  # best (on validation text) | latest
     ema: bool = True  # use the average of the weights where the run keeps one
-    seed: int = 0
+    seed: int = 0  # of the noise
     tasks: tuple[str, ...] = ()  # in place of the validation split: names of hdlm_jax.evaluation.benchmarks
     tasks_data: str = "$HDLM_DATA"  # folder of the tasks' files
     files: tuple[str, ...] = ()  # of the task 'files': any local texts, read as data.format and so on say
@@ -52,24 +52,24 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    num_samples: int = 16
+    num_samples: int = 16  # texts to draw
     length: int = 0  # tokens of a text, prompt and all; 0: model.seq_len, or drawn where training tells lengths
     method: str = "ancestral"  # how to decode: any name of hdlm_jax/decoding/presets.py (docs/decoding.md)
     options: str = ""  # of the method, as in "threshold=.8 block=16"
     steps: int = 128  # of the methods that have a number of steps
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = 1.0  # divides log-probabilities of draws; 0 takes the likeliest
+    top_p: float = 1.0  # nucleus: draws are among the fewest likeliest tokens with so much mass
     corrections: int = 0  # gidd: calls at the end that revise a word each
-    correction_temperature: float = 0.1
+    correction_temperature: float = 0.1  # of those calls
     clusters: str = "exact"  # xi < 1: exact shows wrong clusters as the process does, clean never does
-    prompt: str = ""
+    prompt: str = ""  # text that every sample begins with
     stop: str = "end"  # texts are cut before the first end of text behind the prompt; "": they are not
     schema: str = ""  # file with a JSON schema: every sample is a document of it (docs/decoding.md)
     helper: str = ""  # workdir of an autoregressive run, for the methods that need one: guided, edlm
-    batch_size: int = 16
+    batch_size: int = 16  # texts at once; changes no result
     trajectories: int = 4  # of so many samples every step is kept as well, for --mode=report
-    checkpoint: str = "best"
-    seed: int = 0
+    checkpoint: str = "best"  # best (on validation text) | latest
+    seed: int = 0  # of the noise
     force_transition: str = ""  # of the sampler alone: none | within | between | cavity; empty: as trained
     judge: str = ""  # who scores the texts: a folder of GPT-2 or the workdir of a run; empty: nobody
     judge_dtype: str = "float32"  # of a GPT-2 judge's products; a run judges in its own model.dtype

@@ -93,3 +93,30 @@ def test_imports_of_ours_stand_at_the_top(root):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and imported(node, found):
                 inside.append(f"{name}.{node.name}")
     assert inside == []
+
+
+# what trains, scores and samples, in the order of docs/reading.md; entries are files or whole rooms
+CORE = ("diffusion", "models/network.py", "models/heads.py", "training/build.py", "training/loss.py",
+        "training/step.py", "training/state.py", "evaluation/elbo.py")
+
+
+def test_the_core_is_small(root):
+    files = [path for name in CORE for path in (
+        [root / "hdlm_jax" / name] if name.endswith(".py") else sorted((root / "hdlm_jax" / name).glob("*.py")))]
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert len(lines) >= 15 and sum(lines.values()) <= 3500, lines
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function but for its docstring."""
+    first = function.body[0]
+    doc = first if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) else None
+    return function.end_lineno - function.lineno + 1 - (doc.end_lineno - doc.lineno + 1 if doc else 0)
+
+
+def test_functions_are_short(root):
+    """At most 60 lines of code."""
+    long = [f"{name}.{node.name}: {code_lines(node)}" for name, tree in modules(root).items()
+            for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and code_lines(node) > 60]
+    assert long == []

@@ -2,6 +2,8 @@
 import re
 import shutil
 
+import numpy as np
+
 from hdlm_jax.config import check_name, recipes
 from tools import settings, tables
 
@@ -41,3 +43,19 @@ def test_recipes_settings_and_links_of_the_documents_exist(root):
 def test_the_page_of_settings_is_what_the_code_says():
     assert settings.page() == settings.PAGE.read_text(encoding="utf-8"), "run python -m tools.settings"
     assert "|  |\n" not in settings.page(), "a setting without a word about it"
+
+
+def test_the_worked_token_of_the_walk(root):
+    """docs/reading.md: its code runs, and the numbers in its comments and text are what it gives."""
+    text = (root / "docs" / "reading.md").read_text(encoding="utf-8")
+    space: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], space)
+    np.testing.assert_allclose(space["beta"][0], [0.4966, 0.3476, 0.1558], atol=5e-5)
+    np.testing.assert_allclose(space["w"][0], [1.4286, 2.2311], atol=5e-5)
+    chain, loss = space["process"].chain, [float(space["at_cluster"][0, 0]), float(space["at_mask"][0, 0])]
+    np.testing.assert_allclose(loss, [1.3863, 0.9163], atol=5e-5)
+    tau = np.linspace(1e-4, 40, 400_001)
+    rate = chain.beta(tau, np)[:, 1:] * chain.weight(tau, np)
+    np.testing.assert_allclose(np.trapezoid(rate, tau, axis=0) @ loss, 2.3026, atol=1e-3)
+    for number in ("1.3863", ".9163", "2.3026", "1.4286", "2.2311"):
+        assert number in text

@@ -19,10 +19,10 @@ import hdlm_jax
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import reuse, write_json
-from hdlm_jax.config import Config, ConfigError, ReleasedConfig
-from hdlm_jax.data.tokenizers import make_tokenizer
+from hdlm_jax.config import Config, ConfigError, ModelConfig, ReleasedConfig
+from hdlm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models.interop import EMBEDDING, from_torch, heads_of, sizes, state_ids, to_torch
+from hdlm_jax.models.interop import EMBEDDING, Sizes, from_torch, heads_of, sizes, state_ids, to_torch
 from hdlm_jax.models.weight_files import find, read_clusters, read_weights, sha256
 from hdlm_jax.training.checkpoint import save_params
 from hdlm_jax.training.loading import check_writable
@@ -65,23 +65,10 @@ def _import(config: Config, workdir: str) -> None:
     if t.kind == "bpe" and not t.file:
         raise ConfigError("tokenizer.file='': --mode=import needs the rank file of a trained tokenizer")
     tokenizer = make_tokenizer(t.kind, file=t.file, sha256=t.sha256, pattern=t.pattern)
-    words = tokenizer.vocab_size
-    hierarchy = Hierarchy.from_parents([], vocab_size=words, special=(tokenizer.eot,))
-    if dictionary:
-        mask = int(state_ids(r, hierarchy)[-1])
-        first = max(words, mask + 1) if r.first_cluster < 0 else r.first_cluster
-        hierarchy = read_clusters(dictionary, words, first, r.missing, (tokenizer.eot,))
-        if hierarchy.sizes[1:-1] != config.hierarchy.clusters:
-            raise ConfigError(f"hierarchy.clusters={config.hierarchy.clusters}: {dictionary} has "
-                              f"{hierarchy.sizes[1]}; --config.hierarchy.clusters='({hierarchy.sizes[1]},)'")
+    hierarchy = _hierarchy(config, tokenizer, dictionary)
     file = read_weights(weights, r.ema)
     s, told = sizes(file.state), heads_of(file.state, file.state[EMBEDDING].shape[1])
-    found = {"width": s.width, "blocks": s.blocks} | ({"heads": told} if told else {})
-    for name, value in found.items():
-        if getattr(m, name) != value:
-            needed = {"heads": max(1, s.width // 64)} | found  # 64 a head, as in all published sizes
-            raise ConfigError(f"model.{name}={getattr(m, name)}: {weights} has {value}; give "
-                              + " ".join(f"--config.model.{k}={v}" for k, v in needed.items()))
+    _check_sizes(m, weights, s, told)
     ids = state_ids(r, hierarchy)
     params, rest = from_torch(file.state, hierarchy, ids, m.time_conditioning)
     about: dict[str, Any] = {
@@ -112,6 +99,30 @@ def _import(config: Config, workdir: str) -> None:
     say(f"import: unused and kept in released.npz: {about['unused_rows']} of {s.rows} rows of the tables, "
         f"{', '.join(n for n in about['unused'] if n not in ('vocab_embed', 'output_layer')) or 'no other tensors'}"
         + (f"; ignored: {', '.join(file.ignored[:5])}{' ...' if file.ignored[5:] else ''}" if file.ignored else ""))
+
+
+def _hierarchy(config: Config, tokenizer: Tokenizer, dictionary: str) -> Hierarchy:
+    """Tokens and a mask, and the clusters of the dictionary if there is one, which config.hierarchy has to name."""
+    r, vocab_size = config.released, tokenizer.vocab_size
+    hierarchy = Hierarchy.from_parents([], vocab_size=vocab_size, special=(tokenizer.eot,))
+    if dictionary:
+        mask = int(state_ids(r, hierarchy)[-1])
+        first = max(vocab_size, mask + 1) if r.first_cluster < 0 else r.first_cluster
+        hierarchy = read_clusters(dictionary, vocab_size, first, r.missing, (tokenizer.eot,))
+        if hierarchy.sizes[1:-1] != config.hierarchy.clusters:
+            raise ConfigError(f"hierarchy.clusters={config.hierarchy.clusters}: {dictionary} has "
+                              f"{hierarchy.sizes[1]}; --config.hierarchy.clusters='({hierarchy.sizes[1]},)'")
+    return hierarchy
+
+
+def _check_sizes(model: ModelConfig, weights: str, sizes_there: Sizes, heads_there: int | None) -> None:
+    """ConfigError unless config.model has the sizes of the weights (heads where the file tells them)."""
+    found = {"width": sizes_there.width, "blocks": sizes_there.blocks} | ({"heads": heads_there} if heads_there else {})
+    for name, value in found.items():
+        if getattr(model, name) != value:
+            needed = {"heads": max(1, sizes_there.width // 64)} | found  # 64 a head, as in all published sizes
+            raise ConfigError(f"model.{name}={getattr(model, name)}: {weights} has {value}; give "
+                              + " ".join(f"--config.model.{k}={v}" for k, v in needed.items()))
 
 
 def _vocabulary(released: ReleasedConfig, ids: np.ndarray) -> list[Any]:

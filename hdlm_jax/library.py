@@ -87,11 +87,12 @@ def corrupt(process: Process, x: Any, t: Any, key: jax.Array) -> jax.Array:
     t = 0 gives x, t = 1 masks alone; in between what each process shows is docs/theory.md section 2 (GIDD: 6). An
     autoregressive process knows no t: z is its shifted input.
     """
-    x, t = _tokens(process, x), jnp.asarray(t, jnp.float32)
-    if t.shape not in ((), x.shape[:1]):
-        raise ValueError(f"t.shape={t.shape}: must be () or (B,) = {x.shape[:1]}")
-    if not isinstance(t, jax.core.Tracer) and not bool(jnp.all((t >= 0) & (t <= 1))):
+    x, seen = _tokens(process, x), _seen(t)
+    if np.shape(t) not in ((), x.shape[:1]):
+        raise ValueError(f"t.shape={np.shape(t)}: must be () or (B,) = {x.shape[:1]}")
+    if seen is not None and not np.all((seen >= 0) & (seen <= 1)):
         raise ValueError(f"t={t}: must lie in [0, 1], a masking level; noise time is tau = -log(1 - t)")
+    t = jnp.asarray(t, jnp.float32)
     return process.corrupt(_key(key), x, jnp.broadcast_to(-jnp.log1p(-t), x.shape[:1]))  # type: ignore[attr-defined]
 
 
@@ -235,8 +236,9 @@ def _canvas(process: Any, shape: Any, canvas: Any) -> jax.Array:
             raise ValueError(f"shape={shape}: must be (B, S), sequences and their tokens")
         return jnp.full(shape, mask, jnp.int32)
     z = _ints("canvas", canvas, mask + 1)
-    blank = np.asarray(z) == mask
-    if isinstance(process, AutoregressiveProcess) and np.any(blank[:, :-1] & ~blank[:, 1:]):
+    seen = _seen(z)
+    if isinstance(process, AutoregressiveProcess) and seen is not None and np.any(
+            (seen[:, :-1] == mask) & (seen[:, 1:] != mask)):
         raise ValueError("canvas: an autoregressive model goes on from a prompt; it cannot fill blanks before "
                          "given tokens")
     return z
@@ -289,12 +291,20 @@ def _tokens(process: Any, x: Any) -> jax.Array:
 
 def _ints(name: str, values: Any, below: int) -> jax.Array:
     """values as int32 [B, S]; ValueError where they are not, or, as far as that can be seen, not all in 0..below-1."""
-    values = jnp.asarray(values)
+    values = values if isinstance(values, jax.Array) else np.asarray(values)
     if values.ndim != 2 or not jnp.issubdtype(values.dtype, jnp.integer):
         raise ValueError(f"{name} is {values.dtype} of shape {values.shape}: must be int [B, S]")
-    if not isinstance(values, jax.core.Tracer) and bool(jnp.any((values < 0) | (values >= below))):
-        raise ValueError(f"{name} holds {int(values.min())}..{int(values.max())}: must lie in 0..{below - 1}")
-    return values.astype(jnp.int32)
+    seen = _seen(values)
+    if seen is not None and np.any((seen < 0) | (seen >= below)):
+        raise ValueError(f"{name} holds {seen.min()}..{seen.max()}: must lie in 0..{below - 1}")
+    return jnp.asarray(values, jnp.int32)
+
+
+def _seen(values: Any) -> np.ndarray | None:
+    """Values as numpy; None where they cannot be read now, inside jax.jit or on other hosts."""
+    if isinstance(values, jax.core.Tracer) or not getattr(values, "is_fully_addressable", True):
+        return None
+    return np.asarray(values)
 
 
 def _score(score: Any, x: jax.Array) -> jax.Array:

@@ -1,6 +1,13 @@
-"""hdlm_jax: hierarchical diffusion language models in pure JAX/Flax."""
+"""hdlm_jax: hierarchical diffusion language models in pure JAX/Flax.
+
+load: a trained run. The rest, for a network of your own: hdlm_jax.library (docs/library.md), read when first asked for.
+"""
+
+import importlib
 
 __version__ = "0.1.0"
+_LIBRARY = ("hierarchical", "masked", "gidd", "sedd", "autoregressive", "corrupt", "loss", "nelbo", "sample",
+            "ancestral", "presets")
 
 
 def load(workdir: str, checkpoint: str = "best"):
@@ -8,3 +15,13 @@ def load(workdir: str, checkpoint: str = "best"):
     from hdlm_jax.api import Model
 
     return Model(workdir, checkpoint)
+
+
+def __getattr__(name: str):
+    if name in _LIBRARY:
+        return getattr(importlib.import_module("hdlm_jax.library"), name)
+    raise AttributeError(f"module 'hdlm_jax' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_LIBRARY])

@@ -52,6 +52,16 @@ def _rows_at_once(seq_len: int) -> int:
     return max(1, (8192 if jax.default_backend() == "cpu" else 262_144) // seq_len)
 
 
+def stratified_pairs(proposal, seed: int, rows: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """tau and q of every pair, float64 [draws, rows]: one stratum of q's CDF a pair, each pass spread over all."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    place = np.stack([rng.permutation(rows) for _ in range(draws)])
+    part = np.stack([rng.permutation(draws) for _ in range(rows)], axis=1)  # of stratum s, which pass gets which
+    part = np.take_along_axis(part, place, axis=1)
+    u = (place * draws + part + rng.random((draws, rows))) / (rows * draws)
+    return proposal.quantile(u)
+
+
 class Evaluator:
     """Compiled once for each size of batch, used for any rows and parameters of the same shapes.
 
@@ -76,13 +86,8 @@ class Evaluator:
         return parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
 
     def pairs(self, rows: int, draws: int):
-        """tau and q of every pair, float64 [draws, rows]: one stratum of q's CDF a pair, each pass spread over all."""
-        rng = np.random.Generator(np.random.Philox(self.seed))
-        place = np.stack([rng.permutation(rows) for _ in range(draws)])
-        part = np.stack([rng.permutation(draws) for _ in range(rows)], axis=1)  # of stratum s, which pass gets which
-        part = np.take_along_axis(part, place, axis=1)
-        u = (place * draws + part + rng.random((draws, rows))) / (rows * draws)
-        return self.proposal.quantile(u)
+        """tau and q of every pair; see stratified_pairs."""
+        return stratified_pairs(self.proposal, self.seed, rows, draws)
 
     def nats(self, params, rows: dict[str, np.ndarray], draws: int, name: str = "evaluate"):
         """Estimates [draws, rows, K] in nats, and the noise times and densities [draws, rows] they were made at.

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from hdlm_jax.config import PACKINGS
-from hdlm_jax.data import corpus, pipeline, prepare, tokenizers
+from hdlm_jax.data import pipeline, prepare, tokenizers
+from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.prepare import load_manifest
+from hdlm_jax.data.records import Bad, Document
+from hdlm_jax.data.sources import resolve
 
 EOT = 999  # of the folders below; no other token of theirs has this number
 KINDS = [("concat", "end"), ("documents", "end"), ("crop", "hidden"), ("crop", "end")]  # packing, padding
@@ -457,15 +460,15 @@ class Shelf:
         number = int(source)
         for i in range(3 + 4 * number):
             if i % 4 == number:
-                yield corpus.Bad(source, f"line {i}", "not JSON")
+                yield Bad(source, f"line {i}", "not JSON")
             if i % 3 == number:
-                yield corpus.Document("held out", source, "what?" * bool(self.prompt_field))
+                yield Document("held out", source, "what?" * bool(self.prompt_field))
             prompt = f"prompt {number}.{i} " * (i % 3) if self.prompt_field else ""
             text = Text(f"<{number}.{i}" + "=" * (i * 7 % 25 + 60 * (i == 9)) + ">")
             self.read_documents += 1
             self.texts.append(weakref.ref(text))
             self.most = max(self.most, sum(text() is not None for text in self.texts))
-            yield corpus.Document(text, source, prompt)
+            yield Document(text, source, prompt)
 
 
 class CountingTokenizer(tokenizers.Tokenizer):
@@ -480,7 +483,7 @@ class CountingTokenizer(tokenizers.Tokenizer):
 
 SOURCES = ["0", "1", "2"]
 SHELF = {prompts: [document for source in SOURCES for document in Shelf("q" if prompts else "").read(source)
-                   if isinstance(document, corpus.Document) and document.text != "held out"]
+                   if isinstance(document, Document) and document.text != "held out"]
          for prompts in (False, True)}  # 3 + 7 + 11 training documents
 
 
@@ -490,7 +493,7 @@ def stream(prompts: bool = False, **settings) -> pipeline.StreamBatches:
                                   lambda document: document.text != "held out", **settings)
 
 
-def streamed(count: int, prompts: bool = False, **settings) -> list[corpus.Document]:
+def streamed(count: int, prompts: bool = False, **settings) -> list[Document]:
     """The first documents of a stream, read back from its concatenated tokens."""
     iterator = stream(prompts, **settings).iterator()
     known = {(document.prompt + document.text).encode(): document for document in SHELF[prompts]}
@@ -639,14 +642,14 @@ def test_a_stream_that_cannot_work_says_why():
 
 
 def test_a_stream_of_files(tmp_path):
-    """`corpus.Reader` on files, one of them with a bad line; the tokens are those of the tokenizer."""
+    """`Reader` on files, one of them with a bad line; the tokens are those of the tokenizer."""
     texts = {name: [f"{name} {i} " + "word " * i for i in range(9)] for name in "ab"}
     for name, lines in texts.items():
         rows = [json.dumps({"text": text}) for text in lines]
         (tmp_path / f"{name}.jsonl").write_text("\n".join([*rows[:4], "{", *rows[4:]]))
     tokenizer = tokenizers.make_tokenizer("bpe", 300, itertools.chain(*texts.values()))
-    sources = corpus.resolve(str(tmp_path / "*.jsonl"))
-    batches = pipeline.StreamBatches(corpus.Reader(), sources, tokenizer, lambda document: "3" not in document.text,
+    sources = resolve(str(tmp_path / "*.jsonl"))
+    batches = pipeline.StreamBatches(Reader(), sources, tokenizer, lambda document: "3" not in document.text,
                                      seq_len=64, batch_size=16, packing="crop", padding="hidden", eot=tokenizer.eot)
     batch = next(batches.iterator())
     found = [tokenizer.decode(row[there][:-1]) for row, there in zip(batch["x"], batch["score"], strict=True)]

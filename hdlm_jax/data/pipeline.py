@@ -26,8 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hdlm_jax.config.choices import PACKINGS, PADDINGS
-from hdlm_jax.data import corpus, tokenizers
+from hdlm_jax.data import tokenizers
+from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.prepare import Manifest, load_manifest
+from hdlm_jax.data.records import Bad, Document
 
 _OPEN_SHARDS = 256  # memory maps held at once; each costs a file descriptor
 _MANY_RECORDS = 10_000  # a share of fewer records says little
@@ -398,14 +400,14 @@ class StreamBatches(_Batches):
     position is the same on all of them, and any number of processes goes on from it.
 
     Args:
-      reader: `corpus.Reader`. sources: what it reads. tokenizer: gives the ids; eot: closes each document.
+      reader: `Reader`. sources: what it reads. tokenizer: gives the ids; eot: closes each document.
       is_training: whether a document is for training; others are skipped.
       bad_share: records that cannot be read are skipped and said (`say`), up to this share of those read.
       The rest as for `TrainBatches`.
     """
 
-    def __init__(self, reader: corpus.Reader, sources: Sequence[str], tokenizer: tokenizers.Tokenizer,
-                 is_training: Callable[[corpus.Document], bool], *, seq_len: int, batch_size: int, seed: int = 0,
+    def __init__(self, reader: Reader, sources: Sequence[str], tokenizer: tokenizers.Tokenizer,
+                 is_training: Callable[[Document], bool], *, seq_len: int, batch_size: int, seed: int = 0,
                  process_index: int = 0, process_count: int = 1, packing: str = "concat", padding: str = "end",
                  variable_share: float = 0.0, shuffle_documents: int = 10_000, eot: int, bad_share: float = 1.0,
                  say: Callable[[str], None] = lambda line: None):
@@ -444,19 +446,19 @@ class StreamBatches(_Batches):
         while True:
             order = self._order(len(self._sources), epoch)
             begin: tuple[int, int] = source, record
-            held: list[corpus.Document] = []
+            held: list[Document] = []
             for number in range(source, len(order)):
                 records = itertools.islice(self._reader.read(self._sources[order[number]]), record, None)
                 for read, document in enumerate(records, record + 1):
                     seen += 1
-                    if isinstance(document, corpus.Bad):
+                    if isinstance(document, Bad):
                         bad += 1
                         found = f"{document.file}, {document.position}: {document.reason}"
                         self._say(f"data: {found}; skipped, no. {bad} of {seen:,} records")
                         if bad > self._bad_share * max(seen, _MANY_RECORDS):
                             raise ValueError(f"{found}; {bad:,} of {seen:,} records cannot be read, more than "
                                              f"data.bad_share={self._bad_share:g} allows: raise it, or mend the files")
-                    elif isinstance(document, corpus.Document) and self._is_training(document):
+                    elif isinstance(document, Document) and self._is_training(document):
                         held.append(document)
                         if len(held) == self._shuffle_documents:
                             yield (epoch, *begin, window), held
@@ -468,7 +470,7 @@ class StreamBatches(_Batches):
                 raise ValueError(f"data.files: no training document in the {len(self._sources)} sources")
             epoch, source, window = epoch + 1, 0, 0
 
-    def _encode(self, documents: Sequence[corpus.Document]) -> Iterator[tuple[np.ndarray, int]]:
+    def _encode(self, documents: Sequence[Document]) -> Iterator[tuple[np.ndarray, int]]:
         """Tokens of each document (prompt, text, end of text) and how many of them are its prompt."""
         end_of_text, start = np.array([self._eot], np.int32), 0
         while start < len(documents):

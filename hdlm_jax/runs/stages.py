@@ -12,8 +12,9 @@ import numpy as np
 from hdlm_jax.common import processes
 from hdlm_jax.common.console import say
 from hdlm_jax.config import Config, ConfigError, TokenizerConfig
-from hdlm_jax.data import clusters, corpus, pipeline, tokenizers
+from hdlm_jax.data import clusters, pipeline, tokenizers
 from hdlm_jax.data import prepare as text_prepare
+from hdlm_jax.data.records import Document, digest, is_validation
 from hdlm_jax.diffusion.hierarchy import Hierarchy, read_extra
 from hdlm_jax.training.loading import checkpoint_embedding, data_dir
 
@@ -187,8 +188,8 @@ def batches_of(config: Config, text: PreparedData) -> Any:
     reader, train, valid = text_prepare.what_to_read(d)
     held = text_prepare.held_out(reader, valid)
 
-    def is_training(document: corpus.Document) -> bool:
-        return corpus.digest(document) not in held if valid else not corpus.split(document, d.validation_fraction)
+    def is_training(document: Document) -> bool:
+        return digest(document) not in held if valid else not is_validation(document, d.validation_fraction)
 
     return pipeline.StreamBatches(reader, train, text.tokenizer, is_training, eot=text.manifest.eot,
                                   shuffle_documents=d.shuffle_documents, bad_share=d.bad_share, say=say, **how)

@@ -32,7 +32,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from hdlm_jax.common import jsons
-from hdlm_jax.data import corpus, tokenizers
+from hdlm_jax.data import tokenizers
+from hdlm_jax.data.documents import Reader
+from hdlm_jax.data.records import Bad, Document, digest, is_validation
 
 SHARD_TOKENS = 1 << 26
 BATCH_CHARS = 1 << 20  # encoded at once by one thread
@@ -40,9 +42,9 @@ PROCESSES_FROM = 64 << 20  # bytes of sources; below, the start of other process
 _HOUR = 3600.0
 
 
-def documents(reader: corpus.Reader, source: str) -> Iterator[corpus.Document]:
+def documents(reader: Reader, source: str) -> Iterator[Document]:
     """The documents of a source without its bad records."""
-    return (record for record in reader.read(source) if isinstance(record, corpus.Document))
+    return (record for record in reader.read(source) if isinstance(record, Document))
 
 
 def core_count() -> int:
@@ -178,7 +180,7 @@ class Job:
 
     folder: Path
     id: str
-    reader: corpus.Reader
+    reader: Reader
     units: tuple[tuple[str, str], ...]
     held: frozenset[bytes]
     fraction: float
@@ -189,21 +191,21 @@ class Job:
     shard_tokens: int
     batch_chars: int
 
-    def split(self, unit: int, document: corpus.Document) -> str:
+    def split(self, unit: int, document: Document) -> str:
         """'train', 'valid', or '' for a training document that the validation files have too."""
         if self.units[unit][1] == "valid":
             return "valid"
         if self.fraction:
-            return "valid" if corpus.split(document, self.fraction) else "train"
-        return "" if self.held and corpus.digest(document) in self.held else "train"
+            return "valid" if is_validation(document, self.fraction) else "train"
+        return "" if self.held and digest(document) in self.held else "train"
 
-    def records(self, unit: int) -> Iterator[corpus.Document | corpus.Bad]:
+    def records(self, unit: int) -> Iterator[Document | Bad]:
         """All records of a unit; of a sample, until there are enough bytes of training text."""
         source, kind = self.units[unit]
         left = self.sample if kind == "train" else 0
         for record in self.reader.read(source):
             yield record
-            if left and isinstance(record, corpus.Document) and self.split(unit, record) == "train":
+            if left and isinstance(record, Document) and self.split(unit, record) == "train":
                 left -= len((record.prompt + record.text).encode("utf-8"))
                 if left <= 0:
                     return
@@ -269,18 +271,18 @@ class _Encoded(NamedTuple):
     """A batch of records, encoded. digests: sum of sha256. bytes: of text. shards: split -> tokens, index [n, 4]."""
 
     records: int
-    bad: list[corpus.Bad]
+    bad: list[Bad]
     left_out: int
     digests: int
     bytes: int
     shards: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[corpus.Document | corpus.Bad]) -> _Encoded:
-    bad = [record for record in batch if isinstance(record, corpus.Bad)]
-    splits: dict[str, list[corpus.Document]] = {"train": [], "valid": [], "": []}
+def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[Document | Bad]) -> _Encoded:
+    bad = [record for record in batch if isinstance(record, Bad)]
+    splits: dict[str, list[Document]] = {"train": [], "valid": [], "": []}
     for record in batch:
-        if isinstance(record, corpus.Document):
+        if isinstance(record, Document):
             splits[job.split(unit, record)].append(record)
     left_out = len(splits.pop(""))
     digests = size = 0
@@ -298,20 +300,20 @@ def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[corpus
             prompt_bytes = len(document.prompt.encode("utf-8"))
             all_bytes = prompt_bytes + len(document.text.encode("utf-8"))
             index.append((len(prompt) + len(text) + 1, all_bytes, len(prompt), prompt_bytes))
-            digests += int.from_bytes(corpus.digest(document), "big")
+            digests += int.from_bytes(digest(document), "big")
             size += all_bytes
         flat = np.concatenate(pieces, dtype=np.dtype(job.dtype).newbyteorder("<"), casting="unsafe")
         shards[split] = flat, np.array(index, "<u4")
     return _Encoded(len(batch), bad, left_out, digests, size, shards)
 
 
-def _batches(records: Iterator[corpus.Document | corpus.Bad],
-             chars: int) -> Iterator[list[corpus.Document | corpus.Bad]]:
+def _batches(records: Iterator[Document | Bad],
+             chars: int) -> Iterator[list[Document | Bad]]:
     held, size = [], 0
     for record in records:
         held.append(record)
         size += 100  # of a tiny document, the object is what takes the memory
-        if isinstance(record, corpus.Document):
+        if isinstance(record, Document):
             size += len(record.prompt) + len(record.text)
         if size >= chars:
             yield held

@@ -19,6 +19,7 @@ import owt
 import pytest
 from tiny import read_recipe, write_recipe
 
+from hdlm_jax.common import jsons
 from hdlm_jax.config import ConfigError, DataConfig, TokenizerConfig
 from hdlm_jax.data import prepare, shards, tokenizers
 from hdlm_jax.data.documents import Reader
@@ -989,7 +990,7 @@ def test_leftovers_of_the_dead_are_removed(tmp_path):
     (tmp_path / "tokens").mkdir()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    old = shards._temporary(tmp_path / "tokens" / "train-00007-000.bin")
+    old = jsons.temporary(tmp_path / "tokens" / "train-00007-000.bin")
     here = old.name.rpartition("-")[0]
     names = {f"{here}-{dead.pid}.tmp": False, f"{here}-{os.getppid()}.tmp": True,
              f"train-00007-000.bin.elsewhere-{dead.pid}.tmp": True, "train-00007-001.bin.elsewhere-1.tmp": False}

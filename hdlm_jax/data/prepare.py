@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import os
 import platform
@@ -119,9 +118,9 @@ class Manifest:
 def load_manifest(folder: str | os.PathLike) -> Manifest:
     """The manifest of a folder of tokens (also of version 2); ValueError when there is none, or another version's."""
     path = Path(folder) / MANIFEST
-    facts = shards.read_json(path)
-    if facts is None:
+    if not path.exists():
         raise ValueError(f"no tokens in {folder} ({MANIFEST} is missing); run --mode=prepare")
+    facts = jsons.read_json(path)
     if facts.get("version") not in (2, VERSION):
         raise ValueError(f"{path}: version is {facts.get('version')}, this code reads 2 and {VERSION}; "
                          "delete the folder and prepare again")
@@ -303,7 +302,7 @@ class _Seen:
     def __init__(self, folder: Path):
         self._path, self._marks = folder / VERIFIED, {}
         with contextlib.suppress(OSError, ValueError):
-            self._marks = json.loads(self._path.read_text("utf-8"))
+            self._marks = jsons.read_json(self._path)
         self._known = dict(self._marks)
 
     def facts(self, path: Path, name: str = "") -> tuple[int, str]:
@@ -311,8 +310,7 @@ class _Seen:
         name, state = name or os.path.abspath(path), path.stat()
         size, moment, sha256 = self._known.get(name, (-1, -1, ""))
         if (size, moment) != (state.st_size, state.st_mtime_ns):
-            with open(path, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = jsons.sha256_of(path)
         self._marks[name] = [state.st_size, state.st_mtime_ns, sha256]
         return state.st_size, sha256
 
@@ -346,7 +344,7 @@ def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: Any, last:
            say: Callable[[str], None]) -> tuple[tokenizers.Tokenizer, dict]:
     """The tokenizer, made or loaded, and the facts in begun.json, which all workers must agree on."""
     path = job.folder / BEGUN
-    begun = shards.read_json(path)
+    begun = jsons.read_json(path) if path.exists() else None
     if begun:
         different = _difference(*_as_today(begun, settings, sources), settings, sources)
         if different and any(job.folder.glob("unit-*.json")):

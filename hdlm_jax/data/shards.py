@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -55,11 +54,6 @@ def core_count() -> int:
 # ------------------------------------------------------------------------------------------------ files, safely
 
 
-def _temporary(path: Path) -> Path:
-    """A name that only this process uses, on any host."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-
-
 def remove_leftovers(folder: Path) -> None:
     """Removes temporary files and folders of dead writers: gone from this host, or silent for an hour on another."""
     for path in folder.glob("*.tmp"):
@@ -78,9 +72,7 @@ def _runs(pid: int) -> bool:
         return False
     except PermissionError:  # somebody else's
         return True
-    state = Path(f"/proc/{pid}/stat")
-    zombie = state.exists() and state.read_text().rpartition(") ")[2].startswith("Z")  # nobody asked how it ended
-    return pid != os.getpid() and not zombie
+    return pid != os.getpid()
 
 
 @contextlib.contextmanager
@@ -94,32 +86,20 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, raw: bytes) -> None:
-    """Writes a file whole or not at all, and so that it survives a loss of power."""
-    with Files() as files:
-        files.write(path, raw)
-        files.close()
+    with _writing(path):
+        jsons.write_atomic(path, raw)
 
 
 @contextlib.contextmanager
 def private_folder(path: Path) -> Iterator[Path]:
     """A folder that only this process uses, removed in the end."""
-    folder = _temporary(path)
+    folder = jsons.temporary(path)
     with _writing(path):
         folder.mkdir()
         try:
             yield folder
         finally:
             shutil.rmtree(folder)
-
-
-def read_json(path: Path) -> dict | None:
-    """None where there is no such file."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); delete the folder and prepare again") from None
 
 
 class Files:
@@ -140,7 +120,7 @@ class Files:
     def write(self, path: Path, raw: bytes) -> None:
         with _writing(path):
             if path not in self._open:
-                temporary = _temporary(path)
+                temporary = jsons.temporary(path)
                 self._open[path] = temporary, open(temporary, "wb"), hashlib.sha256()
             _, file, state = self._open[path]
             file.write(raw)
@@ -156,13 +136,6 @@ class Files:
                 facts[path.name] = {"bytes": file.tell(), "sha256": state.hexdigest()}
                 file.close()
                 os.replace(temporary, path)
-        for folder in {path.parent for path in self._open}:
-            with contextlib.suppress(OSError):  # the names as well, where the system can
-                number = os.open(folder, os.O_RDONLY)
-                try:
-                    os.fsync(number)
-                finally:
-                    os.close(number)
         self._open = {}
         return facts
 
@@ -247,18 +220,18 @@ class Record:
 
 def load_record(job: Job, unit: int) -> Record | None:
     """None where the unit is not begun, or where files it has made are gone: then it is made again."""
-    facts = read_json(job.record_path(unit))
-    if facts is None:
+    path = job.record_path(unit)
+    if not path.exists():
         return None
-    record = Record(**facts)
+    record = Record(**jsons.read_json(path))
     if record.job != job.id:
-        raise ValueError(f"{job.record_path(unit)} was made with other settings, files or words than these (by another "
+        raise ValueError(f"{path} was made with other settings, files or words than these (by another "
                          f"worker?): give all workers the same, or delete {job.folder}")
     for name, made in record.files.items():
-        path = job.folder / name
-        if not path.exists() or path.stat().st_size != made["bytes"]:
+        shard = job.folder / name
+        if not shard.exists() or shard.stat().st_size != made["bytes"]:
             return None
-    record.shards = [Range(*shard) for shard in record.shards]
+    record.shards = [Range(*place) for place in record.shards]
     return record
 
 

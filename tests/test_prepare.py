@@ -821,15 +821,12 @@ def as_version_2(folder: Path, files, validation=(), file="") -> dict:
                                        "tokenizer.file": file, "tokenizer.sha256": ""}
         made.pop("adopted", None)
         (folder / name).write_text(json.dumps(made))
-    (folder / "verified.json").unlink(missing_ok=True)
-    for path in folder.glob("unit-*.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"job": prepare._hash(made)}))
     return json.loads((folder / "manifest.json").read_text())
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_folders_of_version_2_are_adopted(tmp_path, small, stream):
-    """With hashes of the files at hand; the fingerprint, which checkpoints name, stays, also that of a sample."""
+def test_folders_of_version_2_are_read(tmp_path, small, stream):
+    """By names and sizes of the files at hand; the fingerprint, which checkpoints name, stays, also of a sample."""
     files = [numbered(tmp_path / f"{i}.jsonl", 20, 100 * i) for i in range(2)]
     held = numbered(tmp_path / "held.jsonl", 5, 500)
     tokenizers.make_tokenizer("bpe", 270, [text(i) for i in range(9)]).save(tmp_path / "t")
@@ -843,22 +840,23 @@ def test_folders_of_version_2_are_adopted(tmp_path, small, stream):
                   sorted((name, facts["sha256"]) for name, facts in loaded.shards.items())]
     print_of_2 += [old["settings"], old["sources"]] if stream else []
     assert loaded.version == 2 and loaded.fingerprint == hashlib.sha256(json.dumps(print_of_2).encode()).hexdigest()
+    assert (new.fingerprint == loaded.fingerprint) != stream
     # another split of the same files between training and validation is told from the shards
     with pytest.raises(ValueError, match="files of data.validation=1, it is now 2"):
         make(folder, **arguments | {"files": files[:1], "validation": (files[1], held)})
-    os.rename(files[0], tmp_path / "away")  # without its files it is as good, and stays as it is
-    assert make(folder, **arguments) == loaded and prepare.load_manifest(folder).version == 2
-    os.rename(tmp_path / "away", files[0])
-    adopted = make(folder, **arguments)
-    assert adopted == prepare.load_manifest(folder) == dataclasses.replace(new, adopted=adopted.adopted)
-    assert adopted.version == 3 and adopted.fingerprint == loaded.fingerprint
-    assert (new.fingerprint == adopted.fingerprint) != stream
-    assert make(folder, **arguments) == adopted
-    # a shard is missing: made again, also from the begun.json of version 2
-    (folder / new.splits["valid"][0][0]).with_suffix(".bin").unlink()
-    again = make(folder, **arguments)
-    assert again == adopted and (folder / new.splits["valid"][0][0]).with_suffix(".bin").exists()
-    as_version_2(folder, files, (held,), bpe.file)
+    os.rename(files[0], tmp_path / "away")
+    for there in (False, True):  # without its files it is as good
+        if there:
+            os.rename(tmp_path / "away", files[0])
+        assert make(folder, **arguments) == loaded == prepare.load_manifest(folder)
+    # as this code once wrote it on: of version 3, with the fingerprint that it had
+    kept = dataclasses.replace(new, adopted=[old["settings"], old["sources"]] if stream else [])
+    prepare._write(folder, kept)
+    assert make(folder, **arguments) == kept and kept.fingerprint == loaded.fingerprint
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="begun.json is of version 2; delete .* and prepare again"):
+        make(folder, **arguments)
+    (folder / "manifest.json").write_text(json.dumps(old))
     numbered(Path(files[1]), 19, 100)
     with pytest.raises(ValueError, match=r"made from other files: 1\.jsonl"):
         make(folder, **arguments)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import math
 import os
 import platform
@@ -57,7 +56,7 @@ class Manifest:
     splits: "train" and "valid": [stem, first token, end token, first document, end document] of each range, in
       the order of the documents; a range lies in the shard stem.bin and its index stem.idx.
     shards: file name -> {"bytes", "sha256"}.
-    adopted: [settings, sources] that it had in version 2, which the fingerprint of a sample made then is of.
+    adopted: [settings, sources] of version 2, which the fingerprint of a sample made then is of.
     """
 
     version: int
@@ -190,11 +189,7 @@ def prepare(out_dir: str | os.PathLike, data: Any, tokenizer: Any, *,
         say(f"tokens: worker {index}/{workers} has done its part of {folder}; {len(missing)} of {len(records)} files "
             f"are left to others (the first, {job.units[missing[0]][0]}, to {missing[0] % workers}/{workers})")
         return None
-    facts = begun | {"adopted": []}
-    if begun["version"] != VERSION:
-        old = [begun["settings"], begun["sources"]] if data.stream else []
-        facts |= {"settings": settings, "sources": sources, "adopted": old}
-    manifest = _merge(job, words, [record for record in records if record], facts, last, workers > 1, say)
+    manifest = _merge(job, words, [record for record in records if record], begun, last, workers > 1, say)
     shards.remove_leftovers(folder)
     say(f"tokens: made {folder} in {time.monotonic() - start:.1f} s: {manifest.summary()}")
     return manifest
@@ -346,7 +341,9 @@ def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: Any, last:
     path = job.folder / BEGUN
     begun = jsons.read_json(path) if path.exists() else None
     if begun:
-        different = _difference(*_as_today(begun, settings, sources), settings, sources)
+        if begun["version"] != VERSION:
+            raise ValueError(f"{path} is of version {begun['version']}; delete {job.folder} and prepare again")
+        different = _difference(begun["settings"], begun["sources"], settings, sources)
         if different and any(job.folder.glob("unit-*.json")):
             raise _different(job.folder, "begun", different)
         if not different:
@@ -447,7 +444,7 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, records: list[shards.Re
         sampled=job.sample > 0, python=platform.python_version(),
         splits={split: [list(shard[:5]) for shard in ranges] for split, ranges in splits.items()},
         shards={name: facts for record in records for name, facts in sorted(record.files.items())
-                if not name.startswith("bad-")}, lengths=[], adopted=begun["adopted"])
+                if not name.startswith("bad-")}, lengths=[])
     if verify and (damage := _damage(job.folder, manifest, _Seen(job.folder))):
         name, what = damage[0]
         raise ValueError(f"{job.folder / name} is {what}: delete it and run --mode=prepare, which makes it again")
@@ -502,26 +499,14 @@ def _different(folder: Path, verb: str, difference: str) -> ValueError:
     return ValueError(f"tokens in {folder} were {verb} {difference}: use another working directory or delete {folder}")
 
 
-def _as_today(made: dict, settings: dict, sources: list | None) -> tuple[dict, list]:
-    """Settings and sources of a manifest or begun.json. Version 2 knew paths, names and sizes: then as they would be
-    written today, with the marks of those files at hand that have these names and sizes."""
-    was, were = dict(made["settings"]), made["sources"]
-    if made["version"] == VERSION:
-        return was, were
+def _of_version_2(manifest: Manifest) -> tuple[dict, list]:
+    """Settings and sources of a manifest that knew paths, names and sizes, in today's terms: no paths, no marks."""
+    was = dict(manifest.settings)
     patterns, file = was.pop("data.validation"), was.pop("tokenizer.file")
     del was["data.files"], was["tokenizer.sha256"]
-    validation = 0
-    if patterns and "splits" in made:  # the last units, one a file
-        validation = len(were) - bool(file) - min(int(stem.split("-")[1]) for stem, *_ in made["splits"]["valid"])
-    elif patterns:
-        validation = settings[_VALIDATION] or len(patterns)
-    marked = []
-    for place, fact in enumerate(were):
-        here = itertools.chain((sources or [])[place:place + 1], sources or [])
-        marked.append(next((other for other in here if other[:2] == fact), [*fact, ""]))
-        if fact[0] == EMBEDDED and "python" in made:
-            marked[-1] = [*fact, f"Python {made['python']}"]
-    return was | {_VALIDATION: validation, "tokenizer.file": bool(file)}, marked
+    first = min(int(stem.split("-")[1]) for stem, *_ in manifest.splits["valid"])  # of the validation files' units
+    count = len(manifest.sources) - bool(file) - first if patterns else 0
+    return was | {_VALIDATION: count, "tokenizer.file": bool(file)}, [[*fact, ""] for fact in manifest.sources]
 
 
 def _at_hand(data: Any, tokenizer: Any, manifest: Manifest, seen: _Seen) -> tuple[list | None, int, str]:
@@ -540,10 +525,13 @@ def _reuse(folder: Path, data: Any, tokenizer: Any, say: Callable[[str], None]) 
     manifest, seen = load_manifest(folder), _Seen(folder)
     sources, validation, absent = _at_hand(data, tokenizer, manifest, seen)
     settings = _settings(data, tokenizer, validation)
-    was, were = _as_today(dataclasses.asdict(manifest), settings, sources)
+    was, were, are = manifest.settings, manifest.sources, sources
+    if manifest.version == 2:
+        was, were = _of_version_2(manifest)
+        are = sources and [[name, size, ""] for name, size, _ in sources]
     if sources is None and validation and was[_VALIDATION]:  # patterns, of which nobody knows how many files match
         settings[_VALIDATION] = was[_VALIDATION]
-    if different := _difference(was, were, settings, sources):
+    if different := _difference(was, were, settings, are):
         raise _different(folder, "made", different)
     _check_sha256(tokenizer, sources)
     for name, what in _damage(folder, manifest, seen):
@@ -557,10 +545,6 @@ def _reuse(folder: Path, data: Any, tokenizer: Any, say: Callable[[str], None]) 
     if tokenizers.load_tokenizer(folder).fingerprint != manifest.tokenizer_fingerprint:
         raise ValueError(f"the tokenizer in {folder} is not the one the tokens were made with: "
                          f"use another working directory or delete {folder}")
-    if manifest.version != VERSION and sources is not None:
-        manifest = dataclasses.replace(manifest, version=VERSION, settings=settings, sources=sources)
-        with contextlib.suppress(OSError):  # a folder that cannot be written stays as it is, and is as good
-            _write(folder, manifest)
     say(f"tokens: reusing {folder}{absent}: {manifest.summary()}")
     return manifest
 

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hdlm_jax.config.choices import PACKINGS, PADDINGS
 from hdlm_jax.data import tokenizers
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.prepare import Manifest, load_manifest
@@ -102,10 +101,7 @@ class Split:
         """Rows of S consecutive tokens of the ring, int32 [b, S]; starts: int64 [b]."""
         out = np.empty((len(starts), seq_len), np.int32)
         for row, start in zip(out, starts.tolist(), strict=True):
-            done = 0
-            for piece in self._pieces(start, seq_len):
-                row[done:done + len(piece)] = piece
-                done += len(piece)
+            row[:] = self.read(start, seq_len)
         return out
 
     @functools.cached_property
@@ -208,13 +204,6 @@ class _Batches:
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(f"train.batch_size is {batch_size}; must be a positive multiple of the "
                              f"{process_count} processes")
-        if seq_len < 1:
-            raise ValueError(f"model.seq_len is {seq_len}; must be at least 1")
-        for name, value, choices in (("packing", packing, PACKINGS), ("padding", padding, PADDINGS)):
-            if value not in choices:
-                raise ValueError(f"data.{name} is {value!r}; choices: {', '.join(choices)}")
-        if not 0.0 <= variable_share <= 1.0:
-            raise ValueError(f"data.variable_share is {variable_share}; must be in 0..1")
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.packing, self.variable_share, self._eot = packing, variable_share, eot
         rows = batch_size // process_count
@@ -287,7 +276,7 @@ class TrainBatches(_Batches):
         self._split = Split(folder, manifest, "train")
         self.num_tokens = self._split.tokens
         if packing != "crop" and seq_len > self.num_tokens:
-            raise ValueError(f"model.seq_len is {seq_len}; must be at least 1 and at most the "
+            raise ValueError(f"model.seq_len is {seq_len}; must be at most the "
                              f"{self.num_tokens} training tokens in {folder}")
         if manifest.prompts or packing == "crop":
             _ = self._split.documents  # read once, before prefetch threads ask for it
@@ -363,11 +352,6 @@ def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0, packing:
       int32 [n, S], -1 on hidden padding, else 0, with packing="documents" the number of the document in its row;
       tokens int32 [n], scored tokens without any padding: what nats are divided by.
     """
-    if seq_len < 1 or limit < 0:
-        raise ValueError(f"seq_len is {seq_len} and limit {limit}; must be at least 1 and 0")
-    for name, value, choices in (("packing", packing, PACKINGS), ("padding", padding, PADDINGS)):
-        if value not in choices:
-            raise ValueError(f"data.{name} is {value!r}; choices: {', '.join(choices)}")
     manifest = load_manifest(folder)
     split = Split(folder, manifest, "valid")
     bounds = split.documents.starts if packing == "crop" else np.array([0, split.tokens])
@@ -413,8 +397,6 @@ class StreamBatches(_Batches):
                  say: Callable[[str], None] = lambda line: None):
         super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, padding, variable_share,
                          bool(reader.prompt_field), eot)
-        if shuffle_documents < 1:
-            raise ValueError(f"data.shuffle_documents is {shuffle_documents}; must be at least 1")
         self._reader, self._sources, self._tokenizer = reader, list(sources), tokenizer
         self._is_training, self._shuffle_documents = is_training, shuffle_documents
         self._bad_share, self._say = bad_share, say

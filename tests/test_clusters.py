@@ -1,4 +1,4 @@
-"""hdlm_jax.data.clusters: word vectors, clusters within their limits, first tables, report and picture."""
+"""Word vectors, clusters within their limits, first embedding tables, report and picture of the clusters."""
 
 import builtins
 import math
@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdlm_jax.config import default_clusters
-from hdlm_jax.data import clusters as C
+from hdlm_jax.data import cluster_report, clustering, embeddings
+from hdlm_jax.data.cluster_report import plane, write_report
+from hdlm_jax.data.clustering import build_hierarchy
+from hdlm_jax.data.embeddings import cooccurrence, initial_table, ppmi, unit_rows, word_embeddings
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 
 
@@ -45,14 +48,14 @@ def _brute_counts(tokens: list[int], v: int, window: int, eot: int | None) -> np
        st.sampled_from([None, 5]))
 def test_counts_by_brute_force_in_any_chunks(tokens: list[int], window: int, chunk: int,
                                              eot: int | None) -> None:
-    got = C.cooccurrence(np.array(tokens, np.uint16), 6, eot=eot, window=window, chunk=chunk)
+    got = cooccurrence(np.array(tokens, np.uint16), 6, eot=eot, window=window, chunk=chunk)
     np.testing.assert_allclose(got.toarray(), _brute_counts(tokens, 6, window, eot), rtol=1e-5)
 
 
 def test_ppmi_by_brute_force() -> None:
     tokens = np.random.default_rng(0).integers(0, 6, 200)
     follows = _brute_counts(list(tokens), 7, 3, 5)  # word 5 ends documents, word 6 never occurs
-    got = C.ppmi(C.cooccurrence(tokens, 7, eot=5, window=3)).toarray()
+    got = ppmi(cooccurrence(tokens, 7, eot=5, window=3)).toarray()
     counts = np.concatenate([follows, follows.T], axis=1)
     smooth = counts.sum(0) ** 0.75
     expected = np.zeros_like(counts)
@@ -68,8 +71,8 @@ def test_ppmi_by_brute_force() -> None:
 
 def test_corpus_embeddings_are_the_truncated_svd() -> None:
     tokens = np.random.default_rng(1).integers(0, 40, 3000)
-    matrix = C.ppmi(C.cooccurrence(tokens, 41, eot=40)).toarray()
-    got = C.embeddings("corpus", tokens=tokens, vocab_size=41, eot=40, dim=30)
+    matrix = ppmi(cooccurrence(tokens, 41, eot=40)).toarray()
+    got = word_embeddings("corpus", tokens=tokens, vocab_size=41, eot=40, dim=30)
     left, values, _ = np.linalg.svd(matrix)
     expected = (left[:, :30] * np.sqrt(values[:30]))
     assert got.shape == (41, 30) and got.dtype == np.float32
@@ -81,32 +84,32 @@ def test_words_with_the_same_contexts_get_the_same_vector() -> None:
     # Words 1 and 2 are drawn alike, after 0 and before 3 or 4; so are 3 and 4.
     rng = np.random.default_rng(2)
     tokens = np.stack([np.zeros(4000, int), rng.integers(1, 3, 4000), rng.integers(3, 5, 4000)], 1).ravel()
-    e = C._unit(C.embeddings("corpus", tokens=tokens, vocab_size=5, dim=4, window=2))
+    e = unit_rows(word_embeddings("corpus", tokens=tokens, vocab_size=5, dim=4, window=2))
     cosine = e @ e.T
     assert cosine[1, 2] > 0.99 and cosine[3, 4] > 0.99
     assert cosine[1, 3] < 0.6 and cosine[0, 1] < 0.6
 
 
 def test_corpus_of_few_directions_and_of_none() -> None:
-    e = C.embeddings("corpus", tokens=np.array([0, 1] * 50), vocab_size=6, dim=5)
+    e = word_embeddings("corpus", tokens=np.array([0, 1] * 50), vocab_size=6, dim=5)
     assert e.shape == (6, 5) and np.isfinite(e).all() and e[:2].any(1).all() and not e[2:].any()
-    none = C.embeddings("corpus", tokens=np.array([3, 3, 3]), vocab_size=6, eot=3, dim=5)
+    none = word_embeddings("corpus", tokens=np.array([3, 3, 3]), vocab_size=6, eot=3, dim=5)
     assert none.shape == (6, 5) and not none.any()
 
 
 def test_corpus_embeddings_are_deterministic_and_take_a_memmap(tmp_path) -> None:
     tokens = np.random.default_rng(3).zipf(1.5, 5000).clip(max=99).astype(np.uint16)
     tokens.tofile(tmp_path / "train.bin")
-    once = C.embeddings("corpus", tokens=tokens, vocab_size=100, eot=0, dim=12)
-    again = C.embeddings("corpus", tokens=np.memmap(tmp_path / "train.bin", np.uint16, "r"), vocab_size=100,
+    once = word_embeddings("corpus", tokens=tokens, vocab_size=100, eot=0, dim=12)
+    again = word_embeddings("corpus", tokens=np.memmap(tmp_path / "train.bin", np.uint16, "r"), vocab_size=100,
                          eot=0, dim=12)
     np.testing.assert_array_equal(once, again)
 
 
 def test_a_long_corpus_is_counted_on_chunks_spread_over_it() -> None:
-    assert C._chunk_starts(100, 10, 1000) == list(range(0, 100, 10))
-    assert C._chunk_starts(100, 10, 30) == [0, 40, 90] or C._chunk_starts(100, 10, 30) == [0, 50, 90]
-    assert C._chunk_starts(5, 10, 1) == [0]
+    assert embeddings._chunk_starts(100, 10, 1000) == list(range(0, 100, 10))
+    assert embeddings._chunk_starts(100, 10, 30) == [0, 40, 90] or embeddings._chunk_starts(100, 10, 30) == [0, 50, 90]
+    assert embeddings._chunk_starts(5, 10, 1) == [0]
 
 
 def test_files_and_checkpoints(tmp_path) -> None:
@@ -115,13 +118,13 @@ def test_files_and_checkpoints(tmp_path) -> None:
     table = np.random.default_rng(0).standard_normal((12, 3))
     np.save(tmp_path / "e.npy", table)
     save_file({"wte.weight": table.astype(np.float16), "wpe": table[:2]}, tmp_path / "m.safetensors")
-    got = C.embeddings(f"{tmp_path}/e.npy", vocab_size=10)
+    got = word_embeddings(f"{tmp_path}/e.npy", vocab_size=10)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, table[:10], rtol=1e-6)  # rows above V are padding
-    half = C.embeddings(f"{tmp_path}/m.safetensors:wte.weight", vocab_size=12)
+    half = word_embeddings(f"{tmp_path}/m.safetensors:wte.weight", vocab_size=12)
     np.testing.assert_allclose(half, table, rtol=1e-2, atol=1e-3)
     asked = []
-    run = C.embeddings("checkpoint:runs/a", vocab_size=12,
+    run = word_embeddings("checkpoint:runs/a", vocab_size=12,
                        load_checkpoint_embedding=lambda w: asked.append(w) or table)
     np.testing.assert_allclose(run, table, rtol=1e-6)
     assert asked == ["runs/a"]
@@ -146,13 +149,13 @@ def test_embedding_errors(tmp_path, monkeypatch) -> None:
         (f"{tmp_path}/m.safetensors", ValueError, r"no tensor '' .* it has wte"),
     ]:
         with pytest.raises(error, match=message) as caught:
-            C.embeddings(spec, vocab_size=9)
+            word_embeddings(spec, vocab_size=9)
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"token 9 is outside the vocabulary 0\.\.8"):
-        C.embeddings("corpus", vocab_size=9, tokens=np.arange(10))
+        word_embeddings("corpus", vocab_size=9, tokens=np.arange(10))
     _without(monkeypatch, "safetensors")
     with pytest.raises(ImportError, match="pip install safetensors"):
-        C.embeddings(f"{tmp_path}/m.safetensors:wte", vocab_size=3)
+        word_embeddings(f"{tmp_path}/m.safetensors:wte", vocab_size=3)
 
 
 def _without(monkeypatch, package: str) -> None:
@@ -171,7 +174,7 @@ def _without(monkeypatch, package: str) -> None:
 
 
 def test_finds_the_groups_there_are() -> None:
-    h, report = C.build_hierarchy(_blobs(), (9,), special=(299,), seed=0)
+    h, report = build_hierarchy(_blobs(), (9,), special=(299,), seed=0)
     assert h.sizes == (300, 9, 1) and h.special == (299,)
     own = h.parents[0][299]
     assert own == 8 and np.sum(h.parents[0] == own) == 1
@@ -205,22 +208,22 @@ def _adversarial(case: str) -> np.ndarray:
 @pytest.mark.parametrize("clusters", [(16,), (2,), (100, 10, 3), (400,)])
 def test_sizes_stay_within_their_limits(case: str, clusters: tuple[int, ...]) -> None:
     points = _adversarial(case)
-    h, report = C.build_hierarchy(points, clusters, special=(399,), seed=1)
+    h, report = build_hierarchy(points, clusters, special=(399,), seed=1)
     assert h.sizes == (400, *clusters, 1)
     for level in range(1, len(clusters) + 1):
         average = h.sizes[level - 1] / h.sizes[level]
         sizes = _sizes_without(h, level)
         assert sizes.min() >= 0.1 * average and sizes.max() <= 5 * average
         assert report["levels"][level - 1]["size_limits"][0] <= sizes.min()
-    again, same = C.build_hierarchy(points, clusters, special=(399,), seed=1)
+    again, same = build_hierarchy(points, clusters, special=(399,), seed=1)
     assert again == h and same == report
 
 
 def test_limits_of_ones_choosing() -> None:
-    h, report = C.build_hierarchy(_adversarial("one blob and outliers"), (8,), min_ratio=0.9, max_ratio=1.1)
+    h, report = build_hierarchy(_adversarial("one blob and outliers"), (8,), min_ratio=0.9, max_ratio=1.1)
     assert 45 <= _sizes_without(h).min() and _sizes_without(h).max() <= 55
     assert report["levels"][0]["moved_out_of_large"] + report["levels"][0]["moved_into_small"] > 0
-    h, _ = C.build_hierarchy(_blobs(100), (7,), special=(0,), min_ratio=1, max_ratio=1)  # 99 over 6
+    h, _ = build_hierarchy(_blobs(100), (7,), special=(0,), min_ratio=1, max_ratio=1)  # 99 over 6
     assert set(_sizes_without(h)) <= {15, 16, 17}
 
 
@@ -229,17 +232,17 @@ def test_moves_the_farthest_words_and_takes_those_that_lose_least() -> None:
     angle = np.radians([0, 5, 10, 15, 30, 40, 90])
     similarity = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
     label = np.array([0, 0, 0, 0, 0, 0, 1])
-    assert C._shrink(label, similarity, high=4) == 2
+    assert clustering._shrink(label, similarity, high=4) == 2
     np.testing.assert_array_equal(label, [0, 0, 0, 0, 1, 1, 1])
     label = np.array([0, 0, 0, 0, 0, 0, 1])
-    assert C._grow(label, similarity, low=2) == 1
+    assert clustering._grow(label, similarity, low=2) == 1
     np.testing.assert_array_equal(label, [0, 0, 0, 0, 0, 1, 1])
 
 
 def test_unknown_words_even_out_the_sizes() -> None:
     points = np.repeat(_blobs(8, noise=0), [70, 50, 30, 20, 15, 10, 4, 1], axis=0)
     points = np.concatenate([points, np.zeros((120, 16), np.float32)])
-    h, report = C.build_hierarchy(points, (8,))
+    h, report = build_hierarchy(points, (8,))
     known = np.bincount(h.parents[0][:200], minlength=8)
     full = np.bincount(h.parents[0], minlength=8)
     assert report["unknown_words"] == 120 and sorted(known)[-3:] == [30, 50, 70]
@@ -249,7 +252,7 @@ def test_unknown_words_even_out_the_sizes() -> None:
 def test_levels_are_nested_and_upper_ones_group_like_clusters() -> None:
     coarse, fine = _blobs(640, kinds=4, width=64, noise=0), _blobs(640, kinds=32, width=64, noise=0.01)
     # Kinds of 32 lie around 4 directions (32 is a multiple of 4: i % 32 decides i % 4).
-    h, _ = C.build_hierarchy(2 * coarse + fine, (32, 4), seed=2)
+    h, _ = build_hierarchy(2 * coarse + fine, (32, 4), seed=2)
     assert h.sizes == (640, 32, 4, 1)
     for node in range(4):
         kinds = np.flatnonzero(h.anc[2] == node) % 4
@@ -259,39 +262,39 @@ def test_levels_are_nested_and_upper_ones_group_like_clusters() -> None:
 
 def test_shuffled_control_has_the_same_sizes_and_other_members() -> None:
     e = _blobs()
-    real, _ = C.build_hierarchy(e, (30, 5), special=(7,), seed=3)
-    control, report = C.build_hierarchy(e, (30, 5), special=(7,), seed=3, shuffle=True)
+    real, _ = build_hierarchy(e, (30, 5), special=(7,), seed=3)
+    control, report = build_hierarchy(e, (30, 5), special=(7,), seed=3, shuffle=True)
     for level in range(len(real.sizes)):
         np.testing.assert_array_equal(real.word_count[level], control.word_count[level])
     assert report["shuffle"] and control.special == (7,)
     assert control.parents[0][7] == real.parents[0][7] == 29
     assert np.mean(control.parents[0] == real.parents[0]) < 0.2
     np.testing.assert_array_equal(np.bincount(control.parents[1]), np.bincount(real.parents[1]))
-    other, _ = C.build_hierarchy(e, (30, 5), special=(7,), seed=4, shuffle=True)
+    other, _ = build_hierarchy(e, (30, 5), special=(7,), seed=4, shuffle=True)
     assert other != control
 
 
 def test_seed_matters_and_input_does_not_change() -> None:
     e = _blobs(noise=1.0)
     before = e.copy()
-    a, _ = C.build_hierarchy(e, (16,), seed=0)
-    b, _ = C.build_hierarchy(e, (16,), seed=1)
+    a, _ = build_hierarchy(e, (16,), seed=0)
+    b, _ = build_hierarchy(e, (16,), seed=1)
     assert a != b
     np.testing.assert_array_equal(e, before)
 
 
 @pytest.mark.parametrize("clusters", [(), (1,)])
 def test_no_clusters_is_mdlm(clusters: tuple[int, ...]) -> None:
-    h, report = C.build_hierarchy(_blobs(50), clusters, special=(49,))
+    h, report = build_hierarchy(_blobs(50), clusters, special=(49,))
     assert h.sizes == (50, 1) and report["levels"] == [] and h.special == ()
     assert h == Hierarchy.from_parents([], vocab_size=50)
 
 
 def test_closing_ones_are_dropped_and_small_n_keeps_special_words_inside() -> None:
-    assert C.build_hierarchy(_blobs(50), (4, 1))[0].sizes == (50, 4, 1)
-    h, report = C.build_hierarchy(_blobs(50), (2,), special=(49,))
+    assert build_hierarchy(_blobs(50), (4, 1))[0].sizes == (50, 4, 1)
+    h, report = build_hierarchy(_blobs(50), (2,), special=(49,))
     assert not report["special_own_cluster"] and h.special == () and h.word_count[1].min() > 1
-    h, report = C.build_hierarchy(_blobs(50), (3,), special=(49,))
+    h, report = build_hierarchy(_blobs(50), (3,), special=(49,))
     assert report["special_own_cluster"] and h.word_count[1][2] == 1
 
 
@@ -306,7 +309,7 @@ def test_closing_ones_are_dropped_and_small_n_keeps_special_words_inside() -> No
 ])
 def test_cluster_errors(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        C.build_hierarchy(_blobs(50), **kwargs)
+        build_hierarchy(_blobs(50), **kwargs)
     assert "\n" not in str(caught.value)
 
 
@@ -314,7 +317,7 @@ def test_vectors_must_be_finite() -> None:
     e = _blobs(50)
     e[3, 3] = np.inf
     with pytest.raises(ValueError, match="finite"):
-        C.build_hierarchy(e, (4,))
+        build_hierarchy(e, (4,))
 
 
 def test_default_number_of_clusters() -> None:
@@ -337,7 +340,7 @@ def test_all_points_are_used() -> None:
 
     faiss.Kmeans = Spy
     try:
-        C.build_hierarchy(_blobs(2000), (3,))
+        build_hierarchy(_blobs(2000), (3,))
     finally:
         faiss.Kmeans = real
     assert faiss.omp_get_max_threads() == threads  # put back
@@ -349,7 +352,7 @@ def test_fifty_thousand_words_take_seconds() -> None:
     e[40000:] = 0
     e[:30000, 0] += 20  # a giant blob: hundreds of words must move
     start = time.perf_counter()
-    h, _ = C.build_hierarchy(e, (64,), special=(50256,), max_ratio=2)
+    h, _ = build_hierarchy(e, (64,), special=(50256,), max_ratio=2)
     assert time.perf_counter() - start < 20
     assert _sizes_without(h).max() <= 2 * 50257 / 64
 
@@ -361,8 +364,8 @@ def test_fifty_thousand_words_take_seconds() -> None:
 def test_initial_table(width: int) -> None:
     e = _blobs(300)
     e[5] = 0
-    h, _ = C.build_hierarchy(e, (30, 5), special=(299,))
-    table = C.initial_table(e, h, width, scale=1.0, seed=0)
+    h, _ = build_hierarchy(e, (30, 5), special=(299,))
+    table = initial_table(e, h, width, scale=1.0, seed=0)
     assert table.shape == (h.padded_symbols, width) and table.dtype == np.float32
     bound = 1 / math.sqrt(width)
     assert table[:300].std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
@@ -372,11 +375,11 @@ def test_initial_table(width: int) -> None:
     assert table[rest].std() == pytest.approx(bound / math.sqrt(3), rel=0.2)
     known = np.setdiff1d(np.arange(h.mask_id), [5])
     np.testing.assert_allclose(np.linalg.norm(table[known], axis=1), math.sqrt(1 / 3), rtol=1e-5)
-    np.testing.assert_array_equal(table, C.initial_table(e, h, width, scale=1.0, seed=0))
-    np.testing.assert_allclose(C.initial_table(e, h, width, scale=0.5)[known], 0.5 * table[known], rtol=1e-5)
+    np.testing.assert_array_equal(table, initial_table(e, h, width, scale=1.0, seed=0))
+    np.testing.assert_allclose(initial_table(e, h, width, scale=0.5)[known], 0.5 * table[known], rtol=1e-5)
     if width >= e.shape[1]:  # wide enough: cosines are those of the centred vectors
-        unit = C._unit(e)
-        centred = C._unit(unit - unit[np.arange(300) != 5].mean(0))  # row 5 is not compared
+        unit = unit_rows(e)
+        centred = unit_rows(unit - unit[np.arange(300) != 5].mean(0))  # row 5 is not compared
         np.testing.assert_allclose(3 * table[known[:299]] @ table[known[:299]].T,
                                    centred[known[:299]] @ centred[known[:299]].T, atol=1e-4)
     # A cluster's row points to the mean of its words' rows, at every level; a lone word's row is the same.
@@ -390,11 +393,11 @@ def test_initial_table(width: int) -> None:
 
 
 def test_initial_table_of_nothing_is_uniform() -> None:
-    h, _ = C.build_hierarchy(np.zeros((20, 4), np.float32), (4,))
-    table = C.initial_table(np.zeros((20, 4)), h, 32)
+    h, _ = build_hierarchy(np.zeros((20, 4), np.float32), (4,))
+    table = initial_table(np.zeros((20, 4)), h, 32)
     assert np.abs(table).max() <= 1 / math.sqrt(32) and table.std() > 0.9 / math.sqrt(96)
     with pytest.raises(ValueError, match="have 19 rows, the hierarchy 20 words"):
-        C.initial_table(np.zeros((19, 4)), h, 32)
+        initial_table(np.zeros((19, 4)), h, 32)
 
 
 # ---------------------------------------------------------------- report and picture
@@ -405,11 +408,11 @@ def _decode(ids: list[int]) -> str:
 
 
 def test_report_names_every_cluster_once(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(C, "_picture", lambda *_: False)
+    monkeypatch.setattr(cluster_report, "_picture", lambda *_: False)
     e = _blobs()
-    h, _ = C.build_hierarchy(e, (20, 4), special=(299,))
+    h, _ = build_hierarchy(e, (20, 4), special=(299,))
     counts = np.arange(300)[::-1] ** 2
-    paths = C.write_report(h, e, _decode, counts, tmp_path / "sub" / "clusters.v1")
+    paths = write_report(h, e, _decode, counts, tmp_path / "sub" / "clusters.v1")
     assert paths["text"] == tmp_path / "sub" / "clusters.v1.txt"
     text = paths["text"].read_text(encoding="utf-8")
     for node in range(20):
@@ -425,7 +428,7 @@ def test_report_names_every_cluster_once(tmp_path, monkeypatch) -> None:
     listed = text[text.index(f"cluster {top}:"):].splitlines()[1].split()
     numbers = [int(w[2:]) for w in listed if w.startswith("␣w")]
     assert numbers == sorted(numbers)
-    again = C.write_report(h, e, _decode, counts, tmp_path / "again")
+    again = write_report(h, e, _decode, counts, tmp_path / "again")
     assert again["text"].read_text(encoding="utf-8") == text
 
 
@@ -433,22 +436,22 @@ def test_picture(tmp_path, monkeypatch) -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib (extra: plots)")
     e = _blobs(80)
     e[7] = 0
-    h, _ = C.build_hierarchy(e, (8,), special=(79,))
-    path = C.write_report(h, e, _decode, np.arange(80)[::-1], tmp_path / "c")["picture"]
+    h, _ = build_hierarchy(e, (8,), special=(79,))
+    path = write_report(h, e, _decode, np.arange(80)[::-1], tmp_path / "c")["picture"]
     blob = path.read_bytes()
     assert blob[:8] == b"\x89PNG\r\n\x1a\n" and len(blob) > 20_000
     _without(monkeypatch, "matplotlib")
     path.unlink()
-    paths = C.write_report(h, e, _decode, np.arange(80), tmp_path / "c")
+    paths = write_report(h, e, _decode, np.arange(80), tmp_path / "c")
     assert paths["picture"] is None and paths["text"].is_file() and not path.exists()
 
 
 @pytest.mark.parametrize("width", [1, 4])
 def test_plane_keeps_groups_together(width: int) -> None:
-    e = C._unit(_blobs(160, kinds=4, width=4)[:, :width])
-    at = C.plane(e, epochs=100)
+    e = unit_rows(_blobs(160, kinds=4, width=4)[:, :width])
+    at = plane(e, epochs=100)
     assert at.shape == (160, 2) and np.isfinite(at).all()
-    np.testing.assert_array_equal(at, C.plane(e, epochs=100))
+    np.testing.assert_array_equal(at, plane(e, epochs=100))
     if width == 4:
         distance = np.linalg.norm(at[:, None] - at[None], axis=-1)
         np.fill_diagonal(distance, np.inf)
@@ -458,10 +461,10 @@ def test_plane_keeps_groups_together(width: int) -> None:
 
 def test_report_of_mdlm_and_wrong_lengths(tmp_path) -> None:
     h = Hierarchy.from_parents([], vocab_size=10)
-    paths = C.write_report(h, np.ones((10, 2)), _decode, np.ones(10), tmp_path / "m")
+    paths = write_report(h, np.ones((10, 2)), _decode, np.ones(10), tmp_path / "m")
     assert "MDLM" in paths["text"].read_text(encoding="utf-8") and paths["picture"] is None
     with pytest.raises(ValueError, match="9 counts for 10 words"):
-        C.write_report(h, np.ones((10, 2)), _decode, np.ones(9), tmp_path / "m")
+        write_report(h, np.ones((10, 2)), _decode, np.ones(9), tmp_path / "m")
 
 
 # ---------------------------------------------------------------- real text
@@ -479,7 +482,7 @@ def test_real_text_gives_clusters_that_predict_their_neighbours(data_dir) -> Non
     vocabulary = {w: i for i, w in enumerate(sorted(set(words)))}
     tokens = np.array([vocabulary[w] for w in words])
     eot = vocabulary["\n\n"]
-    e = C.embeddings("corpus", tokens=tokens, vocab_size=len(vocabulary), eot=eot, dim=32)
+    e = word_embeddings("corpus", tokens=tokens, vocab_size=len(vocabulary), eot=eot, dim=32)
 
     def shared(h: Hierarchy) -> float:
         c = h.parents[0][tokens].astype(np.int64)
@@ -487,9 +490,9 @@ def test_real_text_gives_clusters_that_predict_their_neighbours(data_dir) -> Non
         alone = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
         return float(np.sum(joint[joint > 0] * np.log(joint[joint > 0] / alone[joint > 0])))
 
-    real, _ = C.build_hierarchy(e, (32,), special=(eot,))
-    control, _ = C.build_hierarchy(e, (32,), special=(eot,), shuffle=True)
+    real, _ = build_hierarchy(e, (32,), special=(eot,))
+    control, _ = build_hierarchy(e, (32,), special=(eot,), shuffle=True)
     assert shared(real) > 1.5 * shared(control)
-    near = C._unit(e) @ C._unit(e).T
+    near = unit_rows(e) @ unit_rows(e).T
     his, her, was = (vocabulary[w] for w in ("his", "her", "was"))
     assert near[his, her] > 0.5 > near[his, was]

@@ -1,4 +1,4 @@
-"""hdlm_jax/data/corpus.py: the embedded corpus, files of every kind, and what cannot be read of them."""
+"""hdlm_jax.data.documents and what it reads from: the embedded corpus, files of every kind, and damaged ones."""
 import ast
 import bz2
 import gzip
@@ -20,8 +20,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from hdlm_jax.data import corpus
-from hdlm_jax.data.corpus import Bad, Document, Reader
+from hdlm_jax.data.documents import Reader
+from hdlm_jax.data.embedded import EMBEDDED, docstrings, embedded_corpus
+from hdlm_jax.data.records import Bad, Document, is_validation
+from hdlm_jax.data.sources import resolve, source_facts
 
 HASHED = lambda path: (Path(path).stat().st_size, hashlib.sha256(Path(path).read_bytes()).hexdigest())  # noqa: E731
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress,
@@ -73,7 +75,7 @@ def texts(records: list[Document | Bad]) -> list[str]:
 
 
 def test_embedded_corpus_is_the_documentation_of_python():
-    found, unreadable = corpus.embedded_corpus()
+    found, unreadable = embedded_corpus()
     names = [document.name for document in found]
     topics = [name for name in names if name.startswith("topic ")]
     modules = [name for name in names if not name.startswith("topic ")]
@@ -89,18 +91,18 @@ def test_embedded_corpus_is_the_documentation_of_python():
 
 
 def test_embedded_corpus_imports_nothing_of_what_it_reads():
-    code = ("import sys; from hdlm_jax.data import corpus; before = set(sys.modules); "
-            "n = len(corpus.embedded_corpus()[0]); print(n, sorted(set(sys.modules) - before))")
+    code = ("import sys; from hdlm_jax.data.embedded import embedded_corpus; before = set(sys.modules); "
+            "n = len(embedded_corpus()[0]); print(n, sorted(set(sys.modules) - before))")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     count, modules = out.split(maxsplit=1)
-    assert int(count) == len(corpus.embedded_corpus()[0])
+    assert int(count) == len(embedded_corpus()[0])
     assert not {"pydoc_data.topics", "this", "tkinter", "turtle", "xmlrpc"} & set(ast.literal_eval(modules))
 
 
 def test_docstrings_come_in_source_order():
     source = '"""m"""\nclass A:\n  """a"""\n  def f(self):\n    """f"""\n    def g():\n      """g"""\n' \
              '  async def h(self): "h"\ndef i():\n  "  "\ndef j(): return "no"\nclass B: "b"\n'
-    assert corpus.docstrings(source) == ["m", "a", "f", "g", "h", "b"]
+    assert docstrings(source) == ["m", "a", "f", "g", "h", "b"]
 
 
 # ------------------------------------------------------------------------------------------------------ split
@@ -109,10 +111,10 @@ def test_docstrings_come_in_source_order():
 def test_split_is_by_sha256_of_the_text():
     for text in ("", "a", "déjà vu"):
         share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-        assert not corpus.split(Document(text, "x"), share * 0.999)
-        assert corpus.split(Document(text, "another name"), share * 1.001)
-    assert corpus.split(Document("b", "", "a"), 0.5) == corpus.split(Document("ab", ""), 0.5)
-    held = sum(corpus.split(Document(str(i), ""), 0.1) for i in range(4000))
+        assert not is_validation(Document(text, "x"), share * 0.999)
+        assert is_validation(Document(text, "another name"), share * 1.001)
+    assert is_validation(Document("b", "", "a"), 0.5) == is_validation(Document("ab", ""), 0.5)
+    held = sum(is_validation(Document(str(i), ""), 0.1) for i in range(4000))
     assert abs(held - 400) < 5 * (4000 * 0.09) ** 0.5
 
 
@@ -155,7 +157,7 @@ def test_every_kind_and_compression_gives_the_same_documents(tmp_path, suffix):
 def test_openwebtext_as_it_is_distributed(tmp_path, layout):
     documents = owt.openwebtext_documents(40)
     paths = owt.make_openwebtext(tmp_path, documents, outer=layout)
-    sources = corpus.resolve(str(tmp_path / "*"))
+    sources = resolve(str(tmp_path / "*"))
     assert sources == [str(path) for path in paths] and len(paths) == 1 + (layout != "tar.xz")
     got = [record for source in sources for record in Reader().read(source)]
     assert texts(got) == documents
@@ -221,14 +223,12 @@ ROWS = [{"text": "one\nline", "q": "é"},
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_json_arrays_are_records(tmp_path, indent, suffix, monkeypatch):
+def test_json_arrays_are_records(tmp_path, indent, suffix):
     wanted = [Document(row["text"], f"a.json{suffix}:{i}", row["q"]) for i, row in enumerate(ROWS, 1)]
-    for size in (1 << 18, 1, 7):  # whatever part of the file is at hand
-        monkeypatch.setattr(corpus, "_BUFFER", max(size, 16))
-        for ascii in (True, False):
-            raw = b" \n" + json.dumps(ROWS, indent=indent, ensure_ascii=ascii).encode() + b"\n "
-            assert read(tmp_path / f"a.json{suffix}", PACK[suffix](raw), prompt_field="q") == wanted
-        assert texts(read(tmp_path / "b.json", b"\xef\xbb\xbf[]")) == []
+    for ascii in (True, False):
+        raw = b" \n" + json.dumps(ROWS, indent=indent, ensure_ascii=ascii).encode() + b"\n "
+        assert read(tmp_path / f"a.json{suffix}", PACK[suffix](raw), prompt_field="q") == wanted
+    assert texts(read(tmp_path / "b.json", b"\xef\xbb\xbf[]")) == []
     packed = read(tmp_path / "a.tar", tar({f"x.json{suffix}": PACK[suffix](raw)}), prompt_field="q")
     assert [record[::2] for record in packed] == [record[::2] for record in wanted]
     assert read(tmp_path / "lines", raw, format="json", prompt_field="q")[2].text == "3"
@@ -265,24 +265,6 @@ def test_bad_records_of_json(tmp_path, raw, good, position, reason):
     (bad,) = [record for record in records if isinstance(record, Bad)]
     assert "".join(record.text for record in records if isinstance(record, Document)) == good
     assert (bad.file, bad.position) == (str(tmp_path / "a.json"), position) and bad.reason.startswith(reason)
-
-
-def test_json_arrays_are_read_as_streams(tmp_path):
-    """8 MB in records of 2 kB, then one of 4 MB, which alone is held."""
-    lines = [hashlib.shake_128(str(i).encode()).hexdigest(1000) for i in range(4000)]
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"text": line} for line in [*lines, "x" * 4_000_000]], indent=1))
-    records = Reader().read(str(path))
-    tracemalloc.start()
-    try:
-        assert [next(records).text for _ in lines] == lines
-        peak = tracemalloc.get_traced_memory()[1]
-        assert len(next(records).text) == 4_000_000
-        whole = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    held = sum(map(sys.getsizeof, lines))  # by this test
-    assert peak - held < 3e6 and whole - held < 40e6, (peak - held, whole - held)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
@@ -322,24 +304,24 @@ def test_folders_are_read(tmp_path, monkeypatch):
     names = ["a.jsonl.gz", "b.txt", "sub/c.JSON", "sub/deep/d.parquet"]
     monkeypatch.setenv("HOME", str(tmp_path))
     for given in (folder, f"{folder}/", "~/data"):
-        found = corpus.resolve(str(given), say=said.append)
+        found = resolve(str(given), say=said.append)
         assert [str(Path(source).relative_to(folder)) for source in found] == names
     assert said[0] == (f"data.files: 5 files beneath {folder} (1 json, 1 jsonl, 1 parquet, 2 txt); left out: 3 of "
                        "other kinds (suffix .md, none)")
-    assert corpus.resolve([str(folder / "*"), str(folder)])[0].endswith("a.jsonl.gz")
-    assert len(corpus.resolve(str(folder), format="txt", say=said.append)) == 7
+    assert resolve([str(folder / "*"), str(folder)])[0].endswith("a.jsonl.gz")
+    assert len(resolve(str(folder), format="txt", say=said.append)) == 7
     assert said[-1] == f"data.files: 8 files beneath {folder} (8 txt)"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"evaluate.files: no \.txt, .* beneath '.*empty'$"):
-        corpus.resolve(str(tmp_path / "empty"), "evaluate.files")
+        resolve(str(tmp_path / "empty"), "evaluate.files")
     (tmp_path / "empty" / "a.csv").write_text("x")
     with pytest.raises(ValueError, match=r"beneath .*empty', 1 of other kinds \(suffix \.csv\); data\.format says"):
-        corpus.resolve(str(tmp_path / "empty"))
+        resolve(str(tmp_path / "empty"))
 
 
 def test_embedded_source(tmp_path):
-    assert tuple(Reader().read(corpus.EMBEDDED)) == corpus.embedded_corpus()[0]
-    name, size, mark = corpus.facts_of(corpus.EMBEDDED, HASHED)
+    assert tuple(Reader().read(EMBEDDED)) == embedded_corpus()[0]
+    name, size, mark = source_facts(EMBEDDED, HASHED)
     assert (name, size, mark) == ("embedded", 0, f"Python {platform.python_version()}")
 
 
@@ -360,13 +342,13 @@ def test_globs_are_sorted_and_files_come_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def names(*patterns):
-        return [record.text for source in corpus.resolve(patterns) for record in Reader().read(source)]
+        return [record.text for source in resolve(patterns) for record in Reader().read(source)]
 
     assert names("$TEST_DATA/*.txt") == ["a.txt", "b.txt", "c[1].txt"]
     assert names("b.txt", "./*.txt", str(tmp_path / "a.txt")) == ["b.txt", "a.txt", "c[1].txt"]
     assert names("c[1].txt") == ["c[1].txt"]
     assert names("**/d.txt") == ["sub/d.txt"]
-    assert corpus.facts_of("sub/d.txt", HASHED) == ["d.txt", *HASHED("sub/d.txt")]
+    assert source_facts("sub/d.txt", HASHED) == ["d.txt", *HASHED("sub/d.txt")]
 
 
 def test_urls(monkeypatch):
@@ -379,23 +361,23 @@ def test_urls(monkeypatch):
             "a-2.tar": tar({"x.txt": b"three"})}
     for name, raw in raws.items():
         files.pipe(f"/sub/{name}", raw)
-    sources = corpus.resolve(["memory://sub/a*", "memory://sub/a-1.parquet"])
+    sources = resolve(["memory://sub/a*", "memory://sub/a-1.parquet"])
     assert [source.rpartition("/")[2] for source in sources] == list(raws)  # each once
     assert texts([record for source in sources for record in Reader().read(source)]) == documents
-    facts = [corpus.facts_of(source, HASHED) for source in sources]
+    facts = [source_facts(source, HASHED) for source in sources]
     assert [fact[:2] for fact in facts] == [[name, len(raw)] for name, raw in raws.items()]
     files.pipe("/sub/a-2.tar", tar({"x.txt": b"other"}))  # of equal size: told by the time, which this one gives
-    again = [corpus.facts_of(source, HASHED) for source in sources]
+    again = [source_facts(source, HASHED) for source in sources]
     assert [a == b for a, b in zip(facts, again, strict=True)] == [True, True, False] and facts[2][:2] == again[2][:2]
     files.pipe("/sub/deep/.x.txt", b"hidden")
-    assert corpus.resolve("memory://sub") == corpus.resolve("memory://sub/a*")
+    assert resolve("memory://sub") == resolve("memory://sub/a*")
     assert [record.name for record in Reader().read(sources[2])] == ["a-2.tar:x.txt"]
     with pytest.raises(ValueError, match=r"data.validation: no file matches 'memory://sub/\*.txt'"):
-        corpus.resolve("memory://sub/*.txt", "data.validation")
+        resolve("memory://sub/*.txt", "data.validation")
     with pytest.raises(ValueError, match="no file matches 'memory://sub/a'"):
-        corpus.resolve("memory://sub/a")
+        resolve("memory://sub/a")
     with pytest.raises(FileNotFoundError):
-        corpus.facts_of("memory://sub/a", HASHED)
+        source_facts("memory://sub/a", HASHED)
 
     def no_network(*_, **__):
         raise TimeoutError("no route")
@@ -405,7 +387,7 @@ def test_urls(monkeypatch):
         list(Reader().read(sources[0]))
     monkeypatch.setattr(type(files), "info", no_network)
     with pytest.raises(ValueError, match=r"a-0.jsonl.xz: cannot be read \(TimeoutError: no route\)"):
-        corpus.resolve(sources[0])
+        resolve(sources[0])
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("gone"), OSError("gone"), ValueError("gone")])
@@ -450,10 +432,10 @@ def test_missing_packages_say_what_to_install(tmp_path, monkeypatch, name, modul
 
 def test_urls_without_their_packages(monkeypatch):
     with pytest.raises(ValueError, match=r"^nothing://x/a\.txt: .*pip install 'hdlm_jax\[remote\]'"):
-        corpus.resolve("nothing://x/a.txt")
+        resolve("nothing://x/a.txt")
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(ValueError, match=r"^gs://x/a\.txt: needs the fsspec package: pip install 'hdlm_jax\[remote\]'"):
-        corpus.resolve("gs://x/a.txt")
+        resolve("gs://x/a.txt")
 
 
 @pytest.mark.parametrize("files, message", [
@@ -463,7 +445,7 @@ def test_urls_without_their_packages(monkeypatch):
 ])
 def test_no_sources(files, message):
     with pytest.raises(ValueError, match=message):
-        corpus.resolve(files)
+        resolve(files)
 
 
 @pytest.mark.parametrize("name, raw, settings, message", [
@@ -490,7 +472,7 @@ def test_wrong_choices(tmp_path):
     with pytest.raises(ValueError, match="data.detokenize is 'c4'; choices: lm1b, ptb, wikitext"):
         Reader(detokenize="c4")
     with pytest.raises(ValueError, match="embedded: data.prompt_field='q' needs"):
-        Reader(prompt_field="q").read(corpus.EMBEDDED)  # at once, not with the first document
+        Reader(prompt_field="q").read(EMBEDDED)  # at once, not with the first document
     with pytest.raises(ValueError, match="nothing.txt: no such file"):
         Reader().read(str(tmp_path / "nothing.txt"))
 

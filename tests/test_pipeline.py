@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from hdlm_jax.config import PACKINGS
-from hdlm_jax.data import corpus, pipeline, prepare, tokenizers
+from hdlm_jax.data import pipeline, prepare, tokenizers
+from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.prepare import load_manifest
+from hdlm_jax.data.records import Bad, Document
+from hdlm_jax.data.sources import resolve
 
 EOT = 999  # of the folders below; no other token of theirs has this number
 KINDS = [("concat", "end"), ("documents", "end"), ("crop", "hidden"), ("crop", "end")]  # packing, padding
@@ -179,11 +182,7 @@ def test_wrong_folders(folders, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(packing="best"), "data.packing is 'best'; choices: concat, documents, crop"),
-    (dict(padding="none"), "data.padding is 'none'; choices: end, hidden"),
-    (dict(variable_share=1.5), r"data.variable_share is 1.5; must be in 0\.\.1"),
-    (dict(seq_len=0), "model.seq_len is 0; must be at least 1"),
-    (dict(seq_len=1004), "model.seq_len is 1004; .* at most the 1003 training tokens"),
+    (dict(seq_len=1004), "model.seq_len is 1004; must be at most the 1003 training tokens"),
     (dict(batch_size=5, process_count=2), "train.batch_size is 5; .* multiple of the 2 processes"),
     (dict(process_index=2, process_count=2), r"process_index is 2; must be in 0\.\.1"),
 ])
@@ -431,10 +430,6 @@ def test_validation_has_every_scored_token_once(folders, prompts, packing, paddi
         part = pipeline.valid_rows(folders[prompts, shards], seq_len, limit=3, packing=packing, padding=padding)
         for name in rows:
             np.testing.assert_array_equal(part[name], rows[name][:3])
-    with pytest.raises(ValueError, match="data.packing is 'all'; choices"):
-        pipeline.valid_rows(folders[prompts, 1], seq_len, packing="all")
-    with pytest.raises(ValueError, match="seq_len is 0 and limit -1"):
-        pipeline.valid_rows(folders[prompts, 1], 0, -1)
 
 
 # ------------------------------------------------------------------------------------------------ raw documents
@@ -457,15 +452,15 @@ class Shelf:
         number = int(source)
         for i in range(3 + 4 * number):
             if i % 4 == number:
-                yield corpus.Bad(source, f"line {i}", "not JSON")
+                yield Bad(source, f"line {i}", "not JSON")
             if i % 3 == number:
-                yield corpus.Document("held out", source, "what?" * bool(self.prompt_field))
+                yield Document("held out", source, "what?" * bool(self.prompt_field))
             prompt = f"prompt {number}.{i} " * (i % 3) if self.prompt_field else ""
             text = Text(f"<{number}.{i}" + "=" * (i * 7 % 25 + 60 * (i == 9)) + ">")
             self.read_documents += 1
             self.texts.append(weakref.ref(text))
             self.most = max(self.most, sum(text() is not None for text in self.texts))
-            yield corpus.Document(text, source, prompt)
+            yield Document(text, source, prompt)
 
 
 class CountingTokenizer(tokenizers.Tokenizer):
@@ -480,7 +475,7 @@ class CountingTokenizer(tokenizers.Tokenizer):
 
 SOURCES = ["0", "1", "2"]
 SHELF = {prompts: [document for source in SOURCES for document in Shelf("q" if prompts else "").read(source)
-                   if isinstance(document, corpus.Document) and document.text != "held out"]
+                   if isinstance(document, Document) and document.text != "held out"]
          for prompts in (False, True)}  # 3 + 7 + 11 training documents
 
 
@@ -490,7 +485,7 @@ def stream(prompts: bool = False, **settings) -> pipeline.StreamBatches:
                                   lambda document: document.text != "held out", **settings)
 
 
-def streamed(count: int, prompts: bool = False, **settings) -> list[corpus.Document]:
+def streamed(count: int, prompts: bool = False, **settings) -> list[Document]:
     """The first documents of a stream, read back from its concatenated tokens."""
     iterator = stream(prompts, **settings).iterator()
     known = {(document.prompt + document.text).encode(): document for document in SHELF[prompts]}
@@ -628,8 +623,6 @@ def test_a_stream_that_cannot_work_says_why():
     with pytest.raises(ValueError, match=r"line \d+: not JSON; 2 of \d+ records cannot be read, more than data.bad"):
         list(itertools.islice(few.iterator(), 100))
     assert len(said) == 2 and said[0].startswith("data: ") and "not JSON; skipped, no. 1 of" in said[0]
-    with pytest.raises(ValueError, match="data.shuffle_documents is 0; must be at least 1"):
-        stream(shuffle_documents=0)
     with pytest.raises(ValueError, match="a data position has next_index, here it must have next_index, epoch, "):
         stream().iterator({"next_index": 3})
     state = stream().iterator().get_state()
@@ -639,14 +632,14 @@ def test_a_stream_that_cannot_work_says_why():
 
 
 def test_a_stream_of_files(tmp_path):
-    """`corpus.Reader` on files, one of them with a bad line; the tokens are those of the tokenizer."""
+    """`Reader` on files, one of them with a bad line; the tokens are those of the tokenizer."""
     texts = {name: [f"{name} {i} " + "word " * i for i in range(9)] for name in "ab"}
     for name, lines in texts.items():
         rows = [json.dumps({"text": text}) for text in lines]
         (tmp_path / f"{name}.jsonl").write_text("\n".join([*rows[:4], "{", *rows[4:]]))
     tokenizer = tokenizers.make_tokenizer("bpe", 300, itertools.chain(*texts.values()))
-    sources = corpus.resolve(str(tmp_path / "*.jsonl"))
-    batches = pipeline.StreamBatches(corpus.Reader(), sources, tokenizer, lambda document: "3" not in document.text,
+    sources = resolve(str(tmp_path / "*.jsonl"))
+    batches = pipeline.StreamBatches(Reader(), sources, tokenizer, lambda document: "3" not in document.text,
                                      seq_len=64, batch_size=16, packing="crop", padding="hidden", eot=tokenizer.eot)
     batch = next(batches.iterator())
     found = [tokenizer.decode(row[there][:-1]) for row, there in zip(batch["x"], batch["score"], strict=True)]

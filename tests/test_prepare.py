@@ -1,4 +1,4 @@
-"""hdlm_jax/data/prepare.py and units.py: every document once, whoever makes it and whatever kills it."""
+"""hdlm_jax/data/prepare.py and shards.py: every document once, whoever makes it and whatever kills it."""
 import dataclasses
 import gzip
 import hashlib
@@ -19,8 +19,13 @@ import owt
 import pytest
 from tiny import read_recipe, write_recipe
 
+from hdlm_jax.common import jsons
 from hdlm_jax.config import ConfigError, DataConfig, TokenizerConfig
-from hdlm_jax.data import corpus, prepare, tokenizers, units
+from hdlm_jax.data import prepare, shards, tokenizers
+from hdlm_jax.data.documents import Reader
+from hdlm_jax.data.embedded import embedded_corpus
+from hdlm_jax.data.records import Document, is_validation
+from hdlm_jax.data.sources import resolve
 from hdlm_jax.runs import stages
 
 BYTES, EOT = TokenizerConfig(kind="bytes", vocab_size=257), 256
@@ -47,8 +52,8 @@ def make(folder, files, tokenizer=BYTES, say=lambda _: None, **data) -> prepare.
 @pytest.fixture
 def small(monkeypatch):
     """Shards of a few documents, so that little text has many of them."""
-    monkeypatch.setattr(units, "BATCH_CHARS", 350)
-    monkeypatch.setattr(units, "SHARD_TOKENS", 120)
+    monkeypatch.setattr(shards, "BATCH_CHARS", 350)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 120)
 
 
 def read_split(folder: Path, manifest: prepare.Manifest, split: str) -> tuple[list[int], list[list[int]]]:
@@ -120,12 +125,12 @@ def test_embedded_corpus(embedded):
     check_counts(folder, manifest)
     tokenizer = tokenizers.load_tokenizer(folder)
     assert tokenizer.fingerprint == manifest.tokenizer_fingerprint
-    documents = corpus.embedded_corpus()[0]
+    documents = embedded_corpus()[0]
     total = sum(int(hashlib.sha256(document.text.encode()).hexdigest(), 16) for document in documents)
     assert int(manifest.corpus_fingerprint, 16) == total % 2**256
     for split, held in (("train", False), ("valid", True)):
         flat, rows = read_split(folder, manifest, split)
-        wanted = [document.text for document in documents if corpus.split(document, 0.05) == held]
+        wanted = [document.text for document in documents if is_validation(document, 0.05) == held]
         ends = list(itertools.accumulate(row[0] for row in rows))
         starts = [0, *ends][:len(wanted)]
         assert len(rows) == len(wanted)
@@ -134,7 +139,7 @@ def test_embedded_corpus(embedded):
             assert row == [end - start, len(body.encode()), 0, 0]
     # the BPE saw training documents only
     assert manifest.bpe_training_bytes == manifest.train_bytes
-    texts = [document.text for document in documents if not corpus.split(document, 0.05)]
+    texts = [document.text for document in documents if not is_validation(document, 0.05)]
     assert tokenizers.make_tokenizer("bpe", 1024, texts).fingerprint == manifest.tokenizer_fingerprint
 
 
@@ -160,7 +165,7 @@ def test_shards_hold_every_document_in_order(tmp_path, small, monkeypatch, promp
     check_counts(tmp_path / "tokens", manifest)
     documents = [(f"what {i}?" if prompt_field else "", text(i)) for start, count in ((0, 25), (100, 26), (200, 27))
                  for i in range(start, start + count)]
-    held = [corpus.split(corpus.Document(body, "", prompt), 0.3) for prompt, body in documents]
+    held = [is_validation(Document(body, "", prompt), 0.3) for prompt, body in documents]
     for split, wanted in (("train", False), ("valid", True)):
         mine = [document for document, is_held in zip(documents, held, strict=True) if is_held == wanted]
         flat, rows = read_split(tmp_path / "tokens", manifest, split)
@@ -232,7 +237,7 @@ def test_validation_files_and_leaks(tmp_path, small):
                                 for path in (tmp_path / "train.jsonl", tmp_path / "held.jsonl.gz")]
     assert {stem[:11] for stem, *_ in manifest.splits["valid"]} == {"valid-00001"}
     check_counts(tmp_path / "tokens", manifest)
-    assert prepare.held_out(corpus.Reader(), [str(tmp_path / "held.jsonl.gz")]) == {
+    assert prepare.held_out(Reader(), [str(tmp_path / "held.jsonl.gz")]) == {
         hashlib.sha256(text(i).encode()).digest() for i in (3, 7, 99)}
 
 
@@ -276,7 +281,7 @@ def test_a_sample_of_what_will_be_streamed(tmp_path, small):
     for start in (0, 100):
         size = 0
         for i in range(start, start + 50):
-            held = corpus.split(corpus.Document(text(i), ""), 0.2)
+            held = is_validation(Document(text(i), ""), 0.2)
             (valid if held else train).append(("", text(i)))
             size += 0 if held else len(text(i).encode())
             if size >= 500:
@@ -335,7 +340,7 @@ def test_workers_make_the_same_as_one(tmp_path, small, order):
             first = min(unit for unit in range(5) if f"unit-{unit:05d}.json" not in made)
             assert manifest is None and not (tmp_path / "shared" / "manifest.json").exists()
             assert f"worker {worker}/3 has done its part" in said[-1] and f"{left} of 5 files" in said[-1]
-            assert f"{corpus.resolve([*files, held])[first]}, to {first % 3}/3" in said[-1]
+            assert f"{resolve([*files, held])[first]}, to {first % 3}/3" in said[-1]
     assert manifest == alone and files_of(tmp_path / "shared") == files_of(tmp_path / "alone")
     # the others find it made
     assert make(tmp_path / "shared", **arguments, prepare_shard="0/3") == alone
@@ -373,17 +378,21 @@ def test_what_needs_all_tokens_says_who_is_missing(tmp_path):
 
 DRIVER = '''
 import json, os, sys, time, types
-from hdlm_jax.data import corpus, prepare, units
+from hdlm_jax.data import prepare, shards
+from hdlm_jax.data.documents import Reader
+from hdlm_jax.data.embedded import embedded_corpus
+from hdlm_jax.data.records import Document, is_validation
+from hdlm_jax.data.sources import resolve
 
 settings = json.loads(os.environ["SETTINGS"])
-units.BATCH_CHARS, units.SHARD_TOKENS = settings["batch_chars"], settings["shard_tokens"]
-units.PROCESSES_FROM = settings["processes_from"]
-units.core_count = lambda: 2
+shards.BATCH_CHARS, shards.SHARD_TOKENS = settings["batch_chars"], settings["shard_tokens"]
+shards.PROCESSES_FROM = settings["processes_from"]
+shards.core_count = lambda: 2
 data = types.SimpleNamespace(**settings["data"], check=lambda: None, worker=lambda: (0, 1))
 words = types.SimpleNamespace(**settings["words"], check=lambda: None)
 
 
-class Slow(corpus.Reader):
+class Slow(Reader):
     def read(self, source):
         for number, record in enumerate(super().read(source)):
             time.sleep(settings["pause"])
@@ -391,7 +400,7 @@ class Slow(corpus.Reader):
 
 
 if settings["pause"]:
-    corpus.Reader = Slow
+    prepare.Reader = Slow
 
 
 def run(folder):
@@ -435,7 +444,7 @@ while died:
         if child == 0:
             os.fsync, sys.stdout = dying(0 if again else n), open(os.devnull, "w")
             os.replace = dying(0 if again else n, os.replace)
-            units.Files.write = dying(0 if again else n, units.Files.write)
+            shards.Files.write = dying(0 if again else n, shards.Files.write)
             run(f"{sys.argv[1]}-{n}")
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -510,7 +519,7 @@ def wait_for(condition, seconds=60):
 def test_processes(tmp_path, small, monkeypatch):
     """Two processes make the same bytes as one. One killed: an error that says so. Their parent killed: they end."""
     files = [numbered(tmp_path / f"{i}.jsonl", 400 + 10 * i, 1000 * i) for i in range(3)]
-    monkeypatch.setattr(units, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 1000)
     clean = make(tmp_path / "clean", files, validation_fraction=0.2)
     folder = tmp_path / "tokens"
 
@@ -622,7 +631,7 @@ def test_too_many_bad_records(tmp_path, small):
 
 def test_a_hopeless_file_stops_early(tmp_path, monkeypatch):
     """Eleven bad ones are more than a thousandth of 10,000 records: the rest of the file is not read."""
-    monkeypatch.setattr(units, "BATCH_CHARS", 3000)
+    monkeypatch.setattr(shards, "BATCH_CHARS", 3000)
     path = with_bad(tmp_path / "a.jsonl", 3000, 11)
     with open(path, "a") as file:
         file.write(json.dumps({"text": text(1)}) + "\n")
@@ -711,7 +720,7 @@ def test_changed_files_and_damaged_shards(tmp_path, small, monkeypatch):
         make(tmp_path / "tokens", **arguments)
     path.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(units, "make_all", lambda *_: None)  # the repair is cut short: then the rest is not whole either
+        patch.setattr(shards, "make_all", lambda *_: None)  # the repair is cut short: then the rest is not whole either
         assert make(tmp_path / "tokens", **arguments) is None
     assert not (tmp_path / "tokens" / "manifest.json").exists()
     (tmp_path / "tokens" / "manifest.json").write_bytes(clean["manifest.json"])
@@ -812,15 +821,12 @@ def as_version_2(folder: Path, files, validation=(), file="") -> dict:
                                        "tokenizer.file": file, "tokenizer.sha256": ""}
         made.pop("adopted", None)
         (folder / name).write_text(json.dumps(made))
-    (folder / "verified.json").unlink(missing_ok=True)
-    for path in folder.glob("unit-*.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"job": prepare._hash(made)}))
     return json.loads((folder / "manifest.json").read_text())
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_folders_of_version_2_are_adopted(tmp_path, small, stream):
-    """With hashes of the files at hand; the fingerprint, which checkpoints name, stays, also that of a sample."""
+def test_folders_of_version_2_are_read(tmp_path, small, stream):
+    """By names and sizes of the files at hand; the fingerprint, which checkpoints name, stays, also of a sample."""
     files = [numbered(tmp_path / f"{i}.jsonl", 20, 100 * i) for i in range(2)]
     held = numbered(tmp_path / "held.jsonl", 5, 500)
     tokenizers.make_tokenizer("bpe", 270, [text(i) for i in range(9)]).save(tmp_path / "t")
@@ -834,22 +840,23 @@ def test_folders_of_version_2_are_adopted(tmp_path, small, stream):
                   sorted((name, facts["sha256"]) for name, facts in loaded.shards.items())]
     print_of_2 += [old["settings"], old["sources"]] if stream else []
     assert loaded.version == 2 and loaded.fingerprint == hashlib.sha256(json.dumps(print_of_2).encode()).hexdigest()
+    assert (new.fingerprint == loaded.fingerprint) != stream
     # another split of the same files between training and validation is told from the shards
     with pytest.raises(ValueError, match="files of data.validation=1, it is now 2"):
         make(folder, **arguments | {"files": files[:1], "validation": (files[1], held)})
-    os.rename(files[0], tmp_path / "away")  # without its files it is as good, and stays as it is
-    assert make(folder, **arguments) == loaded and prepare.load_manifest(folder).version == 2
-    os.rename(tmp_path / "away", files[0])
-    adopted = make(folder, **arguments)
-    assert adopted == prepare.load_manifest(folder) == dataclasses.replace(new, adopted=adopted.adopted)
-    assert adopted.version == 3 and adopted.fingerprint == loaded.fingerprint
-    assert (new.fingerprint == adopted.fingerprint) != stream
-    assert make(folder, **arguments) == adopted
-    # a shard is missing: made again, also from the begun.json of version 2
-    (folder / new.splits["valid"][0][0]).with_suffix(".bin").unlink()
-    again = make(folder, **arguments)
-    assert again == adopted and (folder / new.splits["valid"][0][0]).with_suffix(".bin").exists()
-    as_version_2(folder, files, (held,), bpe.file)
+    os.rename(files[0], tmp_path / "away")
+    for there in (False, True):  # without its files it is as good
+        if there:
+            os.rename(tmp_path / "away", files[0])
+        assert make(folder, **arguments) == loaded == prepare.load_manifest(folder)
+    # as this code once wrote it on: of version 3, with the fingerprint that it had
+    kept = dataclasses.replace(new, adopted=[old["settings"], old["sources"]] if stream else [])
+    prepare._write(folder, kept)
+    assert make(folder, **arguments) == kept and kept.fingerprint == loaded.fingerprint
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="begun.json is of version 2; delete .* and prepare again"):
+        make(folder, **arguments)
+    (folder / "manifest.json").write_text(json.dumps(old))
     numbered(Path(files[1]), 19, 100)
     with pytest.raises(ValueError, match=r"made from other files: 1\.jsonl"):
         make(folder, **arguments)
@@ -971,7 +978,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     error, leftovers, made = out.splitlines()
     assert "train-00001-000.bin cannot be written" in error and "what was finished before is kept" in error
     assert leftovers == "[]" and made.startswith("tokens: made")
-    monkeypatch.setattr(units, "BATCH_CHARS", 350)
+    monkeypatch.setattr(shards, "BATCH_CHARS", 350)
     clean = make(tmp_path / "clean", files, validation_fraction=0.2)
     assert prepare.load_manifest(tmp_path / "tokens") == clean
 
@@ -981,7 +988,7 @@ def test_leftovers_of_the_dead_are_removed(tmp_path):
     (tmp_path / "tokens").mkdir()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    old = units._temporary(tmp_path / "tokens" / "train-00007-000.bin")
+    old = jsons.temporary(tmp_path / "tokens" / "train-00007-000.bin")
     here = old.name.rpartition("-")[0]
     names = {f"{here}-{dead.pid}.tmp": False, f"{here}-{os.getppid()}.tmp": True,
              f"train-00007-000.bin.elsewhere-{dead.pid}.tmp": True, "train-00007-001.bin.elsewhere-1.tmp": False}
@@ -1034,8 +1041,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path, kind, count):
             with open(file, "w") as out:
                 while out.tell() < size / count:
                     out.write(body)
-        process = driver(tmp_path, MEMORY, files, words=tokenizer, batch_chars=units.BATCH_CHARS,
-                         shard_tokens=units.SHARD_TOKENS, processes_from=0)
+        process = driver(tmp_path, MEMORY, files, words=tokenizer, batch_chars=shards.BATCH_CHARS,
+                         shard_tokens=shards.SHARD_TOKENS, processes_from=0)
         out, errors = process.communicate(timeout=400)
         assert process.returncode == 0, errors
         processes, peak = map(int, out.splitlines()[-1].split())

@@ -17,7 +17,7 @@ import tiny
 
 from hdlm_jax import config as config_lib
 from hdlm_jax.config import ConfigError
-from hdlm_jax.data import corpus
+from hdlm_jax.data.documents import Reader
 from hdlm_jax.diffusion import plans
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
@@ -487,7 +487,7 @@ def test_lm1b_and_other_files(tmp_path):
     bad = tmp_path / "a.jsonl"
     bad.write_text('{"text": "x"}\n{"text": 3}\n')
     with pytest.raises(ValueError, match="line 2: field 'text' must be a string"):
-        benchmarks.load("files", [str(bad)], reader=corpus.Reader())
+        benchmarks.load("files", [str(bad)], reader=Reader())
 
 
 # ---------------------------------------------------------------------------------------------------- the harness

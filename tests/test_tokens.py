@@ -13,14 +13,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hdlm_jax.data import corpus, tokenizers
+from hdlm_jax.data import tokenizers
+from hdlm_jax.data.embedded import embedded_corpus
 
 EOT = tokenizers.END_OF_TEXT
 
 
 @functools.cache
 def bpe(size: int = 1024) -> tokenizers.Tokenizer:
-    documents = corpus.embedded_corpus()[0][:120]
+    documents = embedded_corpus()[0][:120]
     return tokenizers.make_tokenizer("bpe", size, (document.text for document in documents))
 
 
@@ -73,7 +74,7 @@ def test_end_of_text_is_the_last_id():
 
 
 def test_batch_equals_one_by_one():
-    texts = [document.text for document in corpus.embedded_corpus()[0][:40]] + ["", EOT, "[SEP]"]
+    texts = [document.text for document in embedded_corpus()[0][:40]] + ["", EOT, "[SEP]"]
     for tokenizer in (bpe(), plain(), bert()):
         for threads in (0, 1, 3):
             for text, ids in zip(texts, tokenizer.encode_batch(texts, threads), strict=True):
@@ -101,7 +102,7 @@ def test_very_long_runs(piece):
 
 def test_bpe_has_the_size_asked_and_is_reproducible():
     import rustbpe
-    texts = [document.text for document in corpus.embedded_corpus()[0][:120]]
+    texts = [document.text for document in embedded_corpus()[0][:120]]
     assert bpe().vocab_size == 1024
     again = tokenizers.make_tokenizer("bpe", 1024, iter(texts))
     assert again.fingerprint == bpe().fingerprint and again._words == bpe()._words
@@ -352,7 +353,7 @@ def test_gpt2_from_cache_and_from_rank_file(tmp_path, monkeypatch, data_dir):
     local = tokenizers.make_tokenizer("gpt2", file=f"$SOME_DIR/{ranks.name}", sha256=sha256)
     assert local.fingerprint == cached.fingerprint
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == before  # nothing written there
-    text = "".join(document.text for document in corpus.embedded_corpus()[0][:20])
+    text = "".join(document.text for document in embedded_corpus()[0][:20])
     assert local.encode(text).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
     assert local.decode(local.encode(text)) == text
     with pytest.raises(ValueError, match="sha256 is .*, must be 00"):

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,13 +48,37 @@ def reuse(path: str, made_from: dict) -> dict | None:
     """A result written by write_json, if it is there and was made from the same things."""
     if not os.path.exists(path):
         return None
-    with open(path) as f:
-        found = json.load(f)
+    found = read_json(path)
     return found if all(found.get(k) == plain(v) for k, v in made_from.items()) else None
 
 
+def read_json(path: str | os.PathLike) -> Any:
+    """The value in a JSON file. ValueError, with the file's name, where it holds none; FileNotFoundError."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def temporary(path: Path) -> Path:
+    """A name beside `path` that only this process uses, on any host."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
 def write_atomic(path: Path, raw: bytes) -> None:
-    """Writes a small file whole or not at all (temporary name, then os.replace)."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_bytes(raw)
-    os.replace(temporary, path)
+    """Writes a small file whole or not at all (temporary name, then os.replace), also where the power fails."""
+    aside = temporary(path)
+    try:
+        with open(aside, "wb") as f:
+            f.write(raw)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hdlm_jax.config.choices import PACKINGS, PADDINGS
-from hdlm_jax.data import corpus, tokenizers
+from hdlm_jax.data import tokenizers
+from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.prepare import Manifest, load_manifest
+from hdlm_jax.data.records import Bad, Document
 
 _OPEN_SHARDS = 256  # memory maps held at once; each costs a file descriptor
 _MANY_RECORDS = 10_000  # a share of fewer records says little
@@ -100,10 +101,7 @@ class Split:
         """Rows of S consecutive tokens of the ring, int32 [b, S]; starts: int64 [b]."""
         out = np.empty((len(starts), seq_len), np.int32)
         for row, start in zip(out, starts.tolist(), strict=True):
-            done = 0
-            for piece in self._pieces(start, seq_len):
-                row[done:done + len(piece)] = piece
-                done += len(piece)
+            row[:] = self.read(start, seq_len)
         return out
 
     @functools.cached_property
@@ -206,13 +204,6 @@ class _Batches:
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(f"train.batch_size is {batch_size}; must be a positive multiple of the "
                              f"{process_count} processes")
-        if seq_len < 1:
-            raise ValueError(f"model.seq_len is {seq_len}; must be at least 1")
-        for name, value, choices in (("packing", packing, PACKINGS), ("padding", padding, PADDINGS)):
-            if value not in choices:
-                raise ValueError(f"data.{name} is {value!r}; choices: {', '.join(choices)}")
-        if not 0.0 <= variable_share <= 1.0:
-            raise ValueError(f"data.variable_share is {variable_share}; must be in 0..1")
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.packing, self.variable_share, self._eot = packing, variable_share, eot
         rows = batch_size // process_count
@@ -285,7 +276,7 @@ class TrainBatches(_Batches):
         self._split = Split(folder, manifest, "train")
         self.num_tokens = self._split.tokens
         if packing != "crop" and seq_len > self.num_tokens:
-            raise ValueError(f"model.seq_len is {seq_len}; must be at least 1 and at most the "
+            raise ValueError(f"model.seq_len is {seq_len}; must be at most the "
                              f"{self.num_tokens} training tokens in {folder}")
         if manifest.prompts or packing == "crop":
             _ = self._split.documents  # read once, before prefetch threads ask for it
@@ -361,11 +352,6 @@ def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0, packing:
       int32 [n, S], -1 on hidden padding, else 0, with packing="documents" the number of the document in its row;
       tokens int32 [n], scored tokens without any padding: what nats are divided by.
     """
-    if seq_len < 1 or limit < 0:
-        raise ValueError(f"seq_len is {seq_len} and limit {limit}; must be at least 1 and 0")
-    for name, value, choices in (("packing", packing, PACKINGS), ("padding", padding, PADDINGS)):
-        if value not in choices:
-            raise ValueError(f"data.{name} is {value!r}; choices: {', '.join(choices)}")
     manifest = load_manifest(folder)
     split = Split(folder, manifest, "valid")
     bounds = split.documents.starts if packing == "crop" else np.array([0, split.tokens])
@@ -398,21 +384,19 @@ class StreamBatches(_Batches):
     position is the same on all of them, and any number of processes goes on from it.
 
     Args:
-      reader: `corpus.Reader`. sources: what it reads. tokenizer: gives the ids; eot: closes each document.
+      reader: `Reader`. sources: what it reads. tokenizer: gives the ids; eot: closes each document.
       is_training: whether a document is for training; others are skipped.
       bad_share: records that cannot be read are skipped and said (`say`), up to this share of those read.
       The rest as for `TrainBatches`.
     """
 
-    def __init__(self, reader: corpus.Reader, sources: Sequence[str], tokenizer: tokenizers.Tokenizer,
-                 is_training: Callable[[corpus.Document], bool], *, seq_len: int, batch_size: int, seed: int = 0,
+    def __init__(self, reader: Reader, sources: Sequence[str], tokenizer: tokenizers.Tokenizer,
+                 is_training: Callable[[Document], bool], *, seq_len: int, batch_size: int, seed: int = 0,
                  process_index: int = 0, process_count: int = 1, packing: str = "concat", padding: str = "end",
                  variable_share: float = 0.0, shuffle_documents: int = 10_000, eot: int, bad_share: float = 1.0,
                  say: Callable[[str], None] = lambda line: None):
         super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, padding, variable_share,
                          bool(reader.prompt_field), eot)
-        if shuffle_documents < 1:
-            raise ValueError(f"data.shuffle_documents is {shuffle_documents}; must be at least 1")
         self._reader, self._sources, self._tokenizer = reader, list(sources), tokenizer
         self._is_training, self._shuffle_documents = is_training, shuffle_documents
         self._bad_share, self._say = bad_share, say
@@ -444,19 +428,19 @@ class StreamBatches(_Batches):
         while True:
             order = self._order(len(self._sources), epoch)
             begin: tuple[int, int] = source, record
-            held: list[corpus.Document] = []
+            held: list[Document] = []
             for number in range(source, len(order)):
                 records = itertools.islice(self._reader.read(self._sources[order[number]]), record, None)
                 for read, document in enumerate(records, record + 1):
                     seen += 1
-                    if isinstance(document, corpus.Bad):
+                    if isinstance(document, Bad):
                         bad += 1
                         found = f"{document.file}, {document.position}: {document.reason}"
                         self._say(f"data: {found}; skipped, no. {bad} of {seen:,} records")
                         if bad > self._bad_share * max(seen, _MANY_RECORDS):
                             raise ValueError(f"{found}; {bad:,} of {seen:,} records cannot be read, more than "
                                              f"data.bad_share={self._bad_share:g} allows: raise it, or mend the files")
-                    elif isinstance(document, corpus.Document) and self._is_training(document):
+                    elif isinstance(document, Document) and self._is_training(document):
                         held.append(document)
                         if len(held) == self._shuffle_documents:
                             yield (epoch, *begin, window), held
@@ -468,7 +452,7 @@ class StreamBatches(_Batches):
                 raise ValueError(f"data.files: no training document in the {len(self._sources)} sources")
             epoch, source, window = epoch + 1, 0, 0
 
-    def _encode(self, documents: Sequence[corpus.Document]) -> Iterator[tuple[np.ndarray, int]]:
+    def _encode(self, documents: Sequence[Document]) -> Iterator[tuple[np.ndarray, int]]:
         """Tokens of each document (prompt, text, end of text) and how many of them are its prompt."""
         end_of_text, start = np.array([self._eot], np.int32), 0
         while start < len(documents):

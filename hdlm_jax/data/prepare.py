@@ -1,6 +1,6 @@
 """Documents -> a folder of tokens, made on all cores or by many workers, gone on with after a kill, and reused.
 
-Every source file is a unit with shards of its own (units.py). When all units are done, whoever sees it writes
+Every source file is a unit with shards of its own (shards.py). When all units are done, whoever sees it writes
 `manifest.json`, last of all: its presence says that the rest is whole.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import itertools
-import json
 import math
 import os
 import platform
@@ -24,7 +22,11 @@ import numpy as np
 
 from hdlm_jax.common import jsons
 from hdlm_jax.config import expand
-from hdlm_jax.data import corpus, tokenizers, units
+from hdlm_jax.data import shards, tokenizers
+from hdlm_jax.data.documents import Reader
+from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
+from hdlm_jax.data.records import digest
+from hdlm_jax.data.sources import identity, resolve, source_facts
 
 MANIFEST, BEGUN, VERIFIED, BAD_RECORDS = "manifest.json", "begun.json", "verified.json", "bad_records.jsonl"
 VERSION = 3
@@ -39,7 +41,7 @@ class Manifest:
     bytes are raw UTF-8 bytes of the documents (an end of text has none). `scored` leaves prompts out.
 
     settings, sources: what was asked for, without paths, and [name, size, mark] of each file read, in order, the
-      mark of a local one its sha256 (`corpus.facts_of`); `prepare` compares them. (Version 2: paths, [name, size].)
+      mark of a local one its sha256 (`source_facts`); `prepare` compares them. (Version 2: paths, [name, size].)
     prompts: whether documents may begin with a prompt (their lengths are in the .idx files).
     unigram_nats: nats per scored validation token (end of text counted) under the unigram of the scored
       training tokens, add-one smoothed over the V words.
@@ -54,7 +56,7 @@ class Manifest:
     splits: "train" and "valid": [stem, first token, end token, first document, end document] of each range, in
       the order of the documents; a range lies in the shard stem.bin and its index stem.idx.
     shards: file name -> {"bytes", "sha256"}.
-    adopted: [settings, sources] that it had in version 2, which the fingerprint of a sample made then is of.
+    adopted: [settings, sources] of version 2, which the fingerprint of a sample made then is of.
     """
 
     version: int
@@ -100,7 +102,7 @@ class Manifest:
         shards = sorted((name, facts["sha256"]) for name, facts in self.shards.items())
         facts: list = [self.tokenizer_fingerprint, self.splits, shards]
         if self.sampled:  # what is trained on is not in the shards
-            facts += self.adopted or [self.settings, [corpus.identity(source) for source in self.sources]]
+            facts += self.adopted or [self.settings, [identity(source) for source in self.sources]]
         return hashlib.sha256(jsons.dumps(facts).encode()).hexdigest()
 
     def summary(self) -> str:
@@ -115,9 +117,9 @@ class Manifest:
 def load_manifest(folder: str | os.PathLike) -> Manifest:
     """The manifest of a folder of tokens (also of version 2); ValueError when there is none, or another version's."""
     path = Path(folder) / MANIFEST
-    facts = units.read_json(path)
-    if facts is None:
+    if not path.exists():
         raise ValueError(f"no tokens in {folder} ({MANIFEST} is missing); run --mode=prepare")
+    facts = jsons.read_json(path)
     if facts.get("version") not in (2, VERSION):
         raise ValueError(f"{path}: version is {facts.get('version')}, this code reads 2 and {VERSION}; "
                          "delete the folder and prepare again")
@@ -172,43 +174,39 @@ def prepare(out_dir: str | os.PathLike, data: Any, tokenizer: Any, *,
     _check_sha256(tokenizer, sources)
     folder.mkdir(parents=True, exist_ok=True)
     seen.save()
-    units.remove_leftovers(folder)
+    shards.remove_leftovers(folder)
     job = _job(folder, data, reader, train, valid)
     last = data.validation_documents if data.split == "last" and not valid else 0
     words, begun = _begin(job, settings, sources, tokenizer, last, say)
     job = dataclasses.replace(job, id=_hash(begun), dtype="uint16" if words.vocab_size <= 65535 else "uint32")
 
     index, workers = data.worker()
-    mine = [u for u in range(len(job.units)) if u % workers == index and not units.is_done(job, u)]
-    units.make_all(job, words, mine, [size or 0 for _, size, _ in sources])  # not every server tells sizes
-    records = [units.load_record(job, u) for u in range(len(job.units))]
+    mine = [u for u in range(len(job.units)) if u % workers == index and not shards.is_done(job, u)]
+    shards.make_all(job, words, mine, [size or 0 for _, size, _ in sources])  # not every server tells sizes
+    records = [shards.load_record(job, u) for u in range(len(job.units))]
     missing = [u for u, record in enumerate(records) if record is None or not record.done]
     if missing:
         say(f"tokens: worker {index}/{workers} has done its part of {folder}; {len(missing)} of {len(records)} files "
             f"are left to others (the first, {job.units[missing[0]][0]}, to {missing[0] % workers}/{workers})")
         return None
-    facts = begun | {"adopted": []}
-    if begun["version"] != VERSION:
-        old = [begun["settings"], begun["sources"]] if data.stream else []
-        facts |= {"settings": settings, "sources": sources, "adopted": old}
-    manifest = _merge(job, words, [record for record in records if record], facts, last, workers > 1, say)
-    units.remove_leftovers(folder)
+    manifest = _merge(job, words, [record for record in records if record], begun, last, workers > 1, say)
+    shards.remove_leftovers(folder)
     say(f"tokens: made {folder} in {time.monotonic() - start:.1f} s: {manifest.summary()}")
     return manifest
 
 
-def _job(folder: Path, data: Any, reader: corpus.Reader, train: list[str], valid: list[str]) -> units.Job:
-    return units.Job(
+def _job(folder: Path, data: Any, reader: Reader, train: list[str], valid: list[str]) -> shards.Job:
+    return shards.Job(
         folder=folder, id="", reader=reader, held=held_out(reader, valid), prompts=bool(data.prompt_field),
         units=tuple((source, "train") for source in train) + tuple((source, "valid") for source in valid),
         fraction=data.validation_fraction if data.split == "hash" and not valid else 0.0,
         sample=max(1, data.sample_bytes // len(train)) if data.stream else 0,
-        bad_share=data.bad_share, dtype="", shard_tokens=units.SHARD_TOKENS, batch_chars=units.BATCH_CHARS)
+        bad_share=data.bad_share, dtype="", shard_tokens=shards.SHARD_TOKENS, batch_chars=shards.BATCH_CHARS)
 
 
-def held_out(reader: corpus.Reader, sources: Iterable[str]) -> frozenset[bytes]:
+def held_out(reader: Reader, sources: Iterable[str]) -> frozenset[bytes]:
     """Digests of all documents of the validation files `sources`: equal training documents are left out."""
-    return frozenset(corpus.digest(document) for source in sources for document in units.documents(reader, source))
+    return frozenset(digest(document) for source in sources for document in reader.documents(source))
 
 
 def unigram_nats(train_counts: np.ndarray, valid_counts: np.ndarray) -> float:
@@ -284,13 +282,13 @@ _VALIDATION = "files of data.validation"  # in settings: how many
 
 
 def what_to_read(data: Any, say: Callable[[str], None] = lambda line: None
-                 ) -> tuple[corpus.Reader, list[str], list[str]]:
+                 ) -> tuple[Reader, list[str], list[str]]:
     """How documents are read, the training sources and the validation files; say: gets what folders hold."""
-    reader = corpus.Reader(text_field=data.text_field, prompt_field=data.prompt_field, detokenize=data.detokenize,
+    reader = Reader(text_field=data.text_field, prompt_field=data.prompt_field, detokenize=data.detokenize,
                            txt_documents=data.txt_documents, format=data.format)
-    return (reader, [corpus.EMBEDDED] if data.source == "embedded" 
-            else corpus.resolve(data.files, "data.files", data.format, say),
-            corpus.resolve(data.validation, "data.validation", data.format, say) if data.validation else [])
+    return (reader, [EMBEDDED] if data.source == "embedded" 
+            else resolve(data.files, "data.files", data.format, say),
+            resolve(data.validation, "data.validation", data.format, say) if data.validation else [])
 
 
 class _Seen:
@@ -299,7 +297,7 @@ class _Seen:
     def __init__(self, folder: Path):
         self._path, self._marks = folder / VERIFIED, {}
         with contextlib.suppress(OSError, ValueError):
-            self._marks = json.loads(self._path.read_text("utf-8"))
+            self._marks = jsons.read_json(self._path)
         self._known = dict(self._marks)
 
     def facts(self, path: Path, name: str = "") -> tuple[int, str]:
@@ -307,21 +305,20 @@ class _Seen:
         name, state = name or os.path.abspath(path), path.stat()
         size, moment, sha256 = self._known.get(name, (-1, -1, ""))
         if (size, moment) != (state.st_size, state.st_mtime_ns):
-            with open(path, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = jsons.sha256_of(path)
         self._marks[name] = [state.st_size, state.st_mtime_ns, sha256]
         return state.st_size, sha256
 
     def save(self) -> None:
         if self._marks != self._known:
             with contextlib.suppress(OSError):  # a folder that cannot be written: they are hashed again each time
-                units.write_file(self._path, jsons.dumps(self._marks).encode() + b"\n")
+                shards.write_file(self._path, jsons.dumps(self._marks).encode() + b"\n")
 
 
 def _facts(sources: list[str], tokenizer: Any, seen: _Seen) -> list[list]:
-    """`corpus.facts_of` each source (many of them may be a network away), then of tokenizer.file if there is one."""
+    """`source_facts` each source (many of them may be a network away), then of tokenizer.file if there is one."""
     with futures.ThreadPoolExecutor(16) as pool:
-        facts = list(pool.map(lambda source: corpus.facts_of(source, lambda path: seen.facts(Path(path))), sources))
+        facts = list(pool.map(lambda source: source_facts(source, lambda path: seen.facts(Path(path))), sources))
     if not tokenizer.file:
         return facts
     file = Path(expand(tokenizer.file))
@@ -338,13 +335,15 @@ def _hash(facts: dict) -> str:
 # --------------------------------------------------------------------------------------- beginning and finishing
 
 
-def _begin(job: units.Job, settings: dict, sources: list, tokenizer: Any, last: int,
+def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: Any, last: int,
            say: Callable[[str], None]) -> tuple[tokenizers.Tokenizer, dict]:
     """The tokenizer, made or loaded, and the facts in begun.json, which all workers must agree on."""
     path = job.folder / BEGUN
-    begun = units.read_json(path)
+    begun = jsons.read_json(path) if path.exists() else None
     if begun:
-        different = _difference(*_as_today(begun, settings, sources), settings, sources)
+        if begun["version"] != VERSION:
+            raise ValueError(f"{path} is of version {begun['version']}; delete {job.folder} and prepare again")
+        different = _difference(begun["settings"], begun["sources"], settings, sources)
         if different and any(job.folder.glob("unit-*.json")):
             raise _different(job.folder, "begun", different)
         if not different:
@@ -360,7 +359,7 @@ def _begin(job: units.Job, settings: dict, sources: list, tokenizer: Any, last: 
         end = _last(job, train, last) if last else (len(train), 0)
         for unit in train:
             left = BPE_TRAINING_BYTES // len(train)
-            for number, document in enumerate(units.documents(job.reader, job.units[unit][0])):
+            for number, document in enumerate(job.reader.documents(job.units[unit][0])):
                 if left <= 0 or (unit, number) >= end:
                     break
                 if job.split(unit, document) != "train":
@@ -379,73 +378,73 @@ def _begin(job: units.Job, settings: dict, sources: list, tokenizer: Any, last: 
     if trained and words.vocab_size < tokenizer.vocab_size:
         say(f"tokenizer: the corpus holds merges for V={words.vocab_size:,} only, "
             f"{tokenizer.vocab_size:,} were asked for (tokenizer.vocab_size)")
-    with units.private_folder(job.folder / "tokenizer") as private:  # other workers may be at it too
+    with shards.private_folder(job.folder / "tokenizer") as private:  # other workers may be at it too
         words.save(private)
         for made in private.iterdir():
             os.replace(made, job.folder / made.name)
     begun = {"version": VERSION, "settings": settings, "sources": sources,
              "tokenizer_fingerprint": words.fingerprint, "bpe_training_bytes": used}
-    units.write_file(path, jsons.dumps(begun, indent=2).encode() + b"\n")
+    shards.write_file(path, jsons.dumps(begun, indent=2).encode() + b"\n")
     return words, begun
 
 
-def _last(job: units.Job, train: list[int], count: int) -> tuple[int, int]:
+def _last(job: shards.Job, train: list[int], count: int) -> tuple[int, int]:
     """(unit, document in it) where the last `count` documents of the training units begin."""
     for unit in reversed(train):
-        here = sum(1 for _ in units.documents(job.reader, job.units[unit][0]))
+        here = sum(1 for _ in job.reader.documents(job.units[unit][0]))
         if here >= count:
             return unit, here - count
         count -= here
     return 0, 0
 
 
-def _merge(job: units.Job, words: tokenizers.Tokenizer, records: list[units.Record], begun: dict, last: int,
+def _merge(job: shards.Job, words: tokenizers.Tokenizer, records: list[shards.Record], begun: dict, last: int,
            verify: bool, say: Callable[[str], None]) -> Manifest:
     """Writes the manifest of a folder whose units are all done; verify: after hashing the shards once more."""
     bad, read = sum(record.bad for record in records), sum(record.records for record in records)
     if bad:
         first = next(record.first_bad for record in records if record.bad)
-        units.check_bad(job, bad, read, first)
+        shards.check_bad(job, bad, read, first)
         say(f"tokens: {bad:,} of {read:,} records cannot be read, all in {job.folder / BAD_RECORDS}; the first: "
             f"{first[0]}, {first[1]}: {first[2]}")
-    with units.Files() as files:
+    with shards.Files() as files:
         for record in records:
             for name in sorted(record.files):
                 if name.startswith("bad-"):
                     files.write(job.folder / BAD_RECORDS, (job.folder / name).read_bytes())
         files.close()
 
-    splits: dict[str, list[units.Range]] = {"train": [], "valid": []}
+    splits: dict[str, list[shards.Range]] = {"train": [], "valid": []}
     for record in records:
         for shard in record.shards:
             splits[shard.stem.split("-")[0]].append(shard)
     if last:
         splits["train"], splits["valid"] = _cut(job.folder, splits["train"], last)
-    total = sum(shard.end_document - shard.first_document for shards in splits.values() for shard in shards)
-    for split, shards in splits.items():
-        if not shards:
+    total = sum(shard.end_document - shard.first_document for ranges in splits.values() for shard in ranges)
+    for split, ranges in splits.items():
+        if not ranges:
             for unit in range(len(records)):  # of no use with these settings: others may be tried at once
                 job.record_path(unit).unlink(missing_ok=True)
             raise ValueError(f"no document of {total} falls in the {split} split: give more documents "
                              "(data.txt_documents='blank_line' cuts a .txt), data.validation files, or "
                              "another data.validation_fraction or data.validation_documents")
     counts: dict[str, Any] = {}
-    for split, shards in splits.items():
-        counts[f"{split}_documents"] = sum(shard.end_document - shard.first_document for shard in shards)
-        counts[f"{split}_tokens"] = sum(shard.end_token - shard.first_token for shard in shards)
+    for split, ranges in splits.items():
+        counts[f"{split}_documents"] = sum(shard.end_document - shard.first_document for shard in ranges)
+        counts[f"{split}_tokens"] = sum(shard.end_token - shard.first_token for shard in ranges)
         for name in ("bytes", "scored_tokens", "scored_bytes"):
-            counts[f"{split}_{name}"] = sum(getattr(shard, name) for shard in shards)
+            counts[f"{split}_{name}"] = sum(getattr(shard, name) for shard in ranges)
     manifest = Manifest(
         version=VERSION, settings=begun["settings"], sources=begun["sources"], tokenizer_kind=words.kind,
         tokenizer_fingerprint=words.fingerprint, vocab_size=words.vocab_size, eot=words.eot, dtype=job.dtype,
         prompts=job.prompts, **counts, unigram_nats=math.nan,
         corpus_fingerprint=f"{sum(int(record.digests, 16) for record in records) % 2**256:064x}",
         bpe_training_bytes=begun["bpe_training_bytes"], left_out=sum(record.left_out for record in records), bad=bad,
-        unreadable=corpus.embedded_corpus()[1] if job.units[0][0] == corpus.EMBEDDED else 0,
+        unreadable=embedded_corpus()[1] if job.units[0][0] == EMBEDDED else 0,
         sampled=job.sample > 0, python=platform.python_version(),
-        splits={split: [list(shard[:5]) for shard in shards] for split, shards in splits.items()},
+        splits={split: [list(shard[:5]) for shard in ranges] for split, ranges in splits.items()},
         shards={name: facts for record in records for name, facts in sorted(record.files.items())
-                if not name.startswith("bad-")}, lengths=[], adopted=begun["adopted"])
+                if not name.startswith("bad-")}, lengths=[])
     if verify and (damage := _damage(job.folder, manifest, _Seen(job.folder))):
         name, what = damage[0]
         raise ValueError(f"{job.folder / name} is {what}: delete it and run --mode=prepare, which makes it again")
@@ -462,16 +461,16 @@ def _read_index(path: Path, first_document: int = 0, end_document: int = -1) -> 
     return np.fromfile(path, "<u4", count, offset=16 * first_document).reshape(-1, 4)
 
 
-def _cut(folder: Path, shards: list[units.Range], last: int) -> tuple[list[units.Range], list[units.Range]]:
+def _cut(folder: Path, ranges: list[shards.Range], last: int) -> tuple[list[shards.Range], list[shards.Range]]:
     """The shards, cut before the last so many documents."""
-    left = sum(shard.end_document for shard in shards) - last
+    left = sum(shard.end_document for shard in ranges) - last
     head, tail = [], []
-    for shard in shards:
+    for shard in ranges:
         here = min(max(left, 0), shard.end_document)
         left -= shard.end_document
         size, raw, prompt, raw_prompt = _read_index(folder / f"{shard.stem}.idx")[:here].sum(0, dtype=np.int64).tolist()
-        first = units.Range(shard.stem, 0, size, 0, here, raw, size - prompt, raw - raw_prompt)
-        second = units.Range(shard.stem, size, shard.end_token, here, shard.end_document, shard.bytes - first.bytes,
+        first = shards.Range(shard.stem, 0, size, 0, here, raw, size - prompt, raw - raw_prompt)
+        second = shards.Range(shard.stem, size, shard.end_token, here, shard.end_document, shard.bytes - first.bytes,
                         shard.scored_tokens - first.scored_tokens, shard.scored_bytes - first.scored_bytes)
         head += [first] * (here > 0)
         tail += [second] * (here < shard.end_document)
@@ -486,12 +485,12 @@ def _difference(was: dict, were: list, now: dict, are: list | None) -> str:
     for key in now | was:
         if was.get(key) != now.get(key):
             return f"with {key}={was.get(key)!r}, it is now {now.get(key)!r}"
-    before, here = [corpus.identity(fact) for fact in were], [corpus.identity(fact) for fact in are or []]
+    before, here = [identity(fact) for fact in were], [identity(fact) for fact in are or []]
     if are is None or here == before:
         return ""
     for facts, those in ((are, set(before)), (were, set(here))):
         for fact in facts:
-            if corpus.identity(fact) not in those:
+            if identity(fact) not in those:
                 return f"from other files: {fact[0]} ({fact[1]} bytes) was added, removed or has other contents"
     return f"from these files in another order, the first {were[0][0]}, it is now {are[0][0]}"
 
@@ -500,26 +499,14 @@ def _different(folder: Path, verb: str, difference: str) -> ValueError:
     return ValueError(f"tokens in {folder} were {verb} {difference}: use another working directory or delete {folder}")
 
 
-def _as_today(made: dict, settings: dict, sources: list | None) -> tuple[dict, list]:
-    """Settings and sources of a manifest or begun.json. Version 2 knew paths, names and sizes: then as they would be
-    written today, with the marks of those files at hand that have these names and sizes."""
-    was, were = dict(made["settings"]), made["sources"]
-    if made["version"] == VERSION:
-        return was, were
+def _of_version_2(manifest: Manifest) -> tuple[dict, list]:
+    """Settings and sources of a manifest that knew paths, names and sizes, in today's terms: no paths, no marks."""
+    was = dict(manifest.settings)
     patterns, file = was.pop("data.validation"), was.pop("tokenizer.file")
     del was["data.files"], was["tokenizer.sha256"]
-    validation = 0
-    if patterns and "splits" in made:  # the last units, one a file
-        validation = len(were) - bool(file) - min(int(stem.split("-")[1]) for stem, *_ in made["splits"]["valid"])
-    elif patterns:
-        validation = settings[_VALIDATION] or len(patterns)
-    marked = []
-    for place, fact in enumerate(were):
-        here = itertools.chain((sources or [])[place:place + 1], sources or [])
-        marked.append(next((other for other in here if other[:2] == fact), [*fact, ""]))
-        if fact[0] == corpus.EMBEDDED and "python" in made:
-            marked[-1] = [*fact, f"Python {made['python']}"]
-    return was | {_VALIDATION: validation, "tokenizer.file": bool(file)}, marked
+    first = min(int(stem.split("-")[1]) for stem, *_ in manifest.splits["valid"])  # of the validation files' units
+    count = len(manifest.sources) - bool(file) - first if patterns else 0
+    return was | {_VALIDATION: count, "tokenizer.file": bool(file)}, [[*fact, ""] for fact in manifest.sources]
 
 
 def _at_hand(data: Any, tokenizer: Any, manifest: Manifest, seen: _Seen) -> tuple[list | None, int, str]:
@@ -538,10 +525,13 @@ def _reuse(folder: Path, data: Any, tokenizer: Any, say: Callable[[str], None]) 
     manifest, seen = load_manifest(folder), _Seen(folder)
     sources, validation, absent = _at_hand(data, tokenizer, manifest, seen)
     settings = _settings(data, tokenizer, validation)
-    was, were = _as_today(dataclasses.asdict(manifest), settings, sources)
+    was, were, are = manifest.settings, manifest.sources, sources
+    if manifest.version == 2:
+        was, were = _of_version_2(manifest)
+        are = sources and [[name, size, ""] for name, size, _ in sources]
     if sources is None and validation and was[_VALIDATION]:  # patterns, of which nobody knows how many files match
         settings[_VALIDATION] = was[_VALIDATION]
-    if different := _difference(was, were, settings, sources):
+    if different := _difference(was, were, settings, are):
         raise _different(folder, "made", different)
     _check_sha256(tokenizer, sources)
     for name, what in _damage(folder, manifest, seen):
@@ -555,16 +545,12 @@ def _reuse(folder: Path, data: Any, tokenizer: Any, say: Callable[[str], None]) 
     if tokenizers.load_tokenizer(folder).fingerprint != manifest.tokenizer_fingerprint:
         raise ValueError(f"the tokenizer in {folder} is not the one the tokens were made with: "
                          f"use another working directory or delete {folder}")
-    if manifest.version != VERSION and sources is not None:
-        manifest = dataclasses.replace(manifest, version=VERSION, settings=settings, sources=sources)
-        with contextlib.suppress(OSError):  # a folder that cannot be written stays as it is, and is as good
-            _write(folder, manifest)
     say(f"tokens: reusing {folder}{absent}: {manifest.summary()}")
     return manifest
 
 
 def _write(folder: Path, manifest: Manifest) -> None:
-    units.write_file(folder / MANIFEST, jsons.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
+    shards.write_file(folder / MANIFEST, jsons.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
 
 
 def _check_sha256(tokenizer: Any, sources: list | None) -> None:
@@ -581,7 +567,7 @@ def _damage(folder: Path, manifest: Manifest, seen: _Seen) -> list[tuple[str, st
             return "missing"
         return "" if {"bytes": size, "sha256": sha256} == manifest.shards[name] else "damaged"
 
-    with futures.ThreadPoolExecutor(units.core_count()) as pool:
+    with futures.ThreadPoolExecutor(shards.core_count()) as pool:
         looks = list(zip(pool.map(look, manifest.shards), manifest.shards, strict=True))
     seen.save()
     return [(name, what) for what, name in sorted(looks) if what]

@@ -11,7 +11,6 @@ import base64
 import binascii
 import functools
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -229,11 +228,9 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a folder written by `Tokenizer.save`; ValueError if files are missing or changed."""
     folder = Path(path)
     try:
-        facts = json.loads((folder / JSON_FILE).read_text("utf-8"))
+        facts = jsons.read_json(folder / JSON_FILE)
     except FileNotFoundError:
         raise ValueError(f"no tokenizer in {folder}: {JSON_FILE} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{folder / JSON_FILE}: not JSON ({error})") from None
     kind = facts["kind"]
     words = read_ranks(folder / RANK_FILE, facts["sha256"], all_bytes=kind != "bert")
     tokenizer = WordPiece(words) if kind == "bert" else Tokenizer(kind, words, facts["pattern"])

@@ -44,8 +44,9 @@ from typing import Any, NamedTuple
 
 from hdlm_jax.common import jsons
 from hdlm_jax.config import expand
-from hdlm_jax.data import corpus
 from hdlm_jax.data.detokenize import DETOKENIZERS
+from hdlm_jax.data.documents import Reader
+from hdlm_jax.data.records import Bad
 
 _OPEN: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _HEADING = re.compile(r" ?= [^=].* = ?")
@@ -198,11 +199,11 @@ def _lines(path: str) -> Iterator[str]:
         yield from io.TextIOWrapper(raw, encoding="utf-8", newline="")
 
 
-def load(name: str, source: str | list[str], limit: int = 0, reader: corpus.Reader | None = None) -> list:
+def load(name: str, source: str | list[str], limit: int = 0, reader: Reader | None = None) -> list:
     """The Passages or Questions of a task, at most `limit` of them (0: all).
 
     Args:
-      source: its file (see `find`); for lm1b and files, sources of `corpus.resolve`, read by `reader`.
+      source: its file (see `find`); for lm1b and files, `data.sources.resolve`d sources, read by `reader`.
     Raises:
       ValueError: a file that is not of the form the task has, or a record that cannot be read; one line.
     """
@@ -223,10 +224,10 @@ def load(name: str, source: str | list[str], limit: int = 0, reader: corpus.Read
     return found
 
 
-def _documents(sources: list[str], reader: corpus.Reader, detokenize: str) -> Iterator[Passage]:
+def _documents(sources: list[str], reader: Reader, detokenize: str) -> Iterator[Passage]:
     for source in sources:
         for record in reader.read(source):
-            if isinstance(record, corpus.Bad):
+            if isinstance(record, Bad):
                 raise ValueError(f"{record.position}: {record.reason}")
             yield _passage(record.prompt + record.text, detokenize)
 

@@ -12,8 +12,9 @@ import numpy as np
 from hdlm_jax.common import processes
 from hdlm_jax.common.console import say
 from hdlm_jax.config import Config, ConfigError, TokenizerConfig
-from hdlm_jax.data import clusters, corpus, pipeline, tokenizers
+from hdlm_jax.data import cluster_report, clustering, embeddings, pipeline, tokenizers
 from hdlm_jax.data import prepare as text_prepare
+from hdlm_jax.data.records import Document, digest, is_validation
 from hdlm_jax.diffusion.hierarchy import Hierarchy, read_extra
 from hdlm_jax.training.loading import checkpoint_embedding, data_dir
 
@@ -99,8 +100,8 @@ def word_vectors(config: Config, text: PreparedData) -> np.ndarray:
     kept = os.path.join(text.dir, f"embeddings-{text.manifest.fingerprint[:12]}-{h.seed}.npy")
 
     def vectors(tokens: Any) -> np.ndarray:
-        return clusters.embeddings(h.embeddings, vocab_size=text.manifest.vocab_size, eot=text.manifest.eot,
-                                   seed=h.seed, tokens=tokens, load_checkpoint_embedding=checkpoint_embedding)
+        return embeddings.word_embeddings(h.embeddings, vocab_size=text.manifest.vocab_size, eot=text.manifest.eot,
+                                          seed=h.seed, tokens=tokens, load_checkpoint_embedding=checkpoint_embedding)
 
     def keep() -> None:
         if os.path.exists(kept):
@@ -166,10 +167,10 @@ def _make(config: Config, text: PreparedData, path: str, settings: dict, vectors
         parents = [np.zeros(words, np.int32)] if h.keep_single and h.clusters else []
         hierarchy = Hierarchy.from_parents(parents, vocab_size=words, keep_single=h.keep_single)
     else:
-        hierarchy, report = clusters.build_hierarchy(vectors, h.clusters, special=(text.manifest.eot,), seed=h.seed,
+        hierarchy, report = clustering.build_hierarchy(vectors, h.clusters, special=(text.manifest.eot,), seed=h.seed,
                                                      shuffle=h.shuffle)
         readable, counts = os.path.join(os.path.dirname(path), "clusters"), text_prepare.token_counts(text.dir, "train")
-        clusters.write_report(hierarchy, vectors, text.tokenizer.decode, counts, readable)
+        cluster_report.write_report(hierarchy, vectors, text.tokenizer.decode, counts, readable)
         made = f", report in {readable}.txt"
     hierarchy.save(path, text.tokenizer.fingerprint, {"settings": settings, "report": report})
     say(f"hierarchy: {_levels(hierarchy)}{made}")
@@ -187,8 +188,8 @@ def batches_of(config: Config, text: PreparedData) -> Any:
     reader, train, valid = text_prepare.what_to_read(d)
     held = text_prepare.held_out(reader, valid)
 
-    def is_training(document: corpus.Document) -> bool:
-        return corpus.digest(document) not in held if valid else not corpus.split(document, d.validation_fraction)
+    def is_training(document: Document) -> bool:
+        return digest(document) not in held if valid else not is_validation(document, d.validation_fraction)
 
     return pipeline.StreamBatches(reader, train, text.tokenizer, is_training, eot=text.manifest.eot,
                                   shuffle_documents=d.shuffle_documents, bad_share=d.bad_share, say=say, **how)

@@ -37,7 +37,8 @@ from hdlm_jax.common.console import markdown, say
 from hdlm_jax.common.console import perplexity as exp
 from hdlm_jax.common.jsons import write_atomic, write_json
 from hdlm_jax.config import Config, ConfigError
-from hdlm_jax.data import corpus
+from hdlm_jax.data.documents import Reader
+from hdlm_jax.data.sources import resolve
 from hdlm_jax.evaluation import benchmarks
 from hdlm_jax.evaluation.benchmarks import TASKS, Passage, Question
 from hdlm_jax.evaluation.elbo import summarise
@@ -111,7 +112,7 @@ def sources(config: Config) -> dict[str, str | list[str]]:
     e, formats = config.evaluate, {"files": config.data.format, "lm1b": "txt"}
     try:
         return {name: benchmarks.find(name, e.tasks_data) if TASKS[name].path
-                else corpus.resolve(getattr(e, name), f"evaluate.{name}", formats[name], say) for name in e.tasks}
+                else resolve(getattr(e, name), f"evaluate.{name}", formats[name], say) for name in e.tasks}
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -119,8 +120,8 @@ def sources(config: Config) -> dict[str, str | list[str]]:
 def _read(config: Config, name: str, source: str | list[str]) -> tuple[list, str]:
     """The items of a task and the detokeniser they went through."""
     d, task = config.data, TASKS[name]
-    reader = corpus.Reader(d.text_field, "", "line" if name == "lm1b" else d.txt_documents,
-                           "txt" if name == "lm1b" else d.format, d.detokenize if name == "files" else "")
+    reader = Reader(d.text_field, "", "line" if name == "lm1b" else d.txt_documents,
+                    "txt" if name == "lm1b" else d.format, d.detokenize if name == "files" else "")
     return benchmarks.load(name, source, config.evaluate.limit, reader), reader.detokenize or task.detokenize
 
 

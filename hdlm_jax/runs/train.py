@@ -15,7 +15,7 @@ from hdlm_jax.common import jsons, lock, parallel, processes
 from hdlm_jax.common.console import measured, progress, say
 from hdlm_jax.common.jsons import write_json
 from hdlm_jax.config import Config, ConfigError, resolve
-from hdlm_jax.data.clusters import initial_table
+from hdlm_jax.data.embeddings import initial_table
 from hdlm_jax.data.pipeline import given, valid_rows
 from hdlm_jax.evaluation.elbo import Evaluator, summarise
 from hdlm_jax.models.network import flops_per_token

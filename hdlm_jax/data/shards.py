@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -32,7 +31,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from hdlm_jax.common import jsons
-from hdlm_jax.data import corpus, tokenizers
+from hdlm_jax.data import tokenizers
+from hdlm_jax.data.documents import Reader
+from hdlm_jax.data.records import Bad, Document, digest, is_validation
 
 SHARD_TOKENS = 1 << 26
 BATCH_CHARS = 1 << 20  # encoded at once by one thread
@@ -40,9 +41,9 @@ PROCESSES_FROM = 64 << 20  # bytes of sources; below, the start of other process
 _HOUR = 3600.0
 
 
-def documents(reader: corpus.Reader, source: str) -> Iterator[corpus.Document]:
+def documents(reader: Reader, source: str) -> Iterator[Document]:
     """The documents of a source without its bad records."""
-    return (record for record in reader.read(source) if isinstance(record, corpus.Document))
+    return (record for record in reader.read(source) if isinstance(record, Document))
 
 
 def core_count() -> int:
@@ -51,11 +52,6 @@ def core_count() -> int:
 
 
 # ------------------------------------------------------------------------------------------------ files, safely
-
-
-def _temporary(path: Path) -> Path:
-    """A name that only this process uses, on any host."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -76,9 +72,7 @@ def _runs(pid: int) -> bool:
         return False
     except PermissionError:  # somebody else's
         return True
-    state = Path(f"/proc/{pid}/stat")
-    zombie = state.exists() and state.read_text().rpartition(") ")[2].startswith("Z")  # nobody asked how it ended
-    return pid != os.getpid() and not zombie
+    return pid != os.getpid()
 
 
 @contextlib.contextmanager
@@ -92,32 +86,20 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, raw: bytes) -> None:
-    """Writes a file whole or not at all, and so that it survives a loss of power."""
-    with Files() as files:
-        files.write(path, raw)
-        files.close()
+    with _writing(path):
+        jsons.write_atomic(path, raw)
 
 
 @contextlib.contextmanager
 def private_folder(path: Path) -> Iterator[Path]:
     """A folder that only this process uses, removed in the end."""
-    folder = _temporary(path)
+    folder = jsons.temporary(path)
     with _writing(path):
         folder.mkdir()
         try:
             yield folder
         finally:
             shutil.rmtree(folder)
-
-
-def read_json(path: Path) -> dict | None:
-    """None where there is no such file."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); delete the folder and prepare again") from None
 
 
 class Files:
@@ -138,7 +120,7 @@ class Files:
     def write(self, path: Path, raw: bytes) -> None:
         with _writing(path):
             if path not in self._open:
-                temporary = _temporary(path)
+                temporary = jsons.temporary(path)
                 self._open[path] = temporary, open(temporary, "wb"), hashlib.sha256()
             _, file, state = self._open[path]
             file.write(raw)
@@ -154,13 +136,6 @@ class Files:
                 facts[path.name] = {"bytes": file.tell(), "sha256": state.hexdigest()}
                 file.close()
                 os.replace(temporary, path)
-        for folder in {path.parent for path in self._open}:
-            with contextlib.suppress(OSError):  # the names as well, where the system can
-                number = os.open(folder, os.O_RDONLY)
-                try:
-                    os.fsync(number)
-                finally:
-                    os.close(number)
         self._open = {}
         return facts
 
@@ -178,7 +153,7 @@ class Job:
 
     folder: Path
     id: str
-    reader: corpus.Reader
+    reader: Reader
     units: tuple[tuple[str, str], ...]
     held: frozenset[bytes]
     fraction: float
@@ -189,21 +164,21 @@ class Job:
     shard_tokens: int
     batch_chars: int
 
-    def split(self, unit: int, document: corpus.Document) -> str:
+    def split(self, unit: int, document: Document) -> str:
         """'train', 'valid', or '' for a training document that the validation files have too."""
         if self.units[unit][1] == "valid":
             return "valid"
         if self.fraction:
-            return "valid" if corpus.split(document, self.fraction) else "train"
-        return "" if self.held and corpus.digest(document) in self.held else "train"
+            return "valid" if is_validation(document, self.fraction) else "train"
+        return "" if self.held and digest(document) in self.held else "train"
 
-    def records(self, unit: int) -> Iterator[corpus.Document | corpus.Bad]:
+    def records(self, unit: int) -> Iterator[Document | Bad]:
         """All records of a unit; of a sample, until there are enough bytes of training text."""
         source, kind = self.units[unit]
         left = self.sample if kind == "train" else 0
         for record in self.reader.read(source):
             yield record
-            if left and isinstance(record, corpus.Document) and self.split(unit, record) == "train":
+            if left and isinstance(record, Document) and self.split(unit, record) == "train":
                 left -= len((record.prompt + record.text).encode("utf-8"))
                 if left <= 0:
                     return
@@ -245,18 +220,18 @@ class Record:
 
 def load_record(job: Job, unit: int) -> Record | None:
     """None where the unit is not begun, or where files it has made are gone: then it is made again."""
-    facts = read_json(job.record_path(unit))
-    if facts is None:
+    path = job.record_path(unit)
+    if not path.exists():
         return None
-    record = Record(**facts)
+    record = Record(**jsons.read_json(path))
     if record.job != job.id:
-        raise ValueError(f"{job.record_path(unit)} was made with other settings, files or words than these (by another "
+        raise ValueError(f"{path} was made with other settings, files or words than these (by another "
                          f"worker?): give all workers the same, or delete {job.folder}")
     for name, made in record.files.items():
-        path = job.folder / name
-        if not path.exists() or path.stat().st_size != made["bytes"]:
+        shard = job.folder / name
+        if not shard.exists() or shard.stat().st_size != made["bytes"]:
             return None
-    record.shards = [Range(*shard) for shard in record.shards]
+    record.shards = [Range(*place) for place in record.shards]
     return record
 
 
@@ -269,18 +244,18 @@ class _Encoded(NamedTuple):
     """A batch of records, encoded. digests: sum of sha256. bytes: of text. shards: split -> tokens, index [n, 4]."""
 
     records: int
-    bad: list[corpus.Bad]
+    bad: list[Bad]
     left_out: int
     digests: int
     bytes: int
     shards: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[corpus.Document | corpus.Bad]) -> _Encoded:
-    bad = [record for record in batch if isinstance(record, corpus.Bad)]
-    splits: dict[str, list[corpus.Document]] = {"train": [], "valid": [], "": []}
+def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[Document | Bad]) -> _Encoded:
+    bad = [record for record in batch if isinstance(record, Bad)]
+    splits: dict[str, list[Document]] = {"train": [], "valid": [], "": []}
     for record in batch:
-        if isinstance(record, corpus.Document):
+        if isinstance(record, Document):
             splits[job.split(unit, record)].append(record)
     left_out = len(splits.pop(""))
     digests = size = 0
@@ -298,20 +273,20 @@ def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[corpus
             prompt_bytes = len(document.prompt.encode("utf-8"))
             all_bytes = prompt_bytes + len(document.text.encode("utf-8"))
             index.append((len(prompt) + len(text) + 1, all_bytes, len(prompt), prompt_bytes))
-            digests += int.from_bytes(corpus.digest(document), "big")
+            digests += int.from_bytes(digest(document), "big")
             size += all_bytes
         flat = np.concatenate(pieces, dtype=np.dtype(job.dtype).newbyteorder("<"), casting="unsafe")
         shards[split] = flat, np.array(index, "<u4")
     return _Encoded(len(batch), bad, left_out, digests, size, shards)
 
 
-def _batches(records: Iterator[corpus.Document | corpus.Bad],
-             chars: int) -> Iterator[list[corpus.Document | corpus.Bad]]:
+def _batches(records: Iterator[Document | Bad],
+             chars: int) -> Iterator[list[Document | Bad]]:
     held, size = [], 0
     for record in records:
         held.append(record)
         size += 100  # of a tiny document, the object is what takes the memory
-        if isinstance(record, corpus.Document):
+        if isinstance(record, Document):
             size += len(record.prompt) + len(record.text)
         if size >= chars:
             yield held

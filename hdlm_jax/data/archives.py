@@ -1,0 +1,143 @@
+"""Compressed files and tar archives, read as streams: all that can be read comes first, then what is wrong."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+import types
+import zlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol, cast
+
+from hdlm_jax.data.sources import BUFFER, Damaged, package, reason, suffixes
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+# No UTF-8 text begins like this (bz2, the only one of plain letters, begins with ten letters of nonsense).
+_MAGIC = re.compile(rb"(?P<gz>\x1f\x8b\x08)|(?P<xz>\xfd7zXZ\0)|(?P<bz2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|"
+                    rb"(?P<zst>\(\xb5/\xfd|[P-_]\*M\x18)")
+
+
+class _Decompressor(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+class _Pieces(io.RawIOBase):
+    """A file of the bytes that `pieces` yields; an error of theirs comes again each time it is read on."""
+
+    def __init__(self, pieces: Iterator[bytes]):
+        self._pieces, self._held = pieces, memoryview(b"")
+        self._error: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        try:
+            while not self._held and not self._error:
+                self._held = memoryview(next(self._pieces))
+        except StopIteration:
+            return 0
+        except Exception as error:
+            self._error = error
+        if self._error:
+            raise self._error
+        view = memoryview(buffer)
+        count = min(len(view), len(self._held))
+        view[:count], self._held = self._held[:count], self._held[count:]
+        return count
+
+
+def file_of(pieces: Iterator[bytes]) -> io.BufferedReader:
+    """A file of the bytes that `pieces` yields."""
+    return io.BufferedReader(_Pieces(pieces), BUFFER)
+
+
+def decompressor(packed: str, where: str) -> Callable[[], _Decompressor]:
+    """Makes what unpacks one stream of a compression; ValueError where its package is missing, for `where`."""
+    if packed == ".gz":
+        return lambda: zlib.decompressobj(31)  # 31: with gzip's header and checksum
+    if packed == ".zst":
+        return package("zstandard", "zstd", where).ZstdDecompressor(max_window_size=1 << 31).decompressobj
+    if packed == ".xz":
+        import lzma  # some Pythons are built without these two
+        return lzma.LZMADecompressor
+    import bz2
+    return bz2.BZ2Decompressor
+
+
+def _decompressed(file: io.BufferedReader, new: Callable[[], _Decompressor]) -> Iterator[bytes]:
+    """All streams of a compressed file, one after another; Damaged where it is cut short.
+
+    The libraries' own file objects differ: zstandard's takes a file cut short for whole, the others lose what
+    they have unpacked when an error follows.
+    """
+    stream, raw = None, b""
+    while raw := raw or file.read1(1 << 14):
+        if stream is None:
+            raw = raw.lstrip(b"\0")  # padding between streams
+            stream = new() if raw else None
+        if stream is not None:
+            try:
+                text = stream.decompress(raw)
+            except Exception as error:  # each library has its own
+                raise Damaged(reason(error)) from None
+            yield text
+            raw = b""
+            if stream.eof:
+                raw, stream = stream.unused_data, None
+    if stream is not None:
+        raise Damaged("the compressed data is cut short")
+
+
+def unpacked(file: io.BufferedReader, name: str) -> io.BufferedReader:
+    """`file` without its compressions, found by content; Damaged where only the name speaks of one."""
+    packed = suffixes(name)[1]
+    while found := _MAGIC.match(file.peek(64)):
+        file = file_of(_decompressed(file, decompressor(f".{found.lastgroup}", name)))
+        packed = ""
+    if packed:
+        raise Damaged(f"this is no {packed} data")
+    return file
+
+
+def content(file: io.BufferedReader) -> str:
+    """'tar', 'parquet' or '' by the first bytes."""
+    head = file.peek(512)
+    return "tar" if head[257:262] == b"ustar" else "parquet" if head.startswith(b"PAR1") else ""
+
+
+class _Header(tarfile.TarInfo):
+    """tarfile takes a damaged or missing header for the end of the archive; here only the end mark is one."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:  # type: ignore[override]
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":
+                raise
+            raise tarfile.ReadError(f"{error}: the archive is damaged or cut short") from None
+
+
+def tar_members(file: io.BufferedReader) -> Iterator[tuple[str, io.BufferedReader] | None]:
+    """(name, contents) of the files of an archive, to be read before the next; None where its end mark is found.
+
+    tarfile.TarError: the archive is damaged, or cut short, or something follows the end mark.
+    """
+    stream = cast(io.BufferedReader, types.SimpleNamespace(read=file.read1))  # read1: all that comes before an error
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header, errors="replace") as archive:
+        while member := archive.next():
+            archive.members = []  # type: ignore[attr-defined]  # or it would keep every header
+            if contents := archive.extractfile(member) if member.isfile() else None:
+                yield member.name, cast(io.BufferedReader, contents)
+        yield None
+        while rest := archive.fileobj.read(BUFFER):  # type: ignore[union-attr]
+            if rest.strip(b"\0"):  # reading to the end also checks the sums of what it is packed in
+                raise tarfile.ReadError("there is data after the end mark of the archive")

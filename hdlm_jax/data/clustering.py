@@ -1,0 +1,175 @@
+"""Clusters of words, clusters of clusters, and so on: where a `Hierarchy` comes from when none is given."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hdlm_jax.data.embeddings import sum_by, unit_rows
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+
+
+def check_clusters(clusters: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """The numbers of clusters, fine to coarse, without closing ones; () is MDLM. Raises ValueError."""
+    out = tuple(int(n) for n in clusters)
+    if any(n < 1 for n in out):
+        raise ValueError(f"clusters = {out}: every number of clusters must be at least 1")
+    if any(fine <= coarse for fine, coarse in zip(out, out[1:], strict=False)):
+        raise ValueError(f"clusters = {out} must fall strictly, fine to coarse, as in (256, 16)")
+    if out and out[0] > vocab_size:
+        raise ValueError(f"clusters = {out}: {out[0]} clusters for {vocab_size} words; at most one per word")
+    return tuple(n for n in out if n > 1)
+
+
+def build_hierarchy(vectors: np.ndarray, clusters: Sequence[int] = (64,), *, special: Sequence[int] = (),
+                    seed: int = 0, min_ratio: float = 0.1, max_ratio: float = 5.0,
+                    shuffle: bool = False) -> tuple[Hierarchy, dict[str, Any]]:
+    """Clusters words by spherical k-means (cosine), then clusters the clusters' centroids, and so on.
+
+    A node of any level holds between `min_ratio` and `max_ratio` times the average number of nodes of the
+    level below (words at level 1), V / n, rounded inwards: k-means alone does not keep that, so the
+    farthest words of a cluster that is too large move to the next best cluster with room, and one that is
+    too small takes the words that lose least. Words with a zero vector go one by one to the smallest
+    cluster. Each special word is a cluster of its own, counted in n_1, if at least two other clusters
+    remain; otherwise it is a word like others. Above level 1 its cluster is clustered as any other.
+
+    Args:
+      vectors: float [V, E].
+      clusters: (n_1, n_2, ...), strictly falling; () or (1,) gives MDLM.
+      special: word ids, usually `(eot,)`.
+      seed: of k-means and of the shuffle.
+      min_ratio, max_ratio: limits of the sizes, as a multiple of the average.
+      shuffle: the control: the same tree with the words on it shuffled, so that all sizes are the same (the
+        report's `mean_cosine` is that of the clusters before shuffling).
+
+    Returns:
+      The hierarchy and a report (plain json types): how each level came to be.
+
+    Raises:
+      ValueError: clusters that do not fall or exceed V, ratios on the wrong side of 1, vectors not finite.
+    """
+    vectors = np.asarray(vectors, np.float32)
+    if vectors.ndim != 2 or not np.isfinite(vectors).all():
+        raise ValueError(f"embeddings of shape {vectors.shape} must be a finite [words, width] array")
+    if not 0 <= min_ratio <= 1 <= max_ratio:
+        raise ValueError(f"need 0 <= min_ratio <= 1 <= max_ratio, not {min_ratio} and {max_ratio}")
+    vocab_size = len(vectors)
+    special = tuple(sorted({int(i) for i in special}))
+    if special and not 0 <= special[0] <= special[-1] < vocab_size:
+        raise ValueError(f"special words {special} are outside 0..{vocab_size - 1}")
+    counts = check_clusters(clusters, vocab_size)
+    own = special if counts and counts[0] - len(special) >= 2 else ()
+    report: dict[str, Any] = {"clusters": list(counts), "seed": seed, "shuffle": shuffle,
+                              "min_ratio": min_ratio, "max_ratio": max_ratio,
+                              "special": list(special), "special_own_cluster": bool(own),
+                              "unknown_words": int((~vectors.any(1)).sum()), "levels": []}
+    points, parents = unit_rows(vectors), []
+    for level, n in enumerate(counts, start=1):
+        apart = np.asarray(own if level == 1 else (), np.int64)
+        common = np.setdiff1d(np.arange(len(points)), apart)
+        parent = np.empty(len(points), np.int32)
+        parent[apart] = n - len(apart) + np.arange(len(apart))
+        low, high = _limits(len(points), n, len(apart), min_ratio, max_ratio)
+        parent[common], moves = _balanced_clusters(points[common], n - len(apart), low, high, seed)
+        sizes = np.bincount(parent, minlength=n)
+        centroids = unit_rows(sum_by(points, parent, n))
+        report["levels"].append({
+            "level": level, "nodes": n, "size_limits": [low, high],
+            "size_min": int(sizes[:n - len(apart)].min()), "size_max": int(sizes.max()),
+            "mean_cosine": float(np.mean(np.sum(points * centroids[parent], 1)[common])), **moves})
+        parents.append(parent)
+        points = centroids
+    if shuffle and parents:  # after the upper levels: the control is the same tree with other words on it
+        common = np.setdiff1d(np.arange(vocab_size), np.asarray(own, np.int64))
+        parents[0][common] = np.random.default_rng([seed, 1]).permutation(parents[0][common])
+    return Hierarchy.from_parents(parents, vocab_size=vocab_size, special=own), report
+
+
+def _limits(members: int, nodes: int, apart: int, min_ratio: float, max_ratio: float) -> tuple[int, int]:
+    """Smallest and largest size allowed, rounded inwards, but never such that no assignment keeps them."""
+    average, rest = members / nodes, (members - apart) / (nodes - apart)
+    low = min(max(1, math.ceil(min_ratio * average - 1e-9)), math.floor(rest))
+    high = max(math.floor(max_ratio * average + 1e-9), math.ceil(rest))
+    return low, high
+
+
+def _balanced_clusters(points: np.ndarray, n: int, low: int, high: int,
+                       seed: int) -> tuple[np.ndarray, dict[str, int]]:
+    """int32 [P] clusters 0..n-1 of unit or zero rows [P, E], every size within [low, high]."""
+    known = np.flatnonzero(points.any(1))
+    similarity = np.zeros((len(points), n), np.float32)
+    label = np.full(len(points), -1, np.int64)
+    if len(known):
+        k = min(n, len(known))
+        similarity[:, :k] = points @ _kmeans(points[known], k, seed).T
+        label[known] = similarity[known, :k].argmax(1)
+    moved = _shrink(label, similarity, high)
+    heap = [(int(size), c) for c, size in enumerate(np.bincount(label[label >= 0], minlength=n))]
+    heapq.heapify(heap)
+    for word in np.flatnonzero(label < 0):
+        size, c = heapq.heappop(heap)
+        label[word] = c
+        heapq.heappush(heap, (size + 1, c))
+    taken = _grow(label, similarity, low)
+    return label.astype(np.int32), {"moved_out_of_large": moved, "moved_into_small": taken}
+
+
+def _kmeans(points: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Unit centroids float32 [n, E] of unit rows, by faiss, from all points."""
+    if n == len(points):
+        return points
+    import faiss
+
+    # Few points (upper levels) end in poor optima from a random start, many (words) do not: measured.
+    few = {"nredo": 10, "init_method": faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS}
+    # faiss keeps 256 points per centroid unless told otherwise, and prints about too few points.
+    kmeans = faiss.Kmeans(points.shape[1], n, niter=25, seed=seed + 1, spherical=True,
+                          max_points_per_centroid=10**9, min_points_per_centroid=1,
+                          **(few if len(points) * n < 100_000 else {}))
+    # One thread: the result must not depend on how many cores there are, and on a busy machine the threads
+    # wait for each other a hundred times longer than they compute. GPT-2's 50,257 words take seconds.
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        kmeans.train(np.ascontiguousarray(points, np.float32))
+    finally:
+        faiss.omp_set_num_threads(threads)
+    return np.nan_to_num(np.asarray(kmeans.centroids, np.float32).reshape(n, -1))
+
+
+def _shrink(label: np.ndarray, similarity: np.ndarray, high: int) -> int:
+    """Moves the farthest words of clusters above `high` to the next best with room; returns how many."""
+    sizes = np.bincount(label[label >= 0], minlength=similarity.shape[1])
+    moved = 0
+    for c in np.flatnonzero(sizes > high):
+        members = np.flatnonzero(label == c)
+        nearest_first = members[np.argsort(-similarity[members, c], kind="stable")]
+        for word in nearest_first[high:]:
+            label[word] = np.where(sizes < high, similarity[word], -np.inf).argmax()
+            sizes[label[word]] += 1
+            moved += 1
+        sizes[c] = high
+    return moved
+
+
+def _grow(label: np.ndarray, similarity: np.ndarray, low: int) -> int:
+    """Fills clusters below `low` with the words that lose least by it; returns how many moved."""
+    sizes = np.bincount(label, minlength=similarity.shape[1])
+    taken = 0
+    for c in np.argsort(sizes, kind="stable"):
+        if sizes[c] >= low:
+            continue
+        loss = similarity[np.arange(len(label)), label] - similarity[:, c]
+        for word in np.argsort(loss, kind="stable"):
+            if sizes[c] == low:
+                break
+            if sizes[label[word]] > low:  # never true of c itself
+                sizes[label[word]] -= 1
+                sizes[c] += 1
+                label[word] = c
+                taken += 1
+    return taken

@@ -1,0 +1,392 @@
+"""Documents of files of text, JSON, parquet and tar, or of the embedded corpus, read as streams.
+
+Files are read packed and nested as they are: OpenWebText, a tar.xz of xz-compressed tars of text files, is read
+from the one file it is distributed as. Only a .json that holds an array, or objects that span lines, is held whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedReader
+from pathlib import PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+from hdlm_jax.config import DETOKENIZERS, FORMATS, TXT_DOCUMENTS
+from hdlm_jax.data import detokenize
+from hdlm_jax.data.archives import content, decompressor, file_of, tar_members, unpacked
+from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
+from hdlm_jax.data.records import Bad, Document
+from hdlm_jax.data.sources import BUFFER, COMPRESSIONS, KINDS, Damaged, one_line, open_source, package, reason, suffixes
+
+_DAMAGED = (Damaged, tarfile.TarError)
+
+
+class _Place(NamedTuple):
+    """What is being read: a source, or the member (or member/member of a member) of one that is an archive."""
+
+    source: str
+    member: str = ""
+
+    def inside(self, member: str) -> _Place:
+        return _Place(self.source, f"{self.member}/{member}" if self.member else member)
+
+    def name(self, number: int = 0) -> str:
+        """Name of a document: file, member, number of line or row; only what there is."""
+        name = os.path.basename(self.source) + (f":{self.member}" if self.member else "")
+        return f"{name}:{number}" if number else name
+
+    def bad(self, at: str, reason: str) -> Bad:
+        member = f"member {self.member}" if self.member else ""
+        return Bad(self.source, ", ".join(filter(None, [member, at])), reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How documents are read; picklable.
+
+    Attributes (the settings of the same names in `data`):
+      text_field, prompt_field: fields of a jsonl record or parquet row; `prompt_field=''` means no prompts.
+      txt_documents: a document of a text file: the whole 'file', all between two 'blank_line's, or a 'line'.
+      format: 'auto', by the name of the file; else its kind, whatever the name.
+      detokenize: prompt and text go through this function of `hdlm_jax.data.detokenize`.
+    """
+
+    text_field: str = "text"
+    prompt_field: str = ""
+    txt_documents: str = "file"
+    format: str = "auto"
+    detokenize: str = ""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("txt_documents", TXT_DOCUMENTS), ("format", FORMATS), ("detokenize", DETOKENIZERS)):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"data.{name} is {value!r}; choices: {', '.join(filter(None, choices))}")
+
+    def check(self, source: str) -> str:
+        """The kind of a source: 'embedded', 'txt', 'jsonl', 'json', 'parquet' or 'tar'.
+
+        It is that of `format`, of the name, or, where both say nothing, of the content (tar and parquet only).
+
+        Raises:
+          ValueError: no such file, a kind that is unknown or has no prompts, a package that is missing.
+        """
+        kind = EMBEDDED
+        if source != EMBEDDED:
+            if "://" not in source and not os.path.isfile(source):
+                raise ValueError(f"{source}: no such file")
+            named, packed = suffixes(source)
+            kind = named if self.format == "auto" else self.format
+            if packed:
+                decompressor(packed, source)
+            if not kind:
+                with one_line(source), open_source(source) as file, contextlib.suppress(Damaged):
+                    kind = content(unpacked(file, source))
+            if not kind:
+                suffix = "".join(PurePosixPath(source).suffixes[-2 if packed else -1:])
+                raise ValueError(f"{source}: kind of file {suffix!r} is unknown; "
+                                 f"choices: {', '.join(KINDS)}, plain or with {', '.join(COMPRESSIONS)}; data.format "
+                                 "says what files of other names are")
+            if kind == "parquet":
+                package("pyarrow.parquet", "parquet", source)
+        if kind in ("txt", EMBEDDED):
+            self._no_prompts(source, kind)
+        return kind
+
+    def _no_prompts(self, name: str, kind: str) -> None:
+        if self.prompt_field:
+            raise ValueError(f"{name}: data.prompt_field={self.prompt_field!r} needs jsonl or parquet, not {kind}")
+
+    def read(self, source: str) -> Iterator[Document | Bad]:
+        """The documents of a source in a fixed order, and what of it cannot be read; empty documents are left out.
+
+        After a `Bad` reading goes on with the next record, or member of an archive, if it can be found; otherwise the
+        `Bad` comes last.
+
+        Raises:
+          ValueError: what `check` raises; a field that is missing in the first record of a file, which is a misspelt
+            setting; a disk or network that fails. One line that names the file, the rule and the choices.
+        """
+        kind = self.check(source)
+        return iter(embedded_corpus()[0]) if kind == EMBEDDED else self._source(source, kind)
+
+    def documents(self, source: str) -> Iterator[Document]:
+        """`read` without the bad records."""
+        return (record for record in self.read(source) if isinstance(record, Document))
+
+    def _source(self, source: str, kind: str) -> Iterator[Document | Bad]:
+        place = _Place(source)
+        with one_line(source), open_source(source) as file:
+            try:
+                for record in self._contents(file, place, kind):
+                    if isinstance(record, Bad):
+                        yield record
+                    elif not _blank(record.text):
+                        yield self._detokenized(record) if self.detokenize else record
+            except _DAMAGED as error:
+                yield place.bad(f"byte {file.tell()}", reason(error))
+
+    def _detokenized(self, document: Document) -> Document:
+        undo = detokenize.DETOKENIZERS[self.detokenize]
+        return document._replace(text=undo(document.text), prompt=document.prompt and undo(document.prompt))
+
+    def _contents(self, file: BufferedReader, place: _Place, kind: str = "") -> Iterator[Document | Bad]:
+        """The records of an open file; kind '' (a member of an archive): that of its content, else of its name."""
+        packed, file = file, unpacked(file, place.member or place.source)
+        kind = kind or content(file) or suffixes(place.member)[0] or "txt"
+        if kind == "tar":
+            return self._tar(file, place)
+        if kind == "parquet":
+            return self._parquet(file, place, seekable=file is packed and not place.member)
+        file = _as_utf8(file)
+        if kind in ("jsonl", "json"):
+            return self._records(_lines(file, place) if kind == "jsonl" else _json(file, place), place)
+        self._no_prompts(place.name(), kind)
+        return _TXT[self.txt_documents](file, place)
+
+    def _tar(self, file: BufferedReader, place: _Place) -> Iterator[Document | Bad]:
+        held = None  # of a member; an error of the archive itself comes in its place
+        for found in tar_members(file):
+            if held:
+                yield held
+                held = None
+            if found and not os.path.basename(found[0]).startswith("."):
+                inside = place.inside(found[0])
+                try:
+                    yield from self._contents(found[1], inside)
+                except _DAMAGED as error:
+                    held = inside.bad("", reason(error))
+
+    def _parquet(self, file: BinaryIO, place: _Place, seekable: bool) -> Iterator[Document | Bad]:
+        fields = self._fields()
+        with contextlib.ExitStack() as stack:
+            if not seekable:  # a parquet file is read from its end
+                spool = stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(file, spool)
+                file = spool
+            for number, values in enumerate(_rows(file, fields, place), 1):
+                try:
+                    yield _document(dict(zip(fields, values, strict=True)), fields, place.name(number))
+                except _Unreadable as error:
+                    yield place.bad(f"row {number}", str(error))
+
+    def _records(self, records: Iterable[tuple[int, object]], place: _Place) -> Iterator[Document | Bad]:
+        """Documents of numbered records: lines of JSON, or what was read of a JSON file."""
+        fields, first = self._fields(), True
+        for number, record in records:
+            if isinstance(record, Bad):
+                yield record
+            elif not isinstance(record, str) or not _blank(record):
+                at = "line" if isinstance(record, str) else "record"
+                try:
+                    row = _object(record) if isinstance(record, str) else record
+                    if not isinstance(row, dict):
+                        raise _Unreadable(f"a {at} must be a JSON object, not {type(row).__name__}")
+                    if first:
+                        _need(fields, row, place)
+                        first = False
+                    yield _document(row, fields, place.name(number))
+                except _Unreadable as error:
+                    yield place.bad(f"{at} {number}", str(error))
+
+    def _fields(self) -> list[str]:
+        return [self.text_field, self.prompt_field] if self.prompt_field else [self.text_field]
+
+
+class _Unreadable(Exception):
+    """Why a record is a bad one."""
+
+
+def _need(fields: Iterable[str], there: Iterable[str], place: _Place) -> None:
+    for field in fields:
+        if field not in there:
+            raise ValueError(f"{place.name()}: no field {field!r} in its first record; fields there: "
+                             f"{', '.join(map(repr, there)) or 'none'} (data.text_field, data.prompt_field)")
+
+
+def _document(row: Mapping[str, object], fields: list[str], name: str) -> Document:
+    texts = []
+    for field in fields:
+        if field not in row:
+            raise _Unreadable(f"no field {field!r}; fields here: {', '.join(map(repr, row)) or 'none'}")
+        value = row[field]
+        try:
+            if isinstance(value, bytes):
+                value = value.decode()
+            elif isinstance(value, str):
+                value.encode()  # json lets a lone surrogate pass, "\ud800"; it has no UTF-8 form
+        except UnicodeError as error:
+            raise _Unreadable(f"field {field!r} is not Unicode ({reason(error)})") from None
+        if not isinstance(value, str):
+            raise _Unreadable(f"field {field!r} must be a string, not {type(value).__name__}")
+        texts.append(value)
+    return Document(texts[0], name, *texts[1:])
+
+
+def _blank(text: str) -> bool:
+    return not text or text.isspace()  # unlike strip() this copies nothing
+
+
+def _rows(file: BinaryIO, fields: list[str], place: _Place) -> Iterator[tuple[bytes | None, ...]]:
+    """The values of `fields` in the rows of a parquet file; as bytes, for no row to spoil the others."""
+    arrow, parquet = (package(name, "parquet", place.source) for name in ("pyarrow", "pyarrow.parquet"))
+    try:
+        table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # else it reads whole row groups
+        _need(fields, table.schema_arrow.names, place)
+        for batch in table.iter_batches(256, columns=fields, use_threads=False):
+            try:
+                columns = [batch.column(field).cast(arrow.large_binary()) for field in fields]
+            except arrow.ArrowNotImplementedError as error:
+                raise ValueError(f"{place.name()}: {', '.join(fields)} must be text ({reason(error)})") from None
+            yield from zip(*[column.to_pylist() for column in columns], strict=True)
+    except (arrow.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and (error.errno or type(error) is not OSError):  # of disk or network
+            raise
+        raise Damaged(reason(error)) from None
+
+
+# -------------------------------------------------------------------------------------------------------- text
+
+_BOM = codecs.BOM_UTF8  # a byte order mark is no text
+# UTF-32's little-endian mark begins with UTF-16's
+_WIDE = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
+         codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+
+
+def _as_utf8(file: BufferedReader) -> BufferedReader:
+    """`file`, recoded where a byte order mark says that it is UTF-16 or UTF-32."""
+    head = file.peek(4)
+    for mark, encoding in _WIDE.items():
+        if head.startswith(mark):
+            file.read(len(mark))
+            return file_of(_recoded(file, encoding))
+    return file
+
+
+def _recoded(file: BufferedReader, encoding: str) -> Iterator[bytes]:
+    """UTF-8; lone surrogates pass, as bytes that are no UTF-8 where they stand."""
+    try:
+        for text in codecs.iterdecode(iter(lambda: file.read1(1 << 16), b""), encoding, "surrogatepass"):
+            yield text.encode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise Damaged(f"not valid {error.encoding} ({error.reason})") from None
+
+
+def _lines(file: BufferedReader, place: _Place) -> Iterator[tuple[int, str | Bad]]:
+    """(number from 1, line with its end) of each line."""
+    for number, raw in enumerate(file, 1):
+        if number == 1:
+            raw = raw.removeprefix(_BOM)
+        try:
+            line: str | Bad = raw.decode()
+        except UnicodeDecodeError as error:
+            line = place.bad(f"line {number}, byte {error.start}", _utf8(error))
+        yield number, line
+
+
+def _utf8(error: UnicodeDecodeError) -> str:
+    return f"not valid UTF-8 (0x{error.object[error.start]:02x}: {error.reason})"
+
+
+def _whole(file: BufferedReader, place: _Place) -> Iterator[Document | Bad]:
+    raw = file.read()
+    text = raw.removeprefix(_BOM)
+    try:
+        yield Document(text.decode(), place.name())
+    except UnicodeDecodeError as error:
+        yield place.bad(f"byte {len(raw) - len(text) + error.start}", _utf8(error))
+
+
+def _single(file: BufferedReader, place: _Place) -> Iterator[Document | Bad]:
+    for number, line in _lines(file, place):
+        yield line if isinstance(line, Bad) else Document(line.rstrip("\r\n"), place.name(number))
+
+
+def _paragraphs(file: BufferedReader, place: _Place) -> Iterator[Document | Bad]:
+    held: list[str] = []
+    first, bad = 0, None
+    for number, line in itertools.chain(_lines(file, place), [(0, "\n")]):
+        if isinstance(line, Bad):
+            bad = bad or line
+        elif not _blank(line):
+            first = first or number
+            held.append(line)
+        elif held or bad:
+            yield bad or Document("".join(held).rstrip("\r\n"), place.name(first))
+            held, first, bad = [], 0, None
+
+
+_TXT = {"file": _whole, "blank_line": _paragraphs, "line": _single}
+
+
+# -------------------------------------------------------------------------------------------------------- JSON
+
+_PARSER = json.JSONDecoder()
+_NO_BLANK = re.compile(r"[^ \t\n\r]|\Z")
+
+
+def _object(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _Unreadable(f"not JSON ({reason(error)})") from None
+
+
+def _json(file: BufferedReader, place: _Place) -> Iterator[tuple[int, object]]:
+    """(number from 1, record) of a .json file: the elements of an array, objects that span lines, or else lines.
+
+    Behind a value that is damaged no other can be found, so that its `Bad` comes last.
+    """
+    head = file.peek(BUFFER).removeprefix(_BOM).lstrip()
+    array, (first, line_end, _) = head.startswith(b"["), head.partition(b"\n")
+    spans = line_end and first.startswith(b"{") and first.rstrip().endswith((b"{", b"[", b","))
+    if not (array or spans):
+        yield from _lines(file, place)
+        return
+    number = 0
+    # Bytes that are no UTF-8 become lone surrogates, which `_document` refuses in the one record that has them.
+    text = file.read().decode("utf-8-sig", "surrogateescape")
+    try:
+        for number, value in enumerate(_values(text, array), 1):
+            yield number, value
+    except _Unreadable as error:
+        yield number + 1, place.bad(f"record {number + 1}", f"not JSON ({error})")
+
+
+def _values(text: str, array: bool) -> Iterator[object]:
+    """The elements of an array, or values one after another without commas. _Unreadable: what follows is no JSON."""
+    at, end = 0, ""
+
+    def following(place: int) -> str:
+        """The next character that is no blank, '' at the end of the text."""
+        nonlocal at
+        at = _NO_BLANK.search(text, place).start()  # type: ignore[union-attr]
+        return text[at:at + 1]
+
+    found = following(0)
+    if array:
+        found, end = following(at + 1), "]"
+    while found != end:
+        try:
+            value, at = _PARSER.raw_decode(text, at)
+        except RecursionError as error:
+            raise _Unreadable(reason(error)) from None
+        except json.JSONDecodeError as error:
+            raise _Unreadable(error.msg) from None
+        yield value
+        found = following(at)
+        if array and found not in (",", "]"):
+            raise _Unreadable(f"found {found!r} behind an element" if found else "the array is cut short")
+        if found == "," and array:
+            following(at + 1)
+    if array and (found := following(at + 1)):
+        raise _Unreadable(f"found {found!r} behind the end of the array")

@@ -93,7 +93,7 @@ def test_wheel_builds_and_imports(root: Path, tmp_path: Path):
     where, version, *names = run(fresh / "bin" / "python", "-I", "-c", IMPORT_ALL).splitlines()
     assert Path(where).resolve().is_relative_to(fresh.resolve()) and version == hdlm_jax.__version__
     files = [path.relative_to(root).with_suffix("") for path in (root / "hdlm_jax").rglob("*.py")]
-    pages = {path.name for path in (root / "hdlm_jax" / "run").glob("report.*")}
-    assert pages == {path.name for path in Path(where).parent.glob("run/report.*")} == {
-        "report.html", "report.js", "report.py"}
+    pages = {path.name for path in (root / "hdlm_jax" / "report").glob("report.*")}
+    assert pages == {path.name for path in Path(where).parent.glob("report/report.*")} == {
+        "report.html", "report.js"}
     assert {"hdlm_jax", *names} == {".".join(file.parts).removesuffix(".__init__") for file in files}

@@ -110,6 +110,11 @@ def table(lines: list[dict[str, Any]]) -> str:
     return markdown(head, rows)
 
 
+def judged(line: dict[str, Any]) -> float | None:
+    """A line's perplexity, or the bound on it that the judge gives."""
+    return line["judge"].get("perplexity_bound" if line["judge"]["bound"] else "perplexity")
+
+
 def front(cost: Sequence[float], perplexity: Sequence[float]) -> list[int]:
     """Numbers of the points that none beats in both, by rising cost."""
     out: list[int] = []
@@ -135,12 +140,12 @@ def picture(path: str, lines: list[dict[str, Any]]) -> bool:
     shade: Any = None
     for column, run in enumerate(runs):
         own = [line for line in lines if line["run"] == run]
-        own = [line for line in own if line["judge"]["perplexity"] is not None]  # a judge may find none
-        real = [line["judge"] for line in own if line["sampling"] is None]
+        own = [line for line in own if judged(line) is not None]  # a judge may find none
+        real = [line for line in own if line["sampling"] is None]
         own = [line for line in own if line["sampling"] is not None]
-        level = np.array([line["judge"]["perplexity"] for line in own])
+        level = np.array([judged(line) for line in own])
         varied = np.array([line["judge"]["unigram_entropy"] for line in own])
-        least = real[0]["unigram_entropy"] - VARIED if real else -np.inf
+        least = real[0]["judge"]["unigram_entropy"] - VARIED if real else -np.inf
         for row, (what, cost) in enumerate((
                 ("network passes a sample", [line["sampling"]["row_forwards"] for line in own]),
                 ("seconds a sample", [(line["sampling"]["length"] - line["prompt_tokens"]) / line["tokens_per_s"]
@@ -152,7 +157,7 @@ def picture(path: str, lines: list[dict[str, Any]]) -> bool:
             ax.plot([cost[i] for i in best], [level[i] for i in best], color="tab:red", lw=1.2, zorder=2,
                     label=f"Pareto front of samples with entropy ≥ {least:.2f}")
             if real:
-                ax.axhline(real[0]["perplexity"], color="0.4", ls="--", lw=1, label="real text")
+                ax.axhline(judged(real[0]), color="0.4", ls="--", lw=1, label="real text")
             ax.set(title=run, xlabel=what, ylabel="generative perplexity", xscale="log", yscale="log")
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_formatter(NullFormatter())

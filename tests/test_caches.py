@@ -9,7 +9,7 @@ import pytest
 
 from hdlm_jax.decoding import caches
 from hdlm_jax.decoding.caches import DKV, BlockCausal, Cached, Dual, FreeCache, Prefix, Unchanged, Whole, make
-from hdlm_jax.decoding.core import Rows
+from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.heads import FlatHead
 from hdlm_jax.models.network import Network

@@ -14,7 +14,7 @@ from hdlm_jax.api import Model
 from hdlm_jax.config import GenerateConfig
 from hdlm_jax.data.tokenizers import make_tokenizer
 from hdlm_jax.decoding import canvas
-from hdlm_jax.decoding.core import Rows
+from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hdlm_jax.decoding.core import Rows
+from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.decoding.sparse_attention import Sparse, kept_blocks
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy

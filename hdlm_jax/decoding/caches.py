@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hdlm_jax.decoding.core import Rows
+from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.models.network import At, Network
 
 
@@ -229,7 +229,7 @@ def sizes_of(seq_len: int) -> tuple[int, ...]:
 
 def make(spec: Any, network: Network, params, hierarchy, *, numbers: Mapping[str, Any] | None = None, t: Any = None,
          sizes: tuple[int, ...] | None = None, sync_trip_count: Callable = lambda count: count, cut: bool = True):
-    """The denoiser (see decoding.core) of a network, with the cache that `spec` describes.
+    """The denoiser (see `policy.Denoiser`) of a network, with the cache that `spec` describes.
 
     Args:
       spec: an object of one of the classes in KINDS, static; or its name there, for its defaults.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.decoding.core import Hook, View
+from hdlm_jax.decoding.policy import Hook, View
 from hdlm_jax.diffusion import plans
 from hdlm_jax.diffusion.draws import fold, wide
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from hdlm_jax.decoding.core import Hook
+from hdlm_jax.decoding.policy import Hook
 
 PHASE = "daedal_phase"  # name in the loop's memory
 

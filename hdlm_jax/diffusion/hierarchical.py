@@ -328,7 +328,7 @@ class HierarchicalProcess(Process):
             z's shape, which may then be any (also a list of tokens [n]).
           prediction: prediction or logits of z's shape.
           temperature, top_p: of the words' distribution after the force transition, temperature first.
-          sync_trip_count: see hdlm_jax.decoding.core.sample.
+          sync_trip_count: see hdlm_jax.decoding.loop.sample.
         """
         if clusters not in CLUSTERS:
             raise ValueError(f"clusters={clusters!r}: choose one of {', '.join(CLUSTERS)}")

@@ -151,6 +151,16 @@ def log_likelihood(toy, joint, likelihood):
     return np.log(out)
 
 
+def by_replacement(classifier, hierarchy):
+    """score(z) of Classified, exact, from a classifier of symbols: int32 [b, S] -> log p(y) [b], in S V calls."""
+
+    def score(z):
+        each = jax.vmap(jax.vmap(lambda i, v: classifier(z.at[:, i].set(v)), (None, 0)), (0, None))
+        return jnp.moveaxis(each(jnp.arange(z.shape[1]), jnp.arange(hierarchy.vocab_size, dtype=z.dtype)), -1, 0)
+
+    return score
+
+
 SHAPES = [(MDLM, (1.0,)), pytest.param(TWO, (1.0, 1.0), marks=SLOW)]
 
 
@@ -164,7 +174,7 @@ def test_classifier_guidance_is_bayes(shape, rates):
     posterior = joint * likelihood / (joint * likelihood).sum()
     known = jnp.asarray(log_likelihood(toy, joint, likelihood), jnp.float32)
     at = jnp.asarray(toy.N ** np.arange(3)[::-1])
-    score = guide.by_replacement(lambda z: known[jnp.sum(z * at[None], axis=-1)], process.hierarchy)
+    score = by_replacement(lambda z: known[jnp.sum(z * at[None], axis=-1)], process.hierarchy)
     denoise = guide.Classified(process, denoiser(toy, toy.bayes(joint, cavity=True)), score)
     z = toy.sequences(3)
     got = np.exp(log_probs(denoise, process, jnp.asarray(z, jnp.int32)))
@@ -184,7 +194,7 @@ def test_first_order_scores():
     table = toy.random_network(3, seed=7)
     z = jnp.asarray(toy.sequences(3)[::9], jnp.int32)
     laws = []
-    for score in (guide.first_order(linear, h), guide.by_replacement(lambda z: linear(jax.nn.one_hot(z, toy.N)), h)):
+    for score in (guide.first_order(linear, h), by_replacement(lambda z: linear(jax.nn.one_hot(z, toy.N)), h)):
         laws.append(log_probs(guide.Classified(process, denoiser(toy, table), score, jnp.float32(0.5)), process, z))
     np.testing.assert_allclose(*laws, atol=1e-5)
     want = normal(table[place(toy, z)] * np.exp(0.5 * np.asarray(w)[None, :, : toy.V]))

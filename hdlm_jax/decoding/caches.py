@@ -5,9 +5,9 @@ layer by layer, against keys and values that are new where computed and as last 
 keep their hidden states, and the head is asked at those. Nothing else is computed, so the saving is real, and what is
 approximate is so by the rule alone.
 
-Two rules approximate nothing, BlockCausal and Unchanged, as long as the network is not told the time
-(model.time_conditioning=False) or is told the same one in every call (`t` of `make`): what it should predict does not
-depend on time at xi = 1. Told the time of each call, it meets keys and values of other times, with every rule.
+BlockCausal approximates nothing, as long as the network is not told the time (model.time_conditioning=False) or is told
+the same one in every call (`t` of `make`): what it should predict does not depend on time at xi = 1. Told the time of
+each call, it meets keys and values of other times, with every rule.
 """
 
 from __future__ import annotations
@@ -111,18 +111,8 @@ class DKV:
         return again(self.refresh) | moving | rows.wanted | turn.changed
 
 
-@dataclasses.dataclass(frozen=True)
-class Unchanged:
-    """RADD (arXiv 2406.03736): a row is computed again only when something in it has changed."""
-
-    block_causal = False
-
-    def stale(self, rows: Rows, turn: Turn):
-        return jnp.broadcast_to(jnp.any(turn.changed, axis=-1, keepdims=True), rows.z.shape)
-
-
 KINDS: dict[str, Any] = {"whole": Whole, "prefix": Prefix, "dual": Dual, "free": FreeCache,
-                         "block_causal": BlockCausal, "dkv": DKV, "unchanged": Unchanged}
+                         "block_causal": BlockCausal, "dkv": DKV}
 
 
 def _near(wanted, window):
@@ -242,7 +232,7 @@ def make(spec: Any, network: Network, params, hierarchy, *, numbers: Mapping[str
       sync_trip_count: where devices that share the batch must keep step, the largest count of all (parallel.OverBatch).
 
     Raises:
-      ValueError: an unknown spec or number, a causal network, predictions to be reused at another time.
+      ValueError: an unknown spec or number, a causal network, a time out of range.
     """
     spec = KINDS[spec]() if isinstance(spec, str) and spec in KINDS else spec
     if type(spec) not in KINDS.values():
@@ -252,9 +242,6 @@ def make(spec: Any, network: Network, params, hierarchy, *, numbers: Mapping[str
         raise ValueError(f"cache={spec!r} has no number {', '.join(wrong)}: choose of {fields}")
     if network.causal:
         raise ValueError("cache: a causal network predicts the word behind; diffusion/autoregressive.py has its cache")
-    if isinstance(spec, Unchanged) and network.time_conditioning and t is None:
-        raise ValueError("cache=unchanged uses a prediction again at another noise time, so the network must not be "
-                         "told it: train with model.time_conditioning=False, or hold the time (t=0.5, say)")
     if isinstance(t, (int, float)) and not 0 <= t <= 1:
         raise ValueError(f"t={t}: a noise time is in [0, 1]")
     spec = dataclasses.replace(spec, **numbers or {})

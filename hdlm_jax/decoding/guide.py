@@ -134,16 +134,6 @@ def first_order(classifier: Callable, hierarchy) -> Callable:
     return score
 
 
-def by_replacement(classifier: Callable, hierarchy) -> Callable:
-    """score(z) of Classified, exact, from a classifier of symbols: int32 [b, S] -> log p(y) [b], in S V calls."""
-
-    def score(z):
-        each = jax.vmap(jax.vmap(lambda i, v: classifier(z.at[:, i].set(v)), (None, 0)), (0, None))
-        return jnp.moveaxis(each(jnp.arange(z.shape[1]), jnp.arange(hierarchy.vocab_size, dtype=z.dtype)), -1, 0)
-
-    return score
-
-
 @dataclasses.dataclass(frozen=True)
 class EnergyDraw(Hook):
     """`draw`: words by importance among `candidates`: p(x0 | z) in proportion to p_theta(x0 | z) exp(-E(x0)) (EDLM).

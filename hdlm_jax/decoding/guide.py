@@ -74,7 +74,7 @@ class CFG(Guide):
         h, z = self.process.hierarchy, rows.z
         hidden = h.mask_id
         if self.unconditional == "cluster":
-            hidden = h.offsets[1] + self.process._anc(1, jnp.where(rows.level == 0, z, 0))
+            hidden = self.process.symbol_above(0, jnp.where(rows.level == 0, z, 0), 1)
         z = jnp.where(rows.given & (rows.level == 0), hidden, z)
         return rows._replace(z=z, level=self.process.level_of(z))
 

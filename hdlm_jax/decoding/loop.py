@@ -255,8 +255,8 @@ class Loop(NamedTuple):
         if view.word is not None and not view.straight:
             far = target < view.level - 1
             for j in range(self.process.num_levels - 1):
-                node = jnp.asarray(self.process._lift(0, j))[jnp.where(far, view.word, 0)]
-                out = jnp.where(far & (target == j), node + self.process.hierarchy.offsets[j], out)
+                above = self.process.symbol_above(0, jnp.where(far, view.word, 0), j)
+                out = jnp.where(far & (target == j), above, out)
             sure = jnp.where(far, jnp.exp(view.log_word), sure)
         return jnp.where(target < view.level, out, view.z), sure
 
@@ -320,7 +320,7 @@ def raised(process, z, canvas, level, keys=None):
     With keys [b, S] a word's first crossing is the process's own, which for xi < 1 may go to another cluster.
     """
     here, top = process.level_of(z), process.level_of(canvas)
-    first = jnp.asarray(process._lift(0, 1))[jnp.where(here == 0, z, 0)]
+    first = jnp.asarray(process.ancestors(0, 1))[jnp.where(here == 0, z, 0)]
     if keys is not None and process.xi < 1:
         n1, flat = process.hierarchy.sizes[1], fold(keys, 9).reshape(-1)
         own = jax.vmap(open_uniform)(fold(flat, 0)).reshape(z.shape) < process.xi
@@ -329,8 +329,8 @@ def raised(process, z, canvas, level, keys=None):
     out = z
     for high in range(1, process.num_levels + 1):
         for low in range(high):
-            node = jnp.asarray(process._lift(max(low, 1), high))[process._node(z, low) if low else first]
-            out = jnp.where((level == high) & (here == low), node + process.hierarchy.offsets[high], out)
+            above = process.symbol_above(max(low, 1), process.node_of(z, low) if low else first, high)
+            out = jnp.where((level == high) & (here == low), above, out)
     return jnp.where((level > here) & (level == top), canvas, out)
 
 

@@ -26,7 +26,7 @@ def drop_probability(process, prediction, z, new, clusters: str = "exact"):
     for k in range(2, process.num_levels + 1):
         for j in range(1, k):
             law = process.log_probs_below(p, z, k, j, clusters)
-            node = jnp.take_along_axis(law, process._node(new, j)[..., None], axis=-1)[..., 0]
+            node = jnp.take_along_axis(law, process.node_of(new, j)[..., None], axis=-1)[..., 0]
             out = jnp.where((level == k) & (below == j), jnp.exp(node), out)
     return out
 
@@ -66,12 +66,12 @@ def statistics(process, p, z, looks, top_k: int, straight: bool, clusters: str) 
             put("word", k, best)
             put("log_word", k, jnp.take_along_axis(words, best[:, None], axis=-1)[:, 0])
         if "own" in looks and k < process.num_levels:
-            put("log_own", k, p.log_mass(k, process._node(z, k)))
+            put("log_own", k, p.log_mass(k, process.node_of(z, k)))
     if "own" in looks:
         put("log_own", 0, p.log_prob(jnp.where(level == 0, z, 0)))
         put("log_up", process.num_levels - 1, jnp.zeros(z.shape))
         for k in range(process.num_levels - 1):
-            up = jnp.asarray(process._lift(k, k + 1))[process._node(z, k)]
+            up = jnp.asarray(process.ancestors(k, k + 1))[process.node_of(z, k)]
             put("log_up", k, p.log_mass(k + 1, up))
         if "word" in looks:  # what the network would write at a word
             law = p.log_probs()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,16 @@ class Turn(NamedTuple):
     first: jax.Array  # int32 [b]: the first block that is or was written, or has changed
     last: jax.Array  # int32 [b]: the last block that is written or has a wanted token
     mask: int  # level of the mask
+
+
+class Rule(Protocol):
+    """Which tokens are computed in a call; a frozen dataclass. block_causal: see BlockCausal."""
+
+    @property
+    def block_causal(self) -> bool: ...
+
+    def stale(self, rows: Rows, turn: Turn) -> jax.Array:
+        """bool [b, S]: tokens to compute."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +102,9 @@ class DKV:
     wanted, and of the tokens within w places of these those that are not yet words. refresh=1: no cache.
     """
 
-    refresh: Any = 8
-    refresh_clusters: Any = 1
-    window: Any = None
+    refresh: int | jax.Array = 8
+    refresh_clusters: int | jax.Array = 1
+    window: int | jax.Array | None = None
     block_causal = False
 
     def __post_init__(self):
@@ -141,7 +151,7 @@ class Uncached:
     spec: Whole
     network: Network
     params: Any
-    t: Any
+    t: float | jax.Array | None
     cut: bool
     rows_axis, forwards = 1, 1
 
@@ -159,10 +169,10 @@ class Uncached:
 class Cached:
     """A denoiser that computes in each call what its rule says; see `make`."""
 
-    spec: Any
+    spec: Rule
     network: Network
     params: Any
-    t: Any
+    t: float | jax.Array | None
     mask: int
     sizes: tuple[int, ...] | None
     sync_trip_count: Callable
@@ -217,8 +227,9 @@ def sizes_of(seq_len: int) -> tuple[int, ...]:
     return tuple(n for i in range(5, 0, -1) if (n := -(-seq_len // 2**i)) >= 16)
 
 
-def make(spec: Any, network: Network, params, hierarchy, *, numbers: Mapping[str, Any] | None = None, t: Any = None,
-         sizes: tuple[int, ...] | None = None, sync_trip_count: Callable = lambda count: count, cut: bool = True):
+def make(spec: Whole | Rule | str, network: Network, params, hierarchy, *, numbers: Mapping[str, Any] | None = None,
+         t: float | jax.Array | None = None, sizes: tuple[int, ...] | None = None,
+         sync_trip_count: Callable = lambda count: count, cut: bool = True):
     """The denoiser (see `policy.Denoiser`) of a network, with the cache that `spec` describes.
 
     Args:
@@ -234,17 +245,17 @@ def make(spec: Any, network: Network, params, hierarchy, *, numbers: Mapping[str
     Raises:
       ValueError: an unknown spec or number, a causal network, a time out of range.
     """
-    spec = KINDS[spec]() if isinstance(spec, str) and spec in KINDS else spec
-    if type(spec) not in KINDS.values():
-        raise ValueError(f"cache={spec!r}: choose one of {', '.join(KINDS)}")
-    fields = [field.name for field in dataclasses.fields(spec) if field.name != "block_causal"]
+    rule: Any = KINDS[spec]() if isinstance(spec, str) and spec in KINDS else spec
+    if type(rule) not in KINDS.values():
+        raise ValueError(f"cache={rule!r}: choose one of {', '.join(KINDS)}")
+    fields = [field.name for field in dataclasses.fields(rule) if field.name != "block_causal"]
     if wrong := [name for name in numbers or {} if name not in fields]:
-        raise ValueError(f"cache={spec!r} has no number {', '.join(wrong)}: choose of {fields}")
+        raise ValueError(f"cache={rule!r} has no number {', '.join(wrong)}: choose of {fields}")
     if network.causal:
         raise ValueError("cache: a causal network predicts the word behind; diffusion/autoregressive.py has its cache")
     if isinstance(t, (int, float)) and not 0 <= t <= 1:
         raise ValueError(f"t={t}: a noise time is in [0, 1]")
-    spec = dataclasses.replace(spec, **numbers or {})
-    if isinstance(spec, Whole):
-        return Uncached(spec, network, params, t, cut)
-    return Cached(spec, network, params, t, hierarchy.num_levels, sizes, sync_trip_count)
+    rule = dataclasses.replace(rule, **numbers or {})
+    if isinstance(rule, Whole):
+        return Uncached(rule, network, params, t, cut)
+    return Cached(rule, network, params, t, hierarchy.num_levels, sizes, sync_trip_count)

@@ -13,9 +13,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.prediction import LogitsPrediction
 
 _MOST = 2**20  # tokens of a text, where nobody says how many the model takes
@@ -166,8 +168,8 @@ class Constrained:
     """
 
     inner: Any
-    allowed: Any
-    hierarchy: Any
+    allowed: np.ndarray | jax.Array
+    hierarchy: Hierarchy
 
     def __post_init__(self):
         words = self.hierarchy.vocab_size
@@ -204,7 +206,7 @@ class Restricted(NamedTuple):
 
     constraint: Constrained
     prediction: Any
-    kind: Any  # int32 [b S]
+    kind: jax.Array  # int32 [b S]
 
     def select(self, index) -> LogitsPrediction:
         """The law over allowed words at tokens index int32 [n]; uniform over them where they have no probability."""

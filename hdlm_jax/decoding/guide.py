@@ -7,8 +7,9 @@ denoiser and are denoisers; `EnergyDraw` (EDLM, arXiv 2410.21357) is a policy's 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from hdlm_jax.decoding.loop import Loop
 from hdlm_jax.decoding.policy import Hook, Rows, Stateless, View
 from hdlm_jax.diffusion.draws import fold
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.prediction import LogitsPrediction
 
 _PICK = 2**32 - 2  # what a row's key is folded with to pick a candidate; positions are small numbers
@@ -25,7 +27,7 @@ class Tilted(NamedTuple):
     """A prediction that is made where it is asked for: logits of(index [n]) -> [n, V]."""
 
     of: Callable
-    hierarchy: Any
+    hierarchy: Hierarchy
 
     def select(self, index):
         return LogitsPrediction(self.of(index), self.hierarchy)
@@ -127,9 +129,12 @@ def first_order(classifier: Callable, hierarchy) -> Callable:
     backward pass for all i and v; exact where log p(y) is linear in each token's one-hot vector.
     """
 
+    def total(shown):
+        return jnp.sum(classifier(shown))
+
     def score(z):
         shown = jax.nn.one_hot(z, hierarchy.num_states, dtype=jnp.float32)
-        return jax.grad(lambda x: jnp.sum(classifier(x)))(shown)[..., : hierarchy.vocab_size]
+        return jax.grad(total)(shown)[..., : hierarchy.vocab_size]
 
     return score
 
@@ -169,8 +174,9 @@ class EnergyDraw(Hook):
         inside = (view.t >= view.numbers["energy_from"]) & (view.t <= view.numbers["energy_to"])
         others = [fold(view.keys, 16 + i) for i in range(1, self.candidates)]  # small numbers are a draw's own
         keys = jnp.stack([view.keys, *others])
+        energy = functools.partial(self.energy, view, loop, prediction, inside)
         energies = jax.lax.cond(loop.how.sync_trip_count(jnp.any(inside).astype(jnp.int32)) > 0,
-                                lambda: jax.lax.map(lambda k: self.energy(view, loop, prediction, inside, k), keys),
+                                lambda: jax.lax.map(energy, keys),
                                 lambda: jnp.zeros((self.candidates, rows), jnp.float32))
         pick = jax.vmap(jax.random.categorical)(fold(view.key, jnp.uint32(_PICK)), -energies.T)
         keys = keys[jnp.where(inside, pick, 0), jnp.arange(rows)]

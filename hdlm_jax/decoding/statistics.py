@@ -35,7 +35,7 @@ def drop_probability(process, prediction, z, new, clusters: str = "exact"):
 def statistics(process, p, z, looks, top_k: int, straight: bool, clusters: str) -> dict[str, jax.Array]:
     """What `View` says of tokens z [n] with a prediction p of theirs: arrays [n] and [n, m]."""
     level = process.level_of(z)
-    out: dict[str, Any] = {}
+    out: dict[str, jax.Array] = {}
 
     def put(name, k, value):
         here = (level == k).reshape(-1, *(1,) * (value.ndim - 1))

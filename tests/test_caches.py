@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hdlm_jax.decoding import caches
-from hdlm_jax.decoding.caches import DKV, BlockCausal, Cached, Dual, FreeCache, Prefix, Unchanged, Whole, make
-from hdlm_jax.decoding.core import Rows
+from hdlm_jax.decoding.caches import DKV, BlockCausal, Cached, Dual, FreeCache, Prefix, Whole, make
+from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.heads import FlatHead
 from hdlm_jax.models.network import Network
@@ -241,7 +241,7 @@ def test_delayed_cache_computes_what_moves_and_what_has_just_settled():
 
 @pytest.mark.parametrize("spec, want, numbers", [
     (BlockCausal(), Whole(block_causal=True), None), (FreeCache(block_causal=True), Whole(block_causal=True), None),
-    (DKV(), Whole(), {"refresh": 1}), (Unchanged(), Whole(), None)], ids=["block_causal", "free", "dkv", "unchanged"])
+    (DKV(), Whole(), {"refresh": 1})], ids=["block_causal", "free", "dkv"])
 def test_exact_rules_equal_no_cache(spec, want, numbers):
     """At all tokens that rule has ever had to compute; also when written tokens are raised, and blocks out of turn."""
     walked = walk(lengths=(S, 11, 15))
@@ -264,18 +264,6 @@ def test_blocks_of_one_token_are_a_causal_network():
     want = np.stack([apply(rows.z) for rows in walked])
     close(run(Whole(True), walked), want)
     close(run(BlockCausal(), walked), want, at(walked, "block") <= at(walked, "current")[..., None])
-
-
-@pytest.mark.slow
-def test_unchanged_rows_are_not_computed_again():
-    first = walk()[3]
-    denoiser = make(Unchanged(), NET, {}, WORDS)
-    memory = denoiser.start(first)._replace(z=first.z[None], current=first.current[None])
-    later = first._replace(z=np.where((np.arange(S) == 5) & (np.arange(B) == 1)[:, None], MASK - 1, first.z))
-    np.testing.assert_array_equal(denoiser.stale(memory, first), False)
-    np.testing.assert_array_equal(denoiser.stale(memory, later), np.broadcast_to([[False], [True], [False]], (B, S)))
-    shorter = first._replace(active=first.active & (np.arange(S) < 12))
-    np.testing.assert_array_equal(denoiser.stale(memory, shorter), shorter.active)
 
 
 @pytest.mark.slow
@@ -337,9 +325,7 @@ def test_bad_input():
         DKV(refresh=0)
     with pytest.raises(ValueError, match="window=-1.: must be at least 0"):
         DKV(window=-1)
-    with pytest.raises(ValueError, match="model.time_conditioning=False"):
-        make(Unchanged(), TIMED, {}, WORDS)
-    assert make("unchanged", TIMED, {}, WORDS, t=0.5).t == 0.5
+    assert make("dkv", TIMED, {}, WORDS, t=0.5).t == 0.5
     with pytest.raises(ValueError, match="t=2: a noise time"):
         make("dkv", TIMED, {}, WORDS, t=2)
     with pytest.raises(ValueError, match="causal network"):

@@ -14,7 +14,7 @@ from hdlm_jax.api import Model
 from hdlm_jax.config import GenerateConfig
 from hdlm_jax.data.tokenizers import make_tokenizer
 from hdlm_jax.decoding import canvas
-from hdlm_jax.decoding.core import Rows
+from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
@@ -107,26 +107,10 @@ def test_what_makes_no_canvas():
         (lambda: canvas.make([], h), "no tokens"),
         (lambda: canvas.make([1] * 5, h, seq_len=4), "canvas of 5 tokens: must be 1 to seq_len=4"),
         (lambda: canvas.make([1, 2], h, kind=[0, 1], allowed=[five]), "position 1: word 2 is given"),
-        (lambda: canvas.structure([(8, "the cat sat")], 9, t, h), "'the cat sat' at 8 has 3 tokens: .*0..8"),
-        (lambda: canvas.structure([(-10, "the")], 9, t, h), "'the' at -10"),
-        (lambda: canvas.structure([(0, "the cat"), (1, " the")], 9, t, h), "' the' at 1 lies over another piece at 1"),
     ]
     for make, message in cases:
         with pytest.raises(ValueError, match=message):
             make()
-
-
-def test_structure_priors_stand_where_they_are_put():
-    """Dimple: pieces at places from either end, everything else free, as long as it is told."""
-    h, t = clusters(bpe().vocab_size, (8,)), bpe()
-    found = canvas.structure([(0, "the cat"), (-2, " the mat"), (4, " on")], 11, t, h, rows=2, seq_len=32)
-    want = np.full(11, h.mask_id)
-    for at, text in ((0, "the cat"), (4, " on"), (9, " the mat")):
-        ids = t.encode(text)
-        want[at : at + len(ids)] = ids
-    np.testing.assert_array_equal(found.z[:, :11], np.stack([want, want]))
-    np.testing.assert_array_equal(found.given[0], np.pad(want != h.mask_id, (0, 5)))
-    assert found.z.shape == (2, 16) and (found.length == 11).all() and found.allowed.all()
 
 
 def test_templates_have_typed_blanks():
@@ -259,7 +243,7 @@ def test_clusters_agree_with_what_is_allowed(shape, xi, force):
 def test_restricted_laws_of_every_head(inner):
     h = clusters(40, (5,))
     rng = np.random.default_rng(6)
-    allowed, bias = rng.random((3, 40)) < 0.3, rng.normal(size=(3, 40)).astype(np.float32)
+    allowed = rng.random((3, 40)) < 0.3
     kind = rng.integers(0, 3, (2, 4))
     head = FactorisedHead(h)
     params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), head.init(jax.random.key(0), 8))
@@ -269,10 +253,10 @@ def test_restricted_laws_of_every_head(inner):
     }
     prediction = predictions[inner]
     logits = prediction if inner == "logits" else prediction.log_probs()
-    denoiser = canvas.Constrained(lambda z, t: prediction, allowed, h, bias)
+    denoiser = canvas.Constrained(lambda z, t: prediction, allowed, h)
     index = np.array([6, 1, 3])
     got = law_of(denoiser, np.full((2, 4), h.mask_id), kind, index)
-    want = np.exp(np.asarray(logits) + bias[kind]) * allowed[kind]
+    want = np.exp(np.asarray(logits)) * allowed[kind]
     want = (want / want.sum(-1, keepdims=True)).reshape(8, 40)[index]
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-7)
     assert denoiser.rows_axis == 0
@@ -308,5 +292,3 @@ def test_constraints_keep_the_inner_cache_and_say_what_is_wrong():
         canvas.Constrained(Counting(), np.ones((2, 5), bool), h)
     with pytest.raises(ValueError, match="kind 1 has no word"):
         canvas.Constrained(Counting(), np.array([[True] * 6, [False] * 6]), h)
-    with pytest.raises(ValueError, match=r"bias.shape=\(6,\)"):
-        canvas.Constrained(Counting(), np.ones((2, 6), bool), h, np.zeros(6))

@@ -10,9 +10,11 @@ import oracle
 import pytest
 from test_sampler import MDLM, THREE, TWO, make
 
-from hdlm_jax.decoding import choose, core
+from hdlm_jax.decoding import choose, loop
 from hdlm_jax.decoding.choose import Scored
 from hdlm_jax.decoding.drafts import FreeDave, Guided
+from hdlm_jax.decoding.loop import Sampling
+from hdlm_jax.decoding.policy import Hook, Policy
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
 from hdlm_jax.models.network import Network
 
@@ -21,7 +23,7 @@ NUMBERS = {"count": 1, "least": 1, "steps": 5, "reveals": 2, "threshold": 0.5, "
 
 
 @dataclasses.dataclass(frozen=True)
-class Sure(core.Hook):
+class Sure(Hook):
     """Commit when the likeliest words are likely."""
 
     looks = ("word",)
@@ -55,7 +57,7 @@ def runner(toy, process, policy, numbers=NUMBERS, **kwargs):
     def run(key, table, z):
         place = jnp.asarray(toy.N ** np.arange(z.shape[1])[::-1])
         denoise = lambda z, t: table[jnp.sum(z * place[None], axis=-1)]  # noqa: E731
-        return core.sample(key, denoise, process, z, policy, numbers, **kwargs)
+        return loop.sample(key, denoise, process, z, policy, numbers, **kwargs)
 
     def of(table, start):
         logits = jnp.asarray(np.log(table + 1e-30), jnp.float32)
@@ -72,17 +74,17 @@ def starts(toy, rows, length, seed=0):
 
 
 POLICIES = {
-    "one": core.Policy(ONE, "argmax"),
-    "blocks": core.Policy(Scored(choose.Margin(), choose.Count()), "argmax", block=2),
-    "threshold": core.Policy(Scored(choose.Entropy(), choose.Above()), "argmax"),
-    "even": core.Policy(Scored(choose.MaxProb(), choose.Even(), straight=True), "argmax"),
-    "memory": core.Policy(Scored(Habit(), choose.Count()), "argmax", block=3),
-    "commit": core.Policy(ONE, "argmax", commit=Sure()),
-    "running": core.Policy(Scored(choose.MaxProb(), choose.Running()), "argmax"),  # looks at how sure drops were
-    "events": core.Policy(choose.Planned("events")),
-    "grid": core.Policy(choose.Planned("grid")),
-    "uniform": core.Policy(Scored(choose.Uniform(), choose.Even())),
-    "drawn": core.Policy(Scored(choose.Drawn(), choose.Count()), order="draw_then_choose"),
+    "one": Policy(ONE, "argmax"),
+    "blocks": Policy(Scored(choose.Margin(), choose.Count()), "argmax", block=2),
+    "threshold": Policy(Scored(choose.Entropy(), choose.Above()), "argmax"),
+    "even": Policy(Scored(choose.MaxProb(), choose.Even(), straight=True), "argmax"),
+    "memory": Policy(Scored(Habit(), choose.Count()), "argmax", block=3),
+    "commit": Policy(ONE, "argmax", commit=Sure()),
+    "running": Policy(Scored(choose.MaxProb(), choose.Running()), "argmax"),  # looks at how sure drops were
+    "events": Policy(choose.Planned("events")),
+    "grid": Policy(choose.Planned("grid")),
+    "uniform": Policy(Scored(choose.Uniform(), choose.Even())),
+    "drawn": Policy(Scored(choose.Drawn(), choose.Count()), order="draw_then_choose"),
 }
 SLOW = pytest.mark.slow
 
@@ -157,9 +159,9 @@ def chains(models, words, seed=0, concentration=1.0):
 def decode_chains(chain, length, drafts, match="exact", choice=ONE, numbers=NUMBERS, **kwargs):
     words = chain.shape[-1]
     _, process = make(dict(parents=[], vocab_size=words), (1.0,))
-    policy = core.Policy(choice, "argmax", verify=drafts and FreeDave(drafts, match))
+    policy = Policy(choice, "argmax", verify=drafts and FreeDave(drafts, match))
     z = jnp.full((len(chain), length), words)
-    run = jax.jit(lambda key, z, chain: core.sample(key, Chains(), process, z, policy, numbers,
+    run = jax.jit(lambda key, z, chain: loop.sample(key, Chains(), process, z, policy, numbers,
                                                     extra={"chain": chain}, **kwargs))
     return jax.tree.map(np.asarray, run(jax.random.key(0), z, chain))
 
@@ -171,7 +173,7 @@ def test_calls_on_exact_chains(drafts, calls):
     chain = chains(300, 3)
     plain, static = decode_chains(chain, 12, None)
     assert (static["row_forwards"] == 12).all()
-    words, stats = decode_chains(chain, 12, drafts, rows=64)
+    words, stats = decode_chains(chain, 12, drafts, how=Sampling(rows=64))
     np.testing.assert_array_equal(words, plain)
     assert 12 / drafts < (stats["row_forwards"] / drafts).mean() <= calls
 
@@ -209,7 +211,7 @@ def test_a_transformer_s_text_is_the_same(head):
     z = z.at[:, 2].set(jnp.arange(5))
 
     def run(policy):
-        return jax.jit(lambda p, z: core.sample(jax.random.key(2), lambda z, t: network.denoise(p, z, t), process, z,
+        return jax.jit(lambda p, z: loop.sample(jax.random.key(2), lambda z, t: network.denoise(p, z, t), process, z,
                                                 policy, NUMBERS))(params, z)
 
     words, stats = run(POLICIES["grid"])
@@ -224,7 +226,7 @@ def test_bad_drafts():
     with pytest.raises(ValueError, match="match='some': choose one of exact, subset"):
         FreeDave(2, "some")
     with pytest.raises(ValueError, match="no revise, lengths or propose"):
-        core.Policy(ONE, propose=Guided(), verify=FreeDave(2))
+        Policy(ONE, propose=Guided(), verify=FreeDave(2))
     with pytest.raises(ValueError, match="checks=.*choose some of deterministic, top_k, threshold, relative"):
         Guided(("likely",))
     with pytest.raises(ValueError, match="on_reject='both': choose dlm or ar"):
@@ -297,9 +299,10 @@ def test_guided_twin(checks, on_reject, block):
     table, start = toy.random_network(4, seed=5), rng.integers(0, toy.N, (80, 4))
     start = np.where(rng.uniform(size=start.shape) < 0.6, toy.mask, start)
     ar = rng.dirichlet(np.ones(toy.V), toy.V)
-    policy = core.Policy(Scored(choose.MaxProb(), choose.Count(), straight=True), propose=Guided(checks, on_reject),
+    policy = Policy(Scored(choose.MaxProb(), choose.Count(), straight=True), propose=Guided(checks, on_reject),
                          block=block)
-    words, stats = runner(toy, process, policy, GUIDE, tools={"ar": reader(ar, OnDemand)}, drops=7)(table, start)
+    how = Sampling(tools={"ar": reader(ar, OnDemand)}, drops=7)
+    words, stats = runner(toy, process, policy, GUIDE, how=how)(table, start)
     for row, z in enumerate(start):
         want, turns = guided_twin(toy, table, ar, z, checks, on_reject, GUIDE, block)
         np.testing.assert_array_equal(words[row], want)
@@ -320,12 +323,12 @@ def test_turns_of_a_draft_that_agrees():
     """A network that says the reader's own greedy text is read at once; one that errs twice takes three turns."""
     toy, process = make(MDLM, (1.0,))
     ar = np.full((4, 4), 0.1) + 0.6 * np.roll(np.eye(4), 1, axis=1)  # each word is followed by the next one
-    policy = core.Policy(Scored(straight=True), propose=Guided())
+    policy = Policy(Scored(straight=True), propose=Guided())
 
     @jax.jit
     def run(said, z):
-        return core.sample(jax.random.key(0), lambda z, t: jnp.tile(said[None], (len(z), 1, 1)), process, z, policy,
-                           tools={"ar": reader(ar)})
+        return loop.sample(jax.random.key(0), lambda z, t: jnp.tile(said[None], (len(z), 1, 1)), process, z, policy,
+                           how=Sampling(tools={"ar": reader(ar)}))
 
     for text, want in (([0, 1, 2, 3, 0, 1], [1] * 3), ([0, 1, 3, 0, 2, 3], [3, 3, 2])):
         start = jnp.full((3, 6), toy.mask).at[2, 4].set(text[4])  # words that stand behind masks count as read
@@ -337,7 +340,7 @@ def test_turns_of_a_draft_that_agrees():
 @pytest.mark.slow
 def test_a_reader_is_needed():
     toy, process = make(MDLM, (1.0,))
-    policy = core.Policy(Scored(straight=True), propose=Guided())
+    policy = Policy(Scored(straight=True), propose=Guided())
     with pytest.raises(ValueError, match="tools lack 'ar'"):
-        jax.eval_shape(lambda z: core.sample(jax.random.key(0), lambda z, t: jnp.zeros((*z.shape, 4)), process, z,
+        jax.eval_shape(lambda z: loop.sample(jax.random.key(0), lambda z, t: jnp.zeros((*z.shape, 4)), process, z,
                                              policy), jnp.full((1, 2), 4))

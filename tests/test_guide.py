@@ -11,9 +11,9 @@ import pytest
 from test_drafts import Chains, OnDemand, chains, reader
 from test_sampler import MDLM, TWO, assert_law, counts_of, denoiser, make
 
-from hdlm_jax.decoding import choose, core, guide
+from hdlm_jax.decoding import choose, guide, loop
 from hdlm_jax.decoding.choose import Scored
-from hdlm_jax.decoding.core import Policy, Rows
+from hdlm_jax.decoding.policy import Policy, Rows, Stateless
 from hdlm_jax.models.heads import FactorisedHead
 
 ONE = Policy(Scored(choose.Uniform(), choose.Count()))
@@ -46,7 +46,7 @@ def normal(p):
 
 
 def sample(denoise, process, z, policy, numbers, seed=0, **kwargs):
-    run = jax.jit(lambda key, z: core.sample(key, denoise, process, z, policy, numbers, **kwargs))
+    run = jax.jit(lambda key, z: loop.sample(key, denoise, process, z, policy, numbers, **kwargs))
     return jax.tree.map(np.asarray, run(jax.random.key(seed), jnp.asarray(z, jnp.int32)))
 
 
@@ -127,7 +127,8 @@ def test_cfg_keeps_two_caches():
 
     policy = Policy(Scored(choose.MaxProb(), choose.Count()), "argmax")
     extra = {"chain": jnp.tile(chain, (12, 1, 1))}
-    texts = [sample(guide.CFG(process, denoise, 1.0), process, z, policy, {"count": 1}, extra=extra, rows=5)[0]
+    how = loop.Sampling(rows=5)
+    texts = [sample(guide.CFG(process, denoise, 1.0), process, z, policy, {"count": 1}, extra=extra, how=how)[0]
              for denoise in (Chains(), stateless)]
     np.testing.assert_array_equal(*texts)
     with pytest.raises(ValueError, match="unconditional='none': choose one of mask, cluster"):
@@ -150,6 +151,16 @@ def log_likelihood(toy, joint, likelihood):
     return np.log(out)
 
 
+def by_replacement(classifier, hierarchy):
+    """score(z) of Classified, exact, from a classifier of symbols: int32 [b, S] -> log p(y) [b], in S V calls."""
+
+    def score(z):
+        each = jax.vmap(jax.vmap(lambda i, v: classifier(z.at[:, i].set(v)), (None, 0)), (0, None))
+        return jnp.moveaxis(each(jnp.arange(z.shape[1]), jnp.arange(hierarchy.vocab_size, dtype=z.dtype)), -1, 0)
+
+    return score
+
+
 SHAPES = [(MDLM, (1.0,)), pytest.param(TWO, (1.0, 1.0), marks=SLOW)]
 
 
@@ -163,7 +174,7 @@ def test_classifier_guidance_is_bayes(shape, rates):
     posterior = joint * likelihood / (joint * likelihood).sum()
     known = jnp.asarray(log_likelihood(toy, joint, likelihood), jnp.float32)
     at = jnp.asarray(toy.N ** np.arange(3)[::-1])
-    score = guide.by_replacement(lambda z: known[jnp.sum(z * at[None], axis=-1)], process.hierarchy)
+    score = by_replacement(lambda z: known[jnp.sum(z * at[None], axis=-1)], process.hierarchy)
     denoise = guide.Classified(process, denoiser(toy, toy.bayes(joint, cavity=True)), score)
     z = toy.sequences(3)
     got = np.exp(log_probs(denoise, process, jnp.asarray(z, jnp.int32)))
@@ -183,7 +194,7 @@ def test_first_order_scores():
     table = toy.random_network(3, seed=7)
     z = jnp.asarray(toy.sequences(3)[::9], jnp.int32)
     laws = []
-    for score in (guide.first_order(linear, h), guide.by_replacement(lambda z: linear(jax.nn.one_hot(z, toy.N)), h)):
+    for score in (guide.first_order(linear, h), by_replacement(lambda z: linear(jax.nn.one_hot(z, toy.N)), h)):
         laws.append(log_probs(guide.Classified(process, denoiser(toy, table), score, jnp.float32(0.5)), process, z))
     np.testing.assert_allclose(*laws, atol=1e-5)
     want = normal(table[place(toy, z)] * np.exp(0.5 * np.asarray(w)[None, :, : toy.V]))
@@ -213,7 +224,7 @@ def energy_text(toy, process, table, energy, k, rows, numbers):
     """Texts from masks; k candidates, 0: none."""
     policy = Policy(choose.Planned("grid"), guide.EnergyDraw(k) if k else "sample")
     return sample(denoiser(toy, table), process, np.full((rows, table.shape[1]), toy.mask), policy, numbers, seed=8,
-                  tools={"energy": energy})
+                  how=loop.Sampling(tools={"energy": energy}))
 
 
 @pytest.mark.parametrize("k", [2, pytest.param(8, marks=SLOW), pytest.param(32, marks=SLOW)])
@@ -224,8 +235,9 @@ def test_candidates_of_one_turn(k):
     table = toy.bayes(joint)
     alone = np.einsum("a,b,c->abc", *table[-1])  # all masks
     policy, z = Policy(choose.Planned("grid"), guide.EnergyDraw(k)), jnp.full((12_000, 3), toy.mask)
-    run = jax.jit(lambda sign: core.sample(jax.random.key(8), denoiser(toy, table), process, z, policy, WINDOW,
-                                           tools={"energy": exact_energy(toy, process, joint, sign)}))
+    how = lambda sign: loop.Sampling(tools={"energy": exact_energy(toy, process, joint, sign)})  # noqa: E731
+    run = jax.jit(lambda sign: loop.sample(jax.random.key(8), denoiser(toy, table), process, z, policy, WINDOW,
+                                           how=how(sign)))
     words, stats = run(1.0)
     assert (stats["row_forwards"] == 1).all()
     far = 0.5 * np.abs(alone - joint).sum()
@@ -257,9 +269,9 @@ def test_one_candidate_and_other_turns_are_plain_draws(shape, rates, xi):
     one = energy_text(toy, process, table, energy, 1, 300, numbers)
     np.testing.assert_array_equal(one[0], plain)
     np.testing.assert_array_equal(one[1]["row_forwards"], stats["row_forwards"])
-    run = jax.jit(lambda numbers: core.sample(
+    run = jax.jit(lambda numbers: loop.sample(
         jax.random.key(8), denoiser(toy, table), process, jnp.full((300, 3), toy.mask),
-        Policy(choose.Planned("grid"), guide.EnergyDraw(3)), numbers, tools={"energy": energy})[0])
+        Policy(choose.Planned("grid"), guide.EnergyDraw(3)), numbers, how=loop.Sampling(tools={"energy": energy}))[0])
     np.testing.assert_array_equal(run(numbers | {"energy_from": 1.5, "energy_to": 2.0}), plain)
     early = np.asarray(run(numbers | {"energy_from": 0.9}))
     late = np.asarray(run(numbers | {"energy_to": 0.6}))
@@ -280,12 +292,12 @@ def test_energy_sees_whole_texts_in_blocks(shape, rates):
     table_of, policy = denoiser(toy, table), Policy(Scored(choose.Order("left"), choose.Count()), guide.EnergyDraw(24),
                                                     block=1)
 
-    class Asked(core.Stateless):  # knows nothing where it was not asked
+    class Asked(Stateless):  # knows nothing where it was not asked
         def __call__(self, cache, rows):
             return jnp.where(rows.wanted[..., None], table_of(rows.z, rows.t), 9.0 * jnp.eye(toy.V)[:1][None]), cache
 
     words, _ = sample(Asked(None), process, np.full((4000, 2), toy.mask), policy, numbers, seed=8,
-                      tools={"energy": exact_energy(toy, process, joint)})
+                      how=loop.Sampling(tools={"energy": exact_energy(toy, process, joint)}))
     alone = 0.5 * np.abs(np.outer(*own) - joint).sum()
     distance, floor, spread = oracle.total_variation(counts_of(words, toy.V), joint)
     assert distance < floor + 4.5 * spread + 0.15 * alone and alone > 0.15, (distance, floor, alone)
@@ -328,5 +340,5 @@ def test_bad_energies():
         Policy(Scored(), guide.EnergyDraw(2), order="draw_then_choose")
     with pytest.raises(ValueError, match="tools lack 'energy'"):
         policy = Policy(choose.Planned(), guide.EnergyDraw(2))
-        jax.eval_shape(lambda z: core.sample(jax.random.key(0), lambda z, t: jnp.zeros((*z.shape, 4)), process, z,
+        jax.eval_shape(lambda z: loop.sample(jax.random.key(0), lambda z, t: jnp.zeros((*z.shape, 4)), process, z,
                                              policy, WINDOW), jnp.full((1, 2), 4))

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_canvas import clusters, processed
 
-from hdlm_jax.decoding import choose, core, lengths
+from hdlm_jax.decoding import choose, lengths, loop
+from hdlm_jax.decoding.policy import Policy
 
 NUMBERS = {"eos": 5, "maximum": 99, "eos_grow": 0.5, "eos_stop": 0.9, "low": 0.1}
 
@@ -245,12 +246,12 @@ def test_the_loop_grows_canvases_as_the_paper_does():
     p = np.clip(rng.random((calls, rows, places)) ** np.array([1, 0.5, 0.25] * 2)[:, None], 0.03, 0.999)
     p = np.where(says, 0.6 + 0.35 * p, p).astype(np.float32)
     rule = lengths.Daedal(expand=5, window=4)
-    policy = core.Policy(choose.Scored(choose.MaxProb(), choose.Above()), "argmax", block=block, lengths=rule)
+    policy = Policy(choose.Scored(choose.MaxProb(), choose.Above()), "argmax", block=block, lengths=rule)
     z = np.full((rows, places), process.hierarchy.mask_id, np.int32)
     z[:, :prompt] = 5
     denoise = Scripted(says, p, eos, other, words)
-    run = jax.jit(lambda z: core.sample(jax.random.key(0), denoise, process, z, policy, numbers,
-                                        length=prompt + 6, extra={"row": jnp.arange(rows)}, rows=4))
+    run = jax.jit(lambda z: loop.sample(jax.random.key(0), denoise, process, z, policy, numbers,
+                                        length=prompt + 6, extra={"row": jnp.arange(rows)}, how=loop.Sampling(rows=4)))
     tokens, stats = (jax.tree.map(np.asarray, a) for a in run(jnp.asarray(z)))
     for row in range(rows):
         twin = PlainDaedal(rule, numbers, (), 0.9, block, prompt, 6)

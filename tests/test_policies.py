@@ -16,7 +16,8 @@ from test_sampler import make as make_toy
 
 from hdlm_jax.decoding import choose, revise
 from hdlm_jax.decoding.choose import Above, All, Count, Doubling, Eos, Even, MaxProb, Planned, Scored
-from hdlm_jax.decoding.core import Policy, sample
+from hdlm_jax.decoding.loop import Sampling, sample
+from hdlm_jax.decoding.policy import Policy
 from hdlm_jax.diffusion import plans
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
@@ -107,8 +108,8 @@ def program(policy, levels, rows=2, drops=5):
         def network(z, t):
             return jnp.sum(table[jnp.arange(S)[None], z], axis=1)
 
-        words, stats = sample(keys, network, process, z, policy, numbers, given=given, length=length, rows=rows,
-                              drops=drops, frames=2 * S * levels)
+        words, stats = sample(keys, network, process, z, policy, numbers, given=given, length=length,
+                              how=Sampling(rows=rows, drops=drops, frames=2 * S * levels))
         return words, stats
 
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
@@ -486,7 +487,7 @@ def test_remdm_with_the_true_conditionals_writes_the_data(kind, levels, xi):
     def run(key, numbers):
         start = jnp.full((6000, 2), toy.mask)
         return sample(key, lambda z, t: logits[z[:, 0] * toy.N + z[:, 1]], process, start, remasking(kind, "sample"),
-                      numbers, rows=6000, drops=12000)
+                      numbers, how=Sampling(rows=6000, drops=12000))
 
     distances = []
     for steps in (2, 8, 64):

@@ -11,7 +11,8 @@ import oracle
 import pytest
 from oracle import Toy
 
-from hdlm_jax.decoding import choose, core
+from hdlm_jax.decoding import choose, loop
+from hdlm_jax.decoding.policy import Policy
 from hdlm_jax.diffusion import plans
 from hdlm_jax.diffusion.draws import categorical, draw_from, fold, row_keys
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
@@ -43,7 +44,7 @@ def denoiser(toy, network):
 
 
 def planned(kind, clusters="exact"):
-    return core.Policy(choose.Planned(kind), clusters=clusters)
+    return Policy(choose.Planned(kind), clusters=clusters)
 
 
 def plan_of(key, process, start, kind, steps=1, reveals=1):
@@ -56,7 +57,7 @@ def write(toy, process, network, rows=ROWS, seed=0, start=None, kind="events", s
     """Words [rows, S] and the statistics of one batch sampled from `start` symbols (all masks by default)."""
 
     policy, kwargs["numbers"] = planned(kind, kwargs.pop("clusters", "exact")), dict(steps=steps, reveals=reveals)
-    run = jax.jit(lambda key, z: core.sample(key, denoiser(toy, network), process, z, policy, **kwargs))
+    run = jax.jit(lambda key, z: loop.sample(key, denoiser(toy, network), process, z, policy, **kwargs))
 
     length = network.shape[1]
     start = np.full((rows, length), toy.mask) if start is None else start
@@ -353,11 +354,12 @@ def test_compiled_loop_equals_its_python_twin(kind, steps, clusters):
     """
     toy, process, network, start = setup_small()
     denoise = denoiser(toy, network)
-    run = functools.partial(core.sample, denoise=denoise, process=process, policy=planned(kind, clusters),
+    run = functools.partial(loop.sample, denoise=denoise, process=process, policy=planned(kind, clusters),
                             numbers=dict(steps=steps, reveals=2))
     words, stats = jax.jit(run)(jax.random.key(7), z=start)
     for rows, drops in ((4, 5), (1, 1)):
-        again, counted = jax.jit(functools.partial(run, rows=rows, drops=drops))(jax.random.key(7), z=start)
+        how = loop.Sampling(rows=rows, drops=drops)
+        again, counted = jax.jit(functools.partial(run, how=how))(jax.random.key(7), z=start)
         np.testing.assert_array_equal(again, words)
         for name in ("row_forwards", "fell"):
             np.testing.assert_array_equal(counted[name], stats[name])
@@ -395,7 +397,7 @@ def test_rows_do_not_depend_on_batch_mates(kind):
     toy, process, network, start = setup_small(rows=8)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(8), i))(jnp.arange(8))
 
-    run = jax.jit(lambda keys, z: core.sample(keys, denoiser(toy, network), process, z, planned(kind), {"steps": 9})[0])
+    run = jax.jit(lambda keys, z: loop.sample(keys, denoiser(toy, network), process, z, planned(kind), {"steps": 9})[0])
 
     whole = np.asarray(run(keys, start))
     if kind == "events":
@@ -415,7 +417,7 @@ def test_the_network_is_told_the_time_of_its_call():
         word = jnp.clip((t * 4).astype(jnp.int32), 0, 3)
         return jnp.where(jnp.arange(4)[None, None] == word[:, None, None], 0.0, -1e4) + jnp.zeros((len(t), 4, 1))
 
-    words, _ = core.sample(jax.random.key(10), denoise, process, start, planned("events"), {})
+    words, _ = loop.sample(jax.random.key(10), denoise, process, start, planned("events"), {})
     told = np.take_along_axis(times_of(plan), np.asarray(plan.drop_call)[..., 0], axis=1)
     np.testing.assert_array_equal(words, (told * 4).astype(int))
 

@@ -138,7 +138,7 @@ def test_a_random_network_writes_json(sizes, xi, by):
         key = jax.random.fold_in(jax.random.key(9), jnp.sum(z * (jnp.arange(z.size).reshape(z.shape) % 977)))
         return 20 * jax.random.normal(key, (*z.shape, t.vocab_size))
 
-    denoiser = canvas.Constrained(network, start.allowed, process.hierarchy, made.bias(start, 1.0))
+    denoiser = canvas.Constrained(network, start.allowed, process.hierarchy)
     groups = np.random.default_rng(10).permutation(start.z.shape[1]).reshape(-1)
     words = write(process, denoiser, start.z, start.kind, np.array_split(groups, 3), by=by)
     np.testing.assert_array_equal(words[start.given], start.z[start.given])
@@ -227,10 +227,6 @@ def test_the_filler_is_of_the_caller_s_choice():
     assert made.read(row) == "ab" and row.count(null) == 2
     start = made.canvas()
     assert start.allowed[1, null] and not start.allowed[1, t.eot]
-    bias = made.bias(start, 2.5)
-    assert bias.shape == start.allowed.shape and bias[1, null] == 2.5 and np.count_nonzero(bias) == 1
-    choice = schema.scaffold({"enum": ["a", "ab"]}, make_tokenizer("bytes"), clusters(257, (8,)))
-    assert not choice.bias(choice.canvas(), 2.5).any()  # a pull to shorter choices is nobody's wish
     with pytest.raises(ValueError, match="two choices are the same but for the filler"):
         schema.scaffold({"enum": ["a", "a the"]}, t, clusters(t.vocab_size, (8,)), filler=null)
 

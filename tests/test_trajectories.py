@@ -14,7 +14,7 @@ from test_sampler import MDLM, THREE, TWO, denoiser, make, planned
 from tiny import LEVELS, SEQ_LEN, model, read_recipe, trained
 
 from hdlm_jax.config import GenerateConfig
-from hdlm_jax.decoding import core
+from hdlm_jax.decoding import loop
 from hdlm_jax.decoding.statistics import drop_probability
 from hdlm_jax.runs import generate
 
@@ -54,10 +54,10 @@ def test_frames_are_the_states_of_the_loop(kind, steps, frames):
     start[0] = toy.mask
     start = jnp.asarray(start, jnp.int32)
     denoise = denoiser(toy, network)
-    run = functools.partial(core.sample, jax.random.key(7), denoise, process, start, planned(kind),
+    run = functools.partial(loop.sample, jax.random.key(7), denoise, process, start, planned(kind),
                             dict(steps=steps, reveals=2))
     plain, stats = jax.jit(run)()
-    words, film = jax.jit(functools.partial(run, frames=frames, rows=2, drops=4))()
+    words, film = jax.jit(functools.partial(run, how=loop.Sampling(frames=frames, rows=2, drops=4)))()
     np.testing.assert_array_equal(words, plain)
     np.testing.assert_array_equal(film["row_forwards"], stats["row_forwards"])
 
@@ -68,7 +68,7 @@ def test_frames_are_the_states_of_the_loop(kind, steps, frames):
     call = np.asarray(film["call"])
     assert call[:used].tolist() == [min(i * every, calls) for i in range(used)] and (call[used:] == calls).all()
     assert film["z"].shape == film["confidence"].shape == (5, frames + 1, 3) and film["time"].shape == (5, frames + 1)
-    until = jax.jit(lambda calls: run(limit=calls)[0])
+    until = jax.jit(lambda calls: run(how=loop.Sampling(limit=calls))[0])
     states = np.stack([until(jnp.int32(c)) for c in range(calls + 1)], 1)
     np.testing.assert_array_equal(film["z"][:, :used], states[:, call[:used]])
     np.testing.assert_array_equal(states[:, -1], plain)
@@ -93,8 +93,8 @@ def test_an_oracle_s_confidence_is_the_data_s():
     toy, process = make(TWO, (1.0, 1.0))
     joint = oracle.random_joint(4, 2, seed=19)
     start = jnp.full((200, 2), toy.mask)
-    run = functools.partial(core.sample, jax.random.key(2), denoiser(toy, toy.bayes(joint, cavity=True)), process)
-    words, film = jax.jit(functools.partial(run, policy=planned("events"), frames=4))(start)
+    run = functools.partial(loop.sample, jax.random.key(2), denoiser(toy, toy.bayes(joint, cavity=True)), process)
+    words, film = jax.jit(functools.partial(run, policy=planned("events"), how=loop.Sampling(frames=4)))(start)
     z, sure = np.asarray(film["z"]), np.asarray(film["confidence"])
     changed = np.diff(z, axis=1) != 0
     assert (changed.sum((1, 2)) == 4).all()

@@ -5,21 +5,21 @@ layer by layer, against keys and values that are new where computed and as last 
 keep their hidden states, and the head is asked at those. Nothing else is computed, so the saving is real, and what is
 approximate is so by the rule alone.
 
-Two rules approximate nothing, BlockCausal and Unchanged, as long as the network is not told the time
-(model.time_conditioning=False) or is told the same one in every call (`t` of `make`): what it should predict does not
-depend on time at xi = 1. Told the time of each call, it meets keys and values of other times, with every rule.
+BlockCausal approximates nothing, as long as the network is not told the time (model.time_conditioning=False) or is told
+the same one in every call (`t` of `make`): what it should predict does not depend on time at xi = 1. Told the time of
+each call, it meets keys and values of other times, with every rule.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from hdlm_jax.decoding.core import Rows
+from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.models.network import At, Network
 
 
@@ -31,6 +31,16 @@ class Turn(NamedTuple):
     first: jax.Array  # int32 [b]: the first block that is or was written, or has changed
     last: jax.Array  # int32 [b]: the last block that is written or has a wanted token
     mask: int  # level of the mask
+
+
+class Rule(Protocol):
+    """Which tokens are computed in a call; a frozen dataclass. block_causal: see BlockCausal."""
+
+    @property
+    def block_causal(self) -> bool: ...
+
+    def stale(self, rows: Rows, turn: Turn) -> jax.Array:
+        """bool [b, S]: tokens to compute."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +102,9 @@ class DKV:
     wanted, and of the tokens within w places of these those that are not yet words. refresh=1: no cache.
     """
 
-    refresh: Any = 8
-    refresh_clusters: Any = 1
-    window: Any = None
+    refresh: int | jax.Array = 8
+    refresh_clusters: int | jax.Array = 1
+    window: int | jax.Array | None = None
     block_causal = False
 
     def __post_init__(self):
@@ -111,18 +121,8 @@ class DKV:
         return again(self.refresh) | moving | rows.wanted | turn.changed
 
 
-@dataclasses.dataclass(frozen=True)
-class Unchanged:
-    """RADD (arXiv 2406.03736): a row is computed again only when something in it has changed."""
-
-    block_causal = False
-
-    def stale(self, rows: Rows, turn: Turn):
-        return jnp.broadcast_to(jnp.any(turn.changed, axis=-1, keepdims=True), rows.z.shape)
-
-
 KINDS: dict[str, Any] = {"whole": Whole, "prefix": Prefix, "dual": Dual, "free": FreeCache,
-                         "block_causal": BlockCausal, "dkv": DKV, "unchanged": Unchanged}
+                         "block_causal": BlockCausal, "dkv": DKV}
 
 
 def _near(wanted, window):
@@ -151,7 +151,7 @@ class Uncached:
     spec: Whole
     network: Network
     params: Any
-    t: Any
+    t: float | jax.Array | None
     cut: bool
     rows_axis, forwards = 1, 1
 
@@ -169,10 +169,10 @@ class Uncached:
 class Cached:
     """A denoiser that computes in each call what its rule says; see `make`."""
 
-    spec: Any
+    spec: Rule
     network: Network
     params: Any
-    t: Any
+    t: float | jax.Array | None
     mask: int
     sizes: tuple[int, ...] | None
     sync_trip_count: Callable
@@ -227,9 +227,10 @@ def sizes_of(seq_len: int) -> tuple[int, ...]:
     return tuple(n for i in range(5, 0, -1) if (n := -(-seq_len // 2**i)) >= 16)
 
 
-def make(spec: Any, network: Network, params, hierarchy, *, numbers: Mapping[str, Any] | None = None, t: Any = None,
-         sizes: tuple[int, ...] | None = None, sync_trip_count: Callable = lambda count: count, cut: bool = True):
-    """The denoiser (see decoding.core) of a network, with the cache that `spec` describes.
+def make(spec: Whole | Rule | str, network: Network, params, hierarchy, *, numbers: Mapping[str, Any] | None = None,
+         t: float | jax.Array | None = None, sizes: tuple[int, ...] | None = None,
+         sync_trip_count: Callable = lambda count: count, cut: bool = True):
+    """The denoiser (see `policy.Denoiser`) of a network, with the cache that `spec` describes.
 
     Args:
       spec: an object of one of the classes in KINDS, static; or its name there, for its defaults.
@@ -242,22 +243,19 @@ def make(spec: Any, network: Network, params, hierarchy, *, numbers: Mapping[str
       sync_trip_count: where devices that share the batch must keep step, the largest count of all (parallel.OverBatch).
 
     Raises:
-      ValueError: an unknown spec or number, a causal network, predictions to be reused at another time.
+      ValueError: an unknown spec or number, a causal network, a time out of range.
     """
-    spec = KINDS[spec]() if isinstance(spec, str) and spec in KINDS else spec
-    if type(spec) not in KINDS.values():
-        raise ValueError(f"cache={spec!r}: choose one of {', '.join(KINDS)}")
-    fields = [field.name for field in dataclasses.fields(spec) if field.name != "block_causal"]
+    rule: Any = KINDS[spec]() if isinstance(spec, str) and spec in KINDS else spec
+    if type(rule) not in KINDS.values():
+        raise ValueError(f"cache={rule!r}: choose one of {', '.join(KINDS)}")
+    fields = [field.name for field in dataclasses.fields(rule) if field.name != "block_causal"]
     if wrong := [name for name in numbers or {} if name not in fields]:
-        raise ValueError(f"cache={spec!r} has no number {', '.join(wrong)}: choose of {fields}")
+        raise ValueError(f"cache={rule!r} has no number {', '.join(wrong)}: choose of {fields}")
     if network.causal:
         raise ValueError("cache: a causal network predicts the word behind; diffusion/autoregressive.py has its cache")
-    if isinstance(spec, Unchanged) and network.time_conditioning and t is None:
-        raise ValueError("cache=unchanged uses a prediction again at another noise time, so the network must not be "
-                         "told it: train with model.time_conditioning=False, or hold the time (t=0.5, say)")
     if isinstance(t, (int, float)) and not 0 <= t <= 1:
         raise ValueError(f"t={t}: a noise time is in [0, 1]")
-    spec = dataclasses.replace(spec, **numbers or {})
-    if isinstance(spec, Whole):
-        return Uncached(spec, network, params, t, cut)
-    return Cached(spec, network, params, t, hierarchy.num_levels, sizes, sync_trip_count)
+    rule = dataclasses.replace(rule, **numbers or {})
+    if isinstance(rule, Whole):
+        return Uncached(rule, network, params, t, cut)
+    return Cached(rule, network, params, t, hierarchy.num_levels, sizes, sync_trip_count)

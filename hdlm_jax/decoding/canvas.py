@@ -1,4 +1,4 @@
-"""What a text starts from: prompts, structure priors, typed blanks; and the denoiser that keeps to a canvas.
+"""What a text starts from: prompts, typed blanks; and the denoiser that keeps to a canvas.
 
 A canvas shows words where they are given, masks where everything is free and clusters where only the kind of word is
 given. Beside it every position has a `kind`: which words it may take. `Constrained` takes the others' probability
@@ -13,9 +13,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.prediction import LogitsPrediction
 
 _MOST = 2**20  # tokens of a text, where nobody says how many the model takes
@@ -89,29 +91,6 @@ def together(parts: Sequence[Canvas]) -> Canvas:
                   np.concatenate([parts[0].allowed[:1], *(part.allowed[1:] for part in parts)]))
 
 
-def structure(pieces: Sequence[tuple[int, str]], length: int, tokenizer, hierarchy, rows: int = 1,
-              seq_len: int = 0) -> Canvas:
-    """Dimple's structure prior (arXiv 2505.16990): texts at chosen positions of a canvas of `length` tokens.
-
-    Args:
-      pieces: (position of the first token, text); a negative position counts from the end, so that (-3, text) begins at
-        the last token but two.
-
-    Raises:
-      ValueError: a piece outside the canvas, or over another one.
-    """
-    z = np.full(length, hierarchy.mask_id, np.int32)
-    for position, text in pieces:
-        ids = tokenizer.encode(text)
-        start = position + length if position < 0 else position
-        if start < 0 or start + len(ids) > length:
-            raise ValueError(f"structure: {text!r} at {position} has {len(ids)} tokens: it leaves 0..{length - 1}")
-        if np.any(over := z[start : start + len(ids)] != hierarchy.mask_id):
-            raise ValueError(f"structure: {text!r} at {position} lies over another piece at {start + np.argmax(over)}")
-        z[start : start + len(ids)] = ids
-    return make(z, hierarchy, rows, seq_len)
-
-
 def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -> Canvas:
     """Infilling with typed blanks (the clusters of arXiv 2510.08632 as types): the text, its blanks free.
 
@@ -183,22 +162,19 @@ class Constrained:
     Args:
       inner: a denoiser, or a function (z, t) -> prediction or logits [b, S, V].
       allowed: bool [kinds, V]; rows.extra["kind"] int32 [b, S] says which row holds where (see `Canvas`).
-      bias: float [kinds, V] or None, added to the logits of a kind (a pull to the filler of a schema).
 
     Raises:
       ValueError: a table of another shape, or a kind that allows no word (where the table is no traced array).
     """
 
     inner: Any
-    allowed: Any
-    hierarchy: Any
-    bias: Any = None
+    allowed: np.ndarray | jax.Array
+    hierarchy: Hierarchy
 
     def __post_init__(self):
         words = self.hierarchy.vocab_size
-        for name, table in (("allowed", self.allowed), ("bias", self.bias)):
-            if table is not None and (table.ndim != 2 or table.shape[1] != words):
-                raise ValueError(f"{name}.shape={table.shape}: must be [kinds, V={words}]")
+        if self.allowed.ndim != 2 or self.allowed.shape[1] != words:
+            raise ValueError(f"allowed.shape={self.allowed.shape}: must be [kinds, V={words}]")
         if isinstance(self.allowed, np.ndarray) and not self.allowed.any(axis=1).all():
             raise ValueError(f"allowed: kind {np.argmin(self.allowed.any(axis=1))} has no word at all")
 
@@ -230,7 +206,7 @@ class Restricted(NamedTuple):
 
     constraint: Constrained
     prediction: Any
-    kind: Any  # int32 [b S]
+    kind: jax.Array  # int32 [b S]
 
     def select(self, index) -> LogitsPrediction:
         """The law over allowed words at tokens index int32 [n]; uniform over them where they have no probability."""
@@ -239,6 +215,4 @@ class Restricted(NamedTuple):
         logits = jnp.where(allowed, self.prediction.select(index).log_probs(), -jnp.inf)
         best = jnp.max(logits, axis=-1, keepdims=True)
         logits = jnp.where(jnp.isfinite(best), logits - best, 0.0)
-        if c.bias is not None:
-            logits += jnp.asarray(c.bias)[kind]
         return LogitsPrediction(jnp.where(allowed, logits, -jnp.inf), c.hierarchy)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.decoding.core import Hook, View
+from hdlm_jax.decoding.policy import Hook, View
 from hdlm_jax.diffusion import plans
 from hdlm_jax.diffusion.draws import fold, wide
 
@@ -198,7 +198,7 @@ class Eos(Score):
         here = view.top if view.drawn is None else view.drawn
         ends = jnp.zeros(view.z.shape, bool)
         for j in range(process.num_levels):
-            ends |= here == jnp.asarray(process._lift(0, j))[eos] + process.hierarchy.offsets[j]
+            ends |= here == process.symbol_above(0, eos, j)
         share = view.progress if self.doubling is None else self.doubling.share(view)
         least = view.numbers["eos_least"]
         g, score = (least + (1 - least) * share)[:, None], self.score(view)

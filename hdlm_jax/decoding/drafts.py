@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hdlm_jax.decoding.core import Hook, State, View, bare
+from hdlm_jax.decoding.loop import Loop
+from hdlm_jax.decoding.policy import Hook, State, View
 
 MATCHES = ("exact", "subset")
 CHECKS = ("deterministic", "top_k", "threshold", "relative")
@@ -71,7 +72,7 @@ class FreeDave(Hook):
         return {"drafts": jnp.repeat(view.z[:, None], self.drafts, axis=1), "shown": view.z,
                 "step": jnp.zeros_like(view.call), "wrote": jnp.zeros_like(view.given)}
 
-    def __call__(self, loop, cache, s: State):
+    def __call__(self, loop: Loop, cache, s: State):
         """One call: (symbols, probability of each token's last drop, memory, cache)."""
         (rows, positions), k, memory = s.z.shape, self.drafts, s.memory
         each, axis = jnp.repeat(jnp.arange(rows), k), loop.denoise.rows_axis
@@ -79,12 +80,12 @@ class FreeDave(Hook):
         many = jax.tree.map(lambda a: a[each], s)
         many = many._replace(z=memory["drafts"].reshape(rows * k, positions))
         many = many._replace(changed=many.z != many.memory["shown"])
-        view = bare(loop.process, loop.policy, loop.numbers, many)
+        view = loop.view(many)
         rest = view.free & (view.level > 0)  # drafts may lead into the next block
         wide_cache = jax.tree.map(lambda a: jnp.take(a, each, axis=axis), cache)
         prediction, wide_cache = loop.ask(wide_cache, view.rows(loop.wanted(view) | rest))
-        stats = jax.eval_shape(lambda: _stats(loop.look(bare(loop.process, loop.policy, loop.numbers, s),
-                                                        _Of(prediction, each[::k], k, positions), s.given)))
+        first = _Of(prediction, each[::k], k, positions)
+        stats = jax.eval_shape(lambda: _stats(loop.look(loop.view(s), first, s.given)))
         stats = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), stats)
         carry = (s, s, each[::k] * 0, jnp.full_like(s.z, -1), stats, jnp.ones(rows, bool), s.z, memory["drafts"])
         carry = jax.lax.fori_loop(0, 2 * k - 1, lambda i, carry: self._next(
@@ -93,7 +94,7 @@ class FreeDave(Hook):
         cache = jax.tree.map(lambda a: jnp.take(a, jnp.arange(rows) * k + row, axis=axis), wide_cache)
         return s.z, s.sure, s.memory | {"drafts": drafts, "shown": shown}, cache
 
-    def _next(self, i, loop, prediction, drafts, s: State, done: State, row, held, stats, live, shown, made):
+    def _next(self, i, loop: Loop, prediction, drafts, s: State, done: State, row, held, stats, live, shown, made):
         """The i-th step: the first `drafts` of them verify, and lead to `done`; the others make drafts from there.
 
         row [b]: the draft whose prediction counts; live [b]: whether it speaks of s; shown: that draft; made: new ones.
@@ -117,10 +118,10 @@ class FreeDave(Hook):
         made = made.at[:, jnp.maximum(i - k + 1, 0)].set(s.z)
         return s, done, jnp.where(goes, last, row), held, stats, goes, shown, made
 
-    def _step(self, loop, prediction, s: State, held, stats, live):
+    def _step(self, loop: Loop, prediction, s: State, held, stats, live):
         """A step of the rows that are live; held int32 [b, S]: the symbols of which `stats` speak, -1: of none."""
         at = s._replace(call=s.memory["step"], changed=s.memory["wrote"])
-        view = bare(loop.process, loop.policy, loop.numbers, at)
+        view = loop.view(at)
         wanted, on = loop.wanted(view), live[:, None]
         fresh = on & wanted & (held != view.z)
         kept = ~on | (wanted & ~fresh)
@@ -177,13 +178,13 @@ class Guided(Hook):
         if self.on_reject not in ("dlm", "ar"):
             raise ValueError(f"on_reject={self.on_reject!r}: choose dlm or ar")
 
-    def __call__(self, view: View, loop):
+    def __call__(self, view: View, loop: Loop):
         """(symbols [b, S], probability of each)."""
-        if "ar" not in loop.tools:
+        if "ar" not in loop.how.tools:
             raise ValueError("tools lack 'ar': guided decoding needs an autoregressive model's function")
         process, numbers = view.process, view.numbers
         draft = jnp.where(view.level == 0, view.z, jnp.where(view.open, view.word, 0))
-        said = loop.tools["ar"](draft)
+        said = loop.how.tools["ar"](draft)
         said = said if hasattr(said, "select") else process.as_prediction(said)
         flat, z, x = view.open.reshape(-1), view.z.reshape(-1), draft.reshape(-1)
 

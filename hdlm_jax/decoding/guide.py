@@ -7,14 +7,17 @@ denoiser and are denoisers; `EnergyDraw` (EDLM, arXiv 2410.21357) is a policy's 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hdlm_jax.decoding.core import Hook, Rows, Stateless, View
+from hdlm_jax.decoding.loop import Loop
+from hdlm_jax.decoding.policy import Hook, Rows, Stateless, View
 from hdlm_jax.diffusion.draws import fold
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.prediction import LogitsPrediction
 
 _PICK = 2**32 - 2  # what a row's key is folded with to pick a candidate; positions are small numbers
@@ -24,7 +27,7 @@ class Tilted(NamedTuple):
     """A prediction that is made where it is asked for: logits of(index [n]) -> [n, V]."""
 
     of: Callable
-    hierarchy: Any
+    hierarchy: Hierarchy
 
     def select(self, index):
         return LogitsPrediction(self.of(index), self.hierarchy)
@@ -73,7 +76,7 @@ class CFG(Guide):
         h, z = self.process.hierarchy, rows.z
         hidden = h.mask_id
         if self.unconditional == "cluster":
-            hidden = h.offsets[1] + self.process._anc(1, jnp.where(rows.level == 0, z, 0))
+            hidden = self.process.symbol_above(0, jnp.where(rows.level == 0, z, 0), 1)
         z = jnp.where(rows.given & (rows.level == 0), hidden, z)
         return rows._replace(z=z, level=self.process.level_of(z))
 
@@ -126,19 +129,12 @@ def first_order(classifier: Callable, hierarchy) -> Callable:
     backward pass for all i and v; exact where log p(y) is linear in each token's one-hot vector.
     """
 
+    def total(shown):
+        return jnp.sum(classifier(shown))
+
     def score(z):
         shown = jax.nn.one_hot(z, hierarchy.num_states, dtype=jnp.float32)
-        return jax.grad(lambda x: jnp.sum(classifier(x)))(shown)[..., : hierarchy.vocab_size]
-
-    return score
-
-
-def by_replacement(classifier: Callable, hierarchy) -> Callable:
-    """score(z) of Classified, exact, from a classifier of symbols: int32 [b, S] -> log p(y) [b], in S V calls."""
-
-    def score(z):
-        each = jax.vmap(jax.vmap(lambda i, v: classifier(z.at[:, i].set(v)), (None, 0)), (0, None))
-        return jnp.moveaxis(each(jnp.arange(z.shape[1]), jnp.arange(hierarchy.vocab_size, dtype=z.dtype)), -1, 0)
+        return jax.grad(total)(shown)[..., : hierarchy.vocab_size]
 
     return score
 
@@ -168,24 +164,25 @@ class EnergyDraw(Hook):
         if self.candidates < 1:
             raise ValueError(f"candidates={self.candidates}: need at least 1")
 
-    def __call__(self, view: View, loop, prediction, target):
+    def __call__(self, view: View, loop: Loop, prediction, target):
         """(symbols [b, S], probability of each drop)."""
         if self.candidates == 1:
             return loop.reverse_step(view, prediction, target)
-        if "energy" not in loop.tools:
+        if "energy" not in loop.how.tools:
             raise ValueError("tools lack 'energy': a function (x, z, log_p) -> E of each row")
         rows = view.z.shape[0]
         inside = (view.t >= view.numbers["energy_from"]) & (view.t <= view.numbers["energy_to"])
         others = [fold(view.keys, 16 + i) for i in range(1, self.candidates)]  # small numbers are a draw's own
         keys = jnp.stack([view.keys, *others])
-        energies = jax.lax.cond(loop.sync_trip_count(jnp.any(inside).astype(jnp.int32)) > 0,
-                                lambda: jax.lax.map(lambda k: self.energy(view, loop, prediction, inside, k), keys),
+        energy = functools.partial(self.energy, view, loop, prediction, inside)
+        energies = jax.lax.cond(loop.how.sync_trip_count(jnp.any(inside).astype(jnp.int32)) > 0,
+                                lambda: jax.lax.map(energy, keys),
                                 lambda: jnp.zeros((self.candidates, rows), jnp.float32))
         pick = jax.vmap(jax.random.categorical)(fold(view.key, jnp.uint32(_PICK)), -energies.T)
         keys = keys[jnp.where(inside, pick, 0), jnp.arange(rows)]
         return loop.reverse_step(view._replace(keys=keys), prediction, target)
 
-    def energy(self, view: View, loop, prediction, inside, keys):
+    def energy(self, view: View, loop: Loop, prediction, inside, keys):
         """E [b] of the text that keys [b, S] draw."""
         process, wanted = view.process, view.free & (view.level > 0) & inside[:, None]
         z, keys, flat = view.z.reshape(-1), keys.reshape(-1), wanted.reshape(-1)
@@ -193,8 +190,8 @@ class EnergyDraw(Hook):
         def work(at, carry):
             x, log_p = carry
             p = process.as_prediction(prediction.select(at))
-            new = process.reverse_step(keys[at], p, z[at], jnp.zeros_like(at), loop.policy.clusters, loop.temperature,
-                                  loop.top_p, loop.sync_trip_count)
+            new = process.reverse_step(keys[at], p, z[at], jnp.zeros_like(at), loop.policy.clusters,
+                                       loop.how.temperature, loop.how.top_p, loop.how.sync_trip_count)
             new_log_p = jnp.where(process.level_of(z[at]) > 0, process.forced(p, z[at]).log_prob(new), 0.0)
             pairs = (x, new), (log_p, new_log_p)
             return tuple(a.at[at].set(jnp.where(flat[at], b, a[at])) for a, b in pairs)
@@ -202,7 +199,7 @@ class EnergyDraw(Hook):
         words = jnp.where(view.active & (view.level == 0), view.z, 0).reshape(-1)
         x, log_p = loop.in_pieces(work, wanted, (words, jnp.zeros(z.shape, jnp.float32)))
         shown = jnp.where(view.active, view.z, -1)
-        return loop.tools["energy"](x.reshape(shown.shape), shown, log_p.reshape(shown.shape)).astype(jnp.float32)
+        return loop.how.tools["energy"](x.reshape(shown.shape), shown, log_p.reshape(shown.shape)).astype(jnp.float32)
 
 
 def ar_energy(ar: Callable, process, everything: bool = False, together: int = 64) -> Callable:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from hdlm_jax.decoding.core import Hook
+from hdlm_jax.decoding.policy import Hook
 
 PHASE = "daedal_phase"  # name in the loop's memory
 
@@ -126,7 +126,7 @@ class Daedal(Hook):
         opened, process, eos = self._open(view), view.process, jnp.asarray(view.numbers["eos"])
         says_eos = view.active & ~view.given & (view.z == eos)
         for j in range(process.num_levels):  # EOS and the clusters above it, the mask left out
-            says_eos |= opened & (view.top == jnp.asarray(process._lift(0, j))[eos] + process.hierarchy.offsets[j])
+            says_eos |= opened & (view.top == process.symbol_above(0, eos, j))
         e = eos_confidence(says_eos, jnp.where(opened, jnp.exp(view.log_top), 1.0), self.window)
         longer, growing = grow(e, self._length(view), self._most(view), self.expand, view.numbers["eos_grow"])
         growing &= view.memory[PHASE] == 0

@@ -17,14 +17,14 @@ from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.config.rules import rule
 from hdlm_jax.decoding import caches, choose, guide, lengths, revise, sparse_attention
 from hdlm_jax.decoding import drafts as drafting
-from hdlm_jax.decoding.core import Policy
+from hdlm_jax.decoding.policy import Policy
 from hdlm_jax.models import quantise
 
 
 class Method(NamedTuple):
     """What a preset gives.
 
-    policy: hdlm_jax.decoding.core.Policy. numbers: its traced thresholds; the same policy with others is the same
+    policy: hdlm_jax.decoding.policy.Policy. numbers: its traced thresholds; the same policy with others is the same
     program ("eos" = -1 is the tokenizer's end of text). cache: how the network is called, a spec of
     hdlm_jax.decoding.caches or .patches; None: as it is. guide: ("cfg", what stands for the prompt), ("classifier",) or
     (). needs: "ar", an autoregressive run (config.generate.helper); "classifier", a function (Model.generate's

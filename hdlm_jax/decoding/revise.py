@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hdlm_jax.decoding.choose import Choice, Even, Path, best, ranks
-from hdlm_jax.decoding.core import Hook, View
+from hdlm_jax.decoding.policy import Hook, View
 from hdlm_jax.diffusion.draws import fold, wide
 from hdlm_jax.diffusion.levels import open_uniform
 

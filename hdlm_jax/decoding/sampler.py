@@ -15,7 +15,7 @@ from hdlm_jax.common import parallel
 from hdlm_jax.common.console import progress
 from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.data.tokenizers import Tokenizer
-from hdlm_jax.decoding import caches, choose, core, drafts, guide, presets, sparse_attention
+from hdlm_jax.decoding import caches, choose, drafts, guide, loop, presets, sparse_attention
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.diffusion import autoregressive, gidd
 from hdlm_jax.diffusion.autoregressive import AutoregressiveProcess
@@ -90,51 +90,51 @@ def make_sample_step(network: Network, process, program: Program, mesh=None, fra
 
     batch: z int32 [b, S], the canvas (masks where free, words and clusters where given), index int32 [b]; of a Canvas
     also given, kind and length. numbers: see `numbers_of`, with a Canvas's table `allowed`. helper: network of an
-    autoregressive run, params then being a pair. The rest is what `hdlm_jax.decoding.core.sample` gives.
+    autoregressive run, params then being a pair. The rest is what `hdlm_jax.decoding.loop.sample` gives.
     """
     shard: Any = WHOLE if mesh is None else parallel.OverBatch(mesh)
     process = at_sampling(process, program)
 
+    def run(given, batch, keys):
+        (params, numbers), z = given, batch["z"]
+        tools = {}
+        if helper is not None:
+            params, theirs = params
+            tools["ar"] = reads(helper, theirs)
+            tools["energy"] = guide.ar_energy(tools["ar"], process)
+        heat, nucleus = (numbers[name] if fixed is None else fixed for name, fixed in (
+            ("temperature", program.temperature), ("top_p", program.top_p)))
+        draws = dict(temperature=heat, top_p=nucleus, sync_trip_count=shard.sync_trip_count, frames=frames)
+        length = batch.get("length", numbers["length"])
+        if isinstance(process, AutoregressiveProcess):
+            decode = functools.partial(network.next_word, params)
+            tokens, stats = autoregressive.sample(
+                fold(keys, 1), decode, process, z, network.empty_cache(*z.shape), length=jnp.max(length), **draws)
+        elif isinstance(process, GiddProcess):
+            behind = (jnp.arange(z.shape[1])[None] >= jnp.reshape(length, (-1, 1))).astype(jnp.int32)
+            shown = jnp.broadcast_to(behind, z.shape) if program.cut else None
+            denoise = functools.partial(network.denoise, params, segment=shown)
+            tokens, stats = gidd.sample(fold(keys, 1), denoise, process, z, steps=numbers["steps"],
+                                        corrections=numbers["corrections"],
+                                        correction_temperature=numbers["correction_temperature"], **draws)
+        else:
+            policy = program.method.policy
+            if policy.lengths is not None:
+                prompt = jnp.argmax(process.level_of(z) > 0, axis=1).astype(jnp.int32)
+                length = jnp.minimum(prompt + numbers["method"]["start"], length)
+            denoise = denoiser(program, network, params, process, numbers, classifier, shard.sync_trip_count)
+            extra = {"kind": batch["kind"]} if program.constrained else {}
+            tokens, stats = loop.sample(fold(keys, 1), denoise, process, z, policy, numbers["method"],
+                                        given=batch.get("given"), length=length, extra=extra,
+                                        how=loop.Sampling(tools=tools, **draws))
+        each = {"calls": jnp.broadcast_to(stats["calls"], z.shape[:1]),
+                "length": jnp.broadcast_to(stats.get("length", length), z.shape[:1])}
+        if frames:
+            each["call"] = jnp.broadcast_to(stats["call"], (len(z), frames + 1))
+        return (), {"tokens": tokens} | stats | each
+
     def step(given, batch, key):
         keys = fold(jnp.broadcast_to(key, batch["index"].shape), batch["index"])
-
-        def run(given, batch, keys):
-            (params, numbers), z = given, batch["z"]
-            tools = {}
-            if helper is not None:
-                params, theirs = params
-                tools["ar"] = reads(helper, theirs)
-                tools["energy"] = guide.ar_energy(tools["ar"], process)
-            heat, nucleus = (numbers[name] if fixed is None else fixed for name, fixed in (
-                ("temperature", program.temperature), ("top_p", program.top_p)))
-            draws = dict(temperature=heat, top_p=nucleus, sync_trip_count=shard.sync_trip_count, frames=frames)
-            length = batch.get("length", numbers["length"])
-            if isinstance(process, AutoregressiveProcess):
-                decode = functools.partial(network.next_word, params)
-                tokens, stats = autoregressive.sample(
-                    fold(keys, 1), decode, process, z, network.empty_cache(*z.shape), length=jnp.max(length), **draws)
-            elif isinstance(process, GiddProcess):
-                behind = (jnp.arange(z.shape[1])[None] >= jnp.reshape(length, (-1, 1))).astype(jnp.int32)
-                shown = jnp.broadcast_to(behind, z.shape) if program.cut else None
-                denoise = lambda z, t: network.denoise(params, z, t, shown)  # noqa: E731
-                tokens, stats = gidd.sample(fold(keys, 1), denoise, process, z, steps=numbers["steps"],
-                                            corrections=numbers["corrections"],
-                                            correction_temperature=numbers["correction_temperature"], **draws)
-            else:
-                policy = program.method.policy
-                if policy.lengths is not None:
-                    prompt = jnp.argmax(process.level_of(z) > 0, axis=1).astype(jnp.int32)
-                    length = jnp.minimum(prompt + numbers["method"]["start"], length)
-                denoise = denoiser(program, network, params, process, numbers, classifier, shard.sync_trip_count)
-                extra = {"kind": batch["kind"]} if program.constrained else {}
-                tokens, stats = core.sample(fold(keys, 1), denoise, process, z, policy, numbers["method"],
-                                            given=batch.get("given"), length=length, extra=extra, tools=tools, **draws)
-            each = {"calls": jnp.broadcast_to(stats["calls"], z.shape[:1]),
-                    "length": jnp.broadcast_to(stats.get("length", length), z.shape[:1])}
-            if frames:
-                each["call"] = jnp.broadcast_to(stats["call"], (len(z), frames + 1))
-            return (), {"tokens": tokens} | stats | each
-
         return shard(run)(given, {k: v for k, v in batch.items() if k != "index"}, keys)[1]
 
     return step
@@ -226,7 +226,7 @@ class Sampler:
                  frames: int = 0) -> dict[str, np.ndarray]:
         """tokens int32 [n, S], length [n], calls [n] (of the batch shard a sample was in), row_forwards [n].
 
-        With frames also call [n, F+1], time [n, F+1], z and confidence [n, F+1, S] of `core.sample`.
+        With frames also call [n, F+1], time [n, F+1], z and confidence [n, F+1, S] of `loop.sample`.
         """
         rows_of: dict[str, np.ndarray] = {"z": canvas} if isinstance(canvas, np.ndarray) else {
             "z": canvas.z, "given": canvas.given, "kind": canvas.kind, "length": canvas.length}

@@ -84,14 +84,6 @@ class Scaffold:
                 kinds.append(tables[key])
         return canvases.make(z, self.hierarchy, rows, seq_len, kinds, allowed)
 
-    def bias(self, canvas: canvases.Canvas, weight: float) -> np.ndarray:
-        """float32 [kinds, V] for `Constrained`: `weight` nats for the filler (S^3's nulls) in strings and numbers."""
-        fields = [piece for piece in self.pieces if isinstance(piece, Field) and not piece.choices]
-        open_sets = {words.tobytes() for field in fields for words in field.sets if words[self.filler]}
-        out = np.zeros(canvas.allowed.shape, np.float32)
-        out[[words.tobytes() in open_sets for words in canvas.allowed], self.filler] = weight
-        return out
-
     def text(self, tokens: Sequence[int]) -> str:
         """The JSON text of one row's tokens (from its beginning, prompt and all), fillers dropped.
 

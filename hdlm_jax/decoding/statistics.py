@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -24,6 +26,55 @@ def drop_probability(process, prediction, z, new, clusters: str = "exact"):
     for k in range(2, process.num_levels + 1):
         for j in range(1, k):
             law = process.log_probs_below(p, z, k, j, clusters)
-            node = jnp.take_along_axis(law, process._node(new, j)[..., None], axis=-1)[..., 0]
+            node = jnp.take_along_axis(law, process.node_of(new, j)[..., None], axis=-1)[..., 0]
             out = jnp.where((level == k) & (below == j), jnp.exp(node), out)
+    return out
+
+
+
+def statistics(process, p, z, looks, top_k: int, straight: bool, clusters: str) -> dict[str, jax.Array]:
+    """What `View` says of tokens z [n] with a prediction p of theirs: arrays [n] and [n, m]."""
+    level = process.level_of(z)
+    out: dict[str, jax.Array] = {}
+
+    def put(name, k, value):
+        here = (level == k).reshape(-1, *(1,) * (value.ndim - 1))
+        none = jnp.full_like(value, 0 if value.dtype == z.dtype else -jnp.inf)
+        out[name] = jnp.where(here, value, out.get(name, none))
+
+    for k in range(1, process.num_levels + 1):
+        j = 0 if straight else k - 1
+        words: Any = process.log_probs_below(p, z, k, 0, clusters) if "word" in looks or j == 0 else None
+        if "top" in looks or top_k:
+            law: Any = words if j == 0 else process.log_probs_below(p, z, k, j, clusters)
+            many = min(max(top_k, 2), law.shape[-1])
+            # barriers keep XLA from merging what follows into a sort of all words, a dozen times as slow on CPU; one
+            # barrier for both aborts its compiler where many devices are compiled for
+            logs, ids = map(jax.lax.optimization_barrier, jax.lax.top_k(law, many))
+            short = ((0, 0), (0, max(top_k, 2) - many))
+            logs = jnp.pad(logs, short, constant_values=-jnp.inf)
+            ids = jnp.pad(ids + process.hierarchy.offsets[j], short, mode="edge").astype(z.dtype)
+            put("top", k, ids[:, 0])
+            put("log_top", k, logs[:, 0])
+            put("log_second", k, logs[:, 1])
+            put("entropy", k, -jnp.sum(jnp.where(law > -jnp.inf, jnp.exp(law) * law, 0.0), axis=-1))
+            if top_k:
+                put("ids", k, ids[:, :top_k])
+                put("logs", k, logs[:, :top_k])
+        if "word" in looks:
+            best = jnp.argmax(words, axis=-1).astype(z.dtype)
+            put("word", k, best)
+            put("log_word", k, jnp.take_along_axis(words, best[:, None], axis=-1)[:, 0])
+        if "own" in looks and k < process.num_levels:
+            put("log_own", k, p.log_mass(k, process.node_of(z, k)))
+    if "own" in looks:
+        put("log_own", 0, p.log_prob(jnp.where(level == 0, z, 0)))
+        put("log_up", process.num_levels - 1, jnp.zeros(z.shape))
+        for k in range(process.num_levels - 1):
+            up = jnp.asarray(process.ancestors(k, k + 1))[process.node_of(z, k)]
+            put("log_up", k, p.log_mass(k + 1, up))
+        if "word" in looks:  # what the network would write at a word
+            law = p.log_probs()
+            put("word", 0, jnp.argmax(law, axis=-1).astype(z.dtype))
+            put("log_word", 0, jnp.max(law, axis=-1))
     return out

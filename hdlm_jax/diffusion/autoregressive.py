@@ -80,7 +80,7 @@ def sample(key, decode, process: AutoregressiveProcess, z, cache, *, temperature
       frames: states to record, see sampler.Film; their time is the share of positions to come.
 
     Returns:
-      (words, stats) as hdlm_jax.decoding.core.sample; the confidence is p of the word.
+      (words, stats) as hdlm_jax.decoding.loop.sample; the confidence is p of the word.
     """
     keys, mask = row_keys(key, z.shape[0]), process.hierarchy.mask_id
     length = jnp.int32(z.shape[1] if length is None else length)

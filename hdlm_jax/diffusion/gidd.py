@@ -217,14 +217,14 @@ def sample(key, denoise, process: GiddProcess, z, *, steps, temperature: Any = 1
     Args:
       key: one key or keys [B]. denoise: function (z [b, S], t [b]) -> prediction, asked for select(index).
       steps: int, traced or not. tokens: scored at once; changes no result.
-      sync_trip_count: see hdlm_jax.decoding.core.sample.
+      sync_trip_count: see hdlm_jax.decoding.loop.sample.
       corrections: calls after the last step, traced or not, that each revise one word of a row (after the
         paper's self-correction): of the words drawn anew from p at `correction_temperature`, the likeliest that is not
         there yet. Words of a row that all come up again stay, and the row costs nothing more.
       frames: states to record, see sampler.Film.
 
     Returns:
-      (words, stats) as hdlm_jax.decoding.core.sample; the confidence is p of the word when it was drawn.
+      (words, stats) as hdlm_jax.decoding.loop.sample; the confidence is p of the word when it was drawn.
     """
     keys, given = row_keys(key, z.shape[0]), z != process.hierarchy.mask_id
     count = -(-z.size // tokens)

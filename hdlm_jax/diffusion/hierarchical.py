@@ -65,7 +65,7 @@ class HierarchicalProcess(Process):
 
     # -- symbols ---------------------------------------------------------------------------------------------------
 
-    def _node(self, z, level: int):
+    def node_of(self, z, level: int):
         """Node of each symbol within `level` (0 where it is of another level)."""
         h = self.hierarchy
         return jnp.where(self.level_of(z) == level, z - h.offsets[level], 0)
@@ -75,15 +75,19 @@ class HierarchicalProcess(Process):
 
     def _under(self, z, level: int, of: int):
         """[..., n_of]: is node u of level `of` under the node of level `level` that z shows?"""
-        return wide(self._lift(of, level), z) == self._node(z, level)[..., None]
+        return wide(self.ancestors(of, level), z) == self.node_of(z, level)[..., None]
 
     @functools.cache  # noqa: B019  (a process lives as long as its run)
-    def _lift(self, low: int, high: int) -> np.ndarray:
+    def ancestors(self, low: int, high: int) -> np.ndarray:
         """[n_low] ancestors at level `high` of the nodes of level `low`."""
         up = np.arange(self.hierarchy.sizes[low], dtype=np.int32)
         for level in range(low, high):
             up = np.asarray(self.hierarchy.parents[level])[up]
         return up
+
+    def symbol_above(self, low: int, node, high: int):
+        """Symbol of level `high` over each node of level `low`."""
+        return jnp.asarray(self.ancestors(low, high))[node] + self.hierarchy.offsets[high]
 
     def _count(self, level: int) -> np.ndarray:
         """[n_level] N_level(v), level-1 nodes under each node, as float64 (numpy)."""
@@ -108,7 +112,7 @@ class HierarchicalProcess(Process):
             other = jax.vmap(lambda k: jax.random.randint(k, x.shape[1:], 0, n1 - 1))(fold(keys, 2))
             first = jnp.where(own, first, other + (other >= first))
         for k in range(1, self.num_levels + 1):
-            shown = jnp.asarray(self._lift(1, k))[first] + self.hierarchy.offsets[k]
+            shown = self.symbol_above(1, first, k)
             z = jnp.where(level == k, shown, z)
         return z
 
@@ -175,10 +179,10 @@ class HierarchicalProcess(Process):
         if k == 1:
             return -self.forced(p, z, (1,)).log_prob(x)
         d, own = self.leak, self.xi - self.leak
-        n_u, n_v = wide(self._count(k - 1), z), jnp.asarray(self._count(k))[self._node(z, k)][..., None]
+        n_u, n_v = wide(self._count(k - 1), z), jnp.asarray(self._count(k))[self.node_of(z, k)][..., None]
         under = self._under(z, k, k - 1)
         mine = self._anc(k - 1, x)[..., None] == wide(np.arange(n_u.size), x)
-        inside = (self._anc(k, x) == self._node(z, k))[..., None]
+        inside = (self._anc(k, x) == self.node_of(z, k))[..., None]
         target = jnp.where(inside, (d * n_u + own * mine) / (d * n_v + own), n_u / n_v)
         log_q = jnp.where(under, self._log_probs_of_children(p, z, k, k - 1), 0.0)
         return jnp.sum(jnp.where(under, target * (jnp.log(target) - log_q), 0.0), axis=-1)
@@ -188,7 +192,7 @@ class HierarchicalProcess(Process):
 
         Q, a sum of three terms, is summed by logarithm: each of them can be all that there is.
         """
-        d, own, v = self.leak, self.xi - self.leak, self._node(z, k)
+        d, own, v = self.leak, self.xi - self.leak, self.node_of(z, k)
         masses, under = self.forced(p, z, (k,)).log_masses(j), self._under(z, k, j)
         log_u = wide(np.log(self._count(j)), z)
         log_v, log_own = (jnp.asarray(np.log(a))[v][..., None] for a in (self._count(k), d * self._count(k) + own))
@@ -227,12 +231,12 @@ class HierarchicalProcess(Process):
 
     def _tilted(self, p, z, levels, factors):
         """f times one number under the node v of level k on show and another off it: their logs, factors(k, v)."""
-        level, parts = self.level_of(z), {k: factors(k, self._node(z, k)) for k in levels}
+        level, parts = self.level_of(z), {k: factors(k, self.node_of(z, k)) for k in levels}
 
         def bias(anc):
             out = jnp.zeros((*z.shape, 1))
             for k, (inside, outside) in parts.items():
-                here = jnp.where(anc(k) == self._node(z, k)[..., None], inside[..., None], outside[..., None])
+                here = jnp.where(anc(k) == self.node_of(z, k)[..., None], inside[..., None], outside[..., None])
                 out = jnp.where((level == k)[..., None], here, out)
             return out
 
@@ -310,7 +314,7 @@ class HierarchicalProcess(Process):
         out = jnp.where((self.level_of(z) == 0)[..., None], onto, 0.0)
         for k in range(1, levels + 1):
             parts = [law[k, j] * jnp.exp(self.log_probs_below(p, z, k, j, clusters)) for j in range(k)]
-            parts.append(law[k, k] * jax.nn.one_hot(self._node(z, k), h.sizes[k]))
+            parts.append(law[k, k] * jax.nn.one_hot(self.node_of(z, k), h.sizes[k]))
             parts += [jnp.zeros((*z.shape, h.sizes[j])) for j in range(k + 1, levels + 1)]
             out = jnp.where((self.level_of(z) == k)[..., None], jnp.concatenate(parts, axis=-1), out)
         return out
@@ -328,7 +332,7 @@ class HierarchicalProcess(Process):
             z's shape, which may then be any (also a list of tokens [n]).
           prediction: prediction or logits of z's shape.
           temperature, top_p: of the words' distribution after the force transition, temperature first.
-          sync_trip_count: see hdlm_jax.decoding.core.sample.
+          sync_trip_count: see hdlm_jax.decoding.loop.sample.
         """
         if clusters not in CLUSTERS:
             raise ValueError(f"clusters={clusters!r}: choose one of {', '.join(CLUSTERS)}")
@@ -353,10 +357,10 @@ class HierarchicalProcess(Process):
         u_own, u_any = (uniform(fold(keys, i).reshape(-1)).reshape(z.shape) for i in (0, 1))
         node = self._anc(j, x)
         for k in range(j + 1, self.num_levels + 1):
-            v = self._node(z, k)
+            v = self.node_of(z, k)
             count = jnp.asarray(np.asarray(h.level1_count[k]))[v]
             keep = (self._anc(k, x) == v) & (u_own * (d * count + own) < own)
             pick = jnp.minimum((u_any * count).astype(jnp.int32), count - 1) + jnp.asarray(h.level1_start[k])[v]
-            anyone = jnp.asarray(self._lift(1, j))[jnp.asarray(h.level1_order)[pick]]
+            anyone = jnp.asarray(self.ancestors(1, j))[jnp.asarray(h.level1_order)[pick]]
             node = jnp.where(level == k, jnp.where(keep, self._anc(j, x), anyone), node)
         return node

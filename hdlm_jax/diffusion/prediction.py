@@ -131,7 +131,7 @@ class LogitsPrediction:
           wanted: bool [...]; elsewhere only the word's level-1 node will be looked at.
           temperature: divides the log-probabilities; 0 (a Python number) takes the most likely word.
           top_p: nucleus, in (0, 1]: keep the fewest most likely words with at least this much mass.
-          sync_trip_count: see hdlm_jax.decoding.core.sample.
+          sync_trip_count: see hdlm_jax.decoding.loop.sample.
         """
         return draw_from(keys, self.logits, temperature, top_p)
 

@@ -28,7 +28,7 @@ class Trajectory:
         return jax.tree.map(lambda a, b: a.at[rows, at].set(b), film, state)
 
     def stats(self, film, calls):
-        """call, time, z and confidence, as `hdlm_jax.decoding.core.sample` gives them; calls int32 [B], had by rows."""
+        """call, time, z and confidence, as `hdlm_jax.decoding.loop.sample` gives them; calls int32 [B], had by rows."""
         if not self.frames:
             return {}
         last = -(-calls // self.every)

@@ -85,7 +85,6 @@ class Block(nn.Module):
     dtype: jnp.dtype
     base: float = _PERIOD
     attend: Any = None
-    inputs: Any = None
 
     @nn.compact
     def __call__(self, x, cond, mask, train: bool, layer=None, position=None):
@@ -97,10 +96,8 @@ class Block(nn.Module):
         if position is not None:
             x, *cache = x
         b, s, d = x.shape
-        plain = lambda n, name, bias: nn.DenseGeneral(  # noqa: E731
+        dense = lambda n, name, bias: nn.DenseGeneral(  # noqa: E731
             n, use_bias=bias, dtype=self.dtype, kernel_init=_uniform, name=name)
-        dense = plain if self.inputs is None else (
-            lambda n, name, bias: lambda h: plain(n, name, bias)(self.inputs(self, name, h)))
         drop = nn.Dropout(self.dropout, deterministic=not train)
         shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, d, name="modulation")(cond)
         h = Norm(name="norm1")(x) * (1 + scale1) + shift1
@@ -136,9 +133,8 @@ class Network(nn.Module):
       cond: width of the embedded time.
       causal: tokens see those before them and themselves alone (autoregressive).
       rope_base: of the rotary positions.
-      attend: stands in for `attention`: (block, q, k, v, mask) -> [B, Q, H, D/H].
-      inputs: (block, name of the dense layer, its input h) -> what it is given in place of h.
-        Either may keep what is a block's own in the collection "patch" ([blocks, ...] outside), and must be hashable.
+      attend: stands in for `attention`: (block, q, k, v, mask) -> [B, Q, H, D/H]; hashable. What is a block's own it
+        may keep in the collection "patch" ([blocks, ...] outside).
     """
 
     head: Any
@@ -154,7 +150,6 @@ class Network(nn.Module):
     causal: bool = False
     rope_base: float = _PERIOD
     attend: Any = None
-    inputs: Any = None
 
     def setup(self):
         limit = 1 / math.sqrt(self.width)
@@ -171,7 +166,7 @@ class Network(nn.Module):
         self.stack = nn.scan(block, variable_axes={"params": 0, "patch": 0},
                              split_rngs={"params": True, "dropout": True},
                              in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast), length=self.blocks)(
-            self.width, self.heads, self.dropout, jnp.dtype(self.dtype), self.rope_base, self.attend, self.inputs)
+            self.width, self.heads, self.dropout, jnp.dtype(self.dtype), self.rope_base, self.attend)
         self.norm = Norm()
         self.modulation = Modulation(2, self.width)
         self.head_params = self.param("head", self.head.init, self.width)

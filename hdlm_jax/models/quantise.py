@@ -12,15 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.models.network import Network
-
 BITS = (4, 8, 16)
 KINDS = ("plain", "rotated")
 LAYERS = ("qkv", "out", "up", "down")  # the products of a block; what quantise rounds unless asked for more
 _LAYERS = (*LAYERS, "embedding", "head")
-
-
-# -------------------------------------------------------------------------------------------------------- quantisation
 
 
 def check_quantisation(bits, kind, layers=()) -> None:
@@ -129,16 +124,10 @@ def unpack(packed):
     return jax.tree.map(lambda x: x.weight() if is_packed(x) else x, packed, is_leaf=is_packed)
 
 
-def num_bytes(params) -> int:
-    """Bytes of all arrays of parameters, packed or not."""
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(params))
-
-
 def quantise(params, bits: int = 8, kind: str = "plain", *, group: int = 0, layers: Iterable[str] = LAYERS):
     """Parameters whose matrices are rounded to nearest, as floats for the same network (arXiv 2508.14896).
 
-    One scale for each output channel, or for `group` inputs of one. Weights alone; `rounded_inputs` rounds what they
-    are multiplied with, so that both together are W8A8 and the like.
+    One scale for each output channel, or for `group` inputs of one. Weights alone: activations are not rounded.
 
     Args:
       bits: 4, 8 or 16.
@@ -151,103 +140,3 @@ def quantise(params, bits: int = 8, kind: str = "plain", *, group: int = 0, laye
       ValueError: unknown bits, kind or layer; a group that does not divide the inputs.
     """
     return unpack(pack(params, bits, kind, group=group, layers=layers))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rounded:
-    """Network.inputs of `rounded_inputs`."""
-
-    bits: int
-    kind: str
-
-    def __call__(self, module, name, h):
-        x = rotate(h) if self.kind == "rotated" else h.astype(jnp.float32)
-        codes, scale = _rounded(x, self.bits, -1)
-        return (rotate(codes * scale, back=True) if self.kind == "rotated" else codes * scale).astype(h.dtype)
-
-
-def rounded_inputs(network: Network, bits: int = 8, kind: str = "plain") -> Network:
-    """The network with the inputs of its blocks' products rounded, one scale a token (arXiv 2508.14896).
-
-    Args:
-      bits: 4, 8 or 16.
-      kind: plain, or rotated: round(x R) R^T, for weights of the same kind of `quantise`.
-
-    Raises:
-      ValueError: unknown bits or kind.
-    """
-    check_quantisation(bits, kind)
-    return network.clone(inputs=_Rounded(bits, kind))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ranges:
-    """Network.inputs of `input_ranges`: leaves the inputs alone and keeps their largest absolute values."""
-
-    def __call__(self, module, name, h):
-        module.put_variable("patch", name, jnp.max(jnp.abs(h.astype(jnp.float32)), axis=tuple(range(h.ndim - 1))))
-        return h
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _measure(network, process, params, key, words):
-    t = jax.random.uniform(jax.random.fold_in(key, 0), words.shape[:1])
-    z = process.corrupt(jax.random.fold_in(key, 1), words, -jnp.log1p(-t))
-    return network.apply({"params": params}, z, t, method="trunk", mutable=["patch"])[1]["patch"]["stack"]
-
-
-def input_ranges(network: Network, params, process, key, batches: Iterable[Any]) -> dict[str, jax.Array]:
-    """Largest absolute input of each channel of the blocks' products: name -> float32 [blocks, inputs].
-
-    The calibration of SmoothQuant (arXiv 2211.10438) as the network is used: each batch, words int32 [B, S], is noised
-    by the process to a t uniform in [0, 1), so words, clusters and masks come in their own proportions.
-
-    Raises:
-      ValueError: no batch.
-    """
-    found: Any = None
-    for i, words in enumerate(batches):
-        new = _measure(network.clone(inputs=_Ranges()), process, params, jax.random.fold_in(key, i), jnp.asarray(words))
-        found = new if found is None else jax.tree.map(jnp.maximum, found, new)
-    if found is None:
-        raise ValueError("batches is empty: calibration needs at least one batch of words")
-    return found
-
-
-def smooth(params, ranges, alpha: float = 0.5):
-    """The same network with outliers of its products' inputs moved into their weights (SmoothQuant, arXiv 2211.10438).
-
-    Channel j of an input is divided by s_j = max|x_j|^alpha / max|W_j|^(1 - alpha), row j of the weights multiplied:
-    in qkv and up by way of the norm and the shift before them, in out by way of v. Ahead of down lies the GELU, which
-    no scale passes through: for its outliers see kind="rotated" of `quantise`. Exact up to float32.
-
-    Args:
-      ranges: see `input_ranges`. alpha: share of the difficulty that moves, in [0, 1].
-
-    Raises:
-      ValueError: alpha out of range.
-    """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha}: must lie in [0, 1]")
-    stack = {name: dict(leaves) for name, leaves in params["stack"].items()}
-    width = stack["norm1"]["weight"].shape[-1]
-
-    def scale(name):  # [blocks, inputs]; multiplies the rows by it
-        kernel = stack[name]["kernel"]
-        largest = jnp.max(jnp.abs(kernel), axis=tuple(range(2, kernel.ndim)))
-        s = jnp.where((largest > 0) & (ranges[name] > 0), ranges[name] ** alpha / largest ** (1 - alpha), 1.0)
-        stack[name]["kernel"] = kernel * s.reshape(*s.shape, *(1,) * (kernel.ndim - 2))
-        return s
-
-    def divide(layer, leaf, s, columns):
-        whole = stack[layer][leaf]
-        s = s.reshape(len(s), *(1,) * (whole[columns].ndim - 2), -1)
-        stack[layer][leaf] = jnp.asarray(whole).at[columns].divide(s)
-
-    divide("qkv", "kernel", scale("out"), np.s_[:, :, 2])
-    for name, norm, part in (("qkv", "norm1", 0), ("up", "norm2", 3)):
-        s = scale(name)
-        divide(norm, "weight", s, np.s_[:])
-        for leaf in stack["modulation"]:
-            divide("modulation", leaf, s, np.s_[..., part * width : (part + 1) * width])
-    return params | {"stack": stack}

@@ -194,7 +194,7 @@ def _trajectories(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: Genera
                   tokens: np.ndarray) -> dict[str, np.ndarray]:
     """The first samples once more, step by step: so that recording costs the samples' own time nothing.
 
-    Returns call int32 [F+1], time float32 [n, F+1], z int32 and confidence float32 [n, F+1, S] (core.sample), up to
+    Returns call int32 [F+1], time float32 [n, F+1], z int32 and confidence float32 [n, F+1, S] (loop.sample), up to
     the first frame in which all is written.
     """
     found = draw(canvas, g, FRAMES)

@@ -377,10 +377,7 @@ def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: TokenizerC
     if trained and words.vocab_size < tokenizer.vocab_size:
         say(f"tokenizer: the corpus holds merges for V={words.vocab_size:,} only, "
             f"{tokenizer.vocab_size:,} were asked for (tokenizer.vocab_size)")
-    with shards.private_folder(job.folder / "tokenizer") as private:  # other workers may be at it too
-        words.save(private)
-        for made in private.iterdir():
-            os.replace(made, job.folder / made.name)
+    words.save(job.folder)  # other workers may be at it too: they write the same
     begun = {"version": VERSION, "settings": settings, "sources": sources,
              "tokenizer_fingerprint": words.fingerprint, "bpe_training_bytes": used}
     shards.write_file(path, jsons.dumps(begun, indent=2).encode() + b"\n")

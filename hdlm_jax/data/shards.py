@@ -17,7 +17,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -57,13 +56,13 @@ def core_count() -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files and folders of dead writers: gone from this host, or silent for an hour on another."""
+    """Removes temporary files of dead writers: gone from this host, or silent for an hour on another."""
     for path in folder.glob("*.tmp"):
         host, _, pid = path.name.removesuffix(".tmp").rpartition("-")
         with contextlib.suppress(OSError):  # another worker was faster
             here = host.endswith(f".{socket.gethostname()}")
             if here and not _runs(int(pid)) or time.time() - path.stat().st_mtime > _HOUR:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.unlink()
 
 
 def _runs(pid: int) -> bool:
@@ -91,18 +90,6 @@ def _writing(path: Path) -> Iterator[None]:
 def write_file(path: Path, raw: bytes) -> None:
     with _writing(path):
         jsons.write_atomic(path, raw)
-
-
-@contextlib.contextmanager
-def private_folder(path: Path) -> Iterator[Path]:
-    """A folder that only this process uses, removed in the end."""
-    folder = jsons.temporary(path)
-    with _writing(path):
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder)
 
 
 class Files:

@@ -465,12 +465,6 @@ def test_wrong_settings(tmp_path, name, raw, settings, message):
 
 
 def test_wrong_choices(tmp_path):
-    with pytest.raises(ValueError, match="data.txt_documents is 'page'; choices: file, blank_line, line"):
-        Reader(txt_documents="page")
-    with pytest.raises(ValueError, match="data.format is 'csv'; choices: auto, txt, jsonl, json, parquet, tar"):
-        Reader(format="csv")
-    with pytest.raises(ValueError, match="data.detokenize is 'c4'; choices: lm1b, ptb, wikitext"):
-        Reader(detokenize="c4")
     with pytest.raises(ValueError, match="embedded: data.prompt_field='q' needs"):
         Reader(prompt_field="q").read(EMBEDDED)  # at once, not with the first document
     with pytest.raises(ValueError, match="nothing.txt: no such file"):

@@ -119,12 +119,8 @@ def test_bpe_sizes_at_the_edges():
     few = tokenizers.make_tokenizer("bpe", 5000, ["hello hello"])
     assert 257 < few.vocab_size < 300 and few.decode(few.encode("hello there")) == "hello there"
     assert tokenizers.make_tokenizer("bpe", 5000, []).vocab_size == 257
-    with pytest.raises(ValueError, match="tokenizer.vocab_size is 256; must be at least 257"):
-        tokenizers.make_tokenizer("bpe", 256, ["hello"])
     with pytest.raises(ValueError, match="needs documents"):
         tokenizers.make_tokenizer("bpe", 300)
-    with pytest.raises(ValueError, match="tokenizer.kind is 'word'; choices: gpt2, bpe, bytes"):
-        tokenizers.make_tokenizer("word", 300)
 
     def failing():
         yield "abc"
@@ -423,8 +419,6 @@ def test_bert_files_that_are_no_vocabulary(tmp_path, raw, message):
 
 
 def test_bert_without_file_or_package(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="tokenizer.kind='bert' needs tokenizer.file"):
-        tokenizers.make_tokenizer("bert")
     with pytest.raises(ValueError, match="tokenizer.file .*nothing' cannot be read: No such file"):
         tokenizers.make_tokenizer("bert", file=str(tmp_path / "nothing"))
     (tmp_path / "vocab.txt").write_text("[UNK]\n[SEP]\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,7 @@ def check_clusters(clusters: Sequence[int], vocab_size: int) -> tuple[int, ...]:
 
 def build_hierarchy(vectors: np.ndarray, clusters: Sequence[int] = (64,), *, special: Sequence[int] = (),
                     seed: int = 0, min_ratio: float = 0.1, max_ratio: float = 5.0,
-                    shuffle: bool = False) -> tuple[Hierarchy, dict[str, Any]]:
+                    shuffle: bool = False) -> tuple[Hierarchy, dict[str, object]]:
     """Clusters words by spherical k-means (cosine), then clusters the clusters' centroids, and so on.
 
     A node of any level holds between `min_ratio` and `max_ratio` times the average number of nodes of the
@@ -63,30 +62,35 @@ def build_hierarchy(vectors: np.ndarray, clusters: Sequence[int] = (64,), *, spe
         raise ValueError(f"special words {special} are outside 0..{vocab_size - 1}")
     counts = check_clusters(clusters, vocab_size)
     own = special if counts and counts[0] - len(special) >= 2 else ()
-    report: dict[str, Any] = {"clusters": list(counts), "seed": seed, "shuffle": shuffle,
-                              "min_ratio": min_ratio, "max_ratio": max_ratio,
-                              "special": list(special), "special_own_cluster": bool(own),
-                              "unknown_words": int((~vectors.any(1)).sum()), "levels": []}
-    points, parents = unit_rows(vectors), []
+    points, parents, levels = unit_rows(vectors), [], []
     for level, n in enumerate(counts, start=1):
         apart = np.asarray(own if level == 1 else (), np.int64)
-        common = np.setdiff1d(np.arange(len(points)), apart)
-        parent = np.empty(len(points), np.int32)
-        parent[apart] = n - len(apart) + np.arange(len(apart))
-        low, high = _limits(len(points), n, len(apart), min_ratio, max_ratio)
-        parent[common], moves = _balanced_clusters(points[common], n - len(apart), low, high, seed)
-        sizes = np.bincount(parent, minlength=n)
-        centroids = unit_rows(sum_by(points, parent, n))
-        report["levels"].append({
-            "level": level, "nodes": n, "size_limits": [low, high],
-            "size_min": int(sizes[:n - len(apart)].min()), "size_max": int(sizes.max()),
-            "mean_cosine": float(np.mean(np.sum(points * centroids[parent], 1)[common])), **moves})
+        parent, points, facts = _level(points, n, apart, min_ratio, max_ratio, seed)
         parents.append(parent)
-        points = centroids
+        levels.append({"level": level} | facts)
     if shuffle and parents:  # after the upper levels: the control is the same tree with other words on it
         common = np.setdiff1d(np.arange(vocab_size), np.asarray(own, np.int64))
         parents[0][common] = np.random.default_rng([seed, 1]).permutation(parents[0][common])
+    report = {"clusters": list(counts), "seed": seed, "shuffle": shuffle, "min_ratio": min_ratio,
+              "max_ratio": max_ratio, "special": list(special), "special_own_cluster": bool(own),
+              "unknown_words": int((~vectors.any(1)).sum()), "levels": levels}
     return Hierarchy.from_parents(parents, vocab_size=vocab_size, special=own), report
+
+
+def _level(points: np.ndarray, n: int, apart: np.ndarray, min_ratio: float, max_ratio: float,
+           seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, object]]:
+    """Clusters int32 [P] of points [P, E], those `apart` in clusters of their own; centroids [n, E]; facts."""
+    common = np.setdiff1d(np.arange(len(points)), apart)
+    parent = np.empty(len(points), np.int32)
+    parent[apart] = n - len(apart) + np.arange(len(apart))
+    low, high = _limits(len(points), n, len(apart), min_ratio, max_ratio)
+    parent[common], moves = _balanced_clusters(points[common], n - len(apart), low, high, seed)
+    sizes = np.bincount(parent, minlength=n)
+    centroids = unit_rows(sum_by(points, parent, n))
+    cosine = float(np.mean(np.sum(points * centroids[parent], 1)[common]))
+    return parent, centroids, {"nodes": n, "size_limits": [low, high],
+                               "size_min": int(sizes[:n - len(apart)].min()), "size_max": int(sizes.max()),
+                               "mean_cosine": cosine, **moves}
 
 
 def _limits(members: int, nodes: int, apart: int, min_ratio: float, max_ratio: float) -> tuple[int, int]:

@@ -21,7 +21,6 @@ from io import BufferedReader
 from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from hdlm_jax.config import DETOKENIZERS, FORMATS, TXT_DOCUMENTS
 from hdlm_jax.data import detokenize
 from hdlm_jax.data.archives import content, decompressor, file_of, tar_members, unpacked
 from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
@@ -66,11 +65,6 @@ class Reader:
     txt_documents: str = "file"
     format: str = "auto"
     detokenize: str = ""
-
-    def __post_init__(self) -> None:
-        for name, choices in (("txt_documents", TXT_DOCUMENTS), ("format", FORMATS), ("detokenize", DETOKENIZERS)):
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"data.{name} is {value!r}; choices: {', '.join(filter(None, choices))}")
 
     def check(self, source: str) -> str:
         """The kind of a source: 'embedded', 'txt', 'jsonl', 'json', 'parquet' or 'tar'.
@@ -254,8 +248,6 @@ def _rows(file: BinaryIO, fields: list[str], place: _Place) -> Iterator[tuple[by
         raise Damaged(reason(error)) from None
 
 
-# -------------------------------------------------------------------------------------------------------- text
-
 _BOM = codecs.BOM_UTF8  # a byte order mark is no text
 # UTF-32's little-endian mark begins with UTF-16's
 _WIDE = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
@@ -327,8 +319,6 @@ def _paragraphs(file: BufferedReader, place: _Place) -> Iterator[Document | Bad]
 
 _TXT = {"file": _whole, "blank_line": _paragraphs, "line": _single}
 
-
-# -------------------------------------------------------------------------------------------------------- JSON
 
 _PARSER = json.JSONDecoder()
 _NO_BLANK = re.compile(r"[^ \t\n\r]|\Z")

@@ -9,11 +9,14 @@ import concurrent.futures
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hdlm_jax.diffusion.hierarchy import Hierarchy
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 _CHOICES = "'corpus', 'FILE.npy', 'FILE.safetensors:TENSOR' or 'checkpoint:WORKDIR'"
 _CHUNK = 2**21  # tokens counted at a time: bounds the memory of the pair lists
@@ -84,7 +87,7 @@ def corpus_embeddings(tokens: np.ndarray, vocab_size: int, *, eot: int | None = 
 
 
 def cooccurrence(tokens: np.ndarray, vocab_size: int, *, eot: int | None = None, window: int = 4,
-                 max_tokens: int = 50_000_000, chunk: int = _CHUNK) -> Any:
+                 max_tokens: int = 50_000_000, chunk: int = _CHUNK) -> scipy.sparse.csr_matrix:
     """Sparse float32 [V, V]: how often word j follows word i within `window`, weighted 1 / distance.
 
     `eot` takes no part and nothing is counted across it.
@@ -116,7 +119,7 @@ def cooccurrence(tokens: np.ndarray, vocab_size: int, *, eot: int | None = None,
     return total if total is not None else scipy.sparse.csr_matrix((vocab_size,) * 2, dtype=np.float32)
 
 
-def ppmi(follows: Any, smoothing: float = 0.75) -> Any:
+def ppmi(follows: scipy.sparse.csr_matrix, smoothing: float = 0.75) -> scipy.sparse.csr_matrix:
     """Positive pointwise mutual information, sparse float32 [V, 2V], of words with right and left contexts.
 
     max(0, log p(w, c) / (p(w) p'(c))), p'(c) ~ count(c)^smoothing, in nats. Columns 0..V-1: context c follows
@@ -133,7 +136,7 @@ def ppmi(follows: Any, smoothing: float = 0.75) -> Any:
     return scipy.sparse.csr_matrix((value[keep], (counts.row[keep], counts.col[keep])), counts.shape)
 
 
-def _truncated_svd(matrix: Any, rank: int, seed: int, oversample: int = 16,
+def _truncated_svd(matrix: scipy.sparse.csr_matrix, rank: int, seed: int, oversample: int = 16,
                    iterations: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Left singular vectors [V, <= rank] and values, falling, by randomised subspace iteration.
 
@@ -165,7 +168,7 @@ def _orthonormal(columns: np.ndarray) -> np.ndarray:
     return (wide @ (turn[:, keep] / np.sqrt(squares[keep]))).astype(np.float32)
 
 
-def _product(matrix: Any, dense: np.ndarray) -> np.ndarray:
+def _product(matrix: scipy.sparse.csr_matrix, dense: np.ndarray) -> np.ndarray:
     """matrix @ dense in two threads: scipy's sparse product runs on one core and lets others run."""
     half = int(np.searchsorted(matrix.indptr, matrix.nnz // 2))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -21,7 +21,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from hdlm_jax.data import tokenizers
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.prepare import Manifest, load_manifest
 from hdlm_jax.data.records import Bad, Document
+
+if TYPE_CHECKING:
+    import grain
 
 _OPEN_SHARDS = 256  # memory maps held at once; each costs a file descriptor
 _MANY_RECORDS = 10_000  # a share of fewer records says little
@@ -322,7 +325,7 @@ class TrainBatches(_Batches):
         """The data position before `step`, as `iterator` takes it and its `get_state` gives it."""
         return {"next_index": step}
 
-    def iterator(self, position: dict | None = None, *, threads: int = 2, prefetch: int = 8) -> Any:
+    def iterator(self, position: dict | None = None, *, threads: int = 2, prefetch: int = 8) -> grain.DatasetIterator:
         """An endless Grain iterator over `batch(0)`, `batch(1)`, ... read ahead by `threads`, from `position` on;
         its `get_state()` is the position after the batches handed out, and `set_state` of it goes on exactly there."""
         import grain
@@ -401,7 +404,7 @@ class StreamBatches(_Batches):
         self._is_training, self._shuffle_documents = is_training, shuffle_documents
         self._bad_share, self._say = bad_share, say
 
-    def iterator(self, position: dict | None = None, *, prefetch: int | None = None) -> Any:
+    def iterator(self, position: dict | None = None, *, prefetch: int | None = None) -> grain.DatasetIterator:
         """An endless Grain iterator from `position` (a `get_state()`) or the beginning. A thread reads `prefetch`
         batches ahead (by default enough to go on while the next window of documents is read).
 
@@ -422,7 +425,8 @@ class StreamBatches(_Batches):
         stream = np.random.Philox(key=key, counter=np.array([0, 0, window + 1, 0], np.uint64))
         return np.argsort(stream.random_raw(count), kind="stable")
 
-    def _windows(self, epoch: int, source: int, record: int, window: int) -> Iterator[tuple[Any, list]]:
+    def _windows(self, epoch: int, source: int, record: int, window: int
+                 ) -> Iterator[tuple[tuple[int, int, int, int], list[Document]]]:
         """Windows of documents without end: where each begins (all of `_PLACE` but the place in it), its documents."""
         seen, bad = 0, 0
         while True:

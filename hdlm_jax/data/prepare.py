@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hdlm_jax.common import jsons
-from hdlm_jax.config import expand
+from hdlm_jax.config import DataConfig, TokenizerConfig, expand
 from hdlm_jax.data import shards, tokenizers
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
@@ -133,7 +132,7 @@ def load_manifest(folder: str | os.PathLike) -> Manifest:
 # ---------------------------------------------------------------------------------------------------- prepare
 
 
-def prepare(out_dir: str | os.PathLike, data: Any, tokenizer: Any, *,
+def prepare(out_dir: str | os.PathLike, data: DataConfig, tokenizer: TokenizerConfig, *,
             say: Callable[[str], None] | None = None) -> Manifest | None:
     """Makes the folder of tokens, goes on making it, or reuses it when it was made with the same settings and files.
 
@@ -195,7 +194,7 @@ def prepare(out_dir: str | os.PathLike, data: Any, tokenizer: Any, *,
     return manifest
 
 
-def _job(folder: Path, data: Any, reader: Reader, train: list[str], valid: list[str]) -> shards.Job:
+def _job(folder: Path, data: DataConfig, reader: Reader, train: list[str], valid: list[str]) -> shards.Job:
     return shards.Job(
         folder=folder, id="", reader=reader, held=held_out(reader, valid), prompts=bool(data.prompt_field),
         units=tuple((source, "train") for source in train) + tuple((source, "valid") for source in valid),
@@ -251,7 +250,7 @@ def document_lengths(folder: Path, ranges: list) -> list[list[int]]:
     return [[int(size), int(counts[size])] for size in np.flatnonzero(counts)]
 
 
-def _settings(data: Any, tokenizer: Any, validation: int) -> dict:
+def _settings(data: DataConfig, tokenizer: TokenizerConfig, validation: int) -> dict:
     """What decides the tokens beside the contents of files, so no paths; what cannot matter is None, so that it cannot
     differ. validation: number of validation files, the last of the sources."""
     trained = tokenizer.kind == "bpe" and not tokenizer.file
@@ -281,7 +280,7 @@ def _settings(data: Any, tokenizer: Any, validation: int) -> dict:
 _VALIDATION = "files of data.validation"  # in settings: how many
 
 
-def what_to_read(data: Any, say: Callable[[str], None] = lambda line: None
+def what_to_read(data: DataConfig, say: Callable[[str], None] = lambda line: None
                  ) -> tuple[Reader, list[str], list[str]]:
     """How documents are read, the training sources and the validation files; say: gets what folders hold."""
     reader = Reader(text_field=data.text_field, prompt_field=data.prompt_field, detokenize=data.detokenize,
@@ -315,7 +314,7 @@ class _Seen:
                 shards.write_file(self._path, jsons.dumps(self._marks).encode() + b"\n")
 
 
-def _facts(sources: list[str], tokenizer: Any, seen: _Seen) -> list[list]:
+def _facts(sources: list[str], tokenizer: TokenizerConfig, seen: _Seen) -> list[list]:
     """`source_facts` each source (many of them may be a network away), then of tokenizer.file if there is one."""
     with futures.ThreadPoolExecutor(16) as pool:
         facts = list(pool.map(lambda source: source_facts(source, lambda path: seen.facts(Path(path))), sources))
@@ -335,7 +334,7 @@ def _hash(facts: dict) -> str:
 # --------------------------------------------------------------------------------------- beginning and finishing
 
 
-def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: Any, last: int,
+def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: TokenizerConfig, last: int,
            say: Callable[[str], None]) -> tuple[tokenizers.Tokenizer, dict]:
     """The tokenizer, made or loaded, and the facts in begun.json, which all workers must agree on."""
     path = job.folder / BEGUN
@@ -378,10 +377,7 @@ def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: Any, last:
     if trained and words.vocab_size < tokenizer.vocab_size:
         say(f"tokenizer: the corpus holds merges for V={words.vocab_size:,} only, "
             f"{tokenizer.vocab_size:,} were asked for (tokenizer.vocab_size)")
-    with shards.private_folder(job.folder / "tokenizer") as private:  # other workers may be at it too
-        words.save(private)
-        for made in private.iterdir():
-            os.replace(made, job.folder / made.name)
+    words.save(job.folder)  # other workers may be at it too: they write the same
     begun = {"version": VERSION, "settings": settings, "sources": sources,
              "tokenizer_fingerprint": words.fingerprint, "bpe_training_bytes": used}
     shards.write_file(path, jsons.dumps(begun, indent=2).encode() + b"\n")
@@ -420,7 +416,7 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, records: list[shards.Re
             splits[shard.stem.split("-")[0]].append(shard)
     if last:
         splits["train"], splits["valid"] = _cut(job.folder, splits["train"], last)
-    total = sum(shard.end_document - shard.first_document for ranges in splits.values() for shard in ranges)
+    total = sum(shard.documents for ranges in splits.values() for shard in ranges)
     for split, ranges in splits.items():
         if not ranges:
             for unit in range(len(records)):  # of no use with these settings: others may be tried at once
@@ -428,16 +424,11 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, records: list[shards.Re
             raise ValueError(f"no document of {total} falls in the {split} split: give more documents "
                              "(data.txt_documents='blank_line' cuts a .txt), data.validation files, or "
                              "another data.validation_fraction or data.validation_documents")
-    counts: dict[str, Any] = {}
-    for split, ranges in splits.items():
-        counts[f"{split}_documents"] = sum(shard.end_document - shard.first_document for shard in ranges)
-        counts[f"{split}_tokens"] = sum(shard.end_token - shard.first_token for shard in ranges)
-        for name in ("bytes", "scored_tokens", "scored_bytes"):
-            counts[f"{split}_{name}"] = sum(getattr(shard, name) for shard in ranges)
     manifest = Manifest(
         version=VERSION, settings=begun["settings"], sources=begun["sources"], tokenizer_kind=words.kind,
         tokenizer_fingerprint=words.fingerprint, vocab_size=words.vocab_size, eot=words.eot, dtype=job.dtype,
-        prompts=job.prompts, **counts, unigram_nats=math.nan,
+        prompts=job.prompts, **_counts("train", splits["train"]), **_counts("valid", splits["valid"]),
+        unigram_nats=math.nan,
         corpus_fingerprint=f"{sum(int(record.digests, 16) for record in records) % 2**256:064x}",
         bpe_training_bytes=begun["bpe_training_bytes"], left_out=sum(record.left_out for record in records), bad=bad,
         unreadable=embedded_corpus()[1] if job.units[0][0] == EMBEDDED else 0,
@@ -453,6 +444,13 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, records: list[shards.Re
                                    lengths=document_lengths(job.folder, manifest.splits["train"]))
     _write(job.folder, manifest)
     return manifest
+
+
+def _counts(split: str, ranges: list[shards.Range]) -> dict:
+    """The counts of a manifest that are of one split."""
+    sums = {name: sum(getattr(shard, name) for shard in ranges)
+            for name in ("bytes", "scored_tokens", "scored_bytes", "tokens", "documents")}
+    return {f"{split}_{name}": count for name, count in sums.items()}
 
 
 def _read_index(path: Path, first_document: int = 0, end_document: int = -1) -> np.ndarray:
@@ -509,7 +507,8 @@ def _of_version_2(manifest: Manifest) -> tuple[dict, list]:
     return was | {_VALIDATION: count, "tokenizer.file": bool(file)}, [[*fact, ""] for fact in manifest.sources]
 
 
-def _at_hand(data: Any, tokenizer: Any, manifest: Manifest, seen: _Seen) -> tuple[list | None, int, str]:
+def _at_hand(data: DataConfig, tokenizer: TokenizerConfig, manifest: Manifest, seen: _Seen
+             ) -> tuple[list | None, int, str]:
     """Facts of the sources (None where they are not on this machine), how many are validation files, why None."""
     if data.source == "embedded" and not data.stream and manifest.python != platform.python_version():
         return None, len(data.validation), f" (its source is the documentation inside Python {manifest.python})"
@@ -520,7 +519,7 @@ def _at_hand(data: Any, tokenizer: Any, manifest: Manifest, seen: _Seen) -> tupl
         return None, len(data.validation), " (its source files are not on this machine)"
 
 
-def _reuse(folder: Path, data: Any, tokenizer: Any, say: Callable[[str], None]) -> Manifest | None:
+def _reuse(folder: Path, data: DataConfig, tokenizer: TokenizerConfig, say: Callable[[str], None]) -> Manifest | None:
     """The manifest of a folder that is whole; None, and no manifest, where parts are missing and can be made again."""
     manifest, seen = load_manifest(folder), _Seen(folder)
     sources, validation, absent = _at_hand(data, tokenizer, manifest, seen)
@@ -553,7 +552,7 @@ def _write(folder: Path, manifest: Manifest) -> None:
     shards.write_file(folder / MANIFEST, jsons.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
 
 
-def _check_sha256(tokenizer: Any, sources: list | None) -> None:
+def _check_sha256(tokenizer: TokenizerConfig, sources: list | None) -> None:
     if tokenizer.file and tokenizer.sha256 and sources and sources[-1][2] != tokenizer.sha256.lower():
         raise ValueError(f"{tokenizer.file}: sha256 is {sources[-1][2]}, must be {tokenizer.sha256}")
 

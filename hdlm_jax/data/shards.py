@@ -17,7 +17,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -25,8 +24,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -55,13 +56,13 @@ def core_count() -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files and folders of dead writers: gone from this host, or silent for an hour on another."""
+    """Removes temporary files of dead writers: gone from this host, or silent for an hour on another."""
     for path in folder.glob("*.tmp"):
         host, _, pid = path.name.removesuffix(".tmp").rpartition("-")
         with contextlib.suppress(OSError):  # another worker was faster
             here = host.endswith(f".{socket.gethostname()}")
             if here and not _runs(int(pid)) or time.time() - path.stat().st_mtime > _HOUR:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.unlink()
 
 
 def _runs(pid: int) -> bool:
@@ -72,7 +73,8 @@ def _runs(pid: int) -> bool:
         return False
     except PermissionError:  # somebody else's
         return True
-    return pid != os.getpid()
+    state = Path(f"/proc/{pid}/stat")  # in a container without an init the dead stay as zombies
+    return pid != os.getpid() and not (state.exists() and state.read_text().rpartition(") ")[2].startswith("Z"))
 
 
 @contextlib.contextmanager
@@ -90,23 +92,11 @@ def write_file(path: Path, raw: bytes) -> None:
         jsons.write_atomic(path, raw)
 
 
-@contextlib.contextmanager
-def private_folder(path: Path) -> Iterator[Path]:
-    """A folder that only this process uses, removed in the end."""
-    folder = jsons.temporary(path)
-    with _writing(path):
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder)
-
-
 class Files:
     """Files under temporary names, until `close` gives all of them their names; else nothing is left of them."""
 
     def __init__(self) -> None:
-        self._open: dict[Path, tuple[Path, BinaryIO, Any]] = {}
+        self._open: dict[Path, tuple[Path, BinaryIO, hashlib._Hash]] = {}
 
     def __enter__(self) -> Files:
         return self
@@ -198,6 +188,14 @@ class Range(NamedTuple):
     bytes: int
     scored_tokens: int
     scored_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        return self.end_token - self.first_token
+
+    @property
+    def documents(self) -> int:
+        return self.end_document - self.first_document
 
 
 @dataclasses.dataclass
@@ -416,10 +414,11 @@ def _deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_WORKER: dict[str, Any] = {}  # in a worker process: what all its units share
+_SHARED: list[tuple[Job, Synchronized[int], Event]] = []  # in a worker process: what all its units share
+_words = functools.lru_cache(maxsize=1)(tokenizers.load_tokenizer)
 
 
-def _become_worker(job: Job, counter: Any, stop: Any) -> None:
+def _become_worker(job: Job, counter: Synchronized[int], stop: Event) -> None:
     def follow() -> None:
         parent = multiprocessing.parent_process()
         if parent is not None:
@@ -428,13 +427,11 @@ def _become_worker(job: Job, counter: Any, stop: Any) -> None:
 
     threading.Thread(target=follow, daemon=True).start()  # nobody else ends us if the parent is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what to do
-    _WORKER.update(job=job, counter=counter, stop=stop)
+    _SHARED.append((job, counter, stop))
 
 
 def _make_one(unit: int, threads: int) -> None:
-    job, counter, stop = _WORKER["job"], _WORKER["counter"], _WORKER["stop"]
-    if "words" not in _WORKER:
-        _WORKER["words"] = tokenizers.load_tokenizer(job.folder)
+    job, counter, stop = _SHARED[0]
 
     def tick(size: int) -> None:
         with counter.get_lock():
@@ -442,4 +439,4 @@ def _make_one(unit: int, threads: int) -> None:
         if stop.is_set():
             raise InterruptedError("another process failed")
 
-    _make(job, _WORKER["words"], unit, threads, tick)
+    _make(job, _words(job.folder), unit, threads, tick)

@@ -56,9 +56,6 @@ def suffixes(name: str) -> tuple[str, str]:
     return KINDS.get(os.path.splitext(stem)[1] if packed else suffix, ""), packed
 
 
-# ------------------------------------------------------------------------------------------------- which files
-
-
 def resolve(files: str | Sequence[str], name: str = "data.files", format: str = "auto",
             say: Callable[[str], None] = lambda line: None) -> list[str]:
     """Sources of `files`: patterns in the order given, the matches of each sorted, each file once.
@@ -134,9 +131,6 @@ def _known(files: list[str], folder: str, name: str, format: str, say: Callable[
     return known
 
 
-# -------------------------------------------------------------------------------------------------- same files
-
-
 def source_facts(source: str, sha256: Callable[[str], tuple[int, str]]) -> list:
     """[name, size in bytes, mark] of a source: what it is by, wherever it lies.
 
@@ -164,9 +158,6 @@ def identity(facts: list) -> tuple:
     there is no mark, name and size."""
     name, size, mark = facts
     return (suffixes(name)[0], size, mark) if mark else (name, size)
-
-
-# ----------------------------------------------------------------------------------------------------- opening
 
 
 def open_source(source: str) -> io.BufferedReader:

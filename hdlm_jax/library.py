@@ -186,7 +186,7 @@ def sample(process: Any, denoise: Denoise, key: jax.Array, shape: tuple[int, int
 
     Returns:
       (tokens, info): info["calls"] int32 [B], turns of the loop; info["row_forwards"] int32 [B], network passes a row;
-      and what else hdlm_jax.decoding.core.sample tells.
+      and what else hdlm_jax.decoding.loop.sample tells.
 
     Raises:
       ValueError: a method this process or face does not have, one without its steps, a canvas that cannot be filled.

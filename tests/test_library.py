@@ -242,7 +242,8 @@ def test_sedd_samples_from_ratios_that_do_not_sum_to_one():
 
 
 def test_gidd_samples_the_data():
-    """The network knows, at the t it is told, the law of a token given what the other one shows."""
+    """The network knows, at the t it is told, the law of a token given what the other one shows. The grid is fine, as
+    both tokens may change in one step without knowing of each other (with 64 steps the distance was .038)."""
     joint, b, rows = jnp.asarray(oracle.random_joint(V, S, seed=11), jnp.float32), 2 * 0.3 / 0.7, 6_000
 
     def denoise(z, t):
@@ -252,9 +253,9 @@ def test_gidd_samples_the_data():
         p = [jnp.einsum("ij,bj->bi", joint, shows(z[:, 1:])), jnp.einsum("ij,bi->bj", joint, shows(z[:, :1]))]
         return jnp.log(jnp.stack(p, axis=1) + 1e-30)
 
-    tokens, info = hd.sample(hd.gidd(V, 0.3), denoise, jax.random.key(0), (rows, S), hd.ancestral(steps=64))
+    tokens, info = hd.sample(hd.gidd(V, 0.3), denoise, jax.random.key(0), (rows, S), hd.ancestral(steps=1000))
     assert_law(tokens, np.asarray(joint, np.float64) / float(joint.sum()), rows)
-    assert (info["calls"] == 64).all()
+    assert (info["calls"] == 1000).all()
 
 
 def test_an_autoregressive_network_samples_token_by_token():

@@ -58,7 +58,7 @@ class Model:
         Args:
           steps: of the methods that have some; classifier: function of one-hot symbols float32 [b, S, N] ->
             log p(y) [b], for method="classifier".
-          settings: any other of config.Generate (method, options, helper, temperature, top_p, seed, ...).
+          settings: any other of config.GenerateConfig (method, options, helper, temperature, top_p, seed, ...).
 
         Raises:
           ConfigError: what the command line would not take either, in its words.
@@ -111,7 +111,7 @@ class Model:
         return [scaffold.read(row) for row in self._draw(canvas, g)["tokens"]]
 
     def _settings(self, settings: dict[str, Any], **own: Any) -> GenerateConfig:
-        """config.Generate with these settings, checked as those of the command line; own: what the caller decides."""
+        """GenerateConfig with these settings, checked as those of the command line; own: what the caller decides."""
         if twice := sorted(own.keys() & settings.keys()):
             raise ConfigError(f"generate.{twice[0]}: is not a setting here; the text says it")
         values = {k: v.item() if isinstance(v, np.generic) else v for k, v in (own | settings).items()}

@@ -24,7 +24,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, by name or 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run lies; default runs/<config name>.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}; train first makes what is missing.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a profiler trace of a few training steps.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run (see parallel.join).")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run (see processes.join).")
 
 
 def _flag(argv: list[str], name: str) -> tuple[int, str]:

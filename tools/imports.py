@@ -115,6 +115,7 @@ def draw(path: str, texts: Mapping[str, str], title: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from PIL import Image
 
     edges = graph(texts)
     counts, inside = between(edges), {name: group for group in map(tuple, circles(edges)) for name in group}
@@ -145,6 +146,8 @@ def draw(path: str, texts: Mapping[str, str], title: str) -> None:
     ax.axis("off")
     fig.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")
     plt.close(fig)
+    with Image.open(path) as image:  # a few colours: a fifth of the size
+        image.convert("RGB").quantize(48).save(path, optimize=True)
 
 
 def _laid_out(order: Sequence[str], names: Collection[str],

@@ -151,7 +151,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments; the settings are those of config.Generate and have its rules."""
+    """Arguments; the settings are those of config.GenerateConfig and have its rules."""
     base = GenerateConfig()
     ask = cli.Parser("sampling_sweep", __doc__)
     ask.add_argument("workdir", nargs="+", type=expand)

@@ -111,9 +111,6 @@ class HierarchyConfig:
               "choose corpus, a FILE.npy, a FILE.safetensors:TENSOR or checkpoint:WORKDIR")
 
 
-# ---------------------------------------------------------------- clusters
-
-
 def default_clusters(vocab_size: int) -> tuple[int, ...]:
     """(n,), n the power of two nearest to sqrt(V) in logarithm: 64 for V = 4,096, 256 for GPT-2's 50,257."""
     return (2 ** round(math.log2(math.sqrt(vocab_size))),)

@@ -144,7 +144,7 @@ def prepare(out_dir: str | os.PathLike, data: DataConfig, tokenizer: TokenizerCo
     at any moment, the next call goes on after the shards that were closed, to the same bytes.
 
     Args:
-      out_dir: the folder. data, tokenizer: the settings, `config.Data` and `config.Tokenizer`.
+      out_dir: the folder. data, tokenizer: the settings, `config.DataConfig` and `config.TokenizerConfig`.
         data.prepare_shard='i/n': only the units u with u % n == i are made by this call.
       say: gets a line on what is made, reused or missing (default: absl's log).
     Returns: the manifest; None where other workers' units are missing still (said).

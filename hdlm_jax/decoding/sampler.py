@@ -29,7 +29,7 @@ from hdlm_jax.training.loading import load_here
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What of config.Generate a compiled step depends on."""
+    """What of config.GenerateConfig a compiled step depends on."""
 
     method: presets.Method  # but for its numbers
     temperature: float | None  # 0 and 1 are programs of their own; None: an input

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.models.network import At, Network, attention
 
-# ---------------------------------------------------------------------------------------------------- sparse attention
-
 
 def kept_blocks(weights, prompt, active, *, select: float, size: int):
     """Blocks of keys that each block of queries goes on seeing (SparseD, arXiv 2509.24014): bool [b, H, n, n].

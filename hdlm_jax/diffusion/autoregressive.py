@@ -77,7 +77,7 @@ def sample(key, decode, process: AutoregressiveProcess, z, cache, *, temperature
       decode: function (cache, symbols [B, 1], position) -> (cache, prediction of the word at that position), which has
         seen the positions before (keys and values of theirs are in the cache).
       length: positions to fill, traced or not; behind them z stays.
-      frames: states to record, see sampler.Film; their time is the share of positions to come.
+      frames: states to record, see trajectory.Trajectory; their time is the share of positions to come.
 
     Returns:
       (words, stats) as hdlm_jax.decoding.loop.sample; the confidence is p of the word.

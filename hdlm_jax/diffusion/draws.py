@@ -15,7 +15,7 @@ def is_off(value) -> bool:
 
 
 def draw_from(keys, logits, temperature: Any = 1.0, top_p: Any = 1.0):
-    """Words int32 [...] from logits [..., V] after temperature and nucleus (see Dense.draw); keys [...]."""
+    """Words int32 [...] from logits [..., V] after temperature and nucleus (see LogitsPrediction.draw); keys [...]."""
     if isinstance(temperature, int | float) and temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return categorical(keys, _shaped(logits, temperature, top_p))

@@ -221,7 +221,7 @@ def sample(key, denoise, process: GiddProcess, z, *, steps, temperature: Any = 1
       corrections: calls after the last step, traced or not, that each revise one word of a row (after the
         paper's self-correction): of the words drawn anew from p at `correction_temperature`, the likeliest that is not
         there yet. Words of a row that all come up again stay, and the row costs nothing more.
-      frames: states to record, see sampler.Film.
+      frames: states to record, see trajectory.Trajectory.
 
     Returns:
       (words, stats) as hdlm_jax.decoding.loop.sample; the confidence is p of the word when it was drawn.

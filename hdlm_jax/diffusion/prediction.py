@@ -14,8 +14,8 @@ A *prediction* stands for one distribution f over tokens per position. Processes
 Masses are logarithms everywhere, and what is asked relative to a node is computed relative to that node's largest
 logit: a cluster that f gives e^-300 has tokens all the same, and a position that shows it must be priced and drawn.
 
-`Dense` answers from plain logits [..., V]; wherever a prediction is expected, logits do as well. The heads of
-hdlm_jax.models.heads have one that never makes the logits of all tokens.
+`LogitsPrediction` answers from plain logits [..., V]; wherever a prediction is expected, logits do as well. The heads
+of hdlm_jax.models.heads have one that never makes the logits of all tokens.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Process:
         return self.hierarchy.num_levels
 
     def as_prediction(self, prediction):
-        """A prediction as it is; logits [..., V] as a Dense one."""
+        """A prediction as it is; logits [..., V] as a LogitsPrediction."""
         return prediction if hasattr(prediction, "select") else LogitsPrediction(prediction, self.hierarchy)
 
     def level_of(self, z):

@@ -32,8 +32,8 @@ _GENERATE = ("method", "options", "steps", "clusters", "helper")
 class HDLM(LM):
     """Log-likelihoods are minus the exact (conditional) NELBO in nats; see requests.py.
 
-    model_args: workdir, and any of the settings of config.Evaluate (checkpoint, ema, draws, target_se, most_draws,
-      seed) and config.Generate (method, options, steps, clusters, helper); greedy=False leaves is_greedy False without
+    model_args: workdir, and any of the settings of EvaluateConfig (checkpoint, ema, draws, target_se, most_draws,
+      seed) and GenerateConfig (method, options, steps, clusters, helper); greedy=False leaves is_greedy False without
       looking.
     Raises: ConfigError for others, or for a workdir without a run.
     """

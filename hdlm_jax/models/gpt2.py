@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hdlm_jax.common.jsons import sha256_of
+
 DTYPES = ("float32", "bfloat16")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # what would change the function and is not made here: name in config.json -> the values that are
@@ -209,10 +211,7 @@ def weight_files(folder: str) -> list[str]:
 
 def sha256(folder: str) -> str:
     """Hash (hex) of the weights: of the file, or of the concatenated hashes of the shards in the order of names."""
-    hashes = []
-    for path in weight_files(folder):
-        with open(path, "rb") as f:
-            hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
+    hashes = [sha256_of(path) for path in weight_files(folder)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

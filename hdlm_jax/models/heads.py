@@ -216,7 +216,7 @@ class Factorised:
         return Factorised(self.head, self.params, self.h.reshape(-1, self.h.shape[-1])[index])
 
     def tilted(self, bias):
-        """See Dense.tilted; a bias that is one number for all words of a level-1 node moves the clusters alone."""
+        """As LogitsPrediction.tilted; a bias that is one number for all words of a cluster moves the clusters alone."""
         out = copy.copy(self)
         out.clusters = self.clusters.tilted(bias)
         return out
@@ -246,7 +246,7 @@ class Factorised:
         return self.log_probs() if level == 0 else self.clusters.log_masses(level)
 
     def draw(self, keys, wanted, temperature: Any = 1.0, top_p: Any = 1.0, sync_trip_count=WHOLE.sync_trip_count):
-        """See Dense.draw: the node first, then a word of its block where one is wanted, else any of its words."""
+        """As LogitsPrediction.draw: the node first, then a word of its block where one is wanted, else any of them."""
         if not (is_off(temperature) and is_off(top_p)):  # these act on words: put the words together
             return draw_from(keys, self.log_probs(), temperature, top_p)
         node = self.clusters.draw(fold(keys, 0), wanted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -147,8 +146,3 @@ def read_clusters(path: str, words: int, first: int, missing: str = "refuse", sp
     known |= dict.fromkeys(lacking, int(numbers.max()) + 1)
     parents = np.array([known[word] - base for word in range(words)], np.int32)
     return Hierarchy.from_parents([parents], vocab_size=words, keep_single=True, special=special)
-
-
-def sha256(path: str) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hdlm_jax.common import jsons
 from hdlm_jax.data.prepare import load_manifest, token_counts
 from hdlm_jax.data.tokenizers import load_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy
@@ -22,10 +23,7 @@ _VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 
 def read_json(path: str) -> Any:
     """What a JSON file holds; None where there is none."""
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+    return jsons.read_json(path) if os.path.exists(path) else None
 
 
 def show_word(raw: bytes, pieces: bool = False) -> str:

@@ -17,7 +17,7 @@ from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.evaluation.elbo import evaluator_of, summarise
 from hdlm_jax.training.loading import check_writable, load_run
 
-SETTINGS = ("draws", "rows", "cv2", "checkpoint", "ema", "seed")  # of config.Evaluate that say what is measured here
+SETTINGS = ("draws", "rows", "cv2", "checkpoint", "ema", "seed")  # of EvaluateConfig: what is measured here
 
 
 def evaluate(config: Config, workdir: str) -> dict[str, Any]:

@@ -107,12 +107,7 @@ def sampling_facts(run: Any, g: GenerateConfig, result: dict[str, Any]) -> dict[
 def _reuse(summary: str, lines: str, made_from: dict) -> dict | None:
     """The summary, if it was made from the same things and the samples beside it are the ones it speaks of."""
     found = reuse(summary, made_from)
-    return found if found and os.path.exists(lines) and found.get("samples_sha256") == _sha256(lines) else None
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return found if found and os.path.exists(lines) and found.get("samples_sha256") == jsons.sha256_of(lines) else None
 
 
 def real_texts(run: Any, count: int, length: int) -> list[np.ndarray] | str:

@@ -23,7 +23,7 @@ from hdlm_jax.config import Config, ConfigError, ModelConfig, ReleasedConfig
 from hdlm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.interop import EMBEDDING, Sizes, from_torch, heads_of, sizes, state_ids, to_torch
-from hdlm_jax.models.weight_files import find, read_clusters, read_weights, sha256
+from hdlm_jax.models.weight_files import find, read_clusters, read_weights
 from hdlm_jax.training.checkpoint import save_params
 from hdlm_jax.training.loading import check_writable
 
@@ -54,7 +54,7 @@ def _import(config: Config, workdir: str) -> None:
     r, m, t = config.released, config.model, config.tokenizer
     weights, dictionary = find(r.weights), find(r.clusters) if r.clusters else ""
     settings = jsons.plain(config.as_dict())
-    made_from = {"weights": sha256(weights), "clusters": sha256(dictionary) if dictionary else "",
+    made_from = {"weights": jsons.sha256_of(weights), "clusters": jsons.sha256_of(dictionary) if dictionary else "",
                  "settings": {name: settings[name] for name in ("tokenizer", "hierarchy", "diffusion", "model")},
                  "released": settings["released"] | {"weights": "", "clusters": ""}}
     marker = os.path.join(workdir, "config.json")

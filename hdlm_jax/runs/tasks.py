@@ -23,7 +23,6 @@ per character of the choice (its leading blank not counted).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -173,10 +172,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
 
 
 def _saved(path: str) -> dict[str, Any]:
-    if not os.path.exists(path):
-        return {}
-    with open(path) as f:
-        return json.load(f)
+    return jsons.read_json(path) if os.path.exists(path) else {}
 
 
 def _with_se(found: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import math
 import os
 import shutil
@@ -149,8 +148,7 @@ class Exported:
 
     def __init__(self, folder: str):
         self.folder = os.path.abspath(folder)
-        with open(os.path.join(self.folder, "config.json")) as f:
-            self.facts = json.load(f)
+        self.facts = jsons.read_json(os.path.join(self.folder, "config.json"))
 
     def choose(self, which: str) -> int:
         return self.facts["step"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 from hdlm_jax.common import parallel, processes
+from hdlm_jax.common.jsons import read_json
 from hdlm_jax.config import Config, ConfigError, ParallelConfig, expand, inherit, resolve
 from hdlm_jax.data import pipeline
 from hdlm_jax.data.prepare import load_manifest
@@ -114,8 +114,7 @@ def saved_config(workdir: str) -> Config:
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         raise ConfigError(f"workdir={workdir!r}: no {path}; train first (--mode=train)")
-    with open(path) as f:
-        saved = json.load(f)
+    saved = read_json(path)
     return resolve(upgraded(saved.get("config", saved), workdir))  # an export says more about itself
 
 

@@ -52,6 +52,8 @@ def with_recipe(argv: list[str]) -> list[str]:
         raise ConfigError("--config is missing; give a recipe, as in --config=hdlm_tiny, or the --workdir of a run")
     from hdlm_jax.training import loading
 
+    if not os.path.exists(os.path.join(workdir, "config.json")):
+        raise ConfigError(f"workdir={workdir!r}: no run there yet; give a recipe, as in --config=hdlm_tiny")
     loading.saved_config(workdir)  # its errors are ours; inside a config file they would be absl's
     return [argv[0], f"--config={os.path.join(os.path.dirname(loading.__file__), 'of_run.py')}:{workdir}", *argv[1:]]
 

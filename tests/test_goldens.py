@@ -1,7 +1,7 @@
 """What the package computed before its files moved (commit 4da3eb3, tests/goldens.json) is what it computes now.
 
 Losses of 20 steps and bounds within float32's rounding anywhere; every sample and every preset bit for bit where the
-file was made: there, `pytest --slow tests/test_goldens.py`.
+file was made: there, `./launch/test.sh --slow tests/test_goldens.py`.
 """
 import json
 import subprocess

@@ -2,7 +2,7 @@
 
 The network is a function `denoise(z, t) -> logits`: z int32 [B, S], the symbols on show; t float32 [B], the masking
 level in [0, 1] (noise time tau = -log(1 - t) stays inside); logits [B, S, V], any float dtype, of the V tokens alone.
-Symbols are ids below `process.hierarchy.num_states`: tokens 0..V-1, then the clusters of each level, the mask last.
+Symbols are ids below `process.num_states`: tokens 0..V-1, then the clusters of each level, the mask last.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ def corrupt(process: Process, x: Any, t: Any, key: jax.Array) -> jax.Array:
     if seen is not None and not np.all((seen >= 0) & (seen <= 1)):
         raise ValueError(f"t={t}: must lie in [0, 1], a masking level; noise time is tau = -log(1 - t)")
     t = jnp.asarray(t, jnp.float32)
-    return process.corrupt(_key(key), x, jnp.broadcast_to(-jnp.log1p(-t), x.shape[:1]))  # type: ignore[attr-defined]
+    return process.corrupt(_key(key), x, tau=jnp.broadcast_to(-jnp.log1p(-t), x.shape[:1]))
 
 
-def loss(process: Any, denoise: Denoise, x: Any, key: jax.Array, *, score: Any = None, weighting: str = "none",
+def loss(process: Process, denoise: Denoise, x: Any, key: jax.Array, *, score: Any = None, weighting: str = "none",
          weight_min: float = 0.0, weight_max: float = float("inf"), hard_training: bool = False) -> jax.Array:
     """Training loss of tokens x int [B, S]: mean over the scored tokens, float32 scalar; has gradients, may be jitted.
 
@@ -128,7 +128,7 @@ def loss(process: Any, denoise: Denoise, x: Any, key: jax.Array, *, score: Any =
     return jnp.sum(jnp.where(level > 0, weight * cost, 0.0)) / jnp.maximum(jnp.sum(score), 1)
 
 
-def nelbo(process: Any, denoise: Denoise, x: Any, key: jax.Array, draws: int = 16, *, score: Any = None,
+def nelbo(process: Process, denoise: Denoise, x: Any, key: jax.Array, draws: int = 16, *, score: Any = None,
           cv2: float = EvaluateConfig.cv2) -> tuple[np.ndarray, np.ndarray]:
     """The NELBO of each row of tokens x int [B, S], an upper bound on its -log p: unbiased estimates of the exact
     integral over noise time (docs/theory.md section 3, "Variance").
@@ -170,7 +170,7 @@ def ancestral(*, steps: int) -> Method:
     return presets.ancestral(steps=steps)
 
 
-def sample(process: Any, denoise: Denoise, key: jax.Array, shape: tuple[int, int] | None = None,
+def sample(process: Process, denoise: Denoise, key: jax.Array, shape: tuple[int, int] | None = None,
            method: Method | None = None, *, canvas: Any = None, temperature: float = 1.0, top_p: float = 1.0,
            eos: int | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Draws sequences: tokens int32 [B, S], the whole loop compiled for this call.
@@ -178,7 +178,7 @@ def sample(process: Any, denoise: Denoise, key: jax.Array, shape: tuple[int, int
     Args:
       denoise: is asked about any number of rows, whose results must not depend on each other.
       shape: (B, S), sequences and their tokens; or canvas: int [B, S], tokens and clusters that are given and the mask
-        (process.hierarchy.mask_id) at what is free.
+        (process.mask_id) at what is free.
       method: `ancestral`, or for hierarchical, masked and sedd any of hdlm_jax.presets that needs no cache and no
         second network (docs/decoding.md). Autoregressive: None, token by token, a full call of `denoise` each.
       temperature, top_p: of the tokens' distribution, temperature first; 0 takes the likeliest.
@@ -206,9 +206,9 @@ def sample(process: Any, denoise: Denoise, key: jax.Array, shape: tuple[int, int
     return info.pop("tokens"), info
 
 
-def _method(process: Any, method: Method | None, eos: int | None) -> Method:
+def _method(process: Process, method: Method | None, eos: int | None) -> Method:
     """The method, checked for this process; what an autoregressive one has is put in for None."""
-    if isinstance(process, AutoregressiveProcess) and method is None:
+    if process.causal and method is None:
         return ancestral(steps=1)
     if not isinstance(method, Method):
         raise ValueError(f"method={method!r}: give one, as hdlm_jax.ancestral(steps=64) or "
@@ -219,25 +219,25 @@ def _method(process: Any, method: Method | None, eos: int | None) -> Method:
              "a canvas that grows": method.policy.lengths}
     if found := [what for what, wanted in wants.items() if wanted]:
         raise ValueError(f"method: it needs {found[0]}, which a function denoise(z, t) does not give; choose another")
-    if not hasattr(process, "chain") and method != ancestral(steps=steps):
+    if not process.unmasks and method != ancestral(steps=steps):
         raise ValueError("method: this process has no levels that drop; choose ancestral")
     if "eos" in method.numbers and eos is None:
         raise ValueError("method: it treats the end of text apart; give its token as eos")
     return method
 
 
-def _canvas(process: Any, shape: Any, canvas: Any) -> jax.Array:
+def _canvas(process: Process, shape: Any, canvas: Any) -> jax.Array:
     """The symbols to start from: int32 [B, S]."""
     if (shape is None) == (canvas is None):
         raise ValueError("shape, canvas: give one of them, shape=(B, S) for sequences from nothing")
-    mask = process.hierarchy.mask_id
+    mask = process.mask_id
     if canvas is None:
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"shape={shape}: must be (B, S), sequences and their tokens")
         return jnp.full(shape, mask, jnp.int32)
     z = _ints("canvas", canvas, mask + 1)
     seen = _seen(z)
-    if isinstance(process, AutoregressiveProcess) and seen is not None and np.any(
+    if process.causal and seen is not None and np.any(
             (seen[:, :-1] == mask) & (seen[:, 1:] != mask)):
         raise ValueError("canvas: an autoregressive model goes on from a prompt; it cannot fill blanks before "
                          "given tokens")
@@ -256,12 +256,12 @@ class _Asked:
 
     causal = False  # of caches: none is kept here
 
-    def __init__(self, process: Any, denoise: Denoise):
+    def __init__(self, process: Process, denoise: Denoise):
         self.process, self.function = process, denoise
 
     def denoise(self, params, z, t, segment=None):
         """The prediction at z int32 [b, S], t float32 [b]."""
-        words = self.process.hierarchy.vocab_size
+        words = self.process.vocab_size
         logits = self.function(z, jnp.zeros_like(t) if self.process.exact else t)
         shape, kind = getattr(logits, "shape", None), getattr(logits, "dtype", np.dtype(object))
         if shape != (*z.shape, words) or not jnp.issubdtype(kind, jnp.floating):
@@ -271,7 +271,7 @@ class _Asked:
 
     def empty_cache(self, rows: int, seq_len: int):
         """Of autoregressive.sample: the input so far."""
-        return jnp.full((rows, seq_len), self.process.hierarchy.mask_id, jnp.int32)
+        return jnp.full((rows, seq_len), self.process.mask_id, jnp.int32)
 
     def next_word(self, params, cache, z, at):
         """(input with the symbols z [B, 1] at position `at`, prediction [B] there), by a call on all of it."""
@@ -285,8 +285,8 @@ def _key(key: jax.Array) -> jax.Array:
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
-def _tokens(process: Any, x: Any) -> jax.Array:
-    return _ints("x", x, process.hierarchy.vocab_size)
+def _tokens(process: Process, x: Any) -> jax.Array:
+    return _ints("x", x, process.vocab_size)
 
 
 def _ints(name: str, values: Any, below: int) -> jax.Array:

@@ -53,7 +53,7 @@ def test_the_oracle_s_marginals_belong_to_its_transitions(p_uniform):
 def test_gidd_noise_has_its_marginal(p_uniform, t):
     rows, process = 40_000, GiddProcess(WORDS, p_uniform)
     x = jnp.full((rows, 2), 2)
-    z = np.asarray(jax.jit(process.corrupt)(jax.random.key(3), x, jnp.full(rows, tau_of(t))))
+    z = np.asarray(jax.jit(process.corrupt)(jax.random.key(3), x, tau=jnp.full(rows, tau_of(t))))
     want = oracle.Gidd(V, p_uniform).marginal(t)[2]
     got = np.bincount(z.reshape(-1), minlength=V + 1) / z.size
     assert np.all(np.abs(got - want) < 4.5 * np.sqrt(want * (1 - want) / z.size) + 1e-12)
@@ -320,7 +320,7 @@ def test_cached_sampling_equals_a_loop_without_a_cache():
                                      network.empty_cache(3, 12))
     slow = start
     for i in range(2, 12):
-        z = process.corrupt(None, slow, None)
+        z = process.corrupt(None, slow, tau=None)
         logits = network.apply({"params": params}, z, jnp.zeros(3))[:, i]
         slow = slow.at[:, i].set(draw_from(fold(keys, i), logits))
     np.testing.assert_array_equal(words, slow)
@@ -364,7 +364,7 @@ def test_trains_evaluates_and_generates(kind, weighting, p_uniform, tmp_path):
         ids = [json.loads(line)["ids"] for line in open(f"{workdir}/samples.jsonl")]
         x = jnp.asarray(ids)
         log_p = jax.nn.log_softmax(model.run.network.apply({"params": model.run.params},
-                                                           model.run.process.corrupt(None, x, None), jnp.zeros(3)))
+                                                           model.run.process.corrupt(None, x, tau=None), jnp.zeros(3)))
         nats = -jnp.take_along_axis(log_p, x[..., None], axis=-1).mean()
         assert said["kind"] == "autoregressive" and said["tokens"] == x.size and not said["retokenised"]
         assert said["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)

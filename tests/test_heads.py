@@ -169,7 +169,7 @@ def texts(process):
     tau = jnp.asarray([0, 1e3, *np.linspace(0.3, 2, B - 2)], jnp.float32)  # a row of words, a row of masks
     for name, words in {"any": np.arange(h.vocab_size), "one cluster": large, "few clusters": few}.items():
         x = jnp.asarray(rng.choice(words, (B, S)), jnp.int32)
-        z = process.corrupt(jax.random.key(4), x, tau)
+        z = process.corrupt(jax.random.key(4), x, tau=tau)
         yield name, x, z
         if name != "few clusters":
             yield name + ", all noised", x, jnp.where(process.level_of(z) == 0, h.mask_id, z)
@@ -473,7 +473,7 @@ def test_temperature_and_nucleus_are_of_words():
     process = make(3, 0.8, "cavity")
     head, hidden = FactorisedHead(process.hierarchy), hidden_of()
     params = numbers(head)
-    z = process.corrupt(jax.random.key(9), jnp.zeros((B, S), jnp.int32), jnp.linspace(0.3, 3, B))
+    z = process.corrupt(jax.random.key(9), jnp.zeros((B, S), jnp.int32), tau=jnp.linspace(0.3, 3, B))
     target = jnp.maximum(process.level_of(z) - 1 - jnp.arange(S)[None] % 2, 0)
 
     @jit

@@ -212,11 +212,11 @@ def test_a_uniform_of_zero_is_never_drawn(monkeypatch):
     x, tau = jnp.zeros((2, 5), jnp.int32), jnp.full(2, 1e-9)
     for p_uniform in (0.0, 0.1):
         process = GiddProcess(Hierarchy.from_parents([], V), p_uniform)
-        np.testing.assert_array_equal(process.corrupt(jax.random.key(0), x, tau), x)
+        np.testing.assert_array_equal(process.corrupt(jax.random.key(0), x, tau=tau), x)
         z = process.step(jax.random.key(0), jnp.zeros((2, 5, V)), x, jnp.float32(0.1), jnp.float32(0.1 + 1e-8))
         np.testing.assert_array_equal(z, x)  # a step of 1e-8: nothing jumps
     _, process = make(2, 1.0, "cavity")
-    np.testing.assert_array_equal(process.corrupt(jax.random.key(0), x, tau), x)
+    np.testing.assert_array_equal(process.corrupt(jax.random.key(0), x, tau=tau), x)
     taus = stratified_tau(jax.random.split(jax.random.key(0), 2), jnp.arange(2), 2)
     np.testing.assert_allclose(taus, [-math.log1p(-(2.0**-25)), -math.log(0.5 - 2.0**-25)], rtol=1e-6)
 

@@ -312,7 +312,7 @@ def test_sample_z_frequencies(shape, rates, xi):
     rows, taus = 90_000, np.array([0.08, 0.8, 2.5])
     x = np.tile(np.array([[1, 3]], np.int32), (rows, 1))
     tau = np.tile(taus, rows // 3).astype(np.float32)
-    z = np.asarray(jax.jit(process.corrupt)(jax.random.key(1), jnp.asarray(x), jnp.asarray(tau)))
+    z = np.asarray(jax.jit(process.corrupt)(jax.random.key(1), jnp.asarray(x), tau=jnp.asarray(tau)))
     assert z.shape == x.shape and z.dtype == np.int32 and z.min() >= 0 and z.max() < toy.N
     for i, t in enumerate(taus):
         q = toy.q(t)
@@ -329,7 +329,7 @@ def test_levels_of_one_token_share_one_chain(xi):
     toy, process = make(FOUR, (1.0, 1.0, 1.0, 1.0), xi)
     rows = 2000
     x = jnp.asarray(np.random.default_rng(0).integers(0, toy.V, (rows, 3)), jnp.int32)
-    sample = jax.jit(lambda tau: process.corrupt(jax.random.key(2), x, jnp.full(rows, tau)))
+    sample = jax.jit(lambda tau: process.corrupt(jax.random.key(2), x, tau=jnp.full(rows, tau)))
     before = np.asarray(x)
     wrong = np.zeros(toy.K + 1)
     for tau in (0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0):
@@ -355,11 +355,11 @@ def test_sample_z_rows_do_not_depend_on_the_batch():
     tau = jnp.linspace(0.1, 3.0, 8)
     key = jax.random.key(3)
     sample = jax.jit(process.corrupt)
-    whole = sample(key, x, tau)
+    whole = sample(key, x, tau=tau)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(8))
-    np.testing.assert_array_equal(whole, sample(keys, x, tau))
-    np.testing.assert_array_equal(whole[4:], sample(keys[4:], x[4:], tau[4:]))
-    np.testing.assert_array_equal(whole[:3], sample(key, x[:3], tau[:3]))
+    np.testing.assert_array_equal(whole, sample(keys, x, tau=tau))
+    np.testing.assert_array_equal(whole[4:], sample(keys[4:], x[4:], tau=tau[4:]))
+    np.testing.assert_array_equal(whole[:3], sample(key, x[:3], tau=tau[:3]))
     assert len({tuple(r) for r in np.asarray(toy.level[np.asarray(whole)]).tolist()}) > 4
 
 

@@ -145,7 +145,7 @@ def directly(question, seed, draws, number=0):
 
     @jax.jit
     def rate(x, scored, segment):
-        z = jnp.where(scored, run.process.corrupt(keys, x, t), x)
+        z = jnp.where(scored, run.process.corrupt(keys, x, tau=t), x)
         return run.process.nelbo_rate(dense_logits(z, -jnp.expm1(-t), segment), x, z, t)
 
     for c, (context, choice) in enumerate(zip(question.contexts, question.choices, strict=True)):

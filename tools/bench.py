@@ -148,7 +148,7 @@ class Training:
             x, index = batch["x"], batch["index"]
             keys = fold(jnp.broadcast_to(key, index.shape), index)
             tau = stratified_tau(fold(keys, 0), index, len(x))
-            z = self.process.corrupt(fold(keys, 1), x, tau)
+            z = self.process.corrupt(fold(keys, 1), x, tau=tau)
             p = self.process.as_prediction(self.network.apply({"params": params}, z, -jnp.expm1(-tau)))
             tau = jnp.broadcast_to(tau[:, None], x.shape)
             return jnp.mean(self.process.loss(p, x, z, tau, weighting=d.weighting, weight_min=d.weight_min,

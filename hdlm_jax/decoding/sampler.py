@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from hdlm_jax.diffusion import autoregressive, gidd
 from hdlm_jax.diffusion.autoregressive import AutoregressiveProcess
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.gidd import GiddProcess
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models import quantise
 from hdlm_jax.models.heads import WHOLE
 from hdlm_jax.models.network import Network
@@ -81,7 +83,63 @@ def denoiser(program: Program, network: Network, params, process, numbers, class
 def reads(network: Network, params):
     """words int32 [b, S] -> prediction of each word given those before it, of an autoregressive run."""
     before = AutoregressiveProcess(network.head.hierarchy).corrupt
-    return lambda x: network.denoise(params, before(None, x, None), jnp.zeros(len(x)))
+    return lambda x: network.denoise(params, before(None, x, tau=None), jnp.zeros(len(x)))
+
+
+class Call(NamedTuple):
+    """What a compiled step has to sample with."""
+
+    network: Network
+    params: Any
+    program: Program
+    numbers: dict[str, Any]
+    batch: dict[str, jax.Array]
+    length: jax.Array
+    classifier: Any
+    how: loop.Sampling
+
+
+@functools.singledispatch
+def sample_canvas(process: Process, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
+    """Tokens int32 [b, S] from canvases z, and what `hdlm_jax.decoding.loop.sample` tells; keys [b].
+
+    Every process has its own way back; `sample_canvas.register` takes that of another.
+    """
+    raise TypeError(f"{type(process).__name__}: no sampler is registered for this process")
+
+
+@sample_canvas.register
+def _(process: HierarchicalProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
+    policy, numbers, length = call.program.method.policy, call.numbers, call.length
+    if policy.lengths is not None:
+        prompt = jnp.argmax(process.level_of(z) > 0, axis=1).astype(jnp.int32)
+        length = jnp.minimum(prompt + numbers["method"]["start"], length)
+    denoise = denoiser(call.program, call.network, call.params, process, numbers, call.classifier,
+                       call.how.sync_trip_count)
+    extra = {"kind": call.batch["kind"]} if call.program.constrained else {}
+    tokens, stats = loop.sample(keys, denoise, process, z, policy, numbers["method"], given=call.batch.get("given"),
+                                length=length, extra=extra, how=call.how)
+    return tokens, {"length": length} | stats
+
+
+@sample_canvas.register
+def _(process: GiddProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
+    behind = (jnp.arange(z.shape[1])[None] >= jnp.reshape(call.length, (-1, 1))).astype(jnp.int32)
+    segment = jnp.broadcast_to(behind, z.shape) if call.program.cut else None
+    denoise = functools.partial(call.network.denoise, call.params, segment=segment)
+    numbers = {name: call.numbers[name] for name in ("steps", "corrections", "correction_temperature")}
+    return gidd.sample(keys, denoise, process, z, **numbers, **_draws(call.how))
+
+
+@sample_canvas.register
+def _(process: AutoregressiveProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
+    decode = functools.partial(call.network.next_word, call.params)
+    return autoregressive.sample(keys, decode, process, z, call.network.empty_cache(*z.shape),
+                                 length=jnp.max(call.length), **_draws(call.how))
+
+
+def _draws(how: loop.Sampling) -> dict[str, Any]:
+    return dict(temperature=how.temperature, top_p=how.top_p, sync_trip_count=how.sync_trip_count, frames=how.frames)
 
 
 def make_sample_step(network: Network, process, program: Program, mesh=None, frames: int = 0, helper=None,
@@ -104,31 +162,12 @@ def make_sample_step(network: Network, process, program: Program, mesh=None, fra
             tools["energy"] = guide.ar_energy(tools["ar"], process)
         heat, nucleus = (numbers[name] if fixed is None else fixed for name, fixed in (
             ("temperature", program.temperature), ("top_p", program.top_p)))
-        draws = dict(temperature=heat, top_p=nucleus, sync_trip_count=shard.sync_trip_count, frames=frames)
-        length = batch.get("length", numbers["length"])
-        if isinstance(process, AutoregressiveProcess):
-            decode = functools.partial(network.next_word, params)
-            tokens, stats = autoregressive.sample(
-                fold(keys, 1), decode, process, z, network.empty_cache(*z.shape), length=jnp.max(length), **draws)
-        elif isinstance(process, GiddProcess):
-            behind = (jnp.arange(z.shape[1])[None] >= jnp.reshape(length, (-1, 1))).astype(jnp.int32)
-            shown = jnp.broadcast_to(behind, z.shape) if program.cut else None
-            denoise = functools.partial(network.denoise, params, segment=shown)
-            tokens, stats = gidd.sample(fold(keys, 1), denoise, process, z, steps=numbers["steps"],
-                                        corrections=numbers["corrections"],
-                                        correction_temperature=numbers["correction_temperature"], **draws)
-        else:
-            policy = program.method.policy
-            if policy.lengths is not None:
-                prompt = jnp.argmax(process.level_of(z) > 0, axis=1).astype(jnp.int32)
-                length = jnp.minimum(prompt + numbers["method"]["start"], length)
-            denoise = denoiser(program, network, params, process, numbers, classifier, shard.sync_trip_count)
-            extra = {"kind": batch["kind"]} if program.constrained else {}
-            tokens, stats = loop.sample(fold(keys, 1), denoise, process, z, policy, numbers["method"],
-                                        given=batch.get("given"), length=length, extra=extra,
-                                        how=loop.Sampling(tools=tools, **draws))
+        how = loop.Sampling(tools=tools, temperature=heat, top_p=nucleus, sync_trip_count=shard.sync_trip_count,
+                            frames=frames)
+        call = Call(network, params, program, numbers, batch, batch.get("length", numbers["length"]), classifier, how)
+        tokens, stats = sample_canvas(process, fold(keys, 1), z, call)
         each = {"calls": jnp.broadcast_to(stats["calls"], z.shape[:1]),
-                "length": jnp.broadcast_to(stats.get("length", length), z.shape[:1])}
+                "length": jnp.broadcast_to(stats.get("length", call.length), z.shape[:1])}
         if frames:
             each["call"] = jnp.broadcast_to(stats["call"], (len(z), frames + 1))
         return (), {"tokens": tokens} | stats | each
@@ -140,22 +179,20 @@ def make_sample_step(network: Network, process, program: Program, mesh=None, fra
     return step
 
 
-def at_sampling(process: Any, g: GenerateConfig | Program) -> Any:
+def at_sampling(process: Process, g: GenerateConfig | Program) -> Process:
     """The process that samples: as trained, but for g.force_transition where that is given."""
     if not g.force_transition:
         return process
-    if not hasattr(process, "force_transition"):
+    if not process.force_transition:
         raise ConfigError(f"generate.force_transition={g.force_transition!r}: this run's process has no force "
                           "transition; leave it empty")
-    return dataclasses.replace(process, force_transition=g.force_transition)
+    return dataclasses.replace(cast(HierarchicalProcess, process), force_transition=g.force_transition)
 
 
-def exactness(process: Any, g: GenerateConfig) -> str:
+def exactness(process: Process, g: GenerateConfig) -> str:
     """'exact' where every draw follows the law of the model whose NELBO is measured, else 'inexact: ' and why."""
-    xi, here = getattr(process, "xi", 1), at_sampling(process, g)
-    reasons = []
-    trained, force = (getattr(p, "force_transition", "") for p in (process, here))
-    levels = getattr(process, "num_levels", 1)
+    xi, levels, reasons = process.xi, process.num_levels, []
+    trained, force = process.force_transition, at_sampling(process, g).force_transition
     if levels > 1 and g.clusters == "clean" and (xi < 1 or force == "none" and levels > 2):
         reasons.append(f"clusters=clean at xi={xi:g}" + " without a force transition" * (force == "none"))
     if levels > 1 and force != trained and (xi < 1 or "none" in (force, trained)):  # at xi = 1 the others are one
@@ -203,13 +240,13 @@ class Sampler:
 
         behind: something is given behind a blank; constrained: places have kinds of words.
         """
-        if isinstance(self.process, AutoregressiveProcess) and behind:
+        if self.process.causal and behind:
             raise ConfigError("an autoregressive model goes on from a prompt; it cannot fill blanks before given words")
-        if not hasattr(self.process, "chain") and g.method != "ancestral":
+        if not self.process.unmasks and g.method != "ancestral":
             raise ConfigError(f"generate.method={g.method!r}: this process has no levels that drop; choose 'ancestral'")
         if method.policy.lengths is not None and behind:
             raise ConfigError(f"generate.method={g.method!r}: its canvas grows, so nothing can be given behind a blank")
-        if constrained and not hasattr(self.process, "chain"):
+        if constrained and not self.process.unmasks:
             raise ConfigError("this process cannot keep to kinds of words; an HDLM or MDLM can")
         if constrained and isinstance(method.policy.propose, drafts.Guided):
             raise ConfigError(f"generate.method={g.method!r}: its helper does not know which words a place may take")
@@ -354,7 +391,7 @@ def load_helper(run: Any, g: GenerateConfig) -> Any:
     if not g.helper:
         return None
     helper = load_here(g.helper, mesh=run.config.parallel)
-    if not isinstance(helper.process, AutoregressiveProcess):
+    if not helper.process.causal:
         raise ConfigError(f"generate.helper={g.helper!r}: must be an autoregressive run")
     if helper.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise ConfigError(f"generate.helper={g.helper!r}: its tokenizer {helper.tokenizer.fingerprint[:12]} is not "

@@ -6,14 +6,16 @@ Its input is the sequence one place to the right, with the mask symbol in front;
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hdlm_jax.config import WEIGHTINGS
 from hdlm_jax.diffusion import trajectory
 from hdlm_jax.diffusion.draws import draw_from, fold, row_keys
+from hdlm_jax.diffusion.prediction import LogitsPrediction
 from hdlm_jax.diffusion.process import Process
 
 
@@ -29,19 +31,20 @@ class AutoregressiveProcess(Process):
     """Next-token prediction; `hierarchy` is words and mask alone (V, 1)."""
 
     exact = True
+    causal = True
 
     def __post_init__(self):
         if self.hierarchy.num_levels != 1:
             raise ValueError(f"hierarchy {self.hierarchy.sizes}: an autoregressive model knows words alone")
 
-    def corrupt(self, key, x, tau):
+    def corrupt(self, key, x, *, tau):
         """The words before: int32 [B, S], the start symbol (the mask) first."""
         start = jnp.full((x.shape[0], 1), self.hierarchy.mask_id, x.dtype)
         return jnp.concatenate([start, x[:, :-1]], axis=1)
 
     def noised(self, key, x, tau, score):
         """(inputs, level), int32 [B, S]; every token that `score` names is scored."""
-        return self.corrupt(key, x, tau), score.astype(jnp.int32)
+        return self.corrupt(key, x, tau=tau), score.astype(jnp.int32)
 
     def shares(self) -> np.ndarray:
         """[2] share of tokens that are not, and that are scored."""
@@ -55,13 +58,11 @@ class AutoregressiveProcess(Process):
         """e^-tau, of z's shape: its integral over noise time is one, and so is its estimate w/q at tau = 0."""
         return jnp.broadcast_to(jnp.exp(-tau)[:, None], z.shape)
 
-    def nelbo_rate(self, prediction, x, z, tau):
-        """Nats per unit of noise time, of x's shape."""
-        return self.nelbo_weight(z, tau) * self.token_loss(prediction, x, z)
-
     def loss_weight(self, z, tau, weighting: str = "constant", weight_min: float = 0.0, weight_max: float = jnp.inf, *,
                     x=None):
         """1 everywhere: plain cross-entropy."""
+        if weighting not in ("none", *WEIGHTINGS["autoregressive"]):
+            raise ValueError(f"weighting={weighting!r}: choose one of {', '.join(WEIGHTINGS['autoregressive'])}")
         return jnp.ones(z.shape)
 
     def proposal(self, tokens: int, cv2: float) -> _Now:
@@ -94,7 +95,7 @@ def sample(key, decode, process: AutoregressiveProcess, z, cache, *, temperature
         (z, sure), cache, before, film = carry
         cache, prediction = decode(cache, before[:, None], i)
         here = jax.lax.dynamic_index_in_dim(z, i, axis=1, keepdims=False)
-        p = process.as_prediction(prediction)
+        p = cast(LogitsPrediction, process.as_prediction(prediction))
         drawn = draw_from(fold(keys, i), p.logits, temperature, top_p)
         law = jnp.where(here == mask, jnp.exp(p.log_prob(drawn)), 0.0)
         here = jnp.where(here == mask, drawn, here)

@@ -12,7 +12,7 @@ section 6).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import chex
 import jax
@@ -23,6 +23,7 @@ from hdlm_jax.config import WEIGHTINGS
 from hdlm_jax.diffusion import trajectory
 from hdlm_jax.diffusion.draws import categorical, fold, row_keys, token_keys, words_of
 from hdlm_jax.diffusion.levels import Proposal, open_uniform
+from hdlm_jax.diffusion.prediction import LogitsPrediction
 from hdlm_jax.diffusion.process import Process
 
 
@@ -66,7 +67,7 @@ class GiddProcess(Process):
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
-    def corrupt(self, key, x, tau):
+    def corrupt(self, key, x, *, tau):
         """Noise words x int32 [B, S] to noise time tau [B]: words and masks int32 [B, S]. Keys as in process.py."""
         chex.assert_rank([x, tau], [2, 1])
         keys = row_keys(key, x.shape[0])
@@ -83,7 +84,7 @@ class GiddProcess(Process):
 
         At p_u = 0 they are not, and only masks count.
         """
-        z = jnp.where(score, self.corrupt(key, x, tau), x)
+        z = jnp.where(score, self.corrupt(key, x, tau=tau), x)
         return z, (score if self.p_uniform else z == self.hierarchy.mask_id).astype(jnp.int32)
 
     def shares(self) -> np.ndarray:
@@ -116,10 +117,6 @@ class GiddProcess(Process):
         """w per unit tau, of z's shape [B, S]; tau [B]: 1/t at the mask, half of it at a wrong word."""
         tau = jnp.broadcast_to(tau[:, None], z.shape)
         return self._relative(z, tau, x) / (2 * self._times(tau)[0])
-
-    def nelbo_rate(self, prediction, x, z, tau):
-        """w (KL + D_IS): nats per unit of noise time, of x's shape [B, S]; tau [B]."""
-        return self.nelbo_weight(z, tau, x) * self.token_loss(prediction, x, z, tau=tau)
 
     def loss_weight(self, z, tau, weighting: str = "dynamic", weight_min: float = 0.0, weight_max: float = jnp.inf, *,
                     x):
@@ -189,7 +186,7 @@ class GiddProcess(Process):
           temperature, top_p: of the words' distribution, temperature first.
         """
         keys = token_keys(key, z.shape)
-        log_p = words_of(self.as_prediction(prediction).logits, temperature, top_p)
+        log_p = words_of(cast(LogitsPrediction, self.as_prediction(prediction)).logits, temperature, top_p)
         (s, rest_s, u_s, c_s), (t, rest, u_t, c), _, jumped = self._step(z, tau_s, tau_t)
         masked = z == self.hierarchy.mask_id
         own = jnp.exp(jnp.take_along_axis(log_p, jnp.where(masked, 0, z)[..., None], axis=-1)[..., 0])

@@ -39,6 +39,7 @@ class HierarchicalProcess(Process):
     chain: LevelChain
     xi: float = 1.0
     force_transition: str = "cavity"
+    unmasks = True
 
     def __post_init__(self):
         levels, n1 = self.hierarchy.num_levels, self.hierarchy.sizes[1]
@@ -95,7 +96,7 @@ class HierarchicalProcess(Process):
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
-    def corrupt(self, key, x, tau):
+    def corrupt(self, key, x, *, tau):
         """Noise words x int32 [B, S] to noise time tau [B]: symbols int32 [B, S] (docs/theory.md section 2).
 
         `key` is one key (row b then uses fold_in(key, b)) or one key per row.
@@ -118,7 +119,7 @@ class HierarchicalProcess(Process):
 
     def noised(self, key, x, tau, score):
         """(z, level), int32 [B, S]: x noised to tau [B] where `score` bool [B, S] says so; words are of level 0."""
-        z = jnp.where(score, self.corrupt(key, x, tau), x)
+        z = jnp.where(score, self.corrupt(key, x, tau=tau), x)
         return z, self.level_of(z)
 
     def shares(self) -> np.ndarray:
@@ -261,13 +262,6 @@ class HierarchicalProcess(Process):
         """w_k(tau) of z's levels, of z's shape [B, S]; tau [B] or of z's shape. Zero at words."""
         return self._by_level(z, self._spread(self.chain.weight(tau), z))
 
-    def nelbo_rate(self, prediction, x, z, tau):
-        """w_k(tau) C: nats per unit of noise time, of x's shape [B, S]; tau [B] or of x's shape.
-
-        Its integral over tau in [0, inf), in expectation over z, is the exact NELBO of x.
-        """
-        return self.nelbo_weight(z, tau) * self.token_loss(prediction, x, z)
-
     def _spread(self, weights, x):
         """[B or x.shape, K] -> {level: array of x's shape}."""
         weights = weights.reshape(*weights.shape[:-1], *(1,) * (x.ndim + 1 - weights.ndim), weights.shape[-1])
@@ -293,12 +287,6 @@ class HierarchicalProcess(Process):
             if weighting == "clip":
                 weights = jnp.clip(weights, weight_min, weight_max)
         return self._by_level(z, self._spread(weights, z))
-
-    def loss(self, prediction, x, z, tau, *, weighting: str = "constant", weight_min: float = 0.0,
-             weight_max: float = jnp.inf, hard_training: bool = False):
-        """Training loss W C per token, of x's shape [B, S], for tau = -log(1-t) with t uniform [B]."""
-        cost = self.token_loss(prediction, x, z, hard_training=hard_training)
-        return self.loss_weight(z, tau, weighting, weight_min, weight_max) * cost
 
     # -- reverse ---------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,12 @@ nats per unit of noise time: a valid bound, MDLM's where f sums to one, above it
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import jax.numpy as jnp
 
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.prediction import LogitsPrediction
 
 
 class SeddProcess(HierarchicalProcess):
@@ -27,6 +29,6 @@ class SeddProcess(HierarchicalProcess):
 
     def token_loss(self, prediction, x, z, levels=None, hard_training: bool = False, *, tau=None):
         """-log f_x + sum f - 1 in nats at masks, of x's shape. Divided by V, untrained logits (all 0) sum to one."""
-        p = self.as_prediction(prediction)
+        p = cast(LogitsPrediction, self.as_prediction(prediction))
         log_total = p.log_z - math.log(self.hierarchy.vocab_size)
         return self._by_level(z, {1: -p.log_prob(x) + jnp.expm1(log_total) - log_total})

@@ -230,6 +230,6 @@ class Scorer:
         GIDD's words come on its grid of generate.steps, an autoregressive run's from left to right.
         """
         g = self.run.config.generate
-        method = "first_hitting" if hasattr(self.run.process, "chain") else "ancestral"
+        method = "first_hitting" if self.run.process.unmasks else "ancestral"
         g = dataclasses.replace(g, method=method, options="", temperature=0.0, top_p=1.0, corrections=0)
         return self.fill(contexts, counts, g)

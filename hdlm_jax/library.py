@@ -1,14 +1,14 @@
 """The Python face for a network of the caller's own: any process, its loss, its bound, its samples (docs/library.md).
 
-The network is a function `denoise(z, t) -> logits`: z int32 [B, S], the symbols on show; t float32 [B], the masking
+The network is a function `denoise(z, t) -> logits`: z int32 [B, S], the states on show; t float32 [B], the masking
 level in [0, 1] (noise time tau = -log(1 - t) stays inside); logits [B, S, V], any float dtype, of the V tokens alone.
-Symbols are ids below `process.num_states`: tokens 0..V-1, then the clusters of each level, the mask last.
+States are ids below `process.num_states`: tokens 0..V-1, then the clusters of each level, the mask last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +24,21 @@ from hdlm_jax.diffusion.gidd import GiddProcess
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
+from hdlm_jax.diffusion.prediction import Prediction
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.diffusion.sedd import SeddProcess
 from hdlm_jax.evaluation.elbo import stratified_pairs
 from hdlm_jax.training.loss import stratified_tau
 
-Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+Denoise: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+ArrayLike: TypeAlias = jax.Array | np.ndarray | Sequence
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def hierarchical(token_to_cluster: Any, *, gamma: float = 1.0, rates: Sequence[float] = (), xi: float = 1.0,
+def hierarchical(token_to_cluster: ArrayLike, *, gamma: float = 1.0, rates: Sequence[float] = (), xi: float = 1.0,
                  force_transition: str = "cavity") -> HierarchicalProcess:
-    """HDLM: tokens climb to their cluster, clusters to theirs, and so on to the mask (docs/theory.md section 2).
+    """HDLM: a token becomes its cluster, that its own cluster, and so on to the mask (docs/theory.md section 2).
 
     Args:
       token_to_cluster: int [V], each token's cluster 0..n-1; or several such maps fine to coarse, the second int [n]
@@ -81,7 +83,7 @@ def autoregressive(vocab_size: int) -> AutoregressiveProcess:
 # ---- corruption, loss, bound -----------------------------------------------------------------------------------------
 
 
-def corrupt(process: Process, x: Any, t: Any, key: jax.Array) -> jax.Array:
+def corrupt(process: Process, x: ArrayLike, t: ArrayLike | float, key: jax.Array) -> jax.Array:
     """Tokens x int [B, S] corrupted to the masking level t, float in [0, 1], [B] or one for all: z int32 [B, S].
 
     t = 0 gives x, t = 1 masks alone; in between what each process shows is docs/theory.md section 2 (GIDD: 6). An
@@ -96,8 +98,9 @@ def corrupt(process: Process, x: Any, t: Any, key: jax.Array) -> jax.Array:
     return process.corrupt(_key(key), x, tau=jnp.broadcast_to(-jnp.log1p(-t), x.shape[:1]))
 
 
-def loss(process: Process, denoise: Denoise, x: Any, key: jax.Array, *, score: Any = None, weighting: str = "none",
-         weight_min: float = 0.0, weight_max: float = float("inf"), hard_training: bool = False) -> jax.Array:
+def loss(process: Process, denoise: Denoise, x: ArrayLike, key: jax.Array, *, score: ArrayLike | None = None,
+         weighting: str = "none", weight_min: float = 0.0, weight_max: float = float("inf"),
+         hard_training: bool = False) -> jax.Array:
     """Training loss of tokens x int [B, S]: mean over the scored tokens, float32 scalar; has gradients, may be jitted.
 
     Row b is corrupted at a t uniform in [b/B, (b+1)/B), so that a batch covers all of [0, 1] (docs/theory.md
@@ -111,11 +114,15 @@ def loss(process: Process, denoise: Denoise, x: Any, key: jax.Array, *, score: A
       hard_training: hierarchical alone: -log p(x | z) in place of the cluster's cross-entropy.
 
     Raises:
-      ValueError: x that are no tokens, logits of another shape, an unknown weighting, bounds that cross.
+      ValueError: x that are no tokens, logits of another shape, an unknown weighting, bounds that cross or that the
+        weighting does not use.
     """
     x = _tokens(process, x)
     if not 0 <= weight_min <= weight_max:
         raise ValueError(f"weight_min={weight_min}, weight_max={weight_max}: 0 <= weight_min <= weight_max must hold")
+    if weighting != "clip" and (weight_min, weight_max) != (0.0, float("inf")):
+        raise ValueError(f"weight_min={weight_min}, weight_max={weight_max}: only weighting='clip' uses them, not "
+                         f"{weighting!r}")
     if hard_training and process.num_levels == 1:
         raise ValueError("hard_training: this process has no clusters; leave it out")
     index, score = jnp.arange(len(x)), _score(score, x)
@@ -128,8 +135,8 @@ def loss(process: Process, denoise: Denoise, x: Any, key: jax.Array, *, score: A
     return jnp.sum(jnp.where(level > 0, weight * cost, 0.0)) / jnp.maximum(jnp.sum(score), 1)
 
 
-def nelbo(process: Process, denoise: Denoise, x: Any, key: jax.Array, draws: int = 16, *, score: Any = None,
-          cv2: float = EvaluateConfig.cv2) -> tuple[np.ndarray, np.ndarray]:
+def nelbo(process: Process, denoise: Denoise, x: ArrayLike, key: jax.Array, draws: int = 16, *,
+          score: ArrayLike | None = None, cv2: float = EvaluateConfig.cv2) -> tuple[np.ndarray, np.ndarray]:
     """The NELBO of each row of tokens x int [B, S], an upper bound on its -log p: unbiased estimates of the exact
     integral over noise time (docs/theory.md section 3, "Variance").
 
@@ -150,7 +157,7 @@ def nelbo(process: Process, denoise: Denoise, x: Any, key: jax.Array, draws: int
     network = _Asked(process, denoise)
 
     @jax.jit
-    def step(tau, index):
+    def step(tau: jax.Array, index: jax.Array) -> jax.Array:
         z, level = process.noised(fold(jnp.broadcast_to(key, index.shape), index), x, tau, score)
         rate = process.nelbo_rate(network.denoise({}, z, -jnp.expm1(-tau)), x, z, tau)
         return jnp.sum(jnp.where(level > 0, rate, 0.0), axis=-1)
@@ -171,8 +178,8 @@ def ancestral(*, steps: int) -> Method:
 
 
 def sample(process: Process, denoise: Denoise, key: jax.Array, shape: tuple[int, int] | None = None,
-           method: Method | None = None, *, canvas: Any = None, temperature: float = 1.0, top_p: float = 1.0,
-           eos: int | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+           method: Method | None = None, *, canvas: ArrayLike | None = None, temperature: float = 1.0,
+           top_p: float = 1.0, eos: int | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Draws sequences: tokens int32 [B, S], the whole loop compiled for this call.
 
     Args:
@@ -226,16 +233,16 @@ def _method(process: Process, method: Method | None, eos: int | None) -> Method:
     return method
 
 
-def _canvas(process: Process, shape: Any, canvas: Any) -> jax.Array:
-    """The symbols to start from: int32 [B, S]."""
-    if (shape is None) == (canvas is None):
+def _canvas(process: Process, shape: tuple[int, int] | None, canvas: ArrayLike | None) -> jax.Array:
+    """The states to start from: int32 [B, S]."""
+    mask, neither = process.mask_id, shape is None and canvas is None
+    if neither or (shape is not None and canvas is not None):
         raise ValueError("shape, canvas: give one of them, shape=(B, S) for sequences from nothing")
-    mask = process.mask_id
-    if canvas is None:
+    if shape is not None:
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"shape={shape}: must be (B, S), sequences and their tokens")
         return jnp.full(shape, mask, jnp.int32)
-    z = _ints("canvas", canvas, mask + 1)
+    z = _ints("canvas", cast(ArrayLike, canvas), mask + 1)
     seen = _seen(z)
     if process.causal and seen is not None and np.any(
             (seen[:, :-1] == mask) & (seen[:, 1:] != mask)):
@@ -259,7 +266,7 @@ class _Asked:
     def __init__(self, process: Process, denoise: Denoise):
         self.process, self.function = process, denoise
 
-    def denoise(self, params, z, t, segment=None):
+    def denoise(self, params: dict, z: jax.Array, t: jax.Array, segment: jax.Array | None = None) -> Prediction:
         """The prediction at z int32 [b, S], t float32 [b]."""
         words = self.process.vocab_size
         logits = self.function(z, jnp.zeros_like(t) if self.process.exact else t)
@@ -269,12 +276,13 @@ class _Asked:
                              f"logits [B, S, V] = {(*z.shape, words)}, of the tokens alone")
         return self.process.as_prediction(logits)
 
-    def empty_cache(self, rows: int, seq_len: int):
+    def empty_cache(self, rows: int, seq_len: int) -> jax.Array:
         """Of autoregressive.sample: the input so far."""
         return jnp.full((rows, seq_len), self.process.mask_id, jnp.int32)
 
-    def next_word(self, params, cache, z, at):
-        """(input with the symbols z [B, 1] at position `at`, prediction [B] there), by a call on all of it."""
+    def next_word(self, params: dict, cache: jax.Array, z: jax.Array,
+                  at: jax.Array) -> tuple[jax.Array, Prediction]:
+        """(input with the states z [B, 1] at position `at`, prediction [B] there), by a call on all of it."""
         cache = jax.lax.dynamic_update_slice_in_dim(cache, z, at, axis=1)
         said = self.denoise(params, cache, jnp.zeros(len(cache)))
         return cache, said.select(jnp.arange(len(cache)) * cache.shape[1] + at)
@@ -285,11 +293,11 @@ def _key(key: jax.Array) -> jax.Array:
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
-def _tokens(process: Process, x: Any) -> jax.Array:
+def _tokens(process: Process, x: ArrayLike) -> jax.Array:
     return _ints("x", x, process.vocab_size)
 
 
-def _ints(name: str, values: Any, below: int) -> jax.Array:
+def _ints(name: str, values: ArrayLike, below: int) -> jax.Array:
     """values as int32 [B, S]; ValueError where they are not, or, as far as that can be seen, not all in 0..below-1."""
     values = values if isinstance(values, jax.Array) else np.asarray(values)
     if values.ndim != 2 or not jnp.issubdtype(values.dtype, jnp.integer):
@@ -300,14 +308,14 @@ def _ints(name: str, values: Any, below: int) -> jax.Array:
     return jnp.asarray(values, jnp.int32)
 
 
-def _seen(values: Any) -> np.ndarray | None:
+def _seen(values: ArrayLike | float) -> np.ndarray | None:
     """Values as numpy; None where they cannot be read now, inside jax.jit or on other hosts."""
     if isinstance(values, jax.core.Tracer) or not getattr(values, "is_fully_addressable", True):
         return None
     return np.asarray(values)
 
 
-def _score(score: Any, x: jax.Array) -> jax.Array:
+def _score(score: ArrayLike | None, x: jax.Array) -> jax.Array:
     if score is None:
         return jnp.ones(x.shape, bool)
     score = jnp.asarray(score)

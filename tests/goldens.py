@@ -98,8 +98,7 @@ def main() -> int:
     ask.add_argument("--devices", type=int, default=1)
     ask.add_argument("--read", default="", help="folder of runs to evaluate and sample, in place of training")
     given = ask.parse_args()
-    flags = f"--xla_force_host_platform_device_count={given.devices}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={given.devices}"  # compiled as users compile
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from tiny import write_recipe
 

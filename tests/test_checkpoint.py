@@ -54,7 +54,7 @@ def command(recipe, workdir, *flags, blocks="unlimited"):
     """The front door in a process of its own, that can write no file of more blocks of 512 bytes (like a full disk)."""
     line = [sys.executable, "-m", "hdlm_jax.main", f"--config={recipe}", f"--workdir={workdir}", *flags]
     limited = ["sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh", *line]
-    environment = os.environ | {"XLA_FLAGS": "", "CI": "1"}
+    environment = os.environ | {"XLA_FLAGS": tiny.QUICK_COMPILES, "CI": "1"}
     return subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=240)
 
 

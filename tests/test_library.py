@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import tiny
 from oracle import Toy
 
 import hdlm_jax as hd
@@ -332,6 +333,8 @@ K0 = jax.random.key(0)
     (lambda: hd.loss(hd.masked(V), lambda z, t: (FLAT(z, t), None), X, K0), "gave tuple of shape None"),
     (lambda: hd.loss(hd.masked(V), FLAT, X, K0, weighting="dynamic"), "weighting='dynamic': choose one of"),
     (lambda: hd.loss(hd.masked(V), FLAT, X, K0, weight_min=3, weight_max=2), "weight_min <= weight_max"),
+    (lambda: hd.loss(hd.masked(V), FLAT, X, K0, weight_max=2), "only weighting='clip' uses them, not 'none'"),
+    (lambda: hd.loss(hd.autoregressive(V), FLAT, X, K0, weighting="dynamic"), "weighting='dynamic': choose one of"),
     (lambda: hd.loss(hd.gidd(V, 0.1), FLAT, X, K0, hard_training=True), "no clusters"),
     (lambda: hd.loss(hd.masked(V), FLAT, X, K0, score=np.ones((2, 3))), "score is float32"),
     (lambda: hd.nelbo(hd.masked(V), FLAT, X, K0, draws=1), "draws=1: must be at least 2"),
@@ -372,7 +375,7 @@ def test_the_import_stays_cheap(root):
 def test_the_page_runs(root):
     """The python of docs/library.md, as it stands there."""
     blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "library.md").read_text(encoding="utf-8"), re.S)
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(root)}
+    environment = os.environ | {"XLA_FLAGS": tiny.QUICK_COMPILES, "PYTHONPATH": str(root)}
     out = subprocess.run([sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True, cwd=root,
                          env=environment)
     assert out.returncode == 0, out.stderr

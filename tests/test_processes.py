@@ -24,7 +24,8 @@ def two(tmp_path_factory, root):
     """(folder of what two processes made, their last exit code)."""
     folder = tmp_path_factory.mktemp("two")
     recipe, _ = tiny.trained()
-    environment = os.environ | {"DEVICES": "4", "LOGS": str(folder), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"DEVICES": "4", "LOGS": str(folder), "XLA_FLAGS": tiny.QUICK_COMPILES,
+                                "JAX_PLATFORMS": "cpu"}
     launcher, program = str(root / "launch" / "local_processes.sh"), str(root / "tests" / "process.py")
     command = [launcher, "2", sys.executable, program, str(recipe), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)

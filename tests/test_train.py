@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import owt
 import pytest
+import tiny
 
 from hdlm_jax import config as config_lib
 from hdlm_jax.common import jsons, parallel
@@ -315,7 +316,7 @@ def front_door(folder, config):
     def command(workdir, *flags):
         return [sys.executable, "-m", "hdlm_jax.main", f"--config={script}", f"--workdir={workdir}", *flags]
 
-    return command, os.environ | {"XLA_FLAGS": "", "CI": "1"}
+    return command, os.environ | {"XLA_FLAGS": tiny.QUICK_COMPILES, "CI": "1"}
 
 
 def test_killed_and_resumed_equals_never_killed(corpus, tmp_path):
@@ -550,7 +551,7 @@ with interrupt.Stop() as stop:
 def test_a_second_ctrl_c_leaves_at_once(root, hearing, first):
     """Also while Python waits for compiled code; a Ctrl-C after SIGTERM is the first one."""
     process = subprocess.Popen([sys.executable, "-c", HEARS], stdout=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": ""})
+                               env=os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": tiny.QUICK_COMPILES})
     try:
         assert process.stdout.readline() == "listening\n"
         process.send_signal(first)

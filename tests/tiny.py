@@ -6,6 +6,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+# XLA's flags for tests: most of their time is compiling, which takes half as long without LLVM's optimiser and the
+# fusion emitters. The goldens' frozen bits are made and compared without these flags.
+QUICK_COMPILES = ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+                  "--xla_cpu_parallel_codegen_split_count=1")
+
 RECIPE = '''"""Three steps on bytes."""
 from hdlm_jax import config
 

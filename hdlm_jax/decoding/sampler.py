@@ -82,8 +82,8 @@ def denoiser(program: Program, network: Network, params, process, numbers, class
 
 def reads(network: Network, params):
     """words int32 [b, S] -> prediction of each word given those before it, of an autoregressive run."""
-    before = AutoregressiveProcess(network.head.hierarchy).corrupt
-    return lambda x: network.denoise(params, before(None, x, tau=None), jnp.zeros(len(x)))
+    shifted = AutoregressiveProcess(network.head.hierarchy).shifted
+    return lambda x: network.denoise(params, shifted(x), jnp.zeros(len(x)))
 
 
 class Call(NamedTuple):

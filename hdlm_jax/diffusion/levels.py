@@ -1,7 +1,7 @@
 """The pure-birth chain on levels (docs/theory.md section 2): occupancies, NELBO weights, transitions, times.
 
-A token climbs from level l-1 to level l at the constant rate r_l in noise time tau, whatever it says. Everything
-here is a power series with non-negative terms (no cancellation) in x = lambda tau, lambda = max r:
+A position climbs from level l-1 to level l at the constant rate r_l in noise time tau, whatever token it holds.
+Everything here is a power series with non-negative terms (no cancellation) in x = lambda tau, lambda = max r:
 
     P(tau)[i, j] = e^-x x^(j-i) b_ij(x),   b_ij(x) = sum_m x^m/m! . (A^(m+j-i))_ij m!/(m+j-i)!,   A = I + G/lambda
 """
@@ -11,15 +11,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from types import ModuleType
+from typing import Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hdlm_jax.diffusion.draws import Array, Number
+
+Sums: TypeAlias = tuple[Array, Array, Array]
+
 _HUGE = 1e20  # running sums are divided by this before they can overflow in float32
 
 
-def open_uniform(key, shape: tuple[int, ...] = ()):
+def open_uniform(key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
     """Uniform in (0, 1), float32 of `shape`: the generator's lattice of 2^-23, half a step up.
 
     Neither 0 nor 1 is drawn, and the mean is right to 1e-8. jax.random.uniform draws 0 once in 2^23: an event of
@@ -30,7 +36,7 @@ def open_uniform(key, shape: tuple[int, ...] = ()):
 
 @dataclasses.dataclass(frozen=True)
 class LevelChain:
-    """Levels 0 (words) .. K (mask), climbed at `rates` = (r_1, ..., r_K) per unit of noise time tau.
+    """Levels 0 (tokens) .. K (mask), climbed at `rates` = (r_1, ..., r_K) per unit of noise time tau.
 
     Rates are taken as given; multiplying all of them by a constant only relabels tau. All methods take tau in
     [0, inf) of any shape `...` and compute in its floating dtype; float32 holds 1e-5 relative for K <= 4 and
@@ -39,14 +45,14 @@ class LevelChain:
 
     rates: tuple[float, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.rates or not all(math.isfinite(r) and r > 0 for r in self.rates):
             raise ValueError(f"rates={self.rates!r}: need one positive finite rate for each of the K >= 1 levels")
         object.__setattr__(self, "rates", tuple(float(r) for r in self.rates))
 
     @property
     def num_levels(self) -> int:
-        """K, the number of levels above the words."""
+        """K, the number of levels above the tokens."""
         return len(self.rates)
 
     @property
@@ -55,7 +61,7 @@ class LevelChain:
 
     @property
     def tau_end(self) -> float:
-        """Noise time after which a token is the mask but for e^-40 or so; later times are read as this one."""
+        """Noise time after which a position is the mask but for e^-40 or so; later times are read as this one."""
         return 40.0 / min(self.rates)
 
     @functools.cached_property
@@ -79,11 +85,11 @@ class LevelChain:
                     scale *= (m + 1) / (m + 1 + j - i)
         return table
 
-    def _series(self, tau, xp=jnp):
+    def _series(self, tau: Array, xp: ModuleType = jnp) -> tuple[Array, Array, Array]:
         """x [...], b [..., K+1, K+1] and the log of the factor taken out of b, [...]."""
         x = xp.minimum(tau, self.tau_end) * self._top
 
-        def add(carry, term):
+        def add(carry: Sums, term: tuple[Array, Array | int]) -> tuple[Sums, None]:
             b, p, log_scale = carry
             coefficients, m = term
             b = b + p[..., None, None] * _wide(coefficients, x)
@@ -104,12 +110,12 @@ class LevelChain:
         b, _, log_scale = carry
         return x, b, log_scale
 
-    def beta(self, tau, xp=jnp):
-        """Law of the level at noise time tau: [..., K+1], beta_l = P(tau)[0, l]."""
+    def beta(self, tau: Array | float, xp: ModuleType = jnp) -> Array:
+        """Distribution of the level at noise time tau: [..., K+1], beta_l = P(tau)[0, l]."""
         x, b, log_scale = self._series(xp.asarray(tau), xp)
         return xp.exp(log_scale - x)[..., None] * _powers(x, self.num_levels, xp) * b[..., 0, :]
 
-    def weight(self, tau, xp=jnp):
+    def weight(self, tau: Array | float, xp: ModuleType = jnp) -> Array:
         """NELBO weights per unit tau: [..., K], w_k = r_k beta_{k-1}/beta_k for k = 1..K (docs/theory.md section 3).
 
         Formed as r_k b_{k-1} / (x b_k), which neither under- nor overflows as tau -> 0.
@@ -118,24 +124,24 @@ class LevelChain:
         rates = _wide(xp.asarray(self.rates, x.dtype), x)
         return rates * b[..., 0, :-1] / (x[..., None] * b[..., 0, 1:])
 
-    def unfinished(self, tau) -> float:
-        """Share of tokens that are not yet the mask."""
+    def unfinished(self, tau: Array | float) -> Array:
+        """Share of positions that are not yet the mask."""
         return self.beta(np.asarray(tau), np)[..., :-1].sum(-1)
 
-    def moments(self, tau):
+    def moments(self, tau: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """m = sum_k r_k beta_{k-1} and g = sum_k (r_k beta_{k-1})^2 / beta_k at noise times [J], float64 [J] each."""
         flow = np.asarray(self.rates) * self.beta(tau, np)[:, :-1]
         return flow.sum(-1), (flow * self.weight(tau, np)).sum(-1)
 
-    def transition(self, dtau):
+    def transition(self, dtau: Array) -> jax.Array:
         """P(dtau) = expm(dtau G): [..., K+1, K+1], row: level before, column: level after."""
         x, b, log_scale = self._series(jnp.asarray(dtau))
         k = self.num_levels
         climb = np.maximum(np.arange(k + 1)[None] - np.arange(k + 1)[:, None], 0)
         return jnp.exp(log_scale - x)[..., None, None] * _powers(x, k)[..., climb] * b
 
-    def posterior(self, tau_s, tau_t):
-        """Law of the level at tau_s given the level at tau_t >= tau_s: [..., K+1, K+1].
+    def posterior(self, tau_s: Number | np.ndarray, tau_t: Number | np.ndarray) -> jax.Array:
+        """Distribution of the level at tau_s given the level at tau_t >= tau_s: [..., K+1, K+1].
 
         Row k: level at tau_t, column j: level at tau_s; P(s)[0,j] P(t-s)[j,k] / P(t)[0,k] (docs/theory.md section 4).
         tau_t may be inf: then only the row of the mask means anything, and it is beta(tau_s).
@@ -159,23 +165,32 @@ class LevelChain:
         from_mask = _wide((level == k)[:, None], x_t) & jnp.isinf(tau_t)[..., None, None]
         return jnp.where(from_mask, self.beta(tau_s)[..., None, :], post)
 
-    def crossing_times(self, key, shape: tuple[int, ...]):
-        """Noise times at which tokens reach levels 1..K: float32 [*shape, K], increasing along the last axis."""
+    def crossing_times(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Noise times at which positions reach levels 1..K: float32 [*shape, K], increasing along the last axis."""
         waits = -jnp.log1p(-open_uniform(key, (*shape, self.num_levels)))
         return jnp.cumsum(waits / np.asarray(self.rates, np.float32).reshape((1,) * len(shape) + (-1,)), axis=-1)
 
 
-def _wide(table, x):
+def _wide(table: Array, x: Array) -> Array:
     """`table` with leading axes of length 1 so that it broadcasts behind the axes of x."""
     return table.reshape((1,) * x.ndim + table.shape)
 
 
-def _powers(x, highest: int, xp=jnp):
+def _powers(x: Array, highest: int, xp: ModuleType = jnp) -> Array:
     """x^0 .. x^highest along a new last axis, with 0^0 = 1."""
     powers = [xp.ones_like(x)]
     for _ in range(highest):
         powers.append(powers[-1] * x)
     return xp.stack(powers, axis=-1)
+
+
+class Timed(Protocol):
+    """What a `Proposal` asks of a level chain, or of a process."""
+
+    @property
+    def tau_end(self) -> float: ...
+    def unfinished(self, tau: float) -> Array: ...
+    def moments(self, tau: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class Proposal:
@@ -186,13 +201,13 @@ class Proposal:
     so that an estimate is unbiased whatever the table's resolution.
 
     Args:
-      chain: the level chain, or a process with its `unfinished`, `moments` and `tau_end`.
-      tokens: S, tokens that share one tau.
+      chain: the level chain, or a process that has the same three.
+      tokens: S, positions that share one tau.
       cv2: a, the squared coefficient of variation of the cost C between sequences (1 for independent draws).
       knots: J.
     """
 
-    def __init__(self, chain, tokens: int, cv2: float = 0.03, knots: int = 4096):
+    def __init__(self, chain: Timed, tokens: int, cv2: float = 0.03, knots: int = 4096) -> None:
         lo, hi = 0.0, chain.tau_end
         for _ in range(60):
             mid = (lo + hi) / 2
@@ -207,7 +222,7 @@ class Proposal:
         self.cdf[-1] = 1.0
         self.slope = np.diff(self.cdf) / np.diff(self.knots)
 
-    def quantile(self, u):
+    def quantile(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """u in [0, 1) of any shape -> (tau, q(tau)), float64."""
         j = np.clip(np.searchsorted(self.cdf, u, side="right") - 1, 0, len(self.slope) - 1)
         return self.knots[j] + (u - self.cdf[j]) / self.slope[j], self.slope[j]

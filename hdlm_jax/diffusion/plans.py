@@ -1,31 +1,31 @@
-"""Plans of the levels, and what samplers share (docs/theory.md section 4).
+"""Plans: when each position goes down which level, drawn before the network is called (docs/theory.md section 4).
 
-Levels ignore content, so a whole reverse trajectory of levels is drawn before any network call: K crossing times a
-token. Grouped by a grid of T steps, singly, or m at a time, they become the calls at which each token drops. The
-positions are chosen without looking at what is drawn there (choose-then-draw), which is exact.
+Levels do not depend on content, so their whole reverse trajectory can be drawn first: K crossing times per position.
+Grouped by a grid of T steps, singly, or m at a time, they become network calls. Positions are chosen without looking
+at what is drawn there (choose-then-draw), which is exact.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from hdlm_jax.diffusion.draws import row_keys, wide
+from hdlm_jax.diffusion.draws import Number, row_keys, wide
 from hdlm_jax.diffusion.levels import LevelChain
 
 PLANS = ("grid", "events", "reveal")
 
 
 class Plan(NamedTuple):
-    """When each token drops. Every number may be traced: another T or m is no other program. Rows first everywhere.
+    """When each position goes down. All numbers may be traced: another T or m does not recompile. Rows come first.
 
-    drop_call: int32 [B, S, K], the call at which a token falls below level k = 1..K; -1 where it never was that high.
-    calls: int32 [B], calls there are at most.
-    clock: float32 [B, S K], t of each row's drops in their order, `group` [B] of them a call; None for a grid, whose
-      call c is at t = 1 - c/calls.
+    drop_call: int32 [B, S, K], the call at which a position falls below level k = 1..K; -1: it never was that high.
+    calls: int32 [B], the most calls there can be.
+    clock: float32 [B, S K], t of each row's falls in order, `group` [B] of them a call; None for a grid, whose call
+      c is at t = 1 - c/calls.
     """
 
     drop_call: jax.Array
@@ -33,17 +33,17 @@ class Plan(NamedTuple):
     clock: jax.Array | None
     group: jax.Array
 
-    def next(self, level):
-        """The first call at which something has yet to drop, tokens being at `level` [B, S]: int32 [B]."""
+    def next(self, level: jax.Array) -> jax.Array:
+        """The next call at which a position falls, given `level` [B, S]: int32 [B]."""
         ahead = wide(jnp.arange(1, self.drop_call.shape[-1] + 1), level) <= level[..., None]
         call = jnp.where(ahead & (self.drop_call >= 0), self.drop_call, self.calls[:, None, None])
         return jnp.min(call, axis=(1, 2))
 
-    def target(self, call):
+    def target(self, call: jax.Array) -> jax.Array:
         """Levels after calls [B]: int32 [B, S]."""
         return jnp.sum(self.drop_call > call[:, None, None], axis=-1, dtype=jnp.int32)
 
-    def time(self, call):
+    def time(self, call: jax.Array) -> jax.Array:
         """t in [0, 1] that a time-conditioned network is told at calls [B]: float32 [B]; 0 after the last."""
         if self.clock is None:
             return ((self.calls - call) / self.calls).astype(jnp.float32)
@@ -52,13 +52,14 @@ class Plan(NamedTuple):
         return jnp.where(call < self.calls, t, 0.0)
 
 
-def plan(key, chain: LevelChain, level0, kind: str = "grid", steps: Any = 128, reveals: Any = 1) -> Plan:
-    """Draw the levels' reverse trajectory from start levels level0 int [B, S] (K at a mask, 0 at given words).
+def plan(key: jax.Array, chain: LevelChain, level0: jax.Array, kind: str = "grid", steps: Number = 128,
+         reveals: Number = 1) -> Plan:
+    """Draw the levels' reverse trajectory from start levels level0 int [B, S] (K at a mask, 0 at given tokens).
 
     Args:
       key: one key (row b uses fold_in(key, b)) or keys [B].
-      kind: "grid", the exact ancestral kernel on T = `steps` equal steps of t; "events", one drop a call in each row
-        (no discretisation error); "reveal", exactly `reveals` drops a call in each row, the last call taking the rest.
+      kind: "grid", the exact ancestral kernel on T = `steps` equal steps of t; "events", one fall a call in each row
+        (no discretisation error); "reveal", exactly `reveals` falls a call in each row, the last call taking the rest.
       steps, reveals: integers, traced or not.
     """
     chex.assert_rank(level0, 2)

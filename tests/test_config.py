@@ -109,6 +109,11 @@ def test_saved_and_read_again():
     again = resolve(json.loads(json.dumps(c.as_dict())))
     assert again == c and isinstance(again.hierarchy.clusters, tuple) and isinstance(again.data.files, tuple)
     assert resolve(config_dict.ConfigDict(c.as_dict())) == c
+    before = c.as_dict()
+    before["hierarchy"]["keep_single"] = False  # a setting that is no more
+    assert resolve(json.loads(json.dumps(before))) == c and "keep_single" in before["hierarchy"]
+    with pytest.raises(ConfigError, match="config.hierarchy.keep_single: no such setting"):
+        check_name("hierarchy.keep_single")
 
 
 def test_every_path_is_expanded(monkeypatch):
@@ -229,20 +234,18 @@ def test_rates_of_levels():
     assert three.diffusion.level_rates(3) == (1.0, 2.0, 1.0)
 
 
-@pytest.mark.parametrize("clusters, keep, levels", [
-    ((), False, 1), ((1,), False, 1), ((1,), True, 2), ((64,), False, 2), ((64, 1), False, 2), ((64, 8), False, 3),
-])
-def test_levels_counted_as_the_hierarchy_does(clusters, keep, levels):
+@pytest.mark.parametrize("clusters, levels", [((), 1), ((1,), 1), ((64,), 2), ((64, 1), 2), ((64, 8), 3)])
+def test_levels_counted_as_the_hierarchy_does(clusters, levels):
     """As many rates as Hierarchy.from_parents makes levels, no more and no fewer."""
     from hdlm_jax.diffusion.hierarchy import Hierarchy
     parents, below = [], 257
     for n in clusters:
         parents.append([i % n for i in range(below)])
         below = n
-    made = Hierarchy.from_parents(parents, vocab_size=257, keep_single=keep).num_levels
+    made = Hierarchy.from_parents(parents, vocab_size=257).num_levels
     assert made == levels
     for rates in range(1, 5):
-        sections = {"diffusion": {"rates": (1.0,) * rates}, "hierarchy": {"clusters": clusters, "keep_single": keep}}
+        sections = {"diffusion": {"rates": (1.0,) * rates}, "hierarchy": {"clusters": clusters}}
         if rates == levels:
             assert with_(**sections)
         else:

@@ -441,7 +441,7 @@ def test_whole_or_not_there(roundtrip, tmp_path, monkeypatch, capsys):
     ("released", {"layout": ""}, "released.layout='': --mode=import needs it; see configs/released_mdlm.py"),
     ("released", {"weights": ""}, "released.weights='': .*configs/released_hdlm.py"),
     ("released", {"clusters": ""}, r"released.clusters='': needed with hierarchy.clusters above 1"),
-    ("hierarchy", {"clusters": (1,)}, "released.clusters='.*': needed with .* above 1 .*, and only there"),
+    ("hierarchy", {"clusters": (1,)}, r"clusters=\(1,\): .*clusters.npy has 8; --config.hierarchy.clusters='\(8,\)'"),
     ("hierarchy", {"clusters": (16,)}, r"clusters.npy has 8; --config.hierarchy.clusters='\(8,\)'"),
     ("model", {"head": "factorised"}, "model.head='factorised': published networks"),
     ("model", {"width": 64}, "model.width=64: .* has 32; give --config.model.heads=2 --config.model.width=32 "),
@@ -453,6 +453,14 @@ def test_settings_that_do_not_go_with_the_file(roundtrip, tmp_path, section, cha
     with pytest.raises(ValueError, match=match):
         import_released(c, str(tmp_path / "run"))
     assert not os.path.exists(tmp_path / "run" / "config.json")
+
+
+def test_clusters_go_with_the_layout_that_has_them(roundtrip, tmp_path):
+    c = roundtrip[0]
+    c = dataclasses.replace(c, released=dataclasses.replace(c.released, layout="mdlm"),
+                            hierarchy=dataclasses.replace(c.hierarchy, clusters=(1,)))
+    with pytest.raises(ConfigError, match=r"released.clusters='.*': needed with .* above 1, and only there; .*\(1,\)"):
+        import_released(c, str(tmp_path / "run"))
 
 
 def test_a_factorised_head_has_no_published_layout(roundtrip):

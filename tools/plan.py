@@ -68,7 +68,7 @@ def balanced(config: Config) -> Hierarchy:
     """A hierarchy of a config's sizes without data: clusters as equal as can be, at every level."""
     sizes = (config.tokenizer.vocab_size, *config.hierarchy.clusters)
     maps = [np.arange(n) % m for n, m in zip(sizes, sizes[1:], strict=False)]
-    return Hierarchy.from_parents(maps, vocab_size=sizes[0], keep_single=config.hierarchy.keep_single)
+    return Hierarchy.from_parents(maps, vocab_size=sizes[0])
 
 
 def topology(name: str):

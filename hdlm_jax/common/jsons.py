@@ -1,16 +1,16 @@
-"""Values as JSON has them. Everything the package writes as JSON goes through here, so that every JSON reader reads it.
-"""
+"""Files that are whole or not there, and values as JSON has them: what the package writes, every JSON reader reads."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -39,25 +39,29 @@ def dumps(value: Any, **how: Any) -> str:
     return json.dumps(plain(value), allow_nan=False, **how)
 
 
-def write_json(path: str, value: Any) -> None:
-    """Writes aside and renames, so that the file is never half there."""
-    write_atomic(Path(path), f"{dumps(value, indent=1)}\n".encode())
+def read_json(path: str | os.PathLike, optional: bool = False) -> Any:
+    """The value in a JSON file; with optional None where there is no file.
 
-
-def reuse(path: str, made_from: dict) -> dict | None:
-    """A result written by write_json, if it is there and was made from the same things."""
-    if not os.path.exists(path):
+    Raises:
+      OSError: it cannot be read. ValueError, with the file's name: it is no JSON.
+    """
+    if optional and not os.path.exists(path):
         return None
-    found = read_json(path)
-    return found if all(found.get(k) == plain(v) for k, v in made_from.items()) else None
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    """The value in a JSON file. ValueError, with the file's name, where it holds none; FileNotFoundError."""
     try:
         return json.loads(Path(path).read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a value as JSON, whole or not at all."""
+    write_atomic(path, f"{dumps(value, indent=1)}\n".encode())
+
+
+def reuse(path: str | os.PathLike, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A result written by write_json, if it is there and was made from the same things."""
+    found = read_json(path, optional=True)
+    return found if found is not None and all(found.get(k) == plain(v) for k, v in made_from.items()) else None
 
 
 def sha256_of(path: str | os.PathLike) -> str:
@@ -71,14 +75,24 @@ def temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
-def write_atomic(path: Path, raw: bytes) -> None:
-    """Writes a small file whole or not at all (temporary name, then os.replace), also where the power fails."""
-    aside = temporary(path)
+@contextlib.contextmanager
+def open_atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` at the end; after an error what was there stays.
+
+    Whole or not at all, also where the power fails.
+    """
+    aside = temporary(Path(path))
     try:
-        with open(aside, "wb") as f:
-            f.write(raw)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | os.PathLike, raw: bytes) -> None:
+    """Writes a small file whole or not at all."""
+    with open_atomic(path) as file:
+        file.write(raw)

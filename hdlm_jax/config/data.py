@@ -95,15 +95,12 @@ class HierarchyConfig:
     clusters: tuple[int, ...] = (0,)  # (0,): one level of about sqrt(V) clusters, a power of two
     embeddings: str = "corpus"  # corpus | FILE.npy | FILE.safetensors:TENSOR | checkpoint:WORKDIR
     shuffle: bool = False  # control: clusters of the same sizes with random members
-    keep_single: bool = False  # keep a single cluster as a level of its own: (V, 1, 1)
     seed: int = 0  # of k-means, and of shuffle
 
     def check(self) -> None:
         c = self.clusters
         rule(all(n >= 1 for n in c) and all(a > b for a, b in zip(c, c[1:], strict=False)), "hierarchy.clusters", c,
               "cluster numbers must be positive and fall, fine to coarse, as in (256, 16)")
-        rule(not self.keep_single or c == (1,), "hierarchy.keep_single", self.keep_single,
-              f"goes with hierarchy.clusters=(1,), not {c}")
         check_seed("hierarchy.seed", self.seed, 2**31 - 1)  # faiss adds one, and has 31 bits
         e = self.embeddings
         known = e == "corpus" or e.endswith(".npy") or ".safetensors:" in e or e.startswith("checkpoint:")

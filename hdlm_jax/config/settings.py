@@ -10,7 +10,8 @@ import dataclasses
 import difflib
 import math
 import typing
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ml_collections import config_dict
 
@@ -20,14 +21,23 @@ from hdlm_jax.config.rules import ConfigError, expand, rule
 from hdlm_jax.config.training import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from hdlm_jax.config.use import EvaluateConfig, GenerateConfig, ReleasedConfig
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 # Settings that are paths, or begin with one: `resolve` expands ~ and $VARIABLES in them (and main in --workdir).
 PATHS = ("data.files", "data.validation", "data.dir", "tokenizer.file", "hierarchy.embeddings", "train.init_from",
          "evaluate.tasks_data", "evaluate.files", "evaluate.lm1b", "generate.schema", "generate.helper",
          "generate.judge", "released.weights", "released.clusters")
+RETIRED = ("hierarchy.keep_single",)  # settings of before, which saved configs still have: `resolve` passes them over
+
+Given: TypeAlias = config_dict.ConfigDict | Mapping[str, Any]  # sections of settings: of a recipe, or saved
+Section = TypeVar("Section", bound="DataclassInstance")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """All settings of a run, by section."""
+
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     hierarchy: HierarchyConfig = HierarchyConfig()
@@ -48,8 +58,7 @@ class Config:
         n = max(self.hierarchy.clusters, default=1)
         rule(n <= self.tokenizer.vocab_size, "hierarchy.clusters", self.hierarchy.clusters,
               f"more clusters than the tokenizer.vocab_size={self.tokenizer.vocab_size} words")
-        single = n == 1 and not (self.hierarchy.keep_single and self.hierarchy.clusters)
-        levels = 1 if single else 1 + sum(c > 1 for c in self.hierarchy.clusters) + (n == 1)
+        levels = 1 + sum(c > 1 for c in self.hierarchy.clusters)
         process = self.diffusion.process
         rule(process == "hierarchical" or levels == 1, "hierarchy.clusters", self.hierarchy.clusters,
               f"diffusion.process={process!r} knows no clusters; give (1,)")
@@ -79,22 +88,21 @@ def default() -> config_dict.ConfigDict:
     return config_dict.ConfigDict(Config().as_dict())
 
 
-def resolve(given: Any) -> Config:
+def resolve(given: Given) -> Config:
     """A checked, frozen Config from a ConfigDict (or plain nested dict); ~ and $VARIABLES in its PATHS are expanded.
 
     Raises:
       ConfigError: unknown names, wrong types, broken rules.
     """
-    given = given.to_dict() if isinstance(given, config_dict.ConfigDict) else dict(given)
+    sections = _plain(given)
     built = {}
-    for name in given:
+    for name in sections:
         check_name(name)
-    for field in dataclasses.fields(Config):
-        name = field.name
-        section: Any = field.default
-        values = given.get(name, {})
-        rule(isinstance(values, dict), f"config.{name}", values, f"is a section; its settings are {_names(section)}")
-        section = change(name, section, values)
+    for name, section in _SECTIONS.items():
+        values = sections.get(name, {})
+        rule(isinstance(values, Mapping), f"config.{name}", values,
+             f"is a section; its settings are {', '.join(_names(section))}")
+        section = change(name, section, {k: v for k, v in values.items() if f"{name}.{k}" not in RETIRED})
         paths = [key for whole, _, key in (path.partition(".") for path in PATHS) if whole == name]
         built[name] = dataclasses.replace(section, **{key: expand(getattr(section, key)) for key in paths})
     if built["hierarchy"].clusters == (0,):
@@ -105,11 +113,12 @@ def resolve(given: Any) -> Config:
     return config
 
 
+_SECTIONS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}  # at their defaults
 _INHERITED = ("tokenizer", "hierarchy", "diffusion", "model")
 _MAY_DIFFER = ("diffusion.", "model.seq_len", "model.dropout", "model.embeddings", "model.dtype", "model.remat")
 
 
-def inherit(given: Any, base: Config, name: str) -> dict[str, Any]:
+def inherit(given: Given, base: Config, name: str) -> dict[str, Any]:
     """What is given (a ConfigDict or nested dict), with what makes the model taken from the run `base` it starts from.
 
     A setting left at its default is the base's; of those given, the process, the loss and what does not change the
@@ -118,7 +127,7 @@ def inherit(given: Any, base: Config, name: str) -> dict[str, Any]:
     Raises:
       ConfigError: all settings that contradict the base, in one line; `name` is what to call it.
     """
-    out = given.to_dict() if isinstance(given, config_dict.ConfigDict) else dict(given)
+    out = _plain(given)
     wrong = []
     for section in _INHERITED:
         values = dict(out.get(section, {}))
@@ -135,7 +144,7 @@ def inherit(given: Any, base: Config, name: str) -> dict[str, Any]:
     return out
 
 
-def change(name: str, section: Any, values: dict[str, Any]) -> Any:
+def change(name: str, section: Section, values: Mapping[str, Any]) -> Section:
     """A section with some settings changed: names and types are checked, rules are not (`check` does).
 
     Raises:
@@ -149,10 +158,9 @@ def change(name: str, section: Any, values: dict[str, Any]) -> Any:
 
 def check_name(name: str) -> None:
     """ConfigError unless `name` is a section ("train") or a setting ("train.steps") of the config."""
-    sections: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Config)}
     section, dot, key = name.partition(".")
-    known = tuple(f.name for f in dataclasses.fields(sections[section])) if section in sections and dot else None
-    here, choices = (key, known) if known else (section, tuple(sections))
+    known = _names(_SECTIONS[section]) if section in _SECTIONS and dot else None
+    here, choices = (key, known) if known else (section, tuple(_SECTIONS))
     if here not in choices:
         close = difflib.get_close_matches(here, choices, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -160,11 +168,16 @@ def check_name(name: str) -> None:
         raise ConfigError(f"config.{name}: no such {kind}; choose one of {', '.join(choices)}{hint}")
 
 
-def _names(section: Any) -> str:
-    return ", ".join(f.name for f in dataclasses.fields(section))
+def _plain(given: Given) -> dict[str, Any]:
+    return given.to_dict() if isinstance(given, config_dict.ConfigDict) else dict(given)
+
+
+def _names(section: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(section))
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A value as a setting of type `kind` holds it: whole numbers as floats, lists as tuples."""
     if typing.get_origin(kind) is tuple:
         rule(isinstance(value, list | tuple), name, value, "must be a tuple, as in (64,) or (256, 16)")
         return tuple(_typed(name, v, typing.get_args(kind)[0]) for v in value)

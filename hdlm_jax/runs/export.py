@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,23 +70,13 @@ def export(config: Config, workdir: str) -> str:
         from safetensors.numpy import save_file
     except ImportError:
         raise ConfigError("--mode=export: needs safetensors, pip install hdlm_jax[safetensors]") from None
-    which, layout = config.evaluate.checkpoint, config.released.layout
     trained = saved_config(workdir)
-    checkpoints = checkpoints_of(workdir)
-    step = checkpoints.choose(which)
-    saved = checkpoints.meta(step)
-    checkpoints.close()
-    fingerprints = {name: saved[name] for name in ("tokenizer", "hierarchy", "data")}
-    facts = {"step": step, "ema": bool(trained.optimizer.ema), "fingerprints": fingerprints,
-             "hdlm_jax": hdlm_jax.__version__, "config": trained.as_dict()}
-    if layout:
-        import_weights.check_exportable(trained)
-        facts["layout"] = [layout, config.released.mask_id, config.released.first_cluster]
+    facts = _facts(config, trained, workdir)
     folder = os.path.abspath(os.path.join(workdir, "export"))
     if processes.on_main_process(lambda: reuse(os.path.join(folder, "config.json"), facts) is not None):
-        say(f"export: reusing {folder} of step {step:,}")
+        say(f"export: reusing {folder} of step {facts['step']:,}")
         return folder
-    run = load_run(config, workdir, which)
+    run = load_run(config, workdir, config.evaluate.checkpoint)
     arrays: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree.leaves_with_path(run.params):
         whole = processes.to_host(leaf)  # a leaf at a time: all processes take part
@@ -96,14 +87,14 @@ def export(config: Config, workdir: str) -> str:
         aside, old = f"{folder}.tmp", f"{folder}.old"
         shutil.rmtree(aside, ignore_errors=True)  # of an export that was interrupted
         os.makedirs(aside)
-        about = jsons.dumps({name: value for name, value in facts.items() if name != "config"})
+        about = {"hdlm_jax": jsons.dumps({name: value for name, value in facts.items() if name != "config"})}
         # a single entry: safetensors writes several in any order, and the same weights should be the same file
-        save_file(arrays, os.path.join(aside, "model.safetensors"), {"hdlm_jax": about})
+        save_file(arrays, os.path.join(aside, "model.safetensors"), about)
         tree = jax.tree.unflatten(jax.tree.structure(run.params), arrays.values())
         save_params(os.path.join(aside, "params"), tree)
-        if layout:
+        if layout := config.released.layout:
             published = import_weights.published(config, trained, workdir, run.hierarchy, tree)
-            save_file(published, os.path.join(aside, f"{layout}.safetensors"), {"hdlm_jax": about})
+            save_file(published, os.path.join(aside, f"{layout}.safetensors"), about)
         run.tokenizer.save(os.path.join(aside, "tokenizer"))
         shutil.copyfile(os.path.join(workdir, "hierarchy.npz"), os.path.join(aside, "hierarchy.npz"))
         shapes = {name: list(array.shape) for name, array in arrays.items()}
@@ -113,7 +104,23 @@ def export(config: Config, workdir: str) -> str:
             os.rename(folder, old)
         os.rename(aside, folder)
         shutil.rmtree(old, ignore_errors=True)
-        say(f"export: step {step:,}, {run.num_params:,} parameters, in {folder}")
+        say(f"export: step {facts['step']:,}, {run.num_params:,} parameters, in {folder}")
 
     processes.on_main_process(write)
     return folder
+
+
+def _facts(config: Config, trained: Config, workdir: str) -> dict[str, Any]:
+    """What an export is made from; ConfigError where the layout asked for has no place for such a run."""
+    checkpoints = checkpoints_of(workdir)
+    step = checkpoints.choose(config.evaluate.checkpoint)
+    saved = checkpoints.meta(step)
+    checkpoints.close()
+    facts = {"step": step, "ema": bool(trained.optimizer.ema),
+             "fingerprints": {name: saved[name] for name in ("tokenizer", "hierarchy", "data")},
+             "hdlm_jax": hdlm_jax.__version__, "config": trained.as_dict()}
+    if not config.released.layout:
+        return facts
+    import_weights.check_exportable(trained)
+    r = config.released
+    return facts | {"layout": [r.layout, r.mask_id, r.first_cluster]}

@@ -16,7 +16,7 @@ import numpy as np
 
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
-from hdlm_jax.common.jsons import reuse, write_atomic, write_json
+from hdlm_jax.common.jsons import open_atomic, reuse, sha256_of, write_atomic, write_json
 from hdlm_jax.config import Config, ConfigError, GenerateConfig
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import schema
@@ -107,7 +107,7 @@ def sampling_facts(run: Any, g: GenerateConfig, result: dict[str, Any]) -> dict[
 def _reuse(summary: str, lines: str, made_from: dict) -> dict | None:
     """The summary, if it was made from the same things and the samples beside it are the ones it speaks of."""
     found = reuse(summary, made_from)
-    return found if found and os.path.exists(lines) and found.get("samples_sha256") == jsons.sha256_of(lines) else None
+    return found if found and os.path.exists(lines) and found.get("samples_sha256") == sha256_of(lines) else None
 
 
 def real_texts(run: Any, count: int, length: int) -> list[np.ndarray] | str:
@@ -149,11 +149,11 @@ def _sample(run: Any, workdir: str, made_from: dict, helper: Any) -> tuple[dict[
     path = os.path.join(workdir, "samples.txt")
     if processes.is_main_process():
         read = "".join(f"--- sample {i} ---\n{text}\n\n" for i, text in enumerate(texts))
-        write_atomic(Path(path), read.encode())
+        write_atomic(path, read.encode())
         rows = zip(texts, tokens, out["row_forwards"], strict=True)
         lines = "".join(jsons.dumps({"text": text, "ids": row.tolist(), "row_forwards": int(calls)}) + "\n"
                         for text, row, calls in rows).encode()
-        write_atomic(Path(workdir) / "samples.jsonl", lines)
+        write_atomic(os.path.join(workdir, "samples.jsonl"), lines)
         result["samples_sha256"] = hashlib.sha256(lines).hexdigest()
         _keep(os.path.join(workdir, "trajectories.npz"), film, {"prompt_tokens": len(ids)} | made_from)
         write_json(os.path.join(workdir, "generate.json"), result)
@@ -203,9 +203,8 @@ def _trajectories(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: Genera
 
 
 def _keep(path: str, film: dict[str, np.ndarray], about: dict[str, Any]) -> None:
-    """Writes trajectories.npz aside and renames it; without a film one of other samples is removed."""
+    """Writes trajectories.npz; without a film one of other samples is removed."""
     if not film:
         return Path(path).unlink(missing_ok=True)
-    aside = f"{path}.tmp{os.getpid()}.npz"
-    np.savez_compressed(aside, about=np.asarray(jsons.dumps(about)), **film)  # type: ignore[arg-type]
-    os.replace(aside, path)
+    with open_atomic(path) as file:
+        np.savez_compressed(file, about=np.asarray(jsons.dumps(about)), **film)  # type: ignore[arg-type]

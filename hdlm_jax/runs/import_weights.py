@@ -18,12 +18,12 @@ import numpy as np
 import hdlm_jax
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
-from hdlm_jax.common.jsons import reuse, write_json
-from hdlm_jax.config import Config, ConfigError, ModelConfig, ReleasedConfig
+from hdlm_jax.common.jsons import reuse, sha256_of, write_json
+from hdlm_jax.config import Config, ConfigError, ReleasedConfig
 from hdlm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.interop import EMBEDDING, Sizes, from_torch, heads_of, sizes, state_ids, to_torch
-from hdlm_jax.models.weight_files import find, read_clusters, read_weights
+from hdlm_jax.models.weight_files import File, find, read_clusters, read_weights
 from hdlm_jax.training.checkpoint import save_params
 from hdlm_jax.training.loading import check_writable
 
@@ -43,36 +43,29 @@ def import_released(config: Config, workdir: str) -> None:
         raise ConfigError(f"released.{name}='': --mode=import needs it; see configs/released_{r.layout or 'mdlm'}.py")
     if config.model.head != "flat":
         raise ConfigError(f"model.head={config.model.head!r}: published networks have a logit for every word, 'flat'")
-    if bool(r.clusters) != (h.keep_single or max(h.clusters, default=1) > 1):
-        raise ConfigError(f"released.clusters={r.clusters!r}: needed with hierarchy.clusters above 1 (or keep_single), "
-                          f"and only there; it is {h.clusters}")
+    if bool(r.clusters) != (max(h.clusters, default=1) > 1) and not (r.clusters and r.layout == "hdlm"):
+        raise ConfigError(f"released.clusters={r.clusters!r}: needed with hierarchy.clusters above 1, and only there; "
+                          f"it is {h.clusters}")
     check_writable(workdir)
     processes.on_main_process(lambda: _import(config, workdir))
 
 
 def _import(config: Config, workdir: str) -> None:
-    r, m, t = config.released, config.model, config.tokenizer
+    r, m = config.released, config.model
     weights, dictionary = find(r.weights), find(r.clusters) if r.clusters else ""
-    settings = jsons.plain(config.as_dict())
-    made_from = {"weights": jsons.sha256_of(weights), "clusters": jsons.sha256_of(dictionary) if dictionary else "",
-                 "settings": {name: settings[name] for name in ("tokenizer", "hierarchy", "diffusion", "model")},
-                 "released": settings["released"] | {"weights": "", "clusters": ""}}
+    made_from = _made_from(config, weights, dictionary)
     marker = os.path.join(workdir, "config.json")
     if reuse(marker, {"made_from": made_from}) is not None:
         return say(f"import: reusing {workdir}")
     if os.path.exists(marker) or os.path.isdir(os.path.join(workdir, "checkpoints")):
         raise ConfigError(f"workdir={workdir!r}: holds a run or another import; give another --workdir")
-    if t.kind == "bpe" and not t.file:
-        raise ConfigError("tokenizer.file='': --mode=import needs the rank file of a trained tokenizer")
-    tokenizer = make_tokenizer(t.kind, file=t.file, sha256=t.sha256, pattern=t.pattern)
-    hierarchy = _hierarchy(config, tokenizer, dictionary)
+    tokenizer, hierarchy = _words(config, dictionary)
     file = read_weights(weights, r.ema)
-    s, told = sizes(file.state), heads_of(file.state, file.state[EMBEDDING].shape[1])
-    _check_sizes(m, weights, s, told)
+    size = _check_size(config, file, weights)
     ids = state_ids(r, hierarchy)
     params, rest = from_torch(file.state, hierarchy, ids, m.time_conditioning)
     about: dict[str, Any] = {
-        "weights": os.path.basename(weights), "averaged": file.averaged, "ids": _vocabulary(r, ids), "cond": s.cond,
+        "weights": os.path.basename(weights), "averaged": file.averaged, "ids": _vocabulary(r, ids), "cond": size.cond,
         "unused_rows": len(rest[EMBEDDING]), "unused": sorted({name.split(".")[0] for name in rest}),
         "ignored": file.ignored}
     aside = os.path.join(workdir, "import.tmp")
@@ -93,36 +86,54 @@ def _import(config: Config, workdir: str) -> None:
     write_json(marker, {"step": file.step, "ema": file.averaged, "fingerprints": fingerprints, "config": kept,
                         "hdlm_jax": hdlm_jax.__version__, "released": about, "made_from": made_from})
     count = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
-    told_heads = f"{m.heads} heads" + ("" if told else " (as set; the file does not tell)")
+    told_heads = f"{m.heads} heads" + ("" if _heads(file) else " (as set; the file does not tell)")
     say(f"import: {count:,} parameters{' (averaged)' if file.averaged else ''} of {weights}, step {file.step:,}: width "
-        f"{s.width}, {s.blocks} blocks, {told_heads}; levels {' -> '.join(map(str, hierarchy.sizes))}, in {workdir}")
-    say(f"import: unused and kept in released.npz: {about['unused_rows']} of {s.rows} rows of the tables, "
+        f"{size.width}, {size.blocks} blocks, {told_heads}; levels {' -> '.join(map(str, hierarchy.sizes))}, in "
+        f"{workdir}")
+    say(f"import: unused and kept in released.npz: {about['unused_rows']} of {size.rows} rows of the tables, "
         f"{', '.join(n for n in about['unused'] if n not in ('vocab_embed', 'output_layer')) or 'no other tensors'}"
         + (f"; ignored: {', '.join(file.ignored[:5])}{' ...' if file.ignored[5:] else ''}" if file.ignored else ""))
 
 
-def _hierarchy(config: Config, tokenizer: Tokenizer, dictionary: str) -> Hierarchy:
-    """Tokens and a mask, and the clusters of the dictionary if there is one, which config.hierarchy has to name."""
-    r, vocab_size = config.released, tokenizer.vocab_size
-    hierarchy = Hierarchy.from_parents([], vocab_size=vocab_size, special=(tokenizer.eot,))
+def _made_from(config: Config, weights: str, dictionary: str) -> dict[str, Any]:
+    settings = jsons.plain(config.as_dict())
+    return {"weights": sha256_of(weights), "clusters": sha256_of(dictionary) if dictionary else "",
+            "settings": {name: settings[name] for name in ("tokenizer", "hierarchy", "diffusion", "model")},
+            "released": settings["released"] | {"weights": "", "clusters": ""}}
+
+
+def _words(config: Config, dictionary: str) -> tuple[Tokenizer, Hierarchy]:
+    """The tokenizer of the settings, and the hierarchy of its words that the dictionary of clusters tells, if any."""
+    r, t = config.released, config.tokenizer
+    if t.kind == "bpe" and not t.file:
+        raise ConfigError("tokenizer.file='': --mode=import needs the rank file of a trained tokenizer")
+    tokenizer = make_tokenizer(t.kind, file=t.file, sha256=t.sha256, pattern=t.pattern)
+    words = tokenizer.vocab_size
+    hierarchy = Hierarchy.from_parents([], vocab_size=words, special=(tokenizer.eot,))
     if dictionary:
         mask = int(state_ids(r, hierarchy)[-1])
-        first = max(vocab_size, mask + 1) if r.first_cluster < 0 else r.first_cluster
-        hierarchy = read_clusters(dictionary, vocab_size, first, r.missing, (tokenizer.eot,))
+        first = max(words, mask + 1) if r.first_cluster < 0 else r.first_cluster
+        hierarchy = read_clusters(dictionary, words, first, r.missing, (tokenizer.eot,))
         if hierarchy.sizes[1:-1] != config.hierarchy.clusters:
             raise ConfigError(f"hierarchy.clusters={config.hierarchy.clusters}: {dictionary} has "
                               f"{hierarchy.sizes[1]}; --config.hierarchy.clusters='({hierarchy.sizes[1]},)'")
-    return hierarchy
+    return tokenizer, hierarchy
 
 
-def _check_sizes(model: ModelConfig, weights: str, sizes_there: Sizes, heads_there: int | None) -> None:
-    """ConfigError unless config.model has the sizes of the weights (heads where the file tells them)."""
-    found = {"width": sizes_there.width, "blocks": sizes_there.blocks} | ({"heads": heads_there} if heads_there else {})
+def _heads(file: File) -> int | None:
+    return heads_of(file.state, file.state[EMBEDDING].shape[1])
+
+
+def _check_size(config: Config, file: File, weights: str) -> Sizes:
+    """The network's sizes by the file; ConfigError where the settings say otherwise, with those to give."""
+    s, told = sizes(file.state), _heads(file)
+    found = {"width": s.width, "blocks": s.blocks} | ({"heads": told} if told else {})
     for name, value in found.items():
-        if getattr(model, name) != value:
-            needed = {"heads": max(1, sizes_there.width // 64)} | found  # 64 a head, as in all published sizes
-            raise ConfigError(f"model.{name}={getattr(model, name)}: {weights} has {value}; give "
+        if getattr(config.model, name) != value:
+            needed = {"heads": max(1, s.width // 64)} | found  # 64 a head, as in all published sizes
+            raise ConfigError(f"model.{name}={getattr(config.model, name)}: {weights} has {value}; give "
                               + " ".join(f"--config.model.{k}={v}" for k, v in needed.items()))
+    return s
 
 
 def _vocabulary(released: ReleasedConfig, ids: np.ndarray) -> list[Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from hdlm_jax.common import processes
 from hdlm_jax.common.console import say
+from hdlm_jax.common.jsons import open_atomic
 from hdlm_jax.config import Config, ConfigError, TokenizerConfig
 from hdlm_jax.data import cluster_report, clustering, embeddings, pipeline, tokenizers
 from hdlm_jax.data import prepare as text_prepare
@@ -106,9 +107,9 @@ def word_vectors(config: Config, text: PreparedData) -> np.ndarray:
     def keep() -> None:
         if os.path.exists(kept):
             return say(f"embeddings: reusing {kept}")
-        aside = f"{kept}.{os.getpid()}.tmp.npy"
-        np.save(aside, vectors(pipeline.Split(text.dir, text.manifest, "train")))
-        os.replace(aside, kept)
+        found = vectors(pipeline.Split(text.dir, text.manifest, "train"))
+        with open_atomic(kept) as file:
+            np.save(file, found)
 
     if h.embeddings != "corpus":
         return vectors(None)
@@ -159,13 +160,12 @@ def _found(config: Config, text: PreparedData, path: str, settings: dict) -> boo
 
 
 def _make(config: Config, text: PreparedData, path: str, settings: dict, vectors: np.ndarray | None) -> None:
-    h, words = config.hierarchy, text.manifest.vocab_size
+    h = config.hierarchy
     report: dict = {}
     made = " (MDLM)"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if vectors is None:
-        parents = [np.zeros(words, np.int32)] if h.keep_single and h.clusters else []
-        hierarchy = Hierarchy.from_parents(parents, vocab_size=words, keep_single=h.keep_single)
+        hierarchy = Hierarchy.from_parents([], vocab_size=text.manifest.vocab_size)
     else:
         hierarchy, report = clustering.build_hierarchy(vectors, h.clusters, special=(text.manifest.eot,), seed=h.seed,
                                                      shuffle=h.shuffle)

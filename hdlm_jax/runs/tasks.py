@@ -26,7 +26,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ import numpy as np
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import markdown, say
 from hdlm_jax.common.console import perplexity as exp
-from hdlm_jax.common.jsons import write_atomic, write_json
+from hdlm_jax.common.jsons import read_json, write_atomic, write_json
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.sources import resolve
@@ -138,7 +137,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     loaded = load_run(config, workdir, e.checkpoint, e.ema)
     check_writable(workdir)
     path = os.path.join(workdir, "tasks.json")
-    results: dict[str, Any] = processes.on_main_process(lambda: _saved(path))
+    results: dict[str, Any] = processes.on_main_process(lambda: read_json(path, optional=True)) or {}
     scorer = Scorer(loaded, e)
     for name, (items, detokenizer) in data.items():
         task = TASKS[name]
@@ -166,13 +165,9 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
               and r["made_from"]["ema"] == loaded.ema]
     text = table({k: results[k] for k in wanted}, loaded.step)
     if processes.is_main_process():
-        write_atomic(Path(workdir) / "tasks.md", text.encode())
+        write_atomic(os.path.join(workdir, "tasks.md"), text.encode())
     say(f"tasks: {os.path.join(workdir, 'tasks.md')}\n{text}")
     return results
-
-
-def _saved(path: str) -> dict[str, Any]:
-    return jsons.read_json(path) if os.path.exists(path) else {}
 
 
 def _with_se(found: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:

@@ -112,9 +112,9 @@ def upgraded(saved: dict, path: str) -> dict:
 def saved_config(workdir: str) -> Config:
     """The config a run was trained with; ConfigError where there is none."""
     path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
+    saved = read_json(path, optional=True)
+    if saved is None:
         raise ConfigError(f"workdir={workdir!r}: no {path}; train first (--mode=train)")
-    saved = read_json(path)
     return resolve(upgraded(saved.get("config", saved), workdir))  # an export says more about itself
 
 

@@ -28,10 +28,7 @@ class MetricsFile:
     def __init__(self, path: str, resume_step: int):
         self.path = path
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
-        aside = path + ".tmp"
-        with open(aside, "w") as f:
-            f.writelines(jsons.dumps(r) + "\n" for r in kept)
-        os.replace(aside, path)
+        jsons.write_atomic(path, "".join(jsons.dumps(r) + "\n" for r in kept).encode())
         self.file = open(path, "a")
 
     def write(self, record: dict[str, Any]) -> None:

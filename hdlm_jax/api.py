@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 
 from hdlm_jax.config import ConfigError, GenerateConfig, change
@@ -16,6 +17,8 @@ from hdlm_jax.decoding.sampler import ended, load_helper, sampler_of, start_canv
 from hdlm_jax.evaluation.elbo import Evaluator, evaluator_of
 from hdlm_jax.evaluation.rows import per_text, split_all, to_rows
 from hdlm_jax.training.loading import load_here
+
+Classifier: TypeAlias = Callable[[jax.Array], jax.Array]  # one-hot symbols float32 [b, S, N] -> log p(y) [b]
 
 
 def _texts_of(name: str, given: Any) -> list[str]:
@@ -49,8 +52,8 @@ class Model:
     def seq_len(self) -> int:
         return self.run.config.model.seq_len
 
-    def generate(self, num_samples: int = 4, steps: int = 128, prompt: str | Sequence[str] = "", *, classifier=None,
-                 **settings: Any) -> list[str]:
+    def generate(self, num_samples: int = 4, steps: int = 128, prompt: str | Sequence[str] = "", *,
+                 classifier: Classifier | None = None, **settings: Any) -> list[str]:
         """Texts after a prompt if there is one, up to their first end of text; at most seq_len (or `length`) tokens.
 
         Of several prompts, of any lengths, num_samples texts each: prompt by prompt, in batches of all of them.
@@ -122,7 +125,8 @@ class Model:
             raise ConfigError(f"generate.schema={g.schema!r}: here call Model.json(schema)")
         return g
 
-    def _texts(self, canvas: Any, g: GenerateConfig, classifier=None, keep: Sequence[int] = ()) -> list[str]:
+    def _texts(self, canvas: Any, g: GenerateConfig, classifier: Classifier | None = None, keep: Sequence[int] = ()
+               ) -> list[str]:
         draw = self._draw
         if classifier is not None or g.helper:
             draw = sampler_of(self.run, load_helper(self.run, g), classifier)

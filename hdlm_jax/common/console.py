@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 _speaks = True
 
 
@@ -47,9 +49,7 @@ def perplexity(nats: float) -> float:
     return math.inf if nats > 700 else math.exp(nats)
 
 
-def progress(total: int, initial: int = 0, unit: str = "step", name: str = ""):
+def progress(total: int, initial: int = 0, unit: str = "step", name: str = "") -> tqdm:
     """A tqdm bar with speed and time left; silent under CI and when the output is not a terminal."""
-    from tqdm import tqdm
-
     quiet = not _speaks or bool(os.environ.get("CI")) or not sys.stderr.isatty()
     return tqdm(total=total, initial=initial, unit=unit, desc=name, disable=quiet, dynamic_ncols=True)

@@ -8,12 +8,22 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from hdlm_jax.config import Config
+
+Tree: TypeAlias = Any  # a pytree of arrays: parameters, a state, a batch
+Rows: TypeAlias = Mapping[str, np.ndarray]  # a batch on this host: arrays by name, rows in front
+Batch: TypeAlias = dict[str, jax.Array]
+Jitted: TypeAlias = jax.stages.Wrapped
+Compiled: TypeAlias = jax.stages.Compiled
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -22,29 +32,29 @@ BATCH = ("data", "fsdp")
 _TENSOR = {"qkv": -1, "up": -1, "out": -2, "down": -2, "embedding": -2, "head": -2, "words": -1}
 
 
-def make_mesh(config, devices=None):
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh ('data', 'fsdp', 'tensor') over all devices (or those given); ConfigError if the shape does not fit."""
     devices = jax.devices() if devices is None else devices
     shape = config.parallel.shape(len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def batch_shards(mesh) -> int:
+def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def batch_sharding(mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH))
 
 
-def replicated(mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def state_shardings(mesh, abstract_state):
+def state_shardings(mesh: Mesh, abstract_state: Tree) -> Tree:
     """NamedSharding for every leaf: tensor by the layer's name, FSDP on the largest axis that divides."""
 
-    def place(path, leaf):
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         spec: list[str | None] = [None] * len(leaf.shape)
         names = [str(getattr(p, "key", getattr(p, "name", ""))) for p in path]
         axis = next((_TENSOR[n] for n in reversed(names) if n in _TENSOR), None)
@@ -59,7 +69,7 @@ def state_shardings(mesh, abstract_state):
     return jax.tree_util.tree_map_with_path(place, abstract_state)
 
 
-def put_batch(mesh, batch):
+def put_batch(mesh: Mesh, batch: Rows) -> Batch:
     """This process's contiguous rows of each array -> global arrays sharded over the batch axes."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
@@ -72,10 +82,10 @@ class OverBatch:
     tensor axis), rows are divided; sums are summed over the shards, rows stay where they are.
     """
 
-    def __init__(self, mesh):
+    def __init__(self, mesh: Mesh):
         self.mesh = mesh
 
-    def sync_trip_count(self, count):
+    def sync_trip_count(self, count: jax.Array) -> jax.Array:
         """Inside `run`: how often a loop that one shard needs `count` times has to be gone through.
 
         With a tensor axis by all shards alike: the exchanges over it inside the loop wait for every device.
@@ -83,20 +93,20 @@ class OverBatch:
         alone = batch_shards(self.mesh) == 1 or self.mesh.shape["tensor"] == 1
         return count if alone else jax.lax.pmax(count, BATCH)
 
-    def __call__(self, run):
+    def __call__(self, run: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[Tree, Tree]]:
         mesh = self.mesh
         if batch_shards(mesh) == 1:
             return run
 
-        def local(params, *rows):
+        def local(params: Tree, *rows: Tree) -> tuple[Tree, Tree]:
             sums, rows = run(params, *rows)
             return jax.lax.psum(sums, BATCH), rows
 
-        def whole(rows):
+        def whole(rows: Tree) -> Tree:
             # along the tensor axis: else how `run` splits its products would be spread over all that made the rows
             return jax.lax.with_sharding_constraint(rows, batch_sharding(mesh))
 
-        def call(params, *rows):
+        def call(params: Tree, *rows: Tree) -> tuple[Tree, Tree]:
             over = jax.shard_map(local, mesh=mesh, in_specs=(P(), *(P(BATCH) for _ in rows)),
                                  out_specs=(P(), P(BATCH)), axis_names=set(BATCH), check_vma=False)
             sums, rows = over(params, *whole(rows))
@@ -105,13 +115,13 @@ class OverBatch:
         return call
 
 
-def compile_step(step, mesh, shardings):
+def compile_step(step: Callable[..., Any], mesh: Mesh, shardings: Tree) -> Jitted:
     """jit of step(state, batch, key) -> (state, metrics): state stays where it is and is donated."""
     return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
                    out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
 
 
-def compile_ahead(jitted, *args):
+def compile_ahead(jitted: Jitted, *args: Any) -> Compiled:
     """Compiles for arguments of these shapes and places, and gives back what memory that took."""
     compiled = jitted.lower(*args).compile()
     trim_memory()
@@ -128,7 +138,8 @@ def keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "hdlm_jax", "compiled"))
 
 
-def fitting(jitted, params, make_batch, rows: int, shards: int, key):
+def fitting(jitted: Jitted, params: Tree, make_batch: Callable[[int], Tree], rows: int, shards: int, key: jax.Array
+            ) -> tuple[Compiled, int]:
     """(compiled, rows): jitted(params, make_batch(rows), key) for as many rows as fit into a device's free memory.
 
     Halves `rows`, which stay a multiple of shards; where the device does not tell its memory (CPU) they stay.
@@ -141,7 +152,8 @@ def fitting(jitted, params, make_batch, rows: int, shards: int, key):
     while True:
         try:
             compiled = compile_ahead(jitted, params, make_batch(rows), key)
-            if free <= 0 or rows <= shards or compiled.memory_analysis().temp_size_in_bytes < 0.9 * free:
+            memory = compiled.memory_analysis()
+            if free <= 0 or rows <= shards or memory is None or memory.temp_size_in_bytes < 0.9 * free:
                 return compiled, rows
         except jax.errors.JaxRuntimeError as error:  # some compilers refuse what does not fit
             if "RESOURCE_EXHAUSTED" not in str(error) or rows <= shards:
@@ -149,13 +161,13 @@ def fitting(jitted, params, make_batch, rows: int, shards: int, key):
         rows = max(shards, rows // 2 // shards * shards)
 
 
-def compile_batch_step(step, mesh, params):
+def compile_batch_step(step: Callable[..., Any], mesh: Mesh, params: Tree) -> Jitted:
     """jit of step(params, batch, key) -> arrays with the batch in front, gathered to every host."""
     where = jax.tree.map(lambda a: a.sharding, params)
     return jax.jit(step, in_shardings=(where, batch_sharding(mesh), replicated(mesh)), out_shardings=replicated(mesh))
 
 
-def compile_sample_step(step, mesh, params):
+def compile_sample_step(step: Callable[..., Any], mesh: Mesh, params: Tree) -> Jitted:
     """The same for step((params, numbers), batch, key) with numbers a dictionary of host scalars."""
     where = jax.tree.map(lambda a: a.sharding, params)
     return jax.jit(step, in_shardings=((where, replicated(mesh)), batch_sharding(mesh), replicated(mesh)),
@@ -183,6 +195,6 @@ def local_rows(rows: int) -> slice:
     return slice(me * rows // n, (me + 1) * rows // n)
 
 
-def pad_rows(batch, rows: int):
+def pad_rows(batch: Rows, rows: int) -> dict[str, np.ndarray]:
     """Host arrays padded with zeros to so many rows."""
     return {k: np.concatenate([v, np.zeros((rows - len(v), *v.shape[1:]), v.dtype)]) for k, v in batch.items()}

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from hdlm_jax.common import jsons
 
+T = TypeVar("T")
 _WEEK_MS = 7 * 24 * 3600 * 1000
 
 
@@ -43,7 +44,7 @@ def is_main_process() -> bool:
 _turns = iter(range(sys.maxsize))
 
 
-def on_main_process(make: Callable[[], Any]) -> Any:
+def on_main_process(make: Callable[[], T]) -> T:
     """make() in process 0 alone; all processes get its (JSON-able) value, or fail with its error.
 
     The others wait at the coordinator, not in a collective: it may take days.
@@ -69,7 +70,7 @@ def on_main_process(make: Callable[[], Any]) -> Any:
     return value
 
 
-def to_host(array) -> np.ndarray:
+def to_host(array: jax.Array) -> np.ndarray:
     """The whole of an array that may lie in pieces on many processes; all of them have to ask for it."""
     if jax.process_count() == 1:
         return np.asarray(array)

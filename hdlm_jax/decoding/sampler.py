@@ -291,8 +291,8 @@ class Sampler:
                 batch["index"] = np.arange(start, start + count, dtype=np.int32)
                 batch = parallel.pad_rows(batch, rows)  # padding is all words: nothing to do there
                 mine = parallel.local_rows(rows)
-                batch = parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
-                found = step((self._params(program.method), numbers), batch, jax.random.key(g.seed))
+                placed = parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
+                found = step((self._params(program.method), numbers), placed, jax.random.key(g.seed))
                 parts.append({k: np.asarray(v)[:count] for k, v in found.items()})
                 bar.update(count)
         out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}

@@ -220,10 +220,10 @@ class Loop:
         """Before the state is made, so that the memory of compiling is free again."""
         began = time.time()
         step = make_train_step(self.config, self.network, self.process, self.tx, self.mesh)
-        self.step = parallel.compile_step(step, self.mesh, self.shardings)
+        jitted = parallel.compile_step(step, self.mesh, self.shardings)
         example = parallel.put_batch(self.mesh, self.batches.example())
         if self.start < self.config.train.steps:
-            self.step = parallel.compile_ahead(self.step, self.abstract, example, self.key)
+            self.step = parallel.compile_ahead(jitted, self.abstract, example, self.key)
         self.compile_s = time.time() - began
 
     def _fresh_state(self) -> TrainState:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from hdlm_jax.common import parallel
+from hdlm_jax.common.parallel import Batch, Tree
+from hdlm_jax.config import Config
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.levels import open_uniform
 from hdlm_jax.models.heads import WHOLE, sum_over_noised
 from hdlm_jax.models.network import Network
 
+LossSums: TypeAlias = Callable[[Tree, Batch, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
-def stratified_tau(keys, index, batch: int):
+
+def stratified_tau(keys: jax.Array, index: jax.Array, batch: int) -> jax.Array:
     """Noise times [b] of rows `index` of a batch: t = (index + u)/batch uniform, one stratum a row, in (0, 1).
 
     1 - t is formed by itself, so that neither end of time is cut off or rounded.
@@ -27,7 +33,8 @@ def stratified_tau(keys, index, batch: int):
     return jnp.where(t < 0.5, -jnp.log1p(-t), -jnp.log(rest))
 
 
-def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=None):
+def make_loss_sums(config: Config, network: Network, process: HierarchicalProcess, mesh: Mesh | None = None
+                   ) -> LossSums:
     """loss_sums(params, batch, key) -> (loss, nelbo, tokens): sums over the rows given, in nats.
 
     batch: x int32 [b, S], index int32 [b] (rows of the global batch), optionally score bool [b, S] (False where the
@@ -41,17 +48,18 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=
     weigh = functools.partial(process.loss_weight, weighting=d.weighting, weight_min=d.weight_min,
                               weight_max=d.weight_max)
 
-    def hidden(params, z, t, segment, keys):
+    def hidden(params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None, keys: jax.Array) -> Any:
         if not m.dropout:
             return network.apply({"params": params}, z, t, segment, method="trunk")
 
-        def row(z, t, segment, key):  # a row's own key, so that its dropout does not depend on its batch mates
+        def row(z: jax.Array, t: jax.Array, segment: jax.Array | None, key: jax.Array) -> jax.Array:
+            # a row's own key, so that its dropout does not depend on its batch mates
             z, t, segment = jax.tree.map(lambda a: a[None], (z, t, segment))
             return network.apply({"params": params}, z, t, segment, True, rngs={"dropout": key}, method="trunk")[0]
 
         return jax.vmap(row)(z, t, segment, keys)
 
-    def loss_sums(params, batch, key):
+    def loss_sums(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, index = batch["x"], batch["index"]
         keys = fold(jnp.broadcast_to(key, index.shape), index)
         tau = stratified_tau(fold(keys, 0), index, config.train.batch_size)
@@ -59,7 +67,7 @@ def make_loss_sums(config, network: Network, process: HierarchicalProcess, mesh=
         z, level = process.noised(fold(keys, 1), x, tau, score)
         h = hidden(params, z, -jnp.expm1(-tau), batch.get("segment"), fold(keys, 2))
 
-        def token_loss(p, fields, levels):
+        def token_loss(p: Any, fields: Sequence[jax.Array], levels: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
             x, z, tau, weight, nelbo_weight = fields
             cost = process.token_loss(p, x, z, levels, tau=tau)
             hard = process.token_loss(p, x, z, levels, hard_training=True) if d.hard_training else cost

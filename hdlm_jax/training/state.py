@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from hdlm_jax.common import parallel
+from hdlm_jax.common.parallel import Tree
+from hdlm_jax.config import Config
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.network import Network
 
 
 class TrainState(NamedTuple):
     step: jax.Array  # int32, batches seen
     skipped: jax.Array  # int32, those of them whose loss or gradient was not finite and that changed nothing
-    params: Any
-    opt_state: Any
-    ema: Any  # average of params, or {} when off
+    params: Tree
+    opt_state: optax.OptState
+    ema: Tree  # average of params, or {} when off
 
 
-def make_optimizer(config) -> tuple[optax.GradientTransformation, Any]:
+def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW with clipping by the global norm, and its learning-rate schedule (steps -> lr)."""
     o, steps = config.optimizer, config.train.steps
     rest = max(1, steps - o.warmup)
@@ -34,7 +39,8 @@ def make_optimizer(config) -> tuple[optax.GradientTransformation, Any]:
     return tx, lambda n: schedule(n + 1)
 
 
-def init_state(config, hierarchy, network: Network, tx, key, table=None) -> TrainState:
+def init_state(config: Config, hierarchy: Hierarchy, network: Network, tx: optax.GradientTransformation, key: jax.Array,
+               table: jax.Array | np.ndarray | None = None) -> TrainState:
     """A fresh state (jit it with out_shardings, so that it is born where it lives).
 
     Args:
@@ -48,9 +54,10 @@ def init_state(config, hierarchy, network: Network, tx, key, table=None) -> Trai
     return TrainState(jnp.int32(0), jnp.int32(0), params, tx.init(params), ema)
 
 
-def abstract_state(config, hierarchy, network, tx, mesh):
+def abstract_state(config: Config, hierarchy: Hierarchy, network: Network, tx: optax.GradientTransformation, mesh: Mesh
+                   ) -> tuple[TrainState, TrainState]:
     """Shapes of the state, each with the sharding it has on the mesh; and the shardings."""
     shape = jax.eval_shape(lambda: init_state(config, hierarchy, network, tx, jax.random.key(0)))
-    shardings: Any = parallel.state_shardings(mesh, shape)
+    shardings = parallel.state_shardings(mesh, shape)
     add = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
     return jax.tree.map(add, shape, shardings), shardings

@@ -21,9 +21,20 @@ from hdlm_jax.config import ConfigError, ReleasedConfig
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models import weight_files
 from hdlm_jax.models.heads import FlatHead
-from hdlm_jax.models.interop import EMBEDDING, NEVER, Sizes, from_torch, heads_of, shapes, sizes, state_ids, to_torch
+from hdlm_jax.models.interop import (
+    EMBEDDING,
+    NEVER,
+    Sizes,
+    from_torch,
+    heads_of,
+    layout_of,
+    read_weights,
+    sizes,
+    state_ids,
+    to_torch,
+)
 from hdlm_jax.models.network import Network
-from hdlm_jax.models.weight_files import read_clusters, read_weights
+from hdlm_jax.models.weight_files import read_clusters
 from hdlm_jax.runs import evaluate, import_weights
 from hdlm_jax.runs.export import export
 from hdlm_jax.runs.import_weights import check_trainable, import_released
@@ -39,8 +50,8 @@ HEADS, S = 2, 10
 def random_state(rows=32, cond=6, width=8, blocks=2, extra=("logit_bias", "output_layer_clusters.linear.weight")):
     """Published names and shapes with random float32 numbers."""
     rng = np.random.default_rng(rows + cond)
-    state = {name: rng.standard_normal(shape).astype(np.float32)
-             for name, shape in shapes(Sizes(width, blocks, cond, rows)).items()}
+    state = {name: rng.standard_normal(place.shape).astype(np.float32)
+             for name, place in layout_of(Sizes(width, blocks, cond, rows)).items()}
     return state | {name: np.zeros((1, 1, 1), np.float32) if name == "logit_bias" else
                     rng.standard_normal((rows, width)).astype(np.float32) for name in extra}
 
@@ -116,8 +127,8 @@ def test_published_outputs_through_the_whole_path(dit, tmp_path, capsys):
 
 def test_order_and_heads_of_the_published_network(dit):
     """state_dict lists tensors in the order in which they were registered: that of the averages."""
-    kept = [name for name in dit.state if name in shapes(sizes(dit.state))]
-    assert kept == [n for n in shapes(sizes(dit.state))] and sizes(dit.state) == (32, 2, 16, 128)
+    kept = [name for name in dit.state if name in layout_of(sizes(dit.state))]
+    assert kept == [n for n in layout_of(sizes(dit.state))] and sizes(dit.state) == (32, 2, 16, 128)
     assert heads_of(dit.state, 32) == 4
     layout = to_torch(from_torch(dit.state, MDLM, ids_of("gidd", MDLM))[0], MDLM, ids_of("gidd", MDLM), "gidd", 4, 16)
     for name in ("cos_cached", "sin_cached"):
@@ -195,7 +206,7 @@ def test_ours_to_theirs_to_ours(hierarchy, layout, time):
     known = {"rotary_emb.inv_freq"} if layout == "mdlm" else {"logit_bias", "rotary_emb.cos_cached",
                                                               "rotary_emb.sin_cached"}
     second = {n for n in state if n.startswith("output_layer_clusters.")}
-    assert set(state) - set(shapes(sizes(state))) - second == known and len(second) == 5 * (layout == "hdlm")
+    assert set(state) - set(layout_of(sizes(state))) - second == known and len(second) == 5 * (layout == "hdlm")
     unspoken = np.delete(state["output_layer.linear.bias"], np.arange(V))
     assert (unspoken == NEVER).all() and not np.delete(state[EMBEDDING], ids, axis=0).any()
     back, _ = from_torch(state, hierarchy, ids, time)
@@ -287,7 +298,7 @@ def test_half_precision_is_widened(tmp_path):
 
 def test_averages_of_a_training_checkpoint(monkeypatch, tmp_path):
     state = random_state()
-    names = list(shapes(sizes(state)))
+    names = list(layout_of(sizes(state)))
     average = [state[name] + 1 for name in names] + [np.zeros(3)]  # of the noise schedule as well
     found = {"state_dict": {f"backbone.{k}": v for k, v in state.items()} | {"noise.a": np.zeros(1)}, "global_step": 7,
              "ema": {"decay": 0.9, "shadow_params": average}}
@@ -487,7 +498,7 @@ class _Runs:
 def test_pytorch_files(tmp_path, capfd):
     torch = pytest.importorskip("torch")
     state = random_state()
-    names = list(shapes(sizes(state)))
+    names = list(layout_of(sizes(state)))
     tensors = {f"backbone.{k}": torch.tensor(v) for k, v in state.items()}
     torch.save({k: v.to(torch.bfloat16) for k, v in tensors.items()}, tmp_path / "model.pt")
     rounded = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in state.items()}

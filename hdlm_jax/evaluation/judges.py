@@ -28,6 +28,7 @@ from hdlm_jax.evaluation.rows import per_text, split_all, to_rows
 from hdlm_jax.evaluation.text_statistics import Texts, mauve, mauve_installed, perplexities, statistics
 from hdlm_jax.models import gpt2
 from hdlm_jax.models.heads import chunk_size
+from hdlm_jax.models.weight_files import hub_sha256
 from hdlm_jax.training.checkpoint import checkpoints_of
 from hdlm_jax.training.loading import load_here, saved_config
 
@@ -124,7 +125,7 @@ class GPT2Judge:
         if self.tokenizer.vocab_size > self.sizes.vocab or self.sizes.positions < 2:
             raise ValueError(f"{folder}: {self.sizes.vocab} words and {self.sizes.positions} positions do not do for "
                              f"the {self.tokenizer.vocab_size} words of its tokenizer (a vocab.json says which)")
-        sha256 = processes.on_main_process(lambda: gpt2.sha256(folder))
+        sha256 = processes.on_main_process(lambda: hub_sha256(folder))
         self.identity = {"kind": "gpt2", "path": folder, "sha256": sha256, "precision": dtype,
                          "tokenizer": self.tokenizer.fingerprint}
         self.num_params = gpt2.num_params(self.sizes)

@@ -8,44 +8,44 @@ an MLP with the tanh form of GELU ("gelu_new"), the head tied to the word embedd
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
-import json
 import math
 import os
 import re
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.common.jsons import sha256_of
+from hdlm_jax.common.jsons import read_json
+from hdlm_jax.models.network import Norm
+from hdlm_jax.models.weight_files import Layout, Params, Tensor, hub_files, open_safetensors, places
+from hdlm_jax.models.weight_files import check as check_names
+from hdlm_jax.models.weight_files import load as load_params
 
 DTYPES = ("float32", "bfloat16")
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # what would change the function and is not made here: name in config.json -> the values that are
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "tie_word_embeddings": (True,),
 }
-# name in a block of the file -> (place in our block's parameters, axes: D width, Q 3 D, F inner)
+# name in the file -> (place in our parameters, axes: V words, P positions, D width, Q 3 D, F inner)
+_TOP = {"wte.weight": ("embedding", "VD"), "wpe.weight": ("position", "PD"), "ln_f.weight": ("norm.weight", "D"),
+        "ln_f.bias": ("norm.bias", "D")}
 _BLOCK = {
-    "ln_1.weight": ("norm1", "weight", "D"), "ln_1.bias": ("norm1", "bias", "D"),
-    "attn.c_attn.weight": ("qkv", "kernel", "DQ"), "attn.c_attn.bias": ("qkv", "bias", "Q"),
-    "attn.c_proj.weight": ("out", "kernel", "DD"), "attn.c_proj.bias": ("out", "bias", "D"),
-    "ln_2.weight": ("norm2", "weight", "D"), "ln_2.bias": ("norm2", "bias", "D"),
-    "mlp.c_fc.weight": ("up", "kernel", "DF"), "mlp.c_fc.bias": ("up", "bias", "F"),
-    "mlp.c_proj.weight": ("down", "kernel", "FD"), "mlp.c_proj.bias": ("down", "bias", "D"),
+    "ln_1.weight": ("stack.norm1.weight", "D"), "ln_1.bias": ("stack.norm1.bias", "D"),
+    "attn.c_attn.weight": ("stack.qkv.kernel", "DQ"), "attn.c_attn.bias": ("stack.qkv.bias", "Q"),
+    "attn.c_proj.weight": ("stack.out.kernel", "DD"), "attn.c_proj.bias": ("stack.out.bias", "D"),
+    "ln_2.weight": ("stack.norm2.weight", "D"), "ln_2.bias": ("stack.norm2.bias", "D"),
+    "mlp.c_fc.weight": ("stack.up.kernel", "DF"), "mlp.c_fc.bias": ("stack.up.bias", "F"),
+    "mlp.c_proj.weight": ("stack.down.kernel", "FD"), "mlp.c_proj.bias": ("stack.down.bias", "D"),
 }
+_HEAD = "lm_head.weight"  # some files hold it beside the table it is tied to
 _MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # the causal mask, which some files hold as a tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """What config.json says: V words, P positions, D width, L blocks, H heads, F width of the MLP, layer norms' eps."""
 
     vocab: int
@@ -62,20 +62,6 @@ def _precision(dtype) -> Any:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-class Norm(nn.Module):
-    """Layer norm in float32 with weight and bias."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x):
-        weight = self.param("weight", nn.initializers.ones_init(), (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return x * weight.reshape(1, 1, -1) + bias.reshape(1, 1, -1)
-
-
 class Block(nn.Module):
     sizes: Sizes
     dtype: Any
@@ -86,13 +72,13 @@ class Block(nn.Module):
         dense = lambda n, name: nn.Dense(n, dtype=self.dtype, precision=_precision(self.dtype), name=name)  # noqa: E731
         product = lambda how, *of: jnp.einsum(  # noqa: E731
             how, *of, precision=_precision(self.dtype), preferred_element_type=jnp.float32)
-        h = Norm(self.sizes.eps, name="norm1")(x)
+        h = Norm(self.sizes.eps, bias=True, name="norm1")(x)
         q, k, v = jnp.moveaxis(dense(3 * d, "qkv")(h).reshape(b, s, 3, self.sizes.heads, -1), 2, 0)
         scores = product("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
         seen = jnp.tril(jnp.ones((s, s), bool))[None, None]
         weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(self.dtype)
         x = x + dense(d, "out")(product("bhqk,bkhd->bqhd", weights, v).reshape(b, s, d)).astype(jnp.float32)
-        h = dense(self.sizes.inner, "up")(Norm(self.sizes.eps, name="norm2")(x))
+        h = dense(self.sizes.inner, "up")(Norm(self.sizes.eps, bias=True, name="norm2")(x))
         return x + dense(d, "down")(nn.gelu(h, approximate=True)).astype(jnp.float32), None
 
 
@@ -113,7 +99,7 @@ class GPT2(nn.Module):
         self.position = self.param("position", init, (n.positions, n.width))
         self.stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
                              length=n.blocks)(n, dtype)
-        self.norm = Norm(n.eps)
+        self.norm = Norm(n.eps, bias=True)
 
     def hidden(self, ids):
         """float32 [B, S, D] after the last layer norm."""
@@ -154,17 +140,15 @@ class GPT2(nn.Module):
 def is_folder(path: str) -> bool:
     """Whether the path's config.json is one of the hub's (of GPT-2 or not: `check` tells)."""
     file = os.path.join(path, "config.json")
-    return os.path.isfile(file) and "model_type" in _json(file)
+    return os.path.isfile(file) and "model_type" in _config(path)
 
 
-def _json(path: str) -> dict:
+def _config(folder: str) -> dict[str, Any]:
+    path = os.path.join(folder, "config.json")
     try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
+        found = read_json(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: must be a JSON object")
     return found
@@ -172,8 +156,7 @@ def _json(path: str) -> dict:
 
 def read_sizes(folder: str) -> Sizes:
     """Sizes of a folder's model. ValueError: no config.json, a size missing, or a variant of GPT-2 not made here."""
-    path = os.path.join(folder, "config.json")
-    config = _json(path)
+    path, config = os.path.join(folder, "config.json"), _config(folder)
     for name, values in _FIXED.items():
         if name in config and config[name] not in values or name == "model_type" and name not in config:
             raise ValueError(f"{path}: {name}={config.get(name)!r}: must be {' or '.join(map(repr, values))}")
@@ -191,79 +174,32 @@ def read_sizes(folder: str) -> Sizes:
     return Sizes(vocab, positions, width, blocks, heads, inner, float(config.get("layer_norm_epsilon", 1e-5)))
 
 
-def weight_files(folder: str) -> list[str]:
-    """Paths of the folder's weights, sorted by name; ValueError where there are none or a shard is missing."""
-    single, index = os.path.join(folder, _WEIGHTS), os.path.join(folder, _INDEX)
-    paths = [single]
-    if os.path.exists(index):
-        shards = _json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise ValueError(f"{index}: has no weight_map")
-        paths = [os.path.join(folder, name) for name in sorted(set(shards.values()))]
-    elif not os.path.exists(single):
-        raise ValueError(f"{folder}: neither {_WEIGHTS} nor {_INDEX} is there; weights of another format have to be "
-                         "saved as safetensors first")
-    for path in paths:
-        if not os.path.isfile(path):
-            raise ValueError(f"{path}: a shard that {_INDEX} names is missing")
-    return paths
-
-
-def sha256(folder: str) -> str:
-    """Hash (hex) of the weights: of the file, or of the concatenated hashes of the shards in the order of names."""
-    hashes = [sha256_of(path) for path in weight_files(folder)]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def _expected(n: Sizes) -> dict[str, tuple[tuple, tuple[int, ...]]]:
-    """Name in the file -> (path in our parameters, block number last where there is one; shape)."""
-    axes = {"D": n.width, "Q": 3 * n.width, "F": n.inner}
-    out: dict[str, tuple[tuple, tuple[int, ...]]] = {
-        "wte.weight": (("embedding",), (n.vocab, n.width)), "wpe.weight": (("position",), (n.positions, n.width)),
-        "ln_f.weight": (("norm", "weight"), (n.width,)), "ln_f.bias": (("norm", "bias"), (n.width,))}
+def _layout(n: Sizes) -> Layout:
+    """The tensors of a file by their names without prefix, and their places in our parameters."""
+    axes = {"V": n.vocab, "P": n.positions, "D": n.width, "Q": 3 * n.width, "F": n.inner}
+    out = places(_TOP, axes)
     for i in range(n.blocks):
-        for name, (layer, kind, shape) in _BLOCK.items():
-            out[f"h.{i}.{name}"] = ("stack", layer, kind, i), tuple(axes[a] for a in shape)
+        out |= places(_BLOCK, axes, f"h.{i}.", (i, n.blocks))
     return out
 
 
 def num_params(n: Sizes) -> int:
     """Weights, the tied head once: 124,439,808 in gpt2."""
-    return sum(math.prod(shape) for _, shape in _expected(n).values())
+    return sum(math.prod(place.shape) for place in _layout(n).values())
 
 
-def _tensors(folder: str, n: Sizes) -> dict[str, Callable[[], np.ndarray]]:
-    """Readers of the tensors by their name without prefix, after a check of all names and shapes."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ValueError("GPT-2 weights need the safetensors package: pip install 'hdlm_jax[safetensors]'") from None
-    readers: dict[str, Callable[[], np.ndarray]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder):
-        try:
-            file = safe_open(path, framework="np")
-            names = list(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: no safetensors file, or damaged ({error})") from None
-        for name in names:
-            short = name.removeprefix("transformer.")
-            if _MASKS.match(short):
-                continue
-            if short in shapes:
-                raise ValueError(f"{path}: tensor {name!r} is there twice")
-            shapes[short] = tuple(file.get_slice(name).get_shape())
-            readers[short] = functools.partial(file.get_tensor, name)
-    expected = {name: shape for name, (_, shape) in _expected(n).items()}
-    if missing := sorted(expected.keys() - shapes.keys()):
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first {missing[0]!r}")
-    if extra := sorted(shapes.keys() - expected.keys() - {"lm_head.weight"}):
-        raise ValueError(f"{folder}: {len(extra)} tensors that GPT-2 has not, the first {extra[0]!r}")
-    for name, shape in (expected | {"lm_head.weight": expected["wte.weight"]}).items():
-        if shapes.get(name, shape) != shape:
-            raise ValueError(f"{folder}: tensor {name!r} has shape {list(shapes[name])}, config.json says "
-                             f"{list(shape)}")
-    return readers
+def _tensors(folder: str, n: Sizes) -> dict[str, Tensor]:
+    """The tensors by their names without prefix, once all names and shapes are right; the causal masks left out."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in open_safetensors(hub_files(folder)).items():
+        short = name.removeprefix("transformer.")
+        if short in tensors:
+            raise ValueError(f"{folder}: tensor {name!r} is there twice")
+        if not _MASKS.match(short):
+            tensors[short] = tensor
+    head = places({_HEAD: _TOP["wte.weight"]}, {"V": n.vocab, "D": n.width}) if _HEAD in tensors else {}
+    check_names({name: tensor.shape for name, tensor in tensors.items()}, _layout(n) | head, f"{folder}: ")
+    return tensors
 
 
 def check(folder: str) -> Sizes:
@@ -273,7 +209,7 @@ def check(folder: str) -> Sizes:
     return n
 
 
-def load(folder: str, dtype: str = "float32") -> tuple[GPT2, Any]:
+def load(folder: str, dtype: str = "float32") -> tuple[GPT2, Params]:
     """(network, parameters on the host): matrices in `dtype`, vectors in float32, blocks stacked along axis 0.
 
     Raises:
@@ -283,21 +219,9 @@ def load(folder: str, dtype: str = "float32") -> tuple[GPT2, Any]:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
     n = read_sizes(folder)
-    readers = _tensors(folder, n)
-    params: dict[str, Any] = {}
-    for name, (path, shape) in _expected(n).items():
-        kept = jnp.dtype(dtype) if len(shape) == 2 else np.dtype(np.float32)
-        *parents, leaf = path[:3]
-        into = params
-        for key in parents:
-            into = into.setdefault(key, {})
-        if path[0] == "stack":
-            if leaf not in into:
-                into[leaf] = np.empty((n.blocks, *shape), kept)
-            into[leaf][path[3]] = readers[name]()
-        else:
-            into[leaf] = readers[name]().astype(kept)
-    head = readers.get("lm_head.weight")
-    if head is not None and not np.array_equal(head().astype(params["embedding"].dtype), params["embedding"]):
+    tensors = _tensors(folder, n)
+    params = load_params(lambda name: tensors[name].read(), _layout(n), dtype)
+    embedding = params["embedding"]
+    if _HEAD in tensors and not np.array_equal(tensors[_HEAD].read().astype(embedding.dtype), embedding):
         raise ValueError(f"{folder}: lm_head.weight is not wte.weight; a head of its own is no GPT-2")
     return GPT2(n, dtype), params

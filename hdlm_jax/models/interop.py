@@ -1,25 +1,16 @@
-"""The weights of the published PyTorch network, which MDLM, GIDD and HDLM share, as ours and back: numpy alone.
+"""The weights of the published PyTorch network, which MDLM, GIDD and HDLM share, as ours and back.
 
-Theirs -> ours. Their weights are [out, in], our kernels [in, out]; our blocks are stacked on a leading axis:
-
-    vocab_embed.embedding [R, D]            embedding: a row for each of our symbols, picked by its id of theirs
-    sigma_map.mlp.0, sigma_map.mlp.2        time_in, time_out; cond units, filled up with zeros (exact) to our 128
-    blocks.<i>.norm1, norm2                 stack.norm1, stack.norm2
-    blocks.<i>.attn_qkv [3 D, D]            stack.qkv: kernel [D, 3, D]
-    blocks.<i>.attn_out, mlp.0, mlp.2       stack.out, stack.up, stack.down
-    blocks.<i>.adaLN_modulation             stack.modulation: shift, scale, gate of attention, then of the MLP
-    output_layer.norm_final, adaLN_modulation    norm, modulation
-    output_layer.linear [R, D]              head: a row for each word
-
-What our network has no use for (rows of padding and of symbols that get no probability, a second head over clusters,
-rotary tables) is kept aside in `released.npz`, from which an export is whole again. Values become float32, which is
-exact for float16 and bfloat16; nothing else is rounded, but for time that is folded away (see `from_torch`).
+The tables below say which tensor goes where. Beside that our tables of embeddings and the head have a row for each of
+our symbols or words, picked by its id of theirs, and the units of embedded time are filled up with zeros (exact) to our
+128. What our network has no use for (rows of padding and of symbols that get no probability, a second head over
+clusters, rotary tables) is kept aside in `released.npz`, from which an export is whole again. Nothing is rounded, but
+for time that is folded away (see `from_torch`).
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -27,25 +18,36 @@ import numpy as np
 from hdlm_jax.config import ConfigError, ReleasedConfig
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.network import rotary
+from hdlm_jax.models.weight_files import Layout, Params, as_numpy, check, dump, find, load, places, read_file
 
 EMBEDDING, HEAD = "vocab_embed.embedding", "output_layer.linear"
 COND = 128  # width of our embedded time
 NEVER = -1e6  # logit of what no table knows: no probability in float32 or bfloat16
-_TOP = {"time_in": "sigma_map.mlp.0", "time_out": "sigma_map.mlp.2", "norm": "output_layer.norm_final",
-        "modulation": "output_layer.adaLN_modulation"}
-_STACK = {"norm1": "norm1", "qkv": "attn_qkv", "out": "attn_out", "norm2": "norm2", "up": "mlp.0", "down": "mlp.2",
-          "modulation": "adaLN_modulation"}
+# name in the file -> (place in our parameters, axes: R rows, D width, Q 3 D, F 4 D, M 6 D, N 2 D, C cond, S sinusoids)
+_BEFORE = {EMBEDDING: ("embedding", "RD"),
+           "sigma_map.mlp.0.weight": ("time_in.kernel.T", "CS"), "sigma_map.mlp.0.bias": ("time_in.bias", "C"),
+           "sigma_map.mlp.2.weight": ("time_out.kernel.T", "CC"), "sigma_map.mlp.2.bias": ("time_out.bias", "C")}
+_BLOCK = {"norm1.weight": ("stack.norm1.weight", "D"), "attn_qkv.weight": ("stack.qkv.kernel.T", "QD"),
+          "attn_out.weight": ("stack.out.kernel.T", "DD"), "norm2.weight": ("stack.norm2.weight", "D"),
+          "mlp.0.weight": ("stack.up.kernel.T", "FD"), "mlp.0.bias": ("stack.up.bias", "F"),
+          "mlp.2.weight": ("stack.down.kernel.T", "DF"), "mlp.2.bias": ("stack.down.bias", "D"),
+          "adaLN_modulation.weight": ("stack.modulation.kernel.T", "MC"),
+          "adaLN_modulation.bias": ("stack.modulation.bias", "M")}
+_OUTPUT = {"norm_final.weight": ("norm.weight", "D"), "linear.weight": ("head.kernel", "RD"),
+           "linear.bias": ("head.bias", "R"), "adaLN_modulation.weight": ("modulation.kernel.T", "NC"),
+           "adaLN_modulation.bias": ("modulation.bias", "N")}
 _UNUSED = re.compile(r"rotary_emb\.|logit_bias$|output_layer_clusters\.")
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module)\.")  # of torch.compile and DistributedDataParallel
 
 
-class Layout(NamedTuple):
+class Vocabulary(NamedTuple):
     """How a published model extends its tokenizer: ids between words and mask, and rows to a multiple of `pad`."""
 
     before_mask: int
     pad: int
 
 
-LAYOUTS = {"mdlm": Layout(0, 1), "gidd": Layout(1, 128), "hdlm": Layout(1, 128)}  # gidd, hdlm: [PAD], then [MASK]
+LAYOUTS = {"mdlm": Vocabulary(0, 1), "gidd": Vocabulary(1, 128), "hdlm": Vocabulary(1, 128)}  # [PAD], then [MASK]
 
 
 class Sizes(NamedTuple):
@@ -55,23 +57,18 @@ class Sizes(NamedTuple):
     rows: int
 
 
-def _final(name: str, s: Sizes) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.norm_final.weight": (s.width,), f"{name}.linear.weight": (s.rows, s.width),
-            f"{name}.linear.bias": (s.rows,), f"{name}.adaLN_modulation.weight": (2 * s.width, s.cond),
-            f"{name}.adaLN_modulation.bias": (2 * s.width,)}
+def _axes(s: Sizes) -> dict[str, int]:
+    d = s.width
+    return {"R": s.rows, "D": d, "Q": 3 * d, "F": 4 * d, "M": 6 * d, "N": 2 * d, "C": s.cond, "S": 256}
 
 
-def shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
-    """Published names and shapes, in the order in which the network registers them (that of MDLM's averages)."""
-    d, c = s.width, s.cond
-    out = {EMBEDDING: (s.rows, d), "sigma_map.mlp.0.weight": (c, 256), "sigma_map.mlp.0.bias": (c,),
-           "sigma_map.mlp.2.weight": (c, c), "sigma_map.mlp.2.bias": (c,)}
+def layout_of(s: Sizes) -> Layout:
+    """Published tensors in the order in which the network registers them (that of MDLM's averages)."""
+    axes = _axes(s)
+    out = places(_BEFORE, axes)
     for i in range(s.blocks):
-        block = {"norm1.weight": (d,), "attn_qkv.weight": (3 * d, d), "attn_out.weight": (d, d), "norm2.weight": (d,),
-                 "mlp.0.weight": (4 * d, d), "mlp.0.bias": (4 * d,), "mlp.2.weight": (d, 4 * d), "mlp.2.bias": (d,),
-                 "adaLN_modulation.weight": (6 * d, c), "adaLN_modulation.bias": (6 * d,)}
-        out |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    return out | _final("output_layer", s)
+        out |= places(_BLOCK, axes, f"blocks.{i}.", (i, s.blocks))
+    return out | places(_OUTPUT, axes, "output_layer.")
 
 
 def sizes(state: dict[str, np.ndarray]) -> Sizes:
@@ -81,22 +78,51 @@ def sizes(state: dict[str, np.ndarray]) -> Sizes:
         raise ValueError(f"{EMBEDDING}: must be a table [rows, width], is {None if table is None else table.shape}")
     numbers = [int(found[1]) for found in map(re.compile(r"blocks\.(\d+)\.").match, state) if found]
     s = Sizes(table.shape[1], max(numbers, default=-1) + 1, COND if time is None else len(time), len(table))
-    want = shapes(s)
-    wrong = [f"{name} {state[name].shape} in place of {shape}" for name, shape in want.items()
-             if name in state and state[name].shape != shape]
-    unknown = [name for name in state if name not in want and not _UNUSED.match(name)]
-    _named("missing", [name for name in want if name not in state])
-    _named("unexpected", unknown)
-    _named("of another shape", wrong)
+    check({name: a.shape for name, a in state.items() if not _UNUSED.match(name)}, layout_of(s))
     if s.blocks == 0:
         raise ValueError("weights without blocks.0: this is no network")
     return s
 
 
-def _named(what: str, names: list[str]) -> None:
-    if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise ValueError(f"{len(names)} tensors {what}: {', '.join(names[:5])}{more}")
+class File(NamedTuple):
+    """state: float32 by published name; averaged: its EMA; step: of training, 0 if not told; ignored: other names."""
+
+    state: dict[str, np.ndarray]
+    averaged: bool
+    step: int
+    ignored: list[str]
+
+
+def read_weights(path: str, ema: bool = True) -> File:
+    """Weights of a file (see `read_file`); the average (`ema`) where MDLM's or SEDD's training kept one.
+
+    Any prefix ("backbone.", "model.", "module.", "_orig_mod.") goes; what does not share the network's is listed as
+    ignored.
+
+    Raises:
+      ConfigError: another kind of file, a package that is missing. ValueError: not these weights.
+    """
+    path = find(path)
+    tensors, found = read_file(path)
+    tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    prefixes = [name.removesuffix(EMBEDDING) for name in tensors if name.endswith(EMBEDDING)]
+    if len(prefixes) != 1:
+        raise ValueError(f"{path}: {len(prefixes)} tensors are named ...{EMBEDDING}, must be one; it holds "
+                         f"{', '.join(list(tensors)[:5]) or 'no tensors'} ...")
+    prefix = prefixes[0]
+    state = {name.removeprefix(prefix): t.read() for name, t in tensors.items() if name.startswith(prefix)}
+    shadow = found["ema"].get("shadow_params") if ema and isinstance(found.get("ema"), dict) else None
+    if shadow:
+        want = layout_of(sizes(state))
+        if len(shadow) < len(want):
+            raise ValueError(f"{path}: ema.shadow_params holds {len(shadow)} tensors, the network {len(want)}")
+        for (name, place), average in zip(want.items(), shadow, strict=False):
+            if tuple(average.shape) != place.shape:
+                raise ValueError(f"{path}: ema.shadow_params is {tuple(average.shape)} where {name} is {place.shape}")
+            state[name] = as_numpy(average)
+    step = found.get("global_step", found.get("step", 0))
+    return File(state, bool(shadow), step if isinstance(step, int) else 0,
+                [name for name in tensors if not name.startswith(prefix)])
 
 
 def heads_of(state: dict[str, np.ndarray], width: int) -> int | None:
@@ -133,17 +159,6 @@ def _spoken(ids: np.ndarray, words: int) -> np.ndarray:
     return np.setdiff1d(np.arange(words), ids[-1:])
 
 
-def _take(state: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    weight = state[f"{name}.weight"]
-    out = {"weight": weight} if weight.ndim == 1 else {"kernel": weight.T}
-    return out | ({"bias": state[f"{name}.bias"]} if f"{name}.bias" in state else {})
-
-
-def _give(params: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    return {f"{name}.{'bias' if leaf == 'bias' else 'weight'}": a.T if leaf == "kernel" else a
-            for leaf, a in params.items()}
-
-
 def _resize(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Every axis filled up with zeros or cut; ValueError if what is cut is not zero."""
     out = np.zeros(shape, np.float32)
@@ -154,7 +169,7 @@ def _resize(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-def _with_cond(params: dict[str, Any], cond: int) -> None:
+def _with_cond(params: Params, cond: int) -> None:
     """Time embedded in so many units: units that are added have no weights in or out, silu(0) = 0."""
     for name, rows in (("time_in", 256), ("time_out", cond)):
         params[name] = {"kernel": _resize(params[name]["kernel"], (rows, cond)),
@@ -163,7 +178,7 @@ def _with_cond(params: dict[str, Any], cond: int) -> None:
         m["kernel"] = _resize(m["kernel"], (*m["kernel"].shape[:-2], cond, m["kernel"].shape[-1]))
 
 
-def _fold_time(params: dict[str, Any]) -> None:
+def _fold_time(params: Params) -> None:
     """The network at time 0 as one that knows no time: what time adds becomes part of the biases (in float64)."""
     hidden = np.concatenate([np.ones(128), np.zeros(128)])  # cosines and sines of 0
     for name in ("time_in", "time_out"):
@@ -174,7 +189,7 @@ def _fold_time(params: dict[str, Any]) -> None:
 
 
 def from_torch(state: dict[str, np.ndarray], hierarchy: Hierarchy, ids: np.ndarray,
-               time: bool = True) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+               time: bool = True) -> tuple[Params, dict[str, np.ndarray]]:
     """Published weights -> (params of our network with a flat head, what it has no use for).
 
     Args:
@@ -192,18 +207,15 @@ def from_torch(state: dict[str, np.ndarray], hierarchy: Hierarchy, ids: np.ndarr
                          "released.layout, released.mask_id and released.first_cluster")
     if s.cond > COND:
         raise ValueError(f"sigma_map: time is embedded in {s.cond} units, our network has {COND}")
-    spoken = _spoken(ids, words)
+    params, spoken = load(state.__getitem__, layout_of(s)), _spoken(ids, words)
     kernel, bias = (np.zeros((-(-words // 128) * 128, *tail), np.float32) for tail in ((s.width,), ()))
     bias[:words] = NEVER
-    kernel[spoken], bias[spoken] = state[f"{HEAD}.weight"][spoken], state[f"{HEAD}.bias"][spoken]
-    blocks = [{ours: _take(state, f"blocks.{i}.{theirs}") for ours, theirs in _STACK.items()} for i in range(s.blocks)]
-    params: dict[str, Any] = {ours: _take(state, theirs) for ours, theirs in _TOP.items()}
-    params["stack"] = jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
-    qkv = params["stack"]["qkv"]
-    qkv["kernel"] = qkv["kernel"].reshape(s.blocks, s.width, 3, s.width)
+    kernel[spoken], bias[spoken] = params["head"]["kernel"][spoken], params["head"]["bias"][spoken]
+    params["head"] = {"kernel": kernel, "bias": bias}
     params["embedding"] = np.zeros((hierarchy.padded_symbols, s.width), np.float32)
     params["embedding"][:total] = state[EMBEDDING][ids]
-    params["head"] = {"kernel": kernel, "bias": bias}
+    qkv = params["stack"]["qkv"]
+    qkv["kernel"] = qkv["kernel"].reshape(s.blocks, s.width, 3, s.width)
     rest = {name: a for name, a in state.items() if _UNUSED.match(name) or not time and name.startswith("sigma_map.")}
     rest[EMBEDDING] = np.delete(state[EMBEDDING], ids, axis=0)
     rest |= {f"{HEAD}.{leaf}": np.delete(state[f"{HEAD}.{leaf}"], spoken, axis=0) for leaf in ("weight", "bias")}
@@ -211,7 +223,7 @@ def from_torch(state: dict[str, np.ndarray], hierarchy: Hierarchy, ids: np.ndarr
     return jax.tree.map(lambda a: np.array(a, np.float32, order="C"), params), rest
 
 
-def to_torch(params: dict[str, Any], hierarchy: Hierarchy, ids: np.ndarray, layout: str, heads: int, seq_len: int,
+def to_torch(params: Params, hierarchy: Hierarchy, ids: np.ndarray, layout: str, heads: int, seq_len: int,
              rest: dict[str, np.ndarray] | None = None, cond: int = COND) -> dict[str, np.ndarray]:
     """Params of our network with a flat head -> published weights, float32 by published name.
 
@@ -233,24 +245,21 @@ def to_torch(params: dict[str, Any], hierarchy: Hierarchy, ids: np.ndarray, layo
     qkv = params["stack"]["qkv"]
     qkv["kernel"] = qkv["kernel"].reshape(depth, width, 3 * width)
 
-    def table(name: str, where: np.ndarray, values: np.ndarray, other: float) -> dict[str, np.ndarray]:
+    def table(name: str, where: np.ndarray, values: np.ndarray, other: float) -> np.ndarray:
         out = np.empty((rows, *values.shape[1:]), np.float32)
         out[np.delete(np.arange(rows), where)] = left.pop(name, other)
         out[where] = values
-        return {name: out}
+        return out
 
-    state = table(EMBEDDING, ids, params["embedding"][: hierarchy.num_states], 0.0)
-    state |= table(f"{HEAD}.weight", spoken, params["head"]["kernel"][spoken], 0.0)
-    state |= table(f"{HEAD}.bias", spoken, params["head"]["bias"][spoken], NEVER)
-    for ours, theirs in _TOP.items():
-        state |= _give(params[ours], theirs)
-    for i in range(depth):
-        for ours, theirs in _STACK.items():
-            state |= _give(jax.tree.map(lambda a, i=i: a[i], params["stack"][ours]), f"blocks.{i}.{theirs}")
+    head = params["head"]
+    params["embedding"] = table(EMBEDDING, ids, params["embedding"][: hierarchy.num_states], 0.0)
+    params["head"] = {"kernel": table(f"{HEAD}.weight", spoken, head["kernel"][spoken], 0.0),
+                      "bias": table(f"{HEAD}.bias", spoken, head["bias"][spoken], NEVER)}
     s = Sizes(width, depth, cond, rows)
-    state |= left if rest else _buffers(layout, s, width // heads, seq_len, clusters=hierarchy.num_levels > 1)
-    order = [*shapes(s), *sorted(set(state) - set(shapes(s)))]
-    return {name: np.array(state[name], np.float32, order="C") for name in order}
+    state = dump(params, layout_of(s))
+    others = left if rest else _buffers(layout, s, width // heads, seq_len, clusters=hierarchy.num_levels > 1)
+    state |= {name: others[name] for name in sorted(others)}
+    return {name: np.array(a, np.float32, order="C") for name, a in state.items()}
 
 
 def _buffers(layout: str, s: Sizes, dim: int, seq_len: int, clusters: bool) -> dict[str, np.ndarray]:
@@ -261,6 +270,6 @@ def _buffers(layout: str, s: Sizes, dim: int, seq_len: int, clusters: bool) -> d
     cos[:, :, 2], sin[:, :, 2] = 1, 0
     out = {"rotary_emb.cos_cached": cos, "rotary_emb.sin_cached": sin, "logit_bias": np.zeros((1, 1, 1))}
     if layout == "hdlm" and clusters:
-        out |= {name: np.full(shape, float(name.endswith("norm_final.weight")))
-                for name, shape in _final("output_layer_clusters", s).items()}
+        out |= {name: np.full(place.shape, float(name.endswith("norm_final.weight")))
+                for name, place in places(_OUTPUT, _axes(s), "output_layer_clusters.").items()}
     return out

@@ -51,15 +51,21 @@ def attention(q, k, v, mask=None):
 
 
 class Norm(nn.Module):
-    """Layer norm in float32, weight only, eps 1e-5."""
+    """Layer norm in float32, with a weight and, if asked for, a bias."""
+
+    eps: float = 1e-5
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x):
-        weight = self.param("weight", nn.initializers.ones_init(), (x.shape[-1],))
+        weight = self.param("weight", nn.initializers.ones_init(), x.shape[-1:]).reshape((1,) * (x.ndim - 1) + (-1,))
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
-        return x * weight.reshape((1,) * (x.ndim - 1) + (-1,))
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        x = x * weight
+        if self.bias:
+            x = x + self.param("bias", nn.initializers.zeros_init(), x.shape[-1:]).reshape(weight.shape)
+        return x
 
 
 class Modulation(nn.Module):

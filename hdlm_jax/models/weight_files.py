@@ -1,33 +1,38 @@
-"""Weight files of other code: which one a folder holds, and its arrays."""
+"""Weights of other code: tensors by name from its files, and the place of each among our parameters.
+
+An open network is a table of its tensors: `places` says where each belongs and which shape it has, `check` compares
+that with what is there, `load` makes our parameters of it and `dump` goes back. interop.py and gpt2.py are two.
+"""
 
 from __future__ import annotations
 
-import json
+import functools
+import hashlib
 import os
 import pickle
-import re
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
+from hdlm_jax.common.jsons import read_json, sha256_of
 from hdlm_jax.config import ConfigError
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models.interop import EMBEDDING, shapes, sizes
 
-_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module)\.")  # of torch.compile and DistributedDataParallel
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _FILES = ("model.safetensors", "pytorch_model.bin", "model.pt")  # looked for in a folder
+_INDEX = "model.safetensors.index.json"
 _PLAIN = ("python -c \"import torch; c = torch.load('FILE', weights_only=False); torch.save({k: c[k] for k in "
           "('state_dict', 'ema', 'global_step') if k in c}, 'plain.pt')\"")
+Params: TypeAlias = dict[str, Any]  # nested: arrays by name
 
 
-class File(NamedTuple):
-    """state: float32 by published name; averaged: its EMA; step: of training, 0 if not told; ignored: other names."""
+class Tensor(NamedTuple):
+    """A tensor of a file: its shape, and what reads it as float32 (exact for float16 and bfloat16)."""
 
-    state: dict[str, np.ndarray]
-    averaged: bool
-    step: int
-    ignored: list[str]
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
 
 
 def find(path: str) -> str:
@@ -52,31 +57,45 @@ def _load_torch(path: str) -> Any:
                           f"not read. If you trust it: {_PLAIN}") from error
 
 
-def _numpy(tensor: Any) -> np.ndarray:
+def as_numpy(tensor: Any) -> np.ndarray:
+    """float32, of numpy or PyTorch."""
     return tensor.detach().float().numpy() if hasattr(tensor, "detach") else np.asarray(tensor).astype(np.float32)
 
 
-def read_weights(path: str, ema: bool = True) -> File:
-    """Weights of a .safetensors, .npz or PyTorch file; the average (`ema`) where MDLM's or SEDD's training kept one.
+def open_safetensors(paths: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of .safetensors files by name; nothing but their headers is read yet."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ConfigError(f"{', '.join(paths)}: needs safetensors, pip install 'hdlm_jax[safetensors]'") from None
+    out: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            file = safe_open(path, framework="np")
+            for name in file.keys():
+                if name in out:
+                    raise ValueError(f"{path}: tensor {name!r} is there twice")
+                read = functools.partial(lambda file, name: as_numpy(file.get_tensor(name)), file, name)
+                out[name] = Tensor(tuple(file.get_slice(name).get_shape()), read)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: no safetensors file, or damaged ({error})") from None
+    return out
 
-    PyTorch files are read without running what they pickle. Any prefix ("backbone.", "model.", "module.",
-    "_orig_mod.") goes; what does not share the network's is listed as ignored.
+
+def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, what else a PyTorch checkpoint holds) of a .safetensors, .npz or PyTorch file.
+
+    PyTorch files are read without running what they pickle.
 
     Raises:
-      ConfigError: another kind of file, a package that is missing. ValueError: not these weights.
+      ConfigError: another kind of file, a package that is missing. ValueError: nothing of the kind in it.
     """
-    path = find(path)
-    suffix = os.path.splitext(path)[1]
-    found: dict[str, Any] = {}
+    suffix, found = os.path.splitext(path)[1], {}
     if suffix == ".safetensors":
-        try:
-            from safetensors.numpy import load_file
-        except ImportError:
-            raise ConfigError(f"{path}: needs safetensors, pip install 'hdlm_jax[safetensors]'") from None
-        tensors: dict[str, Any] = load_file(path)
-    elif suffix == ".npz":
+        return open_safetensors([path]), {}
+    if suffix == ".npz":
         with np.load(path, allow_pickle=False) as data:
-            tensors = dict(data)
+            tensors: dict[str, Any] = dict(data)
     elif suffix in _TORCH:
         found = _load_torch(path)
         if not isinstance(found, dict):
@@ -84,24 +103,101 @@ def read_weights(path: str, ema: bool = True) -> File:
         tensors = next((found[k] for k in ("state_dict", "model", "module") if isinstance(found.get(k), dict)), found)
     else:
         raise ConfigError(f"released.weights={path!r}: choose a .safetensors, .npz, {', '.join(_TORCH)} file")
-    tensors = {_WRAPPERS.sub("", name): a for name, a in tensors.items() if hasattr(a, "shape")}
-    prefixes = [name.removesuffix(EMBEDDING) for name in tensors if name.endswith(EMBEDDING)]
-    if len(prefixes) != 1:
-        raise ValueError(f"{path}: {len(prefixes)} tensors are named ...{EMBEDDING}, must be one; it holds "
-                         f"{', '.join(list(tensors)[:5]) or 'no tensors'} ...")
-    state = {name.removeprefix(prefixes[0]): _numpy(a) for name, a in tensors.items() if name.startswith(prefixes[0])}
-    ignored = [name for name in tensors if not name.startswith(prefixes[0])]
-    shadow = found["ema"].get("shadow_params") if ema and isinstance(found.get("ema"), dict) else None
-    if shadow:
-        want = shapes(sizes(state))
-        if len(shadow) < len(want):
-            raise ValueError(f"{path}: ema.shadow_params holds {len(shadow)} tensors, the network {len(want)}")
-        for (name, shape), average in zip(want.items(), shadow, strict=False):
-            if tuple(average.shape) != shape:
-                raise ValueError(f"{path}: ema.shadow_params is {tuple(average.shape)} where {name} is {shape}")
-            state[name] = _numpy(average)
-    step = found.get("global_step", found.get("step", 0))
-    return File(state, bool(shadow), step if isinstance(step, int) else 0, ignored)
+    return {name: Tensor(tuple(a.shape), functools.partial(as_numpy, a))
+            for name, a in tensors.items() if hasattr(a, "shape")}, found
+
+
+def hub_files(folder: str) -> list[str]:
+    """Paths of the weights in a folder of the Hugging Face hub, sorted by name: one file, or the shards of an index.
+
+    ValueError where there are none or a shard is missing.
+    """
+    single, index = os.path.join(folder, _FILES[0]), os.path.join(folder, _INDEX)
+    paths = [single]
+    if os.path.exists(index):
+        found = read_json(index)
+        shards = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{index}: has no weight_map")
+        paths = [os.path.join(folder, name) for name in sorted(set(shards.values()))]
+    elif not os.path.exists(single):
+        raise ValueError(f"{folder}: neither {_FILES[0]} nor {_INDEX} is there; weights of another format have to be "
+                         "saved as safetensors first")
+    for path in paths:
+        if not os.path.isfile(path):
+            raise ValueError(f"{path}: a shard that {_INDEX} names is missing")
+    return paths
+
+
+def hub_sha256(folder: str) -> str:
+    """Hash (hex) of the weights: of the file, or of the concatenated hashes of the shards in the order of names."""
+    hashes = [sha256_of(path) for path in hub_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+class Place(NamedTuple):
+    """Where a tensor goes.
+
+    path: keys in our parameters; block: (number, of how many), stacked there along a leading axis; shape: in the file;
+    turned: whether a matrix is [out, in] there, ours being [in, out].
+    """
+
+    path: tuple[str, ...]
+    block: tuple[int, int] | None
+    shape: tuple[int, ...]
+    turned: bool
+
+
+Layout: TypeAlias = dict[str, Place]  # by the tensors' names
+
+
+def places(table: Mapping[str, tuple[str, str]], sizes: Mapping[str, int], prefix: str = "",
+           block: tuple[int, int] | None = None) -> Layout:
+    """Places of a table {name in the file: ("our.path" or, of a turned matrix, "our.path.T"; a letter an axis)}.
+
+    prefix: in front of all names; sizes: of the axes; block: of the tensors of one block of the network's stack.
+    """
+    return {prefix + name: Place(tuple(path.removesuffix(".T").split(".")), block, tuple(sizes[a] for a in axes),
+                                 path.endswith(".T"))
+            for name, (path, axes) in table.items()}
+
+
+def check(found: Mapping[str, tuple[int, ...]], layout: Layout, where: str = "") -> None:
+    """ValueError, with names, for tensors missing, unexpected or of another shape; found: shapes by name."""
+    for what, names in (
+            ("missing", [name for name in layout if name not in found]),
+            ("unexpected", [name for name in found if name not in layout]),
+            ("of another shape", [f"{name} {found[name]} in place of {place.shape}" for name, place in layout.items()
+                                  if found.get(name, place.shape) != place.shape])):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(f"{where}{len(names)} tensors {what}: {', '.join(names[:5])}{more}")
+
+
+def load(read: Callable[[str], np.ndarray], layout: Layout, dtype: str = "float32") -> Params:
+    """Our parameters of the tensors that read(name) gives: matrices in `dtype`, vectors in float32."""
+    params: Params = {}
+    for name, (path, block, shape, turned) in layout.items():
+        into = functools.reduce(lambda tree, key: tree.setdefault(key, {}), path[:-1], params)
+        kind = jnp.dtype(dtype) if len(shape) == 2 else np.dtype(np.float32)
+        array = read(name).T if turned else read(name)
+        if block is None:
+            into[path[-1]] = array.astype(kind)
+            continue
+        if path[-1] not in into:
+            into[path[-1]] = np.empty((block[1], *array.shape), kind)
+        into[path[-1]][block[0]] = array
+    return params
+
+
+def dump(params: Params, layout: Layout) -> dict[str, np.ndarray]:
+    """Tensors by name: what `load` makes such parameters of."""
+    out = {}
+    for name, (path, block, _, turned) in layout.items():
+        array: Any = functools.reduce(lambda tree, key: tree[key], path, params)
+        array = array if block is None else array[block[0]]
+        out[name] = array.T if turned else array
+    return out
 
 
 def read_clusters(path: str, words: int, first: int, missing: str = "refuse", special: tuple[int, ...] = ()
@@ -120,8 +216,7 @@ def read_clusters(path: str, words: int, first: int, missing: str = "refuse", sp
     path = find(path)
     suffix = os.path.splitext(path)[1]
     if suffix == ".json":
-        with open(path) as f:
-            found = json.load(f)
+        found = read_json(path)
     elif suffix == ".npy":
         found = np.load(path, allow_pickle=False)
     elif suffix in _TORCH:

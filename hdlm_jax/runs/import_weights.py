@@ -22,8 +22,9 @@ from hdlm_jax.common.jsons import reuse, sha256_of, write_json
 from hdlm_jax.config import Config, ConfigError, ReleasedConfig
 from hdlm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models.interop import EMBEDDING, Sizes, from_torch, heads_of, sizes, state_ids, to_torch
-from hdlm_jax.models.weight_files import File, find, read_clusters, read_weights
+from hdlm_jax.models import interop
+from hdlm_jax.models.interop import EMBEDDING, state_ids
+from hdlm_jax.models.weight_files import find, read_clusters
 from hdlm_jax.training.checkpoint import save_params
 from hdlm_jax.training.loading import check_writable
 
@@ -53,17 +54,22 @@ def import_released(config: Config, workdir: str) -> None:
 def _import(config: Config, workdir: str) -> None:
     r, m = config.released, config.model
     weights, dictionary = find(r.weights), find(r.clusters) if r.clusters else ""
-    made_from = _made_from(config, weights, dictionary)
+    settings = jsons.plain(config.as_dict())
+    made_from = {"weights": sha256_of(weights), "clusters": sha256_of(dictionary) if dictionary else "",
+                 "settings": {name: settings[name] for name in ("tokenizer", "hierarchy", "diffusion", "model")},
+                 "released": settings["released"] | {"weights": "", "clusters": ""}}
     marker = os.path.join(workdir, "config.json")
     if reuse(marker, {"made_from": made_from}) is not None:
         return say(f"import: reusing {workdir}")
     if os.path.exists(marker) or os.path.isdir(os.path.join(workdir, "checkpoints")):
         raise ConfigError(f"workdir={workdir!r}: holds a run or another import; give another --workdir")
     tokenizer, hierarchy = _words(config, dictionary)
-    file = read_weights(weights, r.ema)
-    size = _check_size(config, file, weights)
+    file = interop.read_weights(weights, r.ema)
+    size = interop.sizes(file.state)
+    told = interop.heads_of(file.state, size.width)
+    _check_size(config, size, told, weights)
     ids = state_ids(r, hierarchy)
-    params, rest = from_torch(file.state, hierarchy, ids, m.time_conditioning)
+    params, rest = interop.from_torch(file.state, hierarchy, ids, m.time_conditioning)
     about: dict[str, Any] = {
         "weights": os.path.basename(weights), "averaged": file.averaged, "ids": _vocabulary(r, ids), "cond": size.cond,
         "unused_rows": len(rest[EMBEDDING]), "unused": sorted({name.split(".")[0] for name in rest}),
@@ -86,20 +92,13 @@ def _import(config: Config, workdir: str) -> None:
     write_json(marker, {"step": file.step, "ema": file.averaged, "fingerprints": fingerprints, "config": kept,
                         "hdlm_jax": hdlm_jax.__version__, "released": about, "made_from": made_from})
     count = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
-    told_heads = f"{m.heads} heads" + ("" if _heads(file) else " (as set; the file does not tell)")
+    told_heads = f"{m.heads} heads" + ("" if told else " (as set; the file does not tell)")
     say(f"import: {count:,} parameters{' (averaged)' if file.averaged else ''} of {weights}, step {file.step:,}: width "
         f"{size.width}, {size.blocks} blocks, {told_heads}; levels {' -> '.join(map(str, hierarchy.sizes))}, in "
         f"{workdir}")
     say(f"import: unused and kept in released.npz: {about['unused_rows']} of {size.rows} rows of the tables, "
         f"{', '.join(n for n in about['unused'] if n not in ('vocab_embed', 'output_layer')) or 'no other tensors'}"
         + (f"; ignored: {', '.join(file.ignored[:5])}{' ...' if file.ignored[5:] else ''}" if file.ignored else ""))
-
-
-def _made_from(config: Config, weights: str, dictionary: str) -> dict[str, Any]:
-    settings = jsons.plain(config.as_dict())
-    return {"weights": sha256_of(weights), "clusters": sha256_of(dictionary) if dictionary else "",
-            "settings": {name: settings[name] for name in ("tokenizer", "hierarchy", "diffusion", "model")},
-            "released": settings["released"] | {"weights": "", "clusters": ""}}
 
 
 def _words(config: Config, dictionary: str) -> tuple[Tokenizer, Hierarchy]:
@@ -120,20 +119,14 @@ def _words(config: Config, dictionary: str) -> tuple[Tokenizer, Hierarchy]:
     return tokenizer, hierarchy
 
 
-def _heads(file: File) -> int | None:
-    return heads_of(file.state, file.state[EMBEDDING].shape[1])
-
-
-def _check_size(config: Config, file: File, weights: str) -> Sizes:
-    """The network's sizes by the file; ConfigError where the settings say otherwise, with those to give."""
-    s, told = sizes(file.state), _heads(file)
+def _check_size(config: Config, s: interop.Sizes, told: int | None, weights: str) -> None:
+    """ConfigError, with the settings to give, unless config.model has the file's sizes (and heads, if it tells)."""
     found = {"width": s.width, "blocks": s.blocks} | ({"heads": told} if told else {})
     for name, value in found.items():
         if getattr(config.model, name) != value:
             needed = {"heads": max(1, s.width // 64)} | found  # 64 a head, as in all published sizes
             raise ConfigError(f"model.{name}={getattr(config.model, name)}: {weights} has {value}; give "
                               + " ".join(f"--config.model.{k}={v}" for k, v in needed.items()))
-    return s
 
 
 def _vocabulary(released: ReleasedConfig, ids: np.ndarray) -> list[Any]:
@@ -172,4 +165,5 @@ def published(config: Config, trained: Config, workdir: str, hierarchy: Hierarch
             about = json.loads(str(rest.pop("about")))
             if about["ids"] == _vocabulary(config.released, ids):
                 extra = {"rest": rest, "cond": about["cond"]}
-    return to_torch(params, hierarchy, ids, config.released.layout, trained.model.heads, trained.model.seq_len, **extra)
+    m = trained.model
+    return interop.to_torch(params, hierarchy, ids, config.released.layout, m.heads, m.seq_len, **extra)

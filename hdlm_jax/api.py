@@ -14,8 +14,7 @@ from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import presets
 from hdlm_jax.decoding import schema as schemas
 from hdlm_jax.decoding.sampler import ended, load_helper, sampler_of, start_canvas, text_of
-from hdlm_jax.evaluation.elbo import Evaluator, evaluator_of
-from hdlm_jax.evaluation.rows import per_text, split_all, to_rows
+from hdlm_jax.evaluation.elbo import Evaluator, evaluator_of, text_nats
 from hdlm_jax.training.loading import load_here
 
 Classifier: TypeAlias = Callable[[jax.Array], jax.Array]  # one-hot symbols float32 [b, S, N] -> log p(y) [b]
@@ -155,11 +154,9 @@ class Model:
         if not texts:
             return []
         ids = [np.append(self.tokenizer.encode(text), self.tokenizer.eot) for text in texts]
-        pieces, owner = split_all(ids, self.seq_len, ends=self.run.ends)
         self._evaluator = self._evaluator or evaluator_of(self.run)
-        rows = to_rows(pieces, self.seq_len, self.tokenizer.eot)
-        nats = self._evaluator.nats(self.run.params, rows, draws, "nelbo")[0].sum(-1)
-        per_draw = np.broadcast_to(per_text(nats, owner, len(texts)), (draws, len(texts)))  # an exact process has one
+        nats = text_nats(self._evaluator, self.run, ids, draws, "nelbo")[0]
+        per_draw = np.broadcast_to(nats, (draws, len(texts)))  # an exact process has one
         return [{"nats": float(values.mean()), "se": float(values.std(ddof=1) / np.sqrt(draws)), "tokens": len(tokens),
                  "bits_per_byte": float(values.mean() / np.log(2) / max(1, len(text.encode()))),
                  "given": self.run.given_alone} for text, tokens, values in zip(texts, ids, per_draw.T, strict=True)]

@@ -26,7 +26,8 @@ from hdlm_jax.training.build import build
 from hdlm_jax.training.checkpoint import Checkpoints
 from hdlm_jax.training.state import init_state, make_optimizer
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", export_lib.__doc__, re.DOTALL)
+TEXT = (Path(__file__).parent.parent / "docs" / "scale.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT.partition("## Taking the weights elsewhere")[2], re.DOTALL)[:2]
 FILES = {"model.safetensors", "params", "config.json", "hierarchy.npz", "tokenizer"}
 
 

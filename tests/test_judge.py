@@ -248,6 +248,9 @@ def test_a_diffusion_run_gives_a_bound():
 def test_an_autoregressive_run_is_exact(monkeypatch):
     """By the interface alone: process.exact, and an evaluator that gives one draw of as many nats as a row's scored
     tokens say."""
+    saved = judges.saved_config(str(trained()[1]))
+    saved = dataclasses.replace(saved, diffusion=dataclasses.replace(saved.diffusion, process="autoregressive"))
+    monkeypatch.setattr(judges, "saved_config", lambda workdir: saved)
     run_judge = judges.open_judge(str(trained()[1]))
     seen = {}
 
@@ -257,7 +260,7 @@ def test_an_autoregressive_run_is_exact(monkeypatch):
             return np.where(rows["score"], rows["x"], 0).sum(-1)[None, :, None] / 100.0, None, None
 
     run = types.SimpleNamespace(process=types.SimpleNamespace(exact=True), params=None, num_params=1, ends=False,
-                                given_alone="nothing")
+                                given_alone="nothing", config=saved, tokenizer=BYTES)
     monkeypatch.setattr(run_judge, "_loaded", (run, Evaluator()), raising=False)
     texts = [np.full(20, 100, np.int32), np.full(5, 300, np.int32) - 200, np.full(18, 100, np.int32)]
     nats, tokens, _ = run_judge.score(texts, [0, 2, 17])

@@ -6,9 +6,12 @@ Steps are pure functions of global arrays; data, FSDP and tensor parallelism are
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
+import operator
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -17,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hdlm_jax.common.console import progress
 from hdlm_jax.config import Config
 
 Tree: TypeAlias = Any  # a pytree of arrays: parameters, a state, a batch
@@ -161,14 +165,49 @@ def fitting(jitted: Jitted, params: Tree, make_batch: Callable[[int], Tree], row
         rows = max(shards, rows // 2 // shards * shards)
 
 
-def compile_batch_step(step: Callable[..., Any], mesh: Mesh, params: Tree) -> Jitted:
-    """jit of step(params, batch, key) -> arrays with the batch in front, gathered to every host."""
-    where = jax.tree.map(lambda a: a.sharding, params)
-    return jax.jit(step, in_shardings=(where, batch_sharding(mesh), replicated(mesh)), out_shardings=replicated(mesh))
+class RowProgram:
+    """step(params, batch, key) -> arrays with the rows of the batch in front, for any number of rows.
+
+    Compiled once for each size; rows are padded to it, divided over the devices, and gathered to every host.
+    """
+
+    def __init__(self, step: Callable[[Tree, Batch, jax.Array], Tree], mesh: Mesh, params: Tree):
+        where = jax.tree.map(lambda a: a.sharding, params)
+        self.mesh, self._shards = mesh, math.lcm(batch_shards(mesh), jax.process_count())
+        self._jitted = jax.jit(step, in_shardings=(where, batch_sharding(mesh), replicated(mesh)),
+                               out_shardings=replicated(mesh))
+        self._compiled: dict[tuple[Any, ...], tuple[Compiled, int]] = {}
+
+    def _put(self, batch: Rows, rows: int) -> Batch:
+        """A host's batch, filled up with zeros to so many rows."""
+        mine = local_rows(rows)
+        return put_batch(self.mesh, {k: v[mine] for k, v in pad_rows(batch, rows).items()})
+
+    def __call__(self, params: Tree, n: int, make: Callable[[np.ndarray], Rows], most: int, key: jax.Array, *,
+                 unit: str, name: str) -> Iterator[tuple[np.ndarray, Tree]]:
+        """(numbers of rows, what the step gives for them) of rows 0..n-1, at most so many at a time, or what fits.
+
+        make: numbers of rows -> their batch; unit, name: of the progress bar.
+        """
+        example, asked = make(np.arange(1)), bucket(n, most)
+        size = (asked, *(v.shape[1:] for v in example.values()))
+        if size not in self._compiled:
+            self._compiled[size] = fitting(self._jitted, params, functools.partial(self._put, example), asked,
+                                           self._shards, key)
+        step, at_once = self._compiled[size]
+        with progress(n, unit=unit, name=name) as bar:
+            for start in range(0, n, at_once):
+                rows = np.arange(start, min(start + at_once, n))
+                found = jax.tree.map(np.asarray, step(params, self._put(make(rows), at_once), key))
+                yield rows, jax.tree.map(operator.itemgetter(slice(len(rows))), found)
+                bar.update(len(rows))
 
 
 def compile_sample_step(step: Callable[..., Any], mesh: Mesh, params: Tree) -> Jitted:
-    """The same for step((params, numbers), batch, key) with numbers a dictionary of host scalars."""
+    """jit of step((params, numbers), batch, key) -> arrays with the batch in front, gathered to every host.
+
+    numbers: a dictionary of host scalars.
+    """
     where = jax.tree.map(lambda a: a.sharding, params)
     return jax.jit(step, in_shardings=((where, replicated(mesh)), batch_sharding(mesh), replicated(mesh)),
                    out_shardings=replicated(mesh))

@@ -1,25 +1,7 @@
 """Data of the evaluation tasks: documents to be scored and questions to be answered, from local files.
 
-The files are those of $HDLM_DATA, one folder a data set; nothing is fetched.
-
-| task | file | a document or question |
-| --- | --- | --- |
-| ptb | ptb/ptb.test.txt* | a line (a sentence) |
-| wikitext2 | wikitext2/wiki.test.raw* | an article (from one "= Title =" to the next), detokenised line by line |
-| lambada | lambada/lambada_test.jsonl* | a passage |
-| ag_news | ag_news/test.csv* | title, blank, description |
-| openwebtext | openwebtext/owt_1000docs.jsonl* | a page |
-| lm1b | evaluate.lm1b | a line (a sentence) |
-| files | evaluate.files, read as data.format, data.text_field and data.txt_documents say | a document |
-| hellaswag | hellaswag/hellaswag_val_full.txt*, six lines a question | context; four endings |
-| arc_easy, arc_challenge, piqa | mcq/*.jsonl* | "Question: ...\\nAnswer:"; the answers |
-| openbookqa | mcq/openbookqa.jsonl* | the stem; the answers |
-| winogrande | mcq/winogrande.dev.jsonl* | the sentence up to its blank with an option in it; what follows the blank |
-| lambada_last_word | lambada/lambada_test.jsonl* | all but the last word; that word |
-
-The forms of the questions are those of lm-evaluation-harness without examples (zero-shot). Perplexities of published
-tables are of windows as well, but MDLM's loader ends every *line* of WikiText with an end of text, gives the first and
-last token of each window to begin and end of text, and drops the last window: numbers compare only roughly.
+The files are those of $HDLM_DATA, one folder a data set (docs/evaluation.md lists them); nothing is fetched. Questions
+have the forms of lm-evaluation-harness without examples (zero-shot).
 """
 
 from __future__ import annotations

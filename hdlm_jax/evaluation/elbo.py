@@ -7,6 +7,7 @@ Every pair has its own random numbers, so the result does not depend on batch si
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.common import parallel
-from hdlm_jax.common.console import perplexity, progress
+from hdlm_jax.common.console import perplexity
 from hdlm_jax.config import EvaluateConfig
 from hdlm_jax.diffusion.draws import fold
+from hdlm_jax.evaluation.rows import per_text, split_all, to_rows
 from hdlm_jax.models.heads import WHOLE, map_over_noised
 from hdlm_jax.models.network import Network
 from hdlm_jax.training.loading import Run
@@ -47,11 +49,6 @@ def make_nelbo_step(network: Network, process, mesh=None):
     return step
 
 
-def _rows_at_once(seq_len: int) -> int:
-    """Sequences that fill a device; fewer where they do not fit."""
-    return max(1, (8192 if jax.default_backend() == "cpu" else 262_144) // seq_len)
-
-
 def stratified_pairs(proposal, seed: int, rows: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """tau and q of every pair, float64 [draws, rows]: one stratum of q's CDF a pair, each pass spread over all."""
     rng = np.random.Generator(np.random.Philox(seed))
@@ -72,18 +69,11 @@ class Evaluator:
 
     def __init__(self, network: Network, process, mesh, params, *, seq_len: int, seed: int, cv2: float,
                  batch_size: int = 0):
-        self.process, self.mesh, self.seed = process, mesh, seed
-        shards = math.lcm(parallel.batch_shards(mesh), jax.process_count())
-        here = parallel.batch_shards(mesh) * _rows_at_once(seq_len)
-        self.most_rows, self.shards = batch_size or here, shards
+        self.process, self.seed = process, seed
+        fill = max(1, (8192 if jax.default_backend() == "cpu" else 262_144) // seq_len)  # rows of a device
+        self.most_rows = batch_size or parallel.batch_shards(mesh) * fill
         self.proposal = process.proposal(seq_len, cv2)
-        step = make_nelbo_step(network, process, mesh)
-        self._jitted = parallel.compile_batch_step(step, mesh, params)
-        self._compiled: dict[int, Any] = {}  # by rows asked for: (program, rows that fit)
-
-    def _put(self, batch):
-        mine = parallel.local_rows(len(batch["pair"]))
-        return parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
+        self.program = parallel.RowProgram(make_nelbo_step(network, process, mesh), mesh, params)
 
     def pairs(self, rows: int, draws: int):
         """tau and q of every pair; see stratified_pairs."""
@@ -108,27 +98,16 @@ class Evaluator:
           pair: int [n], a pair's random numbers: the same one for common random numbers; None: all different.
         """
         n, pair = len(which), np.arange(len(which)) if pair is None else pair
-        key = jax.random.key(self.seed)
-        asked = parallel.bucket(n, self.most_rows)
-        if asked not in self._compiled:
 
-            def example(count):
-                some = {name: np.zeros((count, *rows[name].shape[1:]), rows[name].dtype) for name in _FIELDS}
-                one = np.ones(count, np.float32)
-                return self._put(some | {"tau": one, "inv_q": one, "pair": np.zeros(count, np.int32)})
+        def batch(pick: np.ndarray) -> dict[str, np.ndarray]:
+            return {field: rows[field][which[pick]] for field in _FIELDS} | {
+                "tau": tau[pick].astype(np.float32), "inv_q": (1 / q[pick]).astype(np.float32),
+                "pair": pair[pick].astype(np.int32)}
 
-            self._compiled[asked] = parallel.fitting(self._jitted, params, example, asked, self.shards, key)
-        step, at_once = self._compiled[asked]
         out = np.zeros((n, self.process.num_levels))
-        with progress(n, unit="seq", name=name) as bar:
-            for start in range(0, n, at_once):
-                pick = np.arange(start, min(start + at_once, n))
-                batch = {field: rows[field][which[pick]] for field in _FIELDS}
-                batch |= {"tau": tau[pick].astype(np.float32), "inv_q": (1 / q[pick]).astype(np.float32),
-                          "pair": pair[pick].astype(np.int32)}
-                batch = self._put(parallel.pad_rows(batch, at_once))
-                out[pick] = np.asarray(step(params, batch, key))[: len(pick)]
-                bar.update(len(pick))
+        key = jax.random.key(self.seed)
+        for pick, found in self.program(params, n, batch, self.most_rows, key, unit="seq", name=name):
+            out[pick] = found
         return out
 
 
@@ -137,6 +116,21 @@ def evaluator_of(run: Run, settings: EvaluateConfig | None = None, seq_len: int 
     e = settings or run.config.evaluate
     return Evaluator(run.network, run.process, run.mesh, run.params, seq_len=seq_len or run.config.model.seq_len,
                      seed=e.seed, cv2=e.cv2, batch_size=e.batch_size)
+
+
+def text_nats(evaluator: Evaluator, run: Run, texts: Sequence[np.ndarray], draws: int, name: str,
+              given: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """(estimates in nats [draws, n], scored tokens [n]) of n texts of any length, ids each, the run's own evaluator.
+
+    Texts longer than S are scored in pieces that do not see each other; given: of each text, its first tokens that are
+    context, seen and not scored. Where the process is exact there is one draw.
+    """
+    pieces, owner = split_all(texts, run.config.model.seq_len, given, run.ends)
+    if not pieces:
+        return np.zeros((draws, len(texts))), np.zeros(len(texts), np.int64)
+    rows = to_rows(pieces, run.config.model.seq_len, run.tokenizer.eot)
+    nats = evaluator.nats(run.params, rows, draws, name)[0].sum(-1)
+    return per_text(nats, owner, len(texts)), per_text(rows["tokens"], owner, len(texts))
 
 
 def _beside(rest: np.ndarray, tau: np.ndarray, half: int = 16) -> np.ndarray:

@@ -8,29 +8,28 @@ nucleus, steps and the precision of the draws move the number as well: all are i
 
 from __future__ import annotations
 
+import abc
 import functools
-import json
-import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.common import parallel, processes
-from hdlm_jax.common.console import measured, progress, say
+from hdlm_jax.common.console import measured, say
+from hdlm_jax.common.jsons import read_json
 from hdlm_jax.config import ConfigError, ParallelConfig
 from hdlm_jax.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
-from hdlm_jax.evaluation.elbo import evaluator_of
-from hdlm_jax.evaluation.rows import per_text, split_all, to_rows
+from hdlm_jax.evaluation.elbo import Evaluator, evaluator_of, text_nats
 from hdlm_jax.evaluation.text_statistics import Texts, mauve, mauve_installed, perplexities, statistics
 from hdlm_jax.models import gpt2
 from hdlm_jax.models.heads import chunk_size
-from hdlm_jax.models.weight_files import hub_sha256
+from hdlm_jax.models.weight_files import Params, hub_sha256
 from hdlm_jax.training.checkpoint import checkpoints_of
-from hdlm_jax.training.loading import load_here, saved_config
+from hdlm_jax.training.loading import Run, load_here, saved_config
 
 
 class Scores(NamedTuple):
@@ -44,33 +43,27 @@ class Scores(NamedTuple):
     features: np.ndarray | None
 
 
-class Judge(Protocol):
+class Judge(abc.ABC):
     """A model that scores texts.
 
     Attributes:
       identity: what its numbers depend on ("kind", "path", "precision" and more); tokenizer: of the ids it is given.
-      kind: "gpt2", "autoregressive" or "bound"; bound: whether nats are upper bounds.
-      rule: in words, which tokens are scored and given what; num_params.
+      kind: "gpt2", "autoregressive" or "bound" (nats are upper bounds); rule: which tokens are scored, given what.
     """
 
     identity: dict[str, Any]
     tokenizer: Tokenizer
+    kind: str
+    rule: str
 
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def bound(self) -> bool: ...
-
-    @property
-    def rule(self) -> str: ...
-
-    @property
+    @abc.abstractmethod
     def num_params(self) -> int: ...
 
+    @abc.abstractmethod
     def given(self, texts: Texts) -> str:
         """What the nats of texts are conditional on beside prompts: "nothing", or "lengths"."""
 
+    @abc.abstractmethod
     def score(self, texts: Texts, given: Sequence[int]) -> Scores:
         """Scores texts, of which the first given[i] tokens are context: seen, not scored."""
 
@@ -92,8 +85,7 @@ def folder_tokenizer(folder: str, known: Tokenizer | None = None) -> Tokenizer:
     path = os.path.join(folder, "vocab.json")
     if not os.path.exists(path):
         return known if known is not None and known.kind == "gpt2" else make_tokenizer("gpt2")
-    with open(path, encoding="utf-8") as f:
-        ids: dict[str, int] = json.load(f)
+    ids: dict[str, int] = read_json(path)
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in that file
     to_byte = {chr(b): b for b in shown}
     to_byte |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in shown)}
@@ -109,7 +101,7 @@ def folder_tokenizer(folder: str, known: Tokenizer | None = None) -> Tokenizer:
     return Tokenizer("gpt2" if len(words) == 50256 else "bpe", words)
 
 
-class GPT2Judge:
+class GPT2Judge(Judge):
     """GPT-2 from a local folder. Everything about the folder is checked at once; weights are read when first needed.
 
     Args:
@@ -117,7 +109,7 @@ class GPT2Judge:
       known: a tokenizer at hand, used where it is GPT-2's and the folder has no vocab.json.
     """
 
-    kind, bound = "gpt2", False
+    kind = "gpt2"
 
     def __init__(self, folder: str, dtype: str, mesh, known: Tokenizer | None = None):
         self.sizes, self.folder, self.dtype, self.mesh = gpt2.check(folder), folder, dtype, mesh
@@ -128,21 +120,21 @@ class GPT2Judge:
         sha256 = processes.on_main_process(lambda: hub_sha256(folder))
         self.identity = {"kind": "gpt2", "path": folder, "sha256": sha256, "precision": dtype,
                          "tokenizer": self.tokenizer.fingerprint}
-        self.num_params = gpt2.num_params(self.sizes)
         self.rule = ("every token given all before it; the first one of a text is not scored (no start symbol); a text "
                      f"of more than {self.sizes.positions} tokens goes on in pieces that begin with the last token of "
                      "the piece before; ends of text are tokens like others")
-        self._compiled: dict[tuple[int, int], Any] = {}
+
+    def num_params(self) -> int:
+        return gpt2.num_params(self.sizes)
 
     def given(self, texts: Texts) -> str:
         return "nothing"
 
     @functools.cached_property
-    def _loaded(self):
+    def _loaded(self) -> tuple[parallel.RowProgram, Params]:
         network, params = gpt2.load(self.folder, self.dtype)
         shards = parallel.state_shardings(self.mesh, params)
         params = jax.tree.map(lambda a, s: jax.make_array_from_callback(a.shape, s, a.__getitem__), params, shards)
-        shards = math.lcm(parallel.batch_shards(self.mesh), jax.process_count())
 
         def step(params, batch, key):
             rows = max(1, len(batch["ids"]) // parallel.batch_shards(self.mesh))
@@ -150,24 +142,7 @@ class GPT2Judge:
             nats, hidden = found
             return nats, jnp.take_along_axis(hidden, batch["last"][:, None, None], axis=1)[:, 0]
 
-        return params, shards, parallel.compile_batch_step(step, self.mesh, params)
-
-    def _step(self, rows: int, width: int):
-        """(program, rows at once, parameters) for so many rows of so many positions."""
-        params, shards, jitted = self._loaded
-        device = (4096 if jax.default_backend() == "cpu" else 65_536) // width  # rows; attention is [rows, H, S, S]
-        asked = parallel.bucket(rows, max(1, device) * parallel.batch_shards(self.mesh))
-        if (asked, width) not in self._compiled:
-
-            def example(count):
-                return self._put({"ids": np.zeros((count, width), np.int32), "last": np.zeros(count, np.int32)})
-
-            self._compiled[asked, width] = parallel.fitting(jitted, params, example, asked, shards, jax.random.key(0))
-        return *self._compiled[asked, width], params
-
-    def _put(self, batch):
-        mine = parallel.local_rows(len(batch["ids"]))
-        return parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
+        return parallel.RowProgram(step, self.mesh, params), params
 
     def score(self, texts: Texts, given: Sequence[int]) -> Scores:
         """features: the last layer's state at the last token of the first piece (zero where there is none)."""
@@ -179,27 +154,28 @@ class GPT2Judge:
         if not pieces:
             return Scores(nats, tokens, features)
         width = parallel.bucket(max(2, *(len(p) for _, _, p in pieces)), most)
-        step, at_once, params = self._step(len(pieces), width)
-        with progress(len(pieces), unit="piece", name="judge") as bar:
-            for begin in range(0, len(pieces), at_once):
-                some = pieces[begin : begin + at_once]
-                batch = {"ids": np.zeros((len(some), width), np.int32),
-                         "last": np.array([len(p) - 1 for _, _, p in some], np.int32)}
-                for row, (_, _, piece) in enumerate(some):
-                    batch["ids"][row, : len(piece)] = piece
-                found, last = step(params, self._put(parallel.pad_rows(batch, at_once)), jax.random.key(0))
-                found, last = np.asarray(found, np.float64), np.asarray(last)
-                for row, (i, start, piece) in enumerate(some):
-                    scored = np.arange(start + 1, start + len(piece)) >= given[i]
-                    nats[i] += found[row, : len(piece) - 1][scored].sum()
-                    tokens[i] += scored.sum()
-                    if start == 0:
-                        features[i] = last[row]
-                bar.update(len(some))
+        device = (4096 if jax.default_backend() == "cpu" else 65_536) // width  # rows; attention is [rows, H, S, S]
+        program, params = self._loaded
+
+        def batch(pick: np.ndarray) -> dict[str, np.ndarray]:
+            some = [pieces[i][2] for i in pick]
+            return {"ids": np.stack([np.pad(piece, (0, width - len(piece))) for piece in some]).astype(np.int32),
+                    "last": np.array([len(piece) - 1 for piece in some], np.int32)}
+
+        at_once = max(1, device) * parallel.batch_shards(self.mesh)
+        for pick, (found, last) in program(params, len(pieces), batch, at_once, jax.random.key(0), unit="piece",
+                                           name="judge"):
+            for number, row, state in zip(pick, found.astype(np.float64), last, strict=True):
+                i, start, piece = pieces[number]
+                scored = np.arange(start + 1, start + len(piece)) >= given[i]
+                nats[i] += row[: len(piece) - 1][scored].sum()
+                tokens[i] += scored.sum()
+                if start == 0:
+                    features[i] = state
         return Scores(nats, tokens, features)
 
 
-class RunJudge:
+class RunJudge(Judge):
     """A run of ours as the judge: exact where its process is (autoregressive), else an upper bound.
 
     Args:
@@ -213,23 +189,23 @@ class RunJudge:
         meta = checkpoints.meta(self.step)
         checkpoints.close()
         self.tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
+        model, e = self.config.model, self.config.evaluate
         self.identity = {"kind": "run", "path": workdir, "step": self.step, "hierarchy": meta["hierarchy"],
-                         "data": meta["data"], "precision": self.config.model.dtype,
-                         "tokenizer": self.tokenizer.fingerprint,
-                         "draws": [self.config.evaluate.draws, self.config.evaluate.seed, self.config.evaluate.cv2]}
+                         "data": meta["data"], "precision": model.dtype, "tokenizer": self.tokenizer.fingerprint,
+                         "draws": [e.draws, e.seed, e.cv2]}
+        exact = self.config.diffusion.process == "autoregressive"
+        self.kind = "autoregressive" if exact else "bound"
+        what = ("every token given all before it, from the start symbol on" if exact else
+                f"an upper bound on -log p of every token (NELBO, {e.draws} draws of the noise)")
+        self.rule = f"{what}; a text of more than {model.seq_len} tokens in pieces that do not see each other"
 
     @functools.cached_property
-    def _loaded(self):
+    def _loaded(self) -> tuple[Run, Evaluator]:
         run = load_here(self.workdir, mesh=self.shape)
         return run, evaluator_of(run)
 
-    @property
-    def bound(self) -> bool:
-        return not self._loaded[0].process.exact
-
-    @property
-    def kind(self) -> str:
-        return "bound" if self.bound else "autoregressive"
+    def num_params(self) -> int:
+        return self._loaded[0].num_params
 
     def given(self, texts: Texts) -> str:
         """A text that neither fills its rows nor ends tells its length."""
@@ -237,27 +213,11 @@ class RunJudge:
         whole = all(len(ids) % s == 0 or ids[-1] == self.tokenizer.eot for ids in texts)
         return run.given_alone if whole or run.process.exact else "lengths"
 
-    @property
-    def num_params(self) -> int:
-        return self._loaded[0].num_params
-
-    @property
-    def rule(self) -> str:
-        s, draws = self.config.model.seq_len, self.config.evaluate.draws
-        what = (f"an upper bound on -log p of every token (NELBO, {draws} draws of the noise)" if self.bound
-                else "every token given all before it, from the start symbol on")
-        return f"{what}; a text of more than {s} tokens in pieces that do not see each other"
-
     def score(self, texts: Texts, given: Sequence[int]) -> Scores:
         """nats: means over the draws of the noise where they are bounds."""
         run, evaluator = self._loaded
-        s, n = self.config.model.seq_len, len(texts)
-        pieces, owner = split_all(texts, s, given, run.ends)
-        if not pieces:
-            return Scores(np.zeros(n), np.zeros(n, np.int64), None)
-        rows = to_rows(pieces, s, self.tokenizer.eot)
-        nats = evaluator.nats(run.params, rows, self.config.evaluate.draws, "judge")[0].mean(0).sum(-1)
-        return Scores(per_text(nats, owner, n), per_text(rows["tokens"], owner, n), None)
+        nats, tokens = text_nats(evaluator, run, texts, self.config.evaluate.draws, "judge", given)
+        return Scores(nats.mean(0), tokens, None)
 
 
 def open_judge(path: str, dtype: str = "float32", shape: ParallelConfig = ParallelConfig(), mesh=None,  # noqa: B008 (frozen)
@@ -335,12 +295,12 @@ def record(judge: Judge, tokenizer: Tokenizer, texts: Texts, given: int = 0,
     score, note = _mauve(judge, features, [len(ids) > 0 for ids in whole], reference, theirs)
     return {
         "judge": os.path.basename(judge.identity["path"]),
-        "kind": judge.kind, "bound": judge.bound, "given": judge.given(whole),
-        "params": judge.num_params, "rule": judge.rule,
+        "kind": judge.kind, "bound": judge.kind == "bound", "given": judge.given(whole),
+        "params": judge.num_params(), "rule": judge.rule,
         "retokenised": again, "tokenizer": tokenizer.fingerprint, "prompt_tokens": given,
         "texts": len(texts), "empty_texts": sum(len(r) == 0 for r in rest), "unscored_texts": int((tokens == 0).sum()),
         "tokens": int(tokens.sum()), "sampled_tokens": int(sum(len(t) - given for t in texts)),
-    } | perplexities(nats, tokens, judge.bound) | statistics([t[given:] for t in texts]) | {
+    } | perplexities(nats, tokens, judge.kind == "bound") | statistics([t[given:] for t in texts]) | {
         "mauve": score, "mauve_note": note, "made_from": made_from(judge)}
 
 

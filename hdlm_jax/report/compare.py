@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,13 @@ from hdlm_jax.common.console import markdown, measured, readable, say
 from hdlm_jax.common.jsons import write_atomic
 from hdlm_jax.report import page, run_files
 from hdlm_jax.runs.tasks import newest
+from hdlm_jax.training.metrics import read_metrics
 
 
 def _read(workdir: str, name: str) -> dict[str, Any]:
-    path = os.path.join(workdir, name)
-    if (found := run_files.read_json(path)) is None:
-        raise ValueError(f"{path} is missing; run --mode={name.removesuffix('.json')} on {workdir} first")
+    if (found := run_files.read_optional(workdir, name)) is None:
+        raise ValueError(f"{os.path.join(workdir, name)} is missing; run --mode={name.removesuffix('.json')} on "
+                         f"{workdir} first")
     return found
 
 
@@ -28,7 +28,7 @@ def paired_difference(workdir_a: str, workdir_b: str) -> tuple[float, float]:
     a, b = (np.load(os.path.join(w, "evaluate_rows.npz")) for w in (workdir_a, workdir_b))
     if not np.array_equal(a["tokens"], b["tokens"]):
         raise ValueError(f"{workdir_a} and {workdir_b} were not evaluated on the same sequences")
-    one, other = (run_files.read_json(os.path.join(w, "evaluate.json")) or {} for w in (workdir_a, workdir_b))
+    one, other = (run_files.read_optional(w, "evaluate.json") or {} for w in (workdir_a, workdir_b))
     for name in ("data", "packing", "padding"):
         if one.get(name) != other.get(name) and (name != "padding" or one.get("packing") == "crop"):
             raise ValueError(f"{workdir_a} and {workdir_b} were evaluated on other sequences ({name} differs)")
@@ -62,29 +62,42 @@ def differences(workdirs: list[str]) -> list[str]:
     lines = []
     for workdir in workdirs[1:]:
         mean, se = paired_difference(workdirs[0], workdir)
-        names = [os.path.basename(os.path.normpath(w)) for w in (workdir, workdirs[0])]
-        lines.append(f"{names[0]} - {names[1]}: {measured(mean, se, '+.4f')} nats/token (paired)")
+        lines.append(f"{name_of(workdir)} - {name_of(workdirs[0])}: {measured(mean, se, '+.4f')} nats/token (paired)")
     return lines
+
+
+def name_of(workdir: str) -> str:
+    return os.path.basename(os.path.normpath(workdir))
+
+
+def _cells(workdir: str) -> dict[str, str | None]:
+    """What tables say of a run, by the name of the column; None for what it has not."""
+    e, g = (run_files.read_optional(workdir, name) or {} for name in ("evaluate.json", "generate.json"))
+    trained = max((r.get("tokens", 0) for r in read_metrics(os.path.join(workdir, "metrics.jsonl"))), default=0)
+    count = lambda n: f"{n:,.0f}" if n else None  # noqa: E731
+    return {
+        "levels": " → ".join(map(str, e["hierarchy"])) if e else None, "step": str(e["step"]) if e else None,
+        "parameters": count(e.get("params")), "training tokens": count(trained),
+        "nats/token": measured(e["nelbo"], e["se"]) if e else None,
+        "bits/byte": measured(e["bits_per_byte"], e["bits_per_byte_se"]) if e.get("whole_split") else None,
+        "perplexity": measured(e["perplexity"], e["perplexity_se"], ".1f") if e else None,
+        **dict(zip(JUDGED, _judged(g), strict=True)), "train tok/s": count(run_files.training_speed(workdir)),
+        "sample tok/s": count(g.get("tokens_per_s")),
+        "network calls": f"{g['network_calls']:.0f}" if g else None}
 
 
 def table(workdirs: list[str]) -> str:
     """Markdown: what each run reaches on its validation split, and what it costs."""
-    judged = any("judge" in _read(w, "generate.json") for w in workdirs)
-    head = ["", "levels", "step", "nats/token", "bits/byte", "perplexity", *JUDGED * judged, "train tok/s",
-            "sample tok/s", "network calls"]
-    rows, unigram = [], None
-    for workdir in workdirs:
-        e, g = _read(workdir, "evaluate.json"), _read(workdir, "generate.json")
-        speed = run_files.training_speed(workdir)
-        bits = measured(e["bits_per_byte"], e["bits_per_byte_se"]) if e["whole_split"] else "-"
-        rows.append([os.path.basename(os.path.normpath(workdir)), " → ".join(map(str, e["hierarchy"])), str(e["step"]),
-                     measured(e["nelbo"], e["se"]), bits, measured(e["perplexity"], e["perplexity_se"], ".1f"),
-                     *_judged(g) * judged, f"{speed:,.0f}" if speed else "-", f"{g['tokens_per_s']:,.0f}",
-                     f"{g['network_calls']:.0f}"])
-        bits = f"{e['unigram_bits_per_byte']:.4f}" if e["whole_split"] else "-"
-        unigram = ["unigram", "", "", f"{e['unigram_nelbo']:.4f}", bits, f"{e['unigram_perplexity']:.1f}"]
-        unigram += [""] * (len(head) - len(unigram))
-    return markdown(head, [*rows, *([unigram] if unigram else [])])
+    evaluated, generated = ([_read(w, f"{mode}.json") for w in workdirs] for mode in ("evaluate", "generate"))
+    judged = JUDGED * any("judge" in g for g in generated)
+    head = ["levels", "step", "nats/token", "bits/byte", "perplexity", *judged, "train tok/s", "sample tok/s",
+            "network calls"]
+    found = {w: _cells(w) for w in workdirs}
+    rows = [[name_of(w), *(found[w][column] or "-" for column in head)] for w in workdirs]
+    e = evaluated[-1]
+    unigram = {"nats/token": f"{e['unigram_nelbo']:.4f}", "perplexity": f"{e['unigram_perplexity']:.1f}",
+               "bits/byte": f"{e['unigram_bits_per_byte']:.4f}" if e["whole_split"] else "-"}
+    return markdown(["", *head], [*rows, ["unigram", *(unigram.get(column, "") for column in head)]])
 
 
 FILES = ("metrics.jsonl", "curves.png", "clusters.txt", "clusters.png", "samples.txt", "evaluate.json", "report.html")
@@ -108,7 +121,7 @@ def task_table(workdirs: list[str]) -> str:
 
     Perplexities by the models' own tokens, accuracies in percent; with a standard error each.
     """
-    found = {w: newest(run_files.read_json(os.path.join(w, "tasks.json")) or {}) for w in workdirs}
+    found = {w: newest(run_files.read_optional(w, "tasks.json") or {}) for w in workdirs}
     names = list(dict.fromkeys(name for tasks in found.values() for name in tasks))
     for name in names:
         here = [w for w in workdirs if name in found[w]]
@@ -123,7 +136,7 @@ def task_table(workdirs: list[str]) -> str:
 
     head = ["", *(name + " (limited)" * any(t.get(name, {}).get("limited", False) for t in found.values())
                   for name in names)]
-    rows = [[os.path.basename(os.path.normpath(w)), *(cell(found[w].get(name)) for name in names)] for w in workdirs]
+    rows = [[name_of(w), *(cell(found[w].get(name)) for name in names)] for w in workdirs]
     return markdown(head, rows) if names else ""
 
 
@@ -132,26 +145,18 @@ def write_page(path: str, workdirs: list[str]) -> None:
     runs = [run_files.gather(w, film=False) for w in workdirs]
     evaluated = [(w, r["evaluate"]) for w, r in zip(workdirs, runs, strict=True) if r["evaluate"]]
     told = same_given(*map(list, zip(*evaluated, strict=True))) if evaluated else "nothing"
-    head = ["run", "levels", "parameters", "training tokens", "NELBO, nats/token", "perplexity",
-            "minus the first run, paired", *JUDGED[:2],
-            "training tokens/s", "sampling tokens/s", "calls"]
+    paired = "minus the first run, paired"
+    head = ["levels", "parameters", "training tokens", "nats/token", "perplexity", paired, *JUDGED[:2], "train tok/s",
+            "sample tok/s", "network calls"]
     rows: list[list[Any]] = []
     for workdir, run in zip(workdirs, runs, strict=True):
-        e, g, done = run["evaluate"] or {}, run["generate"] or {}, run["curves"]
-        difference = ""
-        if workdir != workdirs[0] and e:
+        cells = _cells(workdir) | {paired: ""}
+        if workdir != workdirs[0] and run["evaluate"]:
             try:
-                difference = measured(*paired_difference(workdirs[0], workdir), spec="+.4f")
+                cells[paired] = measured(*paired_difference(workdirs[0], workdir), spec="+.4f")
             except (ValueError, OSError):
-                difference = "other sequences"
-        speed = run["train_speed"]
-        rows.append([run["name"], " → ".join(f"{n:,}" for n in e["hierarchy"]) if e else None, e.get("params"),
-                     done["train"]["tokens"][-1] if done and done["train"]["tokens"] else None,
-                     measured(e["nelbo"], e["se"]) if e else None,
-                     measured(e["perplexity"], e["perplexity_se"], ".1f") if e else None, difference,
-                     *_judged(g)[:2],
-                     round(speed) if speed else None, round(g["tokens_per_s"]) if g else None,
-                     round(g["network_calls"]) if g else None])
+                cells[paired] = "other sequences"
+        rows.append([run["name"], *(cells[column] for column in head)])
     lacks = [page.missing(f"{r['name']}: no {name}.json.", r["workdir"], name) for r in runs
              for name in ("evaluate", "generate") if not r[name]]
     unigrams = {(r["evaluate"] or {}).get("unigram_nelbo") for r in runs} - {None}
@@ -159,13 +164,13 @@ def write_page(path: str, workdirs: list[str]) -> None:
             "<p class=lead>± is one standard error, of the data and of the noise times together; that of a paired "
             f"difference is over the same sequences of both runs. NELBO and perplexity are given {told}. Entropy: of "
             "the words within a sample.</p></header>",
-            page.section("table", "Results", "", page.html_table(rows, head) + "".join(lacks))]
+            page.section("table", "Results", "", page.html_table(rows, ["run", *head]) + "".join(lacks))]
     drawn = any(r["curves"] for r in runs)
     if drawn:
         body.append(page.section("curves", "Curves", "", "<div data-part=curves></div>"))
-    small = [{"name": r["name"], "curves": r["curves"]} for r in runs]
-    data = {"runs": small if drawn else None, "unigram": unigrams.pop() if len(unigrams) == 1 else None}
-    write_atomic(Path(path), page.document("Runs side by side – hdlm_jax", "\n".join(body), data).encode())
+    data = {"runs": [{"name": r["name"], "curves": r["curves"]} for r in runs] if drawn else None,
+            "unigram": unigrams.pop() if len(unigrams) == 1 else None}
+    write_atomic(path, page.document("Runs side by side – hdlm_jax", "\n".join(body), data).encode())
     say(f"report: {path}")
 
 

@@ -11,10 +11,7 @@ import importlib.resources
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import readable, say
@@ -22,48 +19,6 @@ from hdlm_jax.common.jsons import write_atomic
 from hdlm_jax.report.run_files import gather
 from hdlm_jax.runs import tasks
 from hdlm_jax.training.loading import check_writable, saved_config
-
-# ---- pictures --------------------------------------------------------------------------------------------------------
-
-
-def plot_occupancy(path: str, found: Mapping[str, Any]) -> bool:
-    """`occupancy` as a PNG; False (and a line saying so) without matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        say("level_occupancy.png: not drawn, matplotlib is missing (pip install 'hdlm_jax[plots]')")
-        return False
-    fig, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    t, beta, points = np.array(found["t"]), np.array(found["beta"]), found["points"]
-    colours = ["#20262e", "#2f6db3", "#8250a8", "#2e8560", "#b5651d"]
-    for level in range(beta.shape[1]):
-        colour = "#8b929c" if level == beta.shape[1] - 1 else colours[level % len(colours)]
-        ax.plot(t, beta[:, level], color=colour, lw=1.6, label=level_name(level, beta.shape[1] - 1))
-        if points:
-            ax.plot(points["t"], np.array(points["share"])[:, level], "o", color=colour, ms=3, alpha=0.6)
-    ax.set(xlabel="t", ylabel="share of tokens", xlim=(0, 1), ylim=(-0.02, 1.02),
-           title="levels over t: theory" + (f" and {found['tokens']:,} sampled tokens" if points else ""))
-    ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.2)
-    aside = f"{path}.tmp{os.getpid()}.png"
-    fig.savefig(aside, dpi=110)
-    plt.close(fig)
-    os.replace(aside, path)
-    return True
-
-
-def level_name(level: int, levels: int) -> str:
-    """words, clusters (level 1, level 2, ... where there are several), mask."""
-    if level in (0, levels):
-        return "mask" if level else "words"
-    return "clusters" if levels == 2 else f"clusters, level {level}"
-
-
-# ---- HTML ------------------------------------------------------------------------------------------------------------
 
 
 def embed(data: Any) -> str:
@@ -175,11 +130,6 @@ def headline(run: Mapping[str, Any]) -> str:
     return _facts(out) if out else ""
 
 
-def _tasks(found: dict[str, Any]) -> str:
-    """tasks.json as tables."""
-    return "".join(html_table(cells, head) for head, *cells in tasks.rows(tasks.newest(found)))
-
-
 _WAYS = {
     "hierarchical": "Every token starts at the mask and falls, level by level, until it is a word.",
     "gidd": "Every token starts at the mask; a word may still be replaced, or masked again, until the last call.",
@@ -189,56 +139,54 @@ _WAYS = {
 
 def run_page(run: Mapping[str, Any]) -> str:
     """The page of one run from what `gather` found."""
-    name, workdir = html.escape(run["name"]), run["workdir"]
+    name, workdir, film, levels = html.escape(run["name"]), run["workdir"], run["trajectories"], run["occupancy"]
+    hierarchical = run["process"] == "hierarchical"
     lack = lambda what, mode: missing(what, workdir, mode)  # noqa: E731
-    head = f"<header><p class=kicker>hdlm_jax run report</p><h1>{name}</h1>"
-    head += f"<p class=lead>{html.escape(describe(run))}</p>{headline(run)}"
-    if not run["evaluate"]:
-        head += lack("Not evaluated yet:", "evaluate")
-    parts = [head + "</header>"]
-    film, levels, clusters = run["trajectories"], run["occupancy"], run["hierarchy"]
-    if film:
-        parts.append(section("viewer", "How a text is written", (
-            f"{_WAYS.get(run['process'], _WAYS['hierarchical'])} Move through the network's calls with the slider, the "
-            "arrow keys or the play button; point at a token for its history and the probability that the model gave "
-            "to what was drawn."), "<div data-part=viewer></div>"))
-    else:
-        parts.append(section("viewer", "How a text is written", "", lack("No recorded samples yet:", "generate")))
-    if run["curves"]:
-        parts.append(section("curves", "Training", (
-            "Weighted loss of the training batches, and the bound (NELBO) and perplexity on validation text, over "
-            "training tokens."), "<div data-part=curves></div>"))
-    else:
-        parts.append(section("curves", "Training", "", lack("Not trained yet:", "train")))
+    head = (f"<header><p class=kicker>hdlm_jax run report</p><h1>{name}</h1><p class=lead>{html.escape(describe(run))}"
+            f"</p>{headline(run)}" + ("" if run["evaluate"] else lack("Not evaluated yet:", "evaluate")) + "</header>")
+    viewer = (f"{_WAYS.get(run['process'], _WAYS['hierarchical'])} Move through the network's calls with the slider, "
+              "the arrow keys or the play button; point at a token for its history and the probability that the model "
+              "gave to what was drawn.")
+    training = ("Weighted loss of the training batches, and the bound (NELBO) and perplexity on validation text, over "
+                "training tokens.")
+    parts = [head, section("viewer", "How a text is written", viewer if film else "",
+                           _part("viewer") if film else lack("No recorded samples yet:", "generate")),
+             section("curves", "Training", training if run["curves"] else "",
+                     _part("curves") if run["curves"] else lack("Not trained yet:", "train"))]
     if levels:
         said = "Lines: the forward process, β<sub>l</sub>(t)."
         if levels["points"]:
             said += (f" Dots: shares counted in the {levels['tokens']:,} recorded tokens on the way back; the band is "
                      "two standard errors of such a share.")
-        body = "<div data-part=levels></div>"
-        parts.append(section("levels", "Levels over time", said, body if levels["points"] else body + lack(
-            "Shares counted in recorded samples:", "generate")))
-    if clusters and len(clusters["sizes"]) > 2:
+        counted = "" if levels["points"] else lack("Shares counted in recorded samples:", "generate")
+        parts.append(section("levels", "Levels over time", said, _part("levels") + counted))
+    clusters, said = run["hierarchy"], ""
+    if not clusters:
+        body = lack("Not clustered yet:", "cluster")
+    elif len(clusters["sizes"]) > 2:
         how = "most frequent first" if clusters["counts"] else (
             "in the tokenizer's order, as the training tokens are not here")
-        parts.append(section("clusters", "Clusters", f"What the levels between word and mask hold; words {how}.",
-                             "<div data-part=clusters></div>"))
+        said, body = f"What the levels between word and mask hold; words {how}.", _part("clusters")
     else:
-        kind = "words go straight to the mask (MDLM)" if run["process"] == "hierarchical" else "this process has none"
-        why = (f"<p class=missing>No clusters: {kind}.</p>" if clusters
-               else lack("Not clustered yet:", "cluster"))
-        parts.append(section("clusters", "Clusters", "", why))
-    if tasks := _tasks(run["tasks"]) if run["tasks"] else "":
-        parts.append(section("tasks", "Zero-shot tasks", "± is one standard error; * the first items alone.", tasks))
+        kind = "words go straight to the mask (MDLM)" if hierarchical else "this process has none"
+        body = f"<p class=missing>No clusters: {kind}.</p>"
+    parts.append(section("clusters", "Clusters", said, body))
+    measured = tasks.rows(tasks.newest(run["tasks"] or {}))
+    if shown := "".join(html_table(cells, head) for head, *cells in measured):
+        parts.append(section("tasks", "Zero-shot tasks", "± is one standard error; * the first items alone.", shown))
     small = {k: run[k] for k in ("name", "curves", "hierarchy", "occupancy", "trajectories", "unigram")}
-    config = html.escape(jsons.dumps(run["config"], indent=1))
     parts.append("<section><details><summary>The whole configuration</summary>"
-                 f"<pre>{config}</pre></details></section>")
+                 f"<pre>{html.escape(jsons.dumps(run['config'], indent=1))}</pre></details></section>")
     return document(f"{run['name']} – hdlm_jax", "\n".join(parts), {"run": small})
 
 
+def _part(name: str) -> str:
+    """Where report.js draws."""
+    return f"<div data-part={name}></div>"
+
+
 def write_run_page(workdir: str) -> str:
-    """<workdir>/report.html, and level_occupancy.png where the levels are those of a hierarchy; gives back its path.
+    """Writes <workdir>/report.html; gives back its path.
 
     What the run does not have yet (evaluation, samples, ...) is named there with its command.
 
@@ -250,10 +198,7 @@ def write_run_page(workdir: str) -> str:
     path = os.path.join(workdir, "report.html")
 
     def write() -> None:
-        run = gather(workdir)
-        write_atomic(Path(path), run_page(run).encode())
-        if run["occupancy"]:
-            plot_occupancy(os.path.join(workdir, "level_occupancy.png"), run["occupancy"])
+        write_atomic(path, run_page(gather(workdir)).encode())
         say(f"report: {path}, {os.path.getsize(path) / 1e6:.1f} MB, a page by itself")
 
     processes.on_main_process(write)

@@ -21,9 +21,9 @@ from hdlm_jax.training.metrics import read_metrics
 _VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 
 
-def read_json(path: str) -> Any:
-    """What a JSON file holds; None where there is none."""
-    return jsons.read_json(path) if os.path.exists(path) else None
+def read_optional(workdir: str, name: str) -> Any:
+    """What a JSON file of a run holds; None where there is none."""
+    return jsons.read_json(os.path.join(workdir, name), optional=True)
 
 
 def show_word(raw: bytes, pieces: bool = False) -> str:
@@ -121,13 +121,13 @@ def gather(workdir: str, film: bool = True) -> dict[str, Any]:
       ConfigError: no run there.
     """
     config = saved_config(workdir)
-    raw = read_json(os.path.join(workdir, "config.json"))
+    raw = read_optional(workdir, "config.json")
     raw = raw.get("config", raw)
     process = raw["diffusion"].get("process", "hierarchical")
     out: dict[str, Any] = {"name": os.path.basename(os.path.abspath(workdir)), "workdir": workdir, "config": raw,
                            "process": process, "curves": curves(workdir), "train_speed": training_speed(workdir)}
     for name in ("evaluate", "generate", "tasks"):
-        out[name] = read_json(os.path.join(workdir, f"{name}.json"))
+        out[name] = read_optional(workdir, f"{name}.json")
     out |= {"hierarchy": None, "trajectories": None, "occupancy": None, "unigram": None}
     path = os.path.join(workdir, "hierarchy.npz")
     if not film or not os.path.exists(path):

@@ -1,4 +1,4 @@
-'''A run's weights as files for other programs: python -m hdlm_jax.main --config=... --workdir=... --mode=export
+"""A run's weights as files for other programs: --mode=export (docs/scale.md, "Taking the weights elsewhere").
 
 <workdir>/export holds, about one checkpoint (its averaged weights, where the run keeps them):
 
@@ -7,36 +7,8 @@
     config.json        config (as trained), step, ema, fingerprints (tokenizer, hierarchy, data), shapes, hdlm_jax
     hierarchy.npz      words -> clusters -> ... -> mask: parents_0, parents_1, ...
     tokenizer/         its words as a rank file, and a .json
-    <layout>.safetensors   with --config.released.layout=mdlm, gidd or hdlm: the weights under the names of the
-                       published PyTorch network (docs/import.md)
-
-`hdlm_jax.load("<workdir>/export")` and `--config.train.init_from=<workdir>/export` take it as they take a run.
-The network from these files alone:
-
-```python
-import json, numpy as np
-from flax.traverse_util import unflatten_dict
-from safetensors.numpy import load_file
-from hdlm_jax.config import resolve
-from hdlm_jax.models.network import make_network
-from hdlm_jax.diffusion.hierarchy import Hierarchy
-
-with open(f"{folder}/config.json") as f:
-    config = resolve(json.load(f)["config"])
-hierarchy = Hierarchy.load(f"{folder}/hierarchy.npz")
-params = unflatten_dict(load_file(f"{folder}/model.safetensors"), sep=".")
-z = np.full((1, config.model.seq_len), hierarchy.mask_id)  # [B, S] words, clusters or masks
-logits = make_network(config, hierarchy).apply({"params": params}, z, np.ones(1))  # of words [B, S, V], at time 1
-```
-
-And its weights without any of our code:
-
-```python
-import os, orbax.checkpoint as ocp
-
-params = ocp.StandardCheckpointer().restore(os.path.abspath(f"{folder}/params"))  # nested dicts of numpy arrays
-```
-'''
+    <layout>.safetensors   with released.layout: the weights under the published network's names (docs/import.md)
+"""
 
 from __future__ import annotations
 

@@ -1,24 +1,11 @@
 """Zero-shot tasks of a run: perplexities of other corpora, and questions answered by the likeliest choice.
 
-`--mode=evaluate --config.evaluate.tasks="('ptb', 'hellaswag')"`. The tasks are in evaluation/benchmarks.py, how
-texts are scored in evaluation/scorer.py.
-
-Perplexities count every token of every document once, its end of text too, in one of two ways:
-
-- document: each document by itself (its first tokens see nothing before them), in pieces of S where it is longer;
-- packed: all documents one after the other, cut into windows of S, the last window too.
-
-`given` says what a bound is conditional on (docs/theory.md section 7): packed windows on nothing; a document by itself
-on its length, and answers on those of their choices, as elsewhere in the field, unless the run is autoregressive or
-learnt ends of texts (data.padding="end"), which are then scored behind them up to S.
-
-nats per token are of the model's own tokens. bits per byte are of the UTF-8 bytes of the *detokenised* text, and the
-perplexity by words divides all nats by the words of the *original* text (blank-separated, one more for each line end),
-as the field does; neither depends on the tokenizer. `se` is of the documents as a sample and of the noise (see
-`evaluate.summarise`; pieces of one document count as different rows).
-
-Answers are ranked by the conditional NELBO of each choice given its context (`Scorer.rank`), as it is, per token and
-per character of the choice (its leading blank not counted).
+Perplexities count every token of every document once, its end of text too: "document", each document by itself, in
+pieces of S where it is longer; "packed", all one after the other, cut into windows of S, the last window too. `given`
+says what a bound is conditional on (docs/theory.md section 7). bits per byte are of the UTF-8 bytes of the
+*detokenised* text, and the perplexity by words divides all nats by the words of the *original* (blank-separated, one
+more for each line end), as the field does. `se` is of the documents as a sample and of the noise (elbo.summarise;
+pieces of one document count as different rows).
 """
 
 from __future__ import annotations

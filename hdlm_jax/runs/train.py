@@ -24,7 +24,7 @@ from hdlm_jax.runs.stages import batches_of, cluster, prepare, word_vectors
 from hdlm_jax.training.build import build
 from hdlm_jax.training.checkpoint import Checkpoints
 from hdlm_jax.training.loading import check_writable, differences, load_params, upgraded
-from hdlm_jax.training.metrics import MetricsFile, TensorBoard, peak_flops, plot_curves, read_metrics
+from hdlm_jax.training.metrics import MetricsFile, peak_flops, plot_curves, read_metrics
 from hdlm_jax.training.state import TrainState, abstract_state, init_state, make_optimizer
 from hdlm_jax.training.step import make_train_step
 
@@ -94,16 +94,11 @@ class Recorder:
         self.config, self.schedule, self.flops, self.window = config, schedule, flops, window
         self.peak = peak_flops(jax.devices()[0].device_kind)
         self.tokens_a_step = config.train.batch_size * config.model.seq_len
-        self.writers: list[MetricsFile | TensorBoard] = []
+        self.file: MetricsFile | None = None  # of the process that writes
         self.last_finite: dict[str, float] = {}
         self.once: dict[str, float] = {}  # goes with the next record alone
         self.steps = -1  # timed since the last record; the first step compiles and is not
         self.since, self.waited = time.time(), 0.0
-
-    def open(self, workdir: str, start: int) -> None:
-        """Writes under the workdir from now on; records of metrics.jsonl behind step `start` are dropped."""
-        path = os.path.join(workdir, "metrics.jsonl")
-        self.writers = [MetricsFile(path, start), TensorBoard(os.path.join(workdir, "tensorboard"))]
 
     def restart_clock(self) -> None:
         self.since, self.waited = time.time(), 0.0
@@ -137,12 +132,8 @@ class Recorder:
     def write(self, record: dict[str, Any]) -> None:
         record |= self.once
         self.once = {}
-        for writer in self.writers:
-            writer.write(record)
-
-    def close(self) -> None:
-        for writer in self.writers:
-            writer.close()
+        if self.file:
+            self.file.write(record)
 
 
 class Loop:
@@ -199,7 +190,8 @@ class Loop:
         self.rows = valid_rows(self.text.dir, config.model.seq_len, e.rows_in_training, config.data.packing,
                                config.data.padding)
         if processes.is_main_process():
-            self.recorder.open(self.workdir, self.start)
+            self.recorder.file = MetricsFile(os.path.join(self.workdir, "metrics.jsonl"), self.start,
+                                             os.path.join(self.workdir, "tensorboard"))
         self.iterator = self.batches.iterator(saved.get("position"))
         return True
 
@@ -268,7 +260,8 @@ class Loop:
         finally:
             self.bar.close()
             self.checkpoints.close()
-            self.recorder.close()
+            if self.recorder.file:
+                self.recorder.file.close()
 
     def _dispatch(self, step: int) -> Dispatched:
         waited = time.time()

@@ -1,7 +1,8 @@
-"""What a run says while it works: metrics.jsonl, a progress bar, curves."""
+"""What a training keeps of its steps: metrics.jsonl, TensorBoard, curves."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from typing import Any
@@ -23,20 +24,29 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each step once, also after a resume."""
+    """metrics.jsonl: one JSON object a line, each step once, also after a resume.
 
-    def __init__(self, path: str, resume_step: int):
-        self.path = path
+    tensorboard: folder for the same scalars, where its extra is installed (hdlm_jax[tensorboard]).
+    """
+
+    def __init__(self, path: str, resume_step: int, tensorboard: str = ""):
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
         jsons.write_atomic(path, "".join(jsons.dumps(r) + "\n" for r in kept).encode())
-        self.file = open(path, "a")
+        self.file, self.board = open(path, "a"), None
+        if tensorboard and importlib.util.find_spec("tensorboardX"):
+            self.board = importlib.import_module("tensorboardX").SummaryWriter(tensorboard)
 
     def write(self, record: dict[str, Any]) -> None:
         self.file.write(jsons.dumps(record) + "\n")
         self.file.flush()
+        for name, value in record.items():
+            if self.board and name != "step" and value is not None:
+                self.board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         self.file.close()
+        if self.board:
+            self.board.close()
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
@@ -50,28 +60,6 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
                 except json.JSONDecodeError:
                     break
     return records
-
-
-class TensorBoard:
-    """The same scalars for TensorBoard where its extra is installed (hdlm_jax[tensorboard]), else nothing."""
-
-    def __init__(self, folder: str):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            self.writer = None
-        else:
-            self.writer = SummaryWriter(folder)
-
-    def write(self, record: dict[str, Any]) -> None:
-        if self.writer:
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    self.writer.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        if self.writer:
-            self.writer.close()
 
 
 def plot_curves(path: str, records: list[dict[str, Any]], unigram_nats: float) -> bool:

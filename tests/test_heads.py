@@ -19,6 +19,7 @@ from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.diffusion.prediction import LogitsPrediction
 from hdlm_jax.models import heads
 from hdlm_jax.models.heads import Blocks, FactorisedHead, FlatHead, map_over_noised, product, sum_over_noised
+from hdlm_jax.models.network import TENSOR_AXES
 
 B, S, D = 8, 16, 6
 SIZES = (1, 1, 2, 37, 9)
@@ -273,7 +274,7 @@ def mesh_of(shape):
 def placer(mesh):
     """Parameters and rows to where a training has them."""
     def put(params, rows):
-        where = parallel.state_shardings(mesh, {"head": params})["head"]
+        where = parallel.state_shardings(mesh, {"head": params}, TENSOR_AXES)["head"]
         return jax.device_put(params, where), jax.device_put(rows, NamedSharding(mesh, P(parallel.BATCH)))
 
     return put
@@ -397,7 +398,7 @@ def test_no_token_moves_between_devices(small, shape, head):
     process, mesh, tokens, width = make(), mesh_of(shape), 20, 24
     head = head(process.hierarchy)
     params = {"head": numbers(head, width=width), "trunk": jnp.ones(width)}
-    params = jax.device_put(params, parallel.state_shardings(mesh, params))
+    params = jax.device_put(params, parallel.state_shardings(mesh, params, TENSOR_AXES))
     ids = jax.device_put(jnp.zeros((B, tokens), jnp.int32), parallel.batch_sharding(mesh))
     inputs = jax.device_put(jnp.zeros((B, tokens, width)), parallel.batch_sharding(mesh))
 

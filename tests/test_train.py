@@ -27,6 +27,7 @@ from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.decoding.sampler import make_sample_step, numbers_of, program_of
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.models.network import TENSOR_AXES
 from hdlm_jax.runs import interrupt, train
 from hdlm_jax.training import step as step_lib
 from hdlm_jax.training.build import build
@@ -188,7 +189,7 @@ def test_shards_with_more_and_less_to_do_keep_step(head):
     given = (params, numbers_of(config.generate, S))
     expected = jax.jit(make_sample_step(network, process, program_of(config.generate)))(given, batch, key)["tokens"]
     mesh = parallel.make_mesh(config)
-    placed = jax.device_put(params, parallel.state_shardings(mesh, params))
+    placed = jax.device_put(params, parallel.state_shardings(mesh, params, TENSOR_AXES))
     step = make_sample_step(network, process, program_of(config.generate), mesh)
     step = parallel.compile_sample_step(step, mesh, placed)
     found = step((placed, given[1]), parallel.put_batch(mesh, batch), key)["tokens"]

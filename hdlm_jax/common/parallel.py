@@ -31,9 +31,6 @@ Compiled: TypeAlias = jax.stages.Compiled
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
-# axis of a weight (from its last) that the tensor axis splits: outputs of the first product, inputs of the second; rows
-# of tables; but the width of the factorised head's words, of which blocks of rows are taken
-_TENSOR = {"qkv": -1, "up": -1, "out": -2, "down": -2, "embedding": -2, "head": -2, "words": -1}
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -55,13 +52,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def state_shardings(mesh: Mesh, abstract_state: Tree) -> Tree:
-    """NamedSharding for every leaf: tensor by the layer's name, FSDP on the largest axis that divides."""
+def state_shardings(mesh: Mesh, abstract_state: Tree, tensor_axes: Mapping[str, int]) -> Tree:
+    """NamedSharding for every leaf: tensor by the layer's name, FSDP on the largest axis that divides.
+
+    tensor_axes: by the layers' names the axis of their weights, from the last, that the tensor axis splits.
+    """
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         spec: list[str | None] = [None] * len(leaf.shape)
         names = [str(getattr(p, "key", getattr(p, "name", ""))) for p in path]
-        axis = next((_TENSOR[n] for n in reversed(names) if n in _TENSOR), None)
+        axis = next((tensor_axes[n] for n in reversed(names) if n in tensor_axes), None)
         if axis is not None and len(spec) >= -axis and leaf.shape[axis] % mesh.shape["tensor"] == 0:
             if mesh.shape["tensor"] > 1 and "bias" not in names:
                 spec[axis] = "tensor"

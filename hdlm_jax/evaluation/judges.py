@@ -27,6 +27,7 @@ from hdlm_jax.evaluation.elbo import Evaluator, evaluator_of, text_nats
 from hdlm_jax.evaluation.text_statistics import Texts, mauve, mauve_installed, perplexities, statistics
 from hdlm_jax.models import gpt2
 from hdlm_jax.models.heads import chunk_size
+from hdlm_jax.models.network import TENSOR_AXES
 from hdlm_jax.models.weight_files import Params, hub_sha256
 from hdlm_jax.training.checkpoint import checkpoints_of
 from hdlm_jax.training.loading import Run, load_here, saved_config
@@ -133,7 +134,7 @@ class GPT2Judge(Judge):
     @functools.cached_property
     def _loaded(self) -> tuple[parallel.RowProgram, Params]:
         network, params = gpt2.load(self.folder, self.dtype)
-        shards = parallel.state_shardings(self.mesh, params)
+        shards = parallel.state_shardings(self.mesh, params, TENSOR_AXES)  # layers go by the same names
         params = jax.tree.map(lambda a, s: jax.make_array_from_callback(a.shape, s, a.__getitem__), params, shards)
 
         def step(params, batch, key):

@@ -17,12 +17,15 @@ import numpy as np
 from hdlm_jax.models.heads import FactorisedHead, FlatHead, backend
 
 _SINUSOIDS, _PERIOD = 256, 10_000.0
+# the axis of a weight, from its last, that parallel.tensor splits: outputs of the first product, inputs of the second;
+# rows of tables; but the width of the factorised head's words, of which blocks of rows are taken
+TENSOR_AXES = {"qkv": -1, "up": -1, "out": -2, "down": -2, "embedding": -2, "head": -2, "words": -1}
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # uniform(+-1/sqrt(fan_in))
 
 
-def rotary(seq_len: int, dim: int, base: float = _PERIOD) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin [1, S, 1, dim] of the half-rotation rotary embedding."""
-    angle = np.outer(np.arange(seq_len), base ** (-np.arange(0, dim, 2) / dim))
+def rotary(seq_len: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin [1, S, 1, dim] of the half-rotation rotary embedding, base 10,000."""
+    angle = np.outer(np.arange(seq_len), _PERIOD ** (-np.arange(0, dim, 2) / dim))
     angle = np.concatenate([angle, angle], axis=-1)[None, :, None]
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
@@ -89,7 +92,6 @@ class Block(nn.Module):
     heads: int
     dropout: float
     dtype: jnp.dtype
-    base: float = _PERIOD
     attend: Any = None
 
     @nn.compact
@@ -109,7 +111,7 @@ class Block(nn.Module):
         h = Norm(name="norm1")(x) * (1 + scale1) + shift1
         # kernel [D, 3, D], so that a tensor shard of its last axis holds whole heads of each of q, k and v
         q, k, v = jnp.moveaxis(dense((3, d), "qkv", False)(h).reshape(b, s, 3, self.heads, -1), 2, 0)
-        angles: Any = rotary(s if position is None else cache[0].shape[2], d // self.heads, self.base)
+        angles: Any = rotary(s if position is None else cache[0].shape[2], d // self.heads)
         if position is not None:
             angles = [jnp.asarray(a)[0].at[position].get(mode="clip") for a in angles]  # [B, Q, 1, D/H]
         cos, sin = angles
@@ -138,7 +140,6 @@ class Network(nn.Module):
         CPU, where that is faster as well, none elsewhere.
       cond: width of the embedded time.
       causal: tokens see those before them and themselves alone (autoregressive).
-      rope_base: of the rotary positions.
       attend: stands in for `attention`: (block, q, k, v, mask) -> [B, Q, H, D/H]; hashable. What is a block's own it
         may keep in the collection "patch" ([blocks, ...] outside).
     """
@@ -154,7 +155,6 @@ class Network(nn.Module):
     remat: str = "auto"
     cond: int = 128
     causal: bool = False
-    rope_base: float = _PERIOD
     attend: Any = None
 
     def setup(self):
@@ -172,7 +172,7 @@ class Network(nn.Module):
         self.stack = nn.scan(block, variable_axes={"params": 0, "patch": 0},
                              split_rngs={"params": True, "dropout": True},
                              in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast), length=self.blocks)(
-            self.width, self.heads, self.dropout, jnp.dtype(self.dtype), self.rope_base, self.attend)
+            self.width, self.heads, self.dropout, jnp.dtype(self.dtype), self.attend)
         self.norm = Norm()
         self.modulation = Modulation(2, self.width)
         self.head_params = self.param("head", self.head.init, self.width)

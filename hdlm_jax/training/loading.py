@@ -19,7 +19,7 @@ from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models.network import Network
+from hdlm_jax.models.network import TENSOR_AXES, Network
 from hdlm_jax.training.build import build
 from hdlm_jax.training.checkpoint import checkpoints_of
 from hdlm_jax.training.state import init_state, make_optimizer
@@ -165,7 +165,7 @@ def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True
     network, process = build(config, hierarchy)
     tx, _ = make_optimizer(trained)
     shape = jax.eval_shape(lambda: init_state(trained, hierarchy, network, tx, jax.random.key(0)))
-    shardings = parallel.state_shardings(mesh, shape.params)
+    shardings = parallel.state_shardings(mesh, shape.params, TENSOR_AXES)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shape.params, shardings)
     if os.path.isdir(os.path.join(workdir, "params")) and trained.optimizer.ema and not ema:
         raise ConfigError(f"evaluate.ema=False: {workdir} is an export, which holds the average of the weights alone")

@@ -14,7 +14,7 @@ from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import Config
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models.network import Network
+from hdlm_jax.models.network import TENSOR_AXES, Network
 
 
 class TrainState(NamedTuple):
@@ -58,6 +58,6 @@ def abstract_state(config: Config, hierarchy: Hierarchy, network: Network, tx: o
                    ) -> tuple[TrainState, TrainState]:
     """Shapes of the state, each with the sharding it has on the mesh; and the shardings."""
     shape = jax.eval_shape(lambda: init_state(config, hierarchy, network, tx, jax.random.key(0)))
-    shardings = parallel.state_shardings(mesh, shape)
+    shardings = parallel.state_shardings(mesh, shape, TENSOR_AXES)
     add = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
     return jax.tree.map(add, shape, shardings), shardings

@@ -232,8 +232,7 @@ def test_sedd_s_cost_is_the_score_entropy():
 
 def made(kind, **model):
     """(config, network, process, params) of a small model of a process."""
-    from hdlm_jax.training.build import build
-    from hdlm_jax.training.state import init_state, make_optimizer
+    from hdlm_jax.training.state import build, init_state, make_optimizer
 
     c = configs.default()
     c.tokenizer.kind, c.tokenizer.vocab_size = "bytes", 257

@@ -12,8 +12,7 @@ from hdlm_jax.common import parallel
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain, Proposal
 from hdlm_jax.evaluation.elbo import Evaluator, summarise
-from hdlm_jax.training.build import build
-from hdlm_jax.training.state import init_state, make_optimizer
+from hdlm_jax.training.state import build, init_state, make_optimizer
 
 V, S = 40, 8
 HIERARCHY = Hierarchy.from_parents([np.arange(V) % 6, np.arange(6) % 2])

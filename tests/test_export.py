@@ -22,9 +22,8 @@ from hdlm_jax.config import ConfigError
 from hdlm_jax.runs import export as export_lib
 from hdlm_jax.runs.export import export
 from hdlm_jax.training import loading
-from hdlm_jax.training.build import build
 from hdlm_jax.training.checkpoint import Checkpoints
-from hdlm_jax.training.state import init_state, make_optimizer
+from hdlm_jax.training.state import build, init_state, make_optimizer
 
 TEXT = (Path(__file__).parent.parent / "docs" / "scale.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT.partition("## Taking the weights elsewhere")[2], re.DOTALL)[:2]

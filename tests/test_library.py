@@ -160,8 +160,8 @@ def test_tokens_that_are_not_scored_are_shown_and_cost_nothing(name):
 def test_loss_is_the_trainer_s():
     """The same rows, the same key: what make_loss_sums gives for a network of ours, divided by its tokens."""
     from hdlm_jax import config as configs
-    from hdlm_jax.training.build import build
-    from hdlm_jax.training.loss import make_loss_sums
+    from hdlm_jax.training.state import build
+    from hdlm_jax.training.step import make_loss_sums
 
     c = configs.default()
     c.tokenizer.kind, c.tokenizer.vocab_size = "bytes", 257

@@ -18,7 +18,7 @@ from hdlm_jax.decoding import presets
 from hdlm_jax.decoding import sampler as sampling
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.runs import generate
-from hdlm_jax.training.build import build
+from hdlm_jax.training.state import build
 from tools import method_sweep
 
 # one of every kind in each run of the tests, the others when there is time

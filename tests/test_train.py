@@ -30,11 +30,9 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.network import TENSOR_AXES
 from hdlm_jax.runs import interrupt, train
 from hdlm_jax.training import step as step_lib
-from hdlm_jax.training.build import build
-from hdlm_jax.training.loss import make_loss_sums, stratified_tau
 from hdlm_jax.training.metrics import read_metrics
-from hdlm_jax.training.state import abstract_state, init_state, make_optimizer
-from hdlm_jax.training.step import make_train_step
+from hdlm_jax.training.state import abstract_state, build, init_state, make_optimizer
+from hdlm_jax.training.step import make_loss_sums, make_train_step, stratified_tau
 
 V, S, B = 40, 8, 16
 HIERARCHY = Hierarchy.from_parents([np.arange(V) % 6, np.arange(6) % 2])

@@ -30,11 +30,9 @@ from hdlm_jax.decoding.sampler import Sampler
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.network import flops_per_token
-from hdlm_jax.training.build import build
-from hdlm_jax.training.loss import make_loss_sums, stratified_tau
 from hdlm_jax.training.metrics import peak_flops, read_metrics
-from hdlm_jax.training.state import abstract_state, init_state, make_optimizer
-from hdlm_jax.training.step import make_train_step
+from hdlm_jax.training.state import abstract_state, build, init_state, make_optimizer
+from hdlm_jax.training.step import make_loss_sums, make_train_step, stratified_tau
 from tools import cli
 
 
@@ -149,7 +147,8 @@ class Training:
             keys = fold(jnp.broadcast_to(key, index.shape), index)
             tau = stratified_tau(fold(keys, 0), index, len(x))
             z = self.process.corrupt(fold(keys, 1), x, tau=tau)
-            p = self.process.as_prediction(self.network.apply({"params": params}, z, -jnp.expm1(-tau)))
+            logits: Any = self.network.apply({"params": params}, z, -jnp.expm1(-tau))
+            p = self.process.as_prediction(logits)
             tau = jnp.broadcast_to(tau[:, None], x.shape)
             return jnp.mean(self.process.loss(p, x, z, tau, weighting=d.weighting, weight_min=d.weight_min,
                                               weight_max=d.weight_max))

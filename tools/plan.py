@@ -32,9 +32,8 @@ from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.heads import compiling_for
 from hdlm_jax.models.network import flops_per_token
-from hdlm_jax.training.build import build
 from hdlm_jax.training.metrics import peak_flops
-from hdlm_jax.training.state import abstract_state, make_optimizer
+from hdlm_jax.training.state import abstract_state, build, make_optimizer
 from hdlm_jax.training.step import make_train_step
 from tools import cli
 

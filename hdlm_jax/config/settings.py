@@ -15,11 +15,22 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ml_collections import config_dict
 
-from hdlm_jax.config.data import DataConfig, HierarchyConfig, TokenizerConfig, default_clusters
-from hdlm_jax.config.model import DiffusionConfig, ModelConfig
 from hdlm_jax.config.rules import ConfigError, expand, rule
-from hdlm_jax.config.training import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from hdlm_jax.config.use import EvaluateConfig, GenerateConfig, ReleasedConfig
+from hdlm_jax.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DiffusionConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    HierarchyConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ReleasedConfig,
+    TokenizerConfig,
+    TrainConfig,
+    default_clusters,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

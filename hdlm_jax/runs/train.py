@@ -21,11 +21,10 @@ from hdlm_jax.evaluation.elbo import Evaluator, summarise
 from hdlm_jax.models.network import flops_per_token
 from hdlm_jax.runs.interrupt import RESUME_EXIT, Stop, Timer
 from hdlm_jax.runs.stages import batches_of, cluster, prepare, word_vectors
-from hdlm_jax.training.build import build
 from hdlm_jax.training.checkpoint import Checkpoints
 from hdlm_jax.training.loading import check_writable, differences, load_params, upgraded
 from hdlm_jax.training.metrics import MetricsFile, peak_flops, plot_curves, read_metrics
-from hdlm_jax.training.state import TrainState, abstract_state, init_state, make_optimizer
+from hdlm_jax.training.state import TrainState, abstract_state, build, init_state, make_optimizer
 from hdlm_jax.training.step import make_train_step
 
 # sections in which a resumed run must not differ, and the settings in them that may; of data its fingerprint counts

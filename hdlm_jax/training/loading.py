@@ -17,12 +17,11 @@ from hdlm_jax.config import Config, ConfigError, ParallelConfig, expand, inherit
 from hdlm_jax.data import pipeline
 from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.data.tokenizers import Tokenizer, load_tokenizer
-from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.network import TENSOR_AXES, Network
-from hdlm_jax.training.build import build
 from hdlm_jax.training.checkpoint import checkpoints_of
-from hdlm_jax.training.state import init_state, make_optimizer
+from hdlm_jax.training.state import build, init_state, make_optimizer
 
 # settings in which a use of a run, or its resume, may differ from how it was trained
 FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "train.nonfinite_limit", "model.remat",
@@ -60,7 +59,7 @@ class Run:
     tokenizer: Tokenizer
     hierarchy: Hierarchy
     network: Network
-    process: HierarchicalProcess
+    process: Process
     mesh: Any
     params: Any
     step: int

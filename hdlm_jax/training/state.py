@@ -1,4 +1,4 @@
-"""Everything a training step changes: parameters, optimizer, average."""
+"""From a config to a network, a process and all that a training step changes: parameters, optimizer, average."""
 
 from __future__ import annotations
 
@@ -13,8 +13,30 @@ from jax.sharding import Mesh
 from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import Config
+from hdlm_jax.diffusion.autoregressive import AutoregressiveProcess
+from hdlm_jax.diffusion.gidd import GiddProcess
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models.network import TENSOR_AXES, Network
+from hdlm_jax.diffusion.levels import LevelChain
+from hdlm_jax.diffusion.process import Process
+from hdlm_jax.diffusion.sedd import SeddProcess
+from hdlm_jax.models.network import TENSOR_AXES, Network, make_network
+
+
+def make_process(config: Config, hierarchy: Hierarchy) -> Process:
+    """The process of config.diffusion.process: hierarchical, gidd, sedd or autoregressive."""
+    d = config.diffusion
+    if d.process == "autoregressive":
+        return AutoregressiveProcess(hierarchy)
+    if d.process == "gidd":
+        return GiddProcess(hierarchy, d.p_uniform)
+    chain = LevelChain(d.level_rates(hierarchy.num_levels))
+    return (SeddProcess if d.process == "sedd" else HierarchicalProcess)(hierarchy, chain, d.xi, d.force_transition)
+
+
+def build(config: Config, hierarchy: Hierarchy) -> tuple[Network, Process]:
+    """(network, process) of a config and hierarchy."""
+    return make_network(config, hierarchy), make_process(config, hierarchy)
 
 
 class TrainState(NamedTuple):

@@ -1,26 +1,91 @@
-"""One training step."""
+"""One training step: the loss of a batch as sums of weighted token losses, and what its gradients change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import Batch, Tree
 from hdlm_jax.config import Config
-from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.draws import fold
+from hdlm_jax.diffusion.levels import open_uniform
+from hdlm_jax.diffusion.process import Process
+from hdlm_jax.models.heads import WHOLE, sum_over_noised
 from hdlm_jax.models.network import Network
-from hdlm_jax.training.loss import make_loss_sums
 from hdlm_jax.training.state import TrainState
 
+LossSums: TypeAlias = Callable[[Tree, Batch, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 TrainStep: TypeAlias = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_train_step(config: Config, network: Network, process: HierarchicalProcess, tx: optax.GradientTransformation,
+def stratified_tau(keys: jax.Array, index: jax.Array, batch: int) -> jax.Array:
+    """Noise times [b] of rows `index` of a batch: t = (index + u)/batch uniform, one stratum a row, in (0, 1).
+
+    1 - t is formed by itself, so that neither end of time is cut off or rounded.
+    """
+    u = jax.vmap(open_uniform)(keys)
+    i = index.astype(jnp.float32)
+    t, rest = (i + u) / batch, ((batch - 1 - i) + (1 - u)) / batch
+    return jnp.where(t < 0.5, -jnp.log1p(-t), -jnp.log(rest))
+
+
+def make_loss_sums(config: Config, network: Network, process: Process, mesh: Mesh | None = None
+                   ) -> LossSums:
+    """loss_sums(params, batch, key) -> (loss, nelbo, tokens): sums over the rows given, in nats.
+
+    batch: x int32 [b, S], index int32 [b] (rows of the global batch), optionally score bool [b, S] (False where the
+    text is given, not modelled), segment int32 [b, S] (tokens see their own segment alone) and tokens int32 [b] (of
+    a row, where ends of text behind them are scored as well). Each row draws from fold_in(key, index) alone, so any
+    split of a batch adds up to it.
+    nelbo is the unweighted estimate for t uniform; only loss has gradients.
+    """
+    d, m = config.diffusion, config.model
+    shard: Any = WHOLE if mesh is None else parallel.OverBatch(mesh)
+    weigh = functools.partial(process.loss_weight, weighting=d.weighting, weight_min=d.weight_min,
+                              weight_max=d.weight_max)
+
+    def hidden(params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None, keys: jax.Array) -> Any:
+        if not m.dropout:
+            return network.apply({"params": params}, z, t, segment, method="trunk")
+
+        def row(z: jax.Array, t: jax.Array, segment: jax.Array | None, key: jax.Array) -> jax.Array:
+            # a row's own key, so that its dropout does not depend on its batch mates
+            z, t, segment = jax.tree.map(lambda a: a[None], (z, t, segment))
+            return network.apply({"params": params}, z, t, segment, True, rngs={"dropout": key}, method="trunk")[0]
+
+        return jax.vmap(row)(z, t, segment, keys)
+
+    def loss_sums(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x, index = batch["x"], batch["index"]
+        keys = fold(jnp.broadcast_to(key, index.shape), index)
+        tau = stratified_tau(fold(keys, 0), index, config.train.batch_size)
+        score = batch.get("score", jnp.ones(x.shape, bool))
+        z, level = process.noised(fold(keys, 1), x, tau, score)
+        h = hidden(params, z, -jnp.expm1(-tau), batch.get("segment"), fold(keys, 2))
+
+        def token_loss(p: Any, fields: Sequence[jax.Array], levels: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+            x, z, tau, weight, nelbo_weight = fields
+            cost = process.token_loss(p, x, z, levels, tau=tau)
+            hard = process.token_loss(p, x, z, levels, True, tau=tau) if d.hard_training else cost
+            return weight * hard, jax.lax.stop_gradient(nelbo_weight * cost)
+
+        fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape), weigh(z, tau, x=x),
+                  process.nelbo_weight(z, tau, x) * jnp.exp(tau)[:, None])
+        loss, nelbo = sum_over_noised(network.head, token_loss, params["head"], h, level, x, fields,
+                                      needs=process.needs(d.hard_training), shard=shard)
+        return loss, nelbo, jnp.sum(batch.get("tokens", score)).astype(jnp.float32)
+
+    return loss_sums
+
+
+def make_train_step(config: Config, network: Network, process: Process, tx: optax.GradientTransformation,
                     mesh: Mesh | None = None) -> TrainStep:
     """train_step(state, batch, key) -> (state, metrics), pure and global.
 

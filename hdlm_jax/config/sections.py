@@ -1,0 +1,389 @@
+"""The sections of the settings: every choice with its default, and the rules inside a section."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from hdlm_jax.config.rules import check_seed, choice, rule
+
+# the names that settings choose among; tests/test_config.py holds them to what the rooms above can do
+PROCESSES = ("hierarchical", "gidd", "sedd", "autoregressive")
+FORCE_TRANSITIONS = ("none", "within", "between", "cavity")
+CLUSTERS = ("exact", "clean")
+WEIGHTINGS = {"hierarchical": ("none", "constant", "clip", "empirical"),  # training losses, by process
+              "sedd": ("none", "constant", "clip", "empirical"),
+              "gidd": ("none", "constant", "clip", "dynamic"),
+              "autoregressive": ("constant",)}
+DETOKENIZERS = ("", "lm1b", "ptb", "wikitext", "lambada", "ag_news")
+TASKS = ("ptb", "wikitext2", "lambada", "ag_news", "openwebtext", "lm1b", "files", "hellaswag", "arc_easy",
+         "arc_challenge", "piqa", "openbookqa", "winogrande", "lambada_last_word")
+TXT_DOCUMENTS = ("file", "blank_line", "line")
+FORMATS = ("auto", "txt", "jsonl", "json", "parquet", "tar")
+PACKINGS = ("concat", "documents", "crop")
+PADDINGS = ("end", "hidden")
+PROTOCOLS = ("document", "packed")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from, how it is split, and how sequences are made of it (hdlm_jax.data)."""
+
+    source: str = "embedded"  # embedded: the documentation inside Python itself; files: `files`
+    files: tuple[str, ...] = ()  # paths, folders, globs, URLs: text, json(l), parquet, (nested) tar, plain or packed
+    format: str = "auto"  # of the files: auto, by their names; or txt, jsonl, json, parquet, tar
+    validation: tuple[str, ...] = ()  # held-out files; empty: by `split`
+    split: str = "hash"  # hash: by sha256 of the document; last: the last `validation_documents`
+    validation_fraction: float = 0.05  # share of documents held out by split="hash"
+    validation_documents: int = 100_000  # documents held out by split="last"
+    text_field: str = "text"  # field of a jsonl record or parquet row
+    prompt_field: str = ""  # fine-tuning: this field is given, only text_field is noised and scored
+    txt_documents: str = "file"  # a document of a text file: the file, all between blank lines (blank_line), a line
+    detokenize: str = ""  # undo a corpus's own tokenisation: lm1b, ptb, wikitext, lambada, ag_news
+    bad_share: float = 0.001  # stop when more of the records than this cannot be read
+    dir: str = ""  # prepared tokens, to share between runs; empty: <workdir>/data
+    prepare_shard: str = ""  # i/n: prepare as worker i (0..n-1) of n on one shared data.dir; the last one merges
+    stream: bool = False  # train on raw documents, tokenised on the fly; only validation and a sample are prepared
+    sample_bytes: int = 100_000_000  # size of that sample (clusters, unigram), bytes of training text
+    shuffle_documents: int = 10_000  # streaming: documents shuffled at once
+    packing: str = "concat"  # concat | documents: attention inside documents alone | crop: a window of one document
+    padding: str = "end"  # crop, behind a text: end: ends of text, learnt and scored | hidden: its length is given
+    variable_share: float = 0.0  # of the sequences cut to a random length in 1..seq_len
+
+    def check(self) -> None:
+        choice("data.source", self.source, ("embedded", "files"))
+        choice("data.format", self.format, FORMATS)
+        choice("data.split", self.split, ("hash", "last"))
+        choice("data.txt_documents", self.txt_documents, TXT_DOCUMENTS)
+        choice("data.detokenize", self.detokenize, DETOKENIZERS)
+        choice("data.packing", self.packing, PACKINGS)
+        choice("data.padding", self.padding, PADDINGS)
+        rule(not self.prompt_field or self.packing == "crop" or self.padding == "hidden", "data.packing", self.packing,
+              "with data.prompt_field a record needs a row of its own, or the next prompt tells where a response ends: "
+              "choose crop")
+        rule(bool(self.files) == (self.source == "files"), "data.files", self.files,
+              "needed with data.source='files', and only there")
+        rule(0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
+              "must lie in (0, 1)")
+        rule(0 <= self.bad_share < 1, "data.bad_share", self.bad_share, "must lie in [0, 1)")
+        rule(0 <= self.variable_share <= 1, "data.variable_share", self.variable_share, "must lie in [0, 1]")
+        for name in ("validation_documents", "sample_bytes", "shuffle_documents"):
+            rule(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
+        rule(not self.stream or bool(self.validation) or self.split == "hash", "data.split", self.split,
+              "data.stream does not know which documents are the last: choose hash, or give data.validation")
+        self.worker()
+
+    def worker(self) -> tuple[int, int]:
+        """(i, n) of data.prepare_shard; (0, 1) where it is not given."""
+        i, slash, n = (self.prepare_shard or "0/1").partition("/")
+        ok = bool(slash) and i.isdigit() and n.isdigit() and int(i) < int(n)
+        rule(ok, "data.prepare_shard", self.prepare_shard, "must be i/n with 0 <= i < n, as in 0/8")
+        return int(i), int(n)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """gpt2 (50,257 words, through tiktoken), bpe (trained on the corpus), bytes (257) or bert (WordPiece of a file)."""
+
+    kind: str = "gpt2"  # gpt2 | bpe (trained on the corpus) | bytes | bert (WordPiece)
+    vocab_size: int = 50257  # V, the end of text counted; 50257 for gpt2, 257 for bytes
+    file: str = ""  # gpt2 without a network, bpe that is not to be trained: a local rank file; bert: its vocab.txt
+    sha256: str = ""  # of that file; checked if given
+    pattern: str = ""  # how bpe cuts text: gpt2 (or empty), cl100k, llama3, qwen2, o200k, or a regular expression
+
+    def check(self) -> None:
+        choice("tokenizer.kind", self.kind, ("gpt2", "bpe", "bytes", "bert"))
+        rule(self.kind != "bert" or bool(self.file), "tokenizer.file", self.file,
+              "tokenizer.kind='bert' needs a local vocab.txt (one word a line)")
+        fixed = {"gpt2": 50257, "bytes": 257}.get(self.kind)
+        rule(fixed is None or self.vocab_size == fixed, "tokenizer.vocab_size", self.vocab_size,
+              f"tokenizer.kind={self.kind!r} has {fixed} words")
+        rule(not self.pattern or self.kind == "bpe", "tokenizer.pattern", self.pattern,
+              f"goes with tokenizer.kind='bpe'; {self.kind!r} has its own")
+        rule(self.vocab_size >= 257, "tokenizer.vocab_size", self.vocab_size,
+              "must be at least 257 (256 bytes and <|endoftext|>)")
+
+
+@dataclasses.dataclass(frozen=True)
+class HierarchyConfig:
+    """Clusters of words: sizes fine to coarse, (64,) or (256, 16); (1,) or () is MDLM."""
+
+    clusters: tuple[int, ...] = (0,)  # (0,): one level of about sqrt(V) clusters, a power of two
+    embeddings: str = "corpus"  # corpus | FILE.npy | FILE.safetensors:TENSOR | checkpoint:WORKDIR
+    shuffle: bool = False  # control: clusters of the same sizes with random members
+    seed: int = 0  # of k-means, and of shuffle
+
+    def check(self) -> None:
+        c = self.clusters
+        rule(all(n >= 1 for n in c) and all(a > b for a, b in zip(c, c[1:], strict=False)), "hierarchy.clusters", c,
+              "cluster numbers must be positive and fall, fine to coarse, as in (256, 16)")
+        check_seed("hierarchy.seed", self.seed, 2**31 - 1)  # faiss adds one, and has 31 bits
+        e = self.embeddings
+        known = e == "corpus" or e.endswith(".npy") or ".safetensors:" in e or e.startswith("checkpoint:")
+        rule(known, "hierarchy.embeddings", e,
+              "choose corpus, a FILE.npy, a FILE.safetensors:TENSOR or checkpoint:WORKDIR")
+
+
+def default_clusters(vocab_size: int) -> tuple[int, ...]:
+    """(n,), n the power of two nearest to sqrt(V) in logarithm: 64 for V = 4,096, 256 for GPT-2's 50,257."""
+    return (2 ** round(math.log2(math.sqrt(vocab_size))),)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """The process and the training loss (docs/theory.md sections 2 and 3)."""
+
+    process: str = "hierarchical"  # (MDLM with a single cluster) | gidd | sedd | autoregressive: baselines
+    p_uniform: float = 0.0  # gidd: share of random words at t = 1/2
+    gamma: float = 1.0  # rates (gamma, 1) for two levels
+    rates: tuple[float, ...] = ()  # rates of all K levels, in place of gamma
+    xi: float = 1.0  # share of tokens that go to their own cluster at the first crossing, in (1/n, 1]
+    force_transition: str = "cavity"  # of predictions under a cluster: none | within | between | cavity
+    weighting: str = "clip"  # of the training loss, by process (docs/theory.md "Training weights")
+    weight_min: float = 0.0  # of weighting=clip
+    weight_max: float = 2.0  # of weighting=clip
+    hard_training: bool = False  # above level 1: -log p(token) as the loss in place of the bound's
+
+    def check(self) -> None:
+        choice("diffusion.force_transition", self.force_transition, FORCE_TRANSITIONS)
+        choice("diffusion.process", self.process, PROCESSES)
+        choice("diffusion.weighting", self.weighting, WEIGHTINGS[self.process])
+        rule(0 <= self.p_uniform < 1, "diffusion.p_uniform", self.p_uniform, "must lie in [0, 1)")
+        rule(not self.p_uniform or self.process == "gidd", "diffusion.p_uniform", self.p_uniform,
+              f"goes with diffusion.process='gidd', not {self.process!r}")
+        plain = self.process == "hierarchical" or (self.xi, self.hard_training, self.rates, self.gamma) == (
+            1, False, (), 1)
+        rule(plain, "diffusion.process", self.process, "knows no xi, hard_training, rates or gamma; leave them out")
+        rule(self.gamma > 0, "diffusion.gamma", self.gamma, "must be positive")
+        rule(not self.rates or self.gamma == 1, "diffusion.rates", self.rates,
+              "only one of diffusion.gamma and diffusion.rates should be given")
+        rule(all(r > 0 for r in self.rates), "diffusion.rates", self.rates, "must be positive")
+        rule(0 < self.xi <= 1, "diffusion.xi", self.xi, "must lie in (1/n, 1]")
+        rule(0 <= self.weight_min <= self.weight_max, "diffusion.weight_max", self.weight_max,
+              f"must be at least diffusion.weight_min={self.weight_min}, and that at least 0")
+        rule(self.xi == 1 or self.force_transition != "within", "diffusion.force_transition", "within",
+              f"its bound is infinite at xi={self.xi}: choose none, between or cavity")
+
+    def level_rates(self, levels: int) -> tuple[float, ...]:
+        """Rates of the K levels, scaled so that the smallest is 1 (a common factor only relabels time)."""
+        rates = self.rates or ((self.gamma, 1.0) if levels == 2 else (1.0,) * levels)
+        rule(len(rates) == levels, "diffusion.rates", rates, f"the hierarchy has {levels} levels and needs as many")
+        rule(self.gamma == 1 or levels <= 2, "diffusion.gamma", self.gamma,
+              f"stands for two levels; give diffusion.rates for the {levels} of this hierarchy")
+        return tuple(r / min(rates) for r in rates)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The published transformer; defaults are its small size."""
+
+    width: int = 768  # D
+    blocks: int = 12  # transformer blocks
+    heads: int = 12  # of attention
+    seq_len: int = 512  # S, tokens of a row
+    dropout: float = 0.0  # in the blocks, as published
+    time_conditioning: bool = True  # whether the network is told t
+    head: str = "flat"  # flat: a logit for every word | factorised: p(cluster) p(word | cluster), needs clusters
+    prototypes: int = 8  # vectors a cluster, factorised head
+    embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by
+    dtype: str = "float32"  # of the computation; parameters and logits are float32
+    remat: str = "auto"  # recomputed in the backward pass: none | cheap (all but products) | all | auto by backend
+
+    def check(self) -> None:
+        choice("model.head", self.head, ("flat", "factorised"))
+        choice("model.remat", self.remat, ("auto", "none", "cheap", "all"))
+        choice("model.embeddings", self.embeddings, ("random", "clusters"))
+        choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        for name in ("width", "blocks", "heads", "seq_len", "prototypes"):
+            rule(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        rule(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")
+        rule(self.width // self.heads % 2 == 0, "model.heads", self.heads,
+              f"model.width/model.heads = {self.width / self.heads:g} must be even (rotary embedding)")
+        rule(0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as published."""
+
+    lr: float = 5e-4  # peak learning rate
+    b1: float = 0.9  # AdamW
+    b2: float = 0.99  # AdamW
+    eps: float = 1e-9  # AdamW
+    weight_decay: float = 0.02  # AdamW, of all parameters
+    clip: float = 1.0  # global norm of the gradient
+    warmup: int = 10_000  # steps
+    schedule: str = "cosine"  # to final_lr x lr at the last step | constant
+    final_lr: float = 0.1  # of schedule=cosine, as a share of lr
+    ema: float = 0.0  # decay of the average of the weights that evaluation uses; 0: none
+
+    def check(self) -> None:
+        choice("optimizer.schedule", self.schedule, ("cosine", "constant"))
+        rule(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
+        rule(self.clip > 0, "optimizer.clip", self.clip, "must be positive")
+        rule(0 <= self.ema < 1, "optimizer.ema", self.ema, "must lie in [0, 1); 0 is off")
+        rule(self.warmup >= 0, "optimizer.warmup", self.warmup, "must not be negative")
+        for name in ("b1", "b2"):
+            rule(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)")
+        for name in ("eps", "weight_decay", "final_lr"):
+            rule(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 500_000  # optimizer steps
+    batch_size: int = 512  # sequences a step, over all devices
+    microbatches: int = 1  # gradients are summed over as many parts of the batch
+    seed: int = 0  # of weights, noise and order of the rows
+    log_every: int = 100  # steps between records of metrics.jsonl
+    nonfinite_limit: int = 10  # steps whose loss or gradient is not finite are skipped; stop after more than so many
+    evaluate_every: int = 0  # steps between measurements on `evaluate.rows_in_training`; 0: at the end alone
+    init_from: str = ""  # workdir of a run whose weights to start from
+
+    def check(self) -> None:
+        for name in ("steps", "batch_size", "microbatches", "log_every"):
+            rule(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        check_seed("train.seed", self.seed)
+        rule(self.nonfinite_limit >= 0, "train.nonfinite_limit", self.nonfinite_limit, "must not be negative")
+        rule(self.evaluate_every >= 0, "train.evaluate_every", self.evaluate_every, "must not be negative")
+        rule(self.batch_size % self.microbatches == 0, "train.microbatches", self.microbatches,
+              f"must divide train.batch_size={self.batch_size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """Shape of the device mesh; one axis may be -1, all the devices that are left."""
+
+    data: int = -1  # axis that splits batches, weights copied
+    fsdp: int = 1  # axis that splits batches and weights
+    tensor: int = 1  # axis that splits products
+
+    def check(self) -> None:
+        shape = (self.data, self.fsdp, self.tensor)
+        rule(all(n == -1 or n >= 1 for n in shape) and shape.count(-1) <= 1, "parallel", shape,
+              "axes must be at least 1, at most one of them -1 (all devices left)")
+
+    def shape(self, devices: int) -> tuple[int, int, int]:
+        """Sizes of (data, fsdp, tensor) on so many devices."""
+        shape = [self.data, self.fsdp, self.tensor]
+        given = math.prod(n for n in shape if n > 0)
+        shape = [devices // given if n == -1 else n for n in shape]
+        rule(math.prod(shape) == devices, "parallel", (self.data, self.fsdp, self.tensor),
+              f"does not multiply to the {devices} devices at hand")
+        return shape[0], shape[1], shape[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 5000  # steps; measured on validation text as well, which tells the best
+    minutes: float = 10.0  # since the last one: saved as it is, nothing measured; 0: by steps alone
+
+    def check(self) -> None:
+        rule(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
+        rule(self.minutes >= 0, "checkpoint.minutes", self.minutes, "must not be negative; 0 is by steps alone")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """The exact NELBO over the whole validation split; with `tasks`, of other texts and of answers to questions."""
+
+    draws: int = 8  # passes over the split, each with its own noise
+    batch_size: int = 0  # sequences at once; 0: as many as fit. Changes no result
+    rows: int = 0  # only the first so many sequences; 0: all
+    rows_in_training: int = 256  # as many (and one draw) at each train.evaluate_every
+    cv2: float = 0.03  # a of the proposal q_a, the squared coefficient of variation between sequences
+    checkpoint: str = "best"  # best (on validation text) | latest
+    ema: bool = True  # use the average of the weights where the run keeps one
+    seed: int = 0  # of the noise
+    tasks: tuple[str, ...] = ()  # in place of the validation split: names of hdlm_jax.evaluation.benchmarks
+    tasks_data: str = "$HDLM_DATA"  # folder of the tasks' files
+    files: tuple[str, ...] = ()  # of the task 'files': any local texts, read as data.format and so on say
+    lm1b: tuple[str, ...] = ()  # of the task 'lm1b': its held-out files
+    protocols: tuple[str, ...] = PROTOCOLS  # of perplexities: each document by itself, all packed into windows of S
+    limit: int = 0  # only the first so many documents or questions of a task; 0: all
+    target_se: float = 0.25  # nats; a pilot tells how many draws make the best two answers' difference so well known
+    most_draws: int = 128  # a question's draws at the most, the pilot's (16, or `draws` if more) not counted
+
+    def check(self) -> None:
+        choice("evaluate.checkpoint", self.checkpoint, ("best", "latest"))
+        check_seed("evaluate.seed", self.seed)
+        rule(self.draws >= 2, "evaluate.draws", self.draws, "must be at least 2 (for a standard error)")
+        rule(self.batch_size >= 0, "evaluate.batch_size", self.batch_size, "must not be negative; 0 is what fits")
+        rule(self.rows >= 0, "evaluate.rows", self.rows, "must not be negative")
+        rule(self.rows_in_training >= 2, "evaluate.rows_in_training", self.rows_in_training, "must be at least 2")
+        rule(self.cv2 > 0, "evaluate.cv2", self.cv2, "must be positive")
+        for name in self.tasks:
+            choice("evaluate.tasks", name, TASKS)
+        for name in self.protocols:
+            choice("evaluate.protocols", name, PROTOCOLS)
+        rule(bool(self.protocols), "evaluate.protocols", self.protocols, f"choose of {', '.join(PROTOCOLS)}")
+        for name in ("files", "lm1b"):
+            rule(name not in self.tasks or bool(getattr(self, name)), f"evaluate.{name}", getattr(self, name),
+                  f"the task {name!r} needs its files")
+        rule(self.limit >= 0, "evaluate.limit", self.limit, "must not be negative; 0 is all")
+        rule(self.target_se > 0, "evaluate.target_se", self.target_se, "must be positive")
+        rule(self.most_draws >= 1, "evaluate.most_draws", self.most_draws, "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    num_samples: int = 16  # texts to draw
+    length: int = 0  # tokens of a text, prompt and all; 0: model.seq_len, or drawn where training tells lengths
+    method: str = "ancestral"  # how to decode: any name of hdlm_jax/decoding/presets.py (docs/decoding.md)
+    options: str = ""  # of the method, as in "threshold=.8 block=16"
+    steps: int = 128  # of the methods that have a number of steps
+    temperature: float = 1.0  # divides log-probabilities of draws; 0 takes the likeliest
+    top_p: float = 1.0  # nucleus: draws are among the fewest likeliest tokens with so much mass
+    corrections: int = 0  # gidd: calls at the end that revise a word each
+    correction_temperature: float = 0.1  # of those calls
+    clusters: str = "exact"  # xi < 1: exact shows wrong clusters as the process does, clean never does
+    prompt: str = ""  # text that every sample begins with
+    stop: str = "end"  # texts are cut before the first end of text behind the prompt; "": they are not
+    schema: str = ""  # file with a JSON schema: every sample is a document of it (docs/decoding.md)
+    helper: str = ""  # workdir of an autoregressive run, for the methods that need one: guided, edlm
+    batch_size: int = 16  # texts at once; changes no result
+    trajectories: int = 4  # of so many samples every step is kept as well, for --mode=report
+    checkpoint: str = "best"  # best (on validation text) | latest
+    seed: int = 0  # of the noise
+    force_transition: str = ""  # of the sampler alone: none | within | between | cavity; empty: as trained
+    judge: str = ""  # who scores the texts: a folder of GPT-2 or the workdir of a run; empty: nobody
+    judge_dtype: str = "float32"  # of a GPT-2 judge's products; a run judges in its own model.dtype
+
+    def check(self) -> None:
+        choice("generate.clusters", self.clusters, CLUSTERS)
+        choice("generate.stop", self.stop, ("end", ""))
+        choice("generate.judge_dtype", self.judge_dtype, ("float32", "bfloat16"))
+        if self.force_transition:
+            choice("generate.force_transition", self.force_transition, FORCE_TRANSITIONS)
+        choice("generate.checkpoint", self.checkpoint, ("best", "latest"))
+        check_seed("generate.seed", self.seed)
+        for name in ("num_samples", "steps", "batch_size"):
+            rule(getattr(self, name) >= 1, f"generate.{name}", getattr(self, name), "must be at least 1")
+        for name in ("num_samples", "steps", "batch_size", "corrections"):  # the sampler counts in int32
+            rule(getattr(self, name) < 2**31, f"generate.{name}", getattr(self, name), f"must be at most {2**31 - 1}")
+        rule(self.corrections >= 0, "generate.corrections", self.corrections, "must not be negative")
+        rule(self.correction_temperature > 0, "generate.correction_temperature", self.correction_temperature,
+              "must be positive")
+        rule(self.length >= 0, "generate.length", self.length, "must not be negative; 0 is model.seq_len")
+        rule(self.trajectories >= 0, "generate.trajectories", self.trajectories, "must not be negative; 0 is none")
+        rule(self.temperature >= 0, "generate.temperature", self.temperature, "must not be negative")
+        rule(0 < self.top_p <= 1, "generate.top_p", self.top_p, "must lie in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleasedConfig:
+    """Weights of the published PyTorch networks: what --mode=import reads and --mode=export adds (docs/import.md)."""
+
+    layout: str = ""  # whose vocabulary: mdlm | gidd | hdlm; given, --mode=export writes <layout>.safetensors as well
+    weights: str = ""  # .safetensors, .pt, .pth, .bin, .ckpt or .npz, or the folder that holds it
+    clusters: str = ""  # word -> cluster: .pt, .npy or .json
+    ema: bool = True  # the averaged weights, where the file keeps both
+    mask_id: int = -1  # -1: as released, V for mdlm, V + 1 for gidd and hdlm (behind a padding token)
+    first_cluster: int = -1  # -1: as released, behind words and mask
+    missing: str = "refuse"  # words that the dictionary lacks: refuse | own, a cluster of their own
+
+    def check(self) -> None:
+        choice("released.layout", self.layout, ("", "mdlm", "gidd", "hdlm"))
+        choice("released.missing", self.missing, ("refuse", "own"))
+        for name in ("mask_id", "first_cluster"):
+            rule(getattr(self, name) >= -1, f"released.{name}", getattr(self, name), "must be an id, or -1")

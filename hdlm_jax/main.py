@@ -113,10 +113,10 @@ def main(argv: list[str]) -> None:
 
     from hdlm_jax.common import console, lock, parallel, processes
     from hdlm_jax.report import page
-    from hdlm_jax.runs import evaluate, export, generate, import_weights, preflight, stages, tasks, train
+    from hdlm_jax.runs import evaluate, export, generate, import_weights, stages, tasks, train
     from hdlm_jax.training import loading
 
-    config = preflight.resolve(loading.with_base(_CONFIG.value, workdir))
+    config = stages.checked(loading.with_base(_CONFIG.value, workdir))
 
     if _DISTRIBUTED.value:
         processes.join()

@@ -9,14 +9,14 @@ from ml_collections import config_dict
 
 from hdlm_jax import config
 from hdlm_jax.config import ConfigError, check_name, default, resolve
-from hdlm_jax.runs import preflight
+from hdlm_jax.runs import stages
 
 TINY = {"tokenizer": {"kind": "bytes", "vocab_size": 257}}
 
 
 def with_(**sections):
     """A resolved config of plain dicts over a small base."""
-    return preflight.resolve(TINY | sections)
+    return stages.checked(TINY | sections)
 
 
 def refused(match, **sections):

@@ -82,24 +82,26 @@ def put_batch(mesh: Mesh, batch: Rows) -> Batch:
 class OverBatch:
     """What runs a function of rows on every batch shard's own rows (a `shard_map` over the batch axes alone).
 
+    Without a mesh, or with one shard, all rows are here and nothing is divided.
+
     shard(run)(params, *rows): run(params, *rows) -> (sums, rows), trees of arrays. params come whole (but for the
     tensor axis), rows are divided; sums are summed over the shards, rows stay where they are.
     """
 
-    def __init__(self, mesh: Mesh):
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh | None = None):
+        self.mesh = mesh if mesh is not None and batch_shards(mesh) > 1 else None
 
     def sync_trip_count(self, count: jax.Array) -> jax.Array:
         """Inside `run`: how often a loop that one shard needs `count` times has to be gone through.
 
         With a tensor axis by all shards alike: the exchanges over it inside the loop wait for every device.
         """
-        alone = batch_shards(self.mesh) == 1 or self.mesh.shape["tensor"] == 1
+        alone = self.mesh is None or self.mesh.shape["tensor"] == 1
         return count if alone else jax.lax.pmax(count, BATCH)
 
     def __call__(self, run: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[Tree, Tree]]:
         mesh = self.mesh
-        if batch_shards(mesh) == 1:
+        if mesh is None:
             return run
 
         def local(params: Tree, *rows: Tree) -> tuple[Tree, Tree]:
@@ -117,6 +119,9 @@ class OverBatch:
             return sums, whole(rows)
 
         return call
+
+
+WHOLE = OverBatch()
 
 
 def compile_step(step: Callable[..., Any], mesh: Mesh, shardings: Tree) -> Jitted:

@@ -9,28 +9,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ml_collections import config_dict
 
+from hdlm_jax.config import sections
 from hdlm_jax.config.rules import ConfigError, expand, rule
-from hdlm_jax.config.sections import (
-    CheckpointConfig,
-    DataConfig,
-    DiffusionConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    HierarchyConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    ReleasedConfig,
-    TokenizerConfig,
-    TrainConfig,
-    default_clusters,
-)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -49,18 +36,18 @@ Section = TypeVar("Section", bound="DataclassInstance")
 class Config:
     """All settings of a run, by section."""
 
-    data: DataConfig = DataConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    hierarchy: HierarchyConfig = HierarchyConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    model: ModelConfig = ModelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    generate: GenerateConfig = GenerateConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    released: ReleasedConfig = ReleasedConfig()
+    data: sections.DataConfig = sections.DataConfig()
+    tokenizer: sections.TokenizerConfig = sections.TokenizerConfig()
+    hierarchy: sections.HierarchyConfig = sections.HierarchyConfig()
+    diffusion: sections.DiffusionConfig = sections.DiffusionConfig()
+    model: sections.ModelConfig = sections.ModelConfig()
+    optimizer: sections.OptimizerConfig = sections.OptimizerConfig()
+    train: sections.TrainConfig = sections.TrainConfig()
+    evaluate: sections.EvaluateConfig = sections.EvaluateConfig()
+    generate: sections.GenerateConfig = sections.GenerateConfig()
+    parallel: sections.ParallelConfig = sections.ParallelConfig()
+    checkpoint: sections.CheckpointConfig = sections.CheckpointConfig()
+    released: sections.ReleasedConfig = sections.ReleasedConfig()
 
     def check(self) -> None:
         """Raises ConfigError at the first broken rule, cross-field ones last."""
@@ -93,6 +80,11 @@ class Config:
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def to_save(self) -> dict[str, Any]:
+        """As a workdir keeps it, where its data can be found from anywhere."""
+        folder = self.data.dir and os.path.abspath(self.data.dir)
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, dir=folder)).as_dict()
+
 
 def default() -> config_dict.ConfigDict:
     """All defaults as a ConfigDict with typed, overridable fields."""
@@ -105,19 +97,19 @@ def resolve(given: Given) -> Config:
     Raises:
       ConfigError: unknown names, wrong types, broken rules.
     """
-    sections = _plain(given)
+    values_of = _plain(given)
     built = {}
-    for name in sections:
+    for name in values_of:
         check_name(name)
     for name, section in _SECTIONS.items():
-        values = sections.get(name, {})
+        values = values_of.get(name, {})
         rule(isinstance(values, Mapping), f"config.{name}", values,
              f"is a section; its settings are {', '.join(_names(section))}")
         section = change(name, section, {k: v for k, v in values.items() if f"{name}.{k}" not in RETIRED})
         paths = [key for whole, _, key in (path.partition(".") for path in PATHS) if whole == name]
         built[name] = dataclasses.replace(section, **{key: expand(getattr(section, key)) for key in paths})
     if built["hierarchy"].clusters == (0,):
-        clusters = default_clusters(built["tokenizer"].vocab_size)
+        clusters = sections.default_clusters(built["tokenizer"].vocab_size)
         built["hierarchy"] = dataclasses.replace(built["hierarchy"], clusters=clusters)
     config = Config(**built)
     config.check()

@@ -24,7 +24,6 @@ from hdlm_jax.diffusion.gidd import GiddProcess
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models import quantise
-from hdlm_jax.models.heads import WHOLE
 from hdlm_jax.models.network import Network
 from hdlm_jax.training.loading import load_here
 
@@ -150,7 +149,7 @@ def make_sample_step(network: Network, process, program: Program, mesh=None, fra
     also given, kind and length. numbers: see `numbers_of`, with a Canvas's table `allowed`. helper: network of an
     autoregressive run, params then being a pair. The rest is what `hdlm_jax.decoding.loop.sample` gives.
     """
-    shard: Any = WHOLE if mesh is None else parallel.OverBatch(mesh)
+    shard = parallel.OverBatch(mesh)
     process = at_sampling(process, program)
 
     def run(given, batch, keys):

@@ -19,7 +19,7 @@ from hdlm_jax.common.console import perplexity
 from hdlm_jax.config import EvaluateConfig
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.evaluation.rows import per_text, split_all, to_rows
-from hdlm_jax.models.heads import WHOLE, map_over_noised
+from hdlm_jax.models.heads import map_over_noised
 from hdlm_jax.models.network import Network
 from hdlm_jax.training.loading import Run
 
@@ -32,7 +32,7 @@ def make_nelbo_step(network: Network, process, mesh=None):
     batch: x and segment int32 [b, S], score bool [b, S], tau and inv_q float32 [b], pair int32 [b] (its randomness).
     """
 
-    shard: Any = WHOLE if mesh is None else parallel.OverBatch(mesh)
+    shard = parallel.OverBatch(mesh)
 
     def step(params, batch, key):
         x, tau = batch["x"], batch["tau"]

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hdlm_jax.common.parallel import WHOLE
 from hdlm_jax.diffusion.draws import categorical, draw_from, fold, is_off, wide
 from hdlm_jax.diffusion.prediction import LogitsPrediction
 
@@ -44,19 +45,6 @@ def compiling_for(platform: str):
 def chunk_size() -> int:
     """Tokens whose logits of all words exist at once on a device."""
     return 128 if backend() == "cpu" else 2048
-
-
-class Whole:
-    """All tokens are here: nothing to divide (else parallel.OverBatch)."""
-
-    def __call__(self, run):
-        return run
-
-    def sync_trip_count(self, count):
-        return count
-
-
-WHOLE = Whole()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

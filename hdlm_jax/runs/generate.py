@@ -19,21 +19,7 @@ from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import open_atomic, reuse, sha256_of, write_atomic, write_json
 from hdlm_jax.config import Config, ConfigError, GenerateConfig
 from hdlm_jax.decoding import canvas as canvases
-from hdlm_jax.decoding import schema
-from hdlm_jax.decoding.sampler import (
-    Sampler,
-    at_sampling,
-    compile_for,
-    ended,
-    exactness,
-    first_rows,
-    lengths_are,
-    load_helper,
-    method_of,
-    sampler_of,
-    start_canvas,
-    text_of,
-)
+from hdlm_jax.decoding import sampler, schema
 from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.training.loading import check_writable, load_run
 
@@ -52,9 +38,9 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
     g = config.generate
     run = load_run(config, workdir, g.checkpoint)
     check_writable(workdir)
-    at_sampling(run.process, g)
+    sampler.at_sampling(run.process, g)
     judge: judges.Judge | None = None
-    helper = load_helper(run, g)
+    helper = sampler.load_helper(run, g)
     if g.judge:  # checked before anything is computed
         judge = judges.open_judge(g.judge, g.judge_dtype, config.parallel, run.mesh, run.tokenizer)
     settings = {k: v for k, v in dataclasses.asdict(g).items() if k not in ("judge", "judge_dtype")}
@@ -89,16 +75,16 @@ def identity(helper: Any) -> dict[str, Any]:
 def sampling_facts(run: Any, g: GenerateConfig, result: dict[str, Any]) -> dict[str, Any]:
     """How samples were drawn, in full: what a generative perplexity has to be quoted with."""
     trained = getattr(run.process, "force_transition", None)
-    method = method_of(g)
+    method = sampler.method_of(g)
     return {
         "step": run.step, "samples": result["samples"], "length": result["seq_len"], "seed": g.seed,
         "method": g.method, "options": g.options,
         "steps": method.numbers.get("steps") if not run.process.exact else None,
         "corrections": g.corrections, "correction_temperature": g.correction_temperature if g.corrections else None,
         "temperature": g.temperature, "top_p": g.top_p, "clusters": g.clusters, "stop": g.stop,
-        "lengths": lengths_are(run, g),
+        "lengths": sampler.lengths_are(run, g),
         "force_transition": g.force_transition or trained, "force_transition_trained": trained,
-        "law": exactness(run.process, g), "network_calls": result["network_calls"],
+        "law": sampler.exactness(run.process, g), "network_calls": result["network_calls"],
         "row_forwards": result["row_forwards"],
         "network_precision": run.config.model.dtype, "draws": "float32 noise, jax.random mode='high'",
     }
@@ -116,7 +102,7 @@ def real_texts(run: Any, count: int, length: int) -> list[np.ndarray] | str:
         rows = run.valid_rows(length, count)
     except (ValueError, OSError) as error:
         return f"no reference texts: {error}"
-    return [ended(x[segment >= 0], 0, run.tokenizer.eot, "end" if run.trained.data.packing == "crop" else "")
+    return [sampler.ended(x[segment >= 0], 0, run.tokenizer.eot, "end" if run.trained.data.packing == "crop" else "")
             for x, segment in zip(rows["x"], rows["segment"], strict=True)]
 
 
@@ -125,25 +111,25 @@ def _sample(run: Any, workdir: str, made_from: dict, helper: Any) -> tuple[dict[
     g = run.config.generate
     ids = run.tokenizer.encode(g.prompt) if g.prompt else np.zeros(0, np.int32)
     canvas, length, scaffold = _canvas(run, g, ids)
-    draw = sampler_of(run, helper)
+    draw = sampler.sampler_of(run, helper)
     started = time.time()
-    compile_for(draw, canvas, g)
+    sampler.compile_for(draw, canvas, g)
     compiled = time.time()
     out = draw(canvas, g)
     seconds = time.time() - compiled
     whole = [row[: min(n, length)] for row, n in zip(out["tokens"], out["length"], strict=True)]
-    tokens = whole if scaffold else [ended(row, len(ids), run.tokenizer.eot, g.stop) for row in whole]
-    texts = [scaffold.text(row) if scaffold else text_of(run.tokenizer, row, g.stop) for row in tokens]
+    tokens = whole if scaffold else [sampler.ended(row, len(ids), run.tokenizer.eot, g.stop) for row in whole]
+    texts = [scaffold.text(row) if scaffold else sampler.text_of(run.tokenizer, row, g.stop) for row in tokens]
     words = sum(len(row) for row in whole) - len(whole) * len(ids)
-    film = _trajectories(draw, first_rows(canvas, g.trajectories), g, out["tokens"][:, :length]) if (
-        g.trajectories and not scaffold and method_of(g).policy.lengths is None) else {}
+    film = _trajectories(draw, sampler.first_rows(canvas, g.trajectories), g, out["tokens"][:, :length]) if (
+        g.trajectories and not scaffold and sampler.method_of(g).policy.lengths is None) else {}
     result = {
-        "samples": len(texts), "seq_len": length, "prompt_tokens": len(ids), "lengths": lengths_are(run, g),
+        "samples": len(texts), "seq_len": length, "prompt_tokens": len(ids), "lengths": sampler.lengths_are(run, g),
         "ended": sum(len(row) > len(ids) and row[-1] == run.tokenizer.eot for row in tokens),
         "cut_tokens": words + len(whole) * len(ids) - sum(map(len, tokens)),
         "network_calls": float(out["calls"].mean()), "row_forwards": float(out["row_forwards"].mean()),
         "unigram_entropy": float(np.mean([text_statistics.entropy(row[len(ids) :]) for row in tokens])),
-        "law": exactness(run.process, g), "seconds": seconds, "tokens_per_s": words / seconds,
+        "law": sampler.exactness(run.process, g), "seconds": seconds, "tokens_per_s": words / seconds,
         "compile_s": compiled - started,
     } | made_from
     path = os.path.join(workdir, "samples.txt")
@@ -174,7 +160,7 @@ def _canvas(run: Any, g: GenerateConfig, ids: np.ndarray) -> tuple[Any, int, Any
     """(canvas, most tokens of a text, scaffold or None)."""
     seq_len, h = run.config.model.seq_len, run.hierarchy
     if not g.schema:
-        return start_canvas(run, g, np.tile(ids, (g.num_samples, 1))), g.length or seq_len, None
+        return sampler.start_canvas(run, g, np.tile(ids, (g.num_samples, 1))), g.length or seq_len, None
     if not hasattr(run.process, "chain"):
         raise ConfigError(f"generate.schema={g.schema!r}: this process cannot fill blanks between given words")
     try:
@@ -185,7 +171,7 @@ def _canvas(run: Any, g: GenerateConfig, ids: np.ndarray) -> tuple[Any, int, Any
     return canvases.closed(canvas, seq_len, run.tokenizer.eot) if run.ends else canvas, int(canvas.length[0]), scaffold
 
 
-def _trajectories(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: GenerateConfig,
+def _trajectories(draw: sampler.Sampler, canvas: np.ndarray | canvases.Canvas, g: GenerateConfig,
                   tokens: np.ndarray) -> dict[str, np.ndarray]:
     """The first samples once more, step by step: so that recording costs the samples' own time nothing.
 

@@ -87,10 +87,9 @@ def _import(config: Config, workdir: str) -> None:
         os.replace(os.path.join(aside, name), here)
     os.rmdir(aside)
     fingerprints = {"tokenizer": tokenizer.fingerprint, "hierarchy": hierarchy.fingerprint, "data": ""}
-    kept = config.as_dict()
-    kept["data"]["dir"] = config.data.dir and os.path.abspath(config.data.dir)
-    write_json(marker, {"step": file.step, "ema": file.averaged, "fingerprints": fingerprints, "config": kept,
-                        "hdlm_jax": hdlm_jax.__version__, "released": about, "made_from": made_from})
+    write_json(marker, {"step": file.step, "ema": file.averaged, "fingerprints": fingerprints,
+                        "config": config.to_save(), "hdlm_jax": hdlm_jax.__version__, "released": about,
+                        "made_from": made_from})
     count = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
     told_heads = f"{m.heads} heads" + ("" if told else " (as set; the file does not tell)")
     say(f"import: {count:,} parameters{' (averaged)' if file.averaged else ''} of {weights}, step {file.step:,}: width "

@@ -1,7 +1,8 @@
-"""The stages before training, each idempotent: prepare (text -> tokens) and cluster (words -> hierarchy)."""
+"""What has to hold before any work, and the stages before training, each idempotent: prepare and cluster."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from typing import Any
@@ -12,12 +13,29 @@ import numpy as np
 from hdlm_jax.common import processes
 from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import open_atomic
-from hdlm_jax.config import Config, ConfigError, TokenizerConfig
+from hdlm_jax.config import Config, ConfigError, TokenizerConfig, resolve
+from hdlm_jax.config.settings import Given
 from hdlm_jax.data import cluster_report, clustering, embeddings, pipeline, tokenizers
 from hdlm_jax.data import prepare as text_prepare
 from hdlm_jax.data.records import Document, digest, is_validation
+from hdlm_jax.decoding import presets
 from hdlm_jax.diffusion.hierarchy import Hierarchy, read_extra
 from hdlm_jax.training.loading import checkpoint_embedding, data_dir
+
+
+def checked(given: Given) -> Config:
+    """config.resolve, and what only the rooms above the settings know: methods' options, expressions that cut text.
+
+    Raises:
+      ConfigError: unknown names, wrong types, broken rules.
+    """
+    found = resolve(given)
+    presets.check(found.generate)
+    try:
+        tokenizers.cutting_pattern(found.tokenizer.pattern)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +100,9 @@ def prepare(config: Config, workdir: str) -> PreparedData:
     if made is None:
         raise ConfigError(f"data.prepare_shard={config.data.prepare_shard!r}: other workers have not done their part "
                           f"of {folder}; run --mode=prepare as each of them first")
-    try:
+    manifest = None
+    with contextlib.suppress(ValueError):
         manifest = text_prepare.load_manifest(folder)
-    except ValueError:
-        manifest = None
     if manifest is None or manifest.fingerprint != made:
         raise ConfigError(f"data.dir: process {jax.process_index()} does not find the tokens of process 0 in {folder}; "
                           "data.dir and --workdir must lie on storage that all processes share")

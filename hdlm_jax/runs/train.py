@@ -8,6 +8,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -99,14 +100,10 @@ class Recorder:
         self.steps = -1  # timed since the last record; the first step compiles and is not
         self.since, self.waited = time.time(), 0.0
 
-    def restart_clock(self) -> None:
-        self.since, self.waited = time.time(), 0.0
-
     def add(self, step: int, values: dict[str, float]) -> bool:
         """Takes a step's metrics; False where its loss or gradient is not finite."""
         self.steps += 1
-        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-        if finite:
+        if finite := math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
             self.last_finite = {"step": step, **values}
             self.window.append(values)
         return finite
@@ -114,9 +111,8 @@ class Recorder:
     def record(self, step: int, skipped: int) -> dict[str, Any]:
         """The record of the steps since the last one."""
         seconds = max(time.time() - self.since, 1e-9)
-        rate: float | None = self.steps * self.tokens_a_step / seconds
-        if self.steps < self.config.train.log_every:  # too short to time: step and read-out overlap by one
-            rate = None
+        timed = self.steps >= self.config.train.log_every  # else too short: step and read-out overlap by one
+        rate = self.steps * self.tokens_a_step / seconds if timed else None
         mean = {name: float(np.mean([v[name] for v in self.window])) if self.window else math.nan
                 for name in ("loss", "nelbo", "grad_norm")}
         record = {"step": step, "tokens": step * self.tokens_a_step, **mean, "tokens_per_s": rate, "skipped": skipped,
@@ -124,15 +120,13 @@ class Recorder:
                   "mfu": rate * self.flops / self.peak / jax.device_count() if self.peak and rate else None,
                   "input_wait": self.waited / seconds}
         self.window.clear()
-        self.restart_clock()
-        self.steps = 0
+        self.steps, self.since, self.waited = 0, time.time(), 0.0
         return record
 
     def write(self, record: dict[str, Any]) -> None:
-        record |= self.once
-        self.once = {}
         if self.file:
-            self.file.write(record)
+            self.file.write(record | self.once)
+        self.once = {}
 
 
 class Loop:
@@ -157,8 +151,7 @@ class Loop:
         self.here = {"devices": jax.device_count(), "processes": jax.process_count(), "mesh": dict(self.mesh.shape)}
         self.start = processes.on_main_process(self.checkpoints.latest) or 0
         self.key = jax.random.key(config.train.seed)
-        self.traced = (min(self.start + 10, config.train.steps), min(self.start + 13, config.train.steps)) if (
-            profile) else (-1, -1)
+        self.traced = [min(self.start + n, config.train.steps) if profile else -1 for n in (10, 13)]  # first, last
 
     def begin(self) -> bool:
         """Compiles, and restores or makes the state; whether there are steps to go."""
@@ -172,9 +165,7 @@ class Loop:
         self.state = self.checkpoints.restore(self.start, self.abstract) if self.start else self._fresh_state()
         if processes.is_main_process():
             self.text.tokenizer.save(os.path.join(self.workdir, "tokenizer"))
-            kept = config.as_dict()
-            kept["data"]["dir"] = config.data.dir and os.path.abspath(config.data.dir)
-            write_json(os.path.join(self.workdir, "config.json"), kept)
+            write_json(os.path.join(self.workdir, "config.json"), config.to_save())
         params = sum(a.size for a in jax.tree.leaves(self.abstract.params))
         say(f"train: {params:,} parameters, {config.train.batch_size} x {config.model.seq_len} tokens a step, "
             f"{steps:,} steps, {jax.device_count()} {jax.devices()[0].device_kind} "
@@ -219,30 +210,23 @@ class Loop:
 
     def _fresh_state(self) -> TrainState:
         """A state at step 0: random, from the clustering embeddings, or from another run's weights."""
-        config, table = self.config, None
-        if config.train.init_from:
-            return self._state_of_another_run()
-        if config.model.embeddings == "clusters":
+        config, table, base = self.config, None, self.config.train.init_from
+        if config.model.embeddings == "clusters" and not base:
             vectors = word_vectors(config, self.text)
             table = initial_table(vectors, self.hierarchy, config.model.width, seed=config.train.seed)
+        found = load_params(config, self.text.tokenizer.fingerprint) if base else None
         init = jax.jit(lambda k, t: init_state(config, self.hierarchy, self.network, self.tx, k, t),
                        out_shardings=self.shardings)
-        return init(self.key, table)
-
-    def _state_of_another_run(self) -> TrainState:
-        config = self.config
-        found = load_params(config, self.text.tokenizer.fingerprint)
-        init = jax.jit(lambda k: init_state(config, self.hierarchy, self.network, self.tx, k),
-                       out_shardings=self.shardings)
-        state = init(self.key)
+        state = init(self.key, table)
+        if found is None:
+            return state
         want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, found))
         if want != got:
-            raise ConfigError(f"train.init_from={config.train.init_from!r}: its weights have other shapes than this "
-                              "model; model and hierarchy sizes must agree")
+            raise ConfigError(f"train.init_from={base!r}: its weights have other shapes than this model; model and "
+                              "hierarchy sizes must agree")
         params = jax.tree.map(lambda a, s: jax.device_put(a, s), found, self.shardings.params)
-        ema = jax.tree.map(lambda a: a.copy(), params) if config.optimizer.ema else {}
-        say(f"train: starting from the weights of {config.train.init_from}")
-        return state._replace(params=params, ema=ema)
+        say(f"train: starting from the weights of {base}")
+        return state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {})
 
     def run(self) -> None:
         """All steps that are left. A step's metrics are read while the next one runs."""
@@ -277,7 +261,7 @@ class Loop:
             say(f"train: first step done after {once['first_step_s']:.1f} s, {once['compile_s']:.1f} s of it "
                 "compilation")
             self.recorder.once = once
-            self.recorder.restart_clock()
+            self.recorder.since, self.recorder.waited = time.time(), 0.0
         if step == self.traced[1]:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()

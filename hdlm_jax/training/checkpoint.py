@@ -15,9 +15,7 @@ import orbax.checkpoint as ocp
 
 from hdlm_jax.common import jsons
 
-_PRESERVE = ocp.checkpoint_managers
-_TRASH = "trash"
-_UNREADABLE = "checkpoint of step {} cannot be read (damaged? remove its folder to go back to the one before)"
+_TRASH, _UNWRITTEN = "trash", "a checkpoint cannot be written"
 
 
 class _Manager(ocp.CheckpointManager):
@@ -37,13 +35,13 @@ class Checkpoints:
         self.path, self._read_only = os.path.abspath(os.path.join(workdir, "checkpoints")), read_only
         if read_only and not os.path.isdir(self.path):
             raise FileNotFoundError(f"{self.path}: no checkpoint there; train first (--mode=train)")
-        best = _PRESERVE.BestN(get_metric_fn=_score, reverse=True, n=1)
+        managers = ocp.checkpoint_managers
+        best = managers.BestN(get_metric_fn=_score, reverse=True, n=1)
         # put aside by a rename before it is deleted: a kill leaves no half of a checkpoint among the others
-        trash = None if read_only else _TRASH
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_PRESERVE.AnyPreservationPolicy([_PRESERVE.LatestN(1), best]), best_fn=_score,
+            preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(1), best]), best_fn=_score,
             best_mode="min", create=not read_only, read_only=read_only, save_interval_steps=0 if read_only else 1,
-            todelete_subdir=trash)
+            todelete_subdir=None if read_only else _TRASH)
         if not read_only:
             self._sweep("*.orbax-checkpoint-tmp*")  # what a kill left unfinished
         self.manager = _Manager(self.path, options=options)
@@ -55,7 +53,7 @@ class Checkpoints:
         """Step of the 'best' (lowest validation NELBO) or 'latest' checkpoint."""
         if which not in ("best", "latest"):
             raise ValueError(f"checkpoint={which!r}: choose one of best, latest")
-        step = self.manager.best_step() if which == "best" else self.manager.latest_step()
+        step = self.manager.best_step() if which == "best" else None
         step = self.manager.latest_step() if step is None else step
         if step is None:
             raise FileNotFoundError(f"{self.path}: no checkpoint there; train first (--mode=train)")
@@ -79,7 +77,7 @@ class Checkpoints:
         self.wait()
         self._sweep()
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        with self._told("a checkpoint cannot be written"):
+        with self._told(_UNWRITTEN):
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def _sweep(self, *more: str) -> None:
@@ -101,46 +99,39 @@ class Checkpoints:
             reason = reason if len(reason) < 600 else f"{reason[:200]} ... {reason[-300:]}"
             raise OSError(f"{self.path}: {what}: {reason}; {rest}") from error
 
-    def meta(self, step: int) -> dict:
-        with self._told(_UNREADABLE.format(step)):
-            return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    def _restore(self, step: int, **items: Any) -> Any:
+        what = f"checkpoint of step {step} cannot be read (damaged? remove its folder to go back to the one before)"
+        with self._told(what):
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+
+    def meta(self, step: int) -> dict[str, Any]:
+        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """The state of a step, placed as the abstract state's shardings say."""
         ema = abstract_state.ema
-        items = {"state": ocp.args.StandardRestore(abstract_state._replace(ema={}))}
-        if ema:
-            items["ema"] = ocp.args.StandardRestore(ema)
-        with self._told(_UNREADABLE.format(step)):
-            found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        average = {"ema": ocp.args.StandardRestore(ema)} if ema else {}
+        found = self._restore(step, state=ocp.args.StandardRestore(abstract_state._replace(ema={})), **average)
         return found["state"]._replace(ema=found["ema"] if ema else {})
 
     def params(self, step: int, abstract_params: Any, ema: bool) -> Any:
         """Parameters alone (the EMA where the run has one): no optimizer state is read."""
         if ema:
-            args = ocp.args.Composite(ema=ocp.args.StandardRestore(abstract_params))
-            with self._told(_UNREADABLE.format(step)):
-                return self.manager.restore(step, args=args)["ema"]
+            return self._restore(step, ema=ocp.args.StandardRestore(abstract_params))["ema"]
         item = {"params": abstract_params}
-        restore = ocp.args.PyTreeRestore(item, partial_restore=True,
-                                         restore_args=ocp.checkpoint_utils.construct_restore_args(item))
-        with self._told(_UNREADABLE.format(step)):
-            return self.manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"]
+        how = ocp.checkpoint_utils.construct_restore_args(item)
+        return self._restore(step, state=ocp.args.PyTreeRestore(item, partial_restore=True, restore_args=how)
+                             )["state"]["params"]
 
     def wait(self) -> None:
-        with self._told("a checkpoint cannot be written"):
+        with self._told(_UNWRITTEN):
             self.manager.wait_until_finished()
 
     def close(self) -> None:
-        with self._told("a checkpoint cannot be written"):
+        with self._told(_UNWRITTEN):
             self.manager.close()
         if not self._read_only:
             self._sweep()
-
-
-def checkpoints_of(workdir: str) -> Any:
-    """The checkpoints of a run, or the one step of an export or import."""
-    return Exported(workdir) if os.path.isdir(os.path.join(workdir, "params")) else Checkpoints(workdir, read_only=True)
 
 
 class Exported:
@@ -165,6 +156,11 @@ class Exported:
 
     def close(self) -> None:
         pass
+
+
+def checkpoints_of(workdir: str) -> Checkpoints | Exported:
+    """The checkpoints of a run, or the one step of an export or import."""
+    return Exported(workdir) if os.path.isdir(os.path.join(workdir, "params")) else Checkpoints(workdir, read_only=True)
 
 
 def _score(metrics: dict[str, float]) -> float:

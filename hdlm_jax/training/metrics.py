@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-import os
 from typing import Any
 
 from hdlm_jax.common import jsons
@@ -51,14 +51,9 @@ class MetricsFile:
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
     """Records of a metrics.jsonl; a last line that a kill left half written is dropped."""
-    records = []
-    if os.path.exists(path):
-        with open(path) as f:
-            for line in f:
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
+    records: list[dict[str, Any]] = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), open(path) as file:
+        records += map(json.loads, file)
     return records
 
 
@@ -72,17 +67,17 @@ def plot_curves(path: str, records: list[dict[str, Any]], unigram_nats: float) -
     except ImportError:
         say("curves: not drawn, matplotlib is missing (pip install hdlm_jax[plots])")
         return False
+    def draw(ax: Any, name: str, **how: Any) -> None:
+        found = [r for r in records if r.get(name) is not None]
+        ax.plot([r["tokens"] for r in found], [r[name] for r in found], **how)
+
     fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    train = [r for r in records if r.get("loss") is not None]
-    valid = [r for r in records if r.get("valid_nelbo") is not None]
-    axes[0].plot([r["tokens"] for r in train], [r["loss"] for r in train], color="tab:blue", lw=1)
+    draw(axes[0], "loss", color="tab:blue", lw=1)
     axes[0].set(title="training loss (weighted)", xlabel="tokens", ylabel="nats per token")
-    axes[1].plot([r["tokens"] for r in train], [r["nelbo"] for r in train], color="0.8", lw=0.8,
-                 label="training batches, t uniform (noisy)")
-    axes[1].plot([r["tokens"] for r in valid], [r["valid_nelbo"] for r in valid], color="tab:orange", marker="o", ms=3,
-                 label="validation (exact bound)")
+    draw(axes[1], "nelbo", color="0.8", lw=0.8, label="training batches, t uniform (noisy)")
+    draw(axes[1], "valid_nelbo", color="tab:orange", marker="o", ms=3, label="validation (exact bound)")
     axes[1].axhline(unigram_nats, color="0.3", ls="--", lw=1, label="unigram")
-    low = min([r["valid_nelbo"] for r in valid], default=unigram_nats)
+    low = min([r["valid_nelbo"] for r in records if r.get("valid_nelbo") is not None], default=unigram_nats)
     axes[1].set(title="NELBO", xlabel="tokens", ylabel="nats per token", ylim=(low - 0.5, unigram_nats + 1.5))
     axes[1].legend(frameon=False)
     for ax in axes:

@@ -17,7 +17,7 @@ from hdlm_jax.config import Config
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.levels import open_uniform
 from hdlm_jax.diffusion.process import Process
-from hdlm_jax.models.heads import WHOLE, sum_over_noised
+from hdlm_jax.models.heads import sum_over_noised
 from hdlm_jax.models.network import Network
 from hdlm_jax.training.state import TrainState
 
@@ -47,7 +47,7 @@ def make_loss_sums(config: Config, network: Network, process: Process, mesh: Mes
     nelbo is the unweighted estimate for t uniform; only loss has gradients.
     """
     d, m = config.diffusion, config.model
-    shard: Any = WHOLE if mesh is None else parallel.OverBatch(mesh)
+    shard = parallel.OverBatch(mesh)
     weigh = functools.partial(process.loss_weight, weighting=d.weighting, weight_min=d.weight_min,
                               weight_max=d.weight_max)
 

@@ -138,7 +138,7 @@ def final(recipe: Path, workdir: Path) -> dict:
     config = resolve(space["get_config"]())
     run = loading.load_run(config, str(workdir), "latest")
     mesh = parallel.make_mesh(config)
-    abstract, _ = state.abstract_state(config, run.hierarchy, run.network, state.make_optimizer(config)[0], mesh)
+    abstract, _ = state.abstract_state(config, run.network, state.make_optimizer(config)[0], mesh)
     checkpoints = Checkpoints(str(workdir), read_only=True)
     step = checkpoints.latest()
     raw = lambda a: (a.dtype.name, a.shape, np.asarray(a).tobytes())  # noqa: E731

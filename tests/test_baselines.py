@@ -245,7 +245,7 @@ def made(kind, **model):
     config = configs.resolve(c)
     hierarchy = Hierarchy.from_parents([], 257)
     network, process = build(config, hierarchy)
-    state = init_state(config, hierarchy, network, make_optimizer(config)[0], jax.random.key(0))
+    state = init_state(config, network, make_optimizer(config)[0], jax.random.key(0))
     # the published start is zero in many places: random weights, so that nothing is hidden
     leaves, tree = jax.tree.flatten(state.params)
     keys = jax.random.split(jax.random.key(1), len(leaves))

@@ -42,7 +42,7 @@ def start_params(hierarchy, warm):
     config = make_config(hierarchy)
     network, _ = build(config, hierarchy)
     tx, _ = make_optimizer(config)
-    params = jax.jit(lambda k: init_state(config, hierarchy, network, tx, k))(jax.random.key(0)).params
+    params = jax.jit(lambda k: init_state(config, network, tx, k))(jax.random.key(0)).params
     rng = np.random.default_rng(4)
     noise = 0.3 if warm else 0.0
     return jax.tree.map(lambda a: np.float32(a + noise * rng.standard_normal(a.shape)), params)

@@ -99,7 +99,7 @@ def averaged(tmp_path):
     write_json(str(workdir / "config.json"), config.as_dict())
     network, _ = build(config, model().hierarchy)
     tx, _ = make_optimizer(config)
-    shape = jax.eval_shape(lambda: init_state(config, model().hierarchy, network, tx, jax.random.key(0)))
+    shape = jax.eval_shape(lambda: init_state(config, network, tx, jax.random.key(0)))
     meta = {"hierarchy": model().hierarchy.fingerprint, "tokenizer": model().tokenizer.fingerprint, "data": "d"}
     checkpoints, values = Checkpoints(str(workdir)), {2: 0.5, 3: 0.25}
     for step, value in values.items():

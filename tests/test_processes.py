@@ -76,7 +76,7 @@ def test_a_checkpoint_is_read_on_any_number_of_devices(two, written, devices, me
     tx = state.make_optimizer(config)[0]
 
     def restored(mesh):
-        abstract, _ = state.abstract_state(config, run.hierarchy, run.network, tx, mesh)
+        abstract, _ = state.abstract_state(config, run.network, tx, mesh)
         checkpoints = Checkpoints(str(workdir), read_only=True)
         return checkpoints.restore(3, abstract)
 

@@ -66,7 +66,7 @@ def warm_params(config):
     """Parameters with nothing at zero, so that every gradient and every draw depends on everything."""
     network, _ = build(config, HIERARCHY)
     tx, _ = make_optimizer(config)
-    params = jax.jit(lambda k: init_state(config, HIERARCHY, network, tx, k))(jax.random.key(0)).params
+    params = jax.jit(lambda k: init_state(config, network, tx, k))(jax.random.key(0)).params
     rng = np.random.default_rng(3)
     return jax.tree.map(lambda a: np.float32(a + 0.2 * rng.standard_normal(a.shape)), params)
 
@@ -75,8 +75,8 @@ def run_steps(config, devices, steps=3):
     network, process = build(config, HIERARCHY)
     tx, _ = make_optimizer(config)
     mesh = parallel.make_mesh(config, devices)
-    _, shardings = abstract_state(config, HIERARCHY, network, tx, mesh)
-    state = jax.jit(lambda k: init_state(config, HIERARCHY, network, tx, k), out_shardings=shardings)(jax.random.key(0))
+    _, shardings = abstract_state(config, network, tx, mesh)
+    state = jax.jit(lambda k: init_state(config, network, tx, k), out_shardings=shardings)(jax.random.key(0))
     step = make_train_step(config, network, process, tx, mesh)
     step = parallel.compile_step(step, mesh, shardings)
     losses = []
@@ -117,7 +117,7 @@ def test_parameters_are_really_sharded():
     config = make_config(parallel__data=2, parallel__fsdp=2, parallel__tensor=2)
     network, _ = build(config, HIERARCHY)
     mesh = parallel.make_mesh(config)
-    abstract, _ = abstract_state(config, HIERARCHY, network, make_optimizer(config)[0], mesh)
+    abstract, _ = abstract_state(config, network, make_optimizer(config)[0], mesh)
     table = abstract.params["embedding"]
     assert table.sharding.spec == jax.sharding.PartitionSpec("tensor", "fsdp")
     assert abstract.opt_state[1][0].mu["embedding"].sharding == table.sharding
@@ -351,7 +351,7 @@ def test_killed_and_resumed_equals_never_killed(corpus, tmp_path):
         hierarchy = Hierarchy.load(workdir / "hierarchy.npz")
         network, _ = build(resolved, hierarchy)
         mesh = parallel.make_mesh(resolved)
-        abstract, _ = abstract_state(resolved, hierarchy, network, make_optimizer(resolved)[0], mesh)
+        abstract, _ = abstract_state(resolved, network, make_optimizer(resolved)[0], mesh)
         states.append(flat(checkpoints.restore(200, abstract)))
     for a, b in zip(*states, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -107,7 +107,7 @@ class Training:
         self.mesh = parallel.make_mesh(config, jax.devices()[:1])
         self.network, self.process = build(config, hierarchy)
         self.tx, _ = make_optimizer(config)
-        self.abstract, self.shardings = abstract_state(config, hierarchy, self.network, self.tx, self.mesh)
+        self.abstract, self.shardings = abstract_state(config, self.network, self.tx, self.mesh)
         self.key, self.rng = jax.random.key(0), np.random.default_rng(0)
 
     def batch(self):
@@ -122,7 +122,7 @@ class Training:
 
     def init(self, only_params: bool = False):
         def fresh(key):
-            state = init_state(self.config, self.hierarchy, self.network, self.tx, key)
+            state = init_state(self.config, self.network, self.tx, key)
             return state.params if only_params else state
 
         out = jax.jit(fresh, out_shardings=self.shardings.params if only_params else self.shardings)(self.key)

@@ -108,7 +108,7 @@ def lower(config: Config, hierarchy: Hierarchy, devices):
     with compiling_for(mesh.devices.flat[0].platform):
         network, process = build(config, hierarchy)
         tx, _ = make_optimizer(config)
-        state, shardings = abstract_state(config, hierarchy, network, tx, mesh)
+        state, shardings = abstract_state(config, network, tx, mesh)
         step = parallel.compile_step(make_train_step(config, network, process, tx, mesh), mesh, shardings)
         batch = {"x": jax.ShapeDtypeStruct((rows, config.model.seq_len), jnp.int32),
                  "index": jax.ShapeDtypeStruct((rows,), jnp.int32)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import socket
 import time
@@ -16,7 +17,6 @@ from hdlm_jax.config import ConfigError
 
 # what file systems without locks say (some of Lustre's, FUSE's and NFS's)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-_said: set[str] = set()  # folders whose file system has none
 
 
 @contextlib.contextmanager
@@ -61,7 +61,6 @@ def _take(path: str, mode: str) -> int:
     return file
 
 
+@functools.cache
 def _say_once(folder: str, reason: str) -> None:
-    if folder not in _said:
-        say(f"lock: {folder} lies on a file system without locks ({reason}); see to it that one job at a time is there")
-        _said.add(folder)
+    say(f"lock: {folder} lies on a file system without locks ({reason}); see to it that one job at a time is there")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import runpy
 from pathlib import Path
 
 from ml_collections import config_dict
@@ -43,10 +43,4 @@ def recipe(name: str, *arguments: str) -> config_dict.ConfigDict:
     Raises:
       ConfigError: no recipe of that name.
     """
-    path = path_of(name)
-    spec = importlib.util.spec_from_file_location(f"hdlm_jax_recipe_{name}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path}: no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*arguments)
+    return runpy.run_path(path_of(name))["get_config"](*arguments)

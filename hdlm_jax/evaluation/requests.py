@@ -36,15 +36,11 @@ def loglikelihood(scorer: Scorer, requests: Sequence[Request], greedy: bool = Tr
         together.setdefault(key, []).append(i)
     groups = list(together.values())
     found = scorer.rank([Choices([pairs[i][0] for i in g], [pairs[i][1] for i in g]) for g in groups], "loglikelihood")
-    out: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-    for group, nats in zip(groups, found.nats, strict=True):
-        for i, value in zip(group, nats, strict=True):
-            out[i] = (-float(value), False)
-    fits = [i for i, (_, c) in enumerate(pairs) if 0 < len(c) < scorer.seq_len] if greedy else []
-    words = scorer.greedy([pairs[i][0] for i in fits], [len(pairs[i][1]) for i in fits])
-    for i, word in zip(fits, words, strict=True):
-        out[i] = (out[i][0], bool(np.array_equal(word, pairs[i][1])))
-    return out
+    nats = np.zeros(len(pairs))
+    for group, values in zip(groups, found.nats, strict=True):
+        nats[group] = values
+    hits = scorer.hits(pairs) if greedy else np.zeros(len(pairs), bool)
+    return list(zip((-nats).tolist(), hits.tolist(), strict=True))
 
 
 def loglikelihood_rolling(scorer: Scorer, requests: Sequence[Request]) -> list[float]:

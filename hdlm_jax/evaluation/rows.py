@@ -52,6 +52,5 @@ def to_rows(pieces: Sequence[Piece], width: int, eot: int) -> dict[str, np.ndarr
 def per_text(values: np.ndarray, owner: np.ndarray, texts: int) -> np.ndarray:
     """Values [..., pieces] added up over the pieces of each text: [..., texts]."""
     out = np.zeros((*values.shape[:-1], texts), values.dtype)
-    for piece, text in enumerate(owner):
-        out[..., text] += values[..., piece]
+    np.add.at(out, (..., owner), values)  # type: ignore[arg-type]
     return out

@@ -233,3 +233,11 @@ class Scorer:
         method = "first_hitting" if self.run.process.unmasks else "ancestral"
         g = dataclasses.replace(g, method=method, options="", temperature=0.0, top_p=1.0, corrections=0)
         return self.fill(contexts, counts, g)
+
+    def hits(self, pairs: Sequence[tuple[Ids, Ids]]) -> np.ndarray:
+        """Whether `greedy` gives the continuation of each (context, continuation): bool [n]; False where none fits."""
+        fits = [i for i, (_, c) in enumerate(pairs) if 0 < len(c) < self.seq_len]
+        words = self.greedy([pairs[i][0] for i in fits], [len(pairs[i][1]) for i in fits])
+        out = np.zeros(len(pairs), bool)
+        out[fits] = [np.array_equal(word, pairs[i][1]) for i, word in zip(fits, words, strict=True)]
+        return out

@@ -80,11 +80,7 @@ def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
             best = [np.argmin(nats / np.maximum(by[i], 1) if by else nats) for i, nats in enumerate(found.nats)]
             out[f"accuracy{name}"], out[f"accuracy{name}_se"] = _share(np.array(best) == label)
     else:
-        fits = [i for i, n in enumerate(length) if 0 < n < scorer.seq_len]
-        words = scorer.greedy([asked[i].contexts[0] for i in fits], [length[i] for i in fits])
-        hits = np.zeros(len(questions), bool)
-        hits[fits] = [np.array_equal(word, asked[i].choices[0]) for i, word in zip(fits, words, strict=True)]
-        out["accuracy"], out["accuracy_se"] = _share(hits)
+        out["accuracy"], out["accuracy_se"] = _share(scorer.hits([pairs[0] for pairs in encoded]))
         se = right.std(ddof=1) / math.sqrt(len(right)) if len(right) > 1 else math.nan
         by_word = exp(float(right.mean()))
         out |= {"word_nats": float(right.mean()), "word_nats_se": float(se),

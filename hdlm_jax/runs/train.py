@@ -144,7 +144,7 @@ class Loop:
         self.hierarchy = cluster(config, workdir, self.text)
         self.network, self.process = build(config, self.hierarchy)
         self.tx, self.schedule = make_optimizer(config)
-        self.abstract, self.shardings = abstract_state(config, self.hierarchy, self.network, self.tx, self.mesh)
+        self.abstract, self.shardings = abstract_state(config, self.network, self.tx, self.mesh)
         self.checkpoints = Checkpoints(workdir)
         self.facts = {"data": self.text.manifest.fingerprint, "tokenizer": self.text.tokenizer.fingerprint,
                       "hierarchy": self.hierarchy.fingerprint}
@@ -215,7 +215,7 @@ class Loop:
             vectors = word_vectors(config, self.text)
             table = initial_table(vectors, self.hierarchy, config.model.width, seed=config.train.seed)
         found = load_params(config, self.text.tokenizer.fingerprint) if base else None
-        init = jax.jit(lambda k, t: init_state(config, self.hierarchy, self.network, self.tx, k, t),
+        init = jax.jit(lambda k, t: init_state(config, self.network, self.tx, k, t),
                        out_shardings=self.shardings)
         state = init(self.key, table)
         if found is None:

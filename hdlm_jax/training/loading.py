@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +19,9 @@ from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.process import Process
-from hdlm_jax.models.network import TENSOR_AXES, Network
+from hdlm_jax.models.network import Network
 from hdlm_jax.training.checkpoint import checkpoints_of
-from hdlm_jax.training.state import build, init_state, make_optimizer
+from hdlm_jax.training.state import build, init_params, placed
 
 # settings in which a use of a run, or its resume, may differ from how it was trained
 FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "train.nonfinite_limit", "model.remat",
@@ -35,16 +35,13 @@ def data_dir(config: Config, workdir: str) -> str:
 def check_writable(folder: str) -> None:
     """OSError unless files can be made in a folder (which is made if it is not there), before any work."""
     def probe() -> None:
-        path = os.path.join(folder, f".writable.{os.getpid()}")
         try:
             os.makedirs(folder, exist_ok=True)
-            with open(path, "w") as file:
-                file.write("x" * 4096)  # an empty file fits on a full disk
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.") as file:
+                file.write(b"x" * 4096)  # an empty file fits on a full disk
+                file.flush()
         except OSError as error:
             raise OSError(f"workdir={folder!r} cannot be written ({error.strerror}); give another --workdir") from error
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(path)
 
     processes.on_main_process(probe)
 
@@ -162,10 +159,7 @@ def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True
     hierarchy = Hierarchy.load(os.path.join(workdir, "hierarchy.npz"), tokenizer.fingerprint)
     mesh = parallel.make_mesh(config)
     network, process = build(config, hierarchy)
-    tx, _ = make_optimizer(trained)
-    shape = jax.eval_shape(lambda: init_state(trained, hierarchy, network, tx, jax.random.key(0)))
-    shardings = parallel.state_shardings(mesh, shape.params, TENSOR_AXES)
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shape.params, shardings)
+    abstract, _ = placed(lambda: init_params(network, config.model.seq_len, jax.random.key(0)), mesh)
     if os.path.isdir(os.path.join(workdir, "params")) and trained.optimizer.ema and not ema:
         raise ConfigError(f"evaluate.ema=False: {workdir} is an export, which holds the average of the weights alone")
     ema = bool(trained.optimizer.ema) and ema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -61,25 +62,34 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
     return tx, lambda n: schedule(n + 1)
 
 
-def init_state(config: Config, hierarchy: Hierarchy, network: Network, tx: optax.GradientTransformation, key: jax.Array,
+def init_params(network: Network, seq_len: int, key: jax.Array) -> Tree:
+    """Random parameters of a network."""
+    return network.init(key, jnp.zeros((1, seq_len), jnp.int32), jnp.zeros((1,)))["params"]
+
+
+def init_state(config: Config, network: Network, tx: optax.GradientTransformation, key: jax.Array,
                table: jax.Array | np.ndarray | None = None) -> TrainState:
     """A fresh state (jit it with out_shardings, so that it is born where it lives).
 
     Args:
       table: float32 [rows, D] start of the embedding table, or None for a random one.
     """
-    z = jnp.zeros((1, config.model.seq_len), jnp.int32)
-    params = network.init(key, z, jnp.zeros((1,)))["params"]
+    params = init_params(network, config.model.seq_len, key)
     if table is not None:
         params = {**params, "embedding": jnp.asarray(table)}
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema else {}
     return TrainState(jnp.int32(0), jnp.int32(0), params, tx.init(params), ema)
 
 
-def abstract_state(config: Config, hierarchy: Hierarchy, network: Network, tx: optax.GradientTransformation, mesh: Mesh
-                   ) -> tuple[TrainState, TrainState]:
-    """Shapes of the state, each with the sharding it has on the mesh; and the shardings."""
-    shape = jax.eval_shape(lambda: init_state(config, hierarchy, network, tx, jax.random.key(0)))
+def placed(make: Callable[[], Tree], mesh: Mesh) -> tuple[Tree, Tree]:
+    """Shapes of what is made, each with the sharding it has on the mesh; and the shardings."""
+    shape = jax.eval_shape(make)
     shardings = parallel.state_shardings(mesh, shape, TENSOR_AXES)
     add = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
     return jax.tree.map(add, shape, shardings), shardings
+
+
+def abstract_state(config: Config, network: Network, tx: optax.GradientTransformation, mesh: Mesh
+                   ) -> tuple[TrainState, TrainState]:
+    """`placed` of a state."""
+    return placed(lambda: init_state(config, network, tx, jax.random.key(0)), mesh)

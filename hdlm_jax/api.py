@@ -20,7 +20,7 @@ from hdlm_jax.training.loading import load_here
 Classifier: TypeAlias = Callable[[jax.Array], jax.Array]  # one-hot symbols float32 [b, S, N] -> log p(y) [b]
 
 
-def _texts_of(name: str, given: Any) -> list[str]:
+def _texts_of(name: str, given: object) -> list[str]:
     """One text or several as a list."""
     if isinstance(given, str):
         return [given]

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """The same of dictionaries, lists, texts and numbers alone; None for a number that is not finite: JSON has none.
 
     Raises:
@@ -34,7 +34,7 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
-def dumps(value: Any, **how: Any) -> str:
+def dumps(value: object, **how: Any) -> str:
     """json.dumps of `plain(value)`; how: its other arguments."""
     return json.dumps(plain(value), allow_nan=False, **how)
 
@@ -53,7 +53,7 @@ def read_json(path: str | os.PathLike, optional: bool = False) -> Any:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | os.PathLike, value: object) -> None:
     """Writes a value as JSON, whole or not at all."""
     write_atomic(path, f"{dumps(value, indent=1)}\n".encode())
 

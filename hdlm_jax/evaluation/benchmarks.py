@@ -10,7 +10,6 @@ import bz2
 import csv
 import dataclasses
 import functools
-import glob
 import gzip
 import hashlib
 import io
@@ -68,9 +67,6 @@ class Task:
     note: str = ""
 
 
-# ---------------------------------------------------------------------------------------------------- documents
-
-
 def _passage(raw: str, detokenize: str) -> Passage:
     """The words are those of the original; every line adds one, its end."""
     lines = raw.splitlines()
@@ -103,9 +99,6 @@ def _texts(lines: Iterable[str], detokenize: str) -> Iterator[Passage]:
 
 def _news(lines: Iterable[str], detokenize: str) -> Iterator[Passage]:
     return (_passage(f"{title} {text}", detokenize) for _, title, text in csv.reader(lines))
-
-
-# ---------------------------------------------------------------------------------------------------- questions
 
 
 def _asked(context: str, choices: Iterable[str], label: int) -> Question:
@@ -161,18 +154,15 @@ TASKS: dict[str, Task] = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------- files
-
-
 def find(name: str, folder: str) -> str:
     """The file of a task under the data folder, plain or compressed; ValueError where there is none."""
     path = os.path.join(expand(folder), TASKS[name].path)
-    found = [file for suffix in ("", *_OPEN) for file in glob.glob(glob.escape(path + suffix))]
+    found = next((path + suffix for suffix in ("", *_OPEN) if os.path.exists(path + suffix)), "")
     if not found:
         hint = " (is the variable set?)" if "$" in expand(folder) else ""
         raise ValueError(f"evaluate.tasks_data={folder!r}: task {name} needs {TASKS[name].path} there, plain or with "
                          f"{', '.join(_OPEN)}{hint}")
-    return found[0]
+    return found
 
 
 def _lines(path: str) -> Iterator[str]:
@@ -216,7 +206,4 @@ def _documents(sources: list[str], reader: Reader, detokenize: str) -> Iterator[
 
 def fingerprint(items: Sequence[Passage] | Sequence[Question]) -> str:
     """sha256 (hex) of what a task has read."""
-    state = hashlib.sha256()
-    for item in items:
-        state.update(jsons.dumps(item).encode() + b"\n")
-    return state.hexdigest()
+    return hashlib.sha256("".join(jsons.dumps(item) + "\n" for item in items).encode()).hexdigest()

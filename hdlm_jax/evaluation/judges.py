@@ -243,9 +243,6 @@ def open_judge(path: str, dtype: str = "float32", shape: ParallelConfig = Parall
                       "the workdir of a trained run")
 
 
-# ------------------------------------------------------------------------------------------------ the record
-
-
 def made_from(judge: Judge) -> dict[str, Any]:
     """What a record depends on beside the texts: it is made anew when that changes."""
     return judge.identity | {"mauve": mauve_installed()}

@@ -57,14 +57,14 @@ class Sizes(NamedTuple):
     eps: float = 1e-5
 
 
-def _precision(dtype) -> Any:
+def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     """float32 means float32: by default GPUs and TPUs would round the products' inputs to fewer bits."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 class Block(nn.Module):
     sizes: Sizes
-    dtype: Any
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x, _):

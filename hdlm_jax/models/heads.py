@@ -14,16 +14,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from hdlm_jax.common.parallel import WHOLE
 from hdlm_jax.diffusion.draws import categorical, draw_from, fold, is_off, wide
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.prediction import LogitsPrediction
 
+Scalar: TypeAlias = float | jax.Array
 _target: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
 
 
@@ -81,8 +84,8 @@ def _padded(rows: int) -> int:
 class FlatHead:
     """One logit per word (never mass on clusters, mask or padding). Parameters: kernel [rows, D], bias [rows]."""
 
-    hierarchy: Any
-    dtype: Any = jnp.float32
+    hierarchy: Hierarchy
+    dtype: DTypeLike = jnp.float32
 
     def init(self, key, width: int):
         del key
@@ -136,8 +139,8 @@ class FactorisedHead:
     clusters.bias [n P]: a node's logit is the log-sum-exp of its P `prototypes` (a flat head's is one over its words).
     """
 
-    hierarchy: Any
-    dtype: Any = jnp.float32
+    hierarchy: Hierarchy
+    dtype: DTypeLike = jnp.float32
     prototypes: int = 1
 
     @functools.cached_property
@@ -233,7 +236,7 @@ class Factorised:
     def log_masses(self, level: int):
         return self.log_probs() if level == 0 else self.clusters.log_masses(level)
 
-    def draw(self, keys, wanted, temperature: Any = 1.0, top_p: Any = 1.0, sync_trip_count=WHOLE.sync_trip_count):
+    def draw(self, keys, wanted, temperature: Scalar = 1.0, top_p: Scalar = 1.0, sync_trip_count=WHOLE.sync_trip_count):
         """As LogitsPrediction.draw: the node first, then a word of its block where one is wanted, else any of them."""
         if not (is_off(temperature) and is_off(top_p)):  # these act on words: put the words together
             return draw_from(keys, self.log_probs(), temperature, top_p)
@@ -248,6 +251,9 @@ class Factorised:
         tiles = _Tiles(self.head, wanted.reshape(-1), node.reshape(-1), None, False)
         rows = tiles.loop(words, jnp.asarray(blocks.start)[node.reshape(-1)], sync_trip_count)
         return jnp.asarray(blocks.word)[rows].reshape(node.shape)
+
+
+Head: TypeAlias = FlatHead | FactorisedHead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +275,7 @@ class Piece:
 class _Chunks:
     """Wanted tokens [N], so many at a time that their logits fit; chunks without any are not visited."""
 
-    wanted: Any
+    wanted: jax.Array
     levels: tuple[int, ...] | None  # the levels they are of; None: any
     predict: Callable
     uses: tuple[str, ...]  # the parameters that have a part in it
@@ -302,8 +308,8 @@ class _Tiles:
     """
 
     head: FactorisedHead
-    wanted: Any
-    node: Any  # int32 [N], whose block
+    wanted: jax.Array
+    node: jax.Array  # int32 [N], whose block
     levels: tuple[int, ...] | None
     clusters: bool  # whether the prediction needs p(cluster) as well
 

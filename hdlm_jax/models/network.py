@@ -7,15 +7,18 @@ norm in float32 without bias; no bias in qkv and out. Facts from the paper's net
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.models.heads import FactorisedHead, FlatHead, backend
+from hdlm_jax.common.parallel import Tree
+from hdlm_jax.models.heads import FactorisedHead, FlatHead, Head, backend
 
+Attend: TypeAlias = Callable[..., jax.Array]
 _SINUSOIDS, _PERIOD = 256, 10_000.0
 # the axis of a weight, from its last, that parallel.tensor splits: outputs of the first product, inputs of the second;
 # rows of tables; but the width of the factorised head's words, of which blocks of rows are taken
@@ -92,7 +95,7 @@ class Block(nn.Module):
     heads: int
     dropout: float
     dtype: jnp.dtype
-    attend: Any = None
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(self, x, cond, mask, train: bool, layer=None, position=None):
@@ -144,7 +147,7 @@ class Network(nn.Module):
         may keep in the collection "patch" ([blocks, ...] outside).
     """
 
-    head: Any
+    head: Head
     symbols: int
     width: int = 768
     blocks: int = 12
@@ -155,7 +158,7 @@ class Network(nn.Module):
     remat: str = "auto"
     cond: int = 128
     causal: bool = False
-    attend: Any = None
+    attend: Attend | None = None
 
     def setup(self):
         limit = 1 / math.sqrt(self.width)
@@ -252,8 +255,8 @@ class Network(nn.Module):
 class At(NamedTuple):
     """A head waiting for the tokens it is asked about."""
 
-    head: Any
-    params: Any
+    head: Head
+    params: Tree
     hidden: jax.Array
 
     def select(self, index):

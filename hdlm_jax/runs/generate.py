@@ -21,7 +21,7 @@ from hdlm_jax.config import Config, ConfigError, GenerateConfig
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import sampler, schema
 from hdlm_jax.evaluation import judges, text_statistics
-from hdlm_jax.training.loading import check_writable, load_run
+from hdlm_jax.training.loading import Run, check_writable, load_run
 
 FRAMES = 128  # of a trajectory, at most
 
@@ -66,13 +66,13 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
     return result
 
 
-def identity(helper: Any) -> dict[str, Any]:
+def identity(helper: Run) -> dict[str, Any]:
     """What tells a helper from another one, or from itself trained further."""
     return {"step": helper.step, "tokenizer": helper.tokenizer.fingerprint,
             "weights": [float(jnp.sum(jnp.abs(a))) for a in jax.tree.leaves(helper.params)]}
 
 
-def sampling_facts(run: Any, g: GenerateConfig, result: dict[str, Any]) -> dict[str, Any]:
+def sampling_facts(run: Run, g: GenerateConfig, result: dict[str, Any]) -> dict[str, Any]:
     """How samples were drawn, in full: what a generative perplexity has to be quoted with."""
     trained = getattr(run.process, "force_transition", None)
     method = sampler.method_of(g)
@@ -96,7 +96,7 @@ def _reuse(summary: str, lines: str, made_from: dict) -> dict | None:
     return found if found and os.path.exists(lines) and found.get("samples_sha256") == sha256_of(lines) else None
 
 
-def real_texts(run: Any, count: int, length: int) -> list[np.ndarray] | str:
+def real_texts(run: Run, count: int, length: int) -> list[np.ndarray] | str:
     """Ids of the first rows of the validation split, each cut to its text; or why there are none."""
     try:
         rows = run.valid_rows(length, count)
@@ -106,7 +106,7 @@ def real_texts(run: Any, count: int, length: int) -> list[np.ndarray] | str:
             for x, segment in zip(rows["x"], rows["segment"], strict=True)]
 
 
-def _sample(run: Any, workdir: str, made_from: dict, helper: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
+def _sample(run: Run, workdir: str, made_from: dict, helper: Run) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Draws the samples and writes them: the summary, and the tokens of each."""
     g = run.config.generate
     ids = run.tokenizer.encode(g.prompt) if g.prompt else np.zeros(0, np.int32)
@@ -156,7 +156,7 @@ def _schema(g: GenerateConfig) -> str:
         raise ConfigError(f"generate.schema={g.schema!r}: {error}") from error
 
 
-def _canvas(run: Any, g: GenerateConfig, ids: np.ndarray) -> tuple[Any, int, Any]:
+def _canvas(run: Run, g: GenerateConfig, ids: np.ndarray) -> tuple[Any, int, Any]:
     """(canvas, most tokens of a text, scaffold or None)."""
     seq_len, h = run.config.model.seq_len, run.hierarchy
     if not g.schema:

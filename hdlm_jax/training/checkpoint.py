@@ -14,6 +14,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from hdlm_jax.common import jsons
+from hdlm_jax.common.parallel import Tree
+from hdlm_jax.training.state import TrainState
 
 _TRASH, _UNWRITTEN = "trash", "a checkpoint cannot be written"
 
@@ -63,7 +65,7 @@ class Checkpoints:
         """Whether that step is there at this moment."""
         return os.path.isdir(os.path.join(self.path, str(step)))
 
-    def save(self, step: int, state: Any, meta: dict, metrics: dict[str, float]) -> None:
+    def save(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> None:
         """Starts an asynchronous save; a kill while it runs leaves the checkpoints before it.
 
         metrics: nelbo on validation text tells the best checkpoint; one that is not finite is none.
@@ -107,14 +109,14 @@ class Checkpoints:
     def meta(self, step: int) -> dict[str, Any]:
         return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
 
-    def restore(self, step: int, abstract_state: Any) -> Any:
+    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """The state of a step, placed as the abstract state's shardings say."""
         ema = abstract_state.ema
         average = {"ema": ocp.args.StandardRestore(ema)} if ema else {}
         found = self._restore(step, state=ocp.args.StandardRestore(abstract_state._replace(ema={})), **average)
         return found["state"]._replace(ema=found["ema"] if ema else {})
 
-    def params(self, step: int, abstract_params: Any, ema: bool) -> Any:
+    def params(self, step: int, abstract_params: Tree, ema: bool) -> Tree:
         """Parameters alone (the EMA where the run has one): no optimizer state is read."""
         if ema:
             return self._restore(step, ema=ocp.args.StandardRestore(abstract_params))["ema"]
@@ -150,7 +152,7 @@ class Exported:
     def meta(self, step: int) -> dict:
         return self.facts["fingerprints"]
 
-    def params(self, step: int, abstract_params: Any, ema: bool) -> Any:
+    def params(self, step: int, abstract_params: Tree, ema: bool) -> Tree:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(os.path.join(self.folder, "params"), abstract_params)
 
@@ -167,7 +169,7 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics.get("nelbo", float("inf"))
 
 
-def save_params(path: str, tree: Any) -> None:
+def save_params(path: str, tree: Tree) -> None:
     """A tree of numpy arrays as a folder of Orbax's; process 0 alone calls it."""
     alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="export")
     with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:

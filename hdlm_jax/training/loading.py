@@ -6,14 +6,16 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from hdlm_jax.common import parallel, processes
 from hdlm_jax.common.jsons import read_json
+from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import Config, ConfigError, ParallelConfig, expand, inherit, resolve
+from hdlm_jax.config.settings import Given
 from hdlm_jax.data import pipeline
 from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -57,8 +59,8 @@ class Run:
     hierarchy: Hierarchy
     network: Network
     process: Process
-    mesh: Any
-    params: Any
+    mesh: Mesh
+    params: Tree
     step: int
     ema: bool  # whether params are the average of the weights
 
@@ -114,7 +116,7 @@ def saved_config(workdir: str) -> Config:
     return resolve(upgraded(saved.get("config", saved), workdir))  # an export says more about itself
 
 
-def with_base(given: Any, workdir: str) -> Any:
+def with_base(given: Given, workdir: str) -> Given:
     """A config as given, with the settings of the run it starts from (train.init_from) where it leaves the defaults.
 
     A workdir that has been begun already knows them itself.
@@ -167,7 +169,7 @@ def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True
     return Run(config, trained, folder, tokenizer, hierarchy, network, process, mesh, params, step, ema)
 
 
-def _weights(workdir: str, which: str, hierarchy: Hierarchy, abstract: Any, ema: bool) -> tuple[int, Any]:
+def _weights(workdir: str, which: str, hierarchy: Hierarchy, abstract: Tree, ema: bool) -> tuple[int, Tree]:
     """(step, parameters) of the best or latest checkpoint."""
     checkpoints = checkpoints_of(workdir)
     step = checkpoints.choose(which)
@@ -192,7 +194,7 @@ def load_here(workdir: str, which: str = "best", mesh: ParallelConfig = Parallel
     return load_run(dataclasses.replace(saved_config(workdir), parallel=mesh), workdir, which, ema)
 
 
-def load_params(config: Config, tokenizer_fingerprint: str) -> Any:
+def load_params(config: Config, tokenizer_fingerprint: str) -> Tree:
     """Weights of the run in train.init_from on config's mesh; ConfigError if its tokenizer is another one."""
     run = load_here(config.train.init_from, mesh=config.parallel)
     if run.tokenizer.fingerprint != tokenizer_fingerprint:

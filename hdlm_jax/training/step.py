@@ -16,6 +16,7 @@ from hdlm_jax.common.parallel import Batch, Tree
 from hdlm_jax.config import Config
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.levels import open_uniform
+from hdlm_jax.diffusion.prediction import Prediction
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.heads import sum_over_noised
 from hdlm_jax.models.network import Network
@@ -70,7 +71,7 @@ def make_loss_sums(config: Config, network: Network, process: Process, mesh: Mes
         z, level = process.noised(fold(keys, 1), x, tau, score)
         h = hidden(params, z, -jnp.expm1(-tau), batch.get("segment"), fold(keys, 2))
 
-        def token_loss(p: Any, fields: Sequence[jax.Array], levels: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        def token_loss(p: Prediction, fields: Sequence[jax.Array], levels: tuple[int, ...]) -> tuple[jax.Array, ...]:
             x, z, tau, weight, nelbo_weight = fields
             cost = process.token_loss(p, x, z, levels, tau=tau)
             hard = process.token_loss(p, x, z, levels, True, tau=tau) if d.hard_training else cost

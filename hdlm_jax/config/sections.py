@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 from hdlm_jax.config.rules import check_seed, choice, rule
 
@@ -25,8 +26,33 @@ PADDINGS = ("end", "hidden")
 PROTOCOLS = ("document", "packed")
 
 
+_LIMITS: dict[str, Callable[[float], bool]] = {
+    "must be at least 1": lambda v: v >= 1, "must not be negative": lambda v: v >= 0,
+    "must be positive": lambda v: v > 0, "must lie in [0, 1)": lambda v: 0 <= v < 1}
+
+
+class _Section:
+    """Settings that belong together; `check` raises ConfigError at the first rule that is broken."""
+
+    def need(self, ok: bool, name: str, text: str) -> None:
+        """The rule `text` of the setting `name`."""
+        rule(ok, f"{type(self).__name__.removesuffix('Config').lower()}.{name}", getattr(self, name), text)
+
+    def hold(self, text: str, *names: str) -> None:
+        """One of _LIMITS for settings that are numbers."""
+        for name in names:
+            self.need(_LIMITS[text](getattr(self, name)), name, text)
+
+    def among(self, **choices: Sequence[str]) -> None:
+        """Settings that are one of these names, or a tuple of them."""
+        for name, known in choices.items():
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                choice(f"{type(self).__name__.removesuffix('Config').lower()}.{name}", one, known)
+
+
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Section):
     """Where text comes from, how it is split, and how sequences are made of it (hdlm_jax.data)."""
 
     source: str = "embedded"  # embedded: the documentation inside Python itself; files: `files`
@@ -51,38 +77,31 @@ class DataConfig:
     variable_share: float = 0.0  # of the sequences cut to a random length in 1..seq_len
 
     def check(self) -> None:
-        choice("data.source", self.source, ("embedded", "files"))
-        choice("data.format", self.format, FORMATS)
-        choice("data.split", self.split, ("hash", "last"))
-        choice("data.txt_documents", self.txt_documents, TXT_DOCUMENTS)
-        choice("data.detokenize", self.detokenize, DETOKENIZERS)
-        choice("data.packing", self.packing, PACKINGS)
-        choice("data.padding", self.padding, PADDINGS)
-        rule(not self.prompt_field or self.packing == "crop" or self.padding == "hidden", "data.packing", self.packing,
-              "with data.prompt_field a record needs a row of its own, or the next prompt tells where a response ends: "
-              "choose crop")
-        rule(bool(self.files) == (self.source == "files"), "data.files", self.files,
-              "needed with data.source='files', and only there")
-        rule(0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
-              "must lie in (0, 1)")
-        rule(0 <= self.bad_share < 1, "data.bad_share", self.bad_share, "must lie in [0, 1)")
-        rule(0 <= self.variable_share <= 1, "data.variable_share", self.variable_share, "must lie in [0, 1]")
-        for name in ("validation_documents", "sample_bytes", "shuffle_documents"):
-            rule(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
-        rule(not self.stream or bool(self.validation) or self.split == "hash", "data.split", self.split,
-              "data.stream does not know which documents are the last: choose hash, or give data.validation")
+        self.among(source=("embedded", "files"), format=FORMATS, split=("hash", "last"), txt_documents=TXT_DOCUMENTS,
+                   detokenize=DETOKENIZERS, packing=PACKINGS, padding=PADDINGS)
+        self.need(not self.prompt_field or self.packing == "crop" or self.padding == "hidden", "packing",
+                  "with data.prompt_field a record needs a row of its own, or the next prompt tells where a response "
+                  "ends: choose crop")
+        self.need(bool(self.files) == (self.source == "files"), "files",
+                  "needed with data.source='files', and only there")
+        self.need(0 < self.validation_fraction < 1, "validation_fraction", "must lie in (0, 1)")
+        self.hold("must lie in [0, 1)", "bad_share")
+        self.need(0 <= self.variable_share <= 1, "variable_share", "must lie in [0, 1]")
+        self.hold("must be at least 1", "validation_documents", "sample_bytes", "shuffle_documents")
+        self.need(not self.stream or bool(self.validation) or self.split == "hash", "split",
+                  "data.stream does not know which documents are the last: choose hash, or give data.validation")
         self.worker()
 
     def worker(self) -> tuple[int, int]:
         """(i, n) of data.prepare_shard; (0, 1) where it is not given."""
         i, slash, n = (self.prepare_shard or "0/1").partition("/")
         ok = bool(slash) and i.isdigit() and n.isdigit() and int(i) < int(n)
-        rule(ok, "data.prepare_shard", self.prepare_shard, "must be i/n with 0 <= i < n, as in 0/8")
+        self.need(ok, "prepare_shard", "must be i/n with 0 <= i < n, as in 0/8")
         return int(i), int(n)
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(_Section):
     """gpt2 (50,257 words, through tiktoken), bpe (trained on the corpus), bytes (257) or bert (WordPiece of a file)."""
 
     kind: str = "gpt2"  # gpt2 | bpe (trained on the corpus) | bytes | bert (WordPiece)
@@ -92,20 +111,19 @@ class TokenizerConfig:
     pattern: str = ""  # how bpe cuts text: gpt2 (or empty), cl100k, llama3, qwen2, o200k, or a regular expression
 
     def check(self) -> None:
-        choice("tokenizer.kind", self.kind, ("gpt2", "bpe", "bytes", "bert"))
-        rule(self.kind != "bert" or bool(self.file), "tokenizer.file", self.file,
-              "tokenizer.kind='bert' needs a local vocab.txt (one word a line)")
+        self.among(kind=("gpt2", "bpe", "bytes", "bert"))
+        self.need(self.kind != "bert" or bool(self.file), "file",
+                  "tokenizer.kind='bert' needs a local vocab.txt (one word a line)")
         fixed = {"gpt2": 50257, "bytes": 257}.get(self.kind)
-        rule(fixed is None or self.vocab_size == fixed, "tokenizer.vocab_size", self.vocab_size,
-              f"tokenizer.kind={self.kind!r} has {fixed} words")
-        rule(not self.pattern or self.kind == "bpe", "tokenizer.pattern", self.pattern,
-              f"goes with tokenizer.kind='bpe'; {self.kind!r} has its own")
-        rule(self.vocab_size >= 257, "tokenizer.vocab_size", self.vocab_size,
-              "must be at least 257 (256 bytes and <|endoftext|>)")
+        self.need(fixed is None or self.vocab_size == fixed, "vocab_size",
+                  f"tokenizer.kind={self.kind!r} has {fixed} words")
+        self.need(not self.pattern or self.kind == "bpe", "pattern",
+                  f"goes with tokenizer.kind='bpe'; {self.kind!r} has its own")
+        self.need(self.vocab_size >= 257, "vocab_size", "must be at least 257 (256 bytes and <|endoftext|>)")
 
 
 @dataclasses.dataclass(frozen=True)
-class HierarchyConfig:
+class HierarchyConfig(_Section):
     """Clusters of words: sizes fine to coarse, (64,) or (256, 16); (1,) or () is MDLM."""
 
     clusters: tuple[int, ...] = (0,)  # (0,): one level of about sqrt(V) clusters, a power of two
@@ -115,13 +133,12 @@ class HierarchyConfig:
 
     def check(self) -> None:
         c = self.clusters
-        rule(all(n >= 1 for n in c) and all(a > b for a, b in zip(c, c[1:], strict=False)), "hierarchy.clusters", c,
-              "cluster numbers must be positive and fall, fine to coarse, as in (256, 16)")
+        self.need(all(n >= 1 for n in c) and all(a > b for a, b in zip(c, c[1:], strict=False)), "clusters",
+                  "cluster numbers must be positive and fall, fine to coarse, as in (256, 16)")
         check_seed("hierarchy.seed", self.seed, 2**31 - 1)  # faiss adds one, and has 31 bits
         e = self.embeddings
         known = e == "corpus" or e.endswith(".npy") or ".safetensors:" in e or e.startswith("checkpoint:")
-        rule(known, "hierarchy.embeddings", e,
-              "choose corpus, a FILE.npy, a FILE.safetensors:TENSOR or checkpoint:WORKDIR")
+        self.need(known, "embeddings", "choose corpus, a FILE.npy, a FILE.safetensors:TENSOR or checkpoint:WORKDIR")
 
 
 def default_clusters(vocab_size: int) -> tuple[int, ...]:
@@ -130,7 +147,7 @@ def default_clusters(vocab_size: int) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(_Section):
     """The process and the training loss (docs/theory.md sections 2 and 3)."""
 
     process: str = "hierarchical"  # (MDLM with a single cluster) | gidd | sedd | autoregressive: baselines
@@ -145,36 +162,35 @@ class DiffusionConfig:
     hard_training: bool = False  # above level 1: -log p(token) as the loss in place of the bound's
 
     def check(self) -> None:
-        choice("diffusion.force_transition", self.force_transition, FORCE_TRANSITIONS)
-        choice("diffusion.process", self.process, PROCESSES)
-        choice("diffusion.weighting", self.weighting, WEIGHTINGS[self.process])
-        rule(0 <= self.p_uniform < 1, "diffusion.p_uniform", self.p_uniform, "must lie in [0, 1)")
-        rule(not self.p_uniform or self.process == "gidd", "diffusion.p_uniform", self.p_uniform,
-              f"goes with diffusion.process='gidd', not {self.process!r}")
+        self.among(force_transition=FORCE_TRANSITIONS, process=PROCESSES)
+        self.among(weighting=WEIGHTINGS[self.process])
+        self.hold("must lie in [0, 1)", "p_uniform")
+        self.need(not self.p_uniform or self.process == "gidd", "p_uniform",
+                  f"goes with diffusion.process='gidd', not {self.process!r}")
         plain = self.process == "hierarchical" or (self.xi, self.hard_training, self.rates, self.gamma) == (
             1, False, (), 1)
-        rule(plain, "diffusion.process", self.process, "knows no xi, hard_training, rates or gamma; leave them out")
-        rule(self.gamma > 0, "diffusion.gamma", self.gamma, "must be positive")
-        rule(not self.rates or self.gamma == 1, "diffusion.rates", self.rates,
-              "only one of diffusion.gamma and diffusion.rates should be given")
-        rule(all(r > 0 for r in self.rates), "diffusion.rates", self.rates, "must be positive")
-        rule(0 < self.xi <= 1, "diffusion.xi", self.xi, "must lie in (1/n, 1]")
-        rule(0 <= self.weight_min <= self.weight_max, "diffusion.weight_max", self.weight_max,
-              f"must be at least diffusion.weight_min={self.weight_min}, and that at least 0")
-        rule(self.xi == 1 or self.force_transition != "within", "diffusion.force_transition", "within",
-              f"its bound is infinite at xi={self.xi}: choose none, between or cavity")
+        self.need(plain, "process", "knows no xi, hard_training, rates or gamma; leave them out")
+        self.hold("must be positive", "gamma")
+        self.need(not self.rates or self.gamma == 1, "rates",
+                  "only one of diffusion.gamma and diffusion.rates should be given")
+        self.need(all(r > 0 for r in self.rates), "rates", "must be positive")
+        self.need(0 < self.xi <= 1, "xi", "must lie in (1/n, 1]")
+        self.need(0 <= self.weight_min <= self.weight_max, "weight_max",
+                  f"must be at least diffusion.weight_min={self.weight_min}, and that at least 0")
+        self.need(self.xi == 1 or self.force_transition != "within", "force_transition",
+                  f"its bound is infinite at xi={self.xi}: choose none, between or cavity")
 
     def level_rates(self, levels: int) -> tuple[float, ...]:
         """Rates of the K levels, scaled so that the smallest is 1 (a common factor only relabels time)."""
         rates = self.rates or ((self.gamma, 1.0) if levels == 2 else (1.0,) * levels)
         rule(len(rates) == levels, "diffusion.rates", rates, f"the hierarchy has {levels} levels and needs as many")
-        rule(self.gamma == 1 or levels <= 2, "diffusion.gamma", self.gamma,
-              f"stands for two levels; give diffusion.rates for the {levels} of this hierarchy")
+        self.need(self.gamma == 1 or levels <= 2, "gamma",
+                  f"stands for two levels; give diffusion.rates for the {levels} of this hierarchy")
         return tuple(r / min(rates) for r in rates)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Section):
     """The published transformer; defaults are its small size."""
 
     width: int = 768  # D
@@ -190,20 +206,17 @@ class ModelConfig:
     remat: str = "auto"  # recomputed in the backward pass: none | cheap (all but products) | all | auto by backend
 
     def check(self) -> None:
-        choice("model.head", self.head, ("flat", "factorised"))
-        choice("model.remat", self.remat, ("auto", "none", "cheap", "all"))
-        choice("model.embeddings", self.embeddings, ("random", "clusters"))
-        choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-        for name in ("width", "blocks", "heads", "seq_len", "prototypes"):
-            rule(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
-        rule(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")
-        rule(self.width // self.heads % 2 == 0, "model.heads", self.heads,
-              f"model.width/model.heads = {self.width / self.heads:g} must be even (rotary embedding)")
-        rule(0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
+        self.among(head=("flat", "factorised"), remat=("auto", "none", "cheap", "all"),
+                   embeddings=("random", "clusters"), dtype=("float32", "bfloat16"))
+        self.hold("must be at least 1", "width", "blocks", "heads", "seq_len", "prototypes")
+        self.need(self.width % self.heads == 0, "heads", f"must divide model.width={self.width}")
+        self.need(self.width // self.heads % 2 == 0, "heads",
+                  f"model.width/model.heads = {self.width / self.heads:g} must be even (rotary embedding)")
+        self.hold("must lie in [0, 1)", "dropout")
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(_Section):
     """AdamW as published."""
 
     lr: float = 5e-4  # peak learning rate
@@ -218,19 +231,16 @@ class OptimizerConfig:
     ema: float = 0.0  # decay of the average of the weights that evaluation uses; 0: none
 
     def check(self) -> None:
-        choice("optimizer.schedule", self.schedule, ("cosine", "constant"))
-        rule(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
-        rule(self.clip > 0, "optimizer.clip", self.clip, "must be positive")
-        rule(0 <= self.ema < 1, "optimizer.ema", self.ema, "must lie in [0, 1); 0 is off")
-        rule(self.warmup >= 0, "optimizer.warmup", self.warmup, "must not be negative")
-        for name in ("b1", "b2"):
-            rule(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)")
-        for name in ("eps", "weight_decay", "final_lr"):
-            rule(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
+        self.among(schedule=("cosine", "constant"))
+        self.hold("must be positive", "lr", "clip")
+        self.need(0 <= self.ema < 1, "ema", "must lie in [0, 1); 0 is off")
+        self.hold("must not be negative", "warmup")
+        self.hold("must lie in [0, 1)", "b1", "b2")
+        self.hold("must not be negative", "eps", "weight_decay", "final_lr")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Section):
     steps: int = 500_000  # optimizer steps
     batch_size: int = 512  # sequences a step, over all devices
     microbatches: int = 1  # gradients are summed over as many parts of the batch
@@ -241,17 +251,15 @@ class TrainConfig:
     init_from: str = ""  # workdir of a run whose weights to start from
 
     def check(self) -> None:
-        for name in ("steps", "batch_size", "microbatches", "log_every"):
-            rule(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        self.hold("must be at least 1", "steps", "batch_size", "microbatches", "log_every")
         check_seed("train.seed", self.seed)
-        rule(self.nonfinite_limit >= 0, "train.nonfinite_limit", self.nonfinite_limit, "must not be negative")
-        rule(self.evaluate_every >= 0, "train.evaluate_every", self.evaluate_every, "must not be negative")
-        rule(self.batch_size % self.microbatches == 0, "train.microbatches", self.microbatches,
-              f"must divide train.batch_size={self.batch_size}")
+        self.hold("must not be negative", "nonfinite_limit", "evaluate_every")
+        self.need(self.batch_size % self.microbatches == 0, "microbatches",
+                  f"must divide train.batch_size={self.batch_size}")
 
 
 @dataclasses.dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(_Section):
     """Shape of the device mesh; one axis may be -1, all the devices that are left."""
 
     data: int = -1  # axis that splits batches, weights copied
@@ -274,17 +282,17 @@ class ParallelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(_Section):
     every: int = 5000  # steps; measured on validation text as well, which tells the best
     minutes: float = 10.0  # since the last one: saved as it is, nothing measured; 0: by steps alone
 
     def check(self) -> None:
-        rule(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
-        rule(self.minutes >= 0, "checkpoint.minutes", self.minutes, "must not be negative; 0 is by steps alone")
+        self.hold("must be at least 1", "every")
+        self.need(self.minutes >= 0, "minutes", "must not be negative; 0 is by steps alone")
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(_Section):
     """The exact NELBO over the whole validation split; with `tasks`, of other texts and of answers to questions."""
 
     draws: int = 8  # passes over the split, each with its own noise
@@ -305,28 +313,22 @@ class EvaluateConfig:
     most_draws: int = 128  # a question's draws at the most, the pilot's (16, or `draws` if more) not counted
 
     def check(self) -> None:
-        choice("evaluate.checkpoint", self.checkpoint, ("best", "latest"))
+        self.among(checkpoint=("best", "latest"), tasks=TASKS, protocols=PROTOCOLS)
         check_seed("evaluate.seed", self.seed)
-        rule(self.draws >= 2, "evaluate.draws", self.draws, "must be at least 2 (for a standard error)")
-        rule(self.batch_size >= 0, "evaluate.batch_size", self.batch_size, "must not be negative; 0 is what fits")
-        rule(self.rows >= 0, "evaluate.rows", self.rows, "must not be negative")
-        rule(self.rows_in_training >= 2, "evaluate.rows_in_training", self.rows_in_training, "must be at least 2")
-        rule(self.cv2 > 0, "evaluate.cv2", self.cv2, "must be positive")
-        for name in self.tasks:
-            choice("evaluate.tasks", name, TASKS)
-        for name in self.protocols:
-            choice("evaluate.protocols", name, PROTOCOLS)
-        rule(bool(self.protocols), "evaluate.protocols", self.protocols, f"choose of {', '.join(PROTOCOLS)}")
+        self.need(self.draws >= 2, "draws", "must be at least 2 (for a standard error)")
+        self.need(self.batch_size >= 0, "batch_size", "must not be negative; 0 is what fits")
+        self.hold("must not be negative", "rows")
+        self.need(self.rows_in_training >= 2, "rows_in_training", "must be at least 2")
+        self.need(bool(self.protocols), "protocols", f"choose of {', '.join(PROTOCOLS)}")
         for name in ("files", "lm1b"):
-            rule(name not in self.tasks or bool(getattr(self, name)), f"evaluate.{name}", getattr(self, name),
-                  f"the task {name!r} needs its files")
-        rule(self.limit >= 0, "evaluate.limit", self.limit, "must not be negative; 0 is all")
-        rule(self.target_se > 0, "evaluate.target_se", self.target_se, "must be positive")
-        rule(self.most_draws >= 1, "evaluate.most_draws", self.most_draws, "must be at least 1")
+            self.need(name not in self.tasks or bool(getattr(self, name)), name, f"the task {name!r} needs its files")
+        self.need(self.limit >= 0, "limit", "must not be negative; 0 is all")
+        self.hold("must be positive", "cv2", "target_se")
+        self.hold("must be at least 1", "most_draws")
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(_Section):
     num_samples: int = 16  # texts to draw
     length: int = 0  # tokens of a text, prompt and all; 0: model.seq_len, or drawn where training tells lengths
     method: str = "ancestral"  # how to decode: any name of hdlm_jax/decoding/presets.py (docs/decoding.md)
@@ -350,28 +352,23 @@ class GenerateConfig:
     judge_dtype: str = "float32"  # of a GPT-2 judge's products; a run judges in its own model.dtype
 
     def check(self) -> None:
-        choice("generate.clusters", self.clusters, CLUSTERS)
-        choice("generate.stop", self.stop, ("end", ""))
-        choice("generate.judge_dtype", self.judge_dtype, ("float32", "bfloat16"))
+        self.among(clusters=CLUSTERS, stop=("end", ""), judge_dtype=("float32", "bfloat16"),
+                   checkpoint=("best", "latest"))
         if self.force_transition:
-            choice("generate.force_transition", self.force_transition, FORCE_TRANSITIONS)
-        choice("generate.checkpoint", self.checkpoint, ("best", "latest"))
+            self.among(force_transition=FORCE_TRANSITIONS)
         check_seed("generate.seed", self.seed)
-        for name in ("num_samples", "steps", "batch_size"):
-            rule(getattr(self, name) >= 1, f"generate.{name}", getattr(self, name), "must be at least 1")
+        self.hold("must be at least 1", "num_samples", "steps", "batch_size")
         for name in ("num_samples", "steps", "batch_size", "corrections"):  # the sampler counts in int32
-            rule(getattr(self, name) < 2**31, f"generate.{name}", getattr(self, name), f"must be at most {2**31 - 1}")
-        rule(self.corrections >= 0, "generate.corrections", self.corrections, "must not be negative")
-        rule(self.correction_temperature > 0, "generate.correction_temperature", self.correction_temperature,
-              "must be positive")
-        rule(self.length >= 0, "generate.length", self.length, "must not be negative; 0 is model.seq_len")
-        rule(self.trajectories >= 0, "generate.trajectories", self.trajectories, "must not be negative; 0 is none")
-        rule(self.temperature >= 0, "generate.temperature", self.temperature, "must not be negative")
-        rule(0 < self.top_p <= 1, "generate.top_p", self.top_p, "must lie in (0, 1]")
+            self.need(getattr(self, name) < 2**31, name, f"must be at most {2**31 - 1}")
+        self.hold("must be positive", "correction_temperature")
+        self.need(self.length >= 0, "length", "must not be negative; 0 is model.seq_len")
+        self.need(self.trajectories >= 0, "trajectories", "must not be negative; 0 is none")
+        self.hold("must not be negative", "corrections", "temperature")
+        self.need(0 < self.top_p <= 1, "top_p", "must lie in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
-class ReleasedConfig:
+class ReleasedConfig(_Section):
     """Weights of the published PyTorch networks: what --mode=import reads and --mode=export adds (docs/import.md)."""
 
     layout: str = ""  # whose vocabulary: mdlm | gidd | hdlm; given, --mode=export writes <layout>.safetensors as well
@@ -383,7 +380,6 @@ class ReleasedConfig:
     missing: str = "refuse"  # words that the dictionary lacks: refuse | own, a cluster of their own
 
     def check(self) -> None:
-        choice("released.layout", self.layout, ("", "mdlm", "gidd", "hdlm"))
-        choice("released.missing", self.missing, ("refuse", "own"))
+        self.among(layout=("", "mdlm", "gidd", "hdlm"), missing=("refuse", "own"))
         for name in ("mask_id", "first_cluster"):
-            rule(getattr(self, name) >= -1, f"released.{name}", getattr(self, name), "must be an id, or -1")
+            self.need(getattr(self, name) >= -1, name, "must be an id, or -1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import presets
 from hdlm_jax.decoding import schema as schemas
 from hdlm_jax.decoding.sampler import ended, load_helper, sampler_of, start_canvas, text_of
-from hdlm_jax.evaluation.elbo import Evaluator, evaluator_of, text_nats
+from hdlm_jax.evaluation.elbo import evaluator_of, text_nats
 from hdlm_jax.training.loading import load_here
 
 Classifier: TypeAlias = Callable[[jax.Array], jax.Array]  # one-hot symbols float32 [b, S, N] -> log p(y) [b]
@@ -45,7 +46,7 @@ class Model:
         self.run = load_here(workdir, checkpoint)
         self.hierarchy, self.tokenizer = self.run.hierarchy, self.run.tokenizer
         self._draw = sampler_of(self.run)
-        self._evaluator: Evaluator | None = None
+        self._evaluator = functools.cache(lambda: evaluator_of(self.run))
 
     @property
     def seq_len(self) -> int:
@@ -154,8 +155,7 @@ class Model:
         if not texts:
             return []
         ids = [np.append(self.tokenizer.encode(text), self.tokenizer.eot) for text in texts]
-        self._evaluator = self._evaluator or evaluator_of(self.run)
-        nats = text_nats(self._evaluator, self.run, ids, draws, "nelbo")[0]
+        nats = text_nats(self._evaluator(), self.run, ids, draws, "nelbo")[0]
         per_draw = np.broadcast_to(nats, (draws, len(texts)))  # an exact process has one
         return [{"nats": float(values.mean()), "se": float(values.std(ddof=1) / np.sqrt(draws)), "tokens": len(tokens),
                  "bits_per_byte": float(values.mean() / np.log(2) / max(1, len(text.encode()))),

@@ -261,5 +261,5 @@ def test_a_length_in_the_config_is_for_generation_alone(monkeypatch):
 @pytest.mark.slow
 def test_few_and_many_texts_are_scored_in_batches_of_their_own():
     scores = [model().nelbo(texts, draws=2) for texts in (["hi"], ["hi"] * 40, ["hi"])]
-    assert {2, 128} <= {size[0] for size in model()._evaluator.program._compiled}
+    assert {2, 128} <= {size[0] for size in model()._evaluator().program._compiled}
     assert scores[0] == scores[2]

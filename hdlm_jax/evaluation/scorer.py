@@ -193,12 +193,10 @@ class Scorer:
                 tau, q = evaluator.proposal.quantile(u)
             rows = to_rows(pieces, width, self.run.tokenizer.eot)
             nats = evaluator.at(self.run.params, rows, which, tau, q, pair, name).sum(-1)
-            start = 0
-            for i, (row, _, _) in zip(members, parts, strict=True):
-                values = nats[start : start + len(row)].reshape(ask[i], -1)
-                start += len(row)
+            ends = np.cumsum([len(row) for row, _, _ in parts])
+            for i, values in zip(members, np.split(nats, ends[:-1]), strict=True):
                 first = np.cumsum([0, *map(len, fitted[i][0])])[:-1]
-                out[i] = np.add.reduceat(values, first, axis=1)
+                out[i] = np.add.reduceat(values.reshape(ask[i], -1), first, axis=1)
         return out
 
     def fill(self, contexts: Sequence[Ids], counts: Sequence[int], g: GenerateConfig) -> list[Ids]:

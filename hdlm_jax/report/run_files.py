@@ -121,9 +121,8 @@ def gather(workdir: str, film: bool = True) -> dict[str, Any]:
       ConfigError: no run there.
     """
     config = saved_config(workdir)
-    raw = read_optional(workdir, "config.json")
+    raw, process = read_optional(workdir, "config.json"), config.diffusion.process
     raw = raw.get("config", raw)
-    process = raw["diffusion"].get("process", "hierarchical")
     out: dict[str, Any] = {"name": os.path.basename(os.path.abspath(workdir)), "workdir": workdir, "config": raw,
                            "process": process, "curves": curves(workdir), "train_speed": training_speed(workdir)}
     for name in ("evaluate", "generate", "tasks"):

@@ -74,7 +74,7 @@ def identity(helper: Run) -> dict[str, Any]:
 
 def sampling_facts(run: Run, g: GenerateConfig, result: dict[str, Any]) -> dict[str, Any]:
     """How samples were drawn, in full: what a generative perplexity has to be quoted with."""
-    trained = getattr(run.process, "force_transition", None)
+    trained = run.process.force_transition or None
     method = sampler.method_of(g)
     return {
         "step": run.step, "samples": result["samples"], "length": result["seq_len"], "seed": g.seed,
@@ -161,7 +161,7 @@ def _canvas(run: Run, g: GenerateConfig, ids: np.ndarray) -> tuple[Any, int, Any
     seq_len, h = run.config.model.seq_len, run.hierarchy
     if not g.schema:
         return sampler.start_canvas(run, g, np.tile(ids, (g.num_samples, 1))), g.length or seq_len, None
-    if not hasattr(run.process, "chain"):
+    if not run.process.unmasks:
         raise ConfigError(f"generate.schema={g.schema!r}: this process cannot fill blanks between given words")
     try:
         scaffold = schema.scaffold(_schema(g), run.tokenizer, h, prompt=g.prompt)

@@ -144,7 +144,7 @@ def check_exportable(trained: Config) -> None:
     if trained.model.head != "flat":
         raise ConfigError(f"released.layout: this run has model.head={trained.model.head!r}; the published network has "
                           "a logit for every word, 'flat'")
-    if getattr(trained.diffusion, "process", "") == "autoregressive":
+    if trained.diffusion.process == "autoregressive":
         raise ConfigError("released.layout: this run is autoregressive; the published network sees both sides")
 
 

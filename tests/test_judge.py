@@ -323,7 +323,7 @@ def test_a_judge_that_is_not_there_is_said_before_any_work(copied, monkeypatch):
     with pytest.raises(ConfigError, match="generate.force_transition='wihtin': choose one of .*did you mean 'within'"):
         dataclasses.replace(GRID, force_transition="wihtin").check()
     with pytest.raises(ConfigError, match="generate.force_transition='none': this run's process has no force"):
-        sampling.at_sampling(types.SimpleNamespace(), dataclasses.replace(GRID, force_transition="none"))
+        sampling.at_sampling(types.SimpleNamespace(force_transition=""), dataclasses.replace(GRID, force_transition="none"))
 
 
 def test_mauve_beside_real_texts(folder, copied, monkeypatch):
@@ -420,16 +420,16 @@ def test_what_leaves_the_exact_law_is_said():
     assert say(noisy) == say(noisy, force_transition="cavity") == "exact"
     for other in ("none", "within", "between"):  # another model's law than the one whose NELBO is measured
         assert say(noisy, force_transition=other) == f"inexact: force_transition={other} where cavity was trained"
-    plain = model().run.process
+    plain, bare = model().run.process, types.SimpleNamespace(xi=1, num_levels=1, force_transition="")
     assert say(plain, force_transition="within", clusters="clean") == "exact"
     assert say(plain, force_transition="none") == "inexact: force_transition=none where cavity was trained"
     free = types.SimpleNamespace(xi=1, num_levels=3, force_transition="none")
     assert say(free) == "exact" and say(free, clusters="clean") == ("inexact: clusters=clean at xi=1 without a force "
                                                                     "transition")
-    assert say(types.SimpleNamespace(), corrections=2) == "inexact: corrections=2"
+    assert say(bare, corrections=2) == "inexact: corrections=2"
     assert say(noisy, clusters="clean", temperature=0.8, top_p=0.9) == ("inexact: clusters=clean at xi=0.7, "
                                                                         "temperature=0.8, top_p=0.9")
-    assert say(types.SimpleNamespace(), temperature=0.0) == "inexact: temperature=0"
+    assert say(bare, temperature=0.0) == "inexact: temperature=0"
 
 
 # ------------------------------------------------------------------------------------------------ the sweep

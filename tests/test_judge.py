@@ -323,7 +323,8 @@ def test_a_judge_that_is_not_there_is_said_before_any_work(copied, monkeypatch):
     with pytest.raises(ConfigError, match="generate.force_transition='wihtin': choose one of .*did you mean 'within'"):
         dataclasses.replace(GRID, force_transition="wihtin").check()
     with pytest.raises(ConfigError, match="generate.force_transition='none': this run's process has no force"):
-        sampling.at_sampling(types.SimpleNamespace(force_transition=""), dataclasses.replace(GRID, force_transition="none"))
+        sampling.at_sampling(types.SimpleNamespace(force_transition=""),
+                             dataclasses.replace(GRID, force_transition="none"))
 
 
 def test_mauve_beside_real_texts(folder, copied, monkeypatch):

@@ -29,6 +29,7 @@ from hdlm_jax.data import tokenizers
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.prepare import Manifest, load_manifest
 from hdlm_jax.data.records import Bad, Document
+from hdlm_jax.data.shards import batches, encode_documents
 
 if TYPE_CHECKING:
     import grain
@@ -456,22 +457,6 @@ class StreamBatches(_Batches):
                 raise ValueError(f"data.files: no training document in the {len(self._sources)} sources")
             epoch, source, window = epoch + 1, 0, 0
 
-    def _encode(self, documents: Sequence[Document]) -> Iterator[tuple[np.ndarray, int]]:
-        """Tokens of each document (prompt, text, end of text) and how many of them are its prompt."""
-        end_of_text, start = np.array([self._eot], np.int32), 0
-        while start < len(documents):
-            end, size = start, 0
-            while end < len(documents) and size < _ENCODED_CHARS:
-                size += len(documents[end].text) + len(documents[end].prompt)
-                end += 1
-            part = documents[start:end]
-            texts = self._tokenizer.encode_batch([document.text for document in part])
-            prompts = (self._tokenizer.encode_batch([document.prompt for document in part])
-                       if self._reader.prompt_field else [np.zeros(0, np.int32)] * len(part))
-            for prompt, text in zip(prompts, texts, strict=True):
-                yield np.concatenate([prompt, text, end_of_text]), len(prompt)
-            start = end
-
     def _documents(self, position: dict) -> Iterator[tuple[dict, np.ndarray, int, int]]:
         """Place, tokens, prompt length and tokens used before, of every document from that of `position` on, endless.
 
@@ -482,9 +467,10 @@ class StreamBatches(_Batches):
             if first >= len(held):
                 raise ValueError(_MOVED)
             order = self._order(len(held), window[0], window[-1])
-            shuffled = self._encode([held[number] for number in order[first:]])
+            encoded = (found for part in batches([held[number] for number in order[first:]], _ENCODED_CHARS)
+                       for found in encode_documents(self._tokenizer, part, bool(self._reader.prompt_field)))
             held.clear()  # gone before the next window is read
-            for place, (ids, prompt) in enumerate(shuffled, first):
+            for place, (ids, prompt) in enumerate(encoded, first):
                 if used > len(ids):
                     raise ValueError(_MOVED)
                 yield dict(zip(_PLACE, (*window, place), strict=True)), ids, prompt, used

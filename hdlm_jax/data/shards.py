@@ -27,7 +27,7 @@ from concurrent import futures
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,8 @@ from hdlm_jax.common import jsons
 from hdlm_jax.data import tokenizers
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.records import Bad, Document, digest, is_validation
+
+T = TypeVar("T", Document, Document | Bad)
 
 SHARD_TOKENS = 1 << 26
 BATCH_CHARS = 1 << 20  # encoded at once by one thread
@@ -249,6 +251,17 @@ class _Encoded(NamedTuple):
     shards: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
+def encode_documents(words: tokenizers.Tokenizer, documents: list[Document], prompts: bool,
+                     threads: int = 0) -> Iterator[tuple[np.ndarray, int]]:
+    """Tokens int32 of each document (prompt, text, end of text), and how many of them are its prompt."""
+    end = np.array([words.eot], np.int32)
+    texts = words.encode_batch([document.text for document in documents], threads)
+    heads = (words.encode_batch([document.prompt for document in documents], threads) if prompts
+             else [end[:0]] * len(documents))
+    for head, text in zip(heads, texts, strict=True):
+        yield np.concatenate([head, text, end]), len(head)
+
+
 def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[Document | Bad]) -> _Encoded:
     bad = [record for record in batch if isinstance(record, Bad)]
     splits: dict[str, list[Document]] = {"train": [], "valid": [], "": []}
@@ -258,19 +271,16 @@ def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[Docume
     left_out = len(splits.pop(""))
     digests = size = 0
     shards = {}
-    end = np.array([words.eot])
     for split, documents in splits.items():
         if not documents:
             continue
-        texts = words.encode_batch([document.text for document in documents], threads=1)
-        prompts = (words.encode_batch([document.prompt for document in documents], threads=1) if job.prompts
-                   else [end[:0]] * len(documents))
         pieces, index = [], []
-        for document, prompt, text in zip(documents, prompts, texts, strict=True):
-            pieces += [prompt, text, end]
+        encoded = encode_documents(words, documents, job.prompts, threads=1)
+        for document, (tokens, prompt) in zip(documents, encoded, strict=True):
+            pieces.append(tokens)
             prompt_bytes = len(document.prompt.encode("utf-8"))
             all_bytes = prompt_bytes + len(document.text.encode("utf-8"))
-            index.append((len(prompt) + len(text) + 1, all_bytes, len(prompt), prompt_bytes))
+            index.append((len(tokens), all_bytes, prompt, prompt_bytes))
             digests += int.from_bytes(digest(document), "big")
             size += all_bytes
         flat = np.concatenate(pieces, dtype=np.dtype(job.dtype).newbyteorder("<"), casting="unsafe")
@@ -278,8 +288,8 @@ def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[Docume
     return _Encoded(len(batch), bad, left_out, digests, size, shards)
 
 
-def _batches(records: Iterator[Document | Bad],
-             chars: int) -> Iterator[list[Document | Bad]]:
+def batches(records: Iterable[T], chars: int) -> Iterator[list[T]]:
+    """Records one after another, so many at once that their texts are about `chars` characters."""
     held, size = [], 0
     for record in records:
         held.append(record)
@@ -330,7 +340,7 @@ def _make(job: Job, words: tokenizers.Tokenizer, unit: int, threads: int, tick: 
             record.digests = f"{digests:x}"
             write_file(job.record_path(unit), jsons.dumps(dataclasses.asdict(record)).encode() + b"\n")
 
-        for batch in _ahead(encode, _batches(records, job.batch_chars), threads):
+        for batch in _ahead(encode, batches(records, job.batch_chars), threads):
             place = f"{unit:05d}-{record.parts:03d}"
             for split, (flat, index) in batch.shards.items():
                 stem = f"{split}-{place}"

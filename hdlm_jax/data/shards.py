@@ -44,11 +44,6 @@ PROCESSES_FROM = 64 << 20  # bytes of sources; below, the start of other process
 _HOUR = 3600.0
 
 
-def documents(reader: Reader, source: str) -> Iterator[Document]:
-    """The documents of a source without its bad records."""
-    return (record for record in reader.read(source) if isinstance(record, Document))
-
-
 def core_count() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

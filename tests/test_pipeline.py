@@ -468,9 +468,9 @@ class CountingTokenizer(tokenizers.Tokenizer):
         super().__init__("bytes", [bytes([byte]) for byte in range(256)])
         self.encoded = 0
 
-    def encode_batch(self, texts, threads=0):
+    def encode_batch(self, texts):
         self.encoded += len(texts)
-        return super().encode_batch(texts, threads)
+        return super().encode_batch(texts)
 
 
 SOURCES = ["0", "1", "2"]

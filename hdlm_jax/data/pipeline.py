@@ -28,14 +28,13 @@ import numpy as np
 from hdlm_jax.data import tokenizers
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.prepare import Manifest, load_manifest
-from hdlm_jax.data.records import Bad, Document
-from hdlm_jax.data.shards import batches, encode_documents
+from hdlm_jax.data.records import MANY, Bad, Document, check_bad
+from hdlm_jax.data.shards import ahead, batches, core_count, encode_documents, read_index
 
 if TYPE_CHECKING:
     import grain
 
 _OPEN_SHARDS = 256  # memory maps held at once; each costs a file descriptor
-_MANY_RECORDS = 10_000  # a share of fewer records says little
 _ENCODED_CHARS = 1 << 20  # streamed documents are encoded in batches of about so many characters
 _AHEAD_TOKENS = 1 << 22  # streamed batches are made ahead up to about so many tokens
 
@@ -116,10 +115,9 @@ class Split:
             path = self._folder / f"{stem}.idx"
             count = end_document - first_document
             try:
-                index = np.fromfile(path, "<u4", 4 * count, offset=16 * first_document)
+                index = read_index(path, first_document, end_document)
             except OSError as error:
                 raise ValueError(f"{path} cannot be read ({error}); run --mode=prepare") from None
-            index = index.reshape(-1, 4)
             if len(index) != count or index[:, 0].sum(dtype=np.int64) != end - first:
                 raise ValueError(f"{path} does not fit {stem}.bin: documents {first_document:,} to "
                                  f"{end_document:,} must have {end - first:,} tokens; run --mode=prepare")
@@ -440,11 +438,8 @@ class StreamBatches(_Batches):
                     seen += 1
                     if isinstance(document, Bad):
                         bad += 1
-                        found = f"{document.file}, {document.position}: {document.reason}"
-                        self._say(f"data: {found}; skipped, no. {bad} of {seen:,} records")
-                        if bad > self._bad_share * max(seen, _MANY_RECORDS):
-                            raise ValueError(f"{found}; {bad:,} of {seen:,} records cannot be read, more than "
-                                             f"data.bad_share={self._bad_share:g} allows: raise it, or mend the files")
+                        self._say(f"data: {document}; skipped, no. {bad} of {seen:,} records")
+                        check_bad(self._bad_share, bad, seen, document, out_of=MANY)
                     elif isinstance(document, Document) and self._is_training(document):
                         held.append(document)
                         if len(held) == self._shuffle_documents:
@@ -457,6 +452,9 @@ class StreamBatches(_Batches):
                 raise ValueError(f"data.files: no training document in the {len(self._sources)} sources")
             epoch, source, window = epoch + 1, 0, 0
 
+    def _encode(self, documents: list[Document]) -> list[tuple[np.ndarray, int]]:
+        return encode_documents(self._tokenizer, documents, bool(self._reader.prompt_field))
+
     def _documents(self, position: dict) -> Iterator[tuple[dict, np.ndarray, int, int]]:
         """Place, tokens, prompt length and tokens used before, of every document from that of `position` on, endless.
 
@@ -467,10 +465,10 @@ class StreamBatches(_Batches):
             if first >= len(held):
                 raise ValueError(_MOVED)
             order = self._order(len(held), window[0], window[-1])
-            encoded = (found for part in batches([held[number] for number in order[first:]], _ENCODED_CHARS)
-                       for found in encode_documents(self._tokenizer, part, bool(self._reader.prompt_field)))
+            parts = batches([held[number] for number in order[first:]], _ENCODED_CHARS)
             held.clear()  # gone before the next window is read
-            for place, (ids, prompt) in enumerate(encoded, first):
+            encoded = ahead(self._encode, parts, min(8, core_count()))
+            for place, (ids, prompt) in enumerate(itertools.chain.from_iterable(encoded), first):
                 if used > len(ids):
                     raise ValueError(_MOVED)
                 yield dict(zip(_PLACE, (*window, place), strict=True)), ids, prompt, used

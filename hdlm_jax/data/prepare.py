@@ -24,7 +24,8 @@ from hdlm_jax.config import DataConfig, TokenizerConfig, expand
 from hdlm_jax.data import shards, tokenizers
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
-from hdlm_jax.data.records import digest
+from hdlm_jax.data.records import Bad, check_bad, digest
+from hdlm_jax.data.shards import Range, read_index, totals, write_json
 from hdlm_jax.data.sources import identity, resolve, source_facts
 
 MANIFEST, BEGUN, VERIFIED, BAD_RECORDS = "manifest.json", "begun.json", "verified.json", "bad_records.jsonl"
@@ -226,17 +227,15 @@ def token_counts(folder: str | os.PathLike, split: str = "train", manifest: Mani
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     counts = np.zeros(manifest.vocab_size, np.int64)
     for stem, first, end, first_document, end_document in manifest.splits[split]:
-        # Whole documents of about so many tokens at once. No memory map: its pages would count as ours.
-        index = _read_index(Path(folder) / f"{stem}.idx", first_document, end_document)
-        ends = index[:, 0].cumsum(dtype=np.int64)
-        cuts = np.searchsorted(ends, np.arange(0, end - first, _COUNTED_TOKENS)[1:])
-        for piece in np.split(index, np.unique(cuts)):
-            size = int(piece[:, 0].sum(dtype=np.int64))
-            flat = np.fromfile(Path(folder) / f"{stem}.bin", dtype, size, offset=first * dtype.itemsize)
-            first += size
+        index = read_index(Path(folder) / f"{stem}.idx", first_document, end_document)
+        ends = first + index[:, 0].cumsum(dtype=np.int64)
+        texts = ends - index[:, 0] + index[:, 2]  # where the text of each document begins, behind its prompt
+        for start in range(first, end, _COUNTED_TOKENS):  # no memory map: its pages would count as ours
+            size = min(_COUNTED_TOKENS, end - start)
+            flat = np.fromfile(Path(folder) / f"{stem}.bin", dtype, size, offset=start * dtype.itemsize)
             if manifest.prompts:
-                lengths = np.stack([piece[:, 2], piece[:, 0] - piece[:, 2]], 1).ravel()
-                flat = flat[np.repeat(np.tile([False, True], len(piece)), lengths)]
+                places = np.arange(start, start + size)
+                flat = flat[places >= texts[np.searchsorted(ends, places, side="right")]]
             counts += np.bincount(flat, minlength=manifest.vocab_size)
     return counts
 
@@ -245,7 +244,7 @@ def document_lengths(folder: Path, ranges: list) -> list[list[int]]:
     """Manifest.lengths of the documents in these ranges of shards."""
     counts = np.zeros(LONGEST + 1, np.int64)
     for stem, _, _, first_document, end_document in ranges:
-        index = _read_index(folder / f"{stem}.idx", first_document, end_document)
+        index = read_index(folder / f"{stem}.idx", first_document, end_document)
         counts += np.bincount(np.minimum(index[:, 0] - index[:, 2], LONGEST), minlength=LONGEST + 1)
     return [[int(size), int(counts[size])] for size in np.flatnonzero(counts)]
 
@@ -311,7 +310,7 @@ class _Seen:
     def save(self) -> None:
         if self._marks != self._known:
             with contextlib.suppress(OSError):  # a folder that cannot be written: they are hashed again each time
-                shards.write_file(self._path, jsons.dumps(self._marks).encode() + b"\n")
+                write_json(self._path, self._marks)
 
 
 def _facts(sources: list[str], tokenizer: TokenizerConfig, seen: _Seen) -> list[list]:
@@ -380,7 +379,7 @@ def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: TokenizerC
     words.save(job.folder)  # other workers may be at it too: they write the same
     begun = {"version": VERSION, "settings": settings, "sources": sources,
              "tokenizer_fingerprint": words.fingerprint, "bpe_training_bytes": used}
-    shards.write_file(path, jsons.dumps(begun, indent=2).encode() + b"\n")
+    write_json(path, begun, indent=2)
     return words, begun
 
 
@@ -400,9 +399,9 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, records: list[shards.Re
     bad, read = sum(record.bad for record in records), sum(record.records for record in records)
     if bad:
         first = next(record.first_bad for record in records if record.bad)
-        shards.check_bad(job, bad, read, first)
+        check_bad(job.bad_share, bad, read, first, str(job.folder))
         say(f"tokens: {bad:,} of {read:,} records cannot be read, all in {job.folder / BAD_RECORDS}; the first: "
-            f"{first[0]}, {first[1]}: {first[2]}")
+            f"{Bad(*first)}")
     with shards.Files() as files:
         for record in records:
             for name in sorted(record.files):
@@ -410,7 +409,7 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, records: list[shards.Re
                     files.write(job.folder / BAD_RECORDS, (job.folder / name).read_bytes())
         files.close()
 
-    splits: dict[str, list[shards.Range]] = {"train": [], "valid": []}
+    splits: dict[str, list[Range]] = {"train": [], "valid": []}
     for record in records:
         for shard in record.shards:
             splits[shard.stem.split("-")[0]].append(shard)
@@ -442,36 +441,30 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, records: list[shards.Re
     train, valid = (token_counts(job.folder, split, manifest) for split in ("train", "valid"))
     manifest = dataclasses.replace(manifest, unigram_nats=unigram_nats(train, valid),
                                    lengths=document_lengths(job.folder, manifest.splits["train"]))
-    _write(job.folder, manifest)
+    write_json(job.folder / MANIFEST, dataclasses.asdict(manifest), indent=2)
     return manifest
 
 
-def _counts(split: str, ranges: list[shards.Range]) -> dict:
+def _counts(split: str, ranges: list[Range]) -> dict:
     """The counts of a manifest that are of one split."""
     sums = {name: sum(getattr(shard, name) for shard in ranges)
             for name in ("bytes", "scored_tokens", "scored_bytes", "tokens", "documents")}
     return {f"{split}_{name}": count for name, count in sums.items()}
 
 
-def _read_index(path: Path, first_document: int = 0, end_document: int = -1) -> np.ndarray:
-    """Documents of an .idx file, uint32 [documents, 4]."""
-    count = 4 * (end_document - first_document) if end_document >= 0 else -1
-    return np.fromfile(path, "<u4", count, offset=16 * first_document).reshape(-1, 4)
-
-
-def _cut(folder: Path, ranges: list[shards.Range], last: int) -> tuple[list[shards.Range], list[shards.Range]]:
+def _cut(folder: Path, ranges: list[Range], last: int) -> tuple[list[Range], list[Range]]:
     """The shards, cut before the last so many documents."""
     left = sum(shard.end_document for shard in ranges) - last
     head, tail = [], []
     for shard in ranges:
         here = min(max(left, 0), shard.end_document)
         left -= shard.end_document
-        size, raw, prompt, raw_prompt = _read_index(folder / f"{shard.stem}.idx")[:here].sum(0, dtype=np.int64).tolist()
-        first = shards.Range(shard.stem, 0, size, 0, here, raw, size - prompt, raw - raw_prompt)
-        second = shards.Range(shard.stem, size, shard.end_token, here, shard.end_document, shard.bytes - first.bytes,
-                        shard.scored_tokens - first.scored_tokens, shard.scored_bytes - first.scored_bytes)
-        head += [first] * (here > 0)
-        tail += [second] * (here < shard.end_document)
+        index = read_index(folder / f"{shard.stem}.idx")
+        (size, _, *counts), (_, _, *rest) = totals(index[:here]).tolist(), totals(index[here:]).tolist()
+        if here:
+            head.append(Range(shard.stem, 0, size, 0, here, *counts))
+        if here < shard.end_document:
+            tail.append(Range(shard.stem, size, shard.end_token, here, shard.end_document, *rest))
     return head, tail
 
 
@@ -546,10 +539,6 @@ def _reuse(folder: Path, data: DataConfig, tokenizer: TokenizerConfig, say: Call
                          f"use another working directory or delete {folder}")
     say(f"tokens: reusing {folder}{absent}: {manifest.summary()}")
     return manifest
-
-
-def _write(folder: Path, manifest: Manifest) -> None:
-    shards.write_file(folder / MANIFEST, jsons.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
 
 
 def _check_sha256(tokenizer: TokenizerConfig, sources: list | None) -> None:

@@ -1,9 +1,9 @@
-"""One source file -> shards of tokens: on all cores, killed and gone on with at will.
+"""One source file -> shards of tokens, on all cores; killed at any moment, the next call goes on.
 
 A *unit* is one source file. Its shards `{split}-{unit}-{part}.bin` hold tokens, each document closed by the end of
 text; the `.idx` beside each has four uint32 a document: its tokens and bytes, and how many of each are its prompt's.
-Whenever a unit has closed its shards, `unit-{unit}.json` says how far it is, and there a later call goes on. Who makes
-a unit, on how many cores and how often it was killed changes no byte of it.
+Whenever shards are closed, `unit-{unit}.json` says how far the unit is. Its bytes depend on neither the cores nor the
+number of calls.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ import numpy as np
 from hdlm_jax.common import jsons
 from hdlm_jax.data import tokenizers
 from hdlm_jax.data.documents import Reader
-from hdlm_jax.data.records import Bad, Document, digest, is_validation
+from hdlm_jax.data.records import MANY, Bad, Document, check_bad, digest, is_validation
 
-T = TypeVar("T", Document, Document | Bad)
+T = TypeVar("T")
+U = TypeVar("U")
 
 SHARD_TOKENS = 1 << 26
 BATCH_CHARS = 1 << 20  # encoded at once by one thread
@@ -53,7 +54,7 @@ def core_count() -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files of dead writers: gone from this host, or silent for an hour on another."""
+    """Removes temporary files of dead writers: gone from this host, or silent for an hour."""
     for path in folder.glob("*.tmp"):
         host, _, pid = path.name.removesuffix(".tmp").rpartition("-")
         with contextlib.suppress(OSError):  # another worker was faster
@@ -70,8 +71,7 @@ def _runs(pid: int) -> bool:
         return False
     except PermissionError:  # somebody else's
         return True
-    state = Path(f"/proc/{pid}/stat")  # in a container without an init the dead stay as zombies
-    return pid != os.getpid() and not (state.exists() and state.read_text().rpartition(") ")[2].startswith("Z"))
+    return pid != os.getpid()
 
 
 @contextlib.contextmanager
@@ -84,9 +84,9 @@ def _writing(path: Path) -> Iterator[None]:
                       "mend that and run again") from error
 
 
-def write_file(path: Path, raw: bytes) -> None:
+def write_json(path: Path, value: object, indent: int | None = None) -> None:
     with _writing(path):
-        jsons.write_atomic(path, raw)
+        jsons.write_atomic(path, jsons.dumps(value, indent=indent).encode() + b"\n")
 
 
 class Files:
@@ -132,7 +132,7 @@ class Files:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What makes a unit what it is; travels to other processes.
+    """What the bytes of units depend on; travels to other processes.
 
     id: of the settings, sources and tokenizer. units: (source, 'train' or 'valid'). held: digests of the documents
     of the validation files. fraction: of split='hash', else 0. sample: bytes of training text a unit, 0: all.
@@ -236,51 +236,54 @@ def is_done(job: Job, unit: int) -> bool:
 
 
 class _Encoded(NamedTuple):
-    """A batch of records, encoded. digests: sum of sha256. bytes: of text. shards: split -> tokens, index [n, 4]."""
+    """A batch of records, encoded. digests: sum of sha256. shards: split -> tokens [n], index [documents, 4]."""
 
     records: int
     bad: list[Bad]
     left_out: int
     digests: int
-    bytes: int
     shards: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def encode_documents(words: tokenizers.Tokenizer, documents: list[Document], prompts: bool,
-                     threads: int = 0) -> Iterator[tuple[np.ndarray, int]]:
+def encode_documents(words: tokenizers.Tokenizer, documents: list[Document],
+                     prompts: bool) -> list[tuple[np.ndarray, int]]:
     """Tokens int32 of each document (prompt, text, end of text), and how many of them are its prompt."""
     end = np.array([words.eot], np.int32)
-    texts = words.encode_batch([document.text for document in documents], threads)
-    heads = (words.encode_batch([document.prompt for document in documents], threads) if prompts
-             else [end[:0]] * len(documents))
-    for head, text in zip(heads, texts, strict=True):
-        yield np.concatenate([head, text, end]), len(head)
+    texts = words.encode_batch([document.text for document in documents])
+    heads = words.encode_batch([document.prompt for document in documents]) if prompts else [end[:0]] * len(documents)
+    return [(np.concatenate([head, text, end]), len(head)) for head, text in zip(heads, texts, strict=True)]
 
 
 def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[Document | Bad]) -> _Encoded:
-    bad = [record for record in batch if isinstance(record, Bad)]
     splits: dict[str, list[Document]] = {"train": [], "valid": [], "": []}
     for record in batch:
         if isinstance(record, Document):
             splits[job.split(unit, record)].append(record)
-    left_out = len(splits.pop(""))
-    digests = size = 0
-    shards = {}
+    left_out, digests, shards = len(splits.pop("")), 0, {}
     for split, documents in splits.items():
-        if not documents:
-            continue
-        pieces, index = [], []
-        encoded = encode_documents(words, documents, job.prompts, threads=1)
-        for document, (tokens, prompt) in zip(documents, encoded, strict=True):
-            pieces.append(tokens)
-            prompt_bytes = len(document.prompt.encode("utf-8"))
-            all_bytes = prompt_bytes + len(document.text.encode("utf-8"))
-            index.append((len(tokens), all_bytes, prompt, prompt_bytes))
-            digests += int.from_bytes(digest(document), "big")
-            size += all_bytes
-        flat = np.concatenate(pieces, dtype=np.dtype(job.dtype).newbyteorder("<"), casting="unsafe")
-        shards[split] = flat, np.array(index, "<u4")
-    return _Encoded(len(batch), bad, left_out, digests, size, shards)
+        if documents:
+            pieces, index = [], []
+            for document, (tokens, prompt) in zip(documents, encode_documents(words, documents, job.prompts),
+                                                  strict=True):
+                pieces.append(tokens)
+                prompt_bytes, text_bytes = len(document.prompt.encode("utf-8")), len(document.text.encode("utf-8"))
+                index.append((len(tokens), prompt_bytes + text_bytes, prompt, prompt_bytes))
+                digests += int.from_bytes(digest(document), "big")
+            flat = np.concatenate(pieces, dtype=np.dtype(job.dtype).newbyteorder("<"), casting="unsafe")
+            shards[split] = flat, np.array(index, "<u4")
+    return _Encoded(len(batch), [record for record in batch if isinstance(record, Bad)], left_out, digests, shards)
+
+
+def read_index(path: Path, first_document: int = 0, end_document: int = -1) -> np.ndarray:
+    """Documents of an .idx file, uint32 [documents, 4]."""
+    count = 4 * (end_document - first_document) if end_document >= 0 else -1
+    return np.fromfile(path, "<u4", count, offset=16 * first_document).reshape(-1, 4)
+
+
+def totals(index: np.ndarray) -> np.ndarray:
+    """Tokens, documents, bytes, scored tokens and scored bytes of the documents of an index [n, 4]: int64 [5]."""
+    size, raw, prompt, raw_prompt = index.sum(0, dtype=np.int64)
+    return np.array([size, len(index), raw, size - prompt, raw - raw_prompt])
 
 
 def batches(records: Iterable[T], chars: int) -> Iterator[list[T]]:
@@ -298,11 +301,14 @@ def batches(records: Iterable[T], chars: int) -> Iterator[list[T]]:
         yield held
 
 
-def _ahead(function: Callable, items: Iterable, threads: int) -> Iterator:
+def ahead(function: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[U]:
     """`map` on threads, which work ahead of the reader of the results, but no further than they are many."""
+    items = iter(items)
+    for item in itertools.islice(items, 1):  # alone: what it makes for all, the tables of a tokenizer, is made once
+        yield function(item)
     with futures.ThreadPoolExecutor(threads) as pool:
         try:
-            waiting: collections.deque[futures.Future] = collections.deque()
+            waiting: collections.deque[futures.Future[U]] = collections.deque()
             for item in items:
                 waiting.append(pool.submit(function, item))
                 if len(waiting) > 2 * threads:
@@ -322,29 +328,28 @@ def _make(job: Job, words: tokenizers.Tokenizer, unit: int, threads: int, tick: 
     if record.done:
         return
     digests = int(record.digests, 16)
-    open_shards: dict[str, list[int]] = {}
+    open_shards: collections.defaultdict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(5, np.int64))
     records = itertools.islice(job.records(unit), record.records, None)
     encode = functools.partial(_encode, job, words, unit)
     with Files() as files:
 
         def close() -> None:
-            record.shards += [Range(stem, 0, sums[0], 0, *sums[1:]) for stem, sums in sorted(open_shards.items())]
+            for stem, (tokens, *counts) in sorted(open_shards.items()):
+                record.shards.append(Range(stem, 0, int(tokens), 0, *map(int, counts)))
             open_shards.clear()
             record.files |= files.close()
             record.parts += 1
             record.digests = f"{digests:x}"
-            write_file(job.record_path(unit), jsons.dumps(dataclasses.asdict(record)).encode() + b"\n")
+            write_json(job.record_path(unit), dataclasses.asdict(record))
 
-        for batch in _ahead(encode, batches(records, job.batch_chars), threads):
+        for batch in ahead(encode, batches(records, job.batch_chars), threads):
             place = f"{unit:05d}-{record.parts:03d}"
             for split, (flat, index) in batch.shards.items():
                 stem = f"{split}-{place}"
                 files.write(job.folder / f"{stem}.bin", flat.tobytes())
                 files.write(job.folder / f"{stem}.idx", index.tobytes())
-                size, raw, prompt, raw_prompt = index.sum(0, dtype=np.int64).tolist()
-                sums = open_shards.setdefault(stem, [0] * 5)
-                for i, count in enumerate([size, len(index), raw, size - prompt, raw - raw_prompt]):
-                    sums[i] += count
+                open_shards[stem] += totals(index)
+                tick(int(index[:, 1].sum(dtype=np.int64)))
             for bad in batch.bad:
                 files.write(job.folder / f"bad-{place}.jsonl", jsons.dumps(bad._asdict()).encode() + b"\n")
                 record.first_bad = record.first_bad or tuple(bad)
@@ -352,20 +357,11 @@ def _make(job: Job, words: tokenizers.Tokenizer, unit: int, threads: int, tick: 
             record.bad += len(batch.bad)
             record.left_out += batch.left_out
             digests = (digests + batch.digests) % 2**256
-            tick(batch.bytes)
-            check_bad(job, record.bad, record.records, record.first_bad, out_of=10_000)
-            if sum(sums[0] for sums in open_shards.values()) >= job.shard_tokens:
+            check_bad(job.bad_share, record.bad, record.records, record.first_bad, str(job.folder), out_of=MANY)
+            if sum(counts[0] for counts in open_shards.values()) >= job.shard_tokens:
                 close()
         record.done = True
         close()
-
-
-def check_bad(job: Job, bad: int, records: int, first: tuple, out_of: int = 0) -> None:
-    """ValueError where more than the allowed share of the records is bad, of `out_of` records if these are more."""
-    if bad > job.bad_share * max(records, out_of):
-        raise ValueError(f"{', '.join(first[:2])}: {first[2]}; {bad:,} of {records:,} records cannot be read, more "
-                         f"than data.bad_share={job.bad_share:g} allows: raise it, or mend the files and delete "
-                         f"{job.folder}")
 
 
 # ------------------------------------------------------------------------------------------------ many processes

@@ -99,19 +99,17 @@ def word_vectors(config: Config, text: PreparedData) -> np.ndarray:
     h = config.hierarchy
     kept = os.path.join(text.dir, f"embeddings-{text.manifest.fingerprint[:12]}-{h.seed}.npy")
 
-    def vectors(tokens: Any) -> np.ndarray:
-        return embeddings.word_embeddings(h.embeddings, vocab_size=text.manifest.vocab_size, eot=text.manifest.eot,
-                                          seed=h.seed, tokens=tokens, load_checkpoint_embedding=checkpoint_embedding)
-
     def keep() -> None:
         if os.path.exists(kept):
             return say(f"embeddings: reusing {kept}")
         aside = f"{kept}.{os.getpid()}.tmp.npy"
-        np.save(aside, vectors(pipeline.Split(text.dir, text.manifest, "train")))
+        tokens = pipeline.Split(text.dir, text.manifest, "train")
+        np.save(aside, embeddings.corpus_embeddings(tokens, text.manifest.vocab_size, eot=text.manifest.eot,
+                                                    seed=h.seed))
         os.replace(aside, kept)
 
     if h.embeddings != "corpus":
-        return vectors(None)
+        return embeddings.given_embeddings(h.embeddings, text.manifest.vocab_size, checkpoint_embedding)
     processes.on_main_process(keep)
     return np.load(kept, allow_pickle=False)
 

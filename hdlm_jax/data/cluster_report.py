@@ -126,7 +126,7 @@ def plane(points: np.ndarray, neighbours: int = 12, epochs: int = 300, seed: int
 def _picture(hierarchy: Hierarchy, unit: np.ndarray, decode: Callable[[list[int]], str],
              counts: np.ndarray, path: Path, max_words: int = 3000) -> bool:
     """Draws the most frequent words, coloured by level-1 cluster; False where it could not."""
-    drawable = unit.any(1)
+    drawable = np.any(unit != 0, axis=1)
     drawable[list(hierarchy.special)] = False
     words = [w for w in np.argsort(-counts, kind="stable") if drawable[w]][:max_words]
     if hierarchy.num_levels == 1 or len(words) < 3:

@@ -213,11 +213,9 @@ class _Batches:
 
     def example(self) -> dict[str, np.ndarray]:
         """A batch of zeros: the names, shapes and dtypes that every batch of this process has."""
-        shape = (len(self._index), self.seq_len)
-        like = {"score": np.zeros(shape, np.bool_), "segment": np.zeros(shape, np.int32),
-                "tokens": np.zeros(shape[0], np.int32)}
-        return {"x": np.zeros(shape, np.int32), "index": np.zeros(shape[0], np.int32),
-                **{name: like[name] for name in self._names}}
+        size = len(self._index)
+        batch = self._batch(np.zeros((size, self.seq_len), np.int32), None, np.zeros(size), np.zeros(size))
+        return {name: np.zeros_like(array) for name, array in batch.items()}
 
     def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """For each of this process's rows the most tokens it may show (int64 [b]) and a uniform uint64.
@@ -236,8 +234,8 @@ class _Batches:
         """lengths, limits: [b], tokens of text in each row, and the most that it may show."""
         batch = {"x": x, "index": self._index.copy()}
         if self._names:
-            score = np.ones(x.shape, np.bool_) if score is None else score
-            fields = _fields(x, score, lengths, limits if self._ends else lengths, self.packing, self._eot)
+            fields = _fields(x, np.ones(x.shape, np.bool_) if score is None else score, lengths,
+                             limits if self._ends else lengths, self.packing, self._eot)
             batch |= {name: fields[name] for name in self._names}
         return batch
 
@@ -490,10 +488,12 @@ class _Stream:
         self._documents = self._batches._documents(state)
         self._tokens, self._prompt, self._offset = np.zeros(0, np.int32), 0, 0
 
-    def _advance(self) -> None:
-        """Goes on to a document with tokens left, where none are."""
+    def _take(self, count: int) -> tuple[np.ndarray, int]:
+        """The next tokens, at most `count` and of one document, and how many of them are its prompt's."""
         while self._offset == len(self._tokens):
             self._place, self._tokens, self._prompt, self._offset = next(self._documents)
+        start, self._offset = self._offset, min(len(self._tokens), self._offset + count)
+        return self._tokens[start:self._offset], min(max(self._prompt, start), self._offset) - start
 
     def __next__(self) -> dict[str, np.ndarray]:
         step = self._state["next_index"]
@@ -506,22 +506,15 @@ class _Stream:
         x, score = np.empty(shape, np.int32), np.ones(shape, np.bool_)
         done, flat_x, flat_score = 0, x.reshape(-1), score.reshape(-1)
         while done < x.size:
-            self._advance()
-            piece = self._tokens[self._offset:self._offset + x.size - done]
+            piece, prompt = self._take(x.size - done)
             flat_x[done:done + len(piece)] = piece
-            flat_score[done:done + min(len(piece), max(0, self._prompt - self._offset))] = False
-            self._offset += len(piece)
+            flat_score[done:done + prompt] = False
             done += len(piece)
         limits = self._batches._draw(step)[0]
         return x[self._rows].copy(), score[self._rows], limits, limits
 
     def _crops(self, step: int) -> tuple[np.ndarray, ...]:
-        documents = []
-        for _ in range(self._batches.batch_size):
-            self._advance()
-            documents.append((self._tokens, self._prompt))
-            self._offset = len(self._tokens)
-        documents = documents[self._rows]
+        documents = [self._take(sys.maxsize) for _ in range(self._batches.batch_size)][self._rows]
         limits, draws = self._batches._draw(step)
         prompts = np.array([prompt for _, prompt in documents])
         starts, sizes = _window(np.array([len(ids) for ids, _ in documents]), prompts, limits, draws)

@@ -1,7 +1,7 @@
 """Documents -> a folder of tokens, made on all cores or by many workers, gone on with after a kill, and reused.
 
-Every source file is a unit with shards of its own (shards.py). When all units are done, whoever sees it writes
-`manifest.json`, last of all: its presence says that the rest is whole.
+Every source file is a unit with shards of its own (shards.py). `manifest.json` is written when all units are done: its
+presence says that the rest is whole.
 """
 
 from __future__ import annotations
@@ -37,22 +37,20 @@ _COUNTED_TOKENS = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder of tokens holds. Counts are of whole splits; a token count includes the ends of text,
-    bytes are raw UTF-8 bytes of the documents (an end of text has none). `scored` leaves prompts out.
+    """What a folder of tokens holds. Token counts include the ends of text, bytes are raw UTF-8 bytes of documents.
 
-    settings, sources: what was asked for, without paths, and [name, size, mark] of each file read, in order, the
-      mark of a local one its sha256 (`source_facts`); `prepare` compares them. (Version 2: paths, [name, size].)
-    prompts: whether documents may begin with a prompt (their lengths are in the .idx files).
-    unigram_nats: nats per scored validation token (end of text counted) under the unigram of the scored
-      training tokens, add-one smoothed over the V words.
+    settings, sources: what was asked for, without paths, and `source_facts` of each file read, in order; `prepare`
+      compares them. (Version 2: paths, [name, size].)
+    prompts: whether documents may begin with a prompt (their lengths are in the .idx files), which `scored` leaves out.
+    unigram_nats: nats per scored validation token under the unigram of the scored training tokens, add-one smoothed.
     corpus_fingerprint: sum of the documents' sha256 modulo 2^256, 64 hex digits: no order, no files in it.
     bpe_training_bytes: bytes of text a BPE was trained on.
     left_out: training documents left out because they are equal to a document of the validation files.
     bad: records that could not be read; bad_records.jsonl lists them.
     unreadable: source files of the embedded corpus that could not be read.
     sampled: the training split is a sample (data.stream trains on the documents themselves).
-    lengths: [tokens, documents] of the training split, by rising tokens: how many of its documents have so many scored
-      tokens (end of text too), counted as at most LONGEST.
+    lengths: [tokens, documents], by rising tokens: how many training documents have so many scored tokens, of which
+      at most LONGEST are counted.
     splits: "train" and "valid": [stem, first token, end token, first document, end document] of each range, in
       the order of the documents; a range lies in the shard stem.bin and its index stem.idx.
     shards: file name -> {"bytes", "sha256"}.
@@ -115,7 +113,7 @@ class Manifest:
 
 
 def load_manifest(folder: str | os.PathLike) -> Manifest:
-    """The manifest of a folder of tokens (also of version 2); ValueError when there is none, or another version's."""
+    """The manifest of a folder of tokens; ValueError when there is none, or one of a version before 2."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         raise ValueError(f"no tokens in {folder} ({MANIFEST} is missing); run --mode=prepare")
@@ -137,16 +135,12 @@ def prepare(out_dir: str | os.PathLike, data: DataConfig, tokenizer: TokenizerCo
             say: Callable[[str], None] | None = None) -> Manifest | None:
     """Makes the folder of tokens, goes on making it, or reuses it when it was made with the same settings and files.
 
-    Files are the same by their contents and order (it is that of the tokens), whatever their paths: local ones by
-    sha256, taken again where size or time is another than last time (verified.json), remote ones by size and the
-    entity tag or time that their file system gives (none: by name and size).
-
-    Documents stream from their files to the disk; what is held is some batches of about a megabyte a core. Killed
-    at any moment, the next call goes on after the shards that were closed, to the same bytes.
+    Files are the same by contents (`identity`) and order, whatever their paths. Documents stream from their files to
+    the disk; what is held is some megabytes a core. Killed at any moment, the next call goes on after the shards
+    that were closed, to the same bytes.
 
     Args:
-      out_dir: the folder. data, tokenizer: the settings, `config.DataConfig` and `config.TokenizerConfig`.
-        data.prepare_shard='i/n': only the units u with u % n == i are made by this call.
+      data: data.prepare_shard='i/n': only the units u with u % n == i are made by this call.
       say: gets a line on what is made, reused or missing (default: absl's log).
     Returns: the manifest; None where other workers' units are missing still (said).
     Raises:
@@ -159,17 +153,14 @@ def prepare(out_dir: str | os.PathLike, data: DataConfig, tokenizer: TokenizerCo
     data.check()
     tokenizer.check()
     folder = Path(out_dir)
-    if (folder / MANIFEST).exists():
-        manifest = _reuse(folder, data, tokenizer, say)
-        if manifest is not None:
-            return manifest
+    if (folder / MANIFEST).exists() and (manifest := _reuse(folder, data, tokenizer, say)):
+        return manifest
 
     start = time.monotonic()
     reader, train, valid = what_to_read(data, say)
     for source in [*train, *valid]:
         reader.check(source)
-    settings = _settings(data, tokenizer, len(valid))
-    seen = _Seen(folder)
+    settings, seen = _settings(data, tokenizer, len(valid)), _Seen(folder)
     sources = _facts([*train, *valid], tokenizer, seen)
     _check_sha256(tokenizer, sources)
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +208,7 @@ def unigram_nats(train_counts: np.ndarray, valid_counts: np.ndarray) -> float:
 
 
 def token_counts(folder: str | os.PathLike, split: str = "train", manifest: Manifest | None = None) -> np.ndarray:
-    """How often each word is a scored token of a split ('train' or 'valid'), int64 [V]; read in pieces.
+    """How often each word is a scored token of a split ('train' or 'valid'), int64 [V].
 
     manifest: that of the folder, where it is not on disk yet.
     """
@@ -250,8 +241,10 @@ def document_lengths(folder: Path, ranges: list) -> list[list[int]]:
 
 
 def _settings(data: DataConfig, tokenizer: TokenizerConfig, validation: int) -> dict:
-    """What decides the tokens beside the contents of files, so no paths; what cannot matter is None, so that it cannot
-    differ. validation: number of validation files, the last of the sources."""
+    """What decides the tokens beside the contents of files, so no paths; None where it cannot matter.
+
+    validation: number of validation files, the last of the sources.
+    """
     trained = tokenizer.kind == "bpe" and not tokenizer.file
     files = bool(data.files or data.validation)
     split = None if data.validation else data.split
@@ -282,11 +275,10 @@ _VALIDATION = "files of data.validation"  # in settings: how many
 def what_to_read(data: DataConfig, say: Callable[[str], None] = lambda line: None
                  ) -> tuple[Reader, list[str], list[str]]:
     """How documents are read, the training sources and the validation files; say: gets what folders hold."""
-    reader = Reader(text_field=data.text_field, prompt_field=data.prompt_field, detokenize=data.detokenize,
-                           txt_documents=data.txt_documents, format=data.format)
-    return (reader, [EMBEDDED] if data.source == "embedded" 
-            else resolve(data.files, "data.files", data.format, say),
-            resolve(data.validation, "data.validation", data.format, say) if data.validation else [])
+    reader = Reader(data.text_field, data.prompt_field, data.txt_documents, data.format, data.detokenize)
+    train = [EMBEDDED] if data.source == "embedded" else resolve(data.files, "data.files", data.format, say)
+    valid = resolve(data.validation, "data.validation", data.format, say) if data.validation else []
+    return reader, train, valid
 
 
 class _Seen:
@@ -351,28 +343,15 @@ def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: TokenizerC
             return words, begun
     used = 0
 
-    def training_texts() -> Iterator[str]:
+    def texts() -> Iterator[str]:
         nonlocal used
-        train = [unit for unit, (_, split) in enumerate(job.units) if split == "train"]
-        end = _last(job, train, last) if last else (len(train), 0)
-        for unit in train:
-            left = BPE_TRAINING_BYTES // len(train)
-            for number, document in enumerate(job.reader.documents(job.units[unit][0])):
-                if left <= 0 or (unit, number) >= end:
-                    break
-                if job.split(unit, document) != "train":
-                    continue
-                # Cutting characters, not bytes, keeps the text valid; a hair over the share does not matter.
-                for part in filter(None, (document.prompt, document.text)):
-                    part = part[:max(0, left)]
-                    size = len(part.encode("utf-8"))
-                    left -= size
-                    used += size
-                    yield part
+        for text in _training_texts(job, last):
+            used += len(text.encode("utf-8"))
+            yield text
 
     trained = tokenizer.kind == "bpe" and not tokenizer.file
-    words = tokenizers.make_tokenizer(tokenizer.kind, tokenizer.vocab_size, training_texts() if trained else None,
-                                  tokenizer.file, tokenizer.sha256, tokenizer.pattern)
+    words = tokenizers.make_tokenizer(tokenizer.kind, tokenizer.vocab_size, texts() if trained else None,
+                                      tokenizer.file, tokenizer.sha256, tokenizer.pattern)
     if trained and words.vocab_size < tokenizer.vocab_size:
         say(f"tokenizer: the corpus holds merges for V={words.vocab_size:,} only, "
             f"{tokenizer.vocab_size:,} were asked for (tokenizer.vocab_size)")
@@ -381,6 +360,23 @@ def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: TokenizerC
              "tokenizer_fingerprint": words.fingerprint, "bpe_training_bytes": used}
     write_json(path, begun, indent=2)
     return words, begun
+
+
+def _training_texts(job: shards.Job, last: int) -> Iterator[str]:
+    """What a BPE is trained on: of each training unit an equal share of BPE_TRAINING_BYTES."""
+    train = [unit for unit, (_, split) in enumerate(job.units) if split == "train"]
+    end = _last(job, train, last) if last else (len(train), 0)
+    for unit in train:
+        left = BPE_TRAINING_BYTES // len(train)
+        for number, document in enumerate(job.reader.documents(job.units[unit][0])):
+            if left <= 0 or (unit, number) >= end:
+                break
+            if job.split(unit, document) == "train":
+                # Cutting characters, not bytes, keeps the text valid; a hair over the share does not matter.
+                for part in filter(None, (document.prompt, document.text)):
+                    part = part[:max(0, left)]
+                    left -= len(part.encode("utf-8"))
+                    yield part
 
 
 def _last(job: shards.Job, train: list[int], count: int) -> tuple[int, int]:
@@ -402,17 +398,15 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, records: list[shards.Re
         check_bad(job.bad_share, bad, read, first, str(job.folder))
         say(f"tokens: {bad:,} of {read:,} records cannot be read, all in {job.folder / BAD_RECORDS}; the first: "
             f"{Bad(*first)}")
+    made = {name: facts for record in records for name, facts in sorted(record.files.items())}
     with shards.Files() as files:
-        for record in records:
-            for name in sorted(record.files):
-                if name.startswith("bad-"):
-                    files.write(job.folder / BAD_RECORDS, (job.folder / name).read_bytes())
+        for name in made:
+            if name.startswith("bad-"):
+                files.write(job.folder / BAD_RECORDS, (job.folder / name).read_bytes())
         files.close()
 
-    splits: dict[str, list[Range]] = {"train": [], "valid": []}
-    for record in records:
-        for shard in record.shards:
-            splits[shard.stem.split("-")[0]].append(shard)
+    splits: dict[str, list[Range]] = {split: [shard for record in records for shard in record.shards
+                                              if shard.stem.startswith(split)] for split in ("train", "valid")}
     if last:
         splits["train"], splits["valid"] = _cut(job.folder, splits["train"], last)
     total = sum(shard.documents for ranges in splits.values() for shard in ranges)
@@ -433,8 +427,7 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, records: list[shards.Re
         unreadable=embedded_corpus()[1] if job.units[0][0] == EMBEDDED else 0,
         sampled=job.sample > 0, python=platform.python_version(),
         splits={split: [list(shard[:5]) for shard in ranges] for split, ranges in splits.items()},
-        shards={name: facts for record in records for name, facts in sorted(record.files.items())
-                if not name.startswith("bad-")}, lengths=[])
+        shards={name: facts for name, facts in made.items() if not name.startswith("bad-")}, lengths=[])
     if verify and (damage := _damage(job.folder, manifest, _Seen(job.folder))):
         name, what = damage[0]
         raise ValueError(f"{job.folder / name} is {what}: delete it and run --mode=prepare, which makes it again")
@@ -548,14 +541,14 @@ def _check_sha256(tokenizer: TokenizerConfig, sources: list | None) -> None:
 
 def _damage(folder: Path, manifest: Manifest, seen: _Seen) -> list[tuple[str, str]]:
     """(file, 'damaged' or 'missing') of the shards that are not as the manifest says, damaged ones first."""
-    def look(name: str) -> str:
+    def look(name: str) -> tuple[str, str]:
         try:
             size, sha256 = seen.facts(folder / name, name)
         except FileNotFoundError:
-            return "missing"
-        return "" if {"bytes": size, "sha256": sha256} == manifest.shards[name] else "damaged"
+            return "missing", name
+        return "" if {"bytes": size, "sha256": sha256} == manifest.shards[name] else "damaged", name
 
     with futures.ThreadPoolExecutor(shards.core_count()) as pool:
-        looks = list(zip(pool.map(look, manifest.shards), manifest.shards, strict=True))
+        looks = sorted(pool.map(look, manifest.shards))
     seen.save()
-    return [(name, what) for what, name in sorted(looks) if what]
+    return [(name, what) for what, name in looks if what]

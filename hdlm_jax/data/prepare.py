@@ -172,15 +172,13 @@ def prepare(out_dir: str | os.PathLike, data: DataConfig, tokenizer: TokenizerCo
     job = dataclasses.replace(job, id=_hash(begun), dtype="uint16" if words.vocab_size <= 65535 else "uint32")
 
     index, workers = data.worker()
-    mine = [u for u in range(len(job.units)) if u % workers == index and not shards.is_done(job, u)]
+    mine = [u for u in shards.unfinished(job) if u % workers == index]
     shards.make_all(job, words, mine, [size or 0 for _, size, _ in sources])  # not every server tells sizes
-    records = [shards.load_record(job, u) for u in range(len(job.units))]
-    missing = [u for u, record in enumerate(records) if record is None or not record.done]
-    if missing:
-        say(f"tokens: worker {index}/{workers} has done its part of {folder}; {len(missing)} of {len(records)} files "
+    if missing := shards.unfinished(job):
+        say(f"tokens: worker {index}/{workers} has done its part of {folder}; {len(missing)} of {len(job.units)} files "
             f"are left to others (the first, {job.units[missing[0]][0]}, to {missing[0] % workers}/{workers})")
         return None
-    manifest = _merge(job, words, [record for record in records if record], begun, last, workers > 1, say)
+    manifest = _merge(job, words, begun, last, workers > 1, say)
     shards.remove_leftovers(folder)
     say(f"tokens: made {folder} in {time.monotonic() - start:.1f} s: {manifest.summary()}")
     return manifest
@@ -389,9 +387,10 @@ def _last(job: shards.Job, train: list[int], count: int) -> tuple[int, int]:
     return 0, 0
 
 
-def _merge(job: shards.Job, words: tokenizers.Tokenizer, records: list[shards.Record], begun: dict, last: int,
-           verify: bool, say: Callable[[str], None]) -> Manifest:
+def _merge(job: shards.Job, words: tokenizers.Tokenizer, begun: dict, last: int, verify: bool,
+           say: Callable[[str], None]) -> Manifest:
     """Writes the manifest of a folder whose units are all done; verify: after hashing the shards once more."""
+    records = [record for unit in range(len(job.units)) if (record := shards.load_record(job, unit))]
     bad, read = sum(record.bad for record in records), sum(record.records for record in records)
     if bad:
         first = next(record.first_bad for record in records if record.bad)

@@ -230,9 +230,9 @@ def load_record(job: Job, unit: int) -> Record | None:
     return record
 
 
-def is_done(job: Job, unit: int) -> bool:
-    record = load_record(job, unit)
-    return record is not None and record.done
+def unfinished(job: Job) -> list[int]:
+    records = [load_record(job, unit) for unit in range(len(job.units))]
+    return [unit for unit, record in enumerate(records) if not record or not record.done]
 
 
 class _Encoded(NamedTuple):

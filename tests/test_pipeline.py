@@ -160,8 +160,6 @@ def test_wide_tokens(tmp_path):
 
 
 def test_wrong_folders(folders, tmp_path):
-    with pytest.raises(ValueError, match="split is 'test'; choices: train, valid"):
-        pipeline.Split(folders[False, 1], load_manifest(folders[False, 1]), "test")
     with pytest.raises(ValueError, match="no tokens in .* run --mode=prepare"):
         pipeline.valid_rows(tmp_path, 8)
     documents = lengths_to_documents([5, 6], [1, 2])
@@ -184,7 +182,6 @@ def test_wrong_folders(folders, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (dict(seq_len=1004), "model.seq_len is 1004; must be at most the 1003 training tokens"),
     (dict(batch_size=5, process_count=2), "train.batch_size is 5; .* multiple of the 2 processes"),
-    (dict(process_index=2, process_count=2), r"process_index is 2; must be in 0\.\.1"),
 ])
 def test_wrong_settings(ring, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -213,12 +210,8 @@ def test_an_epoch_sees_every_window_once(ring):
         starts.append(tuple(rows[:, 0]))
         assert list(rows[:, 0]) != sorted(rows[:, 0])
     assert len(set(map(frozenset, starts))) > 1  # the place moves
-    fixed = pipeline.TrainBatches(ring, 10, 4, seed=1, shift=False)
-    orders = [epoch_rows(fixed, epoch)[:, 0] for epoch in range(3)]
-    assert all(sorted(order) == list(range(0, 1000, 10)) for order in orders)
-    assert not (orders[0] == orders[1]).all()
-    other = pipeline.TrainBatches(ring, 10, 4, seed=2, shift=False)
-    assert not (epoch_rows(other, 0)[:, 0] == orders[0]).all()
+    other = pipeline.TrainBatches(ring, seq_len=10, batch_size=4, seed=2)
+    assert not (epoch_rows(other, 0)[:, 0] == starts[0]).all()
 
 
 def test_the_ring_gives_every_token_equal_chances(ring):
@@ -386,7 +379,7 @@ def test_iterator_resumes_exactly(ring):
     assert state == batches.position(11) == {"next_index": 11}
     resumed = pipeline.TrainBatches(ring, 10, 12, seed=4).iterator()
     resumed.set_state(state)
-    started = pipeline.TrainBatches(ring, 10, 12, seed=4).iterator(state, threads=1)
+    started = pipeline.TrainBatches(ring, 10, 12, seed=4).iterator(state)
     halves = [pipeline.TrainBatches(ring, 10, 12, 4, index, 2).iterator(state) for index in range(2)]
     for step in range(11, 41):
         for name, array in batches.batch(step).items():

@@ -930,8 +930,6 @@ def test_wrong_folders(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         prepare.load_manifest(tmp_path)
-    with pytest.raises(ValueError, match="split is 'test'; choices: train, valid"):
-        prepare.token_counts(tmp_path, "test")
 
 
 @pytest.mark.parametrize("data, tokenizer, message", [

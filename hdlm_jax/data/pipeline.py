@@ -53,8 +53,6 @@ class Split:
     """
 
     def __init__(self, folder: str | os.PathLike, manifest: Manifest, split: str):
-        if split not in ("train", "valid"):
-            raise ValueError(f"split is {split!r}; choices: train, valid")
         self._folder, self._prompts = Path(folder), manifest.prompts
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._ranges = [entry for entry in manifest.splits[split] if entry[2] > entry[1]]
@@ -197,8 +195,6 @@ class _Batches:
 
     def __init__(self, seq_len: int, batch_size: int, seed: int, process_index: int, process_count: int,
                  packing: str, padding: str, variable_share: float, prompts: bool, eot: int):
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index is {process_index}; must be in 0..{process_count - 1}")
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(f"train.batch_size is {batch_size}; must be a positive multiple of the "
                              f"{process_count} processes")
@@ -246,7 +242,7 @@ class _Batches:
 class TrainBatches(_Batches):
     """Training batches of a folder that `prepare` made: `batch(step)` depends on (seed, step) alone.
 
-    The T training tokens are a ring. An epoch cuts it, from a random place (without `shift` the first token), into
+    The T training tokens are a ring. An epoch cuts it, from a random place, into
     W = T // S windows and visits them in a random order. Global row r = step * B + i is the (r mod W)-th window of
     epoch r // W: a step may straddle epochs. With packing="crop" the W documents take the place of the windows.
 
@@ -256,7 +252,7 @@ class TrainBatches(_Batches):
 
     def __init__(self, folder: str | os.PathLike, seq_len: int, batch_size: int, seed: int = 0,
                  process_index: int = 0, process_count: int = 1, *, packing: str = "concat", padding: str = "end",
-                 variable_share: float = 0.0, shift: bool = True):
+                 variable_share: float = 0.0):
         manifest = load_manifest(folder)
         super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, padding, variable_share,
                          manifest.prompts, manifest.eot)
@@ -268,13 +264,13 @@ class TrainBatches(_Batches):
         if manifest.prompts or packing == "crop":
             _ = self._split.documents  # read once, before prefetch threads ask for it
         self.windows = len(self._split.documents.prompts) if packing == "crop" else self.num_tokens // seq_len
-        self.shift, self._prompts = shift, manifest.prompts
+        self._prompts = manifest.prompts
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
         self._lock = threading.Lock()  # prefetch threads ask at once; one of them draws
 
     def _draw_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
         stream = np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64))
-        start = int(stream.random_raw()) % self.num_tokens if self.shift else 0
+        start = int(stream.random_raw()) % self.num_tokens
         order = np.argsort(stream.random_raw(self.windows), kind="stable")
         return start, order.astype(np.int32 if self.windows < 2**31 else np.int64)
 
@@ -309,15 +305,14 @@ class TrainBatches(_Batches):
         """The data position before `step`, as `iterator` takes it and its `get_state` gives it."""
         return {"next_index": step}
 
-    def iterator(self, position: dict | None = None, *, threads: int = 2, prefetch: int = 8) -> grain.DatasetIterator:
-        """An endless Grain iterator over `batch(0)`, `batch(1)`, ..., from `position` on, read ahead by `threads`.
+    def iterator(self, position: dict | None = None) -> grain.DatasetIterator:
+        """An endless Grain iterator over `batch(0)`, `batch(1)`, ..., from `position` on, read ahead on threads.
 
         Its `get_state()` is the position after the batches handed out; `set_state` of it goes on exactly there.
         """
         import grain
         steps = grain.MapDataset.range(sys.maxsize).map(lambda step: self.batch(int(step)))
-        iterator = iter(steps.to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))))
+        iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
         if position is not None:
             iterator.set_state(_position(position, self.position(0)))
         return iterator

@@ -210,8 +210,6 @@ def token_counts(folder: str | os.PathLike, split: str = "train", manifest: Mani
 
     manifest: that of the folder, where it is not on disk yet.
     """
-    if split not in ("train", "valid"):
-        raise ValueError(f"split is {split!r}; choices: train, valid")
     manifest = manifest or load_manifest(folder)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     counts = np.zeros(manifest.vocab_size, np.int64)

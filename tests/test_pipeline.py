@@ -372,11 +372,11 @@ def test_lengths_vary(ring, packing):
 def test_iterator_resumes_exactly(ring):
     batches = pipeline.TrainBatches(ring, 10, 12, seed=4)
     iterator = batches.iterator()
-    assert iterator.get_state() == batches.position(0)
+    assert iterator.get_state() == {"next_index": 0}
     for step in range(11):
         np.testing.assert_array_equal(next(iterator)["x"], batches.batch(step)["x"])
     state = json.loads(json.dumps(iterator.get_state()))
-    assert state == batches.position(11) == {"next_index": 11}
+    assert state == {"next_index": 11}
     resumed = pipeline.TrainBatches(ring, 10, 12, seed=4).iterator()
     resumed.set_state(state)
     started = pipeline.TrainBatches(ring, 10, 12, seed=4).iterator(state)

@@ -51,20 +51,13 @@ class _Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How documents are read; picklable.
+    """How documents are read, by the settings of the same names in `data`; picklable."""
 
-    Attributes (the settings of the same names in `data`):
-      text_field, prompt_field: fields of a jsonl record or parquet row; `prompt_field=''` means no prompts.
-      txt_documents: a document of a text file: the whole 'file', all between two 'blank_line's, or a 'line'.
-      format: 'auto', by the name of the file; else its kind, whatever the name.
-      detokenize: prompt and text go through this function of `hdlm_jax.data.detokenize`.
-    """
-
-    text_field: str = "text"
-    prompt_field: str = ""
-    txt_documents: str = "file"
-    format: str = "auto"
-    detokenize: str = ""
+    text_field: str = "text"  # of a JSON record or parquet row
+    prompt_field: str = ""  # '': no prompts
+    txt_documents: str = "file"  # of a text file: the whole 'file', all between two 'blank_line's, or a 'line'
+    format: str = "auto"  # by the name of the file; else its kind, whatever the name
+    detokenize: str = ""  # prompt and text go through this function of `hdlm_jax.data.detokenize`
 
     def check(self, source: str) -> str:
         """The kind of a source: 'embedded', 'txt', 'jsonl', 'json', 'parquet' or 'tar'.

@@ -36,9 +36,6 @@ _ENCODED_CHARS = 1 << 20  # streamed documents are encoded in batches of about s
 _AHEAD_TOKENS = 1 << 22  # streamed batches are made ahead up to about so many tokens
 
 
-# ------------------------------------------------------------------------------------------- a folder of tokens
-
-
 class Documents(NamedTuple):
     """Where the documents of a split begin, and (last) its end; how many tokens of each are its prompt, not scored."""
 
@@ -124,9 +121,6 @@ class Split:
         places = (starts[:, None] + np.arange(seq_len)) % self.tokens
         document = np.searchsorted(self.documents.starts, places, side="right") - 1
         return places - self.documents.starts[document] >= self.documents.prompts[document]
-
-
-# ---------------------------------------------------------------------------------------------------- rows
 
 
 def given(packing: str, padding: str, prompts: bool, causal: bool) -> str:
@@ -236,9 +230,6 @@ class _Batches:
         return batch
 
 
-# ---------------------------------------------------------------------------------------------- prepared folder
-
-
 class TrainBatches(_Batches):
     """Training batches of a folder that `prepare` made: `batch(step)` depends on (seed, step) alone.
 
@@ -301,10 +292,6 @@ class TrainBatches(_Batches):
         score = self._split.scored(starts, self.seq_len) if self._prompts else None
         return self._batch(self._split.gather(starts, self.seq_len), score, lengths, limits)
 
-    def position(self, step: int) -> dict[str, int]:
-        """The data position before `step`, as `iterator` takes it and its `get_state` gives it."""
-        return {"next_index": step}
-
     def iterator(self, position: dict | None = None) -> grain.DatasetIterator:
         """An endless Grain iterator over `batch(0)`, `batch(1)`, ..., from `position` on, read ahead on threads.
 
@@ -314,7 +301,7 @@ class TrainBatches(_Batches):
         steps = grain.MapDataset.range(sys.maxsize).map(lambda step: self.batch(int(step)))
         iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
         if position is not None:
-            iterator.set_state(_position(position, self.position(0)))
+            iterator.set_state(_position(position, {"next_index": 0}))
         return iterator
 
 
@@ -352,9 +339,6 @@ def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0, packing:
         return fields
     says = np.flatnonzero(fields["tokens"])[: limit or None]  # not rows of prompt alone
     return {name: field[says] for name, field in fields.items()}
-
-
-# ------------------------------------------------------------------------------------------------ raw documents
 
 
 class StreamBatches(_Batches):

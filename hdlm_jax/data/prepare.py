@@ -37,35 +37,18 @@ _COUNTED_TOKENS = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder of tokens holds. Token counts include the ends of text, bytes are raw UTF-8 bytes of documents.
-
-    settings, sources: what was asked for, without paths, and `source_facts` of each file read, in order; `prepare`
-      compares them. (Version 2: paths, [name, size].)
-    prompts: whether documents may begin with a prompt (their lengths are in the .idx files), which `scored` leaves out.
-    unigram_nats: nats per scored validation token under the unigram of the scored training tokens, add-one smoothed.
-    corpus_fingerprint: sum of the documents' sha256 modulo 2^256, 64 hex digits: no order, no files in it.
-    bpe_training_bytes: bytes of text a BPE was trained on.
-    left_out: training documents left out because they are equal to a document of the validation files.
-    bad: records that could not be read; bad_records.jsonl lists them.
-    unreadable: source files of the embedded corpus that could not be read.
-    sampled: the training split is a sample (data.stream trains on the documents themselves).
-    lengths: [tokens, documents], by rising tokens: how many training documents have so many scored tokens, of which
-      at most LONGEST are counted.
-    splits: "train" and "valid": [stem, first token, end token, first document, end document] of each range, in
-      the order of the documents; a range lies in the shard stem.bin and its index stem.idx.
-    shards: file name -> {"bytes", "sha256"}.
-    adopted: [settings, sources] of version 2, which the fingerprint of a sample made then is of.
-    """
+    """What a folder of tokens holds. Token counts include the ends of text, bytes are raw UTF-8 bytes of documents;
+    `scored` leaves prompts out."""
 
     version: int
-    settings: dict
-    sources: list
+    settings: dict  # what was asked for, without paths
+    sources: list  # `source_facts` of each file read, in order (version 2: paths, [name, size])
     tokenizer_kind: str
     tokenizer_fingerprint: str
     vocab_size: int
     eot: int
     dtype: str
-    prompts: bool
+    prompts: bool  # whether documents may begin with a prompt (their lengths are in the .idx files)
     train_documents: int
     train_tokens: int
     train_bytes: int
@@ -76,18 +59,20 @@ class Manifest:
     valid_bytes: int
     valid_scored_tokens: int
     valid_scored_bytes: int
-    unigram_nats: float
-    corpus_fingerprint: str
-    bpe_training_bytes: int
-    left_out: int
-    bad: int
-    unreadable: int
-    sampled: bool
+    unigram_nats: float  # per scored validation token, under the add-one smoothed unigram of scored training tokens
+    corpus_fingerprint: str  # sum of the documents' sha256 modulo 2^256, 64 hex digits: no order, no files in it
+    bpe_training_bytes: int  # of text that a BPE was trained on
+    left_out: int  # training documents left out because they are equal to a document of the validation files
+    bad: int  # records that cannot be read; bad_records.jsonl lists them
+    unreadable: int  # source files of the embedded corpus that cannot be read
+    sampled: bool  # the training split is a sample (data.stream trains on the documents themselves)
     python: str
+    # "train" and "valid": [stem, first token, end token, first document, end document] of each range, in the order of
+    # the documents; a range lies in the shard stem.bin and its index stem.idx
     splits: dict
-    shards: dict
-    lengths: list
-    adopted: list = dataclasses.field(default_factory=list)
+    shards: dict  # file name -> {"bytes", "sha256"}
+    lengths: list  # [tokens, documents], rising: so many training documents have so many scored tokens (or LONGEST)
+    adopted: list = dataclasses.field(default_factory=list)  # of version 2: the settings, sources a sample is named by
 
     @property
     def unigram_bits_per_byte(self) -> float:
@@ -128,11 +113,8 @@ def load_manifest(folder: str | os.PathLike) -> Manifest:
     return Manifest(**facts)
 
 
-# ---------------------------------------------------------------------------------------------------- prepare
-
-
 def prepare(out_dir: str | os.PathLike, data: DataConfig, tokenizer: TokenizerConfig, *,
-            say: Callable[[str], None] | None = None) -> Manifest | None:
+            say: Callable[[str], None]) -> Manifest | None:
     """Makes the folder of tokens, goes on making it, or reuses it when it was made with the same settings and files.
 
     Files are the same by contents (`identity`) and order, whatever their paths. Documents stream from their files to
@@ -141,15 +123,12 @@ def prepare(out_dir: str | os.PathLike, data: DataConfig, tokenizer: TokenizerCo
 
     Args:
       data: data.prepare_shard='i/n': only the units u with u % n == i are made by this call.
-      say: gets a line on what is made, reused or missing (default: absl's log).
+      say: gets a line on what is made, reused or missing.
     Returns: the manifest; None where other workers' units are missing still (said).
     Raises:
       ValueError: one line; settings or files that differ from those the folder was made with are named.
       OSError: the disk is full, read-only or the like; what was finished stays and counts.
     """
-    if say is None:
-        from absl import logging
-        say = logging.info
     data.check()
     tokenizer.check()
     folder = Path(out_dir)
@@ -318,9 +297,6 @@ def _hash(facts: dict) -> str:
     return hashlib.sha256(jsons.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-# --------------------------------------------------------------------------------------- beginning and finishing
-
-
 def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: TokenizerConfig, last: int,
            say: Callable[[str], None]) -> tuple[tokenizers.Tokenizer, dict]:
     """The tokenizer, made or loaded, and the facts in begun.json, which all workers must agree on."""
@@ -456,9 +432,6 @@ def _cut(folder: Path, ranges: list[Range], last: int) -> tuple[list[Range], lis
         if here < shard.end_document:
             tail.append(Range(shard.stem, size, shard.end_token, here, shard.end_document, *rest))
     return head, tail
-
-
-# -------------------------------------------------------------------------------------------------------- reuse
 
 
 def _difference(was: dict, were: list, now: dict, are: list | None) -> str:

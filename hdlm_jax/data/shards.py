@@ -50,9 +50,6 @@ def core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ------------------------------------------------------------------------------------------------ files, safely
-
-
 def remove_leftovers(folder: Path) -> None:
     """Removes temporary files of dead writers: gone from this host, or silent for an hour."""
     for path in folder.glob("*.tmp"):
@@ -127,24 +124,17 @@ class Files:
         return facts
 
 
-# -------------------------------------------------------------------------------------------------------- units
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What the bytes of units depend on; travels to other processes.
-
-    id: of the settings, sources and tokenizer. units: (source, 'train' or 'valid'). held: digests of the documents
-    of the validation files. fraction: of split='hash', else 0. sample: bytes of training text a unit, 0: all.
-    """
+    """What the bytes of units depend on; travels to other processes."""
 
     folder: Path
-    id: str
+    id: str  # of the settings, sources and tokenizer
     reader: Reader
-    units: tuple[tuple[str, str], ...]
-    held: frozenset[bytes]
-    fraction: float
-    sample: int
+    units: tuple[tuple[str, str], ...]  # (source, 'train' or 'valid')
+    held: frozenset[bytes]  # digests of the documents of the validation files
+    fraction: float  # of split='hash', else 0
+    sample: int  # bytes of training text a unit; 0: all
     prompts: bool
     dtype: str
     bad_share: float
@@ -197,19 +187,18 @@ class Range(NamedTuple):
 
 @dataclasses.dataclass
 class Record:
-    """How far a unit is. records: read so far, bad ones too. parts: closed so far. digests: sum of the documents'
-    sha256 modulo 2^256, hex. shards: those closed, as `Range`s. files: name -> {"bytes", "sha256"}."""
+    """How far a unit is: what its closed shards hold."""
 
     job: str
     source: str
-    records: int = 0
+    records: int = 0  # bad ones too
     bad: int = 0
     first_bad: tuple = ()
     left_out: int = 0
-    digests: str = "0"
+    digests: str = "0"  # sum of the documents' sha256 modulo 2^256, hex
     parts: int = 0
-    shards: list = dataclasses.field(default_factory=list)
-    files: dict = dataclasses.field(default_factory=dict)
+    shards: list = dataclasses.field(default_factory=list)  # `Range`s
+    files: dict = dataclasses.field(default_factory=dict)  # name -> {"bytes", "sha256"}
     done: bool = False
 
 
@@ -362,9 +351,6 @@ def _make(job: Job, words: tokenizers.Tokenizer, unit: int, threads: int, tick: 
                 close()
         record.done = True
         close()
-
-
-# ------------------------------------------------------------------------------------------------ many processes
 
 
 def make_all(job: Job, words: tokenizers.Tokenizer, units: list[int], sizes: list[int]) -> None:

@@ -111,20 +111,16 @@ class Reader:
         return (record for record in self.read(source) if isinstance(record, Document))
 
     def _source(self, source: str, kind: str) -> Iterator[Document | Bad]:
-        place = _Place(source)
+        place, undo = _Place(source), detokenize.DETOKENIZERS[self.detokenize] if self.detokenize else str
         with one_line(source), open_source(source) as file:
             try:
                 for record in self._contents(file, place, kind):
                     if isinstance(record, Bad):
                         yield record
                     elif not _blank(record.text):
-                        yield self._detokenized(record) if self.detokenize else record
+                        yield record._replace(text=undo(record.text), prompt=record.prompt and undo(record.prompt))
             except _DAMAGED as error:
                 yield place.bad(f"byte {file.tell()}", reason(error))
-
-    def _detokenized(self, document: Document) -> Document:
-        undo = detokenize.DETOKENIZERS[self.detokenize]
-        return document._replace(text=undo(document.text), prompt=document.prompt and undo(document.prompt))
 
     def _contents(self, file: BufferedReader, place: _Place, kind: str = "") -> Iterator[Document | Bad]:
         """The records of an open file; kind '' (a member of an archive): that of its content, else of its name."""

@@ -33,6 +33,7 @@ VERSION = 3
 BPE_TRAINING_BYTES = 100_000_000
 LONGEST = 1 << 16
 _COUNTED_TOKENS = 1 << 20
+_COUNTS = "documents", "tokens", "bytes", "scored_tokens", "scored_bytes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,22 +261,19 @@ class _Seen:
     """Size and sha256 of files, hashed where size or time is not that of the last time (verified.json of a folder)."""
 
     def __init__(self, folder: Path):
-        self._path, self._marks = folder / VERIFIED, {}
+        self._path, self._marks, self._new = folder / VERIFIED, {}, False
         with contextlib.suppress(OSError, ValueError):
             self._marks = jsons.read_json(self._path)
-        self._known = dict(self._marks)
 
     def facts(self, path: Path, name: str = "") -> tuple[int, str]:
         """name: the file is remembered by, else its absolute path. OSError: it cannot be read."""
         name, state = name or os.path.abspath(path), path.stat()
-        size, moment, sha256 = self._known.get(name, (-1, -1, ""))
-        if (size, moment) != (state.st_size, state.st_mtime_ns):
-            sha256 = jsons.sha256_of(path)
-        self._marks[name] = [state.st_size, state.st_mtime_ns, sha256]
-        return state.st_size, sha256
+        if self._marks.get(name, [])[:2] != [state.st_size, state.st_mtime_ns]:
+            self._marks[name], self._new = [state.st_size, state.st_mtime_ns, jsons.sha256_of(path)], True
+        return state.st_size, self._marks[name][2]
 
     def save(self) -> None:
-        if self._marks != self._known:
+        if self._new:
             with contextlib.suppress(OSError):  # a folder that cannot be written: they are hashed again each time
                 write_json(self._path, self._marks)
 
@@ -382,19 +380,19 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, begun: dict, last: int,
                                               if shard.stem.startswith(split)] for split in ("train", "valid")}
     if last:
         splits["train"], splits["valid"] = _cut(job.folder, splits["train"], last)
-    total = sum(shard.documents for ranges in splits.values() for shard in ranges)
     for split, ranges in splits.items():
         if not ranges:
             for unit in range(len(records)):  # of no use with these settings: others may be tried at once
                 job.record_path(unit).unlink(missing_ok=True)
+            total = sum(shard.documents for ranges in splits.values() for shard in ranges)
             raise ValueError(f"no document of {total} falls in the {split} split: give more documents "
                              "(data.txt_documents='blank_line' cuts a .txt), data.validation files, or "
                              "another data.validation_fraction or data.validation_documents")
     manifest = Manifest(
         version=VERSION, settings=begun["settings"], sources=begun["sources"], tokenizer_kind=words.kind,
         tokenizer_fingerprint=words.fingerprint, vocab_size=words.vocab_size, eot=words.eot, dtype=job.dtype,
-        prompts=job.prompts, **_counts("train", splits["train"]), **_counts("valid", splits["valid"]),
-        unigram_nats=math.nan,
+        prompts=job.prompts, **{f"{split}_{name}": sum(getattr(shard, name) for shard in ranges)
+                                for split, ranges in splits.items() for name in _COUNTS}, unigram_nats=math.nan,
         corpus_fingerprint=f"{sum(int(record.digests, 16) for record in records) % 2**256:064x}",
         bpe_training_bytes=begun["bpe_training_bytes"], left_out=sum(record.left_out for record in records), bad=bad,
         unreadable=embedded_corpus()[1] if job.units[0][0] == EMBEDDED else 0,
@@ -409,13 +407,6 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, begun: dict, last: int,
                                    lengths=document_lengths(job.folder, manifest.splits["train"]))
     write_json(job.folder / MANIFEST, dataclasses.asdict(manifest), indent=2)
     return manifest
-
-
-def _counts(split: str, ranges: list[Range]) -> dict:
-    """The counts of a manifest that are of one split."""
-    sums = {name: sum(getattr(shard, name) for shard in ranges)
-            for name in ("bytes", "scored_tokens", "scored_bytes", "tokens", "documents")}
-    return {f"{split}_{name}": count for name, count in sums.items()}
 
 
 def _cut(folder: Path, ranges: list[Range], last: int) -> tuple[list[Range], list[Range]]:

@@ -373,10 +373,13 @@ def make_all(job: Job, words: tokenizers.Tokenizer, units: list[int], sizes: lis
         with futures.ProcessPoolExecutor(min(cores, len(units)), context, _become_worker,
                                          (job, counter, stop)) as pool:
             try:
-                with _deaf():
-                    # The largest first, so that all end together.
+                # Processes that start here are deaf to Ctrl-C before they can say so themselves; it is kept for us.
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:  # the largest first, so that all end together
                     pending = {pool.submit(_make_one, unit, math.ceil(cores * sizes[unit] / total))
                                for unit in sorted(units, key=lambda unit: -sizes[unit])}
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 while pending:
                     finished, pending = futures.wait(pending, 0.5, futures.FIRST_COMPLETED)
                     bar.update(counter.value - bar.n)
@@ -391,26 +394,14 @@ def make_all(job: Job, words: tokenizers.Tokenizer, units: list[int], sizes: lis
                 pool.shutdown(cancel_futures=True)  # waits: workers that have just begun still need what is ours
 
 
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Processes that start here do not hear Ctrl-C, before they can say so themselves; it is kept for us."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 _SHARED: list[tuple[Job, Synchronized[int], Event]] = []  # in a worker process: what all its units share
 _words = functools.lru_cache(maxsize=1)(tokenizers.load_tokenizer)
 
 
 def _become_worker(job: Job, counter: Synchronized[int], stop: Event) -> None:
     def follow() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+        os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()  # nobody else ends us if the parent is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what to do

@@ -473,7 +473,7 @@ SHELF = {prompts: [document for source in SOURCES for document in Shelf("q" if p
 
 
 def stream(prompts: bool = False, **settings) -> pipeline.StreamBatches:
-    settings = dict(seq_len=16, batch_size=4, seed=1, shuffle_documents=5, eot=256) | settings
+    settings = dict(seq_len=16, batch_size=4, seed=1, shuffle_documents=5) | settings
     return pipeline.StreamBatches(Shelf("q" if prompts else ""), SOURCES, CountingTokenizer(),
                                   lambda document: document.text != "held out", **settings)
 
@@ -607,8 +607,7 @@ def test_a_stream_that_cannot_work_says_why():
     never._is_training = lambda document: False
     with pytest.raises(ValueError, match="data.files: no training document in the 3 sources"):
         next(never.iterator())
-    broken = pipeline.StreamBatches(Broken(), ["a.txt"], CountingTokenizer(), lambda _: True, seq_len=4, batch_size=1,
-                                    eot=256)
+    broken = pipeline.StreamBatches(Broken(), ["a.txt"], CountingTokenizer(), lambda _: True, seq_len=4, batch_size=1)
     with pytest.raises(ValueError, match="a.txt: no such file"):
         next(broken.iterator())
     said: list[str] = []
@@ -633,7 +632,7 @@ def test_a_stream_of_files(tmp_path):
     tokenizer = tokenizers.make_tokenizer("bpe", 300, itertools.chain(*texts.values()))
     sources = resolve(str(tmp_path / "*.jsonl"))
     batches = pipeline.StreamBatches(Reader(), sources, tokenizer, lambda document: "3" not in document.text,
-                                     seq_len=64, batch_size=16, packing="crop", padding="hidden", eot=tokenizer.eot)
+                                     seq_len=64, batch_size=16, packing="crop", padding="hidden")
     batch = next(batches.iterator())
     found = [tokenizer.decode(row[there][:-1]) for row, there in zip(batch["x"], batch["score"], strict=True)]
     assert sorted(found) == sorted(text for lines in texts.values() for text in lines if "3" not in text)

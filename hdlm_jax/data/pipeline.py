@@ -353,17 +353,16 @@ class StreamBatches(_Batches):
 
     Args:
       is_training: whether a document is for training; others are skipped.
-      eot: closes each document.
       bad_share: records that cannot be read are skipped and said (`say`), up to this share of those read.
     """
 
     def __init__(self, reader: Reader, sources: Sequence[str], tokenizer: tokenizers.Tokenizer,
                  is_training: Callable[[Document], bool], *, seq_len: int, batch_size: int, seed: int = 0,
                  process_index: int = 0, process_count: int = 1, packing: str = "concat", padding: str = "end",
-                 variable_share: float = 0.0, shuffle_documents: int = 10_000, eot: int, bad_share: float = 1.0,
+                 variable_share: float = 0.0, shuffle_documents: int = 10_000, bad_share: float = 1.0,
                  say: Callable[[str], None] = lambda line: None):
         super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, padding, variable_share,
-                         bool(reader.prompt_field), eot)
+                         bool(reader.prompt_field), tokenizer.eot)
         self._reader, self._sources, self._tokenizer = reader, list(sources), tokenizer
         self._is_training, self._shuffle_documents = is_training, shuffle_documents
         self._bad_share, self._say = bad_share, say

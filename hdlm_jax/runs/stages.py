@@ -189,5 +189,5 @@ def batches_of(config: Config, text: PreparedData) -> Any:
     def is_training(document: Document) -> bool:
         return digest(document) not in held if valid else not is_validation(document, d.validation_fraction)
 
-    return pipeline.StreamBatches(reader, train, text.tokenizer, is_training, eot=text.manifest.eot,
+    return pipeline.StreamBatches(reader, train, text.tokenizer, is_training,
                                   shuffle_documents=d.shuffle_documents, bad_share=d.bad_share, say=say, **how)

@@ -61,17 +61,9 @@ def _topics(path: Path) -> dict[str, str]:
 
 def docstrings(source: bytes | str) -> list[str]:
     """All docstrings of a module's source, in source order: module, classes, functions (nested ones too)."""
-    found: list[str] = []
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and text.strip():
-                found.append(text)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
     with warnings.catch_warnings():  # invalid escapes in old sources are not our affair
         warnings.simplefilter("ignore")
-        visit(ast.parse(source))
-    return found
+        nodes = [node for node in ast.walk(ast.parse(source))
+                 if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+    nodes.sort(key=lambda node: (getattr(node, "lineno", 0), getattr(node, "col_offset", 0)))
+    return [text for text in map(ast.get_docstring, nodes) if text and text.strip()]

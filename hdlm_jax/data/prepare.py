@@ -194,9 +194,10 @@ def token_counts(folder: str | os.PathLike, split: str = "train", manifest: Mani
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     counts = np.zeros(manifest.vocab_size, np.int64)
     for stem, first, end, first_document, end_document in manifest.splits[split]:
-        index = read_index(Path(folder) / f"{stem}.idx", first_document, end_document)
-        ends = first + index[:, 0].cumsum(dtype=np.int64)
-        texts = ends - index[:, 0] + index[:, 2]  # where the text of each document begins, behind its prompt
+        if manifest.prompts:
+            index = read_index(Path(folder) / f"{stem}.idx", first_document, end_document)
+            ends = first + index[:, 0].cumsum(dtype=np.int64)
+            texts = ends - index[:, 0] + index[:, 2]  # where the text of each document begins, behind its prompt
         for start in range(first, end, _COUNTED_TOKENS):  # no memory map: its pages would count as ours
             size = min(_COUNTED_TOKENS, end - start)
             flat = np.fromfile(Path(folder) / f"{stem}.bin", dtype, size, offset=start * dtype.itemsize)

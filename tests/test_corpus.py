@@ -590,6 +590,8 @@ def test_files_are_read_as_streams(tmp_path):
     lines = [hashlib.shake_128(str(i).encode()).hexdigest(1000) for i in range(4000)]
     files = {"a.tar": tar({"a": gzip.compress(tar({f"{i}": line.encode() for i, line in enumerate(lines)}), 1)}),
              "b.jsonl.gz": gzip.compress(jsonl([{"text": line} for line in lines]), 1),
+             "d.json": json.dumps([{"text": line} for line in lines]).encode(),
+             "e.json": "\n".join(json.dumps({"text": line}, indent=1) for line in lines).encode(),
              "c.txt.zst": PACK[".zst"]("\n".join(lines).encode())}
     for name, raw in files.items():
         (tmp_path / name).write_bytes(raw)

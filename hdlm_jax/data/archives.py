@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import io
+import lzma
 import re
 import tarfile
 import types
@@ -39,15 +41,16 @@ class _Pieces(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
+        if self._error:
+            raise self._error
         try:
-            while not self._held and not self._error:
+            while not self._held:
                 self._held = memoryview(next(self._pieces))
         except StopIteration:
             return 0
         except Exception as error:
             self._error = error
-        if self._error:
-            raise self._error
+            raise
         view = memoryview(buffer)
         count = min(len(view), len(self._held))
         view[:count], self._held = self._held[:count], self._held[count:]
@@ -61,15 +64,12 @@ def file_of(pieces: Iterator[bytes]) -> io.BufferedReader:
 
 def decompressor(packed: str, where: str) -> Callable[[], _Decompressor]:
     """Makes what unpacks one stream of a compression; ValueError where its package is missing, for `where`."""
-    if packed == ".gz":
-        return lambda: zlib.decompressobj(31)  # 31: with gzip's header and checksum
     if packed == ".zst":
         return package("zstandard", "zstd", where).ZstdDecompressor(max_window_size=1 << 31).decompressobj
-    if packed == ".xz":
-        import lzma  # some Pythons are built without these two
-        return lzma.LZMADecompressor
-    import bz2
-    return bz2.BZ2Decompressor
+    others: dict[str, Callable[[], _Decompressor]] = {
+        ".gz": lambda: zlib.decompressobj(31),  # with gzip's header and checksum
+        ".xz": lzma.LZMADecompressor, ".bz2": bz2.BZ2Decompressor}
+    return others[packed]
 
 
 def _decompressed(file: io.BufferedReader, new: Callable[[], _Decompressor]) -> Iterator[bytes]:
@@ -80,19 +80,16 @@ def _decompressed(file: io.BufferedReader, new: Callable[[], _Decompressor]) -> 
     """
     stream, raw = None, b""
     while raw := raw or file.read1(1 << 14):
-        if stream is None:
-            raw = raw.lstrip(b"\0")  # padding between streams
-            stream = new() if raw else None
-        if stream is not None:
-            try:
-                text = stream.decompress(raw)
-            except Exception as error:  # each library has its own
-                raise Damaged(reason(error)) from None
-            yield text
-            raw = b""
-            if stream.eof:
-                raw, stream = stream.unused_data, None
-    if stream is not None:
+        if not stream and not (raw := raw.lstrip(b"\0")):  # padding between streams
+            continue
+        stream = stream or new()
+        try:
+            text = stream.decompress(raw)
+        except Exception as error:  # each library has its own
+            raise Damaged(reason(error)) from None
+        yield text
+        raw, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+    if stream:
         raise Damaged("the compressed data is cut short")
 
 

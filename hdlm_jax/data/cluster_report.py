@@ -21,26 +21,18 @@ def write_report(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[li
     """Writes PREFIX.txt (sizes and sample words of every cluster) and PREFIX.png (the embedding plane).
 
     Args:
-      hierarchy: with K >= 2 levels, or MDLM (then the text says so).
-      vectors: float [V, E].
+      vectors: float [V, E]. counts: int [V], how often each word occurs in the training tokens.
       decode: list of word ids -> text.
-      counts: int [V], how often each word occurs in the training tokens.
       out_prefix: path without ending.
 
     Returns:
       {"text": path, "picture": path, or None where matplotlib is missing or there is nothing to draw}.
     """
-    prefix = Path(out_prefix)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    counts = np.asarray(counts, np.int64)
-    if len(counts) != hierarchy.vocab_size or len(vectors) != hierarchy.vocab_size:
-        raise ValueError(f"report: {len(vectors)} vectors and {len(counts)} counts for "
-                         f"{hierarchy.vocab_size} words")
-    text = prefix.with_name(prefix.name + ".txt")
-    text.write_text(_report_text(hierarchy, vectors, decode, counts), encoding="utf-8")
-    picture = prefix.with_name(prefix.name + ".png")
-    drawn = _picture(hierarchy, vectors, decode, counts, picture)
-    return {"text": text, "picture": picture if drawn else None}
+    text, picture = Path(f"{out_prefix}.txt"), Path(f"{out_prefix}.png")
+    text.parent.mkdir(parents=True, exist_ok=True)
+    unit, counts = unit_rows(np.asarray(vectors, np.float32)), np.asarray(counts, np.int64)
+    text.write_text(_report_text(hierarchy, unit, decode, counts), encoding="utf-8")
+    return {"text": text, "picture": picture if _picture(hierarchy, unit, decode, counts, picture) else None}
 
 
 def _show(decode: Callable[[list[int]], str], word: int) -> str:
@@ -49,14 +41,13 @@ def _show(decode: Callable[[list[int]], str], word: int) -> str:
     return (text if text.isprintable() and "\ufffd" not in text else ascii(text)[1:-1]).replace(" ", _SPACE)
 
 
-def _report_text(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[list[int]], str],
+def _report_text(hierarchy: Hierarchy, unit: np.ndarray, decode: Callable[[list[int]], str],
                  counts: np.ndarray, words_shown: int = 16) -> str:
     lines = [f"Hierarchy {hierarchy.fingerprint[:12]}: {hierarchy.sizes} nodes a level, last the mask.",
              f"{int((counts > 0).sum())} of {hierarchy.vocab_size} words occur in {int(counts.sum())} "
              f"training tokens. {_SPACE} is a space; words are listed most frequent first."]
     if hierarchy.num_levels == 1:
         return "\n".join([*lines, "No clusters: this is masked diffusion (MDLM)."]) + "\n"
-    unit = unit_rows(np.asarray(vectors, np.float32))
     total = max(int(counts.sum()), 1)
     share = [np.bincount(a, counts, n) / total for a, n in zip(hierarchy.anc, hierarchy.sizes, strict=True)]
     lines.append(f"Unigram entropy of the words {_entropy(share[0]):.3f} nats.")
@@ -74,25 +65,22 @@ def _report_text(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[li
                   f"  Mean cosine of a word and its centroid {cosine:.3f}; entropy of the cluster "
                   f"{_entropy(share[level]):.3f} nats (at most log n = {math.log(n):.3f})."]
     frequent_first = np.argsort(-counts, kind="stable")
-    members: list[list[int]] = [[] for _ in range(hierarchy.sizes[1])]
-    for word in frequent_first:
-        members[hierarchy.anc[1][word]].append(int(word))
     # Clusters stand under their parents, each list by share of the corpus.
     keys = [-share[1]]
     for level in range(2, hierarchy.num_levels):
         above = hierarchy.level1_anc[level]
         keys += [above, -share[level][above]]
-    previous = [-1] * (hierarchy.num_levels + 1)
+    previous: dict[int, int] = {}
     for node in np.lexsort(keys):
         for level in range(hierarchy.num_levels - 1, 1, -1):
             above = int(hierarchy.level1_anc[level][node])
-            if previous[level] != above:
+            if previous.get(level) != above:
                 previous[level] = above
                 clusters, size = hierarchy.level1_count[level][above], hierarchy.word_count[level][above]
                 lines += ["", f"== Level {level}, node {above}: {clusters} clusters, {size} words, "
                               f"{share[level][above]:.2%} of tokens"]
-        words = members[node]
-        used = sum(counts[w] > 0 for w in words)
+        words = frequent_first[hierarchy.anc[1][frequent_first] == node]
+        used = np.count_nonzero(counts[words])
         mark = " (special)" if len(words) == 1 and words[0] in hierarchy.special else ""
         sample = "  ".join(_show(decode, w) for w in words[:words_shown])
         lines += ["", f"cluster {node}{mark}: {len(words)} words ({used} occur), "
@@ -105,11 +93,10 @@ def _entropy(p: np.ndarray) -> float:
 
 
 def plane(points: np.ndarray, neighbours: int = 12, epochs: int = 300, seed: int = 0) -> np.ndarray:
-    """A map float32 [P, 2] of unit rows [P, E] in which near neighbours (cosine) stay near.
+    """A map float32 [P, 2] of unit rows [P, E] in which near neighbours (cosine) stay near; P up to a few thousand.
 
-    Two principal directions leave most words in one blob, so they are only the start: then words are pulled
-    to their nearest neighbours and pushed off random others, with UMAP's forces, for a fixed number of
-    rounds. For looking at, P up to a few thousand; distances between far groups mean little.
+    It begins with the two principal directions, which leave most words in one blob; then words are pulled to their
+    nearest neighbours and pushed off random others by UMAP's forces. Distances between far groups mean little.
     """
     rng = np.random.default_rng(seed)
     count, k = len(points), min(neighbours, len(points) - 1)
@@ -136,11 +123,10 @@ def plane(points: np.ndarray, neighbours: int = 12, epochs: int = 300, seed: int
     return at.astype(np.float32)
 
 
-def _picture(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[list[int]], str],
+def _picture(hierarchy: Hierarchy, unit: np.ndarray, decode: Callable[[list[int]], str],
              counts: np.ndarray, path: Path, max_words: int = 3000) -> bool:
     """Draws the most frequent words, coloured by level-1 cluster; False where it could not."""
-    unit = unit_rows(np.asarray(vectors, np.float32))
-    drawable = np.linalg.norm(unit, axis=1) > 0
+    drawable = np.any(unit != 0, axis=1)
     drawable[list(hierarchy.special)] = False
     words = [w for w in np.argsort(-counts, kind="stable") if drawable[w]][:max_words]
     if hierarchy.num_levels == 1 or len(words) < 3:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
 
@@ -11,79 +10,62 @@ import numpy as np
 from hdlm_jax.data.embeddings import sum_by, unit_rows
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 
-
-def check_clusters(clusters: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    """The numbers of clusters, fine to coarse, without closing ones; () is MDLM. Raises ValueError."""
-    out = tuple(int(n) for n in clusters)
-    if any(n < 1 for n in out):
-        raise ValueError(f"clusters = {out}: every number of clusters must be at least 1")
-    if any(fine <= coarse for fine, coarse in zip(out, out[1:], strict=False)):
-        raise ValueError(f"clusters = {out} must fall strictly, fine to coarse, as in (256, 16)")
-    if out and out[0] > vocab_size:
-        raise ValueError(f"clusters = {out}: {out[0]} clusters for {vocab_size} words; at most one per word")
-    return tuple(n for n in out if n > 1)
+MIN_RATIO, MAX_RATIO = 0.1, 5.0  # limits of a cluster's size, in averages: k-means alone knows none
 
 
-def build_hierarchy(vectors: np.ndarray, clusters: Sequence[int] = (64,), *, special: Sequence[int] = (),
-                    seed: int = 0, min_ratio: float = 0.1, max_ratio: float = 5.0,
+def build_hierarchy(vectors: np.ndarray, clusters: Sequence[int], *, special: Sequence[int] = (), seed: int = 0,
                     shuffle: bool = False) -> tuple[Hierarchy, dict[str, object]]:
     """Clusters words by spherical k-means (cosine), then clusters the clusters' centroids, and so on.
 
-    A node of any level holds between `min_ratio` and `max_ratio` times the average number of nodes of the
-    level below (words at level 1), V / n, rounded inwards: k-means alone does not keep that, so the
-    farthest words of a cluster that is too large move to the next best cluster with room, and one that is
-    too small takes the words that lose least. Words with a zero vector go one by one to the smallest
-    cluster. Each special word is a cluster of its own, counted in n_1, if at least two other clusters
-    remain; otherwise it is a word like others. Above level 1 its cluster is clustered as any other.
+    A node holds between MIN_RATIO and MAX_RATIO times the average number of nodes of the level below (words at
+    level 1), rounded inwards: the farthest words of a cluster that is too large move to the next best with room, and
+    one that is too small takes the words that lose least. Words with a zero vector go one by one to the smallest
+    cluster. A special word is a cluster of its own, counted in n_1, if at least two other clusters remain; above
+    level 1 its cluster is clustered as any other.
 
     Args:
-      vectors: float [V, E].
+      vectors: finite floats [V, E].
       clusters: (n_1, n_2, ...), strictly falling; () or (1,) gives MDLM.
       special: word ids, usually `(eot,)`.
       seed: of k-means and of the shuffle.
-      min_ratio, max_ratio: limits of the sizes, as a multiple of the average.
-      shuffle: the control: the same tree with the words on it shuffled, so that all sizes are the same (the
-        report's `mean_cosine` is that of the clusters before shuffling).
+      shuffle: the control: the same tree with the words on it shuffled (the report's `mean_cosine` is from before).
 
     Returns:
       The hierarchy and a report (plain json types): how each level came to be.
 
     Raises:
-      ValueError: clusters that do not fall or exceed V, ratios on the wrong side of 1, vectors not finite.
+      ValueError: more clusters than words.
     """
-    vectors = np.asarray(vectors, np.float32)
-    if vectors.ndim != 2 or not np.isfinite(vectors).all():
-        raise ValueError(f"embeddings of shape {vectors.shape} must be a finite [words, width] array")
-    if not 0 <= min_ratio <= 1 <= max_ratio:
-        raise ValueError(f"need 0 <= min_ratio <= 1 <= max_ratio, not {min_ratio} and {max_ratio}")
-    vocab_size = len(vectors)
-    special = tuple(sorted({int(i) for i in special}))
-    if special and not 0 <= special[0] <= special[-1] < vocab_size:
-        raise ValueError(f"special words {special} are outside 0..{vocab_size - 1}")
-    counts = check_clusters(clusters, vocab_size)
+    vectors, vocab_size = np.asarray(vectors, np.float32), len(vectors)
+    counts, special = tuple(int(n) for n in clusters if n > 1), tuple(sorted({int(i) for i in special}))
+    if counts and counts[0] > vocab_size:
+        raise ValueError(f"clusters = {counts}: {counts[0]} clusters for {vocab_size} words; at most one per word")
     own = special if counts and counts[0] - len(special) >= 2 else ()
     points, parents, levels = unit_rows(vectors), [], []
     for level, n in enumerate(counts, start=1):
         apart = np.asarray(own if level == 1 else (), np.int64)
-        parent, points, facts = _level(points, n, apart, min_ratio, max_ratio, seed)
+        parent, points, facts = _level(points, n, apart, seed)
         parents.append(parent)
         levels.append({"level": level} | facts)
     if shuffle and parents:  # after the upper levels: the control is the same tree with other words on it
         common = np.setdiff1d(np.arange(vocab_size), np.asarray(own, np.int64))
         parents[0][common] = np.random.default_rng([seed, 1]).permutation(parents[0][common])
-    report = {"clusters": list(counts), "seed": seed, "shuffle": shuffle, "min_ratio": min_ratio,
-              "max_ratio": max_ratio, "special": list(special), "special_own_cluster": bool(own),
+    report = {"clusters": list(counts), "seed": seed, "shuffle": shuffle, "min_ratio": MIN_RATIO,
+              "max_ratio": MAX_RATIO, "special": list(special), "special_own_cluster": bool(own),
               "unknown_words": int((~vectors.any(1)).sum()), "levels": levels}
     return Hierarchy.from_parents(parents, vocab_size=vocab_size, special=own), report
 
 
-def _level(points: np.ndarray, n: int, apart: np.ndarray, min_ratio: float, max_ratio: float,
+def _level(points: np.ndarray, n: int, apart: np.ndarray,
            seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, object]]:
     """Clusters int32 [P] of points [P, E], those `apart` in clusters of their own; centroids [n, E]; facts."""
     common = np.setdiff1d(np.arange(len(points)), apart)
     parent = np.empty(len(points), np.int32)
     parent[apart] = n - len(apart) + np.arange(len(apart))
-    low, high = _limits(len(points), n, len(apart), min_ratio, max_ratio)
+    # Smallest and largest size, rounded inwards, but never such that no assignment keeps them.
+    average, rest = len(points) / n, len(common) / (n - len(apart))
+    low = min(max(1, math.ceil(MIN_RATIO * average - 1e-9)), math.floor(rest))
+    high = max(math.floor(MAX_RATIO * average + 1e-9), math.ceil(rest))
     parent[common], moves = _balanced_clusters(points[common], n - len(apart), low, high, seed)
     sizes = np.bincount(parent, minlength=n)
     centroids = unit_rows(sum_by(points, parent, n))
@@ -91,14 +73,6 @@ def _level(points: np.ndarray, n: int, apart: np.ndarray, min_ratio: float, max_
     return parent, centroids, {"nodes": n, "size_limits": [low, high],
                                "size_min": int(sizes[:n - len(apart)].min()), "size_max": int(sizes.max()),
                                "mean_cosine": cosine, **moves}
-
-
-def _limits(members: int, nodes: int, apart: int, min_ratio: float, max_ratio: float) -> tuple[int, int]:
-    """Smallest and largest size allowed, rounded inwards, but never such that no assignment keeps them."""
-    average, rest = members / nodes, (members - apart) / (nodes - apart)
-    low = min(max(1, math.ceil(min_ratio * average - 1e-9)), math.floor(rest))
-    high = max(math.floor(max_ratio * average + 1e-9), math.ceil(rest))
-    return low, high
 
 
 def _balanced_clusters(points: np.ndarray, n: int, low: int, high: int,
@@ -112,12 +86,10 @@ def _balanced_clusters(points: np.ndarray, n: int, low: int, high: int,
         similarity[:, :k] = points @ _kmeans(points[known], k, seed).T
         label[known] = similarity[known, :k].argmax(1)
     moved = _shrink(label, similarity, high)
-    heap = [(int(size), c) for c, size in enumerate(np.bincount(label[label >= 0], minlength=n))]
-    heapq.heapify(heap)
+    sizes = np.bincount(label[label >= 0], minlength=n)
     for word in np.flatnonzero(label < 0):
-        size, c = heapq.heappop(heap)
-        label[word] = c
-        heapq.heappush(heap, (size + 1, c))
+        label[word] = sizes.argmin()
+        sizes[label[word]] += 1
     taken = _grow(label, similarity, low)
     return label.astype(np.int32), {"moved_out_of_large": moved, "moved_into_small": taken}
 
@@ -164,12 +136,10 @@ def _grow(label: np.ndarray, similarity: np.ndarray, low: int) -> int:
     """Fills clusters below `low` with the words that lose least by it; returns how many moved."""
     sizes = np.bincount(label, minlength=similarity.shape[1])
     taken = 0
-    for c in np.argsort(sizes, kind="stable"):
-        if sizes[c] >= low:
-            continue
+    for c in [c for c in np.argsort(sizes, kind="stable") if sizes[c] < low]:
         loss = similarity[np.arange(len(label)), label] - similarity[:, c]
         for word in np.argsort(loss, kind="stable"):
-            if sizes[c] == low:
+            if sizes[c] >= low:
                 break
             if sizes[label[word]] > low:  # never true of c itself
                 sizes[label[word]] -= 1

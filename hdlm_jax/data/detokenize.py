@@ -8,24 +8,15 @@ brackets lose the thread in longer texts.
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 from collections.abc import Callable
 
-Rules = tuple[tuple[re.Pattern[str], str], ...]
+Rules = tuple[tuple[str, str], ...]
 
-
-def _rules(*rules: tuple[str, str]) -> Rules:
-    return tuple((re.compile(pattern), replacement) for pattern, replacement in rules)
-
-
-def _apply(rules: Rules, text: str) -> str:
-    for pattern, replacement in rules:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-LM1B = _rules(
+# One Billion Word: blanks around punctuation, brackets, quotes and clitics, and in web addresses.
+LM1B = (
     (r"(https?) : / / ", r"\1://"),
     (r" '(\w+)", r"'\1"),  # they 've
     (r" (\w+) \. ", r" \1. "),
@@ -45,7 +36,9 @@ LM1B = _rules(
     (r"([$£]) ", r"\1"),
 )
 
-PTB = _rules(
+# Penn Treebank in Mikolov's form: clitics set apart, numbers as N (read as 1), rare words as <unk> (read as ?). That it
+# is lower-case and without punctuation cannot be undone.
+PTB = (
     (r" 's", "'s"),
     (r"s ' ", "s' "),  # the traders ' screens
     (r" n't", "n't"),
@@ -56,7 +49,8 @@ PTB = _rules(
     (r"<unk>", "?"),
 )
 
-WIKITEXT = _rules(
+# WikiText: blanks around punctuation, brackets and quotes, @-@ @,@ @.@ inside words and numbers, split = =.
+WIKITEXT = (
     (r"s '", "s'"),
     (r" @([-,.])@ ", r"\1"),  # in words and numbers: self @-@ made, 1 @,@ 000
     *((rf" \{mark} ", f"{mark} ") for mark in ":;.!?,"),  # one after the other: "Jr. , son" and "Zero ?!" hang on it
@@ -79,24 +73,6 @@ WIKITEXT = _rules(
 _REFERENCE = re.compile(r" ?#(\d{2,5});| (quot|amp|lt|gt|hellip|nbsp);")
 
 
-def lm1b(text: str) -> str:
-    """One Billion Word: blanks around punctuation, brackets, quotes and clitics, and in web addresses."""
-    return _apply(LM1B, text)
-
-
-def ptb(text: str) -> str:
-    """Penn Treebank in Mikolov's form: clitics set apart, numbers as N (read as 1), rare words as <unk> (read as ?).
-
-    The text stays lower-case and without punctuation: that cannot be undone.
-    """
-    return _apply(PTB, text)
-
-
-def wikitext(text: str) -> str:
-    """WikiText: blanks around punctuation, brackets and quotes, @-@ @,@ @.@ inside words and numbers, split = =."""
-    return _apply(WIKITEXT, text)
-
-
 def lambada(text: str) -> str:
     """LAMBADA in OpenAI's form: curly double quotes become straight, outer blanks one line end in front."""
     return "\n" + re.sub("[“”]", '"', text).strip()
@@ -112,5 +88,12 @@ def ag_news(text: str) -> str:
     return re.sub(r" {2,}", " ", text.replace("\\", " ")).strip()
 
 
+def _apply(rules: Rules, text: str) -> str:
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
 DETOKENIZERS: dict[str, Callable[[str], str]] = {
-    "lm1b": lm1b, "ptb": ptb, "wikitext": wikitext, "lambada": lambada, "ag_news": ag_news}
+    "lm1b": functools.partial(_apply, LM1B), "ptb": functools.partial(_apply, PTB),
+    "wikitext": functools.partial(_apply, WIKITEXT), "lambada": lambada, "ag_news": ag_news}

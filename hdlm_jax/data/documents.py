@@ -1,7 +1,7 @@
 """Documents of files of text, JSON, parquet and tar, or of the embedded corpus, read as streams.
 
 Files are read packed and nested as they are: OpenWebText, a tar.xz of xz-compressed tars of text files, is read
-from the one file it is distributed as. Only a .json that holds an array, or objects that span lines, is held whole.
+from the one file it is distributed as.
 """
 
 from __future__ import annotations
@@ -51,20 +51,13 @@ class _Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How documents are read; picklable.
+    """How documents are read, by the settings of the same names in `data`; picklable."""
 
-    Attributes (the settings of the same names in `data`):
-      text_field, prompt_field: fields of a jsonl record or parquet row; `prompt_field=''` means no prompts.
-      txt_documents: a document of a text file: the whole 'file', all between two 'blank_line's, or a 'line'.
-      format: 'auto', by the name of the file; else its kind, whatever the name.
-      detokenize: prompt and text go through this function of `hdlm_jax.data.detokenize`.
-    """
-
-    text_field: str = "text"
-    prompt_field: str = ""
-    txt_documents: str = "file"
-    format: str = "auto"
-    detokenize: str = ""
+    text_field: str = "text"  # of a JSON record or parquet row
+    prompt_field: str = ""  # '': no prompts
+    txt_documents: str = "file"  # of a text file: the whole 'file', all between two 'blank_line's, or a 'line'
+    format: str = "auto"  # by the name of the file; else its kind, whatever the name
+    detokenize: str = ""  # prompt and text go through this function of `hdlm_jax.data.detokenize`
 
     def check(self, source: str) -> str:
         """The kind of a source: 'embedded', 'txt', 'jsonl', 'json', 'parquet' or 'tar'.
@@ -118,20 +111,16 @@ class Reader:
         return (record for record in self.read(source) if isinstance(record, Document))
 
     def _source(self, source: str, kind: str) -> Iterator[Document | Bad]:
-        place = _Place(source)
+        place, undo = _Place(source), detokenize.DETOKENIZERS[self.detokenize] if self.detokenize else str
         with one_line(source), open_source(source) as file:
             try:
                 for record in self._contents(file, place, kind):
                     if isinstance(record, Bad):
                         yield record
                     elif not _blank(record.text):
-                        yield self._detokenized(record) if self.detokenize else record
+                        yield record._replace(text=undo(record.text), prompt=record.prompt and undo(record.prompt))
             except _DAMAGED as error:
                 yield place.bad(f"byte {file.tell()}", reason(error))
-
-    def _detokenized(self, document: Document) -> Document:
-        undo = detokenize.DETOKENIZERS[self.detokenize]
-        return document._replace(text=undo(document.text), prompt=document.prompt and undo(document.prompt))
 
     def _contents(self, file: BufferedReader, place: _Place, kind: str = "") -> Iterator[Document | Bad]:
         """The records of an open file; kind '' (a member of an archive): that of its content, else of its name."""
@@ -321,7 +310,7 @@ _TXT = {"file": _whole, "blank_line": _paragraphs, "line": _single}
 
 
 _PARSER = json.JSONDecoder()
-_NO_BLANK = re.compile(r"[^ \t\n\r]|\Z")
+_NO_BLANK = re.compile(r"[^ \t\n\r]")
 
 
 def _object(line: str) -> object:
@@ -343,40 +332,72 @@ def _json(file: BufferedReader, place: _Place) -> Iterator[tuple[int, object]]:
         yield from _lines(file, place)
         return
     number = 0
-    # Bytes that are no UTF-8 become lone surrogates, which `_document` refuses in the one record that has them.
-    text = file.read().decode("utf-8-sig", "surrogateescape")
     try:
-        for number, value in enumerate(_values(text, array), 1):
+        for number, value in enumerate(_values(_Text(file), array), 1):
             yield number, value
     except _Unreadable as error:
         yield number + 1, place.bad(f"record {number + 1}", f"not JSON ({error})")
 
 
-def _values(text: str, array: bool) -> Iterator[object]:
+def _values(text: _Text, array: bool) -> Iterator[object]:
     """The elements of an array, or values one after another without commas. _Unreadable: what follows is no JSON."""
-    at, end = 0, ""
-
-    def following(place: int) -> str:
-        """The next character that is no blank, '' at the end of the text."""
-        nonlocal at
-        at = _NO_BLANK.search(text, place).start()  # type: ignore[union-attr]
-        return text[at:at + 1]
-
-    found = following(0)
+    found, end = text.following(), ""
     if array:
-        found, end = following(at + 1), "]"
+        found, end = text.following(skip=1), "]"
     while found != end:
-        try:
-            value, at = _PARSER.raw_decode(text, at)
-        except RecursionError as error:
-            raise _Unreadable(reason(error)) from None
-        except json.JSONDecodeError as error:
-            raise _Unreadable(error.msg) from None
-        yield value
-        found = following(at)
+        yield text.value()
+        found = text.following()
         if array and found not in (",", "]"):
             raise _Unreadable(f"found {found!r} behind an element" if found else "the array is cut short")
         if found == "," and array:
-            following(at + 1)
-    if array and (found := following(at + 1)):
+            text.following(skip=1)
+    if array and (found := text.following(skip=1)):
         raise _Unreadable(f"found {found!r} behind the end of the array")
+
+
+class _Text:
+    """A JSON file from a place on, of which only as much as the value there needs is held."""
+
+    def __init__(self, file: BufferedReader):
+        self._held, self._at = "", 0
+        # Bytes that are no UTF-8 become lone surrogates, which `_document` refuses in the one record that has them.
+        self._parts = codecs.iterdecode(iter(lambda: file.read1(BUFFER), b""), "utf-8-sig", "surrogateescape")
+
+    def _more(self) -> bool:
+        """Reads on, at least as much as is held, so that a long value is tried only few times; False at the end."""
+        parts, size = [self._held[self._at:]], 0
+        for part in self._parts:
+            parts.append(part)
+            size += len(part)
+            if size >= len(parts[0]):
+                break
+        if size:
+            self._held, self._at = "".join(parts), 0
+        return size > 0
+
+    def following(self, skip: int = 0) -> str:
+        """Goes `skip` characters on and to the next that is no blank: that one, or '' at the end of the file."""
+        self._at += skip
+        while not (found := _NO_BLANK.search(self._held, self._at)):
+            self._at = len(self._held)
+            if not self._more():
+                return ""
+        self._at = found.start()
+        return found[0]
+
+    def value(self) -> object:
+        """The value that begins here; goes behind it."""
+        while True:
+            try:
+                value, end = _PARSER.raw_decode(self._held, self._at)
+            except RecursionError as error:
+                raise _Unreadable(reason(error)) from None
+            except json.JSONDecodeError as error:
+                # Where it is only cut, the error is near the end of what is held, or that of a string that began.
+                cut = error.msg.startswith("Unterminated") or error.pos > len(self._held) - 16
+                if not (cut and self._more()):
+                    raise _Unreadable(error.msg) from None
+            else:
+                if end + 2 < len(self._held) or not self._more():  # else a number may go on ("1", "1e+")
+                    self._at = end
+                    return value

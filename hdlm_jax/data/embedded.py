@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import os
 import sysconfig
 import warnings
 from pathlib import Path
@@ -21,9 +20,8 @@ _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__
 def embedded_corpus() -> tuple[tuple[Document, ...], int]:
     """The documentation that ships inside Python: one document per language topic, one per documented module.
 
-    The topics are `pydoc_data/topics.py`; a module's document is its docstrings (module, classes, functions,
-    in source order) joined by blank lines. Source files are read with `ast`, nothing is imported; sorted by
-    path, tests left out. The text depends on the Python version, so results name the corpus fingerprint.
+    The topics are `pydoc_data/topics.py`; a module's document is its docstrings joined by blank lines. Source files
+    are read with `ast`, nothing is imported; sorted by path, tests left out. The text depends on the Python version.
 
     Returns: the documents, and how many source files could not be read (some are broken on purpose).
     """
@@ -50,10 +48,7 @@ def embedded_corpus() -> tuple[tuple[Document, ...], int]:
 
 
 def _stdlib_sources(root: Path) -> list[Path]:
-    paths = []
-    for folder, names, files in os.walk(root):
-        names[:] = [name for name in names if name not in _LEFT_OUT]
-        paths += [Path(folder, name) for name in files if name.endswith(".py")]
+    paths = [path for path in root.rglob("*.py") if _LEFT_OUT.isdisjoint(path.relative_to(root).parts)]
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -66,17 +61,9 @@ def _topics(path: Path) -> dict[str, str]:
 
 def docstrings(source: bytes | str) -> list[str]:
     """All docstrings of a module's source, in source order: module, classes, functions (nested ones too)."""
-    found: list[str] = []
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and text.strip():
-                found.append(text)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
     with warnings.catch_warnings():  # invalid escapes in old sources are not our affair
         warnings.simplefilter("ignore")
-        visit(ast.parse(source))
-    return found
+        nodes = [node for node in ast.walk(ast.parse(source))
+                 if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+    nodes.sort(key=lambda node: (getattr(node, "lineno", 0), getattr(node, "col_offset", 0)))
+    return [text for text in map(ast.get_docstring, nodes) if text and text.strip()]

@@ -1,4 +1,4 @@
-"""One vector per word, by default from co-occurrences in the corpus, and first values of a model's embedding table.
+"""One vector per word, from co-occurrences in the corpus or from a given table; first values of a model's embedding.
 
 A row of zeros means "nothing is known of this word".
 """
@@ -9,7 +9,7 @@ import concurrent.futures
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -18,48 +18,36 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 if TYPE_CHECKING:
     import scipy.sparse
 
-_CHOICES = "'corpus', 'FILE.npy', 'FILE.safetensors:TENSOR' or 'checkpoint:WORKDIR'"
 _CHUNK = 2**21  # tokens counted at a time: bounds the memory of the pair lists
 
 
-def word_embeddings(spec: str, *, vocab_size: int, tokens: np.ndarray | None = None, eot: int | None = None,
-                    dim: int = 128, window: int = 4, seed: int = 0, max_tokens: int = 50_000_000,
-                    load_checkpoint_embedding: Callable[[str], np.ndarray] | None = None) -> np.ndarray:
-    """One vector per word, float32 [V, E]; words of which nothing is known get zeros.
+class Tokens(Protocol):
+    """Integers [T]: an array, a memory map, or a `data.pipeline.Split`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+def given_embeddings(spec: str, vocab_size: int, load_checkpoint_embedding: Callable[[str], np.ndarray]) -> np.ndarray:
+    """The table that `spec` names, float32 [V, E]. Tables longer than V are cut (padding).
 
     Args:
-      spec: where the vectors come from: 'corpus' (co-occurrences in `tokens`, no pretrained model needed),
-        'FILE.npy', 'FILE.safetensors:TENSOR' (GPT-2's `wte`, say), or 'checkpoint:WORKDIR' (one of our runs).
-        Tables longer than V are cut (padding), shorter ones are an error.
-      vocab_size: V.
-      tokens: int [T], the training tokens (a memmap will do); 'corpus' only.
-      eot: id of the end-of-text token; no co-occurrence reaches across it.
-      dim: E at most, for 'corpus'. The other sources keep their width.
-      window: words up to this far apart co-occur, with weight 1 / distance.
-      seed: of the randomised SVD.
-      max_tokens: a longer corpus is counted on this many of its tokens, in chunks spread evenly over it.
+      spec: 'FILE.npy', 'FILE.safetensors:TENSOR' (GPT-2's `wte`, say), or 'checkpoint:WORKDIR' (one of our runs).
       load_checkpoint_embedding: WORKDIR -> float [>= V, E]; passed in, since data imports no room above it.
 
     Raises:
-      ValueError: unknown source, missing tokens, too few rows, wrong shape, values that are not finite.
+      ValueError: unknown source, too few rows, wrong shape, values that are not finite.
       FileNotFoundError: no such file.
     """
-    if spec == "corpus":
-        if tokens is None or len(tokens) == 0:
-            raise ValueError("embeddings = 'corpus' needs training tokens, there are none: prepare the data")
-        return corpus_embeddings(tokens, vocab_size, eot=eot, dim=dim, window=window, seed=seed,
-                                 max_tokens=max_tokens)
     if spec.startswith("checkpoint:"):
-        if load_checkpoint_embedding is None:
-            raise ValueError(f"embeddings = {spec!r}: no way to read checkpoints was passed in")
         table = load_checkpoint_embedding(spec.removeprefix("checkpoint:"))
     elif spec.endswith(".npy"):
-        _need_file(spec)
-        table = np.load(spec, allow_pickle=False)
+        table = np.load(_existing(spec), allow_pickle=False)
     elif ".safetensors" in spec:
         table = _safetensors(spec)
     else:
-        raise ValueError(f"embeddings = {spec!r} is not one of {_CHOICES}")
+        raise ValueError(f"embeddings = {spec!r} is not one of 'corpus', 'FILE.npy', 'FILE.safetensors:TENSOR' or "
+                         "'checkpoint:WORKDIR'")
     table = np.asarray(table)
     if table.ndim != 2:
         raise ValueError(f"embeddings = {spec!r} has shape {table.shape}: it must be [words, width]")
@@ -72,12 +60,37 @@ def word_embeddings(spec: str, *, vocab_size: int, tokens: np.ndarray | None = N
     return table
 
 
-def corpus_embeddings(tokens: np.ndarray, vocab_size: int, *, eot: int | None = None, dim: int = 128,
+def _existing(path: str) -> str:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"embeddings file {path} does not exist")
+    return path
+
+
+def _safetensors(spec: str) -> np.ndarray:
+    stem, _, tensor = spec.rpartition(".safetensors")
+    path, tensor = _existing(f"{stem}.safetensors"), tensor.removeprefix(":")
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError(f"embeddings = {spec!r} needs the safetensors package: "
+                          "pip install safetensors, or save the table as .npy") from error
+    with safe_open(path, framework="np") as file:
+        names = sorted(file.keys())
+        if tensor not in names:
+            shapes = [f"{name} {file.get_slice(name).get_shape()}" for name in names]
+            shown = ", ".join(shapes[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+            raise ValueError(f"{path} has no tensor {tensor!r} (FILE.safetensors:TENSOR); it has {shown}")
+        return file.get_tensor(tensor)
+
+
+def corpus_embeddings(tokens: Tokens, vocab_size: int, *, eot: int | None = None, dim: int = 128,
                       window: int = 4, seed: int = 0, max_tokens: int = 50_000_000) -> np.ndarray:
     """PPMI of co-occurrences, then a truncated SVD: float32 [V, min(dim, V)], rows U sqrt(S).
 
     Left and right neighbours are told apart (2V contexts): on openstax text (BPE 4,096, 64 clusters) the
     clusters of adjacent tokens then share .61 nats, against .44 with the two merged.
+
+    Args: those of `cooccurrence`; dim: of a vector, at most; seed: of the randomised SVD.
     """
     matrix = ppmi(cooccurrence(tokens, vocab_size, eot=eot, window=window, max_tokens=max_tokens))
     left, values = _truncated_svd(matrix, min(dim, vocab_size), seed)
@@ -86,37 +99,33 @@ def corpus_embeddings(tokens: np.ndarray, vocab_size: int, *, eot: int | None = 
     return out
 
 
-def cooccurrence(tokens: np.ndarray, vocab_size: int, *, eot: int | None = None, window: int = 4,
+def cooccurrence(tokens: Tokens, vocab_size: int, *, eot: int | None = None, window: int = 4,
                  max_tokens: int = 50_000_000, chunk: int = _CHUNK) -> scipy.sparse.csr_matrix:
     """Sparse float32 [V, V]: how often word j follows word i within `window`, weighted 1 / distance.
 
-    `eot` takes no part and nothing is counted across it.
+    `eot` takes no part and nothing is counted across it. More than `max_tokens` are counted on so many of them, in
+    chunks spread evenly over all.
     """
     import scipy.sparse
 
-    if window < 1:
-        raise ValueError(f"window = {window}: words must be allowed to be at least 1 apart")
-    total = None
+    total = scipy.sparse.csr_matrix((vocab_size, vocab_size), dtype=np.float32)
     for start in _chunk_starts(len(tokens), chunk, max_tokens):
         part = np.asarray(tokens[start:start + chunk + window]).astype(np.int64)
         if part.size and (part.min() < 0 or part.max() >= vocab_size):
             raise ValueError(f"token {part.max()} is outside the vocabulary 0..{vocab_size - 1}")
-        is_eot = part == eot if eot is not None else np.zeros(len(part), bool)
+        is_eot = np.equal(part, -1 if eot is None else eot)
         document = np.cumsum(is_eot)
         rows, cols, weights = [], [], []
-        for distance in range(1, window + 1):
+        for distance in range(1, min(window, len(part) - 1) + 1):
             n = min(chunk, len(part) - distance)  # a pair belongs to the chunk of its first word
-            if n <= 0:
-                break
             ok = (document[:n] == document[distance:distance + n]) & ~is_eot[:n]
             rows.append(part[:n][ok])
             cols.append(part[distance:distance + n][ok])
             weights.append(np.full(len(rows[-1]), 1 / distance, np.float32))
         if rows:
             pairs = (np.concatenate(rows), np.concatenate(cols))
-            counted = scipy.sparse.coo_matrix((np.concatenate(weights), pairs), (vocab_size,) * 2).tocsr()
-            total = counted if total is None else total + counted
-    return total if total is not None else scipy.sparse.csr_matrix((vocab_size,) * 2, dtype=np.float32)
+            total += scipy.sparse.coo_matrix((np.concatenate(weights), pairs), total.shape).tocsr()
+    return total
 
 
 def ppmi(follows: scipy.sparse.csr_matrix, smoothing: float = 0.75) -> scipy.sparse.csr_matrix:
@@ -176,34 +185,9 @@ def _product(matrix: scipy.sparse.csr_matrix, dense: np.ndarray) -> np.ndarray:
 
 
 def _chunk_starts(num_tokens: int, chunk: int, max_tokens: int) -> list[int]:
-    starts = list(range(0, num_tokens, chunk))
-    wanted = max(1, max_tokens // chunk)
-    if len(starts) <= wanted:
-        return starts
-    return [starts[i] for i in np.linspace(0, len(starts) - 1, wanted).round().astype(int)]
-
-
-def _need_file(path: str) -> None:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"embeddings file {path} does not exist")
-
-
-def _safetensors(spec: str) -> np.ndarray:
-    path, _, tensor = spec.rpartition(".safetensors")
-    path, tensor = path + ".safetensors", tensor.removeprefix(":")
-    _need_file(path)
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError(f"embeddings = {spec!r} needs the safetensors package: "
-                          "pip install safetensors, or save the table as .npy") from error
-    with safe_open(path, framework="np") as file:
-        names = sorted(file.keys())
-        if tensor not in names:
-            shapes = [f"{name} {file.get_slice(name).get_shape()}" for name in names]
-            shown = ", ".join(shapes[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
-            raise ValueError(f"{path} has no tensor {tensor!r} (FILE.safetensors:TENSOR); it has {shown}")
-        return file.get_tensor(tensor)
+    starts = range(0, num_tokens, chunk)
+    count = min(len(starts), max(1, max_tokens // chunk))
+    return [starts[i] for i in np.linspace(0, len(starts) - 1, count).round().astype(int)]
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -213,6 +197,7 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def sum_by(rows: np.ndarray, node: np.ndarray, n: int) -> np.ndarray:
+    """Sums [n, E] of the rows [P, E] of each node; node: int [P]."""
     out = np.zeros((n, rows.shape[1]), rows.dtype)
     np.add.at(out, node, rows)
     return out
@@ -222,10 +207,10 @@ def initial_table(vectors: np.ndarray, hierarchy: Hierarchy, width: int, scale: 
                   seed: int = 0) -> np.ndarray:
     """First values of an embedding table, float32 [padded_symbols, width], from the clustering embeddings.
 
-    Word rows are their vectors (made unit, common mean removed, the leading `width` directions kept or padded
-    with zeros, turned by a random rotation so that no coordinate is special); cluster rows are the mean of
-    their words'. All are scaled to the standard deviation that uniform(+-1/sqrt(width)) has, times `scale`.
-    The mask, the padding and symbols of which nothing is known are uniform(+-1/sqrt(width)).
+    A word's row is its vector: made unit, common mean removed, the leading `width` directions kept or padded with
+    zeros, turned by a random rotation so that no coordinate is special. A cluster's is the mean of its words'. All
+    are scaled to the standard deviation of uniform(+-1/sqrt(width)), times `scale`; the mask, the padding and symbols
+    of which nothing is known are drawn from it.
     """
     if len(vectors) != hierarchy.vocab_size:
         raise ValueError(f"embeddings have {len(vectors)} rows, the hierarchy {hierarchy.vocab_size} words")

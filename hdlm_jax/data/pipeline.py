@@ -1,13 +1,10 @@
 """Tokens -> batches of S tokens: rows of a prepared folder, or of raw documents tokenised on the fly.
 
-A row is packed in one of three ways. concat: S consecutive tokens of the documents one after the other;
-documents: the same, with attention limited to tokens of the same document; crop: one document, or a window of
-one that is longer than S. Behind a document that ends before its row does is padding of one of two kinds. end: more
-ends of text, shown, noised and scored like any token, so that where a text ends is part of the text; hidden: no token
-sees it and it is not scored, so that a row's length is given (docs/theory.md section 7).
-
-`TrainBatches` reads the folder that `prepare` writes and is a pure function of (seed, step); `StreamBatches` reads raw
-documents and goes on from any position it has handed out; `valid_rows` is the validation split, every token once.
+packing: 'concat' (a row is S consecutive tokens of the documents, one after the other), 'documents' (the same, with
+attention limited to tokens of the same document) or 'crop' (one document, or a window of one longer than S).
+padding, of a row of 'crop' behind its document: 'end' (more ends of text, noised and scored like any token, so that
+where a text ends is part of it) or 'hidden' (no token sees it and it is not scored: a row's length is given;
+docs/theory.md section 7).
 """
 
 from __future__ import annotations
@@ -28,26 +25,22 @@ import numpy as np
 from hdlm_jax.data import tokenizers
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.prepare import Manifest, load_manifest
-from hdlm_jax.data.records import Bad, Document
+from hdlm_jax.data.records import MANY, Bad, Document, check_bad
+from hdlm_jax.data.shards import ahead, batches, core_count, encode_documents, read_index
 
 if TYPE_CHECKING:
     import grain
 
 _OPEN_SHARDS = 256  # memory maps held at once; each costs a file descriptor
-_MANY_RECORDS = 10_000  # a share of fewer records says little
 _ENCODED_CHARS = 1 << 20  # streamed documents are encoded in batches of about so many characters
 _AHEAD_TOKENS = 1 << 22  # streamed batches are made ahead up to about so many tokens
 
 
-# ------------------------------------------------------------------------------------------- a folder of tokens
-
-
 class Documents(NamedTuple):
-    """Where the documents of a split are: `starts` int64 [documents + 1] (the last one: the end of the split),
-    `prompts` uint32 [documents], the tokens at a document's beginning that are never scored."""
+    """Where the documents of a split begin, and (last) its end; how many tokens of each are its prompt, not scored."""
 
-    starts: np.ndarray
-    prompts: np.ndarray
+    starts: np.ndarray  # int64 [documents + 1]
+    prompts: np.ndarray  # uint32 [documents]
 
 
 class Split:
@@ -57,8 +50,6 @@ class Split:
     """
 
     def __init__(self, folder: str | os.PathLike, manifest: Manifest, split: str):
-        if split not in ("train", "valid"):
-            raise ValueError(f"split is {split!r}; choices: train, valid")
         self._folder, self._prompts = Path(folder), manifest.prompts
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._ranges = [entry for entry in manifest.splits[split] if entry[2] > entry[1]]
@@ -76,35 +67,32 @@ class Split:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read up to token {end:,} ({error}); run --mode=prepare") from None
 
-    def _pieces(self, start: int, count: int) -> Iterator[np.ndarray]:
-        while count > 0:
-            start %= self.tokens
-            number = bisect.bisect_right(self._ends, start)
-            flat = self._flat(number)
-            place = start - self._ends[number] + len(flat)
-            piece = flat[place:place + count]
-            yield piece
-            start += len(piece)
-            count -= len(piece)
-
     def __len__(self) -> int:
         return self.tokens
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """A stretch of the tokens, as of an array: uint16 or uint32."""
         start, stop, _ = part.indices(self.tokens)
-        return self.read(start, max(0, stop - start))
+        return self._read(start, max(0, stop - start))
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens of the ring from `start`, uint16 or uint32; a view of the disk where one shard has all."""
-        pieces = list(self._pieces(start, count))
+    def _read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens of the ring from `start`; a view of the disk where one shard has all."""
+        pieces = []
+        while count > 0:
+            start %= self.tokens
+            number = bisect.bisect_right(self._ends, start)
+            flat = self._flat(number)
+            place = start - self._ends[number] + len(flat)
+            pieces.append(flat[place:place + count])
+            start += len(pieces[-1])
+            count -= len(pieces[-1])
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, self._dtype), *pieces])
 
     def gather(self, starts: np.ndarray, seq_len: int) -> np.ndarray:
         """Rows of S consecutive tokens of the ring, int32 [b, S]; starts: int64 [b]."""
         out = np.empty((len(starts), seq_len), np.int32)
         for row, start in zip(out, starts.tolist(), strict=True):
-            row[:] = self.read(start, seq_len)
+            row[:] = self._read(start, seq_len)
         return out
 
     @functools.cached_property
@@ -115,10 +103,9 @@ class Split:
             path = self._folder / f"{stem}.idx"
             count = end_document - first_document
             try:
-                index = np.fromfile(path, "<u4", 4 * count, offset=16 * first_document)
+                index = read_index(path, first_document, end_document)
             except OSError as error:
                 raise ValueError(f"{path} cannot be read ({error}); run --mode=prepare") from None
-            index = index.reshape(-1, 4)
             if len(index) != count or index[:, 0].sum(dtype=np.int64) != end - first:
                 raise ValueError(f"{path} does not fit {stem}.bin: documents {first_document:,} to "
                                  f"{end_document:,} must have {end - first:,} tokens; run --mode=prepare")
@@ -136,15 +123,10 @@ class Split:
         return places - self.documents.starts[document] >= self.documents.prompts[document]
 
 
-# ---------------------------------------------------------------------------------------------------- rows
-
-
 def given(packing: str, padding: str, prompts: bool, causal: bool) -> str:
     """What the NELBO of a row is conditional on beside its prompt: "nothing", or "lengths" (docs/theory.md section 7).
 
-    Args:
-      packing, padding: how rows are made; prompts: whether documents begin with one; causal: whether a token sees those
-        before it alone, so that what is behind it tells nothing.
+    prompts: whether documents begin with one; causal: whether a token sees only those before it.
     """
     told = {"concat": prompts, "documents": True, "crop": padding == "hidden"}
     return "lengths" if told[packing] and not causal else "nothing"
@@ -152,9 +134,9 @@ def given(packing: str, padding: str, prompts: bool, causal: bool) -> str:
 
 def _fields(x: np.ndarray, score: np.ndarray, lengths: np.ndarray, shown: np.ndarray, packing: str,
             eot: int) -> dict[str, np.ndarray]:
-    """x, score and segment [b, S], tokens int32 [b] of rows whose first `lengths` [b] tokens are text.
+    """x, score, segment [b, S] and tokens int32 [b] of rows whose first `lengths` [b] tokens are text.
 
-    Behind them, up to `shown` [b], are ends of text that count like text but in `tokens`; behind those hidden padding.
+    Behind them, up to `shown` [b], is padding of ends of text, which `tokens` leaves out; behind it hidden padding.
     """
     segment, place = np.zeros_like(x), np.arange(x.shape[1])
     if packing == "documents":  # an end of text belongs to the document that it closes
@@ -172,8 +154,8 @@ def rows_of(pieces: Sequence[np.ndarray], seq_len: int, eot: int, prompts: Seque
             ends: bool | np.ndarray = False) -> dict[str, np.ndarray]:
     """Pieces of text [n_i], each in a row of its own: the fields of `valid_rows`.
 
-    prompts: of each piece, tokens in front that are not scored; ends: whether pieces (each, or bool [n]) that close
-    with the end of text are followed by more of them that count (padding="end"). All else behind a piece is hidden.
+    prompts: of each piece, tokens in front that are not scored; ends: whether (all, or bool [n]) a piece that closes
+    with the end of text is padded by padding="end", else hidden like the others.
     """
     x = np.full((len(pieces), seq_len), eot, np.int32)
     for row, piece in zip(x, pieces, strict=True):
@@ -188,8 +170,8 @@ def _window(lengths: np.ndarray, prompts: np.ndarray, limits: np.ndarray,
             draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Start and size (int64 [b]) of the window that a row shows of a document of `lengths` tokens.
 
-    A document of at most `limits` tokens is whole; of a longer one, each window of that size with a scored
-    token in it is equally likely. draws: uint64 [b], uniform.
+    Of a document of more than `limits` tokens, each window of that size with a scored token in it is equally likely.
+    draws: uint64 [b], uniform.
     """
     sizes = np.minimum(lengths, limits)
     first = np.maximum(0, prompts.astype(np.int64) + 1 - sizes)  # an earlier window holds prompt alone
@@ -198,12 +180,15 @@ def _window(lengths: np.ndarray, prompts: np.ndarray, limits: np.ndarray,
 
 
 class _Batches:
-    """What rows are, wherever their tokens are from, and which of them this process gets."""
+    """What the rows of a batch are, wherever their tokens are from, and which of them this process gets.
+
+    seq_len: S. batch_size: B, of all processes together: process p of them gets rows p*b .. (p+1)*b - 1, b = B / count.
+    variable_share: of the rows, cut to a length uniform in 1..S ('crop': the window is drawn with that length); behind
+    it is padding.
+    """
 
     def __init__(self, seq_len: int, batch_size: int, seed: int, process_index: int, process_count: int,
                  packing: str, padding: str, variable_share: float, prompts: bool, eot: int):
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index is {process_index}; must be in 0..{process_count - 1}")
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(f"train.batch_size is {batch_size}; must be a positive multiple of the "
                              f"{process_count} processes")
@@ -218,11 +203,9 @@ class _Batches:
 
     def example(self) -> dict[str, np.ndarray]:
         """A batch of zeros: the names, shapes and dtypes that every batch of this process has."""
-        shape = (len(self._index), self.seq_len)
-        like = {"score": np.zeros(shape, np.bool_), "segment": np.zeros(shape, np.int32),
-                "tokens": np.zeros(shape[0], np.int32)}
-        return {"x": np.zeros(shape, np.int32), "index": np.zeros(shape[0], np.int32),
-                **{name: like[name] for name in self._names}}
+        size = len(self._index)
+        batch = self._batch(np.zeros((size, self.seq_len), np.int32), None, np.zeros(size), np.zeros(size))
+        return {name: np.zeros_like(array) for name, array in batch.items()}
 
     def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """For each of this process's rows the most tokens it may show (int64 [b]) and a uniform uint64.
@@ -241,38 +224,26 @@ class _Batches:
         """lengths, limits: [b], tokens of text in each row, and the most that it may show."""
         batch = {"x": x, "index": self._index.copy()}
         if self._names:
-            score = np.ones(x.shape, np.bool_) if score is None else score
-            fields = _fields(x, score, lengths, limits if self._ends else lengths, self.packing, self._eot)
+            fields = _fields(x, np.ones(x.shape, np.bool_) if score is None else score, lengths,
+                             limits if self._ends else lengths, self.packing, self._eot)
             batch |= {name: fields[name] for name in self._names}
         return batch
 
 
-# ---------------------------------------------------------------------------------------------- prepared folder
-
-
 class TrainBatches(_Batches):
-    """Training batches: `batch(step)` is a pure function of (seed, step), whatever the number of processes.
+    """Training batches of a folder that `prepare` made: `batch(step)` depends on (seed, step) alone.
 
-    The training tokens are read as a ring of T tokens. An epoch cuts it, from a random place, into W = T // S
-    windows that do not overlap, and visits them in a random order; the next epoch draws place and order anew.
-    Global row r = step * B + i is the (r mod W)-th window of epoch r // W: a step may straddle epochs. With
-    packing="crop" the W documents take the place of the windows.
+    The T training tokens are a ring. An epoch cuts it, from a random place, into
+    W = T // S windows and visits them in a random order. Global row r = step * B + i is the (r mod W)-th window of
+    epoch r // W: a step may straddle epochs. With packing="crop" the W documents take the place of the windows.
 
-    The order is an argsort of raw Philox numbers (key: seed and epoch), a stream NumPy keeps the same from
-    version to version. Held in memory: the orders of two epochs, one int array each.
-
-    Args:
-      folder: made by `prepare`. seq_len: S. batch_size: B, of all processes together.
-      process_index, process_count: this process gets rows p*b .. (p+1)*b - 1 of the B, b = B / process_count.
-      packing: concat, documents or crop; padding: end or hidden (see the top of this file).
-      variable_share: of the rows, cut to a length uniform in 1..S, the rest of the row being padding; with
-        packing="crop" the window is drawn with that length.
-      shift: whether an epoch starts at a random place (else always at the first token).
+    The order is an argsort of raw Philox numbers (key: seed and epoch), a stream that NumPy keeps the same from
+    version to version. Held in memory: the orders of two epochs.
     """
 
     def __init__(self, folder: str | os.PathLike, seq_len: int, batch_size: int, seed: int = 0,
                  process_index: int = 0, process_count: int = 1, *, packing: str = "concat", padding: str = "end",
-                 variable_share: float = 0.0, shift: bool = True):
+                 variable_share: float = 0.0):
         manifest = load_manifest(folder)
         super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, padding, variable_share,
                          manifest.prompts, manifest.eot)
@@ -284,23 +255,23 @@ class TrainBatches(_Batches):
         if manifest.prompts or packing == "crop":
             _ = self._split.documents  # read once, before prefetch threads ask for it
         self.windows = len(self._split.documents.prompts) if packing == "crop" else self.num_tokens // seq_len
-        self.shift, self._prompts = shift, manifest.prompts
+        self._prompts = manifest.prompts
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
         self._lock = threading.Lock()  # prefetch threads ask at once; one of them draws
 
     def _draw_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
         stream = np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64))
-        start = int(stream.random_raw()) % self.num_tokens if self.shift else 0
+        start = int(stream.random_raw()) % self.num_tokens
         order = np.argsort(stream.random_raw(self.windows), kind="stable")
         return start, order.astype(np.int32 if self.windows < 2**31 else np.int64)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """This process's rows of a step.
+        """This process's rows of a step. Every batch has the same fields:
 
-        Returns: x int32 [b, S]; index int32 [b], the row numbers in 0..B-1; where some tokens are not scored
-          (prompts, hidden padding) score bool [b, S]; where attention is limited segment int32 [b, S]: tokens attend to
-          those of the same segment; where padding is scored tokens int32 [b], scored tokens that are none. Padding is
-          end of text; hidden padding is not scored, segment -1. Every batch has the same fields.
+        x int32 [b, S], padded with end of text, and index int32 [b], the row numbers in 0..B-1; where some tokens are
+        not scored (prompts, hidden padding) score bool [b, S]; where attention is limited segment int32 [b, S]: tokens
+        attend to those of the same segment, hidden padding has -1; where padding is scored tokens int32 [b], the
+        number of scored tokens without it.
         """
         epochs, places = np.divmod(step * self.batch_size + self._index.astype(np.int64), self.windows)
         starts, chosen = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
@@ -321,19 +292,16 @@ class TrainBatches(_Batches):
         score = self._split.scored(starts, self.seq_len) if self._prompts else None
         return self._batch(self._split.gather(starts, self.seq_len), score, lengths, limits)
 
-    def position(self, step: int) -> dict[str, int]:
-        """The data position before `step`, as `iterator` takes it and its `get_state` gives it."""
-        return {"next_index": step}
+    def iterator(self, position: dict | None = None) -> grain.DatasetIterator:
+        """An endless Grain iterator over `batch(0)`, `batch(1)`, ..., from `position` on, read ahead on threads.
 
-    def iterator(self, position: dict | None = None, *, threads: int = 2, prefetch: int = 8) -> grain.DatasetIterator:
-        """An endless Grain iterator over `batch(0)`, `batch(1)`, ... read ahead by `threads`, from `position` on;
-        its `get_state()` is the position after the batches handed out, and `set_state` of it goes on exactly there."""
+        Its `get_state()` is the position after the batches handed out; `set_state` of it goes on exactly there.
+        """
         import grain
         steps = grain.MapDataset.range(sys.maxsize).map(lambda step: self.batch(int(step)))
-        iterator = iter(steps.to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))))
+        iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
         if position is not None:
-            iterator.set_state(_position(position, self.position(0)))
+            iterator.set_state(_position(position, {"next_index": 0}))
         return iterator
 
 
@@ -346,10 +314,10 @@ def _position(position: dict, like: dict) -> dict:
 
 def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0, packing: str = "concat",
                padding: str = "end") -> dict[str, np.ndarray]:
-    """The validation split in rows of S tokens, every scored token once. `limit` > 0 keeps the first `limit` rows only.
+    """The validation split in rows of S tokens, every scored token once; of these the first `limit` > 0.
 
-    Rows are consecutive tokens of the split, with packing="crop" of one document. What is left of the last row of the
-    others is hidden whatever `padding` says: it is no text, and the split's number of tokens tells where it begins.
+    Rows are consecutive tokens of the split, with packing="crop" of one document; else what is left of the last row
+    is hidden whatever `padding` says.
 
     Returns: x int32 [n, S], padded with end of text; score bool [n, S], False on hidden padding and prompts; segment
       int32 [n, S], -1 on hidden padding, else 0, with packing="documents" the number of the document in its row;
@@ -373,33 +341,28 @@ def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0, packing:
     return {name: field[says] for name, field in fields.items()}
 
 
-# ------------------------------------------------------------------------------------------------ raw documents
-
-
 class StreamBatches(_Batches):
     """Training batches of raw documents, tokenised on the fly: the same fields as `TrainBatches.batch`.
 
-    An epoch reads the sources in a random order, each from its beginning; consecutive training documents are held
-    in windows of `shuffle_documents`, and those of a window are shuffled. Row after row takes the next S tokens
-    (crop: the next document). All is decided by the seed.
+    An epoch reads the sources in an order that the seed decides, each from its beginning; of every
+    `shuffle_documents` consecutive training documents the order is shuffled. Row after row takes the next S tokens
+    (crop: the next document).
 
-    Every process walks the whole stream and keeps its own rows, which is far faster than training on them. So the
-    position is the same on all of them, and any number of processes goes on from it.
+    Every process walks the whole stream and keeps its own rows: the position is the same on all of them, and any
+    number of processes goes on from it.
 
     Args:
-      reader: `Reader`. sources: what it reads. tokenizer: gives the ids; eot: closes each document.
       is_training: whether a document is for training; others are skipped.
       bad_share: records that cannot be read are skipped and said (`say`), up to this share of those read.
-      The rest as for `TrainBatches`.
     """
 
     def __init__(self, reader: Reader, sources: Sequence[str], tokenizer: tokenizers.Tokenizer,
                  is_training: Callable[[Document], bool], *, seq_len: int, batch_size: int, seed: int = 0,
                  process_index: int = 0, process_count: int = 1, packing: str = "concat", padding: str = "end",
-                 variable_share: float = 0.0, shuffle_documents: int = 10_000, eot: int, bad_share: float = 1.0,
+                 variable_share: float = 0.0, shuffle_documents: int = 10_000, bad_share: float = 1.0,
                  say: Callable[[str], None] = lambda line: None):
         super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, padding, variable_share,
-                         bool(reader.prompt_field), eot)
+                         bool(reader.prompt_field), tokenizer.eot)
         self._reader, self._sources, self._tokenizer = reader, list(sources), tokenizer
         self._is_training, self._shuffle_documents = is_training, shuffle_documents
         self._bad_share, self._say = bad_share, say
@@ -408,8 +371,8 @@ class StreamBatches(_Batches):
         """An endless Grain iterator from `position` (a `get_state()`) or the beginning. A thread reads `prefetch`
         batches ahead (by default enough to go on while the next window of documents is read).
 
-        `get_state()` is exact for the batches handed out: small, plain, and the same on all processes. To go on
-        from it, documents before it in its source are read (not tokenised) once more.
+        `get_state()` is exact for the batches handed out. To go on from it, documents before it in its source are
+        read (not tokenised) once more.
         """
         from grain.experimental import ThreadPrefetchDatasetIterator
         stream = _Stream(self)
@@ -427,7 +390,7 @@ class StreamBatches(_Batches):
 
     def _windows(self, epoch: int, source: int, record: int, window: int
                  ) -> Iterator[tuple[tuple[int, int, int, int], list[Document]]]:
-        """Windows of documents without end: where each begins (all of `_PLACE` but the place in it), its documents."""
+        """Windows of documents without end: where each begins (`_PLACE` without the last), its documents."""
         seen, bad = 0, 0
         while True:
             order = self._order(len(self._sources), epoch)
@@ -439,11 +402,8 @@ class StreamBatches(_Batches):
                     seen += 1
                     if isinstance(document, Bad):
                         bad += 1
-                        found = f"{document.file}, {document.position}: {document.reason}"
-                        self._say(f"data: {found}; skipped, no. {bad} of {seen:,} records")
-                        if bad > self._bad_share * max(seen, _MANY_RECORDS):
-                            raise ValueError(f"{found}; {bad:,} of {seen:,} records cannot be read, more than "
-                                             f"data.bad_share={self._bad_share:g} allows: raise it, or mend the files")
+                        self._say(f"data: {document}; skipped, no. {bad} of {seen:,} records")
+                        check_bad(self._bad_share, bad, seen, document, out_of=MANY)
                     elif isinstance(document, Document) and self._is_training(document):
                         held.append(document)
                         if len(held) == self._shuffle_documents:
@@ -456,35 +416,23 @@ class StreamBatches(_Batches):
                 raise ValueError(f"data.files: no training document in the {len(self._sources)} sources")
             epoch, source, window = epoch + 1, 0, 0
 
-    def _encode(self, documents: Sequence[Document]) -> Iterator[tuple[np.ndarray, int]]:
-        """Tokens of each document (prompt, text, end of text) and how many of them are its prompt."""
-        end_of_text, start = np.array([self._eot], np.int32), 0
-        while start < len(documents):
-            end, size = start, 0
-            while end < len(documents) and size < _ENCODED_CHARS:
-                size += len(documents[end].text) + len(documents[end].prompt)
-                end += 1
-            part = documents[start:end]
-            texts = self._tokenizer.encode_batch([document.text for document in part])
-            prompts = (self._tokenizer.encode_batch([document.prompt for document in part])
-                       if self._reader.prompt_field else [np.zeros(0, np.int32)] * len(part))
-            for prompt, text in zip(prompts, texts, strict=True):
-                yield np.concatenate([prompt, text, end_of_text]), len(prompt)
-            start = end
+    def _encode(self, documents: list[Document]) -> list[tuple[np.ndarray, int]]:
+        return encode_documents(self._tokenizer, documents, bool(self._reader.prompt_field))
 
     def _documents(self, position: dict) -> Iterator[tuple[dict, np.ndarray, int, int]]:
         """Place, tokens, prompt length and tokens used before, of every document from that of `position` on, endless.
 
-        Raises ValueError for a position that these documents do not have.
+        ValueError: a position that these documents do not have.
         """
         *begin, first, used = (position[name] for name in (*_PLACE, "offset"))
         for window, held in self._windows(*begin):
             if first >= len(held):
                 raise ValueError(_MOVED)
             order = self._order(len(held), window[0], window[-1])
-            shuffled = self._encode([held[number] for number in order[first:]])
+            parts = batches([held[number] for number in order[first:]], _ENCODED_CHARS)
             held.clear()  # gone before the next window is read
-            for place, (ids, prompt) in enumerate(shuffled, first):
+            encoded = ahead(self._encode, parts, min(8, core_count()))
+            for place, (ids, prompt) in enumerate(itertools.chain.from_iterable(encoded), first):
                 if used > len(ids):
                     raise ValueError(_MOVED)
                 yield dict(zip(_PLACE, (*window, place), strict=True)), ids, prompt, used
@@ -518,10 +466,12 @@ class _Stream:
         self._documents = self._batches._documents(state)
         self._tokens, self._prompt, self._offset = np.zeros(0, np.int32), 0, 0
 
-    def _advance(self) -> None:
-        """Goes on to a document with tokens left, where none are."""
+    def _take(self, count: int) -> tuple[np.ndarray, int]:
+        """The next tokens, at most `count` and of one document, and how many of them are its prompt's."""
         while self._offset == len(self._tokens):
             self._place, self._tokens, self._prompt, self._offset = next(self._documents)
+        start, self._offset = self._offset, min(len(self._tokens), self._offset + count)
+        return self._tokens[start:self._offset], min(max(self._prompt, start), self._offset) - start
 
     def __next__(self) -> dict[str, np.ndarray]:
         step = self._state["next_index"]
@@ -534,22 +484,15 @@ class _Stream:
         x, score = np.empty(shape, np.int32), np.ones(shape, np.bool_)
         done, flat_x, flat_score = 0, x.reshape(-1), score.reshape(-1)
         while done < x.size:
-            self._advance()
-            piece = self._tokens[self._offset:self._offset + x.size - done]
+            piece, prompt = self._take(x.size - done)
             flat_x[done:done + len(piece)] = piece
-            flat_score[done:done + min(len(piece), max(0, self._prompt - self._offset))] = False
-            self._offset += len(piece)
+            flat_score[done:done + prompt] = False
             done += len(piece)
         limits = self._batches._draw(step)[0]
         return x[self._rows].copy(), score[self._rows], limits, limits
 
     def _crops(self, step: int) -> tuple[np.ndarray, ...]:
-        documents = []
-        for _ in range(self._batches.batch_size):
-            self._advance()
-            documents.append((self._tokens, self._prompt))
-            self._offset = len(self._tokens)
-        documents = documents[self._rows]
+        documents = [self._take(sys.maxsize) for _ in range(self._batches.batch_size)][self._rows]
         limits, draws = self._batches._draw(step)
         prompts = np.array([prompt for _, prompt in documents])
         starts, sizes = _window(np.array([len(ids) for ids, _ in documents]), prompts, limits, draws)

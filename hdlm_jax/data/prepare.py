@@ -1,7 +1,7 @@
 """Documents -> a folder of tokens, made on all cores or by many workers, gone on with after a kill, and reused.
 
-Every source file is a unit with shards of its own (shards.py). When all units are done, whoever sees it writes
-`manifest.json`, last of all: its presence says that the rest is whole.
+Every source file is a unit with shards of its own (shards.py). `manifest.json` is written when all units are done: its
+presence says that the rest is whole.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from hdlm_jax.config import DataConfig, TokenizerConfig, expand
 from hdlm_jax.data import shards, tokenizers
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
-from hdlm_jax.data.records import digest
+from hdlm_jax.data.records import Bad, check_bad, digest
+from hdlm_jax.data.shards import Range, read_index, totals, write_json
 from hdlm_jax.data.sources import identity, resolve, source_facts
 
 MANIFEST, BEGUN, VERIFIED, BAD_RECORDS = "manifest.json", "begun.json", "verified.json", "bad_records.jsonl"
@@ -32,41 +33,23 @@ VERSION = 3
 BPE_TRAINING_BYTES = 100_000_000
 LONGEST = 1 << 16
 _COUNTED_TOKENS = 1 << 20
+_COUNTS = "documents", "tokens", "bytes", "scored_tokens", "scored_bytes"
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder of tokens holds. Counts are of whole splits; a token count includes the ends of text,
-    bytes are raw UTF-8 bytes of the documents (an end of text has none). `scored` leaves prompts out.
-
-    settings, sources: what was asked for, without paths, and [name, size, mark] of each file read, in order, the
-      mark of a local one its sha256 (`source_facts`); `prepare` compares them. (Version 2: paths, [name, size].)
-    prompts: whether documents may begin with a prompt (their lengths are in the .idx files).
-    unigram_nats: nats per scored validation token (end of text counted) under the unigram of the scored
-      training tokens, add-one smoothed over the V words.
-    corpus_fingerprint: sum of the documents' sha256 modulo 2^256, 64 hex digits: no order, no files in it.
-    bpe_training_bytes: bytes of text a BPE was trained on.
-    left_out: training documents left out because they are equal to a document of the validation files.
-    bad: records that could not be read; bad_records.jsonl lists them.
-    unreadable: source files of the embedded corpus that could not be read.
-    sampled: the training split is a sample (data.stream trains on the documents themselves).
-    lengths: [tokens, documents] of the training split, by rising tokens: how many of its documents have so many scored
-      tokens (end of text too), counted as at most LONGEST.
-    splits: "train" and "valid": [stem, first token, end token, first document, end document] of each range, in
-      the order of the documents; a range lies in the shard stem.bin and its index stem.idx.
-    shards: file name -> {"bytes", "sha256"}.
-    adopted: [settings, sources] of version 2, which the fingerprint of a sample made then is of.
-    """
+    """What a folder of tokens holds. Token counts include the ends of text, bytes are raw UTF-8 bytes of documents;
+    `scored` leaves prompts out."""
 
     version: int
-    settings: dict
-    sources: list
+    settings: dict  # what was asked for, without paths
+    sources: list  # `source_facts` of each file read, in order (version 2: paths, [name, size])
     tokenizer_kind: str
     tokenizer_fingerprint: str
     vocab_size: int
     eot: int
     dtype: str
-    prompts: bool
+    prompts: bool  # whether documents may begin with a prompt (their lengths are in the .idx files)
     train_documents: int
     train_tokens: int
     train_bytes: int
@@ -77,18 +60,20 @@ class Manifest:
     valid_bytes: int
     valid_scored_tokens: int
     valid_scored_bytes: int
-    unigram_nats: float
-    corpus_fingerprint: str
-    bpe_training_bytes: int
-    left_out: int
-    bad: int
-    unreadable: int
-    sampled: bool
+    unigram_nats: float  # per scored validation token, under the add-one smoothed unigram of scored training tokens
+    corpus_fingerprint: str  # sum of the documents' sha256 modulo 2^256, 64 hex digits: no order, no files in it
+    bpe_training_bytes: int  # of text that a BPE was trained on
+    left_out: int  # training documents left out because they are equal to a document of the validation files
+    bad: int  # records that cannot be read; bad_records.jsonl lists them
+    unreadable: int  # source files of the embedded corpus that cannot be read
+    sampled: bool  # the training split is a sample (data.stream trains on the documents themselves)
     python: str
+    # "train" and "valid": [stem, first token, end token, first document, end document] of each range, in the order of
+    # the documents; a range lies in the shard stem.bin and its index stem.idx
     splits: dict
-    shards: dict
-    lengths: list
-    adopted: list = dataclasses.field(default_factory=list)
+    shards: dict  # file name -> {"bytes", "sha256"}
+    lengths: list  # [tokens, documents], rising: so many training documents have so many scored tokens (or LONGEST)
+    adopted: list = dataclasses.field(default_factory=list)  # of version 2: the settings, sources a sample is named by
 
     @property
     def unigram_bits_per_byte(self) -> float:
@@ -114,7 +99,7 @@ class Manifest:
 
 
 def load_manifest(folder: str | os.PathLike) -> Manifest:
-    """The manifest of a folder of tokens (also of version 2); ValueError when there is none, or another version's."""
+    """The manifest of a folder of tokens; ValueError when there is none, or one of a version before 2."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         raise ValueError(f"no tokens in {folder} ({MANIFEST} is missing); run --mode=prepare")
@@ -129,46 +114,33 @@ def load_manifest(folder: str | os.PathLike) -> Manifest:
     return Manifest(**facts)
 
 
-# ---------------------------------------------------------------------------------------------------- prepare
-
-
 def prepare(out_dir: str | os.PathLike, data: DataConfig, tokenizer: TokenizerConfig, *,
-            say: Callable[[str], None] | None = None) -> Manifest | None:
+            say: Callable[[str], None]) -> Manifest | None:
     """Makes the folder of tokens, goes on making it, or reuses it when it was made with the same settings and files.
 
-    Files are the same by their contents and order (it is that of the tokens), whatever their paths: local ones by
-    sha256, taken again where size or time is another than last time (verified.json), remote ones by size and the
-    entity tag or time that their file system gives (none: by name and size).
-
-    Documents stream from their files to the disk; what is held is some batches of about a megabyte a core. Killed
-    at any moment, the next call goes on after the shards that were closed, to the same bytes.
+    Files are the same by contents (`identity`) and order, whatever their paths. Documents stream from their files to
+    the disk; what is held is some megabytes a core. Killed at any moment, the next call goes on after the shards
+    that were closed, to the same bytes.
 
     Args:
-      out_dir: the folder. data, tokenizer: the settings, `config.DataConfig` and `config.TokenizerConfig`.
-        data.prepare_shard='i/n': only the units u with u % n == i are made by this call.
-      say: gets a line on what is made, reused or missing (default: absl's log).
+      data: data.prepare_shard='i/n': only the units u with u % n == i are made by this call.
+      say: gets a line on what is made, reused or missing.
     Returns: the manifest; None where other workers' units are missing still (said).
     Raises:
       ValueError: one line; settings or files that differ from those the folder was made with are named.
       OSError: the disk is full, read-only or the like; what was finished stays and counts.
     """
-    if say is None:
-        from absl import logging
-        say = logging.info
     data.check()
     tokenizer.check()
     folder = Path(out_dir)
-    if (folder / MANIFEST).exists():
-        manifest = _reuse(folder, data, tokenizer, say)
-        if manifest is not None:
-            return manifest
+    if (folder / MANIFEST).exists() and (manifest := _reuse(folder, data, tokenizer, say)):
+        return manifest
 
     start = time.monotonic()
     reader, train, valid = what_to_read(data, say)
     for source in [*train, *valid]:
         reader.check(source)
-    settings = _settings(data, tokenizer, len(valid))
-    seen = _Seen(folder)
+    settings, seen = _settings(data, tokenizer, len(valid)), _Seen(folder)
     sources = _facts([*train, *valid], tokenizer, seen)
     _check_sha256(tokenizer, sources)
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,15 +152,13 @@ def prepare(out_dir: str | os.PathLike, data: DataConfig, tokenizer: TokenizerCo
     job = dataclasses.replace(job, id=_hash(begun), dtype="uint16" if words.vocab_size <= 65535 else "uint32")
 
     index, workers = data.worker()
-    mine = [u for u in range(len(job.units)) if u % workers == index and not shards.is_done(job, u)]
+    mine = [u for u in shards.unfinished(job) if u % workers == index]
     shards.make_all(job, words, mine, [size or 0 for _, size, _ in sources])  # not every server tells sizes
-    records = [shards.load_record(job, u) for u in range(len(job.units))]
-    missing = [u for u, record in enumerate(records) if record is None or not record.done]
-    if missing:
-        say(f"tokens: worker {index}/{workers} has done its part of {folder}; {len(missing)} of {len(records)} files "
+    if missing := shards.unfinished(job):
+        say(f"tokens: worker {index}/{workers} has done its part of {folder}; {len(missing)} of {len(job.units)} files "
             f"are left to others (the first, {job.units[missing[0]][0]}, to {missing[0] % workers}/{workers})")
         return None
-    manifest = _merge(job, words, [record for record in records if record], begun, last, workers > 1, say)
+    manifest = _merge(job, words, begun, last, workers > 1, say)
     shards.remove_leftovers(folder)
     say(f"tokens: made {folder} in {time.monotonic() - start:.1f} s: {manifest.summary()}")
     return manifest
@@ -216,27 +186,24 @@ def unigram_nats(train_counts: np.ndarray, valid_counts: np.ndarray) -> float:
 
 
 def token_counts(folder: str | os.PathLike, split: str = "train", manifest: Manifest | None = None) -> np.ndarray:
-    """How often each word is a scored token of a split ('train' or 'valid'), int64 [V]; read in pieces.
+    """How often each word is a scored token of a split ('train' or 'valid'), int64 [V].
 
     manifest: that of the folder, where it is not on disk yet.
     """
-    if split not in ("train", "valid"):
-        raise ValueError(f"split is {split!r}; choices: train, valid")
     manifest = manifest or load_manifest(folder)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     counts = np.zeros(manifest.vocab_size, np.int64)
     for stem, first, end, first_document, end_document in manifest.splits[split]:
-        # Whole documents of about so many tokens at once. No memory map: its pages would count as ours.
-        index = _read_index(Path(folder) / f"{stem}.idx", first_document, end_document)
-        ends = index[:, 0].cumsum(dtype=np.int64)
-        cuts = np.searchsorted(ends, np.arange(0, end - first, _COUNTED_TOKENS)[1:])
-        for piece in np.split(index, np.unique(cuts)):
-            size = int(piece[:, 0].sum(dtype=np.int64))
-            flat = np.fromfile(Path(folder) / f"{stem}.bin", dtype, size, offset=first * dtype.itemsize)
-            first += size
+        if manifest.prompts:
+            index = read_index(Path(folder) / f"{stem}.idx", first_document, end_document)
+            ends = first + index[:, 0].cumsum(dtype=np.int64)
+            texts = ends - index[:, 0] + index[:, 2]  # where the text of each document begins, behind its prompt
+        for start in range(first, end, _COUNTED_TOKENS):  # no memory map: its pages would count as ours
+            size = min(_COUNTED_TOKENS, end - start)
+            flat = np.fromfile(Path(folder) / f"{stem}.bin", dtype, size, offset=start * dtype.itemsize)
             if manifest.prompts:
-                lengths = np.stack([piece[:, 2], piece[:, 0] - piece[:, 2]], 1).ravel()
-                flat = flat[np.repeat(np.tile([False, True], len(piece)), lengths)]
+                places = np.arange(start, start + size)
+                flat = flat[places >= texts[np.searchsorted(ends, places, side="right")]]
             counts += np.bincount(flat, minlength=manifest.vocab_size)
     return counts
 
@@ -245,14 +212,16 @@ def document_lengths(folder: Path, ranges: list) -> list[list[int]]:
     """Manifest.lengths of the documents in these ranges of shards."""
     counts = np.zeros(LONGEST + 1, np.int64)
     for stem, _, _, first_document, end_document in ranges:
-        index = _read_index(folder / f"{stem}.idx", first_document, end_document)
+        index = read_index(folder / f"{stem}.idx", first_document, end_document)
         counts += np.bincount(np.minimum(index[:, 0] - index[:, 2], LONGEST), minlength=LONGEST + 1)
     return [[int(size), int(counts[size])] for size in np.flatnonzero(counts)]
 
 
 def _settings(data: DataConfig, tokenizer: TokenizerConfig, validation: int) -> dict:
-    """What decides the tokens beside the contents of files, so no paths; what cannot matter is None, so that it cannot
-    differ. validation: number of validation files, the last of the sources."""
+    """What decides the tokens beside the contents of files, so no paths; None where it cannot matter.
+
+    validation: number of validation files, the last of the sources.
+    """
     trained = tokenizer.kind == "bpe" and not tokenizer.file
     files = bool(data.files or data.validation)
     split = None if data.validation else data.split
@@ -283,35 +252,31 @@ _VALIDATION = "files of data.validation"  # in settings: how many
 def what_to_read(data: DataConfig, say: Callable[[str], None] = lambda line: None
                  ) -> tuple[Reader, list[str], list[str]]:
     """How documents are read, the training sources and the validation files; say: gets what folders hold."""
-    reader = Reader(text_field=data.text_field, prompt_field=data.prompt_field, detokenize=data.detokenize,
-                           txt_documents=data.txt_documents, format=data.format)
-    return (reader, [EMBEDDED] if data.source == "embedded" 
-            else resolve(data.files, "data.files", data.format, say),
-            resolve(data.validation, "data.validation", data.format, say) if data.validation else [])
+    reader = Reader(data.text_field, data.prompt_field, data.txt_documents, data.format, data.detokenize)
+    train = [EMBEDDED] if data.source == "embedded" else resolve(data.files, "data.files", data.format, say)
+    valid = resolve(data.validation, "data.validation", data.format, say) if data.validation else []
+    return reader, train, valid
 
 
 class _Seen:
     """Size and sha256 of files, hashed where size or time is not that of the last time (verified.json of a folder)."""
 
     def __init__(self, folder: Path):
-        self._path, self._marks = folder / VERIFIED, {}
+        self._path, self._marks, self._new = folder / VERIFIED, {}, False
         with contextlib.suppress(OSError, ValueError):
             self._marks = jsons.read_json(self._path)
-        self._known = dict(self._marks)
 
     def facts(self, path: Path, name: str = "") -> tuple[int, str]:
         """name: the file is remembered by, else its absolute path. OSError: it cannot be read."""
         name, state = name or os.path.abspath(path), path.stat()
-        size, moment, sha256 = self._known.get(name, (-1, -1, ""))
-        if (size, moment) != (state.st_size, state.st_mtime_ns):
-            sha256 = jsons.sha256_of(path)
-        self._marks[name] = [state.st_size, state.st_mtime_ns, sha256]
-        return state.st_size, sha256
+        if self._marks.get(name, [])[:2] != [state.st_size, state.st_mtime_ns]:
+            self._marks[name], self._new = [state.st_size, state.st_mtime_ns, jsons.sha256_of(path)], True
+        return state.st_size, self._marks[name][2]
 
     def save(self) -> None:
-        if self._marks != self._known:
+        if self._new:
             with contextlib.suppress(OSError):  # a folder that cannot be written: they are hashed again each time
-                shards.write_file(self._path, jsons.dumps(self._marks).encode() + b"\n")
+                write_json(self._path, self._marks)
 
 
 def _facts(sources: list[str], tokenizer: TokenizerConfig, seen: _Seen) -> list[list]:
@@ -329,9 +294,6 @@ def _facts(sources: list[str], tokenizer: TokenizerConfig, seen: _Seen) -> list[
 
 def _hash(facts: dict) -> str:
     return hashlib.sha256(jsons.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-# --------------------------------------------------------------------------------------- beginning and finishing
 
 
 def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: TokenizerConfig, last: int,
@@ -352,36 +314,40 @@ def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: TokenizerC
             return words, begun
     used = 0
 
-    def training_texts() -> Iterator[str]:
+    def texts() -> Iterator[str]:
         nonlocal used
-        train = [unit for unit, (_, split) in enumerate(job.units) if split == "train"]
-        end = _last(job, train, last) if last else (len(train), 0)
-        for unit in train:
-            left = BPE_TRAINING_BYTES // len(train)
-            for number, document in enumerate(job.reader.documents(job.units[unit][0])):
-                if left <= 0 or (unit, number) >= end:
-                    break
-                if job.split(unit, document) != "train":
-                    continue
-                # Cutting characters, not bytes, keeps the text valid; a hair over the share does not matter.
-                for part in filter(None, (document.prompt, document.text)):
-                    part = part[:max(0, left)]
-                    size = len(part.encode("utf-8"))
-                    left -= size
-                    used += size
-                    yield part
+        for text in _training_texts(job, last):
+            used += len(text.encode("utf-8"))
+            yield text
 
     trained = tokenizer.kind == "bpe" and not tokenizer.file
-    words = tokenizers.make_tokenizer(tokenizer.kind, tokenizer.vocab_size, training_texts() if trained else None,
-                                  tokenizer.file, tokenizer.sha256, tokenizer.pattern)
+    words = tokenizers.make_tokenizer(tokenizer.kind, tokenizer.vocab_size, texts() if trained else None,
+                                      tokenizer.file, tokenizer.sha256, tokenizer.pattern)
     if trained and words.vocab_size < tokenizer.vocab_size:
         say(f"tokenizer: the corpus holds merges for V={words.vocab_size:,} only, "
             f"{tokenizer.vocab_size:,} were asked for (tokenizer.vocab_size)")
     words.save(job.folder)  # other workers may be at it too: they write the same
     begun = {"version": VERSION, "settings": settings, "sources": sources,
              "tokenizer_fingerprint": words.fingerprint, "bpe_training_bytes": used}
-    shards.write_file(path, jsons.dumps(begun, indent=2).encode() + b"\n")
+    write_json(path, begun, indent=2)
     return words, begun
+
+
+def _training_texts(job: shards.Job, last: int) -> Iterator[str]:
+    """What a BPE is trained on: of each training unit an equal share of BPE_TRAINING_BYTES."""
+    train = [unit for unit, (_, split) in enumerate(job.units) if split == "train"]
+    end = _last(job, train, last) if last else (len(train), 0)
+    for unit in train:
+        left = BPE_TRAINING_BYTES // len(train)
+        for number, document in enumerate(job.reader.documents(job.units[unit][0])):
+            if left <= 0 or (unit, number) >= end:
+                break
+            if job.split(unit, document) == "train":
+                # Cutting characters, not bytes, keeps the text valid; a hair over the share does not matter.
+                for part in filter(None, (document.prompt, document.text)):
+                    part = part[:max(0, left)]
+                    left -= len(part.encode("utf-8"))
+                    yield part
 
 
 def _last(job: shards.Job, train: list[int], count: int) -> tuple[int, int]:
@@ -394,88 +360,70 @@ def _last(job: shards.Job, train: list[int], count: int) -> tuple[int, int]:
     return 0, 0
 
 
-def _merge(job: shards.Job, words: tokenizers.Tokenizer, records: list[shards.Record], begun: dict, last: int,
-           verify: bool, say: Callable[[str], None]) -> Manifest:
+def _merge(job: shards.Job, words: tokenizers.Tokenizer, begun: dict, last: int, verify: bool,
+           say: Callable[[str], None]) -> Manifest:
     """Writes the manifest of a folder whose units are all done; verify: after hashing the shards once more."""
+    records = [record for unit in range(len(job.units)) if (record := shards.load_record(job, unit))]
     bad, read = sum(record.bad for record in records), sum(record.records for record in records)
     if bad:
         first = next(record.first_bad for record in records if record.bad)
-        shards.check_bad(job, bad, read, first)
+        check_bad(job.bad_share, bad, read, first, str(job.folder))
         say(f"tokens: {bad:,} of {read:,} records cannot be read, all in {job.folder / BAD_RECORDS}; the first: "
-            f"{first[0]}, {first[1]}: {first[2]}")
+            f"{Bad(*first)}")
+    made = {name: facts for record in records for name, facts in sorted(record.files.items())}
     with shards.Files() as files:
-        for record in records:
-            for name in sorted(record.files):
-                if name.startswith("bad-"):
-                    files.write(job.folder / BAD_RECORDS, (job.folder / name).read_bytes())
+        for name in made:
+            if name.startswith("bad-"):
+                files.write(job.folder / BAD_RECORDS, (job.folder / name).read_bytes())
         files.close()
 
-    splits: dict[str, list[shards.Range]] = {"train": [], "valid": []}
-    for record in records:
-        for shard in record.shards:
-            splits[shard.stem.split("-")[0]].append(shard)
+    splits: dict[str, list[Range]] = {split: [shard for record in records for shard in record.shards
+                                              if shard.stem.startswith(split)] for split in ("train", "valid")}
     if last:
         splits["train"], splits["valid"] = _cut(job.folder, splits["train"], last)
-    total = sum(shard.documents for ranges in splits.values() for shard in ranges)
     for split, ranges in splits.items():
         if not ranges:
             for unit in range(len(records)):  # of no use with these settings: others may be tried at once
                 job.record_path(unit).unlink(missing_ok=True)
+            total = sum(shard.documents for ranges in splits.values() for shard in ranges)
             raise ValueError(f"no document of {total} falls in the {split} split: give more documents "
                              "(data.txt_documents='blank_line' cuts a .txt), data.validation files, or "
                              "another data.validation_fraction or data.validation_documents")
     manifest = Manifest(
         version=VERSION, settings=begun["settings"], sources=begun["sources"], tokenizer_kind=words.kind,
         tokenizer_fingerprint=words.fingerprint, vocab_size=words.vocab_size, eot=words.eot, dtype=job.dtype,
-        prompts=job.prompts, **_counts("train", splits["train"]), **_counts("valid", splits["valid"]),
-        unigram_nats=math.nan,
+        prompts=job.prompts, **{f"{split}_{name}": sum(getattr(shard, name) for shard in ranges)
+                                for split, ranges in splits.items() for name in _COUNTS}, unigram_nats=math.nan,
         corpus_fingerprint=f"{sum(int(record.digests, 16) for record in records) % 2**256:064x}",
         bpe_training_bytes=begun["bpe_training_bytes"], left_out=sum(record.left_out for record in records), bad=bad,
         unreadable=embedded_corpus()[1] if job.units[0][0] == EMBEDDED else 0,
         sampled=job.sample > 0, python=platform.python_version(),
         splits={split: [list(shard[:5]) for shard in ranges] for split, ranges in splits.items()},
-        shards={name: facts for record in records for name, facts in sorted(record.files.items())
-                if not name.startswith("bad-")}, lengths=[])
+        shards={name: facts for name, facts in made.items() if not name.startswith("bad-")}, lengths=[])
     if verify and (damage := _damage(job.folder, manifest, _Seen(job.folder))):
         name, what = damage[0]
         raise ValueError(f"{job.folder / name} is {what}: delete it and run --mode=prepare, which makes it again")
     train, valid = (token_counts(job.folder, split, manifest) for split in ("train", "valid"))
     manifest = dataclasses.replace(manifest, unigram_nats=unigram_nats(train, valid),
                                    lengths=document_lengths(job.folder, manifest.splits["train"]))
-    _write(job.folder, manifest)
+    write_json(job.folder / MANIFEST, dataclasses.asdict(manifest), indent=2)
     return manifest
 
 
-def _counts(split: str, ranges: list[shards.Range]) -> dict:
-    """The counts of a manifest that are of one split."""
-    sums = {name: sum(getattr(shard, name) for shard in ranges)
-            for name in ("bytes", "scored_tokens", "scored_bytes", "tokens", "documents")}
-    return {f"{split}_{name}": count for name, count in sums.items()}
-
-
-def _read_index(path: Path, first_document: int = 0, end_document: int = -1) -> np.ndarray:
-    """Documents of an .idx file, uint32 [documents, 4]."""
-    count = 4 * (end_document - first_document) if end_document >= 0 else -1
-    return np.fromfile(path, "<u4", count, offset=16 * first_document).reshape(-1, 4)
-
-
-def _cut(folder: Path, ranges: list[shards.Range], last: int) -> tuple[list[shards.Range], list[shards.Range]]:
+def _cut(folder: Path, ranges: list[Range], last: int) -> tuple[list[Range], list[Range]]:
     """The shards, cut before the last so many documents."""
     left = sum(shard.end_document for shard in ranges) - last
     head, tail = [], []
     for shard in ranges:
         here = min(max(left, 0), shard.end_document)
         left -= shard.end_document
-        size, raw, prompt, raw_prompt = _read_index(folder / f"{shard.stem}.idx")[:here].sum(0, dtype=np.int64).tolist()
-        first = shards.Range(shard.stem, 0, size, 0, here, raw, size - prompt, raw - raw_prompt)
-        second = shards.Range(shard.stem, size, shard.end_token, here, shard.end_document, shard.bytes - first.bytes,
-                        shard.scored_tokens - first.scored_tokens, shard.scored_bytes - first.scored_bytes)
-        head += [first] * (here > 0)
-        tail += [second] * (here < shard.end_document)
+        index = read_index(folder / f"{shard.stem}.idx")
+        (size, _, *counts), (_, _, *rest) = totals(index[:here]).tolist(), totals(index[here:]).tolist()
+        if here:
+            head.append(Range(shard.stem, 0, size, 0, here, *counts))
+        if here < shard.end_document:
+            tail.append(Range(shard.stem, size, shard.end_token, here, shard.end_document, *rest))
     return head, tail
-
-
-# -------------------------------------------------------------------------------------------------------- reuse
 
 
 def _difference(was: dict, were: list, now: dict, are: list | None) -> str:
@@ -548,10 +496,6 @@ def _reuse(folder: Path, data: DataConfig, tokenizer: TokenizerConfig, say: Call
     return manifest
 
 
-def _write(folder: Path, manifest: Manifest) -> None:
-    shards.write_file(folder / MANIFEST, jsons.dumps(dataclasses.asdict(manifest), indent=2).encode() + b"\n")
-
-
 def _check_sha256(tokenizer: TokenizerConfig, sources: list | None) -> None:
     if tokenizer.file and tokenizer.sha256 and sources and sources[-1][2] != tokenizer.sha256.lower():
         raise ValueError(f"{tokenizer.file}: sha256 is {sources[-1][2]}, must be {tokenizer.sha256}")
@@ -559,14 +503,14 @@ def _check_sha256(tokenizer: TokenizerConfig, sources: list | None) -> None:
 
 def _damage(folder: Path, manifest: Manifest, seen: _Seen) -> list[tuple[str, str]]:
     """(file, 'damaged' or 'missing') of the shards that are not as the manifest says, damaged ones first."""
-    def look(name: str) -> str:
+    def look(name: str) -> tuple[str, str]:
         try:
             size, sha256 = seen.facts(folder / name, name)
         except FileNotFoundError:
-            return "missing"
-        return "" if {"bytes": size, "sha256": sha256} == manifest.shards[name] else "damaged"
+            return "missing", name
+        return "" if {"bytes": size, "sha256": sha256} == manifest.shards[name] else "damaged", name
 
     with futures.ThreadPoolExecutor(shards.core_count()) as pool:
-        looks = list(zip(pool.map(look, manifest.shards), manifest.shards, strict=True))
+        looks = sorted(pool.map(look, manifest.shards))
     seen.save()
-    return [(name, what) for what, name in sorted(looks) if what]
+    return [(name, what) for what, name in looks if what]

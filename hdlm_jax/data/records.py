@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
+
+MANY = 10_000  # a share of fewer records says little
 
 
 class Document(NamedTuple):
@@ -20,6 +23,20 @@ class Bad(NamedTuple):
     file: str
     position: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.position}: {self.reason}"
+
+
+def check_bad(share: float, bad: int, records: int, first: Sequence[str], folder: str = "", out_of: int = 0) -> None:
+    """ValueError where more than this share of the records is bad, of `out_of` records if these are more.
+
+    first: the first `Bad`. folder: is to be deleted when the files are mended.
+    """
+    if bad > share * max(records, out_of):
+        raise ValueError(f"{Bad(*first)}; {bad:,} of {records:,} records cannot be read, more than "
+                         f"data.bad_share={share:g} allows: raise it, or mend the files"
+                         + (f" and delete {folder}" if folder else ""))
 
 
 def digest(document: Document) -> bytes:

@@ -1,9 +1,9 @@
-"""One source file -> shards of tokens: on all cores, killed and gone on with at will.
+"""One source file -> shards of tokens, on all cores; killed at any moment, the next call goes on.
 
 A *unit* is one source file. Its shards `{split}-{unit}-{part}.bin` hold tokens, each document closed by the end of
 text; the `.idx` beside each has four uint32 a document: its tokens and bytes, and how many of each are its prompt's.
-Whenever a unit has closed its shards, `unit-{unit}.json` says how far it is, and there a later call goes on. Who makes
-a unit, on how many cores and how often it was killed changes no byte of it.
+Whenever shards are closed, `unit-{unit}.json` says how far the unit is. Its bytes depend on neither the cores nor the
+number of calls.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ from concurrent import futures
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
 from hdlm_jax.common import jsons
 from hdlm_jax.data import tokenizers
 from hdlm_jax.data.documents import Reader
-from hdlm_jax.data.records import Bad, Document, digest, is_validation
+from hdlm_jax.data.records import MANY, Bad, Document, check_bad, digest, is_validation
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 SHARD_TOKENS = 1 << 26
 BATCH_CHARS = 1 << 20  # encoded at once by one thread
@@ -42,21 +45,13 @@ PROCESSES_FROM = 64 << 20  # bytes of sources; below, the start of other process
 _HOUR = 3600.0
 
 
-def documents(reader: Reader, source: str) -> Iterator[Document]:
-    """The documents of a source without its bad records."""
-    return (record for record in reader.read(source) if isinstance(record, Document))
-
-
 def core_count() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ------------------------------------------------------------------------------------------------ files, safely
-
-
 def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files of dead writers: gone from this host, or silent for an hour on another."""
+    """Removes temporary files of dead writers: gone from this host, or silent for an hour."""
     for path in folder.glob("*.tmp"):
         host, _, pid = path.name.removesuffix(".tmp").rpartition("-")
         with contextlib.suppress(OSError):  # another worker was faster
@@ -73,8 +68,7 @@ def _runs(pid: int) -> bool:
         return False
     except PermissionError:  # somebody else's
         return True
-    state = Path(f"/proc/{pid}/stat")  # in a container without an init the dead stay as zombies
-    return pid != os.getpid() and not (state.exists() and state.read_text().rpartition(") ")[2].startswith("Z"))
+    return pid != os.getpid()
 
 
 @contextlib.contextmanager
@@ -87,9 +81,9 @@ def _writing(path: Path) -> Iterator[None]:
                       "mend that and run again") from error
 
 
-def write_file(path: Path, raw: bytes) -> None:
+def write_json(path: Path, value: object, indent: int | None = None) -> None:
     with _writing(path):
-        jsons.write_atomic(path, raw)
+        jsons.write_atomic(path, jsons.dumps(value, indent=indent).encode() + b"\n")
 
 
 class Files:
@@ -130,24 +124,17 @@ class Files:
         return facts
 
 
-# -------------------------------------------------------------------------------------------------------- units
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What makes a unit what it is; travels to other processes.
-
-    id: of the settings, sources and tokenizer. units: (source, 'train' or 'valid'). held: digests of the documents
-    of the validation files. fraction: of split='hash', else 0. sample: bytes of training text a unit, 0: all.
-    """
+    """What the bytes of units depend on; travels to other processes."""
 
     folder: Path
-    id: str
+    id: str  # of the settings, sources and tokenizer
     reader: Reader
-    units: tuple[tuple[str, str], ...]
-    held: frozenset[bytes]
-    fraction: float
-    sample: int
+    units: tuple[tuple[str, str], ...]  # (source, 'train' or 'valid')
+    held: frozenset[bytes]  # digests of the documents of the validation files
+    fraction: float  # of split='hash', else 0
+    sample: int  # bytes of training text a unit; 0: all
     prompts: bool
     dtype: str
     bad_share: float
@@ -200,19 +187,18 @@ class Range(NamedTuple):
 
 @dataclasses.dataclass
 class Record:
-    """How far a unit is. records: read so far, bad ones too. parts: closed so far. digests: sum of the documents'
-    sha256 modulo 2^256, hex. shards: those closed, as `Range`s. files: name -> {"bytes", "sha256"}."""
+    """How far a unit is: what its closed shards hold."""
 
     job: str
     source: str
-    records: int = 0
+    records: int = 0  # bad ones too
     bad: int = 0
     first_bad: tuple = ()
     left_out: int = 0
-    digests: str = "0"
+    digests: str = "0"  # sum of the documents' sha256 modulo 2^256, hex
     parts: int = 0
-    shards: list = dataclasses.field(default_factory=list)
-    files: dict = dataclasses.field(default_factory=dict)
+    shards: list = dataclasses.field(default_factory=list)  # `Range`s
+    files: dict = dataclasses.field(default_factory=dict)  # name -> {"bytes", "sha256"}
     done: bool = False
 
 
@@ -233,53 +219,64 @@ def load_record(job: Job, unit: int) -> Record | None:
     return record
 
 
-def is_done(job: Job, unit: int) -> bool:
-    record = load_record(job, unit)
-    return record is not None and record.done
+def unfinished(job: Job) -> list[int]:
+    records = [load_record(job, unit) for unit in range(len(job.units))]
+    return [unit for unit, record in enumerate(records) if not record or not record.done]
 
 
 class _Encoded(NamedTuple):
-    """A batch of records, encoded. digests: sum of sha256. bytes: of text. shards: split -> tokens, index [n, 4]."""
+    """A batch of records, encoded. digests: sum of sha256. shards: split -> tokens [n], index [documents, 4]."""
 
     records: int
     bad: list[Bad]
     left_out: int
     digests: int
-    bytes: int
     shards: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
+def encode_documents(words: tokenizers.Tokenizer, documents: list[Document],
+                     prompts: bool) -> list[tuple[np.ndarray, int]]:
+    """Tokens int32 of each document (prompt, text, end of text), and how many of them are its prompt."""
+    end = np.array([words.eot], np.int32)
+    texts = words.encode_batch([document.text for document in documents])
+    heads = words.encode_batch([document.prompt for document in documents]) if prompts else [end[:0]] * len(documents)
+    return [(np.concatenate([head, text, end]), len(head)) for head, text in zip(heads, texts, strict=True)]
+
+
 def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[Document | Bad]) -> _Encoded:
-    bad = [record for record in batch if isinstance(record, Bad)]
     splits: dict[str, list[Document]] = {"train": [], "valid": [], "": []}
     for record in batch:
         if isinstance(record, Document):
             splits[job.split(unit, record)].append(record)
-    left_out = len(splits.pop(""))
-    digests = size = 0
-    shards = {}
-    end = np.array([words.eot])
+    left_out, digests, shards = len(splits.pop("")), 0, {}
     for split, documents in splits.items():
-        if not documents:
-            continue
-        texts = words.encode_batch([document.text for document in documents], threads=1)
-        prompts = (words.encode_batch([document.prompt for document in documents], threads=1) if job.prompts
-                   else [end[:0]] * len(documents))
-        pieces, index = [], []
-        for document, prompt, text in zip(documents, prompts, texts, strict=True):
-            pieces += [prompt, text, end]
-            prompt_bytes = len(document.prompt.encode("utf-8"))
-            all_bytes = prompt_bytes + len(document.text.encode("utf-8"))
-            index.append((len(prompt) + len(text) + 1, all_bytes, len(prompt), prompt_bytes))
-            digests += int.from_bytes(digest(document), "big")
-            size += all_bytes
-        flat = np.concatenate(pieces, dtype=np.dtype(job.dtype).newbyteorder("<"), casting="unsafe")
-        shards[split] = flat, np.array(index, "<u4")
-    return _Encoded(len(batch), bad, left_out, digests, size, shards)
+        if documents:
+            pieces, index = [], []
+            for document, (tokens, prompt) in zip(documents, encode_documents(words, documents, job.prompts),
+                                                  strict=True):
+                pieces.append(tokens)
+                prompt_bytes, text_bytes = len(document.prompt.encode("utf-8")), len(document.text.encode("utf-8"))
+                index.append((len(tokens), prompt_bytes + text_bytes, prompt, prompt_bytes))
+                digests += int.from_bytes(digest(document), "big")
+            flat = np.concatenate(pieces, dtype=np.dtype(job.dtype).newbyteorder("<"), casting="unsafe")
+            shards[split] = flat, np.array(index, "<u4")
+    return _Encoded(len(batch), [record for record in batch if isinstance(record, Bad)], left_out, digests, shards)
 
 
-def _batches(records: Iterator[Document | Bad],
-             chars: int) -> Iterator[list[Document | Bad]]:
+def read_index(path: Path, first_document: int = 0, end_document: int = -1) -> np.ndarray:
+    """Documents of an .idx file, uint32 [documents, 4]."""
+    count = 4 * (end_document - first_document) if end_document >= 0 else -1
+    return np.fromfile(path, "<u4", count, offset=16 * first_document).reshape(-1, 4)
+
+
+def totals(index: np.ndarray) -> np.ndarray:
+    """Tokens, documents, bytes, scored tokens and scored bytes of the documents of an index [n, 4]: int64 [5]."""
+    size, raw, prompt, raw_prompt = index.sum(0, dtype=np.int64)
+    return np.array([size, len(index), raw, size - prompt, raw - raw_prompt])
+
+
+def batches(records: Iterable[T], chars: int) -> Iterator[list[T]]:
+    """Records one after another, so many at once that their texts are about `chars` characters."""
     held, size = [], 0
     for record in records:
         held.append(record)
@@ -293,11 +290,14 @@ def _batches(records: Iterator[Document | Bad],
         yield held
 
 
-def _ahead(function: Callable, items: Iterable, threads: int) -> Iterator:
+def ahead(function: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[U]:
     """`map` on threads, which work ahead of the reader of the results, but no further than they are many."""
+    items = iter(items)
+    for item in itertools.islice(items, 1):  # alone: what it makes for all, the tables of a tokenizer, is made once
+        yield function(item)
     with futures.ThreadPoolExecutor(threads) as pool:
         try:
-            waiting: collections.deque[futures.Future] = collections.deque()
+            waiting: collections.deque[futures.Future[U]] = collections.deque()
             for item in items:
                 waiting.append(pool.submit(function, item))
                 if len(waiting) > 2 * threads:
@@ -317,29 +317,28 @@ def _make(job: Job, words: tokenizers.Tokenizer, unit: int, threads: int, tick: 
     if record.done:
         return
     digests = int(record.digests, 16)
-    open_shards: dict[str, list[int]] = {}
+    open_shards: collections.defaultdict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(5, np.int64))
     records = itertools.islice(job.records(unit), record.records, None)
     encode = functools.partial(_encode, job, words, unit)
     with Files() as files:
 
         def close() -> None:
-            record.shards += [Range(stem, 0, sums[0], 0, *sums[1:]) for stem, sums in sorted(open_shards.items())]
+            for stem, (tokens, *counts) in sorted(open_shards.items()):
+                record.shards.append(Range(stem, 0, int(tokens), 0, *map(int, counts)))
             open_shards.clear()
             record.files |= files.close()
             record.parts += 1
             record.digests = f"{digests:x}"
-            write_file(job.record_path(unit), jsons.dumps(dataclasses.asdict(record)).encode() + b"\n")
+            write_json(job.record_path(unit), dataclasses.asdict(record))
 
-        for batch in _ahead(encode, _batches(records, job.batch_chars), threads):
+        for batch in ahead(encode, batches(records, job.batch_chars), threads):
             place = f"{unit:05d}-{record.parts:03d}"
             for split, (flat, index) in batch.shards.items():
                 stem = f"{split}-{place}"
                 files.write(job.folder / f"{stem}.bin", flat.tobytes())
                 files.write(job.folder / f"{stem}.idx", index.tobytes())
-                size, raw, prompt, raw_prompt = index.sum(0, dtype=np.int64).tolist()
-                sums = open_shards.setdefault(stem, [0] * 5)
-                for i, count in enumerate([size, len(index), raw, size - prompt, raw - raw_prompt]):
-                    sums[i] += count
+                open_shards[stem] += totals(index)
+                tick(int(index[:, 1].sum(dtype=np.int64)))
             for bad in batch.bad:
                 files.write(job.folder / f"bad-{place}.jsonl", jsons.dumps(bad._asdict()).encode() + b"\n")
                 record.first_bad = record.first_bad or tuple(bad)
@@ -347,23 +346,11 @@ def _make(job: Job, words: tokenizers.Tokenizer, unit: int, threads: int, tick: 
             record.bad += len(batch.bad)
             record.left_out += batch.left_out
             digests = (digests + batch.digests) % 2**256
-            tick(batch.bytes)
-            check_bad(job, record.bad, record.records, record.first_bad, out_of=10_000)
-            if sum(sums[0] for sums in open_shards.values()) >= job.shard_tokens:
+            check_bad(job.bad_share, record.bad, record.records, record.first_bad, str(job.folder), out_of=MANY)
+            if sum(counts[0] for counts in open_shards.values()) >= job.shard_tokens:
                 close()
         record.done = True
         close()
-
-
-def check_bad(job: Job, bad: int, records: int, first: tuple, out_of: int = 0) -> None:
-    """ValueError where more than the allowed share of the records is bad, of `out_of` records if these are more."""
-    if bad > job.bad_share * max(records, out_of):
-        raise ValueError(f"{', '.join(first[:2])}: {first[2]}; {bad:,} of {records:,} records cannot be read, more "
-                         f"than data.bad_share={job.bad_share:g} allows: raise it, or mend the files and delete "
-                         f"{job.folder}")
-
-
-# ------------------------------------------------------------------------------------------------ many processes
 
 
 def make_all(job: Job, words: tokenizers.Tokenizer, units: list[int], sizes: list[int]) -> None:
@@ -386,10 +373,13 @@ def make_all(job: Job, words: tokenizers.Tokenizer, units: list[int], sizes: lis
         with futures.ProcessPoolExecutor(min(cores, len(units)), context, _become_worker,
                                          (job, counter, stop)) as pool:
             try:
-                with _deaf():
-                    # The largest first, so that all end together.
+                # Processes that start here are deaf to Ctrl-C before they can say so themselves; it is kept for us.
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:  # the largest first, so that all end together
                     pending = {pool.submit(_make_one, unit, math.ceil(cores * sizes[unit] / total))
                                for unit in sorted(units, key=lambda unit: -sizes[unit])}
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 while pending:
                     finished, pending = futures.wait(pending, 0.5, futures.FIRST_COMPLETED)
                     bar.update(counter.value - bar.n)
@@ -404,26 +394,14 @@ def make_all(job: Job, words: tokenizers.Tokenizer, units: list[int], sizes: lis
                 pool.shutdown(cancel_futures=True)  # waits: workers that have just begun still need what is ours
 
 
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Processes that start here do not hear Ctrl-C, before they can say so themselves; it is kept for us."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 _SHARED: list[tuple[Job, Synchronized[int], Event]] = []  # in a worker process: what all its units share
 _words = functools.lru_cache(maxsize=1)(tokenizers.load_tokenizer)
 
 
 def _become_worker(job: Job, counter: Synchronized[int], stop: Event) -> None:
     def follow() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+        os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()  # nobody else ends us if the parent is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what to do

@@ -58,26 +58,26 @@ def suffixes(name: str) -> tuple[str, str]:
 
 def resolve(files: str | Sequence[str], name: str = "data.files", format: str = "auto",
             say: Callable[[str], None] = lambda line: None) -> list[str]:
-    """Sources of `files`: patterns in the order given, the matches of each sorted, each file once.
+    """Sources of `files`: patterns in the order given, the files that match each sorted, each file once.
 
     Args:
       files: paths, folders or globs (`~` and `$VARIABLES` are expanded, `**` goes into folders), or URLs that fsspec
         knows (`s3://...`, `gs://...`, `https://...`); in a URL only * and [ make a pattern, ? is a query. A folder
         stands for the files beneath it whose names are of KINDS, or with a `format` other than auto for all of them;
-        hidden files and folders are left out, links to folders not followed. A glob's matches are files alone.
+        hidden files and folders are left out, links to folders not followed.
       name: of the setting, for messages. say: gets a line on what each folder holds.
     Raises:
       ValueError: an empty list, a pattern without a match, a folder without such files, a package that is missing.
     """
-    patterns = [files] if isinstance(files, str) else list(files)
-    if not patterns:
+    if not files:
         raise ValueError(f"{name} is empty; give paths, folders, globs or URLs of {', '.join(KINDS)} files")
     sources: dict[str, str] = {}
-    for pattern in patterns:
+    for pattern in [files] if isinstance(files, str) else files:
         expanded = expand(pattern)
-        matches, beneath = _remote_matches(expanded) if "://" in expanded else _local_matches(expanded)
-        if beneath:
-            matches = _known(matches, expanded, name, format, say)
+        matches, folder = _remote_matches(expanded) if "://" in expanded else _local_matches(expanded)
+        if folder:
+            visible = [file for file in matches if "/." not in file.removeprefix(folder)]
+            matches = _known(visible, expanded, name, format, say)
         if not matches:
             hint = f" (is {expanded!r}; is the variable set?)" if "$" in expanded else ""
             raise ValueError(f"{name}: no file matches {pattern!r}{hint}")
@@ -86,34 +86,27 @@ def resolve(files: str | Sequence[str], name: str = "data.files", format: str = 
     return list(sources.values())
 
 
-def _local_matches(pattern: str) -> tuple[list[str], bool]:
-    """The files a pattern matches, and whether it is a folder, which they are beneath."""
-    # A path that exists is itself, even if its name holds glob characters.
-    beneath, found = os.path.isdir(pattern), [pattern]
-    if beneath:
-        found = []
-        for folder, names, files in os.walk(pattern):
-            names[:] = [name for name in names if not name.startswith(".")]
-            found += [os.path.join(folder, name) for name in files if not name.startswith(".")]
-    elif not os.path.isfile(pattern):
-        found = glob.glob(pattern, recursive=True)
-    return sorted(filter(os.path.isfile, found)), beneath
+def _local_matches(pattern: str) -> tuple[list[str], str]:
+    """The files a pattern matches; if it is a folder, which they are beneath, its name without a slash at the end."""
+    if os.path.isfile(pattern):  # even if its name holds glob characters
+        return [pattern], ""
+    if os.path.isdir(pattern):
+        found = [os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names]
+        return sorted(filter(os.path.isfile, found)), pattern.rstrip("/") or "/"
+    return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))), ""
 
 
-def _remote_matches(pattern: str) -> tuple[list[str], bool]:
+def _remote_matches(pattern: str) -> tuple[list[str], str]:
     filesystem, path = _filesystem(pattern)
-    beneath, found = False, {}
+    folder, found = "", {}
     with one_line(pattern), contextlib.suppress(FileNotFoundError), _network():
         if re.search("[*[]", path):
             found = filesystem.glob(path, detail=True)
         else:
             found = {path: filesystem.info(path)}
-            if beneath := found[path]["type"] == "directory":
-                found = filesystem.find(path, detail=True)
-    files = [name for name, facts in found.items() if facts["type"] == "file"]
-    if beneath:
-        files = [name for name in files if "/." not in name.removeprefix(path)]
-    return sorted(map(filesystem.unstrip_protocol, files)), beneath
+            if found[path]["type"] == "directory":
+                folder, found = filesystem.unstrip_protocol(path), filesystem.find(path, detail=True)
+    return sorted(filesystem.unstrip_protocol(name) for name, facts in found.items() if facts["type"] == "file"), folder
 
 
 def _known(files: list[str], folder: str, name: str, format: str, say: Callable[[str], None]) -> list[str]:
@@ -132,15 +125,11 @@ def _known(files: list[str], folder: str, name: str, format: str, say: Callable[
 
 
 def source_facts(source: str, sha256: Callable[[str], tuple[int, str]]) -> list:
-    """[name, size in bytes, mark] of a source: what it is by, wherever it lies.
+    """[name, size in bytes, mark] of a source: what it is by, wherever it lies. OSError when it is not there.
 
-    The mark of a local file is the sha256 of its bytes. A remote one is not read for this: its mark is its entity tag,
-    hash or time, whichever its file system gives first, "" where it gives none. The embedded corpus is made when it is
-    read: its size is given as 0, its mark is the version of Python, which decides its text.
-
-    Args:
-      sha256: gives size and sha256 (hex) of a local file.
-    Raises: OSError when the source is not there.
+    The mark of a local file is its sha256 (of which `sha256` gives size and hex), that of a remote one, which is not
+    read for this, its entity tag, hash or time, whichever its file system gives first ("": none), that of the embedded
+    corpus the version of Python, which decides its text.
     """
     if source == EMBEDDED:
         return [EMBEDDED, 0, f"Python {platform.python_version()}"]

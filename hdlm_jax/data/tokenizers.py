@@ -1,35 +1,39 @@
-"""Text <-> token ids: GPT-2's words, a byte-pair encoding trained on the corpus, plain bytes, or BERT's WordPieces.
+"""Text <-> token ids: GPT-2's words, a byte-pair encoding (BPE), plain bytes, or BERT's WordPieces.
 
-In all of them V counts the end-of-text token, which ends every document and which no text encodes to: the string
-'<|endoftext|>' (BERT: '[SEP]') inside raw text is ordinary text. In the first three it is the last id, and
-`decode(encode(x)) == x` for any valid Unicode; BERT's lose case, accents and blanks.
+V counts the end-of-text token, which closes every document and which no text encodes to: '<|endoftext|>' (BERT:
+'[SEP]') inside raw text is ordinary text. It is the last id, and `decode(encode(x)) == x` for any valid Unicode; not
+so with BERT.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import functools
 import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hdlm_jax.common import jsons
-from hdlm_jax.common.jsons import write_atomic
 from hdlm_jax.config import expand
+from hdlm_jax.data.sources import package
+
+if TYPE_CHECKING:
+    import tiktoken
+    import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
 BERT_END, BERT_UNKNOWN = "[SEP]", "[UNK]"
 RANK_FILE, JSON_FILE = "tokenizer.tiktoken", "tokenizer.json"
 
-# GPT-2's way to cut text into pieces, which the trained BPE shares: no merge ever crosses a piece. Words keep
-# their leading space and nothing else, so that a word is one token and clusters of tokens are of words.
-PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""")
+# GPT-2's way to cut text into pieces, which the trained BPE shares: no merge crosses a piece. Words keep their
+# leading space and nothing else.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 # How the text of other published vocabularies is cut: words with any one sign in front, digits by threes (Qwen's one by
 # one), signs with the line ends behind them; GPT-4o's words (o200k) also end before a capital. Blanks at the very end
@@ -64,7 +68,7 @@ _EVERY_KIND = "".join(map(chr, range(592))) + " I'll SAY 12345 \r\n\n\t  été e
 def cutting_pattern(given: str) -> str:
     """The regular expression of `tokenizer.pattern`: a name of PATTERNS ('' is gpt2), or itself, given in full.
 
-    ValueError: neither; an expression that does not compile or leaves out some kind of character.
+    ValueError: neither, or an expression that does not compile or leaves out some kind of character.
     """
     if given in ("", *PATTERNS):
         return PATTERNS[given or "gpt2"]
@@ -82,7 +86,7 @@ class Tokenizer:
     """Words 0..V-2 are byte strings, word V-1 is the end of text. Make one with `make_tokenizer`.
 
     Attributes:
-      kind: 'gpt2', 'bpe' or 'bytes' ('bert': see `WordPiece`).   vocab_size: V.   eot: id of the end of text.
+      kind: 'gpt2', 'bpe' or 'bytes' ('bert': see `WordPiece`). vocab_size: V. eot: id of the end of text.
       pattern: how text is cut into pieces, a regular expression.
       fingerprint: sha256 (hex) of all that decides the ids: the cutting pattern and the words in order.
     """
@@ -90,19 +94,16 @@ class Tokenizer:
     _end = END_OF_TEXT
 
     def __init__(self, kind: str, words: Sequence[bytes], pattern: str = PATTERN):
-        self.kind = kind
-        self.pattern = pattern
+        self.kind, self.pattern, self._words = kind, pattern, tuple(words)
+        self.eot, self.vocab_size = len(self._words), len(self._words) + 1
         self._checked = kind == "bpe" and pattern not in PATTERNS.values()
-        self._words = tuple(words)
-        self.eot = len(self._words)
-        self.vocab_size = self.eot + 1
         state = hashlib.sha256(b"" if kind == "bytes" else pattern.encode())
         for word in self._words:
             state.update(len(word).to_bytes(4, "big") + word)
         self.fingerprint = state.hexdigest()
 
     @functools.cached_property
-    def _encoding(self):
+    def _encoding(self) -> tiktoken.Encoding:
         import tiktoken
         return tiktoken.Encoding(self.kind, pat_str=self.pattern, special_tokens={END_OF_TEXT: self.eot},
                                  mergeable_ranks={word: rank for rank, word in enumerate(self._words)})
@@ -124,16 +125,9 @@ class Tokenizer:
     def _lengths(self) -> np.ndarray:
         return np.array([len(word) for word in self._words])
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[np.ndarray]:
-        """`encode` of each text, on `threads` threads (0: one per core, at most 8)."""
-        threads = threads or min(8, os.cpu_count() or 1)
-        if self.kind == "bytes" or threads == 1 or len(texts) < 2:
-            return [self.encode(text) for text in texts]
-        _ = self._encoding  # built once, not by every thread
-        size = -(-len(texts) // (4 * threads))  # one by one, short texts cost more to hand over than to encode
-        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
-        with ThreadPoolExecutor(threads) as pool:
-            return [ids for part in pool.map(lambda part: [self.encode(text) for text in part], parts) for ids in part]
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one id (of the end of text: its name). ValueError for an id outside 0..V-1."""
@@ -150,29 +144,27 @@ class Tokenizer:
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         ranks = b"".join(base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(self._words))
-        write_atomic(folder / RANK_FILE, ranks)
+        jsons.write_atomic(folder / RANK_FILE, ranks)
         facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "pattern": self.pattern,
                  "sha256": hashlib.sha256(ranks).hexdigest(), "fingerprint": self.fingerprint}
-        write_atomic(folder / JSON_FILE, jsons.dumps(facts, indent=2).encode() + b"\n")
+        jsons.write_atomic(folder / JSON_FILE, jsons.dumps(facts, indent=2).encode() + b"\n")
 
 
 class WordPiece(Tokenizer):
     """BERT's lower-case words and pieces of words ('##ing'): kind 'bert', through the `tokenizers` library.
 
-    Not lossless: text is lower-cased, accents and control characters are dropped, what has no pieces becomes
-    [UNK]; `decode` joins words by single blanks and pieces by nothing. The end of text is [SEP], wherever it
-    stands in the vocabulary; V is the length of the vocabulary. Other words in brackets never occur.
+    Not lossless: text is lower-cased, accents and control characters are dropped, what has no pieces becomes [UNK];
+    `decode` joins words by single blanks. The end of text is [SEP], wherever it stands in the vocabulary of V words.
     """
 
     _end = BERT_END
 
     def __init__(self, words: Sequence[bytes]):
         super().__init__("bert", words, "BERT, lower case: WordPieces of words of at most 100 letters")
-        self.vocab_size = len(self._words)
-        self.eot = self._words.index(BERT_END.encode())
+        self.vocab_size, self.eot = len(self._words), self._words.index(BERT_END.encode())
 
     @functools.cached_property
-    def _encoding(self):
+    def _wordpiece(self) -> tokenizers.Tokenizer:
         library = _library()
         vocabulary = {word.decode(): place for place, word in enumerate(self._words)}
         encoding = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token=BERT_UNKNOWN,
@@ -184,24 +176,19 @@ class WordPiece(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[np.ndarray]:
-        """`encode` of each text, on the library's own threads (RAYON_NUM_THREADS; `threads` says nothing here)."""
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, on the library's own threads (RAYON_NUM_THREADS)."""
         for text in texts:
             _utf8(text)
-        found = self._encoding.encode_batch_fast(list(texts), add_special_tokens=False)
+        found = self._wordpiece.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def decode(self, ids: Iterable[int]) -> str:
-        words = b" ".join(self.token_bytes(int(token)) for token in ids).decode()
-        return words.replace(" ##", "")
+        return b" ".join(self.token_bytes(int(token)) for token in ids).decode().replace(" ##", "")
 
 
-def _library():
-    try:
-        import tokenizers
-    except ImportError:
-        raise ValueError("tokenizer.kind='bert' needs the tokenizers package: pip install 'hdlm_jax[bert]'") from None
-    return tokenizers
+def _library() -> ModuleType:
+    return package("tokenizers", "bert", "tokenizer.kind='bert'")
 
 
 def _utf8(text: str) -> bytes:
@@ -224,7 +211,7 @@ def _bounded(text: str) -> Iterator[str]:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a folder written by `Tokenizer.save`; ValueError if files are missing or changed."""
+    """The tokenizer of a folder that `Tokenizer.save` wrote; ValueError if files are missing or changed."""
     folder = Path(path)
     try:
         facts = jsons.read_json(folder / JSON_FILE)
@@ -276,23 +263,19 @@ def read_ranks(path: str | os.PathLike, sha256: str = "", *, all_bytes: bool = T
     """Words in order of rank from a file in tiktoken's format (lines of base64 and rank).
 
     tiktoken's own reader copies even local files into TIKTOKEN_CACHE_DIR, so the few lines are here.
-    ValueError: no such file, wrong sha256 (when given), a malformed line, ranks not 0..n-1, a byte missing
-    (with `all_bytes`).
+    ValueError: no such file, wrong sha256, a malformed line, ranks not 0..n-1, a byte missing (with `all_bytes`).
     """
-    raw = _read(path, sha256)
-    ranks: dict[int, bytes] = {}
-    lines = 0
-    for number, line in enumerate(raw.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            word, rank = line.split()
-            lines += 1
-            ranks[int(rank)] = base64.b64decode(word, validate=True)
-        except (ValueError, binascii.Error):
-            raise ValueError(f"{path}:{number}: must be '<base64> <rank>', is {line[:40]!r}") from None
-    words = [ranks[rank] for rank in sorted(ranks)]
-    if sorted(ranks) != list(range(lines)) or len(set(words)) != len(words) or b"" in words:
+    ranks = []
+    for number, line in enumerate(_read(path, sha256).splitlines(), 1):
+        if line.strip():
+            try:
+                word, rank = line.split()
+                ranks.append((int(rank), base64.b64decode(word, validate=True)))
+            except ValueError:
+                raise ValueError(f"{path}:{number}: must be '<base64> <rank>', is {line[:40]!r}") from None
+    ranks.sort()
+    words = [word for _, word in ranks]
+    if [rank for rank, _ in ranks] != list(range(len(ranks))) or len(set(words)) != len(words) or b"" in words:
         raise ValueError(f"{path}: ranks must be 0..n-1, each once and with a word of its own")
     if all_bytes and (missing := set(range(256)) - {word[0] for word in words if len(word) == 1}):
         raise ValueError(f"{path}: all 256 single bytes must be words; {len(missing)} are missing")
@@ -322,12 +305,11 @@ def make_tokenizer(kind: str, vocab_size: int = 0, documents: Iterable[str] | No
     Args:
       kind: 'gpt2' (V = 50,257; tiktoken's download or cache, or `file`), 'bpe' (trained on `documents`, or
         read from `file`), 'bytes' (V = 257), 'bert' (V and words of the vocab.txt `file`).
-      vocab_size: V asked of a trained BPE, counting 256 bytes and the end of text; otherwise ignored. A small
-        corpus may hold fewer merges: `.vocab_size` of the result is what counts.
-      documents: training texts, read once, as a stream.
+      vocab_size: V asked of a trained BPE; a small corpus may hold fewer merges, and so give a smaller V.
+      documents: texts to train on, read once, as a stream.
       file: a rank file in tiktoken's format, or BERT's vocab.txt; sha256: its hash, checked when given.
-      pattern: how a bpe cuts text, see `cutting_pattern`. A rank file whose number of words is that of a vocabulary
-        cut otherwise than by GPT-2's is refused without one.
+      pattern: how a bpe cuts text, see `cutting_pattern`. A rank file of as many words as a known vocabulary that
+        GPT-2's pattern does not cut is refused without one.
     """
     if kind == "bytes":
         return Tokenizer(kind, [bytes([byte]) for byte in range(256)])

@@ -117,19 +117,16 @@ def word_vectors(config: Config, text: PreparedData) -> np.ndarray:
     h = config.hierarchy
     kept = os.path.join(text.dir, f"embeddings-{text.manifest.fingerprint[:12]}-{h.seed}.npy")
 
-    def vectors(tokens: Any) -> np.ndarray:
-        return embeddings.word_embeddings(h.embeddings, vocab_size=text.manifest.vocab_size, eot=text.manifest.eot,
-                                          seed=h.seed, tokens=tokens, load_checkpoint_embedding=checkpoint_embedding)
-
     def keep() -> None:
         if os.path.exists(kept):
             return say(f"embeddings: reusing {kept}")
-        found = vectors(pipeline.Split(text.dir, text.manifest, "train"))
+        tokens = pipeline.Split(text.dir, text.manifest, "train")
+        found = embeddings.corpus_embeddings(tokens, text.manifest.vocab_size, eot=text.manifest.eot, seed=h.seed)
         with open_atomic(kept) as file:
             np.save(file, found)
 
     if h.embeddings != "corpus":
-        return vectors(None)
+        return embeddings.given_embeddings(h.embeddings, text.manifest.vocab_size, checkpoint_embedding)
     processes.on_main_process(keep)
     return np.load(kept, allow_pickle=False)
 
@@ -208,5 +205,5 @@ def batches_of(config: Config, text: PreparedData) -> Any:
     def is_training(document: Document) -> bool:
         return digest(document) not in held if valid else not is_validation(document, d.validation_fraction)
 
-    return pipeline.StreamBatches(reader, train, text.tokenizer, is_training, eot=text.manifest.eot,
+    return pipeline.StreamBatches(reader, train, text.tokenizer, is_training,
                                   shuffle_documents=d.shuffle_documents, bad_share=d.bad_share, say=say, **how)

@@ -14,7 +14,7 @@ from hdlm_jax.decoding import choose, loop
 from hdlm_jax.decoding.choose import Scored
 from hdlm_jax.decoding.drafts import FreeDave, Guided
 from hdlm_jax.decoding.loop import Sampling
-from hdlm_jax.decoding.policy import Hook, Policy
+from hdlm_jax.decoding.policy import Commit, Policy
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
 from hdlm_jax.models.network import Network
 
@@ -23,20 +23,20 @@ NUMBERS = {"count": 1, "least": 1, "steps": 5, "reveals": 2, "threshold": 0.5, "
 
 
 @dataclasses.dataclass(frozen=True)
-class Sure(Hook):
+class Sure(Commit):
     """Commit when the likeliest words are likely."""
 
-    looks = ("word",)
+    needs = ("token",)
 
     def __call__(self, view):
-        return jnp.min(jnp.where(view.open, view.log_word, 0.0), axis=1) > jnp.log(view.numbers["bar"])
+        return jnp.min(jnp.where(view.open, view.log_token, 0.0), axis=1) > jnp.log(view.numbers["bar"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Habit(choose.Score):
     """A score that remembers, what was said before as well as what was written, and sees steps and changes."""
 
-    looks = ("top",)
+    needs = ("top",)
 
     def memory(self, view):
         return {"habit": jnp.zeros(view.z.shape, jnp.float32)}
@@ -126,7 +126,7 @@ class Chains:
     Its cache is what it saw of the rows last, [2, b, S]; told another story by rows.changed, it says something else.
     """
 
-    rows_axis, forwards = 1, 1
+    forwards = 1
 
     def start(self, rows):
         return jnp.stack([rows.z, rows.z])
@@ -270,11 +270,11 @@ def guided_twin(toy, table, ar, z, checks, on_reject, numbers, size):
 class OnDemand:
     """Logits that answer select(index) alone, as a network's prediction does."""
 
-    def __init__(self, logits):
-        self.logits = logits
+    def __init__(self, process, logits):
+        self.process, self.logits = process, logits
 
     def select(self, index):
-        return self.logits.reshape(-1, self.logits.shape[-1])[index]
+        return self.process.as_prediction(self.logits.reshape(-1, self.logits.shape[-1])[index])
 
 
 def reader(ar, wrap=lambda logits: logits):
@@ -301,7 +301,7 @@ def test_guided_twin(checks, on_reject, block):
     ar = rng.dirichlet(np.ones(toy.V), toy.V)
     policy = Policy(Scored(choose.MaxProb(), choose.Count(), straight=True), propose=Guided(checks, on_reject),
                          block=block)
-    how = Sampling(tools={"ar": reader(ar, OnDemand)}, drops=7)
+    how = Sampling(tools={"ar": reader(ar, functools.partial(OnDemand, process))}, drops=7)
     words, stats = runner(toy, process, policy, GUIDE, how=how)(table, start)
     for row, z in enumerate(start):
         want, turns = guided_twin(toy, table, ar, z, checks, on_reject, GUIDE, block)

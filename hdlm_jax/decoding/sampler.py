@@ -15,8 +15,10 @@ from hdlm_jax.common import parallel
 from hdlm_jax.common.console import progress
 from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.data.tokenizers import Tokenizer
-from hdlm_jax.decoding import caches, choose, drafts, guide, loop, presets, sparse_attention
+from hdlm_jax.decoding import caches, choose, drafts, guide, loop, presets
 from hdlm_jax.decoding import canvas as canvases
+from hdlm_jax.decoding.policy import Denoiser
+from hdlm_jax.decoding.sparse_attention import Sparse, SparseD
 from hdlm_jax.diffusion import autoregressive, gidd
 from hdlm_jax.diffusion.autoregressive import AutoregressiveProcess
 from hdlm_jax.diffusion.draws import fold
@@ -61,17 +63,17 @@ def numbers_of(g: GenerateConfig, seq_len: int, eos: int = 0) -> dict[str, Any]:
             "top_p": np.float32(g.top_p), "method": method}
 
 
-def denoiser(program: Program, network: Network, params, process, numbers, classifier, sync_trip_count) -> Any:
+def denoiser(program: Program, network: Network, params, process, numbers, classifier, sync_trip_count) -> Denoiser:
     """The network as the program calls it: with its cache or attention, its constraints, its guidance."""
     method = program.method
-    out: Any
-    if isinstance(method.cache, sparse_attention.SparseD):
-        out = method.cache.denoiser(network, params)
+    out: Denoiser
+    if isinstance(method.cache, SparseD):
+        out = Sparse(method.cache, network, params)
     else:
-        out = caches.make(method.cache or caches.Whole(), network, params, process.hierarchy,
+        out = caches.make(method.cache or caches.Whole(), network, params, process.num_levels,
                           sync_trip_count=sync_trip_count, cut=program.cut)
     if program.constrained:
-        out = canvases.Constrained(out, numbers["allowed"], process.hierarchy)
+        out = guide.Constrained(process, out, numbers["allowed"])
     if method.guide[:1] == ("cfg",):
         out = guide.CFG(process, out, numbers["method"]["weight"], method.guide[1])
     elif method.guide:

@@ -18,7 +18,7 @@ from hdlm_jax.decoding.policy import Commit, Policy
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
 from hdlm_jax.models.network import Network
 
-ONE = Scored(choose.MaxProb(), choose.Count())
+ONE = Scored(choose.Confidence(), choose.Count())
 NUMBERS = {"count": 1, "least": 1, "steps": 5, "reveals": 2, "threshold": 0.5, "threshold_cluster": 0.6, "bar": 0.6}
 
 
@@ -75,16 +75,16 @@ def starts(toy, rows, length, seed=0):
 
 POLICIES = {
     "one": Policy(ONE, "argmax"),
-    "blocks": Policy(Scored(choose.Margin(), choose.Count()), "argmax", block=2),
-    "threshold": Policy(Scored(choose.Entropy(), choose.Above()), "argmax"),
-    "even": Policy(Scored(choose.MaxProb(), choose.Even(), straight=True), "argmax"),
+    "blocks": Policy(Scored(choose.Confidence("margin"), choose.Count()), "argmax", block=2),
+    "threshold": Policy(Scored(choose.Confidence("entropy"), choose.Above()), "argmax"),
+    "even": Policy(Scored(choose.Confidence(), choose.Even(), straight=True), "argmax"),
     "memory": Policy(Scored(Habit(), choose.Count()), "argmax", block=3),
     "commit": Policy(ONE, "argmax", commit=Sure()),
-    "running": Policy(Scored(choose.MaxProb(), choose.Running()), "argmax"),  # looks at how sure drops were
+    "running": Policy(Scored(choose.Confidence(), choose.Running()), "argmax"),  # looks at how sure drops were
     "events": Policy(choose.Planned("events")),
     "grid": Policy(choose.Planned("grid")),
     "uniform": Policy(Scored(choose.Uniform(), choose.Even())),
-    "drawn": Policy(Scored(choose.Drawn(), choose.Count()), order="draw_then_choose"),
+    "drawn": Policy(Scored(choose.Confidence("drawn"), choose.Count()), order="draw_then_choose"),
 }
 SLOW = pytest.mark.slow
 
@@ -184,7 +184,7 @@ def test_calls_on_exact_chains(drafts, calls):
 def test_thresholds(match):
     """Exact: the text of the thresholds alone. Subset: other text, complete, in no more calls."""
     chain, numbers = chains(100, 4, concentration=0.3), {"threshold": 0.8, "threshold_cluster": 0.8}
-    choice = Scored(choose.MaxProb(), choose.Above())
+    choice = Scored(choose.Confidence(), choose.Above())
     words, stats = decode_chains(chain, 10, None, choice=choice, numbers=numbers)
     again, counted = decode_chains(chain, 10, 4, match, choice, numbers)
     turns = counted["row_forwards"] / 4
@@ -299,7 +299,7 @@ def test_guided_twin(checks, on_reject, block):
     table, start = toy.random_network(4, seed=5), rng.integers(0, toy.N, (80, 4))
     start = np.where(rng.uniform(size=start.shape) < 0.6, toy.mask, start)
     ar = rng.dirichlet(np.ones(toy.V), toy.V)
-    policy = Policy(Scored(choose.MaxProb(), choose.Count(), straight=True), propose=Guided(checks, on_reject),
+    policy = Policy(Scored(choose.Confidence(), choose.Count(), straight=True), propose=Guided(checks, on_reject),
                          block=block)
     how = Sampling(tools={"ar": reader(ar, functools.partial(OnDemand, process))}, drops=7)
     words, stats = runner(toy, process, policy, GUIDE, how=how)(table, start)

@@ -125,7 +125,7 @@ def test_cfg_keeps_two_caches():
         rows = types.SimpleNamespace(z=z, changed=z < 0, extra={"chain": jnp.tile(chain, (len(z), 1, 1))})
         return Chains()(jnp.stack([z, z]), rows)[0]
 
-    policy = Policy(Scored(choose.MaxProb(), choose.Count()), "argmax")
+    policy = Policy(Scored(choose.Confidence(), choose.Count()), "argmax")
     extra = {"chain": jnp.tile(chain, (12, 1, 1))}
     how = loop.Sampling(rows=5)
     texts = [sample(guide.CFG(process, denoise, 1.0), process, z, policy, {"count": 1}, extra=extra, how=how)[0]

@@ -242,7 +242,7 @@ def test_the_loop_grows_canvases_as_the_paper_does():
     p = np.clip(rng.random((calls, rows, places)) ** np.array([1, 0.5, 0.25] * 2)[:, None], 0.03, 0.999)
     p = np.where(says, 0.6 + 0.35 * p, p).astype(np.float32)
     rule = lengths.Daedal(expand=5, window=4)
-    policy = Policy(choose.Scored(choose.MaxProb(), choose.Above()), "argmax", block=block, lengths=rule)
+    policy = Policy(choose.Scored(choose.Confidence(), choose.Above()), "argmax", block=block, lengths=rule)
     z = np.full((rows, places), process.hierarchy.mask_id, np.int32)
     z[:, :prompt] = 5
     denoise = Scripted(says, p, eos, other, words)

@@ -99,43 +99,26 @@ class Order(Score):
 
 
 @dataclasses.dataclass(frozen=True)
-class MaxProb(Score):
-    """p of the likeliest state one level down (MaskGIT, arXiv 2202.04200; LLaDA's low-confidence order)."""
+class Confidence(Score):
+    """How sure the network is of a token's state one level down.
 
+    by: "top", p of the likeliest state (MaskGIT, arXiv 2202.04200; LLaDA); "margin", that minus p of the second (Kim et
+    al., arXiv 2502.06768; Dream's top-k margin); "entropy", negative, in nats (Dream, arXiv 2508.15487; dParallel,
+    arXiv 2509.26488); "drawn", p of the drawn state, for order="draw_then_choose" (LLaDA at temperature 1; not exact).
+    """
+
+    by: str = "top"
     needs = ("top",)
 
-    def __call__(self, view):
-        return settled(jnp.exp(view.log_top))
-
-
-@dataclasses.dataclass(frozen=True)
-class Margin(Score):
-    """p of the likeliest state minus p of the second (Kim et al., arXiv 2502.06768; Dream's top-k margin)."""
-
-    needs = ("top",)
+    def __post_init__(self):
+        if self.by not in ("top", "margin", "entropy", "drawn"):
+            raise ValueError(f"by={self.by!r}: choose top, margin, entropy or drawn")
 
     def __call__(self, view):
-        return settled(jnp.exp(view.log_top) - jnp.exp(view.log_second))
-
-
-@dataclasses.dataclass(frozen=True)
-class Entropy(Score):
-    """Negative entropy, in nats (Dream, arXiv 2508.15487; dParallel, arXiv 2509.26488)."""
-
-    needs = ("top",)
-
-    def __call__(self, view):
-        return settled(-view.entropy)
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn(Score):
-    """p of the drawn state, for order="draw_then_choose" (LLaDA at temperature 1). Not exact."""
-
-    needs = ("top",)
-
-    def __call__(self, view):
-        return settled(jnp.exp(view.log_drawn))
+        if self.by == "entropy":
+            return settled(-view.entropy)
+        top = jnp.exp(view.log_drawn if self.by == "drawn" else view.log_top)
+        return settled(top - jnp.exp(view.log_second) if self.by == "margin" else top)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +130,7 @@ class Eos(Score):
     share of the unmasking that is done. doubling: the share is that of this schedule after the call, (2^(k+1) - 1)/2^S.
     """
 
-    score: Score = MaxProb()
+    score: Score = Confidence()
     doubling: Doubling | None = None
     needs = ("top",)
 
@@ -167,19 +150,18 @@ class Eos(Score):
 class History(Hook):
     """Predictions for a token in its last calls at its level, for CCD (arXiv 2512.02044).
 
-    depth: d, calls that count, this one included; kept: m, states kept of each (all of them: exact); by: "entropy" or
-    "top", the measure of confidence. A call counts for the numbers["confident"] most confident of the tokens that it
+    depth: d, calls that count, this one included; kept: m, states kept of each (all of them: exact); confidence: by
+    "entropy" or "top". A call counts for the numbers["confident"] most confident of the tokens that it
     left open. A token whose state changes starts anew.
     """
 
     depth: int = 3
     kept: int = 8
-    by: str = "entropy"
-    needs = ("top",)
+    confidence: Confidence = Confidence("entropy")
 
     def __post_init__(self):
-        if self.by not in ("entropy", "top") or self.depth < 1:
-            raise ValueError(f"depth={self.depth}, by={self.by!r}: at least 1; choose entropy or top")
+        if self.depth < 1 or self.confidence.by not in ("entropy", "top"):
+            raise ValueError(f"depth={self.depth}, by={self.confidence.by!r}: at least 1; choose entropy or top")
 
     @property
     def top_k(self):  # type: ignore[override]
@@ -188,9 +170,6 @@ class History(Hook):
     def memory(self, view):
         shape = (*view.z.shape, self.depth - 1, self.kept)
         return {"past_ids": jnp.zeros(shape, jnp.int32), "past_p": jnp.zeros(shape, jnp.float32)}
-
-    def confidence(self, view: View):
-        return settled(-view.entropy if self.by == "entropy" else jnp.exp(view.log_top))
 
     def remember(self, view, z, unmasked):
         inside = best(self.confidence(view), view.open & ~unmasked, view.numbers["confident"])
@@ -220,7 +199,7 @@ class Coherent(Score):
         ids = jnp.concatenate([view.ids, view.memory["past_ids"].reshape(flat)], axis=-1)
         p = jnp.concatenate([jnp.exp(view.logs), view.memory["past_p"].reshape(flat)], axis=-1) / calls
         mass = jnp.sum(jnp.where(ids[..., None] == ids[..., None, :], p[..., None, :], 0.0), axis=-1)  # pbar of each
-        if self.history.by == "top":
+        if self.history.confidence.by == "top":
             return settled(jnp.max(mass, axis=-1))
         rest = jnp.maximum(1 - jnp.sum(p, axis=-1), 0.0)
         inside = jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, mass, 1.0)), 0.0), axis=-1)

@@ -6,6 +6,7 @@ config.generate.steps unless it is given there.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hdlm_jax.config import ConfigError, GenerateConfig
-from hdlm_jax.config.rules import rule
+from hdlm_jax.config.rules import choice, rule
 from hdlm_jax.decoding import caches, choose, guide, lengths, revise
-from hdlm_jax.decoding import drafts as drafting
+from hdlm_jax.decoding.drafts import FreeDave, Guided
 from hdlm_jax.decoding.policy import Policy
 from hdlm_jax.decoding.sparse_attention import SparseD
 from hdlm_jax.models import quantise
@@ -75,23 +76,23 @@ def max_prob(*, steps: int = 0, block: int = 0, draw: str = "sample", straight: 
     Tokens are chosen by the distribution's maximum and then drawn, which keeps the order exact (see low_confidence).
     straight: from the mask to the vocabulary at once.
     """
-    return _even(choose.MaxProb(), steps, block, draw, straight)
+    return _even(choose.Confidence(), steps, block, draw, straight)
 
 
 def margin(*, steps: int = 0, block: int = 0, draw: str = "sample", straight: bool = False) -> Method:
     """Top-k probability margin (Kim et al., arXiv 2502.06768): tokens whose two likeliest states differ most first."""
-    return _even(choose.Margin(), steps, block, draw, straight)
+    return _even(choose.Confidence("margin"), steps, block, draw, straight)
 
 
 def entropy(*, steps: int = 0, block: int = 0, draw: str = "sample", straight: bool = False) -> Method:
     """Dream's entropy order (arXiv 2508.15487): tokens of the least entropy first."""
-    return _even(choose.Entropy(), steps, block, draw, straight)
+    return _even(choose.Confidence("entropy"), steps, block, draw, straight)
 
 
 def low_confidence(*, steps: int = 0, block: int = 32, draw: str = "sample", straight: bool = False) -> Method:
     """LLaDA's low-confidence remasking (arXiv 2502.09992): every token draws, the likeliest draws stay. Choosing by
     what was drawn is not exact at any number of calls (docs/decoding.md)."""
-    return _even(choose.Drawn(), steps, block, draw, straight, "draw_then_choose")
+    return _even(choose.Confidence("drawn"), steps, block, draw, straight, "draw_then_choose")
 
 
 def fast_dllm(*, threshold: float = 0.9, threshold_cluster: float = 0.9, block: int = 32, draw: str = "argmax",
@@ -100,13 +101,13 @@ def fast_dllm(*, threshold: float = 0.9, threshold_cluster: float = 0.9, block: 
 
     threshold: from level 1 to the vocabulary; threshold_cluster: from levels above.
     """
-    choice = choose.Scored(choose.MaxProb(), choose.Above(), straight)
-    return Method(Policy(choice, draw, block=block), {"threshold": threshold, "threshold_cluster": threshold_cluster})
+    policy = Policy(choose.Scored(choose.Confidence(), choose.Above(), straight), draw, block=block)
+    return Method(policy, {"threshold": threshold, "threshold_cluster": threshold_cluster})
 
 
 def fast_dllm_factor(*, factor: float = 1.0, block: int = 32, draw: str = "argmax", straight: bool = False) -> Method:
     """Fast-dLLM's factor rule (arXiv 2505.22618): the most tokens n for which (n + 1)(1 - p of the n-th) < factor."""
-    policy = Policy(choose.Scored(choose.MaxProb(), choose.Factor(), straight), draw, block=block)
+    policy = Policy(choose.Scored(choose.Confidence(), choose.Factor(), straight), draw, block=block)
     return Method(policy, {"factor": factor})
 
 
@@ -114,16 +115,15 @@ def dimple(*, threshold: float = 0.95, threshold_cluster: float = 0.95, steps: i
            straight: bool = False) -> Method:
     """Dimple's confident decoding (arXiv 2505.16990): all tokens surer than a threshold, else as many as an even
     schedule of `steps` calls asks for."""
-    choice = choose.Scored(choose.MaxProb(), choose.Above(choose.Even()), straight)
-    return Method(Policy(choice, draw), {"threshold": threshold, "threshold_cluster": threshold_cluster,
-                                         "steps": steps})
+    policy = Policy(choose.Scored(choose.Confidence(), choose.Above(choose.Even()), straight), draw)
+    return Method(policy, {"threshold": threshold, "threshold_cluster": threshold_cluster, "steps": steps})
 
 
 def dparallel(*, threshold: float = 0.5, block: int = 32, draw: str = "argmax", straight: bool = False) -> Method:
     """dParallel's decoding (arXiv 2509.26488), without its distillation: all tokens of an entropy below a threshold in
     nats, else the least."""
-    choice = choose.Scored(choose.Entropy(), choose.Above(), straight)
-    return Method(Policy(choice, draw, block=block), {"threshold": -threshold, "threshold_cluster": -threshold})
+    policy = Policy(choose.Scored(choose.Confidence("entropy"), choose.Above(), straight), draw, block=block)
+    return Method(policy, {"threshold": -threshold, "threshold_cluster": -threshold})
 
 
 def ccd(*, depth: int = 3, kept: int = 8, confident: int = 4, count: int = 1, draw: str = "argmax") -> Method:
@@ -150,7 +150,7 @@ def eoser(*, steps: int = 0, least: float = 0.4, block: int = 0, draw: str = "ar
 def ass(*, least: float = 0.01, block: int = 0, draw: str = "argmax") -> Method:
     """Ascending step sizes (ASS, arXiv 2509.23924): 2^k drops at call k, with EOSER's lower trust in the end."""
     doubling = choose.Doubling()
-    policy = Policy(choose.Scored(choose.Eos(choose.MaxProb(), doubling), doubling), draw, block=block)
+    policy = Policy(choose.Scored(choose.Eos(choose.Confidence(), doubling), doubling), draw, block=block)
     return Method(policy, {"eos_least": least, "eos": -1})
 
 
@@ -160,8 +160,12 @@ def ass(*, least: float = 0.01, block: int = 0, draw: str = "argmax") -> Method:
 def prophet(*, steps: int = 0, gap_early: float = 7.5, gap_middle: float = 5.0, gap_late: float = 2.5, block: int = 32,
             last: int = 0, stages: bool = False, draw: str = "argmax") -> Method:
     """Prophet's early commit (arXiv 2508.19982): once the likeliest states lead by a gap, all the rest is written."""
-    policy = Policy(choose.Scored(choose.MaxProb(), choose.Even()), draw, block=block, commit=revise.Gap(last, stages))
-    return Method(policy, {"steps": steps, "gap_early": gap_early, "gap_middle": gap_middle, "gap_late": gap_late})
+    choice = choose.Scored(choose.Confidence(), choose.Even())
+    return Method(Policy(choice, draw, block=block, commit=revise.Gap(last, stages)),
+                  {"steps": steps, "gap_early": gap_early, "gap_middle": gap_middle, "gap_late": gap_late})
+
+
+_WRITE_ALL = choose.Scored(choose.Confidence(), choose.All(), straight=True)
 
 
 def saber(*, least: int = 2, mu: float = 8.0, of: str = "own", draw: str = "argmax") -> Method:
@@ -169,14 +173,13 @@ def saber(*, least: int = 2, mu: float = 8.0, of: str = "own", draw: str = "argm
 
     Needs predictions at tokens that are written, which the network is trained for at xi < 1 alone.
     """
-    policy = Policy(choose.Scored(choose.MaxProb(), choose.Running()), draw, revise=revise.Backtrack(of))
+    policy = Policy(choose.Scored(choose.Confidence(), choose.Running()), draw, revise=revise.Backtrack(of))
     return Method(policy, {"least": least, "mu": mu})
 
 
 def rcr(*, steps: int = 0, schedule: str = "linear", to: str = "mask", block: int = 32, draw: str = "sample") -> Method:
     """Running confidence remasking (RCR of MDPO, arXiv 2508.13148): all is written, the least sure are remasked."""
-    choice = choose.Scored(choose.MaxProb(), choose.All(), straight=True)
-    policy = Policy(choice, draw, block=block, revise=revise.RunningConfidence(schedule, to))
+    policy = Policy(_WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to))
     return Method(policy, {"steps": steps})
 
 
@@ -186,8 +189,7 @@ def p2(*, steps: int = 0, eta: float = 1.0, schedule: str = "linear", to: str = 
     network now finds least likely is remasked; eta >= 0 (the paper's strength of stochasticity, may exceed 1) is how
     much tokens written before are doubted. Needs predictions at them, as saber does.
     """
-    choice = choose.Scored(choose.MaxProb(), choose.All(), straight=True)
-    policy = Policy(choice, draw, block=block, revise=revise.PathPlanning(schedule, to))
+    policy = Policy(_WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to, "now"))
     return Method(policy, {"steps": steps, "eta": eta})
 
 
@@ -206,17 +208,15 @@ def remdm(*, steps: int = 0, kind: str = "cap", eta: float = 0.05, t_on: float =
 def freedave(*, drafts: int = 4, block: int = 32, draw: str = "argmax") -> Method:
     """FreeDave (arXiv 2510.00294): one token a call by max_prob, with drafts of the next ones verified in the same
     call: the same text in fewer calls."""
-    policy = Policy(choose.Scored(choose.MaxProb(), choose.Count()), draw, block=block,
-                    verify=drafting.FreeDave(drafts))
-    return Method(policy, {"count": 1})
+    choice = choose.Scored(choose.Confidence(), choose.Count())
+    return Method(Policy(choice, draw, block=block, verify=FreeDave(drafts)), {"count": 1})
 
 
 def freedave_plus(*, drafts: int = 4, threshold: float = 0.95, threshold_cluster: float = 0.95, block: int = 32,
                   draw: str = "argmax") -> Method:
     """FreeDave++ (arXiv 2510.00294): fast_dllm's thresholds with drafts, of which a part of a step's result will do."""
-    policy = Policy(choose.Scored(choose.MaxProb(), choose.Above()), draw, block=block,
-                    verify=drafting.FreeDave(drafts, "subset"))
-    return Method(policy, {"threshold": threshold, "threshold_cluster": threshold_cluster})
+    method = fast_dllm(threshold=threshold, threshold_cluster=threshold_cluster, block=block, draw=draw)
+    return method._replace(policy=dataclasses.replace(method.policy, verify=FreeDave(drafts, "subset")))
 
 
 def guided(*, checks: str = "deterministic", on_reject: str = "dlm", top_k: int = 5, threshold: float = 0.1,
@@ -225,7 +225,7 @@ def guided(*, checks: str = "deterministic", on_reject: str = "dlm", top_k: int 
 
     checks: some of deterministic, top_k, threshold, relative, joined by "+". on_reject: whose token is written there.
     """
-    policy = Policy(choose.Scored(), propose=drafting.Guided(tuple(checks.split("+")), on_reject), block=block)
+    policy = Policy(choose.Scored(), propose=Guided(tuple(checks.split("+")), on_reject), block=block)
     return Method(policy, {"top_k": top_k, "threshold": threshold, "relative": relative}, needs="ar")
 
 
@@ -261,7 +261,7 @@ def daedal(*, start: int = 64, expand: int = 8, window: int = 32, threshold: flo
 
     For networks that are trained with an end of text in each row; on packed documents it decides little.
     """
-    policy = Policy(choose.Scored(choose.MaxProb(), choose.Above()), draw, block=block,
+    policy = Policy(choose.Scored(choose.Confidence(), choose.Above()), draw, block=block,
                     lengths=lengths.Daedal(expand, window))
     numbers = {"threshold": threshold, "threshold_cluster": threshold, "eos_grow": eos_grow, "eos_stop": eos_stop,
                "low": low, "eos": -1, "start": start}
@@ -291,13 +291,13 @@ def dual_cache(*, threshold: float = 0.9, threshold_cluster: float = 0.9, block:
 
 def freecache(*, steps: int = 0, block: int = 32, draw: str = "sample") -> Method:
     """FreeCache (FlashDLM, arXiv 2505.21467) under max_prob in blocks: finished blocks are not computed again."""
-    return _even(choose.MaxProb(), steps, block, draw)._replace(cache=caches.FreeCache())
+    return _even(choose.Confidence(), steps, block, draw)._replace(cache=caches.FreeCache())
 
 
 def dkv(*, steps: int = 0, refresh: int = 8, refresh_clusters: int = 1, block: int = 0, draw: str = "sample") -> Method:
     """dKV-Cache (arXiv 2505.15781) under max_prob: keys and values of words are kept one call after they are written;
     all are made again in every `refresh`-th call, clusters' in every `refresh_clusters`-th."""
-    return _even(choose.MaxProb(), steps, block, draw)._replace(cache=caches.DKV(refresh, refresh_clusters))
+    return _even(choose.Confidence(), steps, block, draw)._replace(cache=caches.DKV(refresh, refresh_clusters))
 
 
 def dkv_greedy(*, refresh: int = 2, window: int = 4, draw: str = "sample") -> Method:
@@ -326,10 +326,11 @@ METHODS: dict[str, Callable[..., Method]] = {f.__name__: f for f in (
     classifier, daedal, bd3lm, prefix_cache, dual_cache, freecache, dkv, dkv_greedy, sparsed, quantised)}
 
 
-_LEAST = {"steps": 1, "reveals": 1, "count": 1, "depth": 1, "kept": 1, "confident": 1, "drafts": 1, "candidates": 1,
-          "start": 1, "expand": 2, "window": 0, "refresh": 1, "refresh_clusters": 1, "tokens": 1, "top_k": 1,
-          "block": 0, "last": 0, "mu": 0, "least": 0, "weight": 0, "eta": 0}
-_LEAST_OF = {("daedal", "window"): 1}
+_RANGES = {
+    **dict.fromkeys(("steps", "reveals", "count", "depth", "kept", "confident", "drafts", "candidates", "start",
+                     "refresh", "refresh_clusters", "tokens", "top_k", "daedal window"), (1, np.inf)),
+    **dict.fromkeys(("window", "block", "last", "mu", "least", "weight", "eta"), (0, np.inf)),
+    "expand": (2, np.inf), "select": (0, 1), "skip": (0, 1), "remdm eta": (0, 1)}
 
 
 def make(name: str, options: str = "", steps: int = 128) -> Method:
@@ -338,22 +339,26 @@ def make(name: str, options: str = "", steps: int = 128) -> Method:
     Raises:
       ValueError: an unknown method or option (with the choices), or a value of another kind.
     """
-    if name not in METHODS:
-        raise ValueError(f"method={name!r}: choose one of {', '.join(METHODS)}{_close(name, METHODS)}")
+    choice("method", name, tuple(METHODS))
     known = {p.name: p.default for p in inspect.signature(METHODS[name]).parameters.values()}
     given: dict[str, Any] = {"steps": steps} if "steps" in known else {}
     for part in options.split():
         key, equals, text = part.partition("=")
         if not equals or key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"options={part!r}: method {name!r} has {', '.join(f'{k}={v}' for k, v in known.items())}"
-                             f"{_close(key, known)}")
-        given[key] = _read(key, text, known[key])
-    for key, value in (known | given).items():
-        least = value if isinstance(value, str | bool) else _LEAST_OF.get((name, key), _LEAST.get(key, value))
-        share = (key in ("select", "skip") or (name, key) == ("remdm", "eta")) and not 0 <= value <= 1
-        if key in given and value < least or share:
-            rule = "in [0, 1]" if share else f"at least {least}"
-            raise ValueError(f"options={key}={value}: method {name!r} needs it {rule}")
+                             + "".join(f"; did you mean {other!r}?" for other in close))
+        try:
+            given[key] = {"true": True, "false": False}[text.lower()] if isinstance(known[key], bool) else type(
+                known[key])(text)
+        except (KeyError, ValueError):
+            raise ValueError(f"options={key}={text!r}: must be of type {type(known[key]).__name__}, like {known[key]}"
+                             ) from None
+    for key, value in given.items():
+        least, most = _RANGES.get(f"{name} {key}") or _RANGES.get(key) or (value, value)
+        if not least <= value <= most:
+            what = "in [0, 1]" if most == 1 else f"at least {least}"
+            raise ValueError(f"options={key}={value}: method {name!r} needs it {what}")
     return METHODS[name](**given)
 
 
@@ -377,17 +382,3 @@ def numbers(method: Method, eos: int = 0) -> dict[str, np.generic]:
     """A method's numbers as what is traced: int32 and float32; eos: word id of the end of text."""
     found = method.numbers | ({"eos": eos} if "eos" in method.numbers else {})
     return {k: np.int32(v) if isinstance(v, int) else np.float32(v) for k, v in found.items()}
-
-
-def _close(name: str, choices) -> str:
-    close = difflib.get_close_matches(name, choices, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _read(key: str, text: str, like: Any) -> Any:
-    try:
-        if isinstance(like, bool):
-            return {"true": True, "false": False}[text.lower()]
-        return type(like)(text)
-    except (KeyError, ValueError):
-        raise ValueError(f"options={key}={text!r}: must be of type {type(like).__name__}, like {like}") from None

@@ -101,21 +101,28 @@ class Scheduled(Revise):
     taken back (to="cluster"): first every token to its cluster, then the lowest scores further up. T is the block's
     share of numbers["steps"], at most n.
 
+    by: "written", the probability of a token's last unmasking (RCR of MDPO, arXiv 2508.13148); "now", log p of what was
+      drawn for tokens written in this call, eta log p of their token for those written before (P2 in its self-planning
+      form, arXiv 2502.03540), eta = numbers["eta"] >= 0: at 0 new tokens are remasked first, at 1 all are equal, above
+      1 old ones are doubted more.
+
     Bound: the count is 0 after call T <= n at the latest, so a row takes at most sum n <= S K calls.
     """
 
     schedule: str = "linear"
     to: str = "mask"
+    by: str = "written"
     steps: Even = Even()
-    needs = ("sure",)
 
     def __post_init__(self):
         if self.schedule not in ("linear", "cosine") or self.to not in ("mask", "cluster"):
             raise ValueError(f"schedule={self.schedule!r}, to={self.to!r}: choose linear or cosine, mask or cluster")
+        if self.by not in ("written", "now"):
+            raise ValueError(f"by={self.by!r}: choose written or now")
 
-    def score(self, view: View, unmasked):
-        """float32 [b, S]; the lowest are remasked."""
-        raise NotImplementedError
+    @property
+    def needs(self):  # type: ignore[override]
+        return ("sure",) if self.by == "written" else ("own", "sure")
 
     def __call__(self, view: View, z, unmasked):
         done, count, _, whole = self.steps.clock(view, self.to == "mask")
@@ -127,7 +134,10 @@ class Scheduled(Revise):
             count = jnp.floor(count * jnp.cos(jnp.pi / 2 * (1 - left / calls)) + 1e-4).astype(jnp.int32)
         here = view.free & (view.block == view.current[:, None])
         top = jnp.where(here, view.process.level_of(view.canvas), 0)
-        score = self.score(view, unmasked)
+        score = view.sure
+        if self.by == "now":
+            own = jnp.where(view.numbers["eta"] > 0, view.numbers["eta"] * view.log_own, 0.0)
+            score = jnp.where(unmasked, jnp.log(view.sure), own)
         if self.to == "mask":
             return jnp.where(best(-score, top > 0, count), top, 0)
         level = jnp.zeros(top.shape, jnp.int32)
@@ -135,29 +145,6 @@ class Scheduled(Revise):
             up = best(-score, top >= k, count)
             level, count = level + up, count - jnp.sum(up, axis=1)
         return level
-
-
-@dataclasses.dataclass(frozen=True)
-class RunningConfidence(Scheduled):
-    """RCR, running confidence remasking of MDPO (arXiv 2508.13148): by the probability of each last unmasking."""
-
-    def score(self, view, unmasked):
-        return view.sure
-
-
-@dataclasses.dataclass(frozen=True)
-class PathPlanning(Scheduled):
-    """P2 in its self-planning form (arXiv 2502.03540): by the network's present probabilities.
-
-    log p of what was drawn for tokens written in this call, eta log p of their token for those written before, eta =
-    numbers["eta"] >= 0: at 0 new tokens are remasked first, at 1 all are equal, above 1 old ones are doubted more.
-    """
-
-    needs = ("own", "sure")  # type: ignore[assignment]
-
-    def score(self, view, unmasked):
-        own = jnp.where(view.numbers["eta"] > 0, view.numbers["eta"] * view.log_own, 0.0)
-        return jnp.where(unmasked, jnp.log(view.sure), own)
 
 
 @dataclasses.dataclass(frozen=True)

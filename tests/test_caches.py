@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hdlm_jax.decoding import caches
-from hdlm_jax.decoding.caches import DKV, BlockCausal, Cached, Dual, FreeCache, Prefix, Whole
+from hdlm_jax.decoding.caches import DKV, BlockCausal, Cached, FastDLLM, FreeCache, Uncached
 from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.heads import FlatHead
@@ -33,8 +32,8 @@ def weights(network, seed=0):
 # ------------------------------------------------------------------------------------------------- a decoding by hand
 
 
-def rows_of(z, wanted, before, call, lengths=(S,) * B, prompt=PROMPT, block=BLOCK) -> Rows:
-    """What the core tells of states z [b, S], in numpy; `before`: the states of the call before, or None."""
+def rows_of(z, wanted, call, lengths=(S,) * B, prompt=PROMPT, block=BLOCK) -> Rows:
+    """What the core tells of states z [b, S], in numpy."""
     level = np.select([z < WORDS.vocab_size, z == MASK], [0, K], 1)
     active = np.arange(S)[None] < np.asarray(lengths)[:, None]
     number = np.broadcast_to((np.arange(S) - prompt) // block, z.shape)
@@ -42,15 +41,15 @@ def rows_of(z, wanted, before, call, lengths=(S,) * B, prompt=PROMPT, block=BLOC
     todo = np.where((level > 0) & active, number, S)
     b = len(z)
     return Rows(z, np.full(b, 0.5, np.float32), level, np.broadcast_to(np.arange(S) < prompt, z.shape), active, number,
-                todo.min(-1), wanted, np.zeros_like(active) if before is None else z != before, np.full(b, call), {})
+                todo.min(-1), wanted, np.full(b, call), {})
 
 
 def walk(seed=0, drops=2, lengths=(S,) * B, prompt=PROMPT, block=BLOCK):
     """Rows of every call of a decoding: in each block, `drops` levels a call, mask -> cluster -> word."""
-    rng, z, before, out = np.random.default_rng(seed), np.full((B, S), MASK), None, []
+    rng, z, out = np.random.default_rng(seed), np.full((B, S), MASK), []
     z[:, :prompt] = rng.integers(0, 8, (B, prompt))
     for call in range(2 * S):
-        rows = rows_of(z, np.zeros(z.shape, bool), before, call, lengths, prompt, block)
+        rows = rows_of(z, np.zeros(z.shape, bool), call, lengths, prompt, block)
         places = [np.flatnonzero(r) for r in (rows.block == rows.current[:, None]) & (rows.level > 0) & rows.active]
         if not any(len(p) for p in places):
             break
@@ -58,14 +57,21 @@ def walk(seed=0, drops=2, lengths=(S,) * B, prompt=PROMPT, block=BLOCK):
         wanted = np.array([np.isin(np.arange(S), c) for c in chosen])
         out.append(rows._replace(wanted=wanted))
         down = np.where(rows.level == K, 8 + rng.integers(0, 3, z.shape), rng.integers(0, 8, z.shape))
-        before, z = z, np.where(wanted, down, z)
+        z = np.where(wanted, down, z)
     return out
 
 
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """No cache."""
+
+    block_causal: bool = False
+
+
 def make(spec, network=NET, params=None, sizes=()):
-    """The denoiser of a spec; sizes: of Cached."""
-    denoiser = caches.make(spec, network, params or {}, K)
-    return dataclasses.replace(denoiser, sizes=sizes) if isinstance(denoiser, Cached) else denoiser
+    if isinstance(spec, Whole):
+        return Uncached(network, params or {}, block_causal=spec.block_causal)
+    return Cached(spec, network, params or {}, K, sizes)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "network", "sizes"))
@@ -166,7 +172,7 @@ def test_any_sequence_of_sets_equals_the_emulation(block_causal, sizes):
     z = np.full((B, S), MASK)
     for share in (1, 0.1, 0, 0.3, 0.7):  # classes S, 4, none, 8 (or S), S
         z, stale = (z + rng.integers(1, MASK, (B, S))) % (MASK + 1), rng.random((B, S)) < share
-        rows = rows_of(z, stale, None, 0, lengths)._replace(extra={"stale": stale})
+        rows = rows_of(z, stale, 0, lengths)._replace(extra={"stale": stale})
         seen = np.broadcast_to(rows.active[:, None], (B, S, S)).copy()
         if block_causal:
             seen &= rows.block[:, None] <= rows.block[..., None]
@@ -205,7 +211,7 @@ def test_prefix_and_dual_compute_the_sets_of_their_paper():
     walked = walk()
     everything, starts = np.ones((B, S), bool), 0
     before = np.full(B, -2)
-    for rows, prefix, dual in zip(walked, stales(Prefix(), walked), stales(Dual(), walked), strict=True):
+    for rows, prefix, dual in zip(walked, stales(FastDLLM(), walked), stales(FastDLLM(dual=True), walked), strict=True):
         begins, behind = rows.current != before, np.arange(S)[None] >= PROMPT + BLOCK * rows.current[:, None]
         inside = behind & (np.arange(S)[None] < PROMPT + BLOCK * (rows.current[:, None] + 1))
         np.testing.assert_array_equal(prefix, np.where(begins[:, None], everything, behind))
@@ -248,8 +254,7 @@ def test_delayed_cache_computes_what_moves_and_what_has_just_settled():
 
 
 @pytest.mark.parametrize("spec, want, numbers", [
-    (BlockCausal(), Whole(block_causal=True), None), (FreeCache(block_causal=True), Whole(block_causal=True), None),
-    (DKV(), Whole(), {"refresh": 1})], ids=["block_causal", "free", "dkv"])
+    (BlockCausal(), Whole(block_causal=True), None), (DKV(), Whole(), {"refresh": 1})], ids=["block_causal", "dkv"])
 def test_exact_rules_equal_no_cache(spec, want, numbers):
     """At all tokens that rule has ever had to compute; also when written tokens are raised, and blocks out of turn."""
     walked = walk(lengths=(S, 11, 15))
@@ -257,7 +262,7 @@ def test_exact_rules_equal_no_cache(spec, want, numbers):
     raised[:, PROMPT + 1], raised[:, -3] = MASK, MASK  # back to the first block; another one is wanted as well
     fixed = np.where(np.arange(S) == PROMPT + 1, 5, raised)
     for z in (raised, fixed, np.where(np.arange(S) == PROMPT + 1, 6, fixed)):  # the last: a word becomes another
-        rows = rows_of(z, z == MASK, walked[-1].z, len(walked), (S, 11, 15))
+        rows = rows_of(z, z == MASK, len(walked), (S, 11, 15))
         walked.append(rows)
     known = at(walked, "active") & (at(walked, "wanted") | (at(walked, "block") <= at(walked, "current")[..., None]))
     got = run(spec, walked, numbers)
@@ -324,4 +329,4 @@ def test_one_time_is_as_good_as_none_and_bfloat16_works():
 
 
 def test_specs_are_static():
-    assert all(isinstance(hash(kind()), int) for kind in (Whole, Prefix, Dual, FreeCache, BlockCausal, DKV))
+    assert all(isinstance(hash(kind()), int) for kind in (FastDLLM, FreeCache, BlockCausal, DKV))

@@ -51,9 +51,9 @@ def processed(hierarchy, xi=1.0, force="cavity"):
 def rows_of(z, kind, hierarchy):
     """What a denoiser is told of rows [b, S] in a first call."""
     z = jnp.asarray(z, jnp.int32)
-    off, none, b = jnp.zeros(z.shape, bool), jnp.zeros(z.shape, jnp.int32), z.shape[0]
+    none, b = jnp.zeros(z.shape, jnp.int32), z.shape[0]
     level = processed(hierarchy).level_of(z)
-    return Rows(z, jnp.ones(b), level, level == 0, ~off, none, jnp.zeros(b, jnp.int32), level > 0, off,
+    return Rows(z, jnp.ones(b), level, level == 0, z >= 0, none, jnp.zeros(b, jnp.int32), level > 0,
                 jnp.zeros(b, jnp.int32), {"kind": jnp.broadcast_to(jnp.asarray(kind, jnp.int32), z.shape)})
 
 

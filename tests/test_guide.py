@@ -22,7 +22,7 @@ SLOW = pytest.mark.slow
 
 def rows_of(process, z, given):
     level = process.level_of(z)
-    return Rows(z, jnp.ones(len(z)), level, given, given | True, level * 0, level[:, 0] * 0, level > 0, level < 0,
+    return Rows(z, jnp.ones(len(z)), level, given, given | True, level * 0, level[:, 0] * 0, level > 0,
                 level[:, 0] * 0, {})
 
 
@@ -122,7 +122,7 @@ def test_cfg_keeps_two_caches():
     z[:, [0, 3]] = np.random.default_rng(3).integers(0, 4, (12, 2))
 
     def stateless(z, t):
-        rows = types.SimpleNamespace(z=z, changed=z < 0, extra={"chain": jnp.tile(chain, (len(z), 1, 1))})
+        rows = types.SimpleNamespace(z=z, extra={"chain": jnp.tile(chain, (len(z), 1, 1))})
         return Chains()(jnp.stack([z, z]), rows)[0]
 
     policy = Policy(Scored(choose.Confidence(), choose.Count()), "argmax")

@@ -81,8 +81,7 @@ def make_rows(seed, prompt, length, drops, s=S):
                                                          rng.integers(0, V, (b, s))))
     block = np.where(given, -1, np.cumsum(~given, 1) - 1)
     t = rng.random(b).astype(np.float32)
-    none = np.zeros((b, s), bool)
-    arrays = (z, t, level, given, active, block, np.zeros(b), active, none, np.zeros(b))
+    arrays = (z, t, level, given, active, block, np.zeros(b), active, np.zeros(b))
     return Rows(*(jnp.asarray(a, a.dtype if a.dtype in (bool, np.float32) else np.int32) for a in arrays), {})
 
 

@@ -178,11 +178,9 @@ def spell(made, *parts):
 ])
 def test_what_fields_mean(spec, words, want):
     made = schema.scaffold(spec, bpe(), clusters(bpe().vocab_size, (8,)))
-    row = spell(made, words)
-    if want is None:
-        with pytest.raises(ValueError, match=r"of field \$ is \d+, which it may not take"):
-            made.text(row)
-    else:
+    row, start = spell(made, words), made.canvas()
+    assert start.allowed[start.kind[0], row].all() == (want is not None)
+    if want is not None:
         assert made.text(row) == want
 
 
@@ -255,14 +253,5 @@ def test_scaffolds_know_their_words():
     made = schema.scaffold(spec, t, h, prompt="the")
     row = spell(made, [" true"])
     assert made.read(row) == {"a": True}
-    changed = [*row[:2], 5, *row[3:]]
-    with pytest.raises(ValueError, match=r"tokens 1..\d+ are not the given"):
-        made.text(changed)
-    with pytest.raises(ValueError, match=rf"field \$.a is {h.mask_id}, which it may not take"):
-        made.text([h.mask_id if not g else z for z, g in zip(made.canvas().z[0], made.canvas().given[0], strict=True)])
-    with pytest.raises(ValueError, match=r"\d tokens end inside field \$.a"):
-        made.text(row[: len(made.prompt) + len(made.pieces[0].ids)])
-    with pytest.raises(ValueError, match=f"the tokenizer has {t.vocab_size} words, the hierarchy 8"):
-        schema.scaffold({"type": "null"}, t, clusters(8, ()))
     with pytest.raises(ValueError, match="kind='bert'"):
         schema.scaffold({"type": "null"}, types.SimpleNamespace(kind="bert"), h)

@@ -57,7 +57,7 @@ def test_frames_are_the_states_of_the_loop(kind, steps, frames):
     run = functools.partial(loop.sample, jax.random.key(7), denoise, process, start, planned(kind),
                             dict(steps=steps, reveals=2))
     plain, stats = jax.jit(run)()
-    words, film = jax.jit(functools.partial(run, how=loop.Sampling(frames=frames, rows=2, drops=4)))()
+    words, film = jax.jit(functools.partial(run, how=loop.Sampling(frames=frames, rows=2, tokens=4)))()
     np.testing.assert_array_equal(words, plain)
     np.testing.assert_array_equal(film["row_forwards"], stats["row_forwards"])
 

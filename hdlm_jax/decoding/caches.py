@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from hdlm_jax.decoding.policy import Denoiser, Rows
+from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.models.network import At, Network
 
 
@@ -44,37 +44,24 @@ class Rule(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
-    """No cache: all tokens in every call."""
+class FastDLLM:
+    """Fast-dLLM (arXiv 2505.22618): all tokens when a block begins, then the block and what follows (prefix cache) or,
+    with dual, the block alone (dual cache)."""
 
-    block_causal: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-    """Fast-dLLM's prefix cache (arXiv 2505.22618): all tokens when a block begins, then the block and what follows."""
-
+    dual: bool = False
     block_causal = False
 
     def stale(self, rows: Rows, since: Since):
-        return since.moved[:, None] | (rows.block >= rows.current[:, None]) | rows.wanted | since.changed
-
-
-@dataclasses.dataclass(frozen=True)
-class Dual:
-    """Fast-dLLM's dual cache (arXiv 2505.22618): all tokens when a block begins, then the block alone."""
-
-    block_causal = False
-
-    def stale(self, rows: Rows, since: Since):
-        return since.moved[:, None] | (rows.block == rows.current[:, None]) | rows.wanted | since.changed
+        current = rows.current[:, None]
+        here = rows.block == current if self.dual else rows.block >= current
+        return since.moved[:, None] | here | rows.wanted | since.changed
 
 
 @dataclasses.dataclass(frozen=True)
 class FreeCache:
     """FlashDLM (arXiv 2505.21467): the prompt once, a block in every call until it is finished and once more after."""
 
-    block_causal: bool = False
+    block_causal = False
 
     def stale(self, rows: Rows, since: Since):
         return (rows.block >= since.first[:, None]) | rows.wanted
@@ -84,7 +71,7 @@ class FreeCache:
 class BlockCausal:
     """BD3-LM (arXiv 2503.09573): the current block in every call and once more when finished, later ones where wanted.
 
-    Equals Whole(block_causal=True) where the network is not told the time (model.time_conditioning=False).
+    Equals Uncached(block_causal=True) where the network is not told the time (model.time_conditioning=False).
     """
 
     block_causal = True
@@ -97,10 +84,10 @@ class BlockCausal:
 class DKV:
     """dKV-Cache (arXiv 2505.15781): keys and values of a token are kept from one call after it is written.
 
-    refresh: all tokens are computed in every `refresh`-th call; in between those that are not yet words, or have just
+    refresh: all tokens are computed in every `refresh`-th call; in between those not yet unmasked to the vocabulary, or
     changed. refresh_clusters: the same for clusters alone, which may change again (1: they are never kept).
     window: w, the greedy variant for an order known beforehand: in between only tokens that have just changed, those
-    wanted, and those not yet words within w places of these.
+    wanted, and those not yet unmasked within w places of these.
     """
 
     refresh: int = 8
@@ -133,12 +120,12 @@ class Memory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Uncached:
-    """The denoiser of `Whole`. cut: rows may end before S does; without a cache that mask costs time."""
+    """The denoiser without a cache. cut: rows may end before S does, which needs a mask and costs time."""
 
-    spec: Whole
     network: Network
     params: Mapping[str, Any]
     cut: bool = True
+    block_causal: bool = False
     forwards = 1
 
     def start(self, rows: Rows):
@@ -146,7 +133,7 @@ class Uncached:
 
     def __call__(self, cache, rows: Rows):
         seen = rows.active[:, None] if self.cut else None
-        if self.spec.block_causal:
+        if self.block_causal:
             seen = rows.active[:, None] & (rows.block[:, None] <= rows.block[:, :, None])
         return self.network.denoise(self.params, rows.z, rows.t, seen), cache
 
@@ -211,11 +198,3 @@ class Cached:
 def sizes_of(seq_len: int) -> tuple[int, ...]:
     """A half, a quarter, .. of seq_len, down to a 32nd, not fewer than 16; rising."""
     return tuple(n for i in range(5, 0, -1) if (n := -(-seq_len // 2**i)) >= 16)
-
-
-def make(spec: Whole | Rule, network: Network, params, mask: int, *, sync_trip_count: Callable = lambda count: count,
-         cut: bool = True) -> Denoiser:
-    """The denoiser of a network with the cache that `spec` describes; see Uncached and Cached."""
-    if isinstance(spec, Whole):
-        return Uncached(spec, network, params, cut)
-    return Cached(spec, network, params, mask, None, sync_trip_count)

@@ -99,8 +99,8 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
     sets: dict[tuple[int, int], int] = {}
     buffer, end = "", 0
 
-    def flush(words: str):
-        ids.extend(tokenizer.encode(words).tolist())
+    def flush(given: str):
+        ids.extend(tokenizer.encode(given).tolist())
         kinds.extend([0] * (len(ids) - len(kinds)))
 
     for found in _BLANK.finditer(text):
@@ -127,8 +127,8 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
         if not 1 <= level < hierarchy.num_levels:
             choices = f"1..{hierarchy.num_levels - 1}" if hierarchy.num_levels > 1 else "none, so use [MASK]"
             raise ValueError(f"{where}: level {level} has no clusters; levels that have: {choices}")
-        word = int(tokenizer.encode(" " * space + found[3])[0])
-        node = int(hierarchy.anc[level][word])
+        like = int(tokenizer.encode(" " * space + found[3])[0])
+        node = int(hierarchy.anc[level][like])
         ids.append(int(hierarchy.state_id(level, node)))
         kinds.append(sets.setdefault((level, node), len(sets) + 1))
     flush(buffer + text[end:])

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hdlm_jax.decoding.loop import Loop
+from hdlm_jax.decoding.loop import Loop, spread
 from hdlm_jax.decoding.policy import Draw, State, Verify, View
 
 MATCHES = ("exact", "subset")
 CHECKS = ("deterministic", "top_k", "threshold", "relative")
-_SEEN = ("top", "log_top", "log_second", "entropy", "token", "log_token", "log_own", "log_up", "ids", "logs")
 
 
 class _Of:
@@ -61,36 +59,32 @@ class FreeDave(Verify):
         return self.drafts
 
     def memory(self, view):
-        """drafts: the state and what may follow it; shown: the state of the call before; step, wrote: what call and
-        changed are without drafts."""
-        return {"drafts": jnp.repeat(view.z[:, None], self.drafts, axis=1), "shown": view.z,
-                "step": jnp.zeros_like(view.call), "wrote": jnp.zeros_like(view.given)}
+        """drafts: the state and what may follow it; step: what call is without drafts."""
+        return {"drafts": jnp.repeat(view.z[:, None], self.drafts, axis=1), "step": jnp.zeros_like(view.call)}
 
     def __call__(self, loop: Loop, cache, s: State):
         (rows, positions), k, memory = s.z.shape, self.drafts, s.memory
         each = jnp.repeat(jnp.arange(rows), k)
         s = s._replace(film=())
         many = jax.tree.map(lambda a: a[each], s)
-        many = many._replace(z=memory["drafts"].reshape(rows * k, positions))
-        many = many._replace(changed=many.z != many.memory["shown"])
-        view = loop.view(many)
+        view = loop.view(many._replace(z=memory["drafts"].reshape(rows * k, positions)))
         rest = view.free & (view.level > 0)  # drafts may lead into the next block
         wide_cache = jax.tree.map(lambda a: jnp.take(a, each, axis=1), cache)
         prediction, wide_cache = loop.ask(wide_cache, view.rows(loop.wanted(view) | rest))
         first = _Of(prediction, each[::k], k, positions)
-        stats = jax.eval_shape(lambda: _stats(loop.look(loop.view(s), first, s.given)))
+        stats = jax.eval_shape(lambda: loop.look(loop.view(s), first, s.given))
         stats = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), stats)
-        carry = (s, s, each[::k] * 0, jnp.full_like(s.z, -1), stats, jnp.ones(rows, bool), s.z, memory["drafts"])
+        carry = (s, s, each[::k] * 0, jnp.full_like(s.z, -1), stats, jnp.ones(rows, bool), memory["drafts"])
         carry = jax.lax.fori_loop(0, 2 * k - 1, lambda i, carry: self._next(
             i, loop, prediction, memory["drafts"], *carry), carry)
-        _, s, row, _, _, _, shown, drafts = carry
+        _, s, row, _, _, _, made = carry
         cache = jax.tree.map(lambda a: jnp.take(a, jnp.arange(rows) * k + row, axis=1), wide_cache)
-        return s.z, s.sure, s.memory | {"drafts": drafts, "shown": shown}, cache
+        return s.z, s.sure, s.memory | {"drafts": made}, cache
 
-    def _next(self, i, loop: Loop, prediction, drafts, s: State, done: State, row, held, stats, live, shown, made):
+    def _next(self, i, loop: Loop, prediction, drafts, s: State, done: State, row, held, stats, live, made):
         """The i-th step: the first `drafts` of them verify, and lead to `done`; the others make drafts from there.
 
-        row [b]: the draft whose prediction counts; live [b]: whether it is of s; shown: that draft; made: new ones.
+        row [b]: the draft whose prediction counts; live [b]: whether it is of s; made: new drafts.
         """
         k, before, verify = self.drafts, s.z, i < self.drafts
         live |= ~verify
@@ -103,42 +97,32 @@ class FreeDave(Verify):
         fits = jnp.all(fits, axis=-1) & later & verify
         last = k - 1 - jnp.argmax(fits[:, ::-1], axis=1)
         reached = jnp.take_along_axis(drafts, last[:, None, None], axis=1)[:, 0]
-        shown = jnp.where((live & verify)[:, None], before, shown)
         goes = live & jnp.any(fits, axis=1) & jnp.any(loop.process.level_of(reached) > 0, axis=1)
         if self.match == "subset":
             s = s._replace(z=jnp.where(goes[:, None], reached, s.z))
         done = jax.tree.map(lambda a, b: jnp.where(verify, a, b), s, done)
         made = made.at[:, jnp.maximum(i - k + 1, 0)].set(s.z)
-        return s, done, jnp.where(goes, last, row), held, stats, goes, shown, made
+        return s, done, jnp.where(goes, last, row), held, stats, goes, made
 
     def _step(self, loop: Loop, prediction, s: State, held, stats, live):
         """A step of the live rows; held int32 [b, S]: the states that `stats` are of, -1: none."""
-        at = s._replace(call=s.memory["step"], changed=s.memory["wrote"])
-        view = loop.view(at)
+        view = loop.view(s._replace(call=s.memory["step"]))
         wanted, on = loop.wanted(view), live[:, None]
         fresh = on & wanted & (held != view.z)
         kept = ~on | (wanted & ~fresh)
-        new = _stats(loop.look(view, prediction, fresh))
-        stats = {n: jnp.where(_like(kept, a), stats[n], a) for n, a in new.items()}
+        new = loop.look(view, prediction, fresh)
+        stats = {name: jnp.where(spread(kept, a), stats[name], a) for name, a in new.items()}
         held = jnp.where(on, jnp.where(wanted, view.z, -1), held)
         view = view._replace(**stats)
         z, sure = loop.decide(view, prediction)
         unmasked = loop.process.level_of(z) < view.level
         view = view._replace(sure=jnp.where(unmasked, sure, s.sure))
-        memory = s.memory | {"step": s.memory["step"] + 1, "wrote": z != view.z}
+        memory = s.memory | {"step": s.memory["step"] + 1}
         for hook in loop.policy.hooks:
             memory |= hook.remember(view, z, unmasked)
-        memory = jax.tree.map(lambda a, b: jnp.where(_like(live, a), a, b), memory, s.memory)
+        memory = jax.tree.map(lambda a, b: jnp.where(spread(live, a), a, b), memory, s.memory)
         s = s._replace(z=jnp.where(on, z, s.z), sure=jnp.where(on & unmasked, sure, s.sure), memory=memory)
         return s, held, stats
-
-
-def _stats(view: View) -> dict[str, Any]:
-    return {name: a for name in _SEEN if (a := getattr(view, name)) is not None}
-
-
-def _like(mask, a):
-    return mask.reshape(*mask.shape, *(1,) * (a.ndim - mask.ndim))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +33,10 @@ from hdlm_jax.decoding.policy import (
     State,
     View,
     as_denoiser,
-    first_view,
     view_of,
 )
 from hdlm_jax.decoding.statistics import chunks, probability_of, statistics
-from hdlm_jax.diffusion.draws import fold, row_keys
+from hdlm_jax.diffusion.draws import fold, row_keys, token_keys
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.levels import open_uniform
 from hdlm_jax.diffusion.trajectory import Trajectory
@@ -48,7 +47,7 @@ class Sampling:
     """How states are drawn, and how a loop runs.
 
     temperature, top_p: see HierarchicalProcess.reverse_step; traced or not.
-    rows, drops: rows and tokens worked on at once; None: see `chunks`. They change no result.
+    rows, tokens: how many are worked on at once; None: see `chunks`. They change no result.
     sync_trip_count: trip count of a loop that needs `count` iterations here; where devices that share the batch must
       keep step, the largest count of all (parallel.OverBatch). Changes no result.
     frames: at most so many states are recorded beside the start (see `Trajectory`). Changes no result.
@@ -59,7 +58,7 @@ class Sampling:
     temperature: float | jax.Array = 1.0
     top_p: float | jax.Array = 1.0
     rows: int | None = None
-    drops: int | None = None
+    tokens: int | None = None
     sync_trip_count: Callable = lambda count: count  # noqa: E731
     frames: int = 0
     limit: int | jax.Array | None = None
@@ -67,7 +66,7 @@ class Sampling:
 
 
 class Loop(NamedTuple):
-    """What all calls share. rows, drops: those of `how`, or what fills the device."""
+    """What all calls share. rows, tokens: those of `how`, or what fills the device."""
 
     denoise: Denoiser
     process: HierarchicalProcess
@@ -75,16 +74,14 @@ class Loop(NamedTuple):
     numbers: Numbers
     how: Sampling
     rows: int
-    drops: int
+    tokens: int
 
     # -- before the first call, and between calls ------------------------------------------------------------------
 
     def start(self, keys, z, given, length, extra) -> State:
-        batch, levels = len(z), self.process.num_levels
-        never, zero = jnp.full((*z.shape, levels), -1), jnp.zeros(batch, jnp.int32)
-        s = State(keys, z, z, given, length, jnp.zeros(z.shape, bool), jnp.zeros(z.shape, jnp.float32), never, zero,
-                  zero, {}, extra, ())
-        view = first_view(self.process, self.policy, self.numbers, s)
+        zero = jnp.zeros(len(z), jnp.int32)
+        s = State(keys, z, z, given, length, jnp.zeros(z.shape, jnp.float32), zero, {}, extra, ())
+        view = view_of(self.process, self.policy, self.numbers, s)
         for hook in self.policy.hooks:
             s.memory.update(hook.memory(view))
         return s._replace(film=self.record(s).start((z, s.sure, self.view(s).t)) if self.how.frames else ())
@@ -120,7 +117,7 @@ class Loop(NamedTuple):
 
         def call(cache, s, keep):
             new_cache, new = self.call(cache, s)
-            return tuple(jax.tree.map(lambda a, b, axis=axis: jnp.where(_spread(keep, a, axis), a, b), *trees)
+            return tuple(jax.tree.map(lambda a, b, axis=axis: jnp.where(spread(keep, a, axis), a, b), *trees)
                          for axis, trees in ((1, (new_cache, cache)), (0, (new, s))))
 
         if rows == batch:  # one group: nothing to gather
@@ -140,7 +137,11 @@ class Loop(NamedTuple):
         return jax.lax.fori_loop(0, self.how.sync_trip_count((jnp.sum(busy) + rows - 1) // rows), group, (cache, s))
 
     def view(self, s: State) -> View:
-        return view_of(self.process, self.policy, self.numbers, s)
+        """What hooks see before the network is called."""
+        view = view_of(self.process, self.policy, self.numbers, s)
+        view = view._replace(stamp=self.policy.choose.stamp(view))
+        key = fold(s.key, view.stamp)
+        return view._replace(key=key, keys=token_keys(key, s.z.shape), t=self.policy.choose.time(view))
 
     def bound(self, s: State):
         """Calls that a row takes at most."""
@@ -164,32 +165,32 @@ class Loop(NamedTuple):
     def at_wanted(self, find: Callable, wanted, arrays):
         """The arrays, a pytree of [b, S, ...], with find(index int32 [n] into b S) -> [n, ...] at wanted tokens."""
         flat = wanted.reshape(-1)
-        size = min(self.drops, flat.size)
+        size = min(self.tokens, flat.size)
         order = jnp.argsort(~flat, stable=True)
 
         def some(i, out):
             at = jax.lax.dynamic_slice(order, (i * size,), (size,))  # the last one may overlap the one before
-            return jax.tree.map(lambda a, b: a.at[at].set(jnp.where(_spread(flat[at], b), b, a[at])), out, find(at))
+            return jax.tree.map(lambda a, b: a.at[at].set(jnp.where(spread(flat[at], b), b, a[at])), out, find(at))
 
         start = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), arrays)
         out = jax.lax.fori_loop(0, self.how.sync_trip_count((jnp.sum(flat) + size - 1) // size), some, start)
         return jax.tree.map(lambda a: a.reshape(*wanted.shape, *a.shape[1:]), out)
 
-    def look(self, view: View, prediction, wanted) -> View:
-        """The view with the statistics its policy needs."""
+    def look(self, view: View, prediction, wanted) -> dict[str, Any]:
+        """The fields of a view that its policy needs of the prediction, at wanted tokens."""
         needs, top_k = self.policy.needs, self.policy.top_k
         if not needs and not top_k:
-            return view
+            return {}
 
         def find(at):
             return statistics(self.process, prediction.select(at), view.z.reshape(-1)[at], needs, top_k,
                               self.policy.choose.straight, self.policy.clusters)
 
-        shapes = jax.eval_shape(find, jnp.zeros(min(self.drops, wanted.size), jnp.int32))
+        shapes = jax.eval_shape(find, jnp.zeros(min(self.tokens, wanted.size), jnp.int32))
         empty = {"top": view.z, "token": view.z, "ids": view.z[..., None], "entropy": jnp.inf}
         start = {name: jnp.broadcast_to(jnp.asarray(empty.get(name, -jnp.inf), a.dtype), (*wanted.shape, *a.shape[1:]))
                  for name, a in shapes.items()}
-        return view._replace(**self.at_wanted(find, wanted, start))
+        return self.at_wanted(find, wanted, start)
 
     def draw(self, prediction, z, target, keys):
         """States of levels `target`, all arrays [n], drawn from the prediction at these tokens."""
@@ -257,7 +258,7 @@ class Loop(NamedTuple):
         blind = blind and policy.order == "choose_then_draw"
         wanted = policy.choose.target(view) < view.level if blind else self.wanted(view)
         prediction, cache = self.ask(cache, view.rows(wanted))
-        return self.look(view, prediction, wanted), prediction, cache
+        return view._replace(**self.look(view, prediction, wanted)), prediction, cache
 
     def call(self, cache: Cache, s: State) -> tuple[Cache, State]:
         """One call of every row here."""
@@ -273,23 +274,18 @@ class Loop(NamedTuple):
         if policy.lengths is not None:
             length, source, inserted, hold = policy.lengths(view, process.level_of(z) < view.level)
             z = jnp.where(hold[:, None], view.z, z)
-        level = below = process.level_of(z)
-        unmasked, revised = below < view.level, s.revised
+        below = process.level_of(z)
+        unmasked = below < view.level
         view = view._replace(sure=jnp.where(unmasked, sure, s.sure))
         if policy.revise is not None:
             level = jnp.clip(policy.revise(view, z, unmasked), below, process.level_of(s.canvas))
             keep = view.free if policy.commit is None else view.free & ~policy.commit(view)[:, None]
             level = jnp.where(keep, level, below)
             z = remasked(process, z, s.canvas, level, view.keys if policy.revise.crosses else None)
-            revised = revised + jnp.sum(level > view.level, axis=1)
         if policy.verify is None:
             for hook in policy.hooks:
                 memory = memory | hook.remember(view, z, unmasked)
-        levels = jnp.arange(1, process.num_levels + 1).reshape(1, 1, -1)
-        falls = (levels <= view.level[..., None]) & (levels > level[..., None])
-        fell = jnp.where(falls, s.call[:, None, None], jnp.where(levels <= level[..., None], -1, s.fell))
-        s = s._replace(z=z, length=length, changed=z != view.z, sure=view.sure, fell=fell, revised=revised,
-                       call=s.call + 1, memory=memory)
+        s = s._replace(z=z, length=length, sure=view.sure, call=s.call + 1, memory=memory)
         if source is not None:
             s = moved(process, s, source, inserted)
         if self.how.frames:
@@ -327,18 +323,16 @@ def moved(process, s: State, source, inserted) -> State:
     def move(a):
         if a.ndim < 2 or a.shape[1] != positions or jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             return a
-        return jnp.take_along_axis(a, _spread(source, a), axis=1)
+        return jnp.take_along_axis(a, spread(source, a), axis=1)
 
     mask = process.hierarchy.mask_id
     z, canvas = (jnp.where(inserted, mask, move(a)) for a in (s.z, s.canvas))
-    fell = jnp.where(inserted[..., None], -1, move(s.fell))
-    return s._replace(z=z, canvas=canvas, given=move(s.given) & ~inserted, changed=move(s.changed) | inserted,
-                      sure=jnp.where(inserted, 0.0, move(s.sure)), fell=fell, memory=jax.tree.map(move, s.memory),
-                      extra=jax.tree.map(move, s.extra))
+    return s._replace(z=z, canvas=canvas, given=move(s.given) & ~inserted, sure=jnp.where(inserted, 0.0, move(s.sure)),
+                      memory=jax.tree.map(move, s.memory), extra=jax.tree.map(move, s.extra))
 
 
-def _spread(a, like, axis: int = 0):
-    """`a` with axes added so that it broadcasts against `like`, whose axes from `axis` on are a's."""
+def spread(a, like, axis: int = 0):
+    """a with axes added so that it broadcasts against `like`, whose axes from `axis` on are a's."""
     return a.reshape((1,) * axis + a.shape + (1,) * (like.ndim - axis - a.ndim))
 
 
@@ -358,20 +352,18 @@ def sample(key, denoise: Denoiser | Callable, process: HierarchicalProcess, z, p
     Returns:
       (states int32 [B, S], vocabulary tokens but behind a row's length; stats):
       calls int32: iterations of the loop, the calls of the row that has most; row_forwards int32 [B]: network passes of
-      each row, a helper's not counted; length int32 [B]; fell int32 [B, S, K]: the row's call that took a token below
-      level k for good, -1 where it never was that high; revised int32 [B]: tokens that were remasked. With frames also
-      call int32 [F+1], a row's calls at each frame; time float32 [B, F+1], its t; z int32 and confidence float32
-      [B, F+1, S], the states and the probability of each token's last unmasking (0 before the first).
+      each row, a helper's not counted; length int32 [B]. With frames also call int32 [F+1], a row's calls at each
+      frame; time float32 [B, F+1], its t; z int32 and confidence float32 [B, F+1, S], the states and the probability of
+      each token's last unmasking (0 before the first).
     """
     batch, positions = z.shape
-    rows, drops = chunks(positions)
-    rows, drops = min(how.rows or max(1, rows // policy.width), batch), how.drops or drops
-    loop = Loop(as_denoiser(denoise), process, policy, numbers or {}, how, rows, drops)
+    rows, tokens = chunks(positions)
+    rows = min(how.rows or max(1, rows // policy.width), batch)
+    loop = Loop(as_denoiser(denoise), process, policy, numbers or {}, how, rows, how.tokens or tokens)
     length = jnp.broadcast_to(jnp.asarray(positions if length is None else length, jnp.int32), (batch,))
     given = process.level_of(z) == 0 if given is None else given
     s = loop.start(row_keys(key, batch), z, given, length, extra or {})
     first = loop.view(s)
     s, calls = loop.run(loop.denoise.start(first.rows(loop.wanted(first))), s)
-    stats = {"calls": calls, "row_forwards": s.call * (loop.denoise.forwards * policy.width), "length": s.length,
-             "fell": s.fell, "revised": s.revised}
+    stats = {"calls": calls, "row_forwards": s.call * (loop.denoise.forwards * policy.width), "length": s.length}
     return s.z, stats | loop.record(s).stats(s.film, s.call)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.diffusion.draws import fold, token_keys
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 
 UNKNOWN: Any = None  # in a View: what its policy does not need
@@ -31,8 +30,9 @@ class Rows(NamedTuple):
     z: int32 [b, S], states; level: int32 [b, S], theirs. t: float32 [b], masking level that the network is told.
     given: bool [b, S], tokens that stay; active: bool [b, S], within the row's length.
     block: int32 [b, S], each token's block, -1 before the first free token; current: int32 [b], the block being
-    written. wanted: bool [b, S], tokens whose prediction is needed; changed: bool [b, S], those the row's last call
-    changed. call: int32 [b], network calls so far. extra: dict of arrays [b, ...], the caller's own.
+      written.
+    wanted: bool [b, S], tokens whose prediction is needed; call: int32 [b], network calls so far.
+    extra: dict of arrays [b, ...], the caller's own.
     """
 
     z: jax.Array
@@ -43,7 +43,6 @@ class Rows(NamedTuple):
     block: jax.Array
     current: jax.Array
     wanted: jax.Array
-    changed: jax.Array
     call: jax.Array
     extra: dict[str, jax.Array]
 
@@ -142,8 +141,7 @@ def _mean_level(chain) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Commit(Hook):
-    """(view) -> bool [b]: rows that write all the rest. stages: one level at a time, else the likeliest tokens at
-    once."""
+    """Rows that write all the rest, bool [b]. stages: one level at a time, else the likeliest tokens at once."""
 
     stages: bool = False
 
@@ -264,10 +262,7 @@ class State(NamedTuple):
     canvas: jax.Array  # states at the start
     given: jax.Array
     length: jax.Array  # [B]
-    changed: jax.Array
     sure: jax.Array  # float32 [B, S], probability of each token's last unmasking
-    fell: jax.Array  # int32 [B, S, K], the call that last took a token below level k = 1..K; -1: none yet
-    revised: jax.Array  # int32 [B], tokens that were remasked
     call: jax.Array  # int32 [B]
     memory: dict[str, Any]
     extra: dict[str, jax.Array]
@@ -277,7 +272,7 @@ class State(NamedTuple):
 class View(NamedTuple):
     """What hooks see of some rows in a call; all arrays have the rows first.
 
-    z, level, canvas, given, active, block, current, changed, call: see Rows and State; free: active and not given.
+    z, level, canvas, given, active, block, current, call: see Rows and State; free: active and not given.
     stamp: int32 [b], what this call's random numbers are folded with; key [b] and keys [b, S]: for this call.
     t: float32 [b], masking level; progress: float32 [b], share of the unmasking that is done.
     top, log_top, log_second, entropy: [b, S], of the distribution over a token's states one level down (straight: over
@@ -297,16 +292,15 @@ class View(NamedTuple):
     active: jax.Array
     free: jax.Array
     length: jax.Array
-    changed: jax.Array
     call: jax.Array
     memory: dict[str, Any]
     extra: dict[str, jax.Array]
     numbers: Numbers
     process: HierarchicalProcess
-    straight: bool = False
-    block: jax.Array = UNKNOWN
-    current: jax.Array = UNKNOWN
-    progress: jax.Array = UNKNOWN
+    straight: bool
+    block: jax.Array
+    current: jax.Array
+    progress: jax.Array
     stamp: jax.Array = UNKNOWN
     key: jax.Array = UNKNOWN
     keys: jax.Array = UNKNOWN
@@ -331,27 +325,18 @@ class View(NamedTuple):
         return self.free & (self.level > 0) & (self.block == self.current[:, None])
 
     def rows(self, wanted) -> Rows:
-        return Rows(self.z, self.t, self.level, self.given, self.active, self.block, self.current, wanted, self.changed,
-                    self.call, self.extra)
-
-
-def first_view(process: HierarchicalProcess, policy: Policy, numbers: Numbers, s: State) -> View:
-    """A view for hooks to size their memory by: without blocks and times, which may depend on it."""
-    active = jnp.arange(s.z.shape[1])[None] < s.length[:, None]
-    return View(s.z, process.level_of(s.z), s.canvas, s.given, active, active & ~s.given, s.length, s.changed, s.call,
-                s.memory, s.extra, numbers, process, policy.choose.straight, key=s.key)
+        return Rows(self.z, self.t, self.level, self.given, self.active, self.block, self.current, wanted, self.call,
+                    self.extra)
 
 
 def view_of(process: HierarchicalProcess, policy: Policy, numbers: Numbers, s: State) -> View:
-    """The view before the network is called."""
-    view = first_view(process, policy, numbers, s)
-    level, free = view.level, view.free
+    """The view before the network is called, without what depends on the hooks' memory: stamp, keys and t."""
+    active = jnp.arange(s.z.shape[1])[None] < s.length[:, None]
+    level, free = process.level_of(s.z), active & ~s.given
     before = jnp.cumsum(free, axis=1) - 1  # free tokens before this one; -1 in front of the first
     block = before // policy.block if policy.block else jnp.minimum(before, 0)
     current = jnp.min(jnp.where(free & (level > 0), block, s.z.shape[1]), axis=1)
     due = jnp.sum(jnp.where(free, process.level_of(s.canvas), 0), axis=1)
     progress = 1 - jnp.sum(jnp.where(free, level, 0), axis=1) / jnp.maximum(due, 1)
-    view = view._replace(block=block.astype(jnp.int32), current=current, progress=progress)
-    stamp = policy.choose.stamp(view)
-    key = fold(s.key, stamp)
-    return view._replace(sure=s.sure, stamp=stamp, key=key, keys=token_keys(key, s.z.shape), t=policy.choose.time(view))
+    return View(s.z, level, s.canvas, s.given, active, free, s.length, s.call, s.memory, s.extra, numbers, process,
+                policy.choose.straight, block.astype(jnp.int32), current, progress, key=s.key, sure=s.sure)

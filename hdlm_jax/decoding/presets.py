@@ -35,7 +35,7 @@ class Method(NamedTuple):
 
     policy: Policy
     numbers: dict[str, float | int]
-    cache: caches.Whole | caches.Rule | SparseD | None = None
+    cache: caches.Rule | SparseD | None = None
     guide: tuple[str, ...] = ()
     needs: str = ""
     weights: tuple[int | str, ...] = ()
@@ -148,7 +148,7 @@ def eoser(*, steps: int = 0, least: float = 0.4, block: int = 0, draw: str = "ar
 
 
 def ass(*, least: float = 0.01, block: int = 0, draw: str = "argmax") -> Method:
-    """Ascending step sizes (ASS, arXiv 2509.23924): 2^k drops at call k, with EOSER's lower trust in the end."""
+    """Ascending step sizes (ASS, arXiv 2509.23924): 2^k levels at call k, with EOSER's lower trust in the end."""
     doubling = choose.Doubling()
     policy = Policy(choose.Scored(choose.Eos(choose.Confidence(), doubling), doubling), draw, block=block)
     return Method(policy, {"eos_least": least, "eos": -1})
@@ -279,14 +279,14 @@ def prefix_cache(*, threshold: float = 0.9, threshold_cluster: float = 0.9, bloc
                  draw: str = "argmax") -> Method:
     """fast_dllm with its prefix cache (arXiv 2505.22618): all when a block begins, then the block and what follows."""
     method = fast_dllm(threshold=threshold, threshold_cluster=threshold_cluster, block=block, draw=draw)
-    return method._replace(cache=caches.Prefix())
+    return method._replace(cache=caches.FastDLLM())
 
 
 def dual_cache(*, threshold: float = 0.9, threshold_cluster: float = 0.9, block: int = 32,
                draw: str = "argmax") -> Method:
     """fast_dllm with its dual cache (arXiv 2505.22618): all tokens when a block begins, then the block alone."""
     method = fast_dllm(threshold=threshold, threshold_cluster=threshold_cluster, block=block, draw=draw)
-    return method._replace(cache=caches.Dual())
+    return method._replace(cache=caches.FastDLLM(dual=True))
 
 
 def freecache(*, steps: int = 0, block: int = 32, draw: str = "sample") -> Method:
@@ -295,7 +295,7 @@ def freecache(*, steps: int = 0, block: int = 32, draw: str = "sample") -> Metho
 
 
 def dkv(*, steps: int = 0, refresh: int = 8, refresh_clusters: int = 1, block: int = 0, draw: str = "sample") -> Method:
-    """dKV-Cache (arXiv 2505.15781) under max_prob: keys and values of words are kept one call after they are written;
+    """dKV-Cache (arXiv 2505.15781) under max_prob: keys and values are kept from one call after a token is written;
     all are made again in every `refresh`-th call, clusters' in every `refresh_clusters`-th."""
     return _even(choose.Confidence(), steps, block, draw)._replace(cache=caches.DKV(refresh, refresh_clusters))
 
@@ -308,8 +308,8 @@ def dkv_greedy(*, refresh: int = 2, window: int = 4, draw: str = "sample") -> Me
 
 
 def sparsed(*, steps: int = 0, skip: float = 0.2, select: float = 0.5, tokens: int = 32) -> Method:
-    """SparseD's attention (arXiv 2509.24014) on the ancestral grid: after a share `skip` of the drops each head keeps
-    the `select` best blocks of `tokens` keys. The semantics by a mask: no faster here."""
+    """SparseD's attention (arXiv 2509.24014) on the ancestral grid: after a share `skip` of the unmasking each head
+    keeps the `select` best blocks of `tokens` keys. The semantics by a mask: no faster here."""
     return ancestral(steps=steps)._replace(cache=SparseD(skip, select, tokens))
 
 
@@ -379,6 +379,6 @@ def check(g: GenerateConfig) -> Method:
 
 
 def numbers(method: Method, eos: int = 0) -> dict[str, np.generic]:
-    """A method's numbers as what is traced: int32 and float32; eos: word id of the end of text."""
+    """A method's numbers as what is traced: int32 and float32; eos: token of the end of text."""
     found = method.numbers | ({"eos": eos} if "eos" in method.numbers else {})
     return {k: np.int32(v) if isinstance(v, int) else np.float32(v) for k, v in found.items()}

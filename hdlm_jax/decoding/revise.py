@@ -1,7 +1,6 @@
 """When to stop early, and what to remask: hooks for `Policy.commit` and `Policy.revise`.
 
-A remasked token goes up to its cluster, or to what the canvas showed. Each class says why its rows end, and in how many
-calls.
+A remasked token goes up to its cluster, or to what the canvas showed. Each class says in how many calls its rows end.
 """
 
 from __future__ import annotations
@@ -205,11 +204,11 @@ class Remask(Choice, Revise):
         chain, was = view.process.chain, view.memory["climbed"]
         before, after, sigma = self.step(view.numbers, view.call)
         low, high = jnp.maximum(-jnp.log(jnp.minimum(after / (1 - sigma), 1.0)), 0.0), -jnp.log(before)
-        laws = chain.posterior(jnp.minimum(low, high), high), chain.transition(-jnp.log1p(-sigma))
-        for i, law in enumerate(laws):
-            law = jnp.take_along_axis(law, was[..., None], axis=1)
+        kernels = chain.posterior(jnp.minimum(low, high), high), chain.transition(-jnp.log1p(-sigma))
+        for i, kernel in enumerate(kernels):
+            p = jnp.take_along_axis(kernel, was[..., None], axis=1)
             u = jax.vmap(open_uniform)(fold(view.keys, 10 + i).reshape(-1)).reshape(was.shape)
-            edges = jnp.cumsum(law, axis=-1)
+            edges = jnp.cumsum(p, axis=-1)
             new = jnp.sum(edges[..., :-1] <= u[..., None] * edges[..., -1:], axis=-1, dtype=jnp.int32)
             was = jnp.where((after < 1)[:, None], new, 0)
             if i == 0:

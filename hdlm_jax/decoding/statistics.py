@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 def chunks(tokens: int) -> tuple[int, int]:
     """(rows of so many tokens, tokens) worked on at once by default: what fills the device."""
-    rows, drops = (1024, 64) if jax.default_backend() == "cpu" else (65_536, 2048)
-    return max(1, rows // tokens), drops
+    here, many = (1024, 64) if jax.default_backend() == "cpu" else (65_536, 2048)
+    return max(1, here // tokens), many
 
 
 def probability_of(process, prediction, z, new, clusters: str = "exact"):
@@ -25,8 +25,8 @@ def probability_of(process, prediction, z, new, clusters: str = "exact"):
     out = jnp.where((level > 0) & (below == 0), jnp.exp(token), 0.0)
     for k in range(2, process.num_levels + 1):
         for j in range(1, k):
-            law = process.log_probs_below(p, z, k, j, clusters)
-            node = jnp.take_along_axis(law, process.node_of(new, j)[..., None], axis=-1)[..., 0]
+            nodes = process.log_probs_below(p, z, k, j, clusters)
+            node = jnp.take_along_axis(nodes, process.node_of(new, j)[..., None], axis=-1)[..., 0]
             out = jnp.where((level == k) & (below == j), jnp.exp(node), out)
     return out
 
@@ -45,18 +45,18 @@ def statistics(process, p, z, needs, top_k: int, straight: bool, clusters: str) 
         j = 0 if straight else k - 1
         tokens: Any = process.log_probs_below(p, z, k, 0, clusters) if "token" in needs or j == 0 else None
         if "top" in needs or top_k:
-            law: Any = tokens if j == 0 else process.log_probs_below(p, z, k, j, clusters)
-            many = min(max(top_k, 2), law.shape[-1])
+            log_p: Any = tokens if j == 0 else process.log_probs_below(p, z, k, j, clusters)
+            many = min(max(top_k, 2), log_p.shape[-1])
             # barriers keep XLA from merging what follows into a sort of the vocabulary, a dozen times as slow on CPU;
             # one barrier for both aborts its compiler where many devices are compiled for
-            logs, ids = map(jax.lax.optimization_barrier, jax.lax.top_k(law, many))
+            logs, ids = map(jax.lax.optimization_barrier, jax.lax.top_k(log_p, many))
             short = ((0, 0), (0, max(top_k, 2) - many))
             logs = jnp.pad(logs, short, constant_values=-jnp.inf)
             ids = jnp.pad(ids + process.hierarchy.offsets[j], short, mode="edge").astype(z.dtype)
             put("top", k, ids[:, 0])
             put("log_top", k, logs[:, 0])
             put("log_second", k, logs[:, 1])
-            put("entropy", k, -jnp.sum(jnp.where(law > -jnp.inf, jnp.exp(law) * law, 0.0), axis=-1))
+            put("entropy", k, -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0.0), axis=-1))
             if top_k:
                 put("ids", k, ids[:, :top_k])
                 put("logs", k, logs[:, :top_k])
@@ -73,7 +73,7 @@ def statistics(process, p, z, needs, top_k: int, straight: bool, clusters: str) 
             up = jnp.asarray(process.ancestors(k, k + 1))[process.node_of(z, k)]
             put("log_up", k, p.log_mass(k + 1, up))
         if "token" in needs:  # what the network would write at a vocabulary token
-            law = p.log_probs()
-            put("token", 0, jnp.argmax(law, axis=-1).astype(z.dtype))
-            put("log_token", 0, jnp.max(law, axis=-1))
+            log_p = p.log_probs()
+            put("token", 0, jnp.argmax(log_p, axis=-1).astype(z.dtype))
+            put("log_token", 0, jnp.max(log_p, axis=-1))
     return out

@@ -71,7 +71,7 @@ class Whole:
 def make(spec, network=NET, params=None, sizes=()):
     if isinstance(spec, Whole):
         return Uncached(network, params or {}, block_causal=spec.block_causal)
-    return Cached(spec, network, params or {}, K, sizes)
+    return Cached(spec, network, params or {}, sizes)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "network", "sizes"))
@@ -166,7 +166,7 @@ class Told:
 def test_any_sequence_of_sets_equals_the_emulation(block_causal, sizes):
     """Layer by layer, with rows of several lengths; and no key, value or state is written but those of the set."""
     rng, lengths = np.random.default_rng(3), (S, 11, 7)
-    told = lambda params: Cached(Told(block_causal), NET, params, K, sizes)  # noqa: E731
+    told = lambda params: Cached(Told(block_causal), NET, params, sizes)  # noqa: E731
     step = jax.jit(lambda params, *a: (lambda p, new: (p.hidden, new))(*told(params)(*a)))
     cache, old = told({}).start(walk()[0]), [(np.zeros((B, S, 2, 16)),) * 2] * 2 + [np.zeros((B, S, 32))]
     z = np.full((B, S), MASK)

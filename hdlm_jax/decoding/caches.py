@@ -142,15 +142,14 @@ class Uncached:
 class Cached:
     """The denoiser of a `Rule`.
 
-    mask: level of the mask. sizes: how many tokens of a row can be computed at once beside all S; a call takes the
-    least that is enough for every row here. They change no result; each is compiled by itself. None: see `sizes_of`.
+    sizes: how many tokens of a row can be computed at once beside all S; a call takes the least that is enough for
+      every row here. They change no result; each is compiled by itself. None: S/32, .., S/2 where these are >= 16.
     sync_trip_count: see loop.Sampling.
     """
 
     spec: Rule
     network: Network
     params: Mapping[str, Any]
-    mask: int
     sizes: tuple[int, ...] | None = None
     sync_trip_count: Callable = lambda count: count  # noqa: E731
     forwards = 1
@@ -166,7 +165,8 @@ class Cached:
         first = jnp.min(jnp.where(changed, rows.block, rows.current[:, None]), axis=-1)
         last = jnp.max(jnp.where(rows.wanted, rows.block, rows.current[:, None]), axis=-1)
         before = memory.current[0]
-        since = Since(changed, rows.current != before, jnp.minimum(first, before), last, self.mask)
+        since = Since(changed, rows.current != before, jnp.minimum(first, before), last,
+                      self.network.head.hierarchy.num_levels)
         return self.spec.stale(rows, since) & rows.active
 
     def __call__(self, memory: Memory, rows: Rows):
@@ -185,7 +185,8 @@ class Cached:
                                              method="partial")
             return hidden.at[0, row, place].set(new, mode="drop"), k, v
 
-        sizes = (0, *(sizes_of(s) if self.sizes is None else self.sizes), s)
+        halves = [n for i in range(5, 0, -1) if (n := -(-s // 2**i)) >= 16]
+        sizes = (0, *(halves if self.sizes is None else self.sizes), s)
         kind = jnp.sum(self.sync_trip_count(jnp.max(count)) > jnp.asarray(sizes))
         state = memory.hidden, memory.k, memory.v
         for i, size in enumerate(sizes[1:], 1):  # loops of at most one pass: lax.switch would copy what it is handed
@@ -193,8 +194,3 @@ class Cached:
         hidden, k, v = state
         memory = Memory(k, v, hidden, jnp.where(rows.active, rows.z, -1)[None], rows.current[None])
         return At(self.network.head, self.params["head"], hidden[0]), memory
-
-
-def sizes_of(seq_len: int) -> tuple[int, ...]:
-    """A half, a quarter, .. of seq_len, down to a 32nd, not fewer than 16; rising."""
-    return tuple(n for i in range(5, 0, -1) if (n := -(-seq_len // 2**i)) >= 16)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-_MOST = 2**20  # tokens of a text, where nobody says how many the model takes
 _BLANK = re.compile(r"\[\[|\[MASK(?::(\d+))?\]|\[LIKE(?:@(\d+))?:([^\[\]]+)\]|\[")
 
 
@@ -115,15 +114,15 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
         flush(buffer[:-1] if space else buffer)
         buffer = ""
         if not found[3]:
-            count = _count(found[1])
+            count = int((found[1] or "1")[:9])  # more digits are too many tokens, too
             if count < 1:
                 raise ValueError(f"{where}: a blank has at least one token")
-            if count > (seq_len or _MOST):
-                raise ValueError(f"{where}: a text has at most {seq_len or _MOST} tokens")
+            if seq_len and count > seq_len:
+                raise ValueError(f"{where}: a text has at most {seq_len} tokens")
             ids += [hierarchy.mask_id] * count
             kinds += [0] * count
             continue
-        level = _count(found[2])
+        level = int((found[2] or "1")[:9])
         if not 1 <= level < hierarchy.num_levels:
             choices = f"1..{hierarchy.num_levels - 1}" if hierarchy.num_levels > 1 else "none, so use [MASK]"
             raise ValueError(f"{where}: level {level} has no clusters; levels that have: {choices}")
@@ -133,8 +132,3 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
         kinds.append(sets.setdefault((level, node), len(sets) + 1))
     flush(buffer + text[end:])
     return make(ids, hierarchy, rows, seq_len, kinds, [hierarchy.anc[level] == node for level, node in sets])
-
-
-def _count(digits: str | None) -> int:
-    """The number in a blank, 1 without one; Python reads no more than 4,300 digits."""
-    return 1 if not digits else int(digits) if len(digits) < 100 else 10**100

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from hdlm_jax.decoding.loop import Loop, spread
 from hdlm_jax.decoding.policy import Draw, State, Verify, View
 
-MATCHES = ("exact", "subset")
 CHECKS = ("deterministic", "top_k", "threshold", "relative")
 
 
@@ -51,8 +50,8 @@ class FreeDave(Verify):
     def __post_init__(self):
         if self.drafts < 1:
             raise ValueError(f"drafts={self.drafts}: need at least 1")
-        if self.match not in MATCHES:
-            raise ValueError(f"match={self.match!r}: choose one of {', '.join(MATCHES)}")
+        if self.match not in ("exact", "subset"):
+            raise ValueError(f"match={self.match!r}: choose one of exact, subset")
 
     @property
     def width(self) -> int:  # type: ignore[override]

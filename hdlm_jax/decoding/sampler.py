@@ -72,7 +72,7 @@ def denoiser(program: Program, network: Network, params, process, numbers, class
     elif isinstance(method.cache, SparseD):
         out = Sparse(method.cache, network, params)
     else:
-        out = caches.Cached(method.cache, network, params, process.num_levels, sync_trip_count=sync_trip_count)
+        out = caches.Cached(method.cache, network, params, sync_trip_count=sync_trip_count)
     if program.constrained:
         out = guide.Constrained(process, out, numbers["allowed"])
     if method.guide[:1] == ("cfg",):

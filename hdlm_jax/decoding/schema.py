@@ -152,7 +152,7 @@ class _Compiler:
     def __init__(self, tokenizer, budget: int):
         self.tokenizer, self.budget = tokenizer, budget
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-        self.letters = np.array([not set(t) & _UNSAFE and _is_utf8(t) for t in self.tokens])
+        self.letters = np.array([not set(t) & _UNSAFE and t.decode(errors="ignore").encode() == t for t in self.tokens])
         self.letters[tokenizer.eot] = False
 
     def value(self, schema: Any, path: str, space: bool) -> list[str | Field]:
@@ -267,14 +267,6 @@ class _Compiler:
 
 
 _UNSAFE = {*range(0x20), *b'"\\'}
-
-
-def _is_utf8(token: bytes) -> bool:
-    try:
-        token.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _is(kind: str, value: Any) -> bool:

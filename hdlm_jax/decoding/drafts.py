@@ -70,25 +70,20 @@ class FreeDave(Verify):
         rest = view.free & (view.level > 0)  # drafts may lead into the next block
         wide_cache = jax.tree.map(lambda a: jnp.take(a, each, axis=1), cache)
         prediction, wide_cache = loop.ask(wide_cache, view.rows(loop.wanted(view) | rest))
-        first = _Of(prediction, each[::k], k, positions)
-        stats = jax.eval_shape(lambda: loop.look(loop.view(s), first, s.given))
-        stats = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), stats)
-        carry = (s, s, each[::k] * 0, jnp.full_like(s.z, -1), stats, jnp.ones(rows, bool), memory["drafts"])
-        carry = jax.lax.fori_loop(0, 2 * k - 1, lambda i, carry: self._next(
+        carry = s, s, each[::k] * 0, jnp.ones(rows, bool), memory["drafts"]
+        _, s, row, _, made = jax.lax.fori_loop(0, 2 * k - 1, lambda i, carry: self._next(
             i, loop, prediction, memory["drafts"], *carry), carry)
-        _, s, row, _, _, _, made = carry
         cache = jax.tree.map(lambda a: jnp.take(a, jnp.arange(rows) * k + row, axis=1), wide_cache)
         return s.z, s.sure, s.memory | {"drafts": made}, cache
 
-    def _next(self, i, loop: Loop, prediction, drafts, s: State, done: State, row, held, stats, live, made):
+    def _next(self, i, loop: Loop, prediction, drafts, s: State, done: State, row, live, made):
         """The i-th step: the first `drafts` of them verify, and lead to `done`; the others make drafts from there.
 
         row [b]: the draft whose prediction counts; live [b]: whether it is of s; made: new drafts.
         """
         k, before, verify = self.drafts, s.z, i < self.drafts
         live |= ~verify
-        held = jnp.where((live & verify)[:, None], -1, held)
-        s, held, stats = self._step(loop, _Of(prediction, row, k, s.z.shape[1]), s, held, stats, live)
+        s = self._step(loop, _Of(prediction, row, k, s.z.shape[1]), s, live)
         fits = drafts == s.z[:, None]
         if self.match == "subset":
             fits |= drafts == before[:, None]
@@ -101,18 +96,13 @@ class FreeDave(Verify):
             s = s._replace(z=jnp.where(goes[:, None], reached, s.z))
         done = jax.tree.map(lambda a, b: jnp.where(verify, a, b), s, done)
         made = made.at[:, jnp.maximum(i - k + 1, 0)].set(s.z)
-        return s, done, jnp.where(goes, last, row), held, stats, goes, made
+        return s, done, jnp.where(goes, last, row), goes, made
 
-    def _step(self, loop: Loop, prediction, s: State, held, stats, live):
-        """A step of the live rows; held int32 [b, S]: the states that `stats` are of, -1: none."""
+    def _step(self, loop: Loop, prediction, s: State, live) -> State:
+        """A step of the live rows, bool [b]."""
         view = loop.view(s._replace(call=s.memory["step"]))
-        wanted, on = loop.wanted(view), live[:, None]
-        fresh = on & wanted & (held != view.z)
-        kept = ~on | (wanted & ~fresh)
-        new = loop.look(view, prediction, fresh)
-        stats = {name: jnp.where(spread(kept, a), stats[name], a) for name, a in new.items()}
-        held = jnp.where(on, jnp.where(wanted, view.z, -1), held)
-        view = view._replace(**stats)
+        on = live[:, None]
+        view = view._replace(**loop.look(view, prediction, loop.wanted(view) & on))
         z, sure = loop.decide(view, prediction)
         unmasked = loop.process.level_of(z) < view.level
         view = view._replace(sure=jnp.where(unmasked, sure, s.sure))
@@ -120,8 +110,7 @@ class FreeDave(Verify):
         for hook in loop.policy.hooks:
             memory |= hook.remember(view, z, unmasked)
         memory = jax.tree.map(lambda a, b: jnp.where(spread(live, a), a, b), memory, s.memory)
-        s = s._replace(z=jnp.where(on, z, s.z), sure=jnp.where(on & unmasked, sure, s.sure), memory=memory)
-        return s, held, stats
+        return s._replace(z=jnp.where(on, z, s.z), sure=jnp.where(on & unmasked, sure, s.sure), memory=memory)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,8 +151,8 @@ class History(Hook):
     """Predictions for a token in its last calls at its level, for CCD (arXiv 2512.02044).
 
     depth: d, calls that count, this one included; kept: m, states kept of each (all of them: exact); confidence: by
-    "entropy" or "top". A call counts for the numbers["confident"] most confident of the tokens that it
-    left open. A token whose state changes starts anew.
+    "entropy" or "top". A call counts for the numbers["confident"] most confident of the tokens it left open. A token
+    whose state changes starts anew.
     """
 
     depth: int = 3
@@ -210,8 +210,7 @@ class Coherent(Score):
 
 
 class Quota(Hook):
-    """(view, score [b, S], open bool [b, S]) -> chosen [b, S]: bool, or by how many levels. `Scored` takes at least
-    one."""
+    """(view, score [b, S], open bool [b, S]) -> chosen [b, S]: bool, or by how many levels; none means the best one."""
 
     def __call__(self, view: View, score, open_) -> jax.Array:
         raise NotImplementedError

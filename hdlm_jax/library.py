@@ -261,8 +261,6 @@ class _Asked:
       ValueError: what it gives are no logits [B, S, V].
     """
 
-    causal = False  # of caches: none is kept here
-
     def __init__(self, process: Process, denoise: Denoise):
         self.process, self.function = process, denoise
 

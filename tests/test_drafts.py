@@ -14,29 +14,29 @@ from hdlm_jax.decoding import choose, loop
 from hdlm_jax.decoding.choose import Scored
 from hdlm_jax.decoding.drafts import FreeDave, Guided
 from hdlm_jax.decoding.loop import Sampling
-from hdlm_jax.decoding.policy import Hook, Policy
+from hdlm_jax.decoding.policy import Commit, Policy
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
 from hdlm_jax.models.network import Network
 
-ONE = Scored(choose.MaxProb(), choose.Count())
+ONE = Scored(choose.Confidence(), choose.Count())
 NUMBERS = {"count": 1, "least": 1, "steps": 5, "reveals": 2, "threshold": 0.5, "threshold_cluster": 0.6, "bar": 0.6}
 
 
 @dataclasses.dataclass(frozen=True)
-class Sure(Hook):
+class Sure(Commit):
     """Commit when the likeliest words are likely."""
 
-    looks = ("word",)
+    needs = ("token",)
 
     def __call__(self, view):
-        return jnp.min(jnp.where(view.open, view.log_word, 0.0), axis=1) > jnp.log(view.numbers["bar"])
+        return jnp.min(jnp.where(view.open, view.log_token, 0.0), axis=1) > jnp.log(view.numbers["bar"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Habit(choose.Score):
-    """A score that remembers, what was said before as well as what was written, and sees steps and changes."""
+    """A score that remembers, what was said before as well as what was written, and sees steps."""
 
-    looks = ("top",)
+    needs = ("top",)
 
     def memory(self, view):
         return {"habit": jnp.zeros(view.z.shape, jnp.float32)}
@@ -45,9 +45,8 @@ class Habit(choose.Score):
         return {"habit": view.memory["habit"] + jnp.where(view.open, jnp.exp(view.log_top), 0.0) + dropped}
 
     def __call__(self, view):
-        last = jnp.where(jnp.any(view.changed, axis=1, keepdims=True), 0.1 * jnp.roll(view.changed, 1, axis=1), 0.0)
         whole = jnp.sum(jnp.exp(view.log_top), axis=1, keepdims=True)  # nothing is said of other blocks
-        return jnp.sin(5 * view.memory["habit"] + view.call[:, None] + whole) + jnp.exp(view.log_top) + last
+        return jnp.sin(5 * view.memory["habit"] + view.call[:, None] + whole) + jnp.exp(view.log_top)
 
 
 def runner(toy, process, policy, numbers=NUMBERS, **kwargs):
@@ -75,16 +74,16 @@ def starts(toy, rows, length, seed=0):
 
 POLICIES = {
     "one": Policy(ONE, "argmax"),
-    "blocks": Policy(Scored(choose.Margin(), choose.Count()), "argmax", block=2),
-    "threshold": Policy(Scored(choose.Entropy(), choose.Above()), "argmax"),
-    "even": Policy(Scored(choose.MaxProb(), choose.Even(), straight=True), "argmax"),
+    "blocks": Policy(Scored(choose.Confidence("margin"), choose.Count()), "argmax", block=2),
+    "threshold": Policy(Scored(choose.Confidence("entropy"), choose.Above()), "argmax"),
+    "even": Policy(Scored(choose.Confidence(), choose.Even(), straight=True), "argmax"),
     "memory": Policy(Scored(Habit(), choose.Count()), "argmax", block=3),
     "commit": Policy(ONE, "argmax", commit=Sure()),
-    "running": Policy(Scored(choose.MaxProb(), choose.Running()), "argmax"),  # looks at how sure drops were
+    "running": Policy(Scored(choose.Confidence(), choose.Running()), "argmax"),  # looks at how sure drops were
     "events": Policy(choose.Planned("events")),
     "grid": Policy(choose.Planned("grid")),
     "uniform": Policy(Scored(choose.Uniform(), choose.Even())),
-    "drawn": Policy(Scored(choose.Drawn(), choose.Count()), order="draw_then_choose"),
+    "drawn": Policy(Scored(choose.Confidence("drawn"), choose.Count()), order="draw_then_choose"),
 }
 SLOW = pytest.mark.slow
 
@@ -123,10 +122,10 @@ def test_text_is_that_of_one_step_a_call(shape, rates, xi, length, name, drafts)
 class Chains:
     """The exact words' law of Markov chains rows.extra["chain"] [b, V, V], first word uniform, at masks (MDLM).
 
-    Its cache is what it saw of the rows last, [2, b, S]; told another story by rows.changed, it says something else.
+    Its cache is what it saw of the rows last, [2, b, S]; of mixed-up rows it says something else.
     """
 
-    rows_axis, forwards = 1, 1
+    forwards = 1
 
     def start(self, rows):
         return jnp.stack([rows.z, rows.z])
@@ -147,7 +146,7 @@ class Chains:
         left = jax.lax.scan(lambda m, here: (ahead(m, here), m), start, fits)[1]
         right = jax.lax.scan(lambda m, here: (back(m, here), m), start, fits, reverse=True)[1]
         logits = jnp.moveaxis(jnp.log(left * right * fits), 0, 1)
-        told = jnp.all(rows.changed == (rows.z != cache[0]), axis=1) & jnp.all(cache[0] == cache[1], axis=1)
+        told = jnp.all(cache[0] == cache[1], axis=1) & jnp.all((rows.z == cache[0]) | (cache[0] == words), axis=1)
         return jnp.where(told[:, None, None], logits, logits[:, ::-1]), jnp.stack([rows.z, rows.z])
 
 
@@ -184,7 +183,7 @@ def test_calls_on_exact_chains(drafts, calls):
 def test_thresholds(match):
     """Exact: the text of the thresholds alone. Subset: other text, complete, in no more calls."""
     chain, numbers = chains(100, 4, concentration=0.3), {"threshold": 0.8, "threshold_cluster": 0.8}
-    choice = Scored(choose.MaxProb(), choose.Above())
+    choice = Scored(choose.Confidence(), choose.Above())
     words, stats = decode_chains(chain, 10, None, choice=choice, numbers=numbers)
     again, counted = decode_chains(chain, 10, 4, match, choice, numbers)
     turns = counted["row_forwards"] / 4
@@ -270,11 +269,11 @@ def guided_twin(toy, table, ar, z, checks, on_reject, numbers, size):
 class OnDemand:
     """Logits that answer select(index) alone, as a network's prediction does."""
 
-    def __init__(self, logits):
-        self.logits = logits
+    def __init__(self, process, logits):
+        self.process, self.logits = process, logits
 
     def select(self, index):
-        return self.logits.reshape(-1, self.logits.shape[-1])[index]
+        return self.process.as_prediction(self.logits.reshape(-1, self.logits.shape[-1])[index])
 
 
 def reader(ar, wrap=lambda logits: logits):
@@ -299,9 +298,9 @@ def test_guided_twin(checks, on_reject, block):
     table, start = toy.random_network(4, seed=5), rng.integers(0, toy.N, (80, 4))
     start = np.where(rng.uniform(size=start.shape) < 0.6, toy.mask, start)
     ar = rng.dirichlet(np.ones(toy.V), toy.V)
-    policy = Policy(Scored(choose.MaxProb(), choose.Count(), straight=True), propose=Guided(checks, on_reject),
+    policy = Policy(Scored(choose.Confidence(), choose.Count(), straight=True), propose=Guided(checks, on_reject),
                          block=block)
-    how = Sampling(tools={"ar": reader(ar, OnDemand)}, drops=7)
+    how = Sampling(tools={"ar": reader(ar, functools.partial(OnDemand, process))}, tokens=7)
     words, stats = runner(toy, process, policy, GUIDE, how=how)(table, start)
     for row, z in enumerate(start):
         want, turns = guided_twin(toy, table, ar, z, checks, on_reject, GUIDE, block)

@@ -94,6 +94,7 @@ def test_options():
             ("prophet", "block", "options='block': method 'prophet' has"),
             ("prophet", "block=x", "options=block='x': must be of type int"),
             ("max_prob", "steps=0", "options=steps=0: method 'max_prob' needs it at least 1"),
+            ("daedal", "window=0", "options=window=0: method 'daedal' needs it at least 1"),
             ("sparsed", "select=2", r"options=select=2.0: method 'sparsed' needs it in \[0, 1\]"),
             ("quantised", "bits=5", "bits=5: choose one of"), ("cfg", "without=all", "without='all': choose mask or"),
             ("max_prob", "straight=yes", "options=straight='yes': must be of type bool"),

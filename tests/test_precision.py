@@ -137,7 +137,7 @@ def test_the_way_back_at_extreme_logits(k, xi, force):
             laws = {(i, j, how): process.log_probs_below(head(logits), jnp.asarray(z), i, j, how)
                     for i in range(1, k + 1) for j in range(i)
                     for how in (("exact", "clean") if 0 < j < i - 1 else ("exact",))}
-            drops = statistics.drop_probability(process, head(logits[at]), jnp.asarray(z[at]), jnp.asarray(new))
+            drops = statistics.probability_of(process, head(logits[at]), jnp.asarray(z[at]), jnp.asarray(new))
             out[name] = laws, process.posterior(head(logits), jnp.asarray(z), 0.6, 1.1), drops
         return out
 

@@ -15,7 +15,7 @@ from tiny import LEVELS, SEQ_LEN, model, read_recipe, trained
 
 from hdlm_jax.config import GenerateConfig
 from hdlm_jax.decoding import loop
-from hdlm_jax.decoding.statistics import drop_probability
+from hdlm_jax.decoding.statistics import probability_of
 from hdlm_jax.runs import generate
 
 
@@ -35,7 +35,7 @@ def test_probability_of_a_drop_is_the_posterior_s(shape, xi, force, clusters):
     z, new = (a.astype(jnp.int32) for a in np.meshgrid(np.arange(toy.N), np.arange(toy.N)))  # new in rows
     law = np.asarray(process.chain.posterior(0.6, 1.1))[toy.level[z], toy.level[new]]
     kernel = np.asarray(process.posterior(logits, z[:1], 0.6, 1.1, clusters))[0].T
-    ask = jax.jit(lambda z, new: drop_probability(process, jnp.tile(logits, (toy.N, 1, 1)), z, new, clusters))
+    ask = jax.jit(lambda z, new: probability_of(process, jnp.tile(logits, (toy.N, 1, 1)), z, new, clusters))
     found = np.asarray(ask(z, new))
     falls = toy.level[z] > toy.level[new]
     assert (found[~falls] == 0).all() and found.dtype == np.float32
@@ -57,7 +57,7 @@ def test_frames_are_the_states_of_the_loop(kind, steps, frames):
     run = functools.partial(loop.sample, jax.random.key(7), denoise, process, start, planned(kind),
                             dict(steps=steps, reveals=2))
     plain, stats = jax.jit(run)()
-    words, film = jax.jit(functools.partial(run, how=loop.Sampling(frames=frames, rows=2, drops=4)))()
+    words, film = jax.jit(functools.partial(run, how=loop.Sampling(frames=frames, rows=2, tokens=4)))()
     np.testing.assert_array_equal(words, plain)
     np.testing.assert_array_equal(film["row_forwards"], stats["row_forwards"])
 
@@ -74,7 +74,7 @@ def test_frames_are_the_states_of_the_loop(kind, steps, frames):
     np.testing.assert_array_equal(states[:, -1], plain)
 
     sure, expect = np.zeros((5, 3), np.float32), [np.zeros((5, 3), np.float32)]
-    ask = jax.jit(lambda z, new: drop_probability(process, denoise(z, jnp.zeros(5)), z, new))
+    ask = jax.jit(lambda z, new: probability_of(process, denoise(z, jnp.zeros(5)), z, new))
     for before, after in zip(np.moveaxis(states, 1, 0)[:-1], np.moveaxis(states, 1, 0)[1:], strict=True):
         law = ask(before, after)
         sure = np.where(before != after, law, sure)

@@ -1,34 +1,25 @@
-"""What a text starts from: prompts, typed blanks; and the denoiser that keeps to a canvas.
+"""What a text starts from: a canvas of given tokens, masks where all is free and clusters where the kind of token is.
 
-A canvas shows words where they are given, masks where everything is free and clusters where only the kind of word is
-given. Beside it every position has a `kind`: which words it may take. `Constrained` takes the others' probability
-away, at the words and, as a cluster's mass is the sum of its words', at every level above. Canvases of JSON schemas
-are in hdlm_jax.decoding.schema, canvases that grow in hdlm_jax.decoding.lengths.
+Every position also has a `kind`, the set of tokens it may take, which guide.Constrained enforces. JSON schemas are in
+hdlm_jax.decoding.schema, canvases that grow in hdlm_jax.decoding.lengths.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.diffusion.prediction import LogitsPrediction
-
-_MOST = 2**20  # tokens of a text, where nobody says how many the model takes
 _BLANK = re.compile(r"\[\[|\[MASK(?::(\d+))?\]|\[LIKE(?:@(\d+))?:([^\[\]]+)\]|\[")
 
 
 class Canvas(NamedTuple):
     """Start of n texts of at most S tokens; numpy arrays.
 
-    z: int32 [n, S], symbols (a word behind the end, which nobody looks at); given: bool [n, S], words that stay;
-    kind: int32 [n, S], which set of words a position may take, 0: any; length: int32 [n];
+    z: int32 [n, S], states (behind the end a token nobody looks at); given: bool [n, S], tokens that stay;
+    kind: int32 [n, S], which set of tokens a position may take, 0: any; length: int32 [n];
     allowed: bool [kinds, V], the sets; its row 0 is all True.
     """
 
@@ -39,18 +30,18 @@ class Canvas(NamedTuple):
     allowed: np.ndarray
 
 
-def make(symbols: Sequence[int] | np.ndarray, hierarchy, rows: int = 1, seq_len: int = 0,
+def make(states: Sequence[int] | np.ndarray, hierarchy, rows: int = 1, seq_len: int = 0,
          kind: Sequence[int] | None = None, allowed: Sequence[np.ndarray] = ()) -> Canvas:
-    """`rows` canvases of the same symbols, on S = the next power of two of places (or as many as there are symbols).
+    """`rows` canvases of the same n states, S = the next power of two of n.
 
     Args:
-      seq_len: most tokens the model takes, so S at most; 0: S is the number of symbols.
-      kind: of each symbol, 0 for any; k for the words of allowed[k - 1], bool [V].
+      seq_len: most tokens the model takes, so S at most; 0: S = n.
+      kind: of each state, 0 for any token; k for those of allowed[k - 1], bool [V].
 
     Raises:
-      ValueError: too many symbols, none, or a word given where its kind forbids it.
+      ValueError: too many states, none, or a token given where its kind forbids it.
     """
-    ids = np.asarray(symbols, np.int32)
+    ids = np.asarray(states, np.int32)
     n = len(ids)
     if not n or seq_len and n > seq_len:
         raise ValueError(f"canvas of {n} tokens: must be 1 to seq_len={seq_len}" if n else "canvas: it has no tokens")
@@ -95,21 +86,20 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
     """Infilling with typed blanks (the clusters of arXiv 2510.08632 as types): the text, its blanks free.
 
     `[MASK]` is one token, `[MASK:3]` three; `[LIKE:dog]` one token of the level-1 cluster of dog's first token,
-    `[LIKE@2:dog]` of its node of level 2; `[[` is the character [. A blank takes a single space in front of it along,
-    as words of most tokenizers begin with theirs: "The [LIKE:dog] sat" has a blank like " dog". A typed blank shows its
-    node and may take the words under it alone, at any xi.
+    `[LIKE@2:dog]` of its node of level 2, at any xi; `[[` is the character [. A blank takes a single space in front of
+    it along, as tokens mostly begin with theirs: "The [LIKE:dog] sat" has a blank like " dog".
 
     Raises:
-      ValueError: a bracket that is no blank, a blank of no tokens, a level that is none of the clusters', no text. All
-        name the character where it stands.
+      ValueError: a bracket that is no blank, a blank of no tokens, a level without clusters, no text; with the
+        character where it stands.
     """
     ids: list[int] = []
     kinds: list[int] = []
     sets: dict[tuple[int, int], int] = {}
     buffer, end = "", 0
 
-    def flush(words: str):
-        ids.extend(tokenizer.encode(words).tolist())
+    def flush(given: str):
+        ids.extend(tokenizer.encode(given).tolist())
         kinds.extend([0] * (len(ids) - len(kinds)))
 
     for found in _BLANK.finditer(text):
@@ -124,95 +114,21 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
         flush(buffer[:-1] if space else buffer)
         buffer = ""
         if not found[3]:
-            count = _count(found[1])
+            count = int((found[1] or "1")[:9])  # more digits are too many tokens, too
             if count < 1:
                 raise ValueError(f"{where}: a blank has at least one token")
-            if count > (seq_len or _MOST):
-                raise ValueError(f"{where}: a text has at most {seq_len or _MOST} tokens")
+            if seq_len and count > seq_len:
+                raise ValueError(f"{where}: a text has at most {seq_len} tokens")
             ids += [hierarchy.mask_id] * count
             kinds += [0] * count
             continue
-        level = _count(found[2])
+        level = int((found[2] or "1")[:9])
         if not 1 <= level < hierarchy.num_levels:
             choices = f"1..{hierarchy.num_levels - 1}" if hierarchy.num_levels > 1 else "none, so use [MASK]"
             raise ValueError(f"{where}: level {level} has no clusters; levels that have: {choices}")
-        word = int(tokenizer.encode(" " * space + found[3])[0])
-        node = int(hierarchy.anc[level][word])
+        like = int(tokenizer.encode(" " * space + found[3])[0])
+        node = int(hierarchy.anc[level][like])
         ids.append(int(hierarchy.state_id(level, node)))
         kinds.append(sets.setdefault((level, node), len(sets) + 1))
     flush(buffer + text[end:])
     return make(ids, hierarchy, rows, seq_len, kinds, [hierarchy.anc[level] == node for level, node in sets])
-
-
-def _count(digits: str | None) -> int:
-    """The number in a blank, 1 without one; Python reads no more than 4,300 digits."""
-    return 1 if not digits else int(digits) if len(digits) < 100 else 10**100
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Constrained:
-    """A denoiser that gives words a position may not take no probability (S^3's constraints, arXiv 2507.04504).
-
-    Logits of forbidden words become -inf before anything else looks at them, so masses of clusters are those of allowed
-    words, and at xi = 1 a mask drops to clusters that have one. Each position is restricted by itself: with a network
-    that knows the data, given words condition exactly; restrictions of free positions are applied as each one is
-    written, p(x_i | z) cut and normalised, which is the conditional law where one free position is restricted and
-    written first, and not in general.
-
-    Args:
-      inner: a denoiser, or a function (z, t) -> prediction or logits [b, S, V].
-      allowed: bool [kinds, V]; rows.extra["kind"] int32 [b, S] says which row holds where (see `Canvas`).
-
-    Raises:
-      ValueError: a table of another shape, or a kind that allows no word (where the table is no traced array).
-    """
-
-    inner: Any
-    allowed: np.ndarray | jax.Array
-    hierarchy: Hierarchy
-
-    def __post_init__(self):
-        words = self.hierarchy.vocab_size
-        if self.allowed.ndim != 2 or self.allowed.shape[1] != words:
-            raise ValueError(f"allowed.shape={self.allowed.shape}: must be [kinds, V={words}]")
-        if isinstance(self.allowed, np.ndarray) and not self.allowed.any(axis=1).all():
-            raise ValueError(f"allowed: kind {np.argmin(self.allowed.any(axis=1))} has no word at all")
-
-    @property
-    def rows_axis(self) -> int:
-        return getattr(self.inner, "rows_axis", 0)
-
-    @property
-    def forwards(self) -> int:
-        return getattr(self.inner, "forwards", 1)
-
-    def start(self, rows):
-        if "kind" not in rows.extra:
-            raise ValueError("Constrained: extra['kind'] int32 [b, S] is missing, the kind of every position")
-        return self.inner.start(rows) if hasattr(self.inner, "start") else ()
-
-    def __call__(self, cache, rows):
-        if hasattr(self.inner, "start"):
-            prediction, cache = self.inner(cache, rows)
-        else:
-            prediction = self.inner(rows.z, rows.t)
-        if not hasattr(prediction, "select"):
-            prediction = LogitsPrediction(prediction, self.hierarchy)
-        return Restricted(self, prediction, rows.extra["kind"].reshape(-1)), cache
-
-
-class Restricted(NamedTuple):
-    """The prediction of a Constrained denoiser, waiting for the tokens it is asked about."""
-
-    constraint: Constrained
-    prediction: Any
-    kind: jax.Array  # int32 [b S]
-
-    def select(self, index) -> LogitsPrediction:
-        """The law over allowed words at tokens index int32 [n]; uniform over them where they have no probability."""
-        c, kind = self.constraint, self.kind[index]
-        allowed = jnp.asarray(c.allowed)[kind]
-        logits = jnp.where(allowed, self.prediction.select(index).log_probs(), -jnp.inf)
-        best = jnp.max(logits, axis=-1, keepdims=True)
-        logits = jnp.where(jnp.isfinite(best), logits - best, 0.0)
-        return LogitsPrediction(jnp.where(allowed, logits, -jnp.inf), c.hierarchy)

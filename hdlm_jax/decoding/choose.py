@@ -1,69 +1,30 @@
-"""Which tokens drop in a turn: by a plan of the levels (blind, exact), or by a score of what the network says.
+"""Which tokens are unmasked in a call.
 
-`Planned` draws all levels' reverse trajectory beforehand. `Scored` ranks the tokens that may drop by a score and takes
-as many as a quota says. Either way a row drops at least one level in every turn.
+`Planned` draws the reverse trajectory of the levels beforehand, without looking at content (exact). `Scored` ranks the
+open tokens by a score of what the network predicts and takes as many as a quota says. Either way each call of a row
+unmasks at least one token.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from hdlm_jax.decoding.policy import Hook, View
+from hdlm_jax.decoding.policy import Choice, Hook, View
 from hdlm_jax.diffusion import plans
 from hdlm_jax.diffusion.draws import fold, wide
 
-_PLAN = 2**32 - 1  # what the keys of plans are folded with; turns use small numbers
-
-
-class Choice(Hook):
-    """What decides on drops. straight: they go to the word at once, from any level."""
-
-    straight = False
-
-    def stamp(self, view: View):
-        """int32 [b], what a turn's random numbers are folded with: the row's call."""
-        return view.call
-
-    def time(self, view: View):
-        """t that the network is told, float32 [b]: at which a token's expected level is the mean of the row's."""
-        levels = jnp.sum(jnp.where(view.free, view.level, 0), axis=1) / jnp.maximum(jnp.sum(view.free, axis=1), 1)
-        t, mean = _mean_level(view.process.chain)
-        return jnp.interp(levels, jnp.asarray(mean), jnp.asarray(t)).astype(jnp.float32)
-
-    def target(self, view: View):
-        """Levels after the turn, int32 [b, S]."""
-        raise NotImplementedError
-
-    def bound(self, numbers: dict[str, Any], positions: int, levels: int):
-        """Turns that a row takes at most."""
-        return positions * levels
-
-    def goes_on(self, numbers: dict[str, Any], call):
-        """bool [b]: may the rows' tokens still climb, so that a turn is due even where all of them are words?"""
-        return jnp.zeros(call.shape, bool)
-
-
-@functools.cache
-def _mean_level(chain) -> tuple[np.ndarray, np.ndarray]:
-    """t [1001] and a token's expected level at them (increasing), float32."""
-    t = np.linspace(0, 1, 1001)
-    with np.errstate(divide="ignore"):
-        beta = chain.beta(np.minimum(-np.log1p(-t), chain.tau_end), np)
-    return t.astype(np.float32), (beta @ np.arange(chain.num_levels + 1)).astype(np.float32)
+_PLAN = 2**32 - 1  # what the keys of plans are folded with; calls use small numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned(Choice):
-    """Drops at times of the chain itself, which do not look at content (hdlm_jax.diffusion.plans.plan).
+    """Unmasking at the chain's own times (hdlm_jax.diffusion.plans.plan).
 
-    kind: "grid", the exact ancestral kernel on numbers["steps"] equal steps of t, of which a row visits those in which
-    anything of it drops; "events", one drop a turn; "reveal", numbers["reveals"] drops a turn.
+    kind: "grid", the exact ancestral kernel on numbers["steps"] equal steps of t, skipping those in which nothing of
+    the row changes; "events", one level a call; "reveal", numbers["reveals"] levels a call.
     """
 
     kind: str = "grid"
@@ -72,10 +33,10 @@ class Planned(Choice):
     def memory(self, view):
         level = jnp.where(view.free, view.level, 0)
         return {"plan": plans.plan(fold(view.key, jnp.uint32(_PLAN)), view.process.chain, level, self.kind,
-                                     view.numbers.get("steps", 1), view.numbers.get("reveals", 1))}
+                                   view.numbers.get("steps", 1), view.numbers.get("reveals", 1))}
 
     def stamp(self, view):
-        """The first call of the plan at which something has yet to drop."""
+        """The first call of the plan that still has something to do."""
         return view.memory["plan"].next(view.level)
 
     def time(self, view):
@@ -95,19 +56,19 @@ class Planned(Choice):
 
 
 class Score(Hook):
-    def __call__(self, view: View):
+    def __call__(self, view: View) -> jax.Array:
         raise NotImplementedError
 
 
 def settled(score):
-    """Scores to 2^-14: those which differ by rounding alone are ties, but for the few at the edge of a cell, and ties
-    go to the left. So another batch or device, which rounds otherwise, nearly always chooses alike."""
+    """Scores rounded to 2^-14, so that those which differ by float error are ties (which go to the left): another batch
+    size or device then nearly always chooses alike."""
     return jnp.round(score * 2.0**14) / 2.0**14
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Score):
-    """Any token as soon as any other, by numbers of the turn."""
+    """A random order, drawn anew in each call."""
 
     def __call__(self, view):
         keys = fold(view.keys, 7).reshape(-1)
@@ -116,10 +77,9 @@ class Uniform(Score):
 
 @dataclasses.dataclass(frozen=True)
 class Order(Score):
-    """A fixed order of positions, each down to its word before the next one starts.
+    """A fixed order of positions, each unmasked down to its vocabulary token before the next one starts.
 
-    kind: "left", from left to right; "random", any one, drawn per row: any-order autoregressive sampling (RADD,
-    arXiv 2406.03736).
+    kind: "left", from left to right; "random", drawn per row (RADD, arXiv 2406.03736).
     """
 
     kind: str = "left"
@@ -139,59 +99,40 @@ class Order(Score):
 
 
 @dataclasses.dataclass(frozen=True)
-class MaxProb(Score):
-    """p of the likeliest symbol a token would drop to (MaskGIT, arXiv 2202.04200; LLaDA's low-confidence order)."""
+class Confidence(Score):
+    """How sure the network is of a token's state one level down.
 
-    looks = ("top",)
+    by: "top", p of the likeliest state (MaskGIT, arXiv 2202.04200; LLaDA); "margin", that minus p of the second (Kim et
+    al., arXiv 2502.06768; Dream's top-k margin); "entropy", negative, in nats (Dream, arXiv 2508.15487; dParallel,
+    arXiv 2509.26488); "drawn", p of the drawn state, for order="draw_then_choose" (LLaDA at temperature 1; not exact).
+    """
 
-    def __call__(self, view):
-        return settled(jnp.exp(view.log_top))
+    by: str = "top"
+    needs = ("top",)
 
-
-@dataclasses.dataclass(frozen=True)
-class Margin(Score):
-    """p of the likeliest symbol less p of the second (Kim et al., arXiv 2502.06768; Dream's top-k margin)."""
-
-    looks = ("top",)
-
-    def __call__(self, view):
-        return settled(jnp.exp(view.log_top) - jnp.exp(view.log_second))
-
-
-@dataclasses.dataclass(frozen=True)
-class Entropy(Score):
-    """Less entropy, in nats, first (Dream, arXiv 2508.15487; dParallel, arXiv 2509.26488)."""
-
-    looks = ("top",)
+    def __post_init__(self):
+        if self.by not in ("top", "margin", "entropy", "drawn"):
+            raise ValueError(f"by={self.by!r}: choose top, margin, entropy or drawn")
 
     def __call__(self, view):
-        return settled(-view.entropy)
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn(Score):
-    """p of the symbol that was drawn: of the order "draw_then_choose" alone (LLaDA at temperature 1). Not exact."""
-
-    looks = ("top",)
-
-    def __call__(self, view):
-        return settled(jnp.exp(view.log_drawn))
+        if self.by == "entropy":
+            return settled(-view.entropy)
+        top = jnp.exp(view.log_drawn if self.by == "drawn" else view.log_top)
+        return settled(top - jnp.exp(view.log_second) if self.by == "margin" else top)
 
 
 @dataclasses.dataclass(frozen=True)
 class Eos(Score):
-    """A score, lowered where a token would end the text: EOSER (arXiv 2509.23924).
+    """EOSER (arXiv 2509.23924): a score, lowered where a token would end the text.
 
-    The confidence of a token whose likeliest symbol (in the order "draw_then_choose": whose drawn one) is the word
-    numbers["eos"], or that word's ancestor at the level it would drop to, is multiplied by g, which rises linearly
-    from numbers["eos_least"] to 1 with the share of the drops that are done; a negative score is divided by it. Only
-    the order changes, no symbol. With `doubling` the share is that of the doubling schedule, this call's included:
-    (2^(k+1) - 1)/2^S at call k.
+    Where the likeliest state (order="draw_then_choose": the drawn one) is numbers["eos"] or an ancestor of it, a score
+    >= 0 is multiplied by g, a negative one divided by g, which rises linearly from numbers["eos_least"] to 1 with the
+    share of the unmasking that is done. doubling: the share is that of this schedule after the call, (2^(k+1) - 1)/2^S.
     """
 
-    score: Score = MaxProb()
+    score: Score = Confidence()
     doubling: Doubling | None = None
-    looks = ("top",)
+    needs = ("top",)
 
     def __call__(self, view):
         process, eos = view.process, jnp.asarray(view.numbers["eos"])
@@ -207,21 +148,20 @@ class Eos(Score):
 
 @dataclasses.dataclass(frozen=True)
 class History(Hook):
-    """What the network said in a token's last calls at its level, for CCD (arXiv 2512.02044).
+    """Predictions for a token in its last calls at its level, for CCD (arXiv 2512.02044).
 
-    depth: d, calls that count, the present one included; kept: m, symbols of each that are kept (as many as there are
-    symbols: exact); by: "entropy" or "top", what confidence is. A call counts for the numbers["confident"] most
-    confident of the tokens that stayed open in it. A token that drops or is raised starts anew.
+    depth: d, calls that count, this one included; kept: m, states kept of each (all of them: exact); confidence: by
+    "entropy" or "top". A call counts for the numbers["confident"] most confident of the tokens it left open. A token
+    whose state changes starts anew.
     """
 
     depth: int = 3
     kept: int = 8
-    by: str = "entropy"
-    looks = ("top",)
+    confidence: Confidence = Confidence("entropy")
 
     def __post_init__(self):
-        if self.by not in ("entropy", "top") or self.depth < 1:
-            raise ValueError(f"depth={self.depth}, by={self.by!r}: at least 1; choose entropy or top")
+        if self.depth < 1 or self.confidence.by not in ("entropy", "top"):
+            raise ValueError(f"depth={self.depth}, by={self.confidence.by!r}: at least 1; choose entropy or top")
 
     @property
     def top_k(self):  # type: ignore[override]
@@ -231,25 +171,22 @@ class History(Hook):
         shape = (*view.z.shape, self.depth - 1, self.kept)
         return {"past_ids": jnp.zeros(shape, jnp.int32), "past_p": jnp.zeros(shape, jnp.float32)}
 
-    def confidence(self, view: View):
-        return settled(-view.entropy if self.by == "entropy" else jnp.exp(view.log_top))
-
-    def remember(self, view, z, dropped):
-        inside = best(self.confidence(view), view.open & ~dropped, view.numbers["confident"])
+    def remember(self, view, z, unmasked):
+        inside = best(self.confidence(view), view.open & ~unmasked, view.numbers["confident"])
         p = jnp.where(inside[..., None], jnp.exp(view.logs), 0.0)
         new = {}
         for name, now in (("past_ids", view.ids), ("past_p", p)):
             past = jnp.concatenate([now[:, :, None], view.memory[name]], axis=2)[:, :, : self.depth - 1]
-            new[name] = jnp.where((dropped | (z != view.z))[..., None, None], 0, past)
+            new[name] = jnp.where((unmasked | (z != view.z))[..., None, None], 0, past)
         return new
 
 
 @dataclasses.dataclass(frozen=True)
 class Coherent(Score):
-    """Confidence of pbar, the mean of a token's laws over its last calls (CCD, arXiv 2512.02044).
+    """Confidence of pbar, the mean of a token's distributions over its last calls (CCD, arXiv 2512.02044).
 
-    A law averaged over contexts stands for the context's marginal: its entropy is the expected entropy plus the
-    information that the context has of the token. What lies outside the m symbols kept counts as one symbol.
+    Averaging over contexts marginalises them: pbar's entropy is the expected entropy plus the mutual information of
+    token and context. The mass outside the m states kept counts as one state.
     """
 
     history: History = History()
@@ -262,28 +199,25 @@ class Coherent(Score):
         ids = jnp.concatenate([view.ids, view.memory["past_ids"].reshape(flat)], axis=-1)
         p = jnp.concatenate([jnp.exp(view.logs), view.memory["past_p"].reshape(flat)], axis=-1) / calls
         mass = jnp.sum(jnp.where(ids[..., None] == ids[..., None, :], p[..., None, :], 0.0), axis=-1)  # pbar of each
-        if self.history.by == "top":
+        if self.history.confidence.by == "top":
             return settled(jnp.max(mass, axis=-1))
         rest = jnp.maximum(1 - jnp.sum(p, axis=-1), 0.0)
         inside = jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, mass, 1.0)), 0.0), axis=-1)
         return settled(inside + rest * jnp.log(jnp.where(rest > 0, rest, 1.0)))
 
 
-# ---- quotas: which of the open tokens drop, bool [b, S], or by how much ----------------------------------------------
+# ---- quotas: how many ------------------------------------------------------------------------------------------------
 
 
 class Quota(Hook):
-    """__call__(view, score [b, S], open bool [b, S]) -> chosen [b, S]: bool, or by how many levels they drop.
+    """(view, score [b, S], open bool [b, S]) -> chosen [b, S]: bool, or by how many levels; none means the best one."""
 
-    Scored adds the best where none is.
-    """
-
-    def __call__(self, view: View, score, open_):
+    def __call__(self, view: View, score, open_) -> jax.Array:
         raise NotImplementedError
 
 
 def ranks(score, among):
-    """Rank of each of `among` by falling score, ties from the left: int32 [b, S]; the others come behind."""
+    """Rank of each of `among` by falling score, ties from the left: int32 [b, S]; the others come after."""
     order = jnp.argsort(jnp.where(among, -score, jnp.inf), axis=1, stable=True)
     return jnp.argsort(order, axis=1).astype(jnp.int32)
 
@@ -293,9 +227,15 @@ def best(score, among, count):
     return (ranks(score, among) < jnp.broadcast_to(count, score.shape[:1])[:, None]) & among
 
 
+def sum_before(amount, rank):
+    """Sum of amount [b, S] over the tokens of a lower rank."""
+    ordered = jnp.take_along_axis(amount, jnp.argsort(rank, axis=1), axis=1)
+    return jnp.take_along_axis(jnp.cumsum(ordered, axis=1) - ordered, rank, axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Count(Quota):
-    """numbers["count"] tokens a turn."""
+    """numbers["count"] tokens a call."""
 
     def __call__(self, view, score, open_):
         return best(score, open_, view.numbers["count"])
@@ -303,10 +243,9 @@ class Count(Quota):
 
 @dataclasses.dataclass(frozen=True)
 class Even(Quota):
-    """All drops in numbers["steps"] turns, as evenly as whole numbers go; blocks share the turns by their drops.
+    """All in numbers["steps"] calls, as evenly as whole numbers go; blocks share the calls by their levels.
 
-    A block takes at least one turn, and more where the last of its tokens have several levels to go: a token drops once
-    a turn.
+    A block takes at least one call, and more where its last tokens have several levels to go: one level a call.
     """
 
     def memory(self, view):
@@ -314,46 +253,44 @@ class Even(Quota):
         return {"in_block": zero, "of_block": zero - 1}
 
     def clock(self, view: View, straight: bool):
-        """int32 [b] each: turns that the current block has had, its drops, those left of them, and those of a row.
+        """int32 [b] each: calls the current block has had, its levels, those left of them, and the whole row's.
 
-        straight: count a token, not its levels.
+        straight: tokens in place of levels.
         """
-        count = lambda level: jnp.minimum(level, 1) if straight else level  # noqa: E731
+        def count(level):
+            return jnp.minimum(level, 1) if straight else level
+
         here = view.free & (view.block == view.current[:, None])
         left = jnp.sum(jnp.where(here, count(view.level), 0), axis=1)
         top = jnp.where(view.free, count(view.process.level_of(view.canvas)), 0)
         done = jnp.where(view.memory["of_block"] == view.current, view.memory["in_block"], 0)
         return done, jnp.sum(jnp.where(here, top, 0), axis=1), left, jnp.sum(top, axis=1)
 
-    def turns(self, view: View, block, whole):
-        """int32 [b], the block's share of numbers["steps"] turns."""
+    def calls(self, view: View, block, whole):
+        """int32 [b], the block's share of numbers["steps"] calls."""
         return jnp.maximum(1, -(-view.numbers["steps"] * block // jnp.maximum(whole, 1)))
 
-    def count(self, view: View):
-        """Drops of this turn, int32 [b]."""
-        done, block, left, whole = self.clock(view, view.straight)
-        return -(-left // jnp.maximum(self.turns(view, block, whole) - done, 1))
-
     def __call__(self, view, score, open_):
-        return best(score, open_, self.count(view))
+        done, block, left, whole = self.clock(view, view.straight)
+        return best(score, open_, -(-left // jnp.maximum(self.calls(view, block, whole) - done, 1)))
 
-    def remember(self, view, z, dropped):
+    def remember(self, view, z, unmasked):
         done = jnp.where(view.memory["of_block"] == view.current, view.memory["in_block"], 0)
         return {"in_block": done + 1, "of_block": view.current}
 
 
 @dataclasses.dataclass(frozen=True)
 class Doubling(Even):
-    """2^k drops at call k, until as many or fewer are left: D drops in ceil(log2 D) calls, 2^S in S.
+    """ASS (arXiv 2509.23924): 2^k levels at call k, until as many or fewer are left; every block starts anew.
 
-    ASS (arXiv 2509.23924), for levels: a word below the mask is K drops. Once more drops are due than tokens are open,
-    the best of those further up go to the word at once. Every block starts anew.
+    D levels take ceil(log2 D) calls. Where more levels are due than tokens are open, the best of those further up go to
+    the vocabulary at once.
     """
 
     jumps = True
 
     def share(self, view: View):
-        """float32 [b], the block's drops that the schedule has done after this call."""
+        """float32 [b], share of the block's levels that the schedule has done after this call."""
         done, block, _, _ = self.clock(view, view.straight)
         whole = jnp.left_shift(1, 32 - jax.lax.clz(jnp.maximum(block - 1, 1)))  # 2^S
         return jnp.minimum((jnp.left_shift(2, jnp.minimum(done, 29)) - 1) / whole, 1.0)
@@ -364,18 +301,15 @@ class Doubling(Even):
         count = jnp.where(2 * count >= block, left, jnp.minimum(count, left))
         rank = ranks(score, open_)
         one = open_ & (rank < count[:, None])
-        more = jnp.where(one, view.level - 1, 0)  # by which those that go to the word exceed one drop
-        order = jnp.argsort(rank, axis=1)
-        ordered = jnp.take_along_axis(more, order, axis=1)
-        before = jnp.take_along_axis(jnp.cumsum(ordered, axis=1) - ordered, jnp.argsort(order, axis=1), axis=1)
-        far = before < (count - jnp.sum(one, axis=1))[:, None]
+        more = jnp.where(one, view.level - 1, 0)  # levels beyond the first, of those that go to the vocabulary
+        far = sum_before(more, rank) < (count - jnp.sum(one, axis=1))[:, None]
         return jnp.where(one, jnp.where(far, view.level, 1), 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Consistent(Quota):
-    """Tokens among the numbers["confident"] most confident ones now and in the call before, of one likeliest symbol in
-    both (CCD-DS, arXiv 2512.02044). At a mask that is its cluster: it drops when the cluster is agreed on."""
+    """CCD-DS (arXiv 2512.02044): tokens among the numbers["confident"] most confident now and in the call before, with
+    the same likeliest state in both (at a mask its cluster)."""
 
     history: History = History()
 
@@ -389,14 +323,14 @@ class Consistent(Quota):
 
 @dataclasses.dataclass(frozen=True)
 class Path(Hook):
-    """Memory sure_at float32 [b, S, K]: probability of a token's last drop below level k, 1 where it jumped over it."""
+    """Memory sure_at float32 [b, S, K]: probability of a token's last unmasking from level k, 1 where it skipped k."""
 
-    looks = ("sure",)
+    needs = ("sure",)
 
     def memory(self, view):
         return {"sure_at": jnp.ones((*view.z.shape, view.process.num_levels), jnp.float32)}
 
-    def remember(self, view, z, dropped):
+    def remember(self, view, z, unmasked):
         level, here = wide(jnp.arange(1, view.process.num_levels + 1), view.level), view.level[..., None]
         below = view.process.level_of(z)[..., None]
         new = jnp.where(level == here, view.sure[..., None], 1.0)
@@ -405,8 +339,8 @@ class Path(Hook):
 
 @dataclasses.dataclass(frozen=True)
 class Running(Quota):
-    """All tokens whose score exceeds the mean probability with which those written from their level dropped from it
-    (1 where none has), at least the numbers["least"] best: Saber's adaptive threshold (arXiv 2510.18165)."""
+    """Saber's adaptive threshold (arXiv 2510.18165): all tokens whose score exceeds the mean probability of the
+    unmaskings from their level so far (1 where there are none), at least the numbers["least"] best."""
 
     path: Path = Path()
 
@@ -425,17 +359,17 @@ class Running(Quota):
 
 @dataclasses.dataclass(frozen=True)
 class Above(Quota):
-    """All tokens whose score reaches numbers["threshold"], at masks and upper levels numbers["threshold_cluster"].
+    """Fast-dLLM's parallel rule (arXiv 2505.22618): all tokens whose score reaches numbers["threshold"], above level 1
+    numbers["threshold_cluster"]; the best where none does.
 
-    With the best one where none does: Fast-dLLM's parallel rule (arXiv 2505.22618). floor: a quota for such turns in
-    place of the best one, as in Dimple's confident decoding (arXiv 2505.16990).
+    floor: a quota in place of the best one, as in Dimple's confident decoding (arXiv 2505.16990).
     """
 
     floor: Quota | None = None
 
     def __call__(self, view, score, open_):
-        word = view.level == 1 if not view.straight else view.level > 0
-        bar = jnp.where(word, view.numbers["threshold"], view.numbers["threshold_cluster"])
+        last = view.level == 1 if not view.straight else view.level > 0
+        bar = jnp.where(last, view.numbers["threshold"], view.numbers["threshold_cluster"])
         sure = open_ & (score >= bar)
         if self.floor is None:
             return sure
@@ -469,10 +403,11 @@ class Scored(Choice):
     score: Score = Uniform()
     quota: Quota = Even()
     straight: bool = False
+    scored = True
 
     def target(self, view):
         open_ = view.open
         score = self.score(view)
-        drops = jnp.where(open_, self.quota(view, score, open_).astype(jnp.int32), 0)
-        drops = jnp.where(jnp.any(drops > 0, axis=1, keepdims=True), drops, best(score, open_, 1).astype(jnp.int32))
-        return jnp.where(drops > 0, 0 if self.straight else jnp.maximum(view.level - drops, 0), view.level)
+        down = jnp.where(open_, self.quota(view, score, open_).astype(jnp.int32), 0)
+        down = jnp.where(jnp.any(down > 0, axis=1, keepdims=True), down, best(score, open_, 1).astype(jnp.int32))
+        return jnp.where(down > 0, 0 if self.straight else jnp.maximum(view.level - down, 0), view.level)

@@ -1,33 +1,37 @@
-"""Decoding policies: their parts (`Hook`), what these see in a turn (`View`), and what a denoiser is told (`Rows`).
+"""A decoding method as a static `Policy`, its parts (`Hook`), what these see (`View`), what a denoiser sees (`Rows`).
 
-A `Policy` is static and hashable, so each composition compiles once; its thresholds are traced numbers beside it.
+A policy is hashable, so each composition compiles once; its thresholds are traced numbers beside it. Shapes: b rows of
+S tokens; K levels, 0 a vocabulary token, K the mask. A token is *unmasked* when it goes down one level.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hdlm_jax.diffusion.draws import fold, token_keys
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 
-UNKNOWN: Any = None  # of a View: what its policy did not ask for
+UNKNOWN: Any = None  # in a View: what its policy does not need
 ORDERS = ("choose_then_draw", "draw_then_choose")
+Cache = Any  # a pytree of a denoiser's own; the rows on axis 1 of every leaf
+Numbers = Mapping[str, jax.Array]  # traced scalars
+Drawn = tuple[jax.Array, jax.Array]  # (states int32 [b, S], probability float32 [b, S] of each unmasking)
 
 
 class Rows(NamedTuple):
-    """What a denoiser is told of some rows.
+    """What a denoiser sees of some rows.
 
-    z: int32 [b, S], symbols; level: int32 [b, S], theirs. t: float32 [b], noise time that the network is told.
+    z: int32 [b, S], states; level: int32 [b, S], theirs. t: float32 [b], masking level that the network is told.
     given: bool [b, S], tokens that stay; active: bool [b, S], within the row's length.
-    block: int32 [b, S], number of each token's block, -1 before the first free token; current: int32 [b], the block
-      that is being written.
-    wanted: bool [b, S], tokens whose prediction will be asked for; changed: bool [b, S], those that were written or
-      raised in the row's last call. call: int32 [b], network calls the row has had.
+    block: int32 [b, S], each token's block, -1 before the first free token; current: int32 [b], the block being
+      written.
+    wanted: bool [b, S], tokens whose prediction is needed; call: int32 [b], network calls so far.
     extra: dict of arrays [b, ...], the caller's own.
     """
 
@@ -39,36 +43,28 @@ class Rows(NamedTuple):
     block: jax.Array
     current: jax.Array
     wanted: jax.Array
-    changed: jax.Array
     call: jax.Array
     extra: dict[str, jax.Array]
 
 
 class Denoiser(Protocol):
-    """What a loop asks for predictions; `Stateless` is the simplest one."""
+    """Where predictions come from; `Stateless` is the simplest one. forwards: network passes of a call, per row."""
 
     @property
-    def rows_axis(self) -> int:
-        """The rows' axis in every leaf of the cache."""
+    def forwards(self) -> int: ...
 
-    @property
-    def forwards(self) -> int:
-        """Network passes that a call costs each row."""
+    def start(self, rows: Rows) -> Cache: ...
 
-    def start(self, rows: Rows) -> Any:
-        """A cache: any pytree of arrays."""
-
-    def __call__(self, cache, rows: Rows) -> tuple[Any, Any]:
+    def __call__(self, cache: Cache, rows: Rows, /) -> tuple[Any, Cache]:
         """(prediction or logits [b, S, V], cache)."""
 
 
 class Stateless:
     """A function (z [b, S], t [b]) -> prediction or logits [b, S, V] as a denoiser."""
 
-    rows_axis = 0
     forwards = 1
 
-    def __init__(self, function):
+    def __init__(self, function: Callable):
         self.function = function
 
     def start(self, rows: Rows):
@@ -78,63 +74,137 @@ class Stateless:
         return self.function(rows.z, rows.t), cache
 
 
+def as_denoiser(denoise: Denoiser | Callable) -> Denoiser:
+    return denoise if hasattr(denoise, "start") else Stateless(denoise)  # type: ignore[return-value]
+
+
 class Hook:
     """A part of a policy. Subclasses are frozen dataclasses; what they keep between calls is named in `memory`.
 
-    looks: what of a View it needs: "top" (top, log_top, log_second, entropy), "word" (word, log_word), "own" (log_own
-      and log_up; log_word at words as well), "sure" (sure, of draws too).
-    top_k: m, how many of the likeliest symbols it needs (ids, logs).
-    whole: whether it asks about every token that is not written yet, not the current block's alone.
-    jumps: may let a token drop by more than one level in a turn.
-    crosses: raises tokens as the process does: a word by a first crossing of its own where xi < 1.
-    stages: of `commit`: one level at a time.
+    needs: what of a View is filled in for it: "top" (top, log_top, log_second, entropy), "token" (token, log_token),
+      "own" (log_own, log_up; with "token", token and log_token at vocabulary tokens as well), "sure" (sure).
+    top_k: m, how many of the likeliest states it needs (ids, logs).
+    whole: needs predictions at all tokens not written yet, not only in the current block.
+    jumps: may unmask a token by more than one level in a call.
     """
 
-    looks: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
     top_k: ClassVar[int] = 0
     whole: ClassVar[bool] = False
     jumps: ClassVar[bool] = False
-    crosses: ClassVar[bool] = False
 
-    def memory(self, view: View) -> dict[str, jax.Array]:
+    def memory(self, view: View) -> dict[str, Any]:
         """Arrays [B, ...] at the start; names are shared by all hooks of a policy."""
         return {}
 
-    def remember(self, view: View, z, dropped) -> dict[str, jax.Array]:
-        """What memory becomes after a turn that made view.z into z; dropped bool [b, S]."""
+    def remember(self, view: View, z, unmasked) -> dict[str, Any]:
+        """What memory becomes after a call that made view.z into z; unmasked: bool [b, S]."""
         return {}
+
+
+class Choice(Hook):
+    """Which tokens are unmasked. straight: to a vocabulary token at once, from any level. scored: by a score."""
+
+    straight: bool = False
+    scored: ClassVar[bool] = False
+
+    def stamp(self, view: View):
+        """int32 [b], what a call's random numbers are folded with: the row's number of calls."""
+        return view.call
+
+    def time(self, view: View):
+        """t that the network is told, float32 [b]: at which a token's expected level is the mean of the row's."""
+        levels = jnp.sum(jnp.where(view.free, view.level, 0), axis=1) / jnp.maximum(jnp.sum(view.free, axis=1), 1)
+        t, mean = _mean_level(view.process.chain)
+        return jnp.interp(levels, jnp.asarray(mean), jnp.asarray(t)).astype(jnp.float32)
+
+    def target(self, view: View):
+        """Levels after the call, int32 [b, S]."""
+        raise NotImplementedError
+
+    def bound(self, numbers: Numbers, positions: int, levels: int):
+        """Calls that a row takes at most."""
+        return positions * levels
+
+    def goes_on(self, numbers: Numbers, call):
+        """bool [b]: may tokens still be remasked, so that a call is due even where no mask is left?"""
+        return jnp.zeros(call.shape, bool)
+
+
+@functools.cache
+def _mean_level(chain) -> tuple[np.ndarray, np.ndarray]:
+    """t [1001] and a token's expected level at them (increasing), float32."""
+    t = np.linspace(0, 1, 1001)
+    with np.errstate(divide="ignore"):
+        beta = chain.beta(np.minimum(-np.log1p(-t), chain.tau_end), np)
+    return t.astype(np.float32), (beta @ np.arange(chain.num_levels + 1)).astype(np.float32)
+
+
+class Commit(Hook):
+    """Rows that write all the rest, bool [b]. stages: one level at a time, else the likeliest tokens at once."""
+
+    stages: bool = False
+
+    def __call__(self, view: View) -> jax.Array:
+        raise NotImplementedError
+
+
+class Revise(Hook):
+    """Levels [b, S] that tokens are remasked to; free tokens only, never above the canvas.
+
+    crosses: a vocabulary token is remasked as the process corrupts it: at xi < 1 perhaps to another cluster.
+    """
+
+    crosses: ClassVar[bool] = False
+
+    def __call__(self, view: View, z, unmasked) -> jax.Array:
+        raise NotImplementedError
+
+
+class Lengths(Hook):
+    """(length [b], source [b, S], inserted bool [b, S], hold bool [b]): a canvas that grows.
+
+    The new length; the place each place is taken from; those that become masks; rows that unmask nothing in this call.
+    """
+
+    def __call__(self, view: View, unmasked) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        raise NotImplementedError
+
+
+class Draw(Hook):
+    """(view, loop, prediction, target) -> Drawn; as Policy.propose (view, loop) -> Drawn."""
+
+    __call__: Callable[..., Drawn]
+
+
+class Verify(Hook):
+    """(loop, cache, state) -> (*Drawn, memory, cache): drafts of several calls, checked in one of `width` rows each."""
+
+    width: int
+    __call__: Callable[..., tuple[jax.Array, jax.Array, dict[str, Any], Cache]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """How to decode: static and hashable, so that each composition compiles once.
+    """How to decode.
 
-    choose: which tokens drop, and to what level (hdlm_jax.decoding.choose).
-    draw: "sample", a draw from the law after temperature and nucleus; "argmax", the likeliest symbol; or a hook
-      (view, loop, prediction, target) -> (symbols, probability of each drop).
-    order: "choose_then_draw", exact: what is chosen does not depend on what is drawn there; "draw_then_choose": every
-      token draws first and the choice sees it (view.drawn, view.log_drawn): not exact.
+    choose: which tokens are unmasked, and to what level (hdlm_jax.decoding.choose).
+    draw: "sample", from the distribution after temperature and top_p; "argmax", the likeliest state; or a hook.
+    order: "choose_then_draw", exact: the choice does not depend on what is drawn; "draw_then_choose": every token draws
+      first and the choice sees it (view.drawn, view.log_drawn): not exact.
     block: so many free tokens are written before the next ones; 0: all are one block.
-    commit: hook (view) -> bool [b]: rows that write all the rest at once: the likeliest words, or in stages, the
-      likeliest symbols a level below.
-    revise: hook (view, z, dropped) -> level [b, S] that tokens are raised to; free tokens only, never above the canvas.
-    lengths: hook (view, dropped) -> (length [b], source [b, S], inserted bool [b, S], hold bool [b]): a canvas that
-      grows.
-    propose: hook (view, loop) -> (symbols [b, S], probability of each drop), in place of choosing and drawing.
-    verify: hook (loop, cache, state) -> (symbols, probability of each drop, memory, cache): drafts of several turns,
-      checked in one call of verify.width rows each.
-    clusters: see HierarchicalProcess.reverse_step.
+    propose: in place of choosing and drawing. clusters: see HierarchicalProcess.reverse_step.
     """
 
-    choose: Any
-    draw: Any = "sample"
+    choose: Choice
+    draw: str | Draw = "sample"
     order: str = "choose_then_draw"
     block: int = 0
-    commit: Any = None
-    revise: Any = None
-    lengths: Any = None
-    propose: Any = None
-    verify: Any = None
+    commit: Commit | None = None
+    revise: Revise | None = None
+    lengths: Lengths | None = None
+    propose: Draw | None = None
+    verify: Verify | None = None
     clusters: str = "exact"
 
     def __post_init__(self):
@@ -146,31 +216,37 @@ class Policy:
             raise ValueError(f"draw={self.draw!r}: in the order draw_then_choose choose sample or argmax")
         if self.verify is not None and (self.revise or self.lengths or self.propose):
             raise ValueError(f"verify={self.verify!r}: drafts only drop tokens: no revise, lengths or propose with it")
-        if self.lengths is not None and not hasattr(self.choose, "score"):
+        if self.lengths is not None and not self.choose.scored:
             raise ValueError(f"choose={self.choose!r} plans for a canvas that does not grow; with lengths give Scored")
-        if getattr(self.choose, "crosses", False) and self.revise != self.choose:
+        if isinstance(self.choose, Revise) and self.revise != self.choose:
             raise ValueError(f"choose={self.choose!r} lets tokens climb as well: give it as revise, too")
 
-    def hooks(self) -> list[Hook]:
+    @functools.cached_property
+    def hooks(self) -> tuple[Hook, ...]:
+        """The policy's hooks and theirs."""
         found: list[Hook] = []
         todo = [self.choose, self.draw, self.commit, self.revise, self.lengths, self.propose, self.verify]
         while todo:
             if isinstance(part := todo.pop(0), Hook):
                 found.append(part)
                 todo += [getattr(part, field.name) for field in dataclasses.fields(part)]  # type: ignore[arg-type]
-        return found
+        return tuple(found)
 
-    @property
-    def looks(self) -> tuple[str, ...]:
-        looks = {name for hook in self.hooks() for name in hook.looks}
-        looks |= {"word"} if self.commit else set()
+    @functools.cached_property
+    def needs(self) -> tuple[str, ...]:
+        needs = {name for hook in self.hooks for name in hook.needs}
+        needs |= {"token"} if self.commit else set()
         if self.draw == "argmax":
-            looks |= {"top", "word"} if any(hook.jumps for hook in self.hooks()) else {"top"}
-        return tuple(sorted(looks))
+            needs |= {"top", "token"} if any(hook.jumps for hook in self.hooks) else {"top"}
+        return tuple(sorted(needs))
 
     @property
     def top_k(self) -> int:
-        return max((hook.top_k for hook in self.hooks()), default=0)
+        return max(hook.top_k for hook in self.hooks)
+
+    @property
+    def whole(self) -> bool:
+        return any(hook.whole for hook in self.hooks)
 
     @property
     def width(self) -> int:
@@ -183,34 +259,30 @@ class State(NamedTuple):
 
     key: jax.Array  # [B]
     z: jax.Array
-    canvas: jax.Array  # symbols at the start
+    canvas: jax.Array  # states at the start
     given: jax.Array
     length: jax.Array  # [B]
-    changed: jax.Array
-    sure: jax.Array  # float32 [B, S], probability of each token's last drop
-    fell: jax.Array  # int32 [B, S, K], the call at which a token last fell below level k = 1..K; -1: not yet
-    revised: jax.Array  # int32 [B], tokens that were raised
+    sure: jax.Array  # float32 [B, S], probability of each token's last unmasking
     call: jax.Array  # int32 [B]
-    memory: dict[str, jax.Array]
+    memory: dict[str, Any]
     extra: dict[str, jax.Array]
-    film: Any
+    film: Any  # of diffusion.trajectory.Trajectory; () where nothing is recorded
 
 
 class View(NamedTuple):
-    """What policies see of some rows in a turn; all arrays have the rows first (docs/decoding.md, "View").
+    """What hooks see of some rows in a call; all arrays have the rows first.
 
-    z, level, canvas, given, active, free, block, current, changed, call: see Rows; free: active and not given.
-    stamp: int32 [b], what the turn's random numbers are folded with; key [b] and keys [b, S]: the turn's.
-    t: float32 [b], noise time; progress: float32 [b], share of the drops that are done.
-    top, log_top, log_second, entropy: [b, S], of the law over what a token would drop to: the likeliest symbol, its
-      log p, the second's, entropy in nats. word, log_word: likeliest word. log_own: log p of the symbol on show,
-      log_up: of its parent (0 where that is the mask).
-    sure: [b, S], probability of each token's last drop; to `revise` and `remember` with this turn's.
-    ids, logs: [b, S, m], the m likeliest symbols and their log p, falling.
+    z, level, canvas, given, active, block, current, call: see Rows and State; free: active and not given.
+    stamp: int32 [b], what this call's random numbers are folded with; key [b] and keys [b, S]: for this call.
+    t: float32 [b], masking level; progress: float32 [b], share of the unmasking that is done.
+    top, log_top, log_second, entropy: [b, S], of the distribution over a token's states one level down (straight: over
+      the vocabulary): the likeliest state, its log p, the second's, entropy in nats. token, log_token: the likeliest
+      vocabulary token. log_own: log p of the token's present state; log_up: of its parent (0 where that is the mask).
+    sure: [b, S], probability of each token's last unmasking; in `revise` and `remember` with this call's.
+    ids, logs: [b, S, m], the m likeliest states and their log p, falling.
     drawn, log_drawn: in the order "draw_then_choose".
-    memory, extra, numbers: dicts; numbers are scalars. process: HierarchicalProcess; straight: to words at once.
 
-    Where nothing was asked, symbols are z, log-probabilities -inf and entropies +inf.
+    Where no prediction was needed, states are z, log-probabilities -inf and entropies +inf.
     """
 
     z: jax.Array
@@ -220,16 +292,15 @@ class View(NamedTuple):
     active: jax.Array
     free: jax.Array
     length: jax.Array
-    changed: jax.Array
     call: jax.Array
     memory: dict[str, Any]
     extra: dict[str, jax.Array]
-    numbers: Mapping[str, Any]
+    numbers: Numbers
     process: HierarchicalProcess
-    straight: bool = False
-    block: jax.Array = UNKNOWN
-    current: jax.Array = UNKNOWN
-    progress: jax.Array = UNKNOWN
+    straight: bool
+    block: jax.Array
+    current: jax.Array
+    progress: jax.Array
     stamp: jax.Array = UNKNOWN
     key: jax.Array = UNKNOWN
     keys: jax.Array = UNKNOWN
@@ -238,8 +309,8 @@ class View(NamedTuple):
     log_top: jax.Array = UNKNOWN
     log_second: jax.Array = UNKNOWN
     entropy: jax.Array = UNKNOWN
-    word: jax.Array = UNKNOWN
-    log_word: jax.Array = UNKNOWN
+    token: jax.Array = UNKNOWN
+    log_token: jax.Array = UNKNOWN
     log_own: jax.Array = UNKNOWN
     log_up: jax.Array = UNKNOWN
     sure: jax.Array = UNKNOWN
@@ -250,31 +321,22 @@ class View(NamedTuple):
 
     @property
     def open(self):
-        """bool [b, S]: tokens of the current block that may drop."""
+        """bool [b, S]: tokens of the current block that are not written yet."""
         return self.free & (self.level > 0) & (self.block == self.current[:, None])
 
     def rows(self, wanted) -> Rows:
-        return Rows(self.z, self.t, self.level, self.given, self.active, self.block, self.current, wanted, self.changed,
-                    self.call, self.extra)
+        return Rows(self.z, self.t, self.level, self.given, self.active, self.block, self.current, wanted, self.call,
+                    self.extra)
 
 
-def unasked(process: HierarchicalProcess, policy: Policy, numbers: Mapping[str, Any], s: State) -> View:
-    """A view for hooks to size their memory by: without blocks and times, which may depend on it."""
+def view_of(process: HierarchicalProcess, policy: Policy, numbers: Numbers, s: State) -> View:
+    """The view before the network is called, without what depends on the hooks' memory: stamp, keys and t."""
     active = jnp.arange(s.z.shape[1])[None] < s.length[:, None]
-    return View(s.z, process.level_of(s.z), s.canvas, s.given, active, active & ~s.given, s.length, s.changed, s.call,
-                s.memory, s.extra, numbers, process, policy.choose.straight, key=s.key)
-
-
-def bare(process: HierarchicalProcess, policy: Policy, numbers: Mapping[str, Any], s: State) -> View:
-    """The view before the network was asked."""
-    view = unasked(process, policy, numbers, s)
-    level, free = view.level, view.free
+    level, free = process.level_of(s.z), active & ~s.given
     before = jnp.cumsum(free, axis=1) - 1  # free tokens before this one; -1 in front of the first
     block = before // policy.block if policy.block else jnp.minimum(before, 0)
     current = jnp.min(jnp.where(free & (level > 0), block, s.z.shape[1]), axis=1)
-    drops = jnp.sum(jnp.where(free, process.level_of(s.canvas), 0), axis=1)
-    progress = 1 - jnp.sum(jnp.where(free, level, 0), axis=1) / jnp.maximum(drops, 1)
-    view = view._replace(block=block.astype(jnp.int32), current=current, progress=progress)
-    stamp = policy.choose.stamp(view)
-    key = fold(s.key, stamp)
-    return view._replace(sure=s.sure, stamp=stamp, key=key, keys=token_keys(key, s.z.shape), t=policy.choose.time(view))
+    due = jnp.sum(jnp.where(free, process.level_of(s.canvas), 0), axis=1)
+    progress = 1 - jnp.sum(jnp.where(free, level, 0), axis=1) / jnp.maximum(due, 1)
+    return View(s.z, level, s.canvas, s.given, active, free, s.length, s.call, s.memory, s.extra, numbers, process,
+                policy.choose.straight, block.astype(jnp.int32), current, progress, key=s.key, sure=s.sure)

@@ -1,11 +1,12 @@
-"""Every decoding method as a named preset: `--config.generate.method=NAME`.
+"""Every decoding method as a named preset: `--config.generate.method=NAME` (table in docs/decoding.md).
 
-A preset's parameters are its options, overridable by `--config.generate.options='threshold=.8 block=16'`. What a
-preset calls `steps` is config.generate.steps unless it is given as an option. docs/decoding.md has the table.
+A preset's parameters are its options: `--config.generate.options='threshold=.8 block=16'`; `steps` is
+config.generate.steps unless it is given there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable
@@ -14,48 +15,45 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hdlm_jax.config import ConfigError, GenerateConfig
-from hdlm_jax.config.rules import rule
-from hdlm_jax.decoding import caches, choose, guide, lengths, revise, sparse_attention
-from hdlm_jax.decoding import drafts as drafting
+from hdlm_jax.config.rules import choice, rule
+from hdlm_jax.decoding import caches, choose, guide, lengths, revise
+from hdlm_jax.decoding.drafts import FreeDave, Guided
 from hdlm_jax.decoding.policy import Policy
+from hdlm_jax.decoding.sparse_attention import SparseD
 from hdlm_jax.models import quantise
 
 
 class Method(NamedTuple):
     """What a preset gives.
 
-    policy: hdlm_jax.decoding.policy.Policy. numbers: its traced thresholds; the same policy with others is the same
-    program ("eos" = -1 is the tokenizer's end of text). cache: how the network is called, a spec of
-    hdlm_jax.decoding.caches or .patches; None: as it is. guide: ("cfg", what stands for the prompt), ("classifier",) or
-    (). needs: "ar", an autoregressive run (config.generate.helper); "classifier", a function (Model.generate's
-    `classifier`). weights: arguments of hdlm_jax.models.quantise.quantise.
+    numbers: the policy's traced thresholds; with others it is the same program ("eos" = -1 stands for the tokenizer's
+    end of text). cache: how the network is called, of hdlm_jax.decoding.caches or sparse_attention; None: as it is.
+    guide: ("cfg", what stands for the prompt), ("classifier",) or (). needs: "ar", an autoregressive run
+    (config.generate.helper); "classifier", a function (Model.generate's `classifier`). weights: arguments of
+    hdlm_jax.models.quantise.quantise.
     """
 
     policy: Policy
     numbers: dict[str, float | int]
-    cache: Any = None
+    cache: caches.Rule | SparseD | None = None
     guide: tuple[str, ...] = ()
     needs: str = ""
-    weights: tuple[Any, ...] = ()
+    weights: tuple[int | str, ...] = ()
 
 
 # ---- by the chain's own times ----------------------------------------------------------------------------------------
 
 
 def ancestral(*, steps: int = 0) -> Method:
-    """Ancestral sampling by the exact kernel of the levels on `steps` equal steps of t (docs/theory.md section 4).
-
-    Steps at which nothing of a row drops are skipped: RADD's reuse of the network's answer (arXiv 2406.03736). For
-    MDLM (arXiv 2406.07524), HDLM (arXiv 2510.08632) and any number of levels.
-    """
+    """Ancestral sampling by the exact kernel on `steps` equal steps of t (docs/theory.md section 4), for MDLM (arXiv
+    2406.07524), HDLM (arXiv 2510.08632) and any number of levels. Steps in which nothing of a row changes are skipped
+    (RADD, arXiv 2406.03736)."""
     return Method(Policy(choose.Planned("grid")), {"steps": steps})
 
 
 def first_hitting(*, reveals: int = 1) -> Method:
-    """First-hitting sampling (arXiv 2409.02908): one drop a call (or `reveals`), no discretisation of time.
-
-    With one drop a call it is ancestral sampling in infinitely many steps, in S K calls.
-    """
+    """First-hitting sampling (arXiv 2409.02908): one level a call (or `reveals`), no discretisation of time. With one
+    it is ancestral sampling in infinitely many steps, in S K calls."""
     return Method(Policy(choose.Planned("reveal")), {"reveals": reveals})
 
 
@@ -67,82 +65,77 @@ def any_order(*, order: str = "random") -> Method:
     return Method(Policy(choose.Scored(choose.Order(order), choose.Count())), {"count": 1})
 
 
-def _even(score, steps, block, draw, order, straight) -> Method:
-    quota = choose.Even()
-    return Method(Policy(choose.Scored(score, quota, straight), draw, order, block), {"steps": steps})
+def _even(score: choose.Score, steps: int, block: int, draw: str, straight: bool = False,
+          order: str = "choose_then_draw") -> Method:
+    return Method(Policy(choose.Scored(score, choose.Even(), straight), draw, order, block), {"steps": steps})
 
 
 def max_prob(*, steps: int = 0, block: int = 0, draw: str = "sample", straight: bool = False) -> Method:
     """MaskGIT's order (arXiv 2202.04200), the surest tokens first, in `steps` calls; with `block`, semi-autoregressive.
 
-    Here tokens are chosen by the law's maximum and then drawn, which keeps the order exact (see low_confidence).
-    straight: from the mask to the word in one drop.
+    Tokens are chosen by the distribution's maximum and then drawn, which keeps the order exact (see low_confidence).
+    straight: from the mask to the vocabulary at once.
     """
-    return _even(choose.MaxProb(), steps, block, draw, "choose_then_draw", straight)
+    return _even(choose.Confidence(), steps, block, draw, straight)
 
 
 def margin(*, steps: int = 0, block: int = 0, draw: str = "sample", straight: bool = False) -> Method:
-    """Top-k probability margin (Kim et al., arXiv 2502.06768): tokens whose best two symbols differ most first."""
-    return _even(choose.Margin(), steps, block, draw, "choose_then_draw", straight)
+    """Top-k probability margin (Kim et al., arXiv 2502.06768): tokens whose two likeliest states differ most first."""
+    return _even(choose.Confidence("margin"), steps, block, draw, straight)
 
 
 def entropy(*, steps: int = 0, block: int = 0, draw: str = "sample", straight: bool = False) -> Method:
     """Dream's entropy order (arXiv 2508.15487): tokens of the least entropy first."""
-    return _even(choose.Entropy(), steps, block, draw, "choose_then_draw", straight)
+    return _even(choose.Confidence("entropy"), steps, block, draw, straight)
 
 
 def low_confidence(*, steps: int = 0, block: int = 32, draw: str = "sample", straight: bool = False) -> Method:
-    """LLaDA's low-confidence remasking (arXiv 2502.09992): every token draws, the likeliest draws stay.
-
-    Draws first and chooses by what was drawn, which is not exact at any number of calls (docs/decoding.md).
-    """
-    return _even(choose.Drawn(), steps, block, draw, "draw_then_choose", straight)
+    """LLaDA's low-confidence remasking (arXiv 2502.09992): every token draws, the likeliest draws stay. Choosing by
+    what was drawn is not exact at any number of calls (docs/decoding.md)."""
+    return _even(choose.Confidence("drawn"), steps, block, draw, straight, "draw_then_choose")
 
 
 def fast_dllm(*, threshold: float = 0.9, threshold_cluster: float = 0.9, block: int = 32, draw: str = "argmax",
               straight: bool = False) -> Method:
     """Fast-dLLM's parallel decoding (arXiv 2505.22618): all tokens surer than a threshold in a call, else the surest.
 
-    threshold: at clusters, for words; threshold_cluster: at masks and upper levels.
+    threshold: from level 1 to the vocabulary; threshold_cluster: from levels above.
     """
-    choice = choose.Scored(choose.MaxProb(), choose.Above(), straight)
-    return Method(Policy(choice, draw, block=block), {"threshold": threshold, "threshold_cluster": threshold_cluster})
+    policy = Policy(choose.Scored(choose.Confidence(), choose.Above(), straight), draw, block=block)
+    return Method(policy, {"threshold": threshold, "threshold_cluster": threshold_cluster})
 
 
 def fast_dllm_factor(*, factor: float = 1.0, block: int = 32, draw: str = "argmax", straight: bool = False) -> Method:
     """Fast-dLLM's factor rule (arXiv 2505.22618): the most tokens n for which (n + 1)(1 - p of the n-th) < factor."""
-    return Method(Policy(choose.Scored(choose.MaxProb(), choose.Factor(), straight), draw, block=block),
-                  {"factor": factor})
+    policy = Policy(choose.Scored(choose.Confidence(), choose.Factor(), straight), draw, block=block)
+    return Method(policy, {"factor": factor})
 
 
 def dimple(*, threshold: float = 0.95, threshold_cluster: float = 0.95, steps: int = 0, draw: str = "sample",
            straight: bool = False) -> Method:
     """Dimple's confident decoding (arXiv 2505.16990): all tokens surer than a threshold, else as many as an even
     schedule of `steps` calls asks for."""
-    choice = choose.Scored(choose.MaxProb(), choose.Above(choose.Even()), straight)
-    return Method(Policy(choice, draw), {"threshold": threshold, "threshold_cluster": threshold_cluster,
-                                         "steps": steps})
+    policy = Policy(choose.Scored(choose.Confidence(), choose.Above(choose.Even()), straight), draw)
+    return Method(policy, {"threshold": threshold, "threshold_cluster": threshold_cluster, "steps": steps})
 
 
 def dparallel(*, threshold: float = 0.5, block: int = 32, draw: str = "argmax", straight: bool = False) -> Method:
-    """dParallel's decoding (arXiv 2509.26488): all tokens of an entropy below a threshold in nats, else the least.
-
-    Decoding alone: its distillation is a training method.
-    """
-    choice = choose.Scored(choose.Entropy(), choose.Above(), straight)
-    return Method(Policy(choice, draw, block=block), {"threshold": -threshold, "threshold_cluster": -threshold})
+    """dParallel's decoding (arXiv 2509.26488), without its distillation: all tokens of an entropy below a threshold in
+    nats, else the least."""
+    policy = Policy(choose.Scored(choose.Confidence("entropy"), choose.Above(), straight), draw, block=block)
+    return Method(policy, {"threshold": -threshold, "threshold_cluster": -threshold})
 
 
 def ccd(*, depth: int = 3, kept: int = 8, confident: int = 4, count: int = 1, draw: str = "argmax") -> Method:
-    """Coherent contextual decoding (CCD, arXiv 2512.02044): `count` tokens a call, the surest on the average of what
-    the network said in the last `depth` calls."""
+    """Coherent contextual decoding (CCD, arXiv 2512.02044): `count` tokens a call, the surest by the mean
+    prediction of the last `depth` calls."""
     policy = Policy(choose.Scored(choose.Coherent(choose.History(depth, kept)), choose.Count()), draw)
     return Method(policy, {"confident": confident, "count": count})
 
 
 def ccd_ds(*, depth: int = 3, kept: int = 8, confident: int = 4, draw: str = "argmax") -> Method:
-    """CCD with dynamic steps (arXiv 2512.02044): all of the `confident` surest tokens whose likeliest symbol is that of
-    the call before, else the surest one. At masks it is the cluster that has to agree."""
+    """CCD with dynamic steps (arXiv 2512.02044): all of the `confident` surest tokens whose likeliest state is that of
+    the call before, else the surest one."""
     history = choose.History(depth, kept)
     policy = Policy(choose.Scored(choose.Coherent(history), choose.Consistent(history)), draw)
     return Method(policy, {"confident": confident})
@@ -150,14 +143,14 @@ def ccd_ds(*, depth: int = 3, kept: int = 8, confident: int = 4, draw: str = "ar
 
 def eoser(*, steps: int = 0, least: float = 0.4, block: int = 0, draw: str = "argmax") -> Method:
     """EOS early rejection (EOSER, arXiv 2509.23924): by max_prob, but the end of the text is trusted late."""
-    policy = Policy(choose.Scored(choose.Eos(choose.MaxProb()), choose.Even()), draw, block=block)
-    return Method(policy, {"steps": steps, "eos_least": least, "eos": -1})
+    method = _even(choose.Eos(), steps, block, draw)
+    return method._replace(numbers=method.numbers | {"eos_least": least, "eos": -1})
 
 
 def ass(*, least: float = 0.01, block: int = 0, draw: str = "argmax") -> Method:
-    """Ascending step sizes (ASS, arXiv 2509.23924): 2^k drops at call k, with EOSER's lower trust in the end."""
+    """Ascending step sizes (ASS, arXiv 2509.23924): 2^k levels at call k, with EOSER's lower trust in the end."""
     doubling = choose.Doubling()
-    policy = Policy(choose.Scored(choose.Eos(choose.MaxProb(), doubling), doubling), draw, block=block)
+    policy = Policy(choose.Scored(choose.Eos(choose.Confidence(), doubling), doubling), draw, block=block)
     return Method(policy, {"eos_least": least, "eos": -1})
 
 
@@ -166,44 +159,44 @@ def ass(*, least: float = 0.01, block: int = 0, draw: str = "argmax") -> Method:
 
 def prophet(*, steps: int = 0, gap_early: float = 7.5, gap_middle: float = 5.0, gap_late: float = 2.5, block: int = 32,
             last: int = 0, stages: bool = False, draw: str = "argmax") -> Method:
-    """Prophet's early commit (arXiv 2508.19982): once the likeliest symbols lead by a gap, all the rest is written."""
-    policy = Policy(choose.Scored(choose.MaxProb(), choose.Even()), draw, block=block, commit=revise.Gap(last, stages))
-    return Method(policy, {"steps": steps, "gap_early": gap_early, "gap_middle": gap_middle, "gap_late": gap_late})
+    """Prophet's early commit (arXiv 2508.19982): once the likeliest states lead by a gap, all the rest is written."""
+    choice = choose.Scored(choose.Confidence(), choose.Even())
+    return Method(Policy(choice, draw, block=block, commit=revise.Gap(last, stages)),
+                  {"steps": steps, "gap_early": gap_early, "gap_middle": gap_middle, "gap_late": gap_late})
+
+
+_WRITE_ALL = choose.Scored(choose.Confidence(), choose.All(), straight=True)
 
 
 def saber(*, least: int = 2, mu: float = 8.0, of: str = "own", draw: str = "argmax") -> Method:
-    """Saber (arXiv 2510.18165): tokens surer than those before them were, and backtracking where sureness has fallen.
+    """Saber (arXiv 2510.18165): tokens surer than those before them were, and backtracking where confidence has fallen.
 
-    Asks the network about words on show, which it is trained for at xi < 1 alone (or with GIDD-like noise).
+    Needs predictions at tokens that are written, which the network is trained for at xi < 1 alone.
     """
-    policy = Policy(choose.Scored(choose.MaxProb(), choose.Running()), draw, revise=revise.Backtrack(of))
+    policy = Policy(choose.Scored(choose.Confidence(), choose.Running()), draw, revise=revise.Backtrack(of))
     return Method(policy, {"least": least, "mu": mu})
 
 
 def rcr(*, steps: int = 0, schedule: str = "linear", to: str = "mask", block: int = 32, draw: str = "sample") -> Method:
-    """Running confidence remasking (RCR of MDPO, arXiv 2508.13148): all is written, the least sure go back up."""
-    choice = choose.Scored(choose.MaxProb(), choose.All(), straight=True)
-    policy = Policy(choice, draw, block=block, revise=revise.RunningConfidence(schedule, to))
+    """Running confidence remasking (RCR of MDPO, arXiv 2508.13148): all is written, the least sure are remasked."""
+    policy = Policy(_WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to))
     return Method(policy, {"steps": steps})
 
 
 def p2(*, steps: int = 0, eta: float = 1.0, schedule: str = "linear", to: str = "mask", block: int = 0,
        draw: str = "sample") -> Method:
     """Path planning with the network as its own planner (P2, arXiv 2502.03540): every call writes all, and what the
-    network now finds least likely goes back up; eta >= 0 (the paper's strength of stochasticity, which may exceed 1) is
-    how much words on show are put in question.
-
-    Asks the network about words on show: see saber.
+    network now finds least likely is remasked; eta >= 0 (the paper's strength of stochasticity, may exceed 1) is how
+    much tokens written before are doubted. Needs predictions at them, as saber does.
     """
-    choice = choose.Scored(choose.MaxProb(), choose.All(), straight=True)
-    policy = Policy(choice, draw, block=block, revise=revise.PathPlanning(schedule, to))
+    policy = Policy(_WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to, "now"))
     return Method(policy, {"steps": steps, "eta": eta})
 
 
 def remdm(*, steps: int = 0, kind: str = "cap", eta: float = 0.05, t_on: float = 0.55, t_off: float = 0.05,
           alpha_on: float = 0.9) -> Method:
-    """Remasking diffusion (ReMDM, arXiv 2503.00307) for any number of levels: each step goes further down than due and
-    climbs back by the forward chain, which keeps the marginals. kind: "cap", "rescale" or "loop"."""
+    """Remasking diffusion (ReMDM, arXiv 2503.00307) for any number of levels: each step unmasks more than due and
+    remasks by the forward chain, which keeps the marginals. kind: "cap", "rescale" or "loop"."""
     hook = revise.Remask(kind)
     return Method(Policy(hook, revise=hook),
                   {"steps": steps, "eta": eta, "t_on": t_on, "t_off": t_off, "alpha_on": alpha_on})
@@ -215,49 +208,47 @@ def remdm(*, steps: int = 0, kind: str = "cap", eta: float = 0.05, t_on: float =
 def freedave(*, drafts: int = 4, block: int = 32, draw: str = "argmax") -> Method:
     """FreeDave (arXiv 2510.00294): one token a call by max_prob, with drafts of the next ones verified in the same
     call: the same text in fewer calls."""
-    policy = Policy(choose.Scored(choose.MaxProb(), choose.Count()), draw, block=block,
-                    verify=drafting.FreeDave(drafts))
-    return Method(policy, {"count": 1})
+    choice = choose.Scored(choose.Confidence(), choose.Count())
+    return Method(Policy(choice, draw, block=block, verify=FreeDave(drafts)), {"count": 1})
 
 
 def freedave_plus(*, drafts: int = 4, threshold: float = 0.95, threshold_cluster: float = 0.95, block: int = 32,
                   draw: str = "argmax") -> Method:
     """FreeDave++ (arXiv 2510.00294): fast_dllm's thresholds with drafts, of which a part of a step's result will do."""
-    policy = Policy(choose.Scored(choose.MaxProb(), choose.Above()), draw, block=block,
-                    verify=drafting.FreeDave(drafts, "subset"))
-    return Method(policy, {"threshold": threshold, "threshold_cluster": threshold_cluster})
+    method = fast_dllm(threshold=threshold, threshold_cluster=threshold_cluster, block=block, draw=draw)
+    return method._replace(policy=dataclasses.replace(method.policy, verify=FreeDave(drafts, "subset")))
 
 
 def guided(*, checks: str = "deterministic", on_reject: str = "dlm", top_k: int = 5, threshold: float = 0.1,
            relative: float = 0.5, block: int = 32) -> Method:
     """Guided Diffusion (FlashDLM, arXiv 2505.21467): an autoregressive model says how much of a draft stays.
 
-    checks: some of deterministic, top_k, threshold, relative, joined by "+". on_reject: whose word is written there.
+    checks: some of deterministic, top_k, threshold, relative, joined by "+". on_reject: whose token is written there.
     """
-    policy = Policy(choose.Scored(), propose=drafting.Guided(tuple(checks.split("+")), on_reject), block=block)
+    policy = Policy(choose.Scored(), propose=Guided(tuple(checks.split("+")), on_reject), block=block)
     return Method(policy, {"top_k": top_k, "threshold": threshold, "relative": relative}, needs="ar")
 
 
 def edlm(*, steps: int = 0, candidates: int = 2, energy_from: float = 0.4, energy_to: float = 1.0) -> Method:
-    """EDLM's importance resampling (arXiv 2410.21357) on the ancestral grid: of some texts drawn at a call, one by
-    exp(-E), E = log p - log p of an autoregressive model. In calls with energy_from <= t <= energy_to."""
+    """EDLM's importance resampling (arXiv 2410.21357) on the ancestral grid: of `candidates` texts drawn in a call,
+    one by exp(-E), E = log p - log p_AR of an autoregressive model, in calls with energy_from <= t <= energy_to."""
     policy = Policy(choose.Planned("grid"), guide.EnergyDraw(candidates))
     return Method(policy, {"steps": steps, "energy_from": energy_from, "energy_to": energy_to}, needs="ar")
 
 
 def cfg(*, steps: int = 0, weight: float = 1.0, without: str = "mask") -> Method:
     """Unsupervised classifier-free guidance (SMDM, arXiv 2410.18514) on the ancestral grid: away from what the network
-    says when the prompt is masked (without="mask") or shown as clusters ("cluster"). Nothing without a prompt."""
+    predicts with the prompt masked (without="mask") or shown as clusters ("cluster"). Nothing without a prompt."""
     if without not in ("mask", "cluster"):
         raise ValueError(f"without={without!r}: choose mask or cluster")
-    return Method(Policy(choose.Planned("grid")), {"steps": steps, "weight": weight}, guide=("cfg", without))
+    return ancestral(steps=steps)._replace(numbers={"steps": steps, "weight": weight}, guide=("cfg", without))
 
 
 def classifier(*, steps: int = 0, weight: float = 1.0) -> Method:
     """Classifier guidance (CtrlDiff's first-order form, arXiv 2505.14455) on the ancestral grid, by a function of
-    one-hot symbols float32 [b, S, N] -> log p(y) [b] (Model.generate's `classifier`)."""
-    return Method(Policy(choose.Planned("grid")), {"steps": steps, "weight": weight}, guide=("classifier",),
-                  needs="classifier")
+    one-hot states float32 [b, S, N] -> log p(y) [b] (Model.generate's `classifier`)."""
+    return ancestral(steps=steps)._replace(numbers={"steps": steps, "weight": weight}, guide=("classifier",),
+                                           needs="classifier")
 
 
 # ---- canvases, caches, networks --------------------------------------------------------------------------------------
@@ -270,8 +261,8 @@ def daedal(*, start: int = 64, expand: int = 8, window: int = 32, threshold: flo
 
     For networks that are trained with an end of text in each row; on packed documents it decides little.
     """
-    choice = choose.Scored(choose.MaxProb(), choose.Above(), straight=False)
-    policy = Policy(choice, draw, block=block, lengths=lengths.Daedal(expand, window))
+    policy = Policy(choose.Scored(choose.Confidence(), choose.Above()), draw, block=block,
+                    lengths=lengths.Daedal(expand, window))
     numbers = {"threshold": threshold, "threshold_cluster": threshold, "eos_grow": eos_grow, "eos_stop": eos_stop,
                "low": low, "eos": -1, "start": start}
     return Method(policy, numbers)
@@ -279,60 +270,54 @@ def daedal(*, start: int = 64, expand: int = 8, window: int = 32, threshold: flo
 
 def bd3lm(*, steps: int = 0, block: int = 16, draw: str = "sample") -> Method:
     """BD3-LM's block sampling (arXiv 2503.09573): blocks from left to right under block-causal attention, their keys
-    and values kept; in a block positions in random order, evenly over its share of `steps`.
-
-    Exact for networks trained under that attention; for others it shows what they lose.
-    """
-    return Method(Policy(choose.Scored(choose.Uniform(), choose.Even()), draw, block=block), {"steps": steps},
-                  caches.BlockCausal())
-
-
-def _cached(score: choose.Score, quota: choose.Quota, block: int, draw: str, cache, **numbers) -> Method:
-    return Method(Policy(choose.Scored(score, quota), draw, block=block), numbers, cache)
+    and values kept; in a block random positions, evenly over its share of `steps`. Exact for networks trained under
+    that attention."""
+    return _even(choose.Uniform(), steps, block, draw)._replace(cache=caches.BlockCausal())
 
 
 def prefix_cache(*, threshold: float = 0.9, threshold_cluster: float = 0.9, block: int = 32,
                  draw: str = "argmax") -> Method:
     """fast_dllm with its prefix cache (arXiv 2505.22618): all when a block begins, then the block and what follows."""
-    return _cached(choose.MaxProb(), choose.Above(), block, draw, caches.Prefix(), threshold=threshold,
-                   threshold_cluster=threshold_cluster)
+    method = fast_dllm(threshold=threshold, threshold_cluster=threshold_cluster, block=block, draw=draw)
+    return method._replace(cache=caches.FastDLLM())
 
 
 def dual_cache(*, threshold: float = 0.9, threshold_cluster: float = 0.9, block: int = 32,
                draw: str = "argmax") -> Method:
     """fast_dllm with its dual cache (arXiv 2505.22618): all tokens when a block begins, then the block alone."""
-    return _cached(choose.MaxProb(), choose.Above(), block, draw, caches.Dual(), threshold=threshold,
-                   threshold_cluster=threshold_cluster)
+    method = fast_dllm(threshold=threshold, threshold_cluster=threshold_cluster, block=block, draw=draw)
+    return method._replace(cache=caches.FastDLLM(dual=True))
 
 
 def freecache(*, steps: int = 0, block: int = 32, draw: str = "sample") -> Method:
     """FreeCache (FlashDLM, arXiv 2505.21467) under max_prob in blocks: finished blocks are not computed again."""
-    return _cached(choose.MaxProb(), choose.Even(), block, draw, caches.FreeCache(), steps=steps)
+    return _even(choose.Confidence(), steps, block, draw)._replace(cache=caches.FreeCache())
 
 
 def dkv(*, steps: int = 0, refresh: int = 8, refresh_clusters: int = 1, block: int = 0, draw: str = "sample") -> Method:
-    """dKV-Cache (arXiv 2505.15781) under max_prob: keys and values of words are kept one call after they are written;
+    """dKV-Cache (arXiv 2505.15781) under max_prob: keys and values are kept from one call after a token is written;
     all are made again in every `refresh`-th call, clusters' in every `refresh_clusters`-th."""
-    return _cached(choose.MaxProb(), choose.Even(), block, draw, caches.DKV(refresh, refresh_clusters), steps=steps)
+    return _even(choose.Confidence(), steps, block, draw)._replace(cache=caches.DKV(refresh, refresh_clusters))
 
 
 def dkv_greedy(*, refresh: int = 2, window: int = 4, draw: str = "sample") -> Method:
     """dKV-Cache-Greedy (arXiv 2505.15781): a random order that is known beforehand; between refreshes only what was
     written last, what comes next and a window around it are computed."""
-    return _cached(choose.Order("random"), choose.Count(), 0, draw, caches.DKV(refresh, 1, window), count=1)
+    return Method(Policy(choose.Scored(choose.Order("random"), choose.Count()), draw), {"count": 1},
+                  caches.DKV(refresh, 1, window))
 
 
 def sparsed(*, steps: int = 0, skip: float = 0.2, select: float = 0.5, tokens: int = 32) -> Method:
-    """SparseD's attention (arXiv 2509.24014) on the ancestral grid: after a share `skip` of the drops each head keeps
-    the `select` best blocks of `tokens` keys. The semantics by a mask: no faster here."""
-    return Method(Policy(choose.Planned("grid")), {"steps": steps}, sparse_attention.SparseD(skip, select, tokens))
+    """SparseD's attention (arXiv 2509.24014) on the ancestral grid: after a share `skip` of the unmasking each head
+    keeps the `select` best blocks of `tokens` keys. The semantics by a mask: no faster here."""
+    return ancestral(steps=steps)._replace(cache=SparseD(skip, select, tokens))
 
 
 def quantised(*, steps: int = 0, bits: int = 8, kind: str = "plain") -> Method:
-    """Post-training quantisation of the weights (arXiv 2508.14896) on the ancestral grid: rounded to so many bits, the
-    products in floats. kind: "plain" or "rotated"."""
+    """Post-training quantisation of the weights (arXiv 2508.14896) on the ancestral grid: rounded to so many bits,
+    computed in floats. kind: "plain" or "rotated"."""
     quantise.check_quantisation(bits, kind)
-    return Method(Policy(choose.Planned("grid")), {"steps": steps}, weights=(bits, kind))
+    return ancestral(steps=steps)._replace(weights=(bits, kind))
 
 
 METHODS: dict[str, Callable[..., Method]] = {f.__name__: f for f in (
@@ -341,9 +326,11 @@ METHODS: dict[str, Callable[..., Method]] = {f.__name__: f for f in (
     classifier, daedal, bd3lm, prefix_cache, dual_cache, freecache, dkv, dkv_greedy, sparsed, quantised)}
 
 
-_LEAST = {"steps": 1, "reveals": 1, "count": 1, "depth": 1, "kept": 1, "confident": 1, "drafts": 1, "candidates": 1,
-          "start": 1, "expand": 2, "window": 0, "refresh": 1, "refresh_clusters": 1, "tokens": 1, "top_k": 1,
-          "block": 0, "last": 0, "mu": 0, "least": 0, "weight": 0, "eta": 0}
+_RANGES = {
+    **dict.fromkeys(("steps", "reveals", "count", "depth", "kept", "confident", "drafts", "candidates", "start",
+                     "refresh", "refresh_clusters", "tokens", "top_k", "daedal window"), (1, np.inf)),
+    **dict.fromkeys(("window", "block", "last", "mu", "least", "weight", "eta"), (0, np.inf)),
+    "expand": (2, np.inf), "select": (0, 1), "skip": (0, 1), "remdm eta": (0, 1)}
 
 
 def make(name: str, options: str = "", steps: int = 128) -> Method:
@@ -352,22 +339,26 @@ def make(name: str, options: str = "", steps: int = 128) -> Method:
     Raises:
       ValueError: an unknown method or option (with the choices), or a value of another kind.
     """
-    if name not in METHODS:
-        raise ValueError(f"method={name!r}: choose one of {', '.join(METHODS)}{_close(name, METHODS)}")
+    choice("method", name, tuple(METHODS))
     known = {p.name: p.default for p in inspect.signature(METHODS[name]).parameters.values()}
     given: dict[str, Any] = {"steps": steps} if "steps" in known else {}
     for part in options.split():
         key, equals, text = part.partition("=")
         if not equals or key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"options={part!r}: method {name!r} has {', '.join(f'{k}={v}' for k, v in known.items())}"
-                             f"{_close(key, known)}")
-        given[key] = _read(key, text, known[key])
-    for key, value in (known | given).items():
-        least = _LEAST.get(key, value) if not isinstance(value, str | bool) else value
-        share = (key in ("select", "skip") or (name, key) == ("remdm", "eta")) and not 0 <= value <= 1
-        if key in given and value < least or share:
-            rule = "in [0, 1]" if share else f"at least {least}"
-            raise ValueError(f"options={key}={value}: method {name!r} needs it {rule}")
+                             + "".join(f"; did you mean {other!r}?" for other in close))
+        try:
+            given[key] = {"true": True, "false": False}[text.lower()] if isinstance(known[key], bool) else type(
+                known[key])(text)
+        except (KeyError, ValueError):
+            raise ValueError(f"options={key}={text!r}: must be of type {type(known[key]).__name__}, like {known[key]}"
+                             ) from None
+    for key, value in given.items():
+        least, most = _RANGES.get(f"{name} {key}") or _RANGES.get(key) or (value, value)
+        if not least <= value <= most:
+            what = "in [0, 1]" if most == 1 else f"at least {least}"
+            raise ValueError(f"options={key}={value}: method {name!r} needs it {what}")
     return METHODS[name](**given)
 
 
@@ -388,22 +379,6 @@ def check(g: GenerateConfig) -> Method:
 
 
 def numbers(method: Method, eos: int = 0) -> dict[str, np.generic]:
-    """A method's numbers as what is traced: int32 and float32; eos: word id of the end of text."""
+    """A method's numbers as what is traced: int32 and float32; eos: token of the end of text."""
     found = method.numbers | ({"eos": eos} if "eos" in method.numbers else {})
     return {k: np.int32(v) if isinstance(v, int) else np.float32(v) for k, v in found.items()}
-
-
-def _close(name: str, choices) -> str:
-    close = difflib.get_close_matches(name, choices, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _read(key: str, text: str, like: Any) -> Any:
-    try:
-        if isinstance(like, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(like, tuple):
-            return tuple(type(like[0])(part) for part in text.split(","))
-        return type(like)(text)
-    except (KeyError, ValueError):
-        raise ValueError(f"options={key}={text!r}: must be of type {type(like).__name__}, like {like}") from None

@@ -15,8 +15,10 @@ from hdlm_jax.common import parallel
 from hdlm_jax.common.console import progress
 from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.data.tokenizers import Tokenizer
-from hdlm_jax.decoding import caches, choose, drafts, guide, loop, presets, sparse_attention
+from hdlm_jax.decoding import caches, choose, drafts, guide, loop, presets
 from hdlm_jax.decoding import canvas as canvases
+from hdlm_jax.decoding.policy import Denoiser
+from hdlm_jax.decoding.sparse_attention import Sparse, SparseD
 from hdlm_jax.diffusion import autoregressive, gidd
 from hdlm_jax.diffusion.autoregressive import AutoregressiveProcess
 from hdlm_jax.diffusion.draws import fold
@@ -37,7 +39,7 @@ class Program:
     top_p: float | None
     cut: bool  # rows end before the canvas does
     force_transition: str
-    constrained: bool = False  # positions have kinds of words (hdlm_jax.decoding.canvas)
+    constrained: bool = False  # positions have kinds of tokens (hdlm_jax.decoding.canvas)
 
 
 def program_of(g: GenerateConfig) -> Program:
@@ -53,24 +55,25 @@ def method_of(g: GenerateConfig) -> presets.Method:
 
 
 def numbers_of(g: GenerateConfig, seq_len: int, eos: int = 0) -> dict[str, Any]:
-    """The settings that are inputs of the compiled loop; eos: word id of the end of text."""
+    """The settings that are inputs of the compiled loop; eos: token of the end of text."""
     method = presets.numbers(method_of(g), eos) | {"maximum": np.int32(g.length or seq_len)}
     return {"steps": np.int32(g.steps), "length": np.int32(g.length or seq_len), "corrections": np.int32(g.corrections),
             "correction_temperature": np.float32(g.correction_temperature), "temperature": np.float32(g.temperature),
             "top_p": np.float32(g.top_p), "method": method}
 
 
-def denoiser(program: Program, network: Network, params, process, numbers, classifier, sync_trip_count) -> Any:
+def denoiser(program: Program, network: Network, params, process, numbers, classifier, sync_trip_count) -> Denoiser:
     """The network as the program calls it: with its cache or attention, its constraints, its guidance."""
     method = program.method
-    out: Any
-    if isinstance(method.cache, sparse_attention.SparseD):
-        out = method.cache.denoiser(network, params)
+    out: Denoiser
+    if method.cache is None:
+        out = caches.Uncached(network, params, program.cut)
+    elif isinstance(method.cache, SparseD):
+        out = Sparse(method.cache, network, params)
     else:
-        out = caches.make(method.cache or caches.Whole(), network, params, process.hierarchy,
-                          sync_trip_count=sync_trip_count, cut=program.cut)
+        out = caches.Cached(method.cache, network, params, sync_trip_count=sync_trip_count)
     if program.constrained:
-        out = canvases.Constrained(out, numbers["allowed"], process.hierarchy)
+        out = guide.Constrained(process, out, numbers["allowed"])
     if method.guide[:1] == ("cfg",):
         out = guide.CFG(process, out, numbers["method"]["weight"], method.guide[1])
     elif method.guide:
@@ -80,7 +83,7 @@ def denoiser(program: Program, network: Network, params, process, numbers, class
 
 
 def reads(network: Network, params):
-    """words int32 [b, S] -> prediction of each word given those before it, of an autoregressive run."""
+    """tokens int32 [b, S] -> prediction of each given those before it, of an autoregressive run."""
     shifted = AutoregressiveProcess(network.head.hierarchy).shifted
     return lambda x: network.denoise(params, shifted(x), jnp.zeros(len(x)))
 
@@ -145,7 +148,7 @@ def make_sample_step(network: Network, process, program: Program, mesh=None, fra
                      classifier=None):
     """step((params, numbers), batch, key) -> {tokens int32 [b, S], calls int32 [b], row_forwards int32 [b], ...}.
 
-    batch: z int32 [b, S], the canvas (masks where free, words and clusters where given), index int32 [b]; of a Canvas
+    batch: z int32 [b, S], the canvas (masks where free, tokens and clusters where given), index int32 [b]; of a Canvas
     also given, kind and length. numbers: see `numbers_of`, with a Canvas's table `allowed`. helper: network of an
     autoregressive run, params then being a pair. The rest is what `hdlm_jax.decoding.loop.sample` gives.
     """
@@ -189,7 +192,7 @@ def at_sampling(process: Process, g: GenerateConfig | Program) -> Process:
 
 
 def exactness(process: Process, g: GenerateConfig) -> str:
-    """'exact' where every draw follows the law of the model whose NELBO is measured, else 'inexact: ' and why."""
+    """'exact' where every draw follows the distribution whose NELBO is measured, else 'inexact: ' and why."""
     xi, levels, reasons = process.xi, process.num_levels, []
     trained, force = process.force_transition, at_sampling(process, g).force_transition
     if levels > 1 and g.clusters == "clean" and (xi < 1 or force == "none" and levels > 2):
@@ -211,8 +214,8 @@ class Sampler:
     """Compiled sampling of canvases [n, S] in batches; every sample has its own random numbers.
 
     Args:
-      eos: word id of the end of text. helper: a loaded autoregressive run, for the methods that need one.
-      classifier: function of one-hot symbols float32 [b, S, N] -> log p(y) [b], for method="classifier".
+      eos: token of the end of text. helper: a loaded autoregressive run, for the methods that need one.
+      classifier: function of one-hot states float32 [b, S, N] -> log p(y) [b], for method="classifier".
     """
 
     def __init__(self, network: Network, process, mesh, params, *, eos: int = 0, helper: Any = None, classifier=None):
@@ -237,7 +240,7 @@ class Sampler:
     def _check(self, method: presets.Method, g: GenerateConfig, behind: bool, constrained: bool):
         """ConfigError where this run, or this canvas, cannot be sampled by that method.
 
-        behind: something is given behind a blank; constrained: places have kinds of words.
+        behind: something is given behind a blank; constrained: places have kinds of tokens.
         """
         if self.process.causal and behind:
             raise ConfigError("an autoregressive model goes on from a prompt; it cannot fill blanks before given words")
@@ -288,7 +291,7 @@ class Sampler:
                 count = min(rows, n - start)
                 batch = {k: v[start : start + count] for k, v in rows_of.items()}
                 batch["index"] = np.arange(start, start + count, dtype=np.int32)
-                batch = parallel.pad_rows(batch, rows)  # padding is all words: nothing to do there
+                batch = parallel.pad_rows(batch, rows)  # padding has no masks: nothing to do there
                 mine = parallel.local_rows(rows)
                 placed = parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
                 found = step((self._params(program.method), numbers), placed, jax.random.key(g.seed))
@@ -304,7 +307,7 @@ class Sampler:
 def prompt_canvas(prompt_ids: np.ndarray, num_samples: int, seq_len: int, mask_id: int, length: int = 0) -> np.ndarray:
     """Canvases int32 [n, S] that begin with the prompt and are masked after it.
 
-    length: tokens of a text, prompt and all; fewer than seq_len give a canvas of the next power of two, with words
+    length: tokens of a text, prompt and all; fewer than seq_len give a canvas of the next power of two, with tokens
     (that are not looked at) behind the text. 0: seq_len.
     """
     length = length or seq_len
@@ -353,7 +356,7 @@ def start_canvas(run: Any, g: GenerateConfig, prompts: np.ndarray) -> np.ndarray
     length = np.maximum(np.random.default_rng([g.seed, n]).choice(sizes, n, p=share / share.sum()), given + 1)
     places = np.arange(seq_len)
     z = np.where((places >= given) & (places < length[:, None]), mask, canvas).astype(np.int32)
-    z[places >= length[:, None]] = run.tokenizer.eot  # words that nobody looks at
+    z[places >= length[:, None]] = run.tokenizer.eot  # tokens that nobody looks at
     allowed = np.ones((1, run.hierarchy.vocab_size), bool)
     return canvases.Canvas(z, z != mask, np.zeros_like(z), length.astype(np.int32), allowed)
 
@@ -386,7 +389,7 @@ def text_of(tokenizer: Tokenizer, row: np.ndarray, stop: str) -> str:
 
 
 def load_helper(run: Any, g: GenerateConfig) -> Any:
-    """The autoregressive run in g.helper, or None; ConfigError where it is none, or does not know this run's words."""
+    """The autoregressive run in g.helper, or None; ConfigError where it is none, or has another tokenizer."""
     if not g.helper:
         return None
     helper = load_here(g.helper, mesh=run.config.parallel)

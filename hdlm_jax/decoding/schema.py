@@ -1,22 +1,23 @@
 """JSON schema -> canvas -> JSON: structure by construction (S^3, arXiv 2507.04504).
 
-Braces, keys and punctuation are given words; a field is a few free positions, each with its own set of words. A
-diffusion model draws positions in any order and several at once, so a set must be right *whatever* the others take:
-every combination of allowed words is a field of the right type. What makes that possible:
+Braces, keys and punctuation are given tokens; a field is a few free positions, each with its own set of tokens. A
+diffusion model draws positions in any order and several at once, so every combination of allowed tokens must be a field
+of the right type:
 
-- A *filler* word (the end of text, which no text encodes to) stands for nothing and is dropped by `Scaffold.text`, so
-  values may be shorter than their field. All fields but the empty string's have a position that is no filler.
-- String: words without quote, backslash and control characters, each whole UTF-8 by itself.
-- Number: a sign in front, a digit that must be, one place for the point; `text` drops leading zeros, whose value is
-  nothing, and a point that nothing follows.
-- Choice (enum, boolean): the position's words of all choices, shorter ones filled up. Reading from the left, words that
-  none of the choices left has are passed over; the first position where choices differ therefore always decides, by its
-  own law, and later ones decide among those that agree with it.
+- A *filler* (the end of text, which no text encodes to) stands for nothing and is left out by `Scaffold.text`, so
+  values may be shorter than their field.
+- String: tokens without quote, backslash and control characters, each whole UTF-8 by itself.
+- Number: a sign in front, one digit that must be, one place for the point; `text` drops leading zeros and a point that
+  nothing follows.
+- Choice (enum, boolean): each position takes the tokens that the choices have there, shorter ones filled up. Read from
+  the left, a token that none of the choices left has is passed over; so the first position where choices differ
+  decides, and later ones decide among those that agree with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ _PYTHON: dict[str, Any] = {"object": dict, "array": list, "string": str, "intege
 
 @dataclasses.dataclass(frozen=True)
 class Literal:
-    """Text that is given, and its words."""
+    """Text that is given, and its tokens."""
 
     text: str
     ids: tuple[int, ...]
@@ -46,7 +47,7 @@ class Literal:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Field:
-    """Free positions. path: as "$.a[0]"; sets: bool [V] of each; choices: (text, words) of an enum, filled up."""
+    """Free positions. path: as "$.a[0]"; sets: bool [V] of each; choices: (text, tokens) of an enum, filled up."""
 
     path: str
     type: str
@@ -61,74 +62,54 @@ class Scaffold:
     pieces: tuple[Literal | Field, ...]
     tokenizer: Any
     hierarchy: Any
-    filler: int
     prompt: tuple[int, ...] = ()
 
     def canvas(self, rows: int = 1, seq_len: int = 0) -> canvases.Canvas:
         """`rows` canvases: prompt, literals, fields; S and errors as in hdlm_jax.decoding.canvas.make."""
         z, kinds = list(self.prompt), [0] * len(self.prompt)
-        tables: dict[bytes, int] = {}
-        allowed: list[np.ndarray] = []
+        allowed: dict[bytes, np.ndarray] = {}  # in the order of their kinds
         for piece in self.pieces:
             if isinstance(piece, Literal):
                 z += piece.ids
                 kinds += [0] * len(piece.ids)
                 continue
-            for words in piece.sets:
-                only = int(np.argmax(words)) if words.sum() == 1 else self.hierarchy.mask_id
-                key = np.packbits(words).tobytes()
-                if key not in tables:
-                    tables[key] = len(tables) + 1
-                    allowed.append(words)
-                z.append(only)
-                kinds.append(tables[key])
-        return canvases.make(z, self.hierarchy, rows, seq_len, kinds, allowed)
+            for tokens in piece.sets:
+                allowed.setdefault(tokens.tobytes(), tokens)
+                z.append(int(np.argmax(tokens)) if tokens.sum() == 1 else self.hierarchy.mask_id)
+                kinds.append(1 + list(allowed).index(tokens.tobytes()))
+        return canvases.make(z, self.hierarchy, rows, seq_len, kinds, list(allowed.values()))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The JSON text of one row's tokens (from its beginning, prompt and all), fillers dropped.
-
-        ValueError: tokens that were not drawn from this scaffold's canvas; names the position.
-        """
+        """The JSON text of one row's tokens, prompt and all, which were drawn from this canvas."""
         at, out = len(self.prompt), []
         for piece in self.pieces:
             if isinstance(piece, Literal):
-                ids = tuple(int(i) for i in tokens[at : at + len(piece.ids)])
-                if ids != piece.ids:
-                    raise ValueError(f"tokens {at}..{at + len(piece.ids) - 1} are not the given {piece.text!r}")
                 out.append(piece.text)
-                at += len(ids)
-                continue
-            ids = tuple(int(i) for i in tokens[at : at + len(piece.sets)])
-            if len(ids) < len(piece.sets):
-                raise ValueError(f"{len(tokens)} tokens end inside field {piece.path}")
-            for place, (token, words) in enumerate(zip(ids, piece.sets, strict=True)):
-                if not (0 <= token < len(words) and words[token]):
-                    raise ValueError(f"token {at + place} of field {piece.path} is {token}, which it may not take")
-            out.append(self._value(piece, ids))
-            at += len(ids)
+                at += len(piece.ids)
+            else:
+                out.append(self._value(piece, [int(i) for i in tokens[at : at + len(piece.sets)]]))
+                at += len(piece.sets)
         return "".join(out)
 
     def read(self, tokens: Sequence[int]) -> Any:
         """The object one row's tokens stand for: json.loads of `text`."""
         return json.loads(self.text(tokens))
 
-    def _value(self, field: Field, ids: tuple[int, ...]) -> str:
+    def _value(self, field: Field, ids: Sequence[int]) -> str:
         if field.choices:
             left = field.choices
             for place, token in enumerate(ids):
                 left = tuple(c for c in left if c[1][place] == token) or left
             return left[0][0]
-        raw = b"".join(self.tokenizer.token_bytes(i) for i in ids if i != self.filler)
-        text = raw.decode("utf-8", errors="replace")
+        text = b"".join(self.tokenizer.token_bytes(i) for i in ids if i != self.tokenizer.eot).decode()
         if field.type == "string":
             return text
         sign, whole, part = re.fullmatch(r" ?(-?)(\d+)(?:\.(\d*))?", text).groups()  # type: ignore[union-attr]
         return sign + (whole.lstrip("0") or "0") + (f".{part}" if part else "")
 
 
-def scaffold(schema: Any, tokenizer, hierarchy, budget: int = 16, *, prompt: str = "", filler: int | None = None,
-             partial: bool = False) -> Scaffold:
-    """The pieces of a JSON schema (S^3, arXiv 2507.04504), so that all that is drawn from them parses and validates.
+def scaffold(schema: Any, tokenizer, hierarchy, budget: int = 16, *, prompt: str = "") -> Scaffold:
+    """The pieces of a JSON schema, so that all that is drawn from them parses and validates.
 
     Understood: type object (all properties are written, in their order), array with minItems = maxItems, string with
     minLength, integer and number with minimum 0, boolean, null; enum and const of anything; notes (title,
@@ -140,13 +121,9 @@ def scaffold(schema: Any, tokenizer, hierarchy, budget: int = 16, *, prompt: str
       budget: free positions of a string; a field's own number is its keyword "budget" (which validators ignore).
         Numbers have at most 6 unless they say so.
       prompt: text in front, given.
-      filler: the word that stands for nothing; by default the end of text. No value holds it.
-      partial: strings may take words that are pieces of a character (text beyond a vocabulary's whole characters);
-        what then does not make a character becomes U+FFFD.
 
     Raises:
-      ValueError: a schema that is none of this, naming the place; a tokenizer that loses text or has not the
-        hierarchy's words.
+      ValueError: a schema that is none of this, naming the place; a tokenizer that loses text.
     """
     if isinstance(schema, str):
         try:
@@ -155,36 +132,28 @@ def scaffold(schema: Any, tokenizer, hierarchy, budget: int = 16, *, prompt: str
             raise ValueError(f"schema is not JSON: {error}") from None
     if tokenizer.kind == "bert":
         raise ValueError("tokenizer.kind='bert' joins words by blanks, which breaks the text; use gpt2, bpe, bytes")
-    if tokenizer.vocab_size != hierarchy.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} words, the hierarchy {hierarchy.vocab_size}")
-    filler = tokenizer.eot if filler is None else filler
-    if not 0 <= filler < hierarchy.vocab_size:
-        raise ValueError(f"filler={filler}: must be a word, 0..{hierarchy.vocab_size - 1}")
-    parts = _Compiler(tokenizer, budget, filler, partial).value(schema, "$", False)
-    pieces: list[Literal | Field] = []
-    buffer = ""
-    for part in [*parts, None]:
-        if isinstance(part, str):
-            buffer += part
-            continue
-        if buffer:
-            pieces.append(Literal(buffer, tuple(tokenizer.encode(buffer).tolist())))
-            buffer = ""
-        if part is not None:
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text).tolist())
+
+    pieces: list[str | Field] = [""]
+    for part in _Compiler(tokenizer, budget).value(schema, "$", False):
+        if isinstance(part, str) and isinstance(last := pieces[-1], str):
+            pieces[-1] = last + part
+        else:
             pieces.append(part)
-    return Scaffold(tuple(pieces), tokenizer, hierarchy, filler, tuple(tokenizer.encode(prompt).tolist()))
+    literals = (Literal(p, ids(p)) if isinstance(p, str) else p for p in pieces if p)
+    return Scaffold(tuple(literals), tokenizer, hierarchy, ids(prompt))
 
 
 class _Compiler:
     """Schemas to lists of texts and fields."""
 
-    def __init__(self, tokenizer, budget: int, filler: int, partial: bool):
-        self.tokenizer, self.budget, self.filler = tokenizer, budget, filler
-        self.words = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-        plain = np.array([not set(w) & _UNSAFE for w in self.words])
-        plain[[tokenizer.eot, filler]] = False
-        self.whole = plain & np.array([_is_utf8(w) for w in self.words])
-        self.letters = plain if partial else self.whole
+    def __init__(self, tokenizer, budget: int):
+        self.tokenizer, self.budget = tokenizer, budget
+        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self.letters = np.array([not set(t) & _UNSAFE and t.decode(errors="ignore").encode() == t for t in self.tokens])
+        self.letters[tokenizer.eot] = False
 
     def value(self, schema: Any, path: str, space: bool) -> list[str | Field]:
         """space: one stands in front of the value, to be made part of it."""
@@ -222,8 +191,8 @@ class _Compiler:
             _count(least, 0, f"{path}: minLength")
             if least > positions:
                 raise ValueError(f"schema at {path}: minLength={least} needs a budget of as many, which is {positions}")
-            self._some(self.whole if least else self.letters, path)
-            sets = [self.whole] * least + [self._or_filler(self.letters)] * (positions - least)
+            self._some(self.letters, path)
+            sets = [self.letters] * least + [self._or_filler(self.letters)] * (positions - least)
             return [blank + '"', Field(path, "string", tuple(sets)), '"']
         if schema.get("minimum", 0) != 0:
             raise ValueError(f"schema at {path}: minimum={schema['minimum']!r} cannot be kept; 0 is the only one")
@@ -262,13 +231,11 @@ class _Compiler:
         front = " " * space
         if all(isinstance(c, str) for c in choices):
             before, after, front, texts = front + '"', '"', "", [t[1:-1] for t in texts]
-        words = [self.tokenizer.encode(front + t).tolist() for t in texts]
-        longest = max(map(len, words))
-        filled = [tuple(w + [self.filler] * (longest - len(w))) for w in words]
-        if len(set(filled)) < len(filled):
-            raise ValueError(f"schema at {path}: two choices are the same but for the filler {self.filler}")
-        sets = [np.isin(np.arange(len(self.words)), column) for column in zip(*filled, strict=True)]
-        field = Field(path, "choice", tuple(sets), tuple(zip([front + t for t in texts], filled, strict=True)))
+        ids = [self.tokenizer.encode(front + t).tolist() for t in texts]
+        columns = list(itertools.zip_longest(*ids, fillvalue=self.tokenizer.eot))
+        sets = tuple(np.isin(np.arange(len(self.tokens)), column) for column in columns)
+        filled = zip([front + t for t in texts], zip(*columns, strict=True), strict=True)
+        field = Field(path, "choice", sets, tuple(filled))
         return [part for part in (before, field, after) if part]
 
     def _number(self, positions: int, real: bool, signed: bool, path: str) -> tuple[np.ndarray, ...]:
@@ -286,28 +253,20 @@ class _Compiler:
         return tuple(sets)
 
     def _match(self, pattern: bytes) -> np.ndarray:
-        """bool [V]: words that are wholly of a pattern; never the filler."""
-        found = np.array([re.fullmatch(pattern, w) is not None for w in self.words])
-        found[[self.tokenizer.eot, self.filler]] = False
+        """bool [V]: tokens that are wholly of a pattern; never the filler."""
+        found = np.array([re.fullmatch(pattern, t) is not None for t in self.tokens])
+        found[self.tokenizer.eot] = False
         return found
 
-    def _or_filler(self, words: np.ndarray) -> np.ndarray:
-        return words | (np.arange(len(words)) == self.filler)
+    def _or_filler(self, tokens: np.ndarray) -> np.ndarray:
+        return tokens | (np.arange(len(tokens)) == self.tokenizer.eot)
 
-    def _some(self, words: np.ndarray, path: str) -> None:
-        if not words.any():
+    def _some(self, tokens: np.ndarray, path: str) -> None:
+        if not tokens.any():
             raise ValueError(f"schema at {path}: the tokenizer has no word that could stand there")
 
 
 _UNSAFE = {*range(0x20), *b'"\\'}
-
-
-def _is_utf8(word: bytes) -> bool:
-    try:
-        word.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _is(kind: str, value: Any) -> bool:

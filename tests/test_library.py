@@ -362,7 +362,7 @@ def test_keys_of_rows_are_their_own():
     few, many = (hd.corrupt(process, x[:n], 0.5, K0) for n in (5, 32))
     np.testing.assert_array_equal(few, many[:5])
     np.testing.assert_array_equal(many, process.corrupt(fold(jnp.broadcast_to(K0, (32,)), jnp.arange(32)),
-                                                        jnp.asarray(x), jnp.full(32, math.log(2))))
+                                                        jnp.asarray(x), tau=jnp.full(32, math.log(2))))
 
 
 def test_the_import_stays_cheap(root):

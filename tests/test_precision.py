@@ -11,7 +11,7 @@ from oracle import Toy
 
 from hdlm_jax.decoding import presets, statistics
 from hdlm_jax.diffusion import levels
-from hdlm_jax.diffusion.draws import words_of
+from hdlm_jax.diffusion.draws import log_probs_of
 from hdlm_jax.diffusion.gidd import GiddProcess
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
@@ -239,7 +239,7 @@ def test_open_uniform_is_the_middle_of_the_lattice():
 def test_the_nucleus_is_the_smallest_set(probabilities, top_p, kept):
     """Equal words at its edge: as many of them as the mass needs, the first ones; traced or not."""
     logits = jnp.log(jnp.asarray(probabilities))
-    for law in (words_of(logits, 1.0, top_p), jax.jit(lambda p: words_of(logits, 1.0, p))(top_p)):
+    for law in (log_probs_of(logits, 1.0, top_p), jax.jit(lambda p: log_probs_of(logits, 1.0, p))(top_p)):
         assert np.flatnonzero(law > -np.inf).tolist() == kept
         np.testing.assert_allclose(jnp.exp(law)[np.array(kept)], np.divide(probabilities, np.sum(
             [probabilities[i] for i in kept]))[kept], rtol=1e-5)
@@ -248,7 +248,7 @@ def test_the_nucleus_is_the_smallest_set(probabilities, top_p, kept):
 def test_a_traced_nucleus_of_one_drops_nothing():
     """The first word's mass is 1 in float32, and the others are words all the same."""
     logits = jnp.asarray([-20.0, 0.0, -20.0, -30.0])
-    law = jax.jit(lambda p: words_of(logits, 1.0, p))(1.0)
+    law = jax.jit(lambda p: log_probs_of(logits, 1.0, p))(1.0)
     np.testing.assert_allclose(law, logits, atol=1e-6)
 
 

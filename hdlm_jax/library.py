@@ -255,7 +255,7 @@ def _canvas(process: Process, shape: tuple[int, int] | None, canvas: ArrayLike |
 
 
 class _Asked:
-    """The caller's function in place of a hdlm_jax.models.network.Network; its parameters are the function's own.
+    """The caller's function in place of a hdlm_jax.models.trunk.Trunk; its parameters are the function's own.
 
     Raises:
       ValueError: what it gives are no logits [B, S, V].
@@ -278,7 +278,7 @@ class _Asked:
         """Of autoregressive.sample: the input so far."""
         return jnp.full((rows, seq_len), self.process.mask_id, jnp.int32)
 
-    def next_word(self, params: dict, cache: jax.Array, z: jax.Array,
+    def next_token(self, params: dict, cache: jax.Array, z: jax.Array,
                   at: jax.Array) -> tuple[jax.Array, Prediction]:
         """(input with the states z [B, 1] at position `at`, prediction [B] there), by a call on all of it."""
         cache = jax.lax.dynamic_update_slice_in_dim(cache, z, at, axis=1)

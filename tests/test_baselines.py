@@ -315,7 +315,7 @@ def test_cached_sampling_equals_a_loop_without_a_cache():
     config, network, process, params = made("autoregressive")
     start = jnp.full((3, 12), process.hierarchy.mask_id).at[:, :2].set(jnp.array([7, 9]))
     keys = jax.random.split(jax.random.key(5), 3)
-    words, _ = autoregressive.sample(keys, lambda cache, z, i: network.next_word(params, cache, z), process, start,
+    words, _ = autoregressive.sample(keys, lambda cache, z, i: network.next_token(params, cache, z), process, start,
                                      network.empty_cache(3, 12))
     slow = start
     for i in range(2, 12):

@@ -72,7 +72,7 @@ def test_imports_of_ours_stand_at_the_top(root):
 
 
 # what trains, scores and samples, in the order of docs/reading.md; entries are files or whole rooms
-CORE = ("diffusion", "models/network.py", "models/heads.py", "training/step.py", "training/state.py",
+CORE = ("diffusion", "models/trunk.py", "models/network.py", "models/heads.py", "training/step.py", "training/state.py",
         "evaluation/elbo.py")
 
 
@@ -96,3 +96,20 @@ def test_functions_are_short(root):
             for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             and code_lines(node) > 60]
     assert long == []
+
+
+KINDS = ("Process", "Head", "Trunk", "Network", "Prediction")
+
+
+def test_nobody_asks_what_a_process_or_a_network_is(root):
+    """No isinstance of a process, trunk, head or prediction, no hasattr or getattr of one."""
+    asked = []
+    for name, tree in modules(root).items():
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1):
+                continue
+            which, about = node.func.id, [ast.unparse(arg) for arg in node.args]
+            if which == "isinstance" and any(kind in about[1] for kind in KINDS) or (
+                    which in ("hasattr", "getattr") and about[0].lower().endswith(tuple(map(str.lower, KINDS)))):
+                asked.append(f"{name}: {which}({', '.join(about)})")
+    assert asked == []

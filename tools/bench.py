@@ -147,8 +147,8 @@ class Training:
             keys = fold(jnp.broadcast_to(key, index.shape), index)
             tau = stratified_tau(fold(keys, 0), index, len(x))
             z = self.process.corrupt(fold(keys, 1), x, tau=tau)
-            logits: Any = self.network.apply({"params": params}, z, -jnp.expm1(-tau))
-            p = self.process.as_prediction(logits)
+            hidden = self.network.hidden(params, z, -jnp.expm1(-tau))
+            p = self.process.as_prediction(self.network.head.logits(params["head"], hidden))
             tau = jnp.broadcast_to(tau[:, None], x.shape)
             return jnp.mean(self.process.loss(p, x, z, tau, weighting=d.weighting, weight_min=d.weight_min,
                                               weight_max=d.weight_max))

@@ -1,6 +1,6 @@
 """Denoisers that keep keys and values between calls (docs/decoding.md section 4).
 
-In each call a `Rule` names the tokens to compute. `Network.partial` computes their hidden states layer by layer,
+In each call a `Rule` names the tokens to compute. `Trunk.hidden_at` computes their hidden states layer by layer,
 against new keys and values where computed and old ones elsewhere; all other tokens keep their hidden states. Nothing
 else is computed, so the saving is real, and the rule alone decides what is approximate.
 """
@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from hdlm_jax.decoding.policy import Rows
-from hdlm_jax.models.network import At, Network
+from hdlm_jax.models.heads import At
+from hdlm_jax.models.trunk import Trunk
 
 
 class Since(NamedTuple):
@@ -122,7 +123,7 @@ class Memory(NamedTuple):
 class Uncached:
     """The denoiser without a cache. cut: rows may end before S does, which needs a mask and costs time."""
 
-    network: Network
+    network: Trunk
     params: Mapping[str, Any]
     cut: bool = True
     block_causal: bool = False
@@ -148,7 +149,7 @@ class Cached:
     """
 
     spec: Rule
-    network: Network
+    network: Trunk
     params: Mapping[str, Any]
     sizes: tuple[int, ...] | None = None
     sync_trip_count: Callable = lambda count: count  # noqa: E731
@@ -181,8 +182,7 @@ class Cached:
             seen = rows.active[:, None]
             if self.spec.block_causal:
                 seen = seen & (rows.block[:, None] <= rows.block[row, at][..., None])
-            new, (k, v) = self.network.apply({"params": self.params}, rows.z[row, at], rows.t, (k, v), place, seen,
-                                             method="partial")
+            new, (k, v) = self.network.hidden_at(self.params, rows.z[row, at], rows.t, (k, v), place, seen)
             return hidden.at[0, row, place].set(new, mode="drop"), k, v
 
         halves = [n for i in range(5, 0, -1) if (n := -(-s // 2**i)) >= 16]

@@ -27,6 +27,7 @@ from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models import quantise
 from hdlm_jax.models.network import Network
+from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.loading import load_here
 
 
@@ -62,14 +63,14 @@ def numbers_of(g: GenerateConfig, seq_len: int, eos: int = 0) -> dict[str, Any]:
             "top_p": np.float32(g.top_p), "method": method}
 
 
-def denoiser(program: Program, network: Network, params, process, numbers, classifier, sync_trip_count) -> Denoiser:
+def denoiser(program: Program, network: Trunk, params, process, numbers, classifier, sync_trip_count) -> Denoiser:
     """The network as the program calls it: with its cache or attention, its constraints, its guidance."""
     method = program.method
     out: Denoiser
     if method.cache is None:
         out = caches.Uncached(network, params, program.cut)
     elif isinstance(method.cache, SparseD):
-        out = Sparse(method.cache, network, params)
+        out = Sparse(method.cache, cast(Network, network), params)  # whose attention it replaces
     else:
         out = caches.Cached(method.cache, network, params, sync_trip_count=sync_trip_count)
     if program.constrained:
@@ -82,7 +83,7 @@ def denoiser(program: Program, network: Network, params, process, numbers, class
     return out
 
 
-def reads(network: Network, params):
+def reads(network: Trunk, params):
     """tokens int32 [b, S] -> prediction of each given those before it, of an autoregressive run."""
     shifted = AutoregressiveProcess(network.head.hierarchy).shifted
     return lambda x: network.denoise(params, shifted(x), jnp.zeros(len(x)))
@@ -91,7 +92,7 @@ def reads(network: Network, params):
 class Call(NamedTuple):
     """What a compiled step has to sample with."""
 
-    network: Network
+    network: Trunk
     params: Any
     program: Program
     numbers: dict[str, Any]
@@ -135,7 +136,7 @@ def _(process: GiddProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[
 
 @sample_canvas.register
 def _(process: AutoregressiveProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
-    decode = functools.partial(call.network.next_word, call.params)
+    decode = functools.partial(call.network.next_token, call.params)
     return autoregressive.sample(keys, decode, process, z, call.network.empty_cache(*z.shape),
                                  length=jnp.max(call.length), **_draws(call.how))
 
@@ -144,7 +145,7 @@ def _draws(how: loop.Sampling) -> dict[str, Any]:
     return dict(temperature=how.temperature, top_p=how.top_p, sync_trip_count=how.sync_trip_count, frames=how.frames)
 
 
-def make_sample_step(network: Network, process, program: Program, mesh=None, frames: int = 0, helper=None,
+def make_sample_step(network: Trunk, process, program: Program, mesh=None, frames: int = 0, helper=None,
                      classifier=None):
     """step((params, numbers), batch, key) -> {tokens int32 [b, S], calls int32 [b], row_forwards int32 [b], ...}.
 
@@ -218,7 +219,7 @@ class Sampler:
       classifier: function of one-hot states float32 [b, S, N] -> log p(y) [b], for method="classifier".
     """
 
-    def __init__(self, network: Network, process, mesh, params, *, eos: int = 0, helper: Any = None, classifier=None):
+    def __init__(self, network: Trunk, process, mesh, params, *, eos: int = 0, helper: Any = None, classifier=None):
         self.network, self.process, self.mesh, self.params, self.eos = network, process, mesh, params, eos
         self.helper, self.classifier = helper, classifier
         self._step = functools.lru_cache(maxsize=8)(self._compile)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from hdlm_jax.decoding.policy import Rows
-from hdlm_jax.models.network import At, Network, attention
+from hdlm_jax.models.heads import At
+from hdlm_jax.models.network import Network, attention
 
 
 def kept_blocks(weights, prompt, active, *, select: float, size: int):

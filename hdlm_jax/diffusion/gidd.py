@@ -25,10 +25,10 @@ from hdlm_jax.config import WEIGHTINGS
 from hdlm_jax.diffusion import trajectory
 from hdlm_jax.diffusion.draws import Array, Number, categorical, fold, log_probs_of, row_keys, token_keys
 from hdlm_jax.diffusion.levels import Proposal, open_uniform
-from hdlm_jax.diffusion.prediction import LogitsPrediction, Prediction, TripCount
+from hdlm_jax.diffusion.prediction import LogitsPrediction, Prediction, Predictions, TripCount
 from hdlm_jax.diffusion.process import Process
 
-Denoise: TypeAlias = Callable[[jax.Array, jax.Array], Prediction]  # (z [B, S], t [B])
+Denoise: TypeAlias = Callable[[jax.Array, jax.Array], Predictions]  # (z [B, S], t [B])
 Times: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 

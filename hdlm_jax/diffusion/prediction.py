@@ -23,7 +23,14 @@ Bias: TypeAlias = Callable[[Callable[[int], jax.Array]], jax.Array]  # of anc(le
 TripCount: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
-class Prediction(Protocol):
+class Predictions(Protocol):
+    """Predictions at all positions [B, S], made where they are asked for."""
+
+    def select(self, index: jax.Array) -> Prediction:
+        """The prediction at some of the positions, by number in B S."""
+
+
+class Prediction(Predictions, Protocol):
     """One distribution f over tokens for each position of a shape [...]."""
 
     def log_prob(self, x: jax.Array) -> jax.Array:
@@ -57,9 +64,6 @@ class Prediction(Protocol):
           top_p: nucleus, in (0, 1]: keep the fewest most likely tokens with at least this much mass.
           sync_trip_count: see hdlm_jax.decoding.core.sample.
         """
-
-    def select(self, index: jax.Array) -> Prediction:
-        """The prediction at some of the positions [B, S], by number in B S."""
 
 
 def _parts(logs: jax.Array, where: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

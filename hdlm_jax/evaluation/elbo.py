@@ -7,26 +7,30 @@ Every pair has its own random numbers, so the result does not depend on batch si
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import perplexity
+from hdlm_jax.common.parallel import Batch, Tree
 from hdlm_jax.config import EvaluateConfig
 from hdlm_jax.diffusion.draws import fold
+from hdlm_jax.diffusion.process import NoiseTimes, Process
 from hdlm_jax.evaluation.rows import per_text, split_all, to_rows
 from hdlm_jax.models.heads import map_over_noised
-from hdlm_jax.models.network import Network
+from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.loading import Run
 
 _FIELDS = ("x", "segment", "score")  # of rows, what the network and the process see
 
 
-def make_nelbo_step(network: Network, process, mesh=None):
+def make_nelbo_step(network: Trunk, process: Process, mesh: Mesh | None = None
+                    ) -> Callable[[Tree, Batch, jax.Array], jax.Array]:
     """step(params, batch, key) -> float32 [b, K]: nats of each row at each level, as an estimate w C / q.
 
     batch: x and segment int32 [b, S], score bool [b, S], tau and inv_q float32 [b], pair int32 [b] (its randomness).
@@ -34,10 +38,10 @@ def make_nelbo_step(network: Network, process, mesh=None):
 
     shard = parallel.OverBatch(mesh)
 
-    def step(params, batch, key):
+    def step(params: Tree, batch: Batch, key: jax.Array) -> jax.Array:
         x, tau = batch["x"], batch["tau"]
         z, level = process.noised(fold(jnp.broadcast_to(key, tau.shape), batch["pair"]), x, tau, batch["score"])
-        h = network.apply({"params": params}, z, -jnp.expm1(-tau), batch["segment"], method="trunk")
+        h = network.hidden(params, z, -jnp.expm1(-tau), batch["segment"])
         cost_of = lambda p, f, levels: process.token_loss(p, f[0], f[1], levels, tau=f[2])  # noqa: E731
         fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape))
         cost = map_over_noised(network.head, cost_of, params["head"], h, level, x, fields, needs=process.needs(),
@@ -49,7 +53,7 @@ def make_nelbo_step(network: Network, process, mesh=None):
     return step
 
 
-def stratified_pairs(proposal, seed: int, rows: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+def stratified_pairs(proposal: NoiseTimes, seed: int, rows: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """tau and q of every pair, float64 [draws, rows]: one stratum of q's CDF a pair, each pass spread over all."""
     rng = np.random.Generator(np.random.Philox(seed))
     place = np.stack([rng.permutation(rows) for _ in range(draws)])
@@ -67,19 +71,20 @@ class Evaluator:
       cv2: squared coefficient of variation that the noise times are drawn for (process.proposal).
     """
 
-    def __init__(self, network: Network, process, mesh, params, *, seq_len: int, seed: int, cv2: float,
-                 batch_size: int = 0):
+    def __init__(self, network: Trunk, process: Process, mesh: Mesh, params: Tree, *, seq_len: int, seed: int,
+                 cv2: float, batch_size: int = 0) -> None:
         self.process, self.seed = process, seed
         fill = max(1, (8192 if jax.default_backend() == "cpu" else 262_144) // seq_len)  # rows of a device
         self.most_rows = batch_size or parallel.batch_shards(mesh) * fill
         self.proposal = process.proposal(seq_len, cv2)
         self.program = parallel.RowProgram(make_nelbo_step(network, process, mesh), mesh, params)
 
-    def pairs(self, rows: int, draws: int):
+    def pairs(self, rows: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
         """tau and q of every pair; see stratified_pairs."""
         return stratified_pairs(self.proposal, self.seed, rows, draws)
 
-    def nats(self, params, rows: dict[str, np.ndarray], draws: int, name: str = "evaluate"):
+    def nats(self, params: Tree, rows: dict[str, np.ndarray], draws: int, name: str = "evaluate"
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Estimates [draws, rows, K] in nats, and the noise times and densities [draws, rows] they were made at.
 
         Where the process is exact (autoregressive) there is one draw, whatever was asked for.
@@ -89,7 +94,8 @@ class Evaluator:
         out = self.at(params, rows, np.tile(np.arange(n), draws), tau.reshape(-1), q.reshape(-1), name=name)
         return out.reshape(draws, n, -1), tau, q
 
-    def at(self, params, rows: dict[str, np.ndarray], which, tau, q, pair=None, name: str = "evaluate") -> np.ndarray:
+    def at(self, params: Tree, rows: dict[str, np.ndarray], which: np.ndarray, tau: np.ndarray, q: np.ndarray,
+           pair: np.ndarray | None = None, name: str = "evaluate") -> np.ndarray:
         """Estimates [n, K] in nats for n pairs of a row and a noise time.
 
         Args:

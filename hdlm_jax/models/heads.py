@@ -1,8 +1,8 @@
-"""Heads: hidden states -> predictions over words, without the logits of all tokens at once (docs/theory.md section 5).
+"""Heads: hidden states -> predictions over tokens, never with all logits at once (docs/theory.md section 5).
 
-`FlatHead` has one logit per word. `FactorisedHead` has p(cluster | h) p(word | cluster, h): a token costs the
-clusters' logits and one block of words in place of all of them. What training and evaluation sum over tokens is
-worked on in pieces, noised tokens alone; a piece of word logits in the factorised head is some tokens of one cluster.
+`FlatHead` has one logit per token. `FactorisedHead` has p(cluster | h) p(token | cluster, h): a position costs the
+clusters' logits and one block of tokens in place of all V. What training and evaluation sum over positions is computed
+in pieces, at corrupted positions alone; in the factorised head a piece is some positions of one cluster.
 """
 
 from __future__ import annotations
@@ -13,21 +13,41 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from hdlm_jax.common.parallel import WHOLE
+from hdlm_jax.common.parallel import WHOLE, OverBatch, Tree
 from hdlm_jax.diffusion.draws import categorical, draw_from, fold, is_off, wide
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.diffusion.prediction import LogitsPrediction
+from hdlm_jax.diffusion.prediction import Bias, LogitsPrediction, Prediction, TripCount
 
 Scalar: TypeAlias = float | jax.Array
+TokenLoss: TypeAlias = Callable[..., Any]  # (prediction, fields [c], levels) -> arrays [c]
 _target: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
+
+
+class Head(Protocol):
+    """What turns hidden states [..., D] into predictions over tokens; its parameters are a tree of its own."""
+
+    @property
+    def hierarchy(self) -> Hierarchy: ...
+
+    def init(self, key: jax.Array, width: int) -> Tree:
+        """Parameters."""
+
+    def logits(self, params: Tree, h: jax.Array) -> jax.Array:
+        """float32 [..., V]."""
+
+    def predict(self, params: Tree, h: jax.Array) -> Prediction:
+        """The prediction at h [..., D]."""
+
+    def streams(self, level: jax.Array, x: jax.Array, needs: str) -> list:
+        """Pieces that token losses are summed over (`sum_over_noised`)."""
 
 
 def backend() -> str:
@@ -36,7 +56,7 @@ def backend() -> str:
 
 
 @contextlib.contextmanager
-def compiling_for(platform: str):
+def compiling_for(platform: str) -> Iterator[None]:
     """Traces as for "cpu", "gpu" or "tpu", wherever we are (tools.plan)."""
     token = _target.set(platform)
     try:
@@ -51,16 +71,17 @@ def chunk_size() -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(h, table, dtype):
+def product(h: jax.Array, table: jax.Array, dtype: DTypeLike) -> jax.Array:
     """h [..., D] times table [R, D] -> float32 [..., R]; products in `dtype` both ways, sums in float32."""
     return jnp.einsum("...d,rd->...r", h.astype(dtype), table.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _product_forward(h, table, dtype):
+def _product_forward(h: jax.Array, table: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return product(h, table, dtype), (h, table)
 
 
-def _product_backward(dtype, saved, d_out):
+def _product_backward(dtype: DTypeLike, saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array,
+                      jax.Array]:
     h, table = saved
     d_out = d_out.astype(dtype)
     d_h = jnp.einsum("...r,rd->...d", d_out, table.astype(dtype), preferred_element_type=jnp.float32)
@@ -71,7 +92,7 @@ def _product_backward(dtype, saved, d_out):
 product.defvjp(_product_forward, _product_backward)
 
 
-def _affine(params, h, dtype):
+def _affine(params: Tree, h: jax.Array, dtype: DTypeLike) -> jax.Array:
     return product(h, params["kernel"], dtype) + wide(params["bias"], h[..., 0])
 
 
@@ -82,24 +103,24 @@ def _padded(rows: int) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlatHead:
-    """One logit per word (never mass on clusters, mask or padding). Parameters: kernel [rows, D], bias [rows]."""
+    """One logit per token (never mass on clusters, mask or padding). Parameters: kernel [rows, D], bias [rows]."""
 
     hierarchy: Hierarchy
     dtype: DTypeLike = jnp.float32
 
-    def init(self, key, width: int):
+    def init(self, key: jax.Array, width: int) -> Tree:
         del key
         rows = _padded(self.hierarchy.vocab_size)
         return {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)}
 
-    def logits(self, params, h):
+    def logits(self, params: Tree, h: jax.Array) -> jax.Array:
         """float32 [..., V]."""
         return _affine(params, h, self.dtype)[..., : self.hierarchy.vocab_size]
 
-    def predict(self, params, h):
+    def predict(self, params: Tree, h: jax.Array) -> Prediction:
         return LogitsPrediction(self.logits(params, h), self.hierarchy)
 
-    def streams(self, level, x, needs: str):
+    def streams(self, level: jax.Array, x: jax.Array, needs: str) -> list:
         return [_Chunks(level > 0, None, self.predict, ("kernel", "bias"))]
 
 
@@ -112,7 +133,7 @@ class Blocks:
       classes: ((first place, last place + 1, width), ...): nodes whose blocks are read as so many rows.
     """
 
-    def __init__(self, hierarchy):
+    def __init__(self, hierarchy: Hierarchy) -> None:
         self.size = np.asarray(hierarchy.word_count[1])
         anc, top = np.asarray(hierarchy.anc[1]), int(self.size.max())
         widths = np.array(sorted({-(-math.ceil(top / 2**i) // 8) * 8 for i in range(4)}))
@@ -147,21 +168,21 @@ class FactorisedHead:
     def blocks(self) -> Blocks:
         return Blocks(self.hierarchy)
 
-    def init(self, key, width: int):
+    def init(self, key: jax.Array, width: int) -> Tree:
         rows, n = self.blocks.rows, self.hierarchy.sizes[1] * self.prototypes
         # prototypes of a node must differ, or they never will
         spread = 0.0 if self.prototypes == 1 else 0.5 / math.sqrt(width)
         return {"words": {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)},
                 "clusters": {"kernel": spread * jax.random.normal(key, (n, width)), "bias": jnp.zeros(n)}}
 
-    def clusters(self, params, h) -> LogitsPrediction:
+    def clusters(self, params: Tree, h: jax.Array) -> LogitsPrediction:
         """p(node | h) of the level-1 nodes, from float32 logits [..., n]."""
         logits = _affine(params["clusters"], h, self.dtype)
         if self.prototypes > 1:
             logits = jax.nn.logsumexp(logits.reshape(*logits.shape[:-1], -1, self.prototypes), axis=-1)
         return LogitsPrediction(logits, self.hierarchy, level=1)
 
-    def within(self, params, h):
+    def within(self, params: Tree, h: jax.Array) -> jax.Array:
         """log p(x | c(x), h) of every word: float32 [..., V]."""
         b, anc = self.blocks, np.asarray(self.hierarchy.anc[1])
         column = np.arange(int(b.size.max()))[None]
@@ -170,14 +191,14 @@ class FactorisedHead:
         words = jax.nn.log_softmax(jnp.where(_like(column < b.size[:, None], h), words, -jnp.inf), axis=-1)
         return words.reshape(*words.shape[:-2], -1)[..., anc * column.size + (b.row - b.start[anc])]
 
-    def logits(self, params, h):
+    def logits(self, params: Tree, h: jax.Array) -> jax.Array:
         """log p(x | h) of every word, put together from the two factors: float32 [..., V]."""
         return self.predict(params, h).log_probs()
 
-    def predict(self, params, h):
+    def predict(self, params: Tree, h: jax.Array) -> Prediction:
         return Factorised(self, params, h)
 
-    def streams(self, level, x, needs: str):
+    def streams(self, level: jax.Array, x: jax.Array, needs: str) -> list:
         """Tokens that need a word's probability, by cluster; then the rest, which need the clusters' alone."""
         words = level > 0 if needs == "all" else level == 1
         node = jnp.asarray(self.hierarchy.anc[1])[x]
@@ -188,8 +209,8 @@ class FactorisedHead:
         return [tiles, _Chunks(level > 1, above, self.predict, ("clusters",))]
 
 
-def _like(mask, h):
-    return mask.reshape((1,) * (h.ndim - 1) + mask.shape)
+def _like(mask: np.ndarray | jax.Array, h: jax.Array) -> jax.Array:
+    return jnp.asarray(mask.reshape((1,) * (h.ndim - 1) + mask.shape))
 
 
 class Factorised:
@@ -199,27 +220,29 @@ class Factorised:
     them every word's is made when one is needed.
     """
 
-    def __init__(self, head: FactorisedHead, params, h, block=None, start=None):
-        self.head, self.params, self.h, self.block, self.start = head, params, h, block, start
+    def __init__(self, head: FactorisedHead, params: Tree, h: jax.Array, block: jax.Array | None = None,
+                 start: jax.Array | None = None) -> None:
+        self.head, self.params, self.h, self.block = head, params, h, block
+        self.start: Any = start
         self.clusters: Any = head.clusters(params, h) if "clusters" in params else None
 
-    def select(self, index):
+    def select(self, index: jax.Array) -> Factorised:
         return Factorised(self.head, self.params, self.h.reshape(-1, self.h.shape[-1])[index])
 
-    def tilted(self, bias):
+    def tilted(self, bias: Bias) -> Factorised:
         """As LogitsPrediction.tilted; a bias that is one number for all words of a cluster moves the clusters alone."""
         out = copy.copy(self)
         out.clusters = self.clusters.tilted(bias)
         return out
 
-    def _node(self, x):
+    def _node(self, x: jax.Array) -> jax.Array:
         return jnp.asarray(self.head.hierarchy.anc[1])[x]
 
-    def log_probs(self):
+    def log_probs(self) -> jax.Array:
         return self.head.within(self.params, self.h) + self.clusters.log_probs()[..., np.asarray(
             self.head.hierarchy.anc[1])]
 
-    def log_within(self, x, level: int = 1):
+    def log_within(self, x: jax.Array, level: int = 1) -> jax.Array:
         if level > 1:
             return self.clusters.log_within(self._node(x), level)
         if self.block is None:
@@ -227,23 +250,24 @@ class Factorised:
         place = jnp.clip(jnp.asarray(self.head.blocks.row)[x] - self.start, 0, self.block.shape[-1] - 1)
         return jnp.take_along_axis(self.block, place[..., None], axis=-1)[..., 0]
 
-    def log_prob(self, x):
+    def log_prob(self, x: jax.Array) -> jax.Array:
         return self.clusters.log_prob(self._node(x)) + self.log_within(x)
 
-    def log_mass(self, level: int, node, outside: bool = False):
+    def log_mass(self, level: int, node: jax.Array, outside: bool = False) -> jax.Array:
         return self.clusters.log_mass(level, node, outside)
 
-    def log_masses(self, level: int):
+    def log_masses(self, level: int) -> jax.Array:
         return self.log_probs() if level == 0 else self.clusters.log_masses(level)
 
-    def draw(self, keys, wanted, temperature: Scalar = 1.0, top_p: Scalar = 1.0, sync_trip_count=WHOLE.sync_trip_count):
+    def draw(self, keys: jax.Array, wanted: jax.Array, temperature: Scalar = 1.0, top_p: Scalar = 1.0,
+             sync_trip_count: TripCount = WHOLE.sync_trip_count) -> jax.Array:
         """As LogitsPrediction.draw: the node first, then a word of its block where one is wanted, else any of them."""
         if not (is_off(temperature) and is_off(top_p)):  # these act on words: put the words together
             return draw_from(keys, self.log_probs(), temperature, top_p)
         node = self.clusters.draw(fold(keys, 0), wanted)
         blocks, hidden, each = self.head.blocks, self.h.reshape(-1, self.h.shape[-1]), fold(keys, 1).reshape(-1)
 
-        def words(rows, piece):
+        def words(rows: jax.Array, piece: Piece) -> jax.Array:
             prediction = piece.predict(piece.take(self.params), hidden[piece.index])
             drawn = prediction.start + categorical(each[piece.index], prediction.block)
             return rows.at[piece.index].add(jnp.where(piece.keep, drawn - rows[piece.index], 0))
@@ -253,7 +277,15 @@ class Factorised:
         return jnp.asarray(blocks.word)[rows].reshape(node.shape)
 
 
-Head: TypeAlias = FlatHead | FactorisedHead
+class At(NamedTuple):
+    """A head waiting for the positions it is asked about."""
+
+    head: Head
+    params: Tree
+    hidden: jax.Array  # [B, S, D]
+
+    def select(self, index: jax.Array) -> Prediction:
+        return self.head.predict(self.params, self.hidden.reshape(-1, self.hidden.shape[-1])[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,19 +312,19 @@ class _Chunks:
     predict: Callable
     uses: tuple[str, ...]  # the parameters that have a part in it
 
-    def loop(self, body, carry, sync_trip_count):
+    def loop(self, body: Callable[[Tree, Piece], Tree], carry: Tree, sync_trip_count: TripCount) -> Tree:
         """carry = body(carry, piece) for every piece; sync_trip_count: see parallel.OverBatch."""
         chunk = min(chunk_size(), self.wanted.size)
         order = jnp.pad(jnp.argsort(~self.wanted, stable=True), (0, chunk))
         count = jnp.sum(self.wanted)
 
-        def take(params):
+        def take(params: Tree) -> Tree:
             return {name: params[name] for name in self.uses}
 
-        def add(params, part):
+        def add(params: Tree, part: Tree) -> Tree:
             return params | {name: jax.tree.map(jnp.add, params[name], part[name]) for name in self.uses}
 
-        def step(i, carry):
+        def step(i: jax.Array, carry: Tree) -> Tree:
             index = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
             return body(carry, Piece(index, i * chunk + jnp.arange(chunk) < count, take, self.predict, add))
 
@@ -313,7 +345,7 @@ class _Tiles:
     levels: tuple[int, ...] | None
     clusters: bool  # whether the prediction needs p(cluster) as well
 
-    def loop(self, body, carry, sync_trip_count):
+    def loop(self, body: Callable[[Tree, Piece], Tree], carry: Tree, sync_trip_count: TripCount) -> Tree:
         """carry = body(carry, piece) for every piece; sync_trip_count: see parallel.OverBatch."""
         b, n = self.head.blocks, len(self.head.blocks.size)
         tile = min(max(8, 2 ** round(math.log2(max(self.wanted.size / 4 / n, 1)))), 512)
@@ -324,7 +356,7 @@ class _Tiles:
         starts, sizes = jnp.asarray(b.start[b.node]), jnp.asarray(b.size[b.node])
         rest = ("clusters",) if self.clusters else ()
 
-        def step(width, low, high, i, carry):
+        def step(width: int, low: int, high: int, i: jax.Array, carry: Tree) -> Tree:
             i = i + tiles[low]
             at = jnp.searchsorted(tiles[1:], i, side="right")
             begin = first[at] + (i - tiles[at]) * tile
@@ -332,15 +364,15 @@ class _Tiles:
             keep = (begin + jnp.arange(tile) < first[at + 1]) & (i < tiles[high])
             start, shown = starts[at], (jnp.arange(width) < sizes[at])[None]
 
-            def take(params):
+            def take(params: Tree) -> Tree:
                 block = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, width), params["words"])
                 return {"words": block} | {name: params[name] for name in rest}
 
-            def predict(part, h):
+            def predict(part: Tree, h: jax.Array) -> Prediction:
                 words = jnp.where(shown, _affine(part["words"], h, self.head.dtype), -jnp.inf)
                 return Factorised(self.head, part, h, jax.nn.log_softmax(words, axis=-1), start)
 
-            def add(params, part):
+            def add(params: Tree, part: Tree) -> Tree:
                 new = jax.tree.map(jnp.add, take(params), part)
                 put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
                 return params | new | {"words": jax.tree.map(put, params["words"], new["words"])}
@@ -353,12 +385,13 @@ class _Tiles:
         return carry
 
 
-def _tokens(tree):
+def _tokens(tree: Tree) -> Tree:
     """Leaves [B, S, ...] -> [B S, ...]."""
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
 
 
-def sum_over_noised(head, fn, params, hidden, level, x, fields, *, needs: str = "all", shard=WHOLE):
+def sum_over_noised(head: Head, fn: TokenLoss, params: Tree, hidden: jax.Array, level: jax.Array, x: jax.Array,
+                    fields: Tree, *, needs: str = "all", shard: OverBatch = WHOLE) -> tuple[jax.Array, jax.Array]:
     """Sums of fn over the noised tokens, and their gradients, without logits of all tokens at once.
 
     The loss is a sum, so its gradients are made piece by piece in the forward pass (a custom_vjp) and merely scaled
@@ -378,17 +411,17 @@ def sum_over_noised(head, fn, params, hidden, level, x, fields, *, needs: str = 
     Returns:
       (sum of loss, sum of aux), float32 scalars; gradients flow through the first alone.
     """
-    def pieces(params, hidden, level, x, fields, gradients: bool):
+    def pieces(params: Tree, hidden: jax.Array, level: jax.Array, x: jax.Array, fields: Tree, gradients: bool) -> tuple:
         shape, (hidden, level, x, fields) = hidden.shape, _tokens((hidden, level, x, fields))
         carry: Any = (jnp.float32(0), jnp.float32(0))
         if gradients:
             carry += (jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(hidden))
         for stream in head.streams(level, x, needs):
 
-            def body(carry, piece, levels=stream.levels):
+            def body(carry: Tree, piece: Piece, levels: tuple[int, ...] | None = stream.levels) -> Tree:
                 some = jax.tree.map(lambda a: a[piece.index], fields)
 
-                def sums(part, h):
+                def sums(part: Tree, h: jax.Array) -> tuple[jax.Array, jax.Array]:
                     loss, aux = fn(piece.predict(part, h), some, levels)
                     return jnp.sum(jnp.where(piece.keep, loss, 0.0)), jnp.sum(jnp.where(piece.keep, aux, 0.0))
 
@@ -404,15 +437,16 @@ def sum_over_noised(head, fn, params, hidden, level, x, fields, *, needs: str = 
         return (carry[:-1], carry[-1].reshape(shape)) if gradients else (carry, ())
 
     @jax.custom_vjp
-    def total(params, hidden, level, x, fields):
+    def total(params: Tree, hidden: jax.Array, level: jax.Array, x: jax.Array, fields: Tree) -> tuple[jax.Array,
+              jax.Array]:
         return shard(functools.partial(pieces, gradients=False))(params, hidden, level, x, fields)[0]
 
-    def forward(params, hidden, level, x, fields):
+    def forward(params: Tree, hidden: jax.Array, level: jax.Array, x: jax.Array, fields: Tree) -> tuple:
         run = shard(functools.partial(pieces, gradients=True))
         (loss, aux, d_params), d_hidden = run(params, hidden, level, x, fields)
         return (loss, aux), (d_params, d_hidden)
 
-    def backward(gradients, cotangent):
+    def backward(gradients: Tree, cotangent: tuple[jax.Array, jax.Array]) -> tuple:
         d_params, d_hidden = jax.tree.map(lambda g: g * cotangent[0], gradients)
         return d_params, d_hidden, None, None, None
 
@@ -420,17 +454,18 @@ def sum_over_noised(head, fn, params, hidden, level, x, fields, *, needs: str = 
     return total(params, hidden, level, x, fields)
 
 
-def map_over_noised(head, fn, params, hidden, level, x, fields, *, needs: str = "all", shard=WHOLE):
+def map_over_noised(head: Head, fn: TokenLoss, params: Tree, hidden: jax.Array, level: jax.Array, x: jax.Array,
+                    fields: Tree, *, needs: str = "all", shard: OverBatch = WHOLE) -> jax.Array:
     """fn(prediction, fields [c], levels) -> float32 [c] at every noised token, zero elsewhere: [B, S].
 
     Arguments as in sum_over_noised.
     """
-    def pieces(params, hidden, level, x, fields):
+    def pieces(params: Tree, hidden: jax.Array, level: jax.Array, x: jax.Array, fields: Tree) -> tuple:
         shape, (hidden, level, x, fields) = level.shape, _tokens((hidden, level, x, fields))
         out = jnp.zeros(level.shape, jnp.float32)
         for stream in head.streams(level, x, needs):
 
-            def body(out, piece, levels=stream.levels):
+            def body(out: jax.Array, piece: Piece, levels: tuple[int, ...] | None = stream.levels) -> Tree:
                 prediction = piece.predict(piece.take(params), hidden[piece.index])
                 values = fn(prediction, jax.tree.map(lambda a: a[piece.index], fields), levels)
                 return out.at[piece.index].add(jnp.where(piece.keep, values, 0.0))

@@ -1,4 +1,4 @@
-"""The published transformer: noised symbols and time -> hidden states -> (by a head) predictions over words.
+"""The published transformer: states and time -> hidden states -> (by a head) predictions over tokens.
 
 Bidirectional, rotary positions, adaptive layer norm on time (shift, scale, gate), MLP of 4 D with tanh GELU; layer
 norm in float32 without bias; no bias in qkv and out. Facts from the paper's network (arXiv 2510.08632).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.common.parallel import Tree
-from hdlm_jax.models.heads import FactorisedHead, FlatHead, Head, backend
+from hdlm_jax.config import Config
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.diffusion.prediction import Prediction
+from hdlm_jax.diffusion.process import Process
+from hdlm_jax.models.heads import At, FactorisedHead, FlatHead, Head, backend
+from hdlm_jax.models.trunk import Cache
 
 Attend: TypeAlias = Callable[..., jax.Array]
 _SINUSOIDS, _PERIOD = 256, 10_000.0
@@ -33,13 +38,13 @@ def rotary(seq_len: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def _rotate(x, cos, sin):
+def _rotate(x: jax.Array, cos: np.ndarray | jax.Array, sin: np.ndarray | jax.Array) -> jax.Array:
     half = x.shape[-1] // 2
     turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
     return (x * cos + turned * sin).astype(x.dtype)
 
 
-def attention(q, k, v, mask=None):
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Attention of queries [B, Q, H, D/H] to keys and values [B, S, H, D/H]: [B, Q, H, D/H].
 
     mask: bool [B or 1, 1, Q, S], False where a key is not seen; None: all are.
@@ -63,7 +68,7 @@ class Norm(nn.Module):
     bias: bool = False
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         weight = self.param("weight", nn.initializers.ones_init(), x.shape[-1:]).reshape((1,) * (x.ndim - 1) + (-1,))
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
@@ -81,7 +86,7 @@ class Modulation(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, cond):
+    def __call__(self, cond: jax.Array | None) -> list[jax.Array]:
         out = self.parts * self.width
         bias = self.param("bias", nn.initializers.zeros_init(), (out,)).reshape(1, 1, out)
         if cond is not None:
@@ -98,7 +103,8 @@ class Block(nn.Module):
     attend: Attend | None = None
 
     @nn.compact
-    def __call__(self, x, cond, mask, train: bool, layer=None, position=None):
+    def __call__(self, x: Any, cond: jax.Array | None, mask: jax.Array | None, train: bool,
+                 layer: jax.Array | None = None, position: jax.Array | None = None) -> tuple[Any, None]:
         """x [B, S, D] -> (x, None).
 
         With a cache x is (x [B, Q, D], k, v [blocks, B, S, H, D/H]): the tokens at `position` int32 [B, Q], whose keys
@@ -160,7 +166,7 @@ class Network(nn.Module):
     causal: bool = False
     attend: Attend | None = None
 
-    def setup(self):
+    def setup(self) -> None:
         limit = 1 / math.sqrt(self.width)
         init = lambda key, shape: jax.random.uniform(key, shape, minval=-limit, maxval=limit)  # noqa: E731
         self.embedding = self.param("embedding", init, (self.symbols, self.width))
@@ -180,16 +186,16 @@ class Network(nn.Module):
         self.modulation = Modulation(2, self.width)
         self.head_params = self.param("head", self.head.init, self.width)
 
-    def trunk(self, z, t, segment=None, train: bool = False):
+    def trunk(self, z: jax.Array, t: jax.Array, segment: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Hidden states float32 [B, S, D] before the head.
 
-        segment: int32 [B, S]; tokens see those of the same number alone (documents of a packed row, padding). Or bool
-          [B, S or 1, S], what each token sees.
+        segment: int32 [B, S]; positions see those of the same number alone (documents of a packed row, padding). Or
+          bool [B, S or 1, S], what each position sees.
         """
         x = self.embedding[z]
         cond = self._time(t) if self.time_conditioning else None
         mask = None if segment is None else segment[:, None]
-        if mask is not None and mask.ndim == 3:
+        if segment is not None and segment.ndim == 2:
             mask = segment[:, None, :, None] == segment[:, None, None, :]
         if self.causal:
             before = jnp.tri(z.shape[1], dtype=bool)[None, None]
@@ -197,74 +203,80 @@ class Network(nn.Module):
         x, _ = self.stack(x, cond, mask, train, None, None)
         return self._out(x, cond)
 
-    def _out(self, x, cond):
+    def _out(self, x: jax.Array, cond: jax.Array | None) -> jax.Array:
         shift, scale = self.modulation(cond)
         return self.norm(x) * (1 + scale) + shift
 
-    def partial(self, z, t, cache, position, seen):
-        """Hidden states of some tokens of each row, given keys and values of the others as last computed.
+    def partial(self, z: jax.Array, t: jax.Array, cache: tuple[jax.Array, jax.Array], position: jax.Array,
+                seen: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Hidden states of some positions of each row, given keys and values of the others as last computed.
 
         Args:
-          z: int32 [B, Q], the tokens' symbols; t: float32 [B].
+          z: int32 [B, Q], their states; t: float32 [B].
           cache: (k, v), see `empty_cache`.
           position: int32 [B, Q], where they stand, each in [0, S) at most once a row; S for an empty place, of which
             nothing is kept.
           seen: bool [B, Q or 1, S], what they attend to; nothing is added to it, in a causal network either.
 
         Returns:
-          (hidden float32 [B, Q, D], the cache with the tokens' keys and values in it).
+          (hidden float32 [B, Q, D], the cache with their keys and values in it).
         """
         cond = self._time(t) if self.time_conditioning else None
-        (x, *cache), _ = self.stack((self.embedding[z], *cache), cond, seen[:, None], False, jnp.arange(self.blocks),
-                                    position)
-        return self._out(x, cond), tuple(cache)
+        (x, k, v), _ = self.stack((self.embedding[z], *cache), cond, seen[:, None], False, jnp.arange(self.blocks),
+                                  position)
+        return self._out(x, cond), (k, v)
 
-    def decode(self, z, cache):
-        """Hidden states [B, n, D] of the symbols z [B, n] behind those in the cache, and the cache with them in it."""
-        *cache, at = cache
+    def decode(self, z: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden states [B, n, D] of the states z [B, n] behind those in the cache, and the cache with them in it."""
+        k, v, at = cache
         position = jnp.broadcast_to(at + jnp.arange(z.shape[1])[None], z.shape)
-        seen = jnp.arange(cache[0].shape[2])[None, None] <= position[..., None]
-        hidden, cache = self.partial(z, jnp.zeros(z.shape[:1]), cache, position, seen)
-        return hidden, (*cache, at + z.shape[1])
+        seen = jnp.arange(k.shape[2])[None, None] <= position[..., None]
+        hidden, (k, v) = self.partial(z, jnp.zeros(z.shape[:1]), (k, v), position, seen)
+        return hidden, (k, v, at + z.shape[1])
 
-    def next_word(self, params, cache, z, at=None):
-        """(cache, prediction [B] of the word behind z [B, 1]); the cache knows where that is."""
-        hidden, cache = self.apply({"params": params}, z, cache, method="decode")
+    def next_token(self, params: Tree, cache: Cache, z: jax.Array, at: jax.Array | None = None
+                   ) -> tuple[Cache, Prediction]:
+        """See Trunk; the cache itself knows the position."""
+        found: Any = self.apply({"params": params}, z, cache, method="decode")
+        hidden, cache = found
         return cache, self.head.predict(params["head"], hidden[:, -1])
 
-    def empty_cache(self, rows: int, seq_len: int):
+    def empty_cache(self, rows: int, seq_len: int) -> Cache:
         """Room for keys and values of so many rows and positions: (k, v [blocks, B, S, H, D/H], position int32)."""
         room = jnp.zeros((self.blocks, rows, seq_len, self.heads, self.width // self.heads), self.dtype)
         return room, room, jnp.int32(0)
 
-    def _time(self, t):
+    def _time(self, t: jax.Array) -> jax.Array:
         freq = jnp.exp(-math.log(_PERIOD) * jnp.arange(_SINUSOIDS // 2) / (_SINUSOIDS // 2)).reshape(1, -1)
         angle = t[:, None] * freq
         sinusoids = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
         return nn.silu(self.time_out(nn.silu(self.time_in(sinusoids))))
 
-    def __call__(self, z, t, segment=None, train: bool = False):
+    def __call__(self, z: jax.Array, t: jax.Array, segment: jax.Array | None = None, train: bool = False) -> jax.Array:
         return self.head.logits(self.head_params, self.trunk(z, t, segment, train))
 
-    def denoise(self, params, z, t, segment=None):
-        """The prediction at all tokens, made only where it is asked for (sampling)."""
-        hidden: Any = self.apply({"params": params}, z, t, segment, method="trunk")
-        return At(self.head, params["head"], hidden)
+    # What Trunk lists, as functions of parameters.
+
+    def init_params(self, key: jax.Array, seq_len: int) -> Tree:
+        return self.init(key, jnp.zeros((1, seq_len), jnp.int32), jnp.zeros((1,)))["params"]
+
+    def hidden(self, params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None = None,
+               dropout: jax.Array | None = None) -> jax.Array:
+        noise: Any = {} if dropout is None else {"rngs": {"dropout": dropout}}
+        found: Any = self.apply({"params": params}, z, t, segment, dropout is not None, method="trunk", **noise)
+        return found
+
+    def hidden_at(self, params: Tree, z: jax.Array, t: jax.Array, cache: tuple[jax.Array, jax.Array],
+                  position: jax.Array, seen: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        found: Any = self.apply({"params": params}, z, t, cache, position, seen, method="partial")
+        return found
+
+    def denoise(self, params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None = None) -> At:
+        return At(self.head, params["head"], self.hidden(params, z, t, segment))
 
 
-class At(NamedTuple):
-    """A head waiting for the tokens it is asked about."""
-
-    head: Head
-    params: Tree
-    hidden: jax.Array
-
-    def select(self, index):
-        return self.head.predict(self.params, self.hidden.reshape(-1, self.hidden.shape[-1])[index])
-
-
-def make_network(config, hierarchy) -> Network:
-    """The network of config.model for a hierarchy's words and symbols."""
+def make_network(config: Config, hierarchy: Hierarchy) -> Network:
+    """The network of config.model for a hierarchy's tokens and states."""
     m = config.model
     dtype = jnp.dtype(m.dtype)
     head = FlatHead(hierarchy, dtype) if m.head == "flat" else FactorisedHead(hierarchy, dtype, m.prototypes)
@@ -273,7 +285,7 @@ def make_network(config, hierarchy) -> Network:
                    m.dtype, m.remat, causal=causal)
 
 
-def flops_per_token(config, hierarchy, process) -> float:
+def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> float:
     """FLOPs of a forward and backward pass a token, as the algorithm needs them (2 per multiply-add, x3).
 
     Trunk products and attention for every token; the head for those that are noised, t uniform: all words in the flat

@@ -21,9 +21,9 @@ from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.process import Process
-from hdlm_jax.models.network import Network
+from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.checkpoint import checkpoints_of
-from hdlm_jax.training.state import build, init_params, placed
+from hdlm_jax.training.state import build, placed
 
 # settings in which a use of a run, or its resume, may differ from how it was trained
 FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "train.nonfinite_limit", "model.remat",
@@ -57,7 +57,7 @@ class Run:
     data_dir: str  # of its prepared text; only evaluation needs it to be there
     tokenizer: Tokenizer
     hierarchy: Hierarchy
-    network: Network
+    network: Trunk
     process: Process
     mesh: Mesh
     params: Tree
@@ -161,7 +161,7 @@ def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True
     hierarchy = Hierarchy.load(os.path.join(workdir, "hierarchy.npz"), tokenizer.fingerprint)
     mesh = parallel.make_mesh(config)
     network, process = build(config, hierarchy)
-    abstract, _ = placed(lambda: init_params(network, config.model.seq_len, jax.random.key(0)), mesh)
+    abstract, _ = placed(lambda: network.init_params(jax.random.key(0), config.model.seq_len), mesh)
     if os.path.isdir(os.path.join(workdir, "params")) and trained.optimizer.ema and not ema:
         raise ConfigError(f"evaluate.ema=False: {workdir} is an export, which holds the average of the weights alone")
     ema = bool(trained.optimizer.ema) and ema

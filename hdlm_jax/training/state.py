@@ -21,7 +21,8 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.diffusion.sedd import SeddProcess
-from hdlm_jax.models.network import TENSOR_AXES, Network, make_network
+from hdlm_jax.models.network import TENSOR_AXES, make_network
+from hdlm_jax.models.trunk import Trunk
 
 
 def make_process(config: Config, hierarchy: Hierarchy) -> Process:
@@ -35,7 +36,7 @@ def make_process(config: Config, hierarchy: Hierarchy) -> Process:
     return (SeddProcess if d.process == "sedd" else HierarchicalProcess)(hierarchy, chain, d.xi, d.force_transition)
 
 
-def build(config: Config, hierarchy: Hierarchy) -> tuple[Network, Process]:
+def build(config: Config, hierarchy: Hierarchy) -> tuple[Trunk, Process]:
     """(network, process) of a config and hierarchy."""
     return make_network(config, hierarchy), make_process(config, hierarchy)
 
@@ -62,19 +63,14 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
     return tx, lambda n: schedule(n + 1)
 
 
-def init_params(network: Network, seq_len: int, key: jax.Array) -> Tree:
-    """Random parameters of a network."""
-    return network.init(key, jnp.zeros((1, seq_len), jnp.int32), jnp.zeros((1,)))["params"]
-
-
-def init_state(config: Config, network: Network, tx: optax.GradientTransformation, key: jax.Array,
+def init_state(config: Config, network: Trunk, tx: optax.GradientTransformation, key: jax.Array,
                table: jax.Array | np.ndarray | None = None) -> TrainState:
     """A fresh state (jit it with out_shardings, so that it is born where it lives).
 
     Args:
       table: float32 [rows, D] start of the embedding table, or None for a random one.
     """
-    params = init_params(network, config.model.seq_len, key)
+    params = network.init_params(key, config.model.seq_len)
     if table is not None:
         params = {**params, "embedding": jnp.asarray(table)}
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema else {}
@@ -89,7 +85,7 @@ def placed(make: Callable[[], Tree], mesh: Mesh) -> tuple[Tree, Tree]:
     return jax.tree.map(add, shape, shardings), shardings
 
 
-def abstract_state(config: Config, network: Network, tx: optax.GradientTransformation, mesh: Mesh
+def abstract_state(config: Config, network: Trunk, tx: optax.GradientTransformation, mesh: Mesh
                    ) -> tuple[TrainState, TrainState]:
     """`placed` of a state."""
     return placed(lambda: init_state(config, network, tx, jax.random.key(0)), mesh)

@@ -19,7 +19,7 @@ from hdlm_jax.diffusion.levels import open_uniform
 from hdlm_jax.diffusion.prediction import Prediction
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.heads import sum_over_noised
-from hdlm_jax.models.network import Network
+from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.state import TrainState
 
 LossSums: TypeAlias = Callable[[Tree, Batch, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
@@ -37,7 +37,7 @@ def stratified_tau(keys: jax.Array, index: jax.Array, batch: int) -> jax.Array:
     return jnp.where(t < 0.5, -jnp.log1p(-t), -jnp.log(rest))
 
 
-def make_loss_sums(config: Config, network: Network, process: Process, mesh: Mesh | None = None
+def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh | None = None
                    ) -> LossSums:
     """loss_sums(params, batch, key) -> (loss, nelbo, tokens): sums over the rows given, in nats.
 
@@ -54,12 +54,12 @@ def make_loss_sums(config: Config, network: Network, process: Process, mesh: Mes
 
     def hidden(params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None, keys: jax.Array) -> Any:
         if not m.dropout:
-            return network.apply({"params": params}, z, t, segment, method="trunk")
+            return network.hidden(params, z, t, segment)
 
         def row(z: jax.Array, t: jax.Array, segment: jax.Array | None, key: jax.Array) -> jax.Array:
             # a row's own key, so that its dropout does not depend on its batch mates
             z, t, segment = jax.tree.map(lambda a: a[None], (z, t, segment))
-            return network.apply({"params": params}, z, t, segment, True, rngs={"dropout": key}, method="trunk")[0]
+            return network.hidden(params, z, t, segment, key)[0]
 
         return jax.vmap(row)(z, t, segment, keys)
 
@@ -86,7 +86,7 @@ def make_loss_sums(config: Config, network: Network, process: Process, mesh: Mes
     return loss_sums
 
 
-def make_train_step(config: Config, network: Network, process: Process, tx: optax.GradientTransformation,
+def make_train_step(config: Config, network: Trunk, process: Process, tx: optax.GradientTransformation,
                     mesh: Mesh | None = None) -> TrainStep:
     """train_step(state, batch, key) -> (state, metrics), pure and global.
 

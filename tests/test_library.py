@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-import tiny
 from oracle import Toy
 
 import hdlm_jax as hd
@@ -254,9 +253,9 @@ def test_gidd_samples_the_data():
         p = [jnp.einsum("ij,bj->bi", joint, shows(z[:, 1:])), jnp.einsum("ij,bi->bj", joint, shows(z[:, :1]))]
         return jnp.log(jnp.stack(p, axis=1) + 1e-30)
 
-    tokens, info = hd.sample(hd.gidd(V, 0.3), denoise, jax.random.key(0), (rows, S), hd.ancestral(steps=1000))
+    tokens, info = hd.sample(hd.gidd(V, 0.3), denoise, jax.random.key(0), (rows, S), hd.ancestral(steps=500))
     assert_law(tokens, np.asarray(joint, np.float64) / float(joint.sum()), rows)
-    assert (info["calls"] == 1000).all()
+    assert (info["calls"] == 500).all()
 
 
 def test_an_autoregressive_network_samples_token_by_token():
@@ -375,7 +374,7 @@ def test_the_import_stays_cheap(root):
 def test_the_page_runs(root):
     """The python of docs/library.md, as it stands there."""
     blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "library.md").read_text(encoding="utf-8"), re.S)
-    environment = os.environ | {"XLA_FLAGS": tiny.QUICK_COMPILES, "PYTHONPATH": str(root)}
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(root)}  # it runs for longer than it compiles
     out = subprocess.run([sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True, cwd=root,
                          env=environment)
     assert out.returncode == 0, out.stderr

@@ -68,7 +68,8 @@ def _runs(pid: int) -> bool:
         return False
     except PermissionError:  # somebody else's
         return True
-    return pid != os.getpid()
+    state = Path(f"/proc/{pid}/stat")  # in a container without an init the dead stay as zombies
+    return pid != os.getpid() and not (state.exists() and state.read_text().rpartition(") ")[2].startswith("Z"))
 
 
 @contextlib.contextmanager

@@ -110,18 +110,18 @@ def test_equality_hash_and_fingerprint() -> None:
 @pytest.mark.parametrize(("parents", "kwargs", "message"), [
     ([], {}, "needs vocab_size"),
     ([], {"vocab_size": 1}, "vocab_size = 1: .* at least 2"),
-    ([[0]], {}, "at least 2 words"),
+    ([[0]], {}, "at least 2 tokens"),
     ([[0, 2, 0]], {}, "empty cluster: node 1 of level 1"),
     ([[0, 1, 0], [0, 0, 0]], {}, "empty cluster: node 2 of level 1"),
     ([[0, 1, 2], [0, 0]], {}, "holds node 2, but level 1 has nodes 0..1"),
     ([[0, 1, 0], [1, 1]], {}, "empty cluster: node 0 of level 2"),
     ([[0, -1, 0]], {}, "holds node -1"),
     ([[0, -1, 1], [0, 0]], {}, "holds node -1"),
-    ([[0, 1, 0]], {"vocab_size": 4}, "3 words, but vocab_size = 4"),
+    ([[0, 1, 0]], {"vocab_size": 4}, "3 tokens, but vocab_size = 4"),
     ([[0, 1, 0], []], {}, "parents.1. is empty"),
     ([[0.0, 1.0]], {}, "float64"),
     ([[[0, 1]]], {}, r"shape \(1, 2\)"),
-    ([[0, 1, 0]], {"special": (3,)}, r"special word id 3 is outside 0\.\.2"),
+    ([[0, 1, 0]], {"special": (3,)}, r"special token 3 is outside 0\.\.2"),
     ([[0, 2**40, 0]], {}, "does not fit int32"),
 ])
 def test_bad_maps_give_one_clear_line(parents: list, kwargs: dict, message: str) -> None:

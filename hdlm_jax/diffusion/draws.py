@@ -61,10 +61,10 @@ def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
     A block of about sqrt(V) tokens first, then a token in it: 2 sqrt(V) random numbers per position in place of V.
     mode="high": the default Gumbel noise stops at 15.9 and draws tokens of probability 1e-7 half as often as it should.
     """
-    shape, words = logits.shape[:-1], logits.shape[-1]
-    block = max(1, math.isqrt(words - 1) + 1)
-    blocks = -(-words // block)
-    logits = jnp.pad(logits.reshape(-1, words), [(0, 0), (0, blocks * block - words)], constant_values=-jnp.inf)
+    shape, size = logits.shape[:-1], logits.shape[-1]
+    block = max(1, math.isqrt(size - 1) + 1)
+    blocks = -(-size // block)
+    logits = jnp.pad(logits.reshape(-1, size), [(0, 0), (0, blocks * block - size)], constant_values=-jnp.inf)
     logits, keys = logits.reshape(-1, blocks, block), keys.reshape(-1)
     pick = jax.vmap(lambda key, row: jax.random.categorical(key, row, mode="high"))
     outer = pick(fold(keys, 0), jax.nn.logsumexp(logits, axis=-1))

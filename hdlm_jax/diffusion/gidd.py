@@ -68,7 +68,7 @@ class GiddProcess(Process):
         At t = 0 it is infinite; there it is large, and a cost of 0 stays 0. No t > 0 that float32 has is changed.
         """
         t, rest, _ = self._times(tau, xp)
-        return self.hierarchy.vocab_size / self._b * xp.sqrt(rest / xp.maximum(t, np.finfo(np.float32).tiny))
+        return self.vocab_size / self._b * xp.sqrt(rest / xp.maximum(t, np.finfo(np.float32).tiny))
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -78,10 +78,10 @@ class GiddProcess(Process):
         keys = row_keys(key, x.shape[0])
         t, rest, c = (a[:, None] for a in self._times(tau))
         u = (1 + c) * jax.vmap(lambda k: open_uniform(k, x.shape[1:]))(fold(keys, 0))
-        z = jnp.where(u < t, self.hierarchy.mask_id, x)
+        z = jnp.where(u < t, self.mask_id, x)
         if self.p_uniform:
-            words = jax.vmap(lambda k: jax.random.randint(k, x.shape[1:], 0, self.hierarchy.vocab_size))(fold(keys, 1))
-            z = jnp.where(u >= t + rest, words, z)
+            random = jax.vmap(lambda k: jax.random.randint(k, x.shape[1:], 0, self.vocab_size))(fold(keys, 1))
+            z = jnp.where(u >= t + rest, random, z)
         return z.astype(jnp.int32)
 
     def noised(self, key: jax.Array, x: jax.Array, tau: jax.Array, score: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -89,7 +89,7 @@ class GiddProcess(Process):
         p_u = 0 only masks are.
         """
         z = jnp.where(score, self.corrupt(key, x, tau=tau), x)
-        return z, (score if self.p_uniform else z == self.hierarchy.mask_id).astype(jnp.int32)
+        return z, (score if self.p_uniform else z == self.mask_id).astype(jnp.int32)
 
     def shares(self) -> np.ndarray:
         """[2] share of positions that are not, and that are scored, t uniform."""
@@ -100,15 +100,15 @@ class GiddProcess(Process):
     def token_loss(self, prediction: Prediction | jax.Array, x: jax.Array, z: jax.Array,
                    levels: tuple[int, ...] | None = None, hard_training: bool = False, *, tau: jax.Array) -> jax.Array:
         """KL(q_t(.|x) || q_t(.|p)) + D_IS in nats, of x's shape; tau of x's shape or [B]."""
-        p, masked = self.as_prediction(prediction), z == self.hierarchy.mask_id
+        p, masked = self.as_prediction(prediction), z == self.mask_id
         tau = jnp.broadcast_to(tau.reshape(tau.shape + (1,) * (x.ndim - tau.ndim)), x.shape)
         _, rest, c = self._times(tau)
         if not self.p_uniform:
             return jnp.where(masked, -rest * p.log_prob(x), 0.0)
-        r, words = self._ratio(tau), self.hierarchy.vocab_size
-        shown = jnp.log1p(r[..., None] * jnp.exp(p.log_probs()))  # log q_t(.|p) over chance, of all words
+        r, size = self._ratio(tau), self.vocab_size
+        shown = jnp.log1p(r[..., None] * jnp.exp(p.log_probs()))  # log q_t(.|p) over chance, of all tokens
         at = lambda v: jnp.take_along_axis(shown, v[..., None], axis=-1)[..., 0]  # noqa: E731
-        chance = c / (words * (1 + c))
+        chance = c / (size * (1 + c))
         kl = chance * ((1 + r) * (jnp.log1p(r) - at(x)) - (jnp.sum(shown, axis=-1) - at(x)))
         u = jnp.where(z == x, jnp.log1p(r), 0.0) - at(jnp.where(masked, x, z))
         return jnp.asarray(kl + jnp.where(masked, 0.0, jnp.expm1(u) - u))
@@ -116,7 +116,7 @@ class GiddProcess(Process):
     def _relative(self, z: jax.Array, tau: jax.Array, x: jax.Array) -> jax.Array:
         """Weights relative to a wrong token's: 2 at the mask, 1/(1 + r) at the token itself."""
         own = 1 / (1 + self._ratio(tau)) if self.p_uniform else jnp.zeros_like(tau)
-        return jnp.where(z == self.hierarchy.mask_id, 2.0, jnp.where(z == x, own, 1.0))
+        return jnp.where(z == self.mask_id, 2.0, jnp.where(z == x, own, 1.0))
 
     def nelbo_weight(self, z: jax.Array, tau: jax.Array, x: jax.Array) -> jax.Array:
         """w per unit tau, of z's shape [B, S]; tau [B]: 1/t at the mask, half of it at a wrong token."""
@@ -156,7 +156,7 @@ class GiddProcess(Process):
             # 0.2: the surprise is in nats, a cross-entropy about 5 of them. It only shapes the proposal, so estimates
             # stay unbiased; on Zipf tokens of 4.5 and 5.5 nats their variance is within 2% of the least (4-11% with 0)
             flow.append(c / (1 + c))
-            rate.append((rest + 0.2 * np.log1p(self._ratio(tau, np) / self.hierarchy.vocab_size)) / (2 * t))
+            rate.append((rest + 0.2 * np.log1p(self._ratio(tau, np) / self.vocab_size)) / (2 * t))
         flows, rates = np.stack(flow), np.stack(rate)
         return (flows * rates).sum(0), (flows * rates * rates).sum(0)
 
@@ -165,12 +165,12 @@ class GiddProcess(Process):
     def _step(self, z: jax.Array, tau_s: Number, tau_t: Number) -> tuple[Times, Times, jax.Array, jax.Array]:
         """What a step needs: (t, 1 - t, c/V, c) at tau_s and at tau_t, e^(tau_s - tau_t), and the joint probability
         that the position jumped in between and that its last jump ended at z, of z's shape."""
-        words = self.hierarchy.vocab_size
+        size = self.vocab_size
         t, rest, c = (jnp.broadcast_to(a, z.shape) for a in self._times(jnp.asarray(tau_t, jnp.float32)))
         s, rest_s, c_s = (jnp.broadcast_to(a, z.shape) for a in self._times(jnp.asarray(tau_s, jnp.float32)))
         kept = jnp.broadcast_to(jnp.exp(jnp.asarray(tau_s - tau_t, jnp.float32)), z.shape)
-        jumped = jnp.where(z == self.hierarchy.mask_id, t - kept * s, (c - kept * c_s) / words) / (1 + c)
-        return (s, rest_s, c_s / words, c_s), (t, rest, c / words, c), kept, jumped
+        jumped = jnp.where(z == self.mask_id, t - kept * s, (c - kept * c_s) / size) / (1 + c)
+        return (s, rest_s, c_s / size, c_s), (t, rest, c / size, c), kept, jumped
 
     def posterior(self, prediction: Prediction | jax.Array, z: jax.Array, tau_s: Number, tau_t: Number) -> jax.Array:
         """Distribution of the state at tau_s given z at tau_t > tau_s (scalars): [..., V + 1], dense, for tests."""
@@ -178,8 +178,8 @@ class GiddProcess(Process):
         (s, rest_s, u_s, c_s), (_, _, _, c), kept, jumped = self._step(z, tau_s, tau_t)
         before = jnp.concatenate([rest_s[..., None] * p + u_s[..., None], s[..., None]], -1) / (1 + c_s)[..., None]
         stayed = kept * (1 + c_s) / (1 + c)  # alpha_t / alpha_s
-        symbols = np.append(np.arange(self.hierarchy.vocab_size), self.hierarchy.mask_id)
-        same = symbols.reshape((1,) * z.ndim + (-1,)) == z[..., None]
+        states = np.append(np.arange(self.vocab_size), self.mask_id)
+        same = states.reshape((1,) * z.ndim + (-1,)) == z[..., None]
         both = before * (jumped[..., None] + jnp.where(same, stayed[..., None], 0.0))
         return both / jnp.sum(both, -1, keepdims=True)
 
@@ -195,7 +195,7 @@ class GiddProcess(Process):
         keys = token_keys(key, z.shape)
         log_p = log_probs_of(cast(LogitsPrediction, self.as_prediction(prediction)).logits, temperature, top_p)
         (s, rest_s, u_s, c_s), (t, rest, u_t, c), _, jumped = self._step(z, tau_s, tau_t)
-        masked = z == self.hierarchy.mask_id
+        masked = z == self.mask_id
         own = jnp.exp(jnp.take_along_axis(log_p, jnp.where(masked, 0, z)[..., None], axis=-1)[..., 0])
         here = jnp.where(masked, t, rest * own + u_t) / (1 + c)
         there = jnp.where(masked, s, rest_s * own + u_s) / (1 + c_s)
@@ -204,9 +204,9 @@ class GiddProcess(Process):
         weight = jnp.log(rest_s[..., None] * jnp.exp(log_p) + u_s[..., None])
         shown = jnp.arange(log_p.shape[-1]).reshape((1,) * z.ndim + (-1,)) == z[..., None]
         weight = jnp.where(shown, -jnp.inf, weight)
-        word = categorical(fold(keys, 1), weight)
+        token = categorical(fold(keys, 1), weight)
         to_mask = ~masked & (uniform(2) * (s + jnp.sum(jnp.exp(weight), axis=-1)) < s)
-        return jnp.where(jumps, jnp.where(to_mask, self.hierarchy.mask_id, word), z).astype(jnp.int32)
+        return jnp.where(jumps, jnp.where(to_mask, self.mask_id, token), z).astype(jnp.int32)
 
 
 NOISE = 0.01  # t that the network is told while it corrects
@@ -232,7 +232,7 @@ def sample(key: jax.Array, denoise: Denoise, process: GiddProcess, z: jax.Array,
     Returns:
       (tokens, stats) as hdlm_jax.decoding.loop.sample; the confidence is p of the token when it was drawn.
     """
-    keys, given = row_keys(key, z.shape[0]), z != process.hierarchy.mask_id
+    keys, given = row_keys(key, z.shape[0]), z != process.mask_id
     count = -(-z.size // tokens)
     at = jnp.minimum(jnp.arange(count * tokens), z.size - 1).reshape(count, tokens)
     busy = ~jnp.all(given, axis=-1)
@@ -251,8 +251,8 @@ def sample(key: jax.Array, denoise: Denoise, process: GiddProcess, z: jax.Array,
         def some(i: jax.Array) -> tuple[jax.Array, jax.Array]:
             p = process.as_prediction(prediction.select(i))
             new = process.step(each[i], p, old[i], tau_s, tau_t, temperature, top_p)
-            word = jnp.minimum(new, process.hierarchy.vocab_size - 1)
-            return new, jnp.where(new == word, jnp.exp(p.log_prob(word)), 0.0)
+            token = jnp.minimum(new, process.vocab_size - 1)
+            return new, jnp.where(new == token, jnp.exp(p.log_prob(token)), 0.0)
 
         new, law = (a.reshape(-1)[: z.size].reshape(z.shape) for a in jax.lax.map(some, at))
         state = jnp.where(given, z, new), jnp.where(given | (new == z), sure, law)
@@ -265,14 +265,14 @@ def sample(key: jax.Array, denoise: Denoise, process: GiddProcess, z: jax.Array,
 
         def draw(i: jax.Array) -> tuple[jax.Array, jax.Array]:
             log_p = process.as_prediction(prediction.select(i)).log_probs()
-            word = categorical(each[i], log_p / correction_temperature)
-            return word, jnp.take_along_axis(log_p, word[:, None], axis=-1)[:, 0]
+            token = categorical(each[i], log_p / correction_temperature)
+            return token, jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0]
 
-        word, sure = (a.reshape(-1)[: z.size].reshape(z.shape) for a in jax.lax.map(draw, at))
-        sure = jnp.where(given | (word == z), -jnp.inf, sure)
+        token, sure = (a.reshape(-1)[: z.size].reshape(z.shape) for a in jax.lax.map(draw, at))
+        sure = jnp.where(given | (token == z), -jnp.inf, sure)
         best = jax.nn.one_hot(jnp.argmax(sure, axis=-1), z.shape[1], dtype=bool) & (sure > -jnp.inf)
         best &= ~settled[:, None]
-        state = jnp.where(best, word, z), jnp.where(best, jnp.exp(sure), old_sure)
+        state = jnp.where(best, token, z), jnp.where(best, jnp.exp(sure), old_sure)
         seen = (*state, jnp.where(steps + call + 1 < end, told(steps), 0.0))
         return state, record.expose(film, steps + call, seen), forwards + ~settled, settled | ~jnp.any(best, axis=-1)
 

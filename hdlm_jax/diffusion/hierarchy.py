@@ -1,4 +1,4 @@
-"""The hierarchy of symbols: words, clusters, clusters of clusters, one mask (`docs/theory.md` section 1).
+"""The hierarchy of states: tokens, clusters, clusters of clusters, one mask (`docs/theory.md` section 1).
 
 Nothing but numpy is imported here, so that the diffusion code, the tests' oracle and a notebook can all
 read a hierarchy without jax, faiss or a tokenizer.
@@ -27,7 +27,7 @@ _PAD_TO = 128
 
 @dataclass(frozen=True, eq=False)
 class Hierarchy:
-    """Levels 0..K of symbols: V words, n_1 clusters, ..., one mask; maps between them are nested.
+    """Levels 0..K of states: V tokens, n_1 clusters, ..., one mask; maps between them are nested.
 
     Build one with `Hierarchy.from_parents` or `Hierarchy.load`; the constructor takes maps as they are and
     checks them. Two hierarchies with the same maps are equal and hash alike. All arrays are read-only.
@@ -35,7 +35,7 @@ class Hierarchy:
     Attributes:
       parents: tuple of K int32 arrays; `parents[l]` has shape [n_l] and gives the node of level l + 1 that a
         node of level l belongs to. The last one is all zeros (everything ends in the mask).
-      special: ids of words that are exempt from the size limits of clusters (`<|endoftext|>`).
+      special: tokens that are exempt from the size limits of clusters (`<|endoftext|>`).
     """
 
     parents: tuple[np.ndarray, ...]
@@ -43,10 +43,10 @@ class Hierarchy:
 
     def __post_init__(self) -> None:
         if not self.parents:
-            raise ValueError("hierarchy has no map: from_parents([], vocab_size=V) makes words and a mask")
+            raise ValueError("hierarchy has no map: from_parents([], vocab_size=V) makes tokens and a mask")
         maps = tuple(_int_map(p, f"parents[{level}]") for level, p in enumerate(self.parents))
         if len(maps[0]) < 2:
-            raise ValueError(f"vocab_size = {len(maps[0])}: a hierarchy needs at least 2 words")
+            raise ValueError(f"vocab_size = {len(maps[0])}: a hierarchy needs at least 2 tokens")
         for level, parent in enumerate(maps):
             last = level == len(maps) - 1
             upper = 1 if last else len(maps[level + 1])
@@ -62,7 +62,7 @@ class Hierarchy:
         special = tuple(int(i) for i in self.special)
         for i in special:
             if not 0 <= i < len(maps[0]):
-                raise ValueError(f"special word id {i} is outside 0..{len(maps[0]) - 1}")
+                raise ValueError(f"special token {i} is outside 0..{len(maps[0]) - 1}")
         for parent in maps:
             parent.setflags(write=False)
         object.__setattr__(self, "parents", maps)
@@ -74,25 +74,25 @@ class Hierarchy:
         """Builds a hierarchy from its maps, fine to coarse; the last map, to the mask, is added.
 
         Args:
-          parents: `parents[0]`: int [V], word -> level-1 node; `parents[1]`: int [n_1], level-1 node ->
-            level-2 node; and so on. `[]` with `vocab_size=V` is MDLM: words and the mask.
+          parents: `parents[0]`: int [V], token -> level-1 node; `parents[1]`: int [n_1], level-1 node ->
+            level-2 node; and so on. `[]` with `vocab_size=V` is MDLM: tokens and the mask.
           vocab_size: V; needed only for `[]`, checked against `parents[0]` otherwise.
           keep_single: levels are cut at the first one with a single node (that one *is* the mask), unless
             this is True: then a single cluster stays below the mask, as in levels (V, 1, 1).
-          special: word ids exempt from the size limits of clusters.
+          special: tokens exempt from the size limits of clusters.
 
         Raises:
-          ValueError: fewer than 2 words, an empty cluster, a map of the wrong length or out of range.
+          ValueError: fewer than 2 tokens, an empty cluster, a map of the wrong length or out of range.
         """
         maps = [_int_map(p, f"parents[{level}]") for level, p in enumerate(parents)]
         if not maps:
             if vocab_size is None:
-                raise ValueError("from_parents([]) needs vocab_size (the number of words V)")
+                raise ValueError("from_parents([]) needs vocab_size (the number of tokens V)")
             if vocab_size < 2:
-                raise ValueError(f"vocab_size = {vocab_size}: a hierarchy needs at least 2 words")
+                raise ValueError(f"vocab_size = {vocab_size}: a hierarchy needs at least 2 tokens")
             return cls((np.zeros(vocab_size, np.int32),), tuple(special))
         if vocab_size is not None and len(maps[0]) != vocab_size:
-            raise ValueError(f"parents[0] has {len(maps[0])} words, but vocab_size = {vocab_size}")
+            raise ValueError(f"parents[0] has {len(maps[0])} tokens, but vocab_size = {vocab_size}")
         for level, parent in enumerate(maps):
             if len(parent) == 0:
                 raise ValueError(f"parents[{level}] is empty: it needs one entry per node of level {level}")
@@ -114,7 +114,7 @@ class Hierarchy:
 
     @property
     def num_levels(self) -> int:
-        """K: the number of levels above the words, the mask included."""
+        """K: the number of levels above the tokens, the mask included."""
         return len(self.parents)
 
     @property
@@ -124,7 +124,7 @@ class Hierarchy:
 
     @property
     def num_states(self) -> int:
-        """N: words, clusters of all levels and the mask."""
+        """N: tokens, clusters of all levels and the mask."""
         return sum(self.sizes)
 
     @property
@@ -134,26 +134,26 @@ class Hierarchy:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """First symbol id of every level, K + 1 numbers; words start at 0."""
+        """First state of every level, K + 1 numbers; tokens start at 0."""
         return tuple(int(o) for o in np.concatenate([[0], np.cumsum(self.sizes)[:-1]]))
 
     @property
     def mask_id(self) -> int:
-        """Symbol id of the mask, the last one: N - 1."""
+        """The mask, the last state: N - 1."""
         return self.num_states - 1
 
     def level_of(self, ids: Any) -> np.ndarray:
-        """Level of each symbol id, int32, same shape as `ids`."""
+        """Level of each state, int32, same shape as `ids`."""
         ids = self._checked_ids(ids)
         return (np.searchsorted(np.asarray(self.offsets), ids, side="right") - 1).astype(np.int32)
 
     def node_of(self, ids: Any) -> np.ndarray:
-        """Node index of each symbol id within its level, int32, same shape as `ids`."""
+        """Node of each state within its level, int32, same shape as `ids`."""
         ids = self._checked_ids(ids)
         return (ids - np.asarray(self.offsets)[self.level_of(ids)]).astype(np.int32)
 
     def state_id(self, level: Any, node: Any) -> np.ndarray:
-        """Symbol id of node `node` of level `level` (arrays broadcast against each other), int32."""
+        """State of node `node` of level `level` (arrays broadcast against each other), int32."""
         level, node = np.asarray(level), np.asarray(node)
         if level.size and (level.min() < 0 or level.max() > self.num_levels):
             raise ValueError(f"level {level.min()}..{level.max()} is outside 0..{self.num_levels}")
@@ -164,14 +164,14 @@ class Hierarchy:
     def _checked_ids(self, ids: Any) -> np.ndarray:
         ids = np.asarray(ids)
         if ids.size and (ids.min() < 0 or ids.max() >= self.num_states):
-            raise ValueError(f"symbol id {ids.min()}..{ids.max()} is outside 0..{self.num_states - 1}")
+            raise ValueError(f"state {ids.min()}..{ids.max()} is outside 0..{self.num_states - 1}")
         return ids
 
     # ---- ancestors and counts ----
 
     @cached_property
     def anc(self) -> tuple[np.ndarray, ...]:
-        """anc[l]: int32 [V], the node of level l above each word; anc[0] = arange(V), anc[K] = zeros."""
+        """anc[l]: int32 [V], the node of level l above each token; anc[0] = arange(V), anc[K] = zeros."""
         out = [np.arange(self.vocab_size, dtype=np.int32)]
         for parent in self.parents:
             out.append(parent[out[-1]])
@@ -192,7 +192,7 @@ class Hierarchy:
 
     @cached_property
     def word_count(self) -> tuple[np.ndarray, ...]:
-        """word_count[l]: int32 [n_l], the number of words under each node of level l = 0..K."""
+        """word_count[l]: int32 [n_l], the number of tokens under each node of level l = 0..K."""
         return _frozen([np.bincount(a) for a in self.anc])
 
     @cached_property
@@ -239,7 +239,7 @@ class Hierarchy:
 
         Args:
           path: the file, ending in .npz.
-          tokenizer_fingerprint: of the tokenizer whose ids the words are; `load` compares it.
+          tokenizer_fingerprint: of the tokenizer whose ids the tokens are; `load` compares it.
           extra: anything that json can hold (how the clusters were made); `read_extra` gives it back.
         """
         path = Path(path)

@@ -101,7 +101,7 @@ class LogitsPrediction:
 
     def __init__(self, logits: jax.Array, hierarchy: Hierarchy, level: int = 0):
         if logits.shape[-1] != hierarchy.sizes[level]:
-            of = "words" if level == 0 else f"nodes of level {level}"
+            of = "tokens" if level == 0 else f"nodes of level {level}"
             raise ValueError(f"logits.shape={logits.shape}: the last axis must be the V={hierarchy.sizes[level]} {of}")
         self.logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         self.hierarchy, self.level = hierarchy, level

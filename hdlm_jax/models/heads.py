@@ -66,7 +66,7 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 
 def chunk_size() -> int:
-    """Tokens whose logits of all words exist at once on a device."""
+    """Positions whose logits of all V tokens exist at once on a device."""
     return 128 if backend() == "cpu" else 2048
 
 
@@ -125,11 +125,11 @@ class FlatHead:
 
 
 class Blocks:
-    """The words' rows in a table in which every level-1 node is one block, and blocks of like size are neighbours.
+    """The tokens' rows in a table in which every level-1 node is one block, and blocks of like size are neighbours.
 
     Attributes (numpy, int32):
-      row [V]: of each word; word [rows]: of each row (0 in the padding behind the last block).
-      start, size [n]: first row and number of words of each node; rank [n]: place of its block; node [n]: by place.
+      row [V]: of each token; word [rows]: the token of each row (0 in the padding behind the last block).
+      start, size [n]: first row and number of tokens of each node; rank [n]: place of its block; node [n]: by place.
       classes: ((first place, last place + 1, width), ...): nodes whose blocks are read as so many rows.
     """
 
@@ -154,10 +154,10 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FactorisedHead:
-    """p(x | h) = p(c(x) | h) p(x | c(x), h), c(x) the word's level-1 node.
+    """p(x | h) = p(c(x) | h) p(x | c(x), h), c(x) the token's level-1 node.
 
     Parameters: words.kernel [rows, D] and words.bias [rows], block by block; clusters.kernel [n P, D] and
-    clusters.bias [n P]: a node's logit is the log-sum-exp of its P `prototypes` (a flat head's is one over its words).
+    clusters.bias [n P]: a node's logit is the log-sum-exp of its P `prototypes` (a flat head's is one over its tokens).
     """
 
     hierarchy: Hierarchy
@@ -183,7 +183,7 @@ class FactorisedHead:
         return LogitsPrediction(logits, self.hierarchy, level=1)
 
     def within(self, params: Tree, h: jax.Array) -> jax.Array:
-        """log p(x | c(x), h) of every word: float32 [..., V]."""
+        """log p(x | c(x), h) of every token: float32 [..., V]."""
         b, anc = self.blocks, np.asarray(self.hierarchy.anc[1])
         column = np.arange(int(b.size.max()))[None]
         index = np.minimum(b.start[:, None] + column, b.rows - 1)
@@ -192,14 +192,14 @@ class FactorisedHead:
         return words.reshape(*words.shape[:-2], -1)[..., anc * column.size + (b.row - b.start[anc])]
 
     def logits(self, params: Tree, h: jax.Array) -> jax.Array:
-        """log p(x | h) of every word, put together from the two factors: float32 [..., V]."""
+        """log p(x | h) of every token, put together from the two factors: float32 [..., V]."""
         return self.predict(params, h).log_probs()
 
     def predict(self, params: Tree, h: jax.Array) -> Prediction:
         return Factorised(self, params, h)
 
     def streams(self, level: jax.Array, x: jax.Array, needs: str) -> list:
-        """Tokens that need a word's probability, by cluster; then the rest, which need the clusters' alone."""
+        """Positions that need a token's probability, by cluster; then the rest, which need the clusters' alone."""
         words = level > 0 if needs == "all" else level == 1
         node = jnp.asarray(self.hierarchy.anc[1])[x]
         tiles = _Tiles(self, words, node, None if needs == "all" else (1,), needs != "within")
@@ -216,8 +216,8 @@ def _like(mask: np.ndarray | jax.Array, h: jax.Array) -> jax.Array:
 class Factorised:
     """Prediction of a FactorisedHead at hidden states [..., D] (see hdlm_jax.diffusion.process).
 
-    block, start: log p(word | cluster) [..., width] in the one block that is asked about, and its first row; without
-    them every word's is made when one is needed.
+    block, start: log p(token | cluster) [..., width] in the one block that is asked about, and its first row; without
+    them every token's is made when one is needed.
     """
 
     def __init__(self, head: FactorisedHead, params: Tree, h: jax.Array, block: jax.Array | None = None,
@@ -230,7 +230,7 @@ class Factorised:
         return Factorised(self.head, self.params, self.h.reshape(-1, self.h.shape[-1])[index])
 
     def tilted(self, bias: Bias) -> Factorised:
-        """As LogitsPrediction.tilted; a bias that is one number for all words of a cluster moves the clusters alone."""
+        """As LogitsPrediction.tilted; a bias that is one number within a cluster moves the clusters alone."""
         out = copy.copy(self)
         out.clusters = self.clusters.tilted(bias)
         return out
@@ -261,8 +261,8 @@ class Factorised:
 
     def draw(self, keys: jax.Array, wanted: jax.Array, temperature: Scalar = 1.0, top_p: Scalar = 1.0,
              sync_trip_count: TripCount = WHOLE.sync_trip_count) -> jax.Array:
-        """As LogitsPrediction.draw: the node first, then a word of its block where one is wanted, else any of them."""
-        if not (is_off(temperature) and is_off(top_p)):  # these act on words: put the words together
+        """As LogitsPrediction.draw: the node first, then a token of its block where one is wanted, else any of them."""
+        if not (is_off(temperature) and is_off(top_p)):  # these act on tokens: put the tokens together
             return draw_from(keys, self.log_probs(), temperature, top_p)
         node = self.clusters.draw(fold(keys, 0), wanted)
         blocks, hidden, each = self.head.blocks, self.h.reshape(-1, self.h.shape[-1]), fold(keys, 1).reshape(-1)
@@ -333,7 +333,7 @@ class _Chunks:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Tiles:
-    """Wanted tokens [N], some of one cluster at a time, with that cluster's block of words.
+    """Wanted positions [N], some of one cluster at a time, with that cluster's block of tokens.
 
     Any number of tokens in any number of clusters: a tile has room for about an average cluster's tokens, a cluster
     takes as many tiles as it needs, and one without tokens takes none.
@@ -401,10 +401,10 @@ def sum_over_noised(head: Head, fn: TokenLoss, params: Tree, hidden: jax.Array, 
       head: FlatHead or FactorisedHead; params: its parameters, what gradients are taken in beside hidden.
       fn: (prediction, fields [c], levels) -> (loss [c], aux [c]), both in nats; levels: those the tokens are of, None
         if any.
-      hidden: float32 [B, S, D]; level, x: int32 [B, S], level of the symbol on show and the word; fields: pytree of
+      hidden: float32 [B, S, D]; level, x: int32 [B, S], level of the state on show and the token; fields: pytree of
         [B, S].
-      needs: what fn asks of a prediction: "within" log_within alone at level 1 and masses above, "word" anything
-        about x at level 1, "all" anything anywhere.
+      needs: what fn asks of a prediction: "within", log_within alone at level 1 and masses above; "word", anything
+        about x at level 1; "all", any distribution at any level.
       shard: what makes run(params, *rows) -> (sums, rows) work on every batch shard's own rows, the sums then summed
         (parallel.OverBatch): no token moves between devices, and gradients of parameters are summed once.
 

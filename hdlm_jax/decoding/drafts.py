@@ -30,13 +30,11 @@ class FreeDave(Verify):
 
     A step is what the policy does in a call: its choice, its draw, its commit. After a call the following steps are
     tried on the same prediction; the states they reach are drafts. The next call predicts the state and its drafts
-    together, and a step that ends in one of the drafts needs no call of its own, as that draft's prediction is there
-    already. With one token a step these are the authors' top-j drafts, with thresholds FreeDave++'s.
+    together, and a step that ends in a draft needs no call of its own, as its prediction is there already.
 
-    The text is that of the policy without drafts, for every choice, memory and draw, since random numbers depend on a
-    row's step and the token alone. There are fewer calls, but each of `drafts` rows: latency is saved, not work. Two
-    conditions: a network's numbers must not depend on the rows they are computed among (else what is nearly tied may
-    fall otherwise), and a denoiser's cache must be exact, as it never sees the calls that are saved.
+    The text is that of the policy without drafts, as random numbers depend on a row's step and the token alone (where
+    the network's numbers do not depend on the rows beside, and its cache is exact). There are fewer calls, but each of
+    `drafts` rows: latency is saved, not work.
 
     Args:
       drafts: rows of a call, >= 1 (1: no drafts); the authors use 4.
@@ -118,11 +116,10 @@ class Guided(Draw):
     """`propose`: a draft of all open tokens, their likeliest ones, as far as an autoregressive model agrees.
 
     Guided Diffusion (FlashDLM, arXiv 2505.21467). tools["ar"]: tokens int32 [b, S] -> prediction or logits [b, S, V] of
-    each token given those before it. From the first token that is not written, draft tokens are written while the
-    checks pass; at the first that fails one more token is written. So every call writes at least one, from any level
-    straight to the vocabulary. Where a cluster shows, the autoregressive distribution is forced under it as the
-    network's is (force_transition). With the deterministic check and on_reject="ar" (the released code) the text is the
-    autoregressive model's greedy one.
+    each token given those before it. From the left, draft tokens are written, from any level straight to the
+    vocabulary, while the checks pass; at the first that fails one more is written. Where a cluster shows, the
+    autoregressive distribution is forced under it as the network's is. With the deterministic check and on_reject="ar"
+    (the released code) the text is the autoregressive model's greedy one.
 
     Args:
       checks: all must pass: "deterministic", the draft is the likeliest token; "top_k", it is among the

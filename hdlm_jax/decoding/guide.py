@@ -55,9 +55,7 @@ class Constrained(Guide):
     """Gives tokens that a position may not take no probability (S^3's constraints).
 
     Forbidden logits become -inf before anything else looks at them, so clusters have the mass of their allowed tokens;
-    where no allowed token has any probability they are uniform. Each position is restricted by itself, as it is
-    written: with a network that knows the data, given tokens condition exactly; a restricted free position does where
-    it is the only one and written first, and not in general.
+    where no allowed token has any probability they are uniform.
 
     Args:
       allowed: bool [kinds, V]; rows.extra["kind"] int32 [b, S] says which row holds where (see canvas.Canvas).
@@ -121,8 +119,7 @@ class CFG(Guide):
 class Classified(Guide):
     """Classifier guidance: p_i(v | z) exp(weight score_i(v)), normalised, over the vocabulary.
 
-    With score_i(v) = log p(y | z with v at i) and weight 1 that is Bayes' rule, p_i(v | z, y), where the denoiser is
-    right.
+    With score_i(v) = log p(y | z with v at i) and weight 1 that is Bayes' rule.
 
     Args:
       score: function z int32 [b, S] -> float [b, S, V], up to a constant per token; see `first_order`.

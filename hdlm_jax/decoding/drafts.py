@@ -44,12 +44,7 @@ class FreeDave(Verify):
 
     drafts: int = 4
     match: str = "exact"
-
-    def __post_init__(self):
-        if self.drafts < 1:
-            raise ValueError(f"drafts={self.drafts}: need at least 1")
-        if self.match not in ("exact", "subset"):
-            raise ValueError(f"match={self.match!r}: choose one of exact, subset")
+    choices = {"match": ("exact", "subset")}
 
     @property
     def width(self) -> int:  # type: ignore[override]
@@ -130,13 +125,13 @@ class Guided(Draw):
 
     checks: tuple[str, ...] = ("deterministic",)
     on_reject: str = "dlm"
+    choices = {"on_reject": ("dlm", "ar")}
     needs = ("token",)
 
     def __post_init__(self):
-        if not self.checks or any(check not in CHECKS for check in self.checks):
+        super().__post_init__()
+        if not set(self.checks) <= set(CHECKS):
             raise ValueError(f"checks={self.checks!r}: choose some of {', '.join(CHECKS)}")
-        if self.on_reject not in ("dlm", "ar"):
-            raise ValueError(f"on_reject={self.on_reject!r}: choose dlm or ar")
 
     def __call__(self, view: View, loop: Loop):
         if "ar" not in loop.how.tools:

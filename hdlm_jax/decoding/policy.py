@@ -18,7 +18,6 @@ import numpy as np
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 
 UNKNOWN: Any = None  # in a View: what its policy does not need
-ORDERS = ("choose_then_draw", "draw_then_choose")
 Cache = Any  # a pytree of a denoiser's own; the rows on axis 1 of every leaf
 Numbers = Mapping[str, jax.Array]  # traced scalars
 Drawn = tuple[jax.Array, jax.Array]  # (states int32 [b, S], probability float32 [b, S] of each unmasking)
@@ -86,12 +85,19 @@ class Hook:
     top_k: m, how many of the likeliest states it needs (ids, logs).
     whole: needs predictions at all tokens not written yet, not only in the current block.
     jumps: may unmask a token by more than one level in a call.
+    choices: the values that its fields of texts may have.
     """
 
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
     top_k: ClassVar[int] = 0
     whole: ClassVar[bool] = False
     jumps: ClassVar[bool] = False
+
+    def __post_init__(self):
+        for name, values in self.choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(values[:-1])} or {values[-1]}")
 
     def memory(self, view: View) -> dict[str, Any]:
         """Arrays [B, ...] at the start; names are shared by all hooks of a policy."""
@@ -208,8 +214,6 @@ class Policy:
     clusters: str = "exact"
 
     def __post_init__(self):
-        if self.order not in ORDERS:
-            raise ValueError(f"order={self.order!r}: choose one of {', '.join(ORDERS)}")
         if isinstance(self.draw, str) and self.draw not in ("sample", "argmax"):
             raise ValueError(f"draw={self.draw!r}: choose sample or argmax, or give a hook")
         if not isinstance(self.draw, str) and self.order == "draw_then_choose":

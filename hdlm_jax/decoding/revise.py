@@ -58,10 +58,7 @@ class Backtrack(Revise):
 
     of: str = "own"
     path: Path = Path()
-
-    def __post_init__(self):
-        if self.of not in ("own", "top"):
-            raise ValueError(f"of={self.of!r}: choose own or top")
+    choices = {"of": ("own", "top")}
 
     @property
     def needs(self):  # type: ignore[override]
@@ -105,12 +102,7 @@ class Scheduled(Revise):
     to: str = "mask"
     by: str = "written"
     steps: Even = Even()
-
-    def __post_init__(self):
-        if self.schedule not in ("linear", "cosine") or self.to not in ("mask", "cluster"):
-            raise ValueError(f"schedule={self.schedule!r}, to={self.to!r}: choose linear or cosine, mask or cluster")
-        if self.by not in ("written", "now"):
-            raise ValueError(f"by={self.by!r}: choose written or now")
+    choices = {"schedule": ("linear", "cosine"), "to": ("mask", "cluster"), "by": ("written", "now")}
 
     @property
     def needs(self):  # type: ignore[override]
@@ -158,12 +150,9 @@ class Remask(Choice, Revise):
     """
 
     kind: str = "cap"
+    choices = {"kind": ("cap", "rescale", "loop")}
     jumps = True
     crosses = True
-
-    def __post_init__(self):
-        if self.kind not in ("cap", "rescale", "loop"):
-            raise ValueError(f"kind={self.kind!r}: choose cap, rescale or loop")
 
     def memory(self, view):
         return {"climbed": jnp.full(view.z.shape, view.process.num_levels, jnp.int32)}

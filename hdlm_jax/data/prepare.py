@@ -375,7 +375,7 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, begun: dict, last: int,
         for name in made:
             if name.startswith("bad-"):
                 files.write(job.folder / BAD_RECORDS, (job.folder / name).read_bytes())
-        files.close()
+        files.finish()
 
     splits: dict[str, list[Range]] = {split: [shard for record in records for shard in record.shards
                                               if shard.stem.startswith(split)] for split in ("train", "valid")}

@@ -151,7 +151,7 @@ def test_embedding_errors(tmp_path, monkeypatch) -> None:
     with pytest.raises(ValueError, match=r"token 9 is outside the vocabulary 0\.\.8"):
         corpus_embeddings(np.arange(10), 9)
     _without(monkeypatch, "safetensors")
-    with pytest.raises(ImportError, match="pip install safetensors"):
+    with pytest.raises(ValueError, match=r"pip install 'hdlm_jax\[safetensors\]'"):
         given_embeddings(f"{tmp_path}/m.safetensors:wte", 3, dict)
 
 

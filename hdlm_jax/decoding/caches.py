@@ -71,7 +71,7 @@ class FreeCache:
 class BlockCausal:
     """BD3-LM (arXiv 2503.09573): the current block in every call and once more when finished, later ones where wanted.
 
-    Equals Uncached(block_causal=True) where the network is not told the time (model.time_conditioning=False).
+    Exact where the network is not told the time (model.time_conditioning=False).
     """
 
     block_causal = True
@@ -125,17 +125,13 @@ class Uncached:
     network: Network
     params: Mapping[str, Any]
     cut: bool = True
-    block_causal: bool = False
     forwards = 1
 
     def start(self, rows: Rows):
         return ()
 
     def __call__(self, cache, rows: Rows):
-        seen = rows.active[:, None] if self.cut else None
-        if self.block_causal:
-            seen = rows.active[:, None] & (rows.block[:, None] <= rows.block[:, :, None])
-        return self.network.denoise(self.params, rows.z, rows.t, seen), cache
+        return self.network.denoise(self.params, rows.z, rows.t, rows.active[:, None] if self.cut else None), cache
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ unmasks at least one token.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +57,7 @@ class Planned(Choice):
 
 
 class Score(Hook):
-    def __call__(self, view: View) -> jax.Array:
-        raise NotImplementedError
+    __call__: Callable[..., jax.Array]  # of a View
 
 
 def settled(score):
@@ -199,8 +199,7 @@ class Coherent(Score):
 class Quota(Hook):
     """(view, score [b, S], open bool [b, S]) -> chosen [b, S]: bool, or by how many levels; none means the best one."""
 
-    def __call__(self, view: View, score, open_) -> jax.Array:
-        raise NotImplementedError
+    __call__: Callable[..., jax.Array]
 
 
 def ranks(score, among):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,10 @@ from hdlm_jax.decoding.policy import Draw, State, Verify, View
 CHECKS = ("deterministic", "top_k", "threshold", "relative")
 
 
-class _Of:
-    """The prediction at b k rows as one of b rows: of each its `row`-th."""
+class _At(NamedTuple):
+    """A prediction by its `select`."""
 
-    def __init__(self, prediction, row, many: int, positions: int):
-        self.prediction, self.row, self.many, self.positions = prediction, row, many, positions
-
-    def select(self, index):
-        row, position = index // self.positions, index % self.positions
-        return self.prediction.select((row * self.many + self.row[row]) * self.positions + position)
+    select: Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +71,11 @@ class FreeDave(Verify):
 
         row [b]: the draft whose prediction counts; live [b]: whether it is of s; made: new drafts.
         """
-        k, before, verify = self.drafts, s.z, i < self.drafts
+        k, before, verify, positions = self.drafts, s.z, i < self.drafts, s.z.shape[1]
         live |= ~verify
-        s = self._step(loop, _Of(prediction, row, k, s.z.shape[1]), s, live)
+        chosen = (jnp.arange(len(row)) * k + row) * positions  # where the prediction of each row's draft begins
+        here = _At(lambda index: prediction.select(chosen[index // positions] + index % positions))
+        s = self._step(loop, here, s, live)
         fits = drafts == s.z[:, None]
         if self.match == "subset":
             fits |= drafts == before[:, None]

@@ -51,7 +51,6 @@ class Sampling:
     sync_trip_count: trip count of a loop that needs `count` iterations here; where devices that share the batch must
       keep step, the largest count of all (parallel.OverBatch). Changes no result.
     frames: at most so many states are recorded beside the start (see `Trajectory`). Changes no result.
-    limit: stop rows after so many calls, finished or not, traced or not; None: when all is written.
     tools: functions that hooks call, by name.
     """
 
@@ -61,7 +60,6 @@ class Sampling:
     tokens: int | None = None
     sync_trip_count: Callable = lambda count: count  # noqa: E731
     frames: int = 0
-    limit: int | jax.Array | None = None
     tools: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
 
 
@@ -91,7 +89,6 @@ class Loop(NamedTuple):
         limit = self.bound(s)
         if self.policy.lengths is not None:
             limit += s.z.shape[1]  # a row that grows unmasks nothing in that call
-        limit = limit if self.how.limit is None else jnp.minimum(limit, self.how.limit)
 
         def anyone(s):
             return self.how.sync_trip_count(jnp.any(self.unfinished(s, limit)).astype(jnp.int32))

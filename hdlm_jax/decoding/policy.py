@@ -147,34 +147,29 @@ def _mean_level(chain) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Commit(Hook):
-    """Rows that write all the rest, bool [b]. stages: one level at a time, else the likeliest tokens at once."""
+    """view -> bool [b], rows that write all the rest. stages: a level at a time, else the likeliest tokens at once."""
 
     stages: bool = False
-
-    def __call__(self, view: View) -> jax.Array:
-        raise NotImplementedError
+    __call__: Callable[..., jax.Array]
 
 
 class Revise(Hook):
-    """Levels [b, S] that tokens are remasked to; free tokens only, never above the canvas.
+    """(view, z, unmasked) -> levels [b, S] that tokens are remasked to; free tokens only, never above the canvas.
 
     crosses: a vocabulary token is remasked as the process corrupts it: at xi < 1 perhaps to another cluster.
     """
 
     crosses: ClassVar[bool] = False
-
-    def __call__(self, view: View, z, unmasked) -> jax.Array:
-        raise NotImplementedError
+    __call__: Callable[..., jax.Array]
 
 
 class Lengths(Hook):
-    """(length [b], source [b, S], inserted bool [b, S], hold bool [b]): a canvas that grows.
+    """(view, unmasked) -> (length [b], source [b, S], inserted bool [b, S], hold bool [b]): a canvas that grows.
 
     The new length; the place each place is taken from; those that become masks; rows that unmask nothing in this call.
     """
 
-    def __call__(self, view: View, unmasked) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        raise NotImplementedError
+    __call__: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
 
 
 class Draw(Hook):

@@ -170,7 +170,7 @@ def _job(folder: Path, data: DataConfig, reader: Reader, train: list[str], valid
         units=tuple((source, "train") for source in train) + tuple((source, "valid") for source in valid),
         fraction=data.validation_fraction if data.split == "hash" and not valid else 0.0,
         sample=max(1, data.sample_bytes // len(train)) if data.stream else 0,
-        bad_share=data.bad_share, dtype="", shard_tokens=shards.SHARD_TOKENS, batch_chars=shards.BATCH_CHARS)
+        bad_share=data.bad_share, dtype="")
 
 
 def held_out(reader: Reader, sources: Iterable[str]) -> frozenset[bytes]:

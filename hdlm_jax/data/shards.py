@@ -123,8 +123,6 @@ class Job:
     prompts: bool
     dtype: str
     bad_share: float
-    shard_tokens: int
-    batch_chars: int
 
     def split(self, unit: int, document: Document) -> str:
         """'train', 'valid', or '' for a training document that the validation files have too."""
@@ -316,7 +314,7 @@ def _make(job: Job, words: tokenizers.Tokenizer, unit: int, threads: int, tick: 
             record.digests = f"{digests:x}"
             write_json(job.record_path(unit), dataclasses.asdict(record))
 
-        for batch in ahead(encode, batches(records, job.batch_chars), threads):
+        for batch in ahead(encode, batches(records, BATCH_CHARS), threads):
             place = f"{unit:05d}-{record.parts:03d}"
             for split, (flat, index) in batch.shards.items():
                 stem = f"{split}-{place}"
@@ -332,7 +330,7 @@ def _make(job: Job, words: tokenizers.Tokenizer, unit: int, threads: int, tick: 
             record.left_out += batch.left_out
             digests = (digests + batch.digests) % 2**256
             check_bad(job.bad_share, record.bad, record.records, record.first_bad, str(job.folder), out_of=MANY)
-            if sum(counts[0] for counts in open_shards.values()) >= job.shard_tokens:
+            if sum(counts[0] for counts in open_shards.values()) >= SHARD_TOKENS:
                 close()
         record.done = True
         close()

@@ -164,7 +164,7 @@ class Told:
     def __init__(self, block_causal):
         self.block_causal = block_causal
 
-    def stale(self, rows, since):
+    def stale(self, rows, changed, before, mask):
         return rows.extra["stale"]
 
 

@@ -107,7 +107,7 @@ class FreeDave(Verify):
 
 @dataclasses.dataclass(frozen=True)
 class Guided(Draw):
-    """`propose`: a draft of all open tokens, their likeliest ones, as far as an autoregressive model agrees.
+    """`draw`: a draft of all open tokens, their likeliest ones, as far as an autoregressive model agrees.
 
     Guided Diffusion (FlashDLM, arXiv 2505.21467). tools["ar"]: tokens int32 [b, S] -> prediction or logits [b, S, V] of
     each token given those before it. From the left, draft tokens are written, from any level straight to the
@@ -132,7 +132,7 @@ class Guided(Draw):
         if not set(self.checks) <= set(CHECKS):
             raise ValueError(f"checks={self.checks!r}: choose some of {', '.join(CHECKS)}")
 
-    def __call__(self, view: View, loop: Loop):
+    def __call__(self, view: View, loop: Loop, prediction, target):
         if "ar" not in loop.how.tools:
             raise ValueError("tools lack 'ar': guided decoding needs an autoregressive model's function")
         process, numbers = view.process, view.numbers

@@ -221,8 +221,6 @@ class Loop(NamedTuple):
     def write(self, view: View, prediction) -> Drawn:
         """What the policy writes, given what it has seen."""
         policy = self.policy
-        if policy.propose is not None:
-            return policy.propose(view, self)
         if policy.order == "draw_then_choose":
             if policy.draw == "argmax":
                 drawn, sure = view.top, jnp.exp(view.log_top)
@@ -251,7 +249,7 @@ class Loop(NamedTuple):
         """(the view with its statistics, prediction, cache) after one call of the network."""
         policy = self.policy
         # where no prediction can change the choice, they are needed at the chosen tokens alone
-        blind = not (policy.needs or policy.top_k or policy.propose or policy.whole)
+        blind = not (policy.needs or policy.top_k or policy.whole)
         blind = blind and policy.order == "choose_then_draw"
         wanted = policy.choose.target(view) < view.level if blind else self.wanted(view)
         prediction, cache = self.ask(cache, view.rows(wanted))

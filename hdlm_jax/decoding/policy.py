@@ -173,7 +173,7 @@ class Lengths(Hook):
 
 
 class Draw(Hook):
-    """(view, loop, prediction, target) -> Drawn; as Policy.propose (view, loop) -> Drawn."""
+    """(view, loop, prediction, target) -> Drawn."""
 
     __call__: Callable[..., Drawn]
 
@@ -194,7 +194,7 @@ class Policy:
     order: "choose_then_draw", exact: the choice does not depend on what is drawn; "draw_then_choose": every token draws
       first and the choice sees it (view.drawn, view.log_drawn): not exact.
     block: so many free tokens are written before the next ones; 0: all are one block.
-    propose: in place of choosing and drawing. clusters: see HierarchicalProcess.reverse_step.
+    clusters: see HierarchicalProcess.reverse_step.
     """
 
     choose: Choice
@@ -204,7 +204,6 @@ class Policy:
     commit: Commit | None = None
     revise: Revise | None = None
     lengths: Lengths | None = None
-    propose: Draw | None = None
     verify: Verify | None = None
     clusters: str = "exact"
 
@@ -213,8 +212,8 @@ class Policy:
             raise ValueError(f"draw={self.draw!r}: choose sample or argmax, or give a hook")
         if not isinstance(self.draw, str) and self.order == "draw_then_choose":
             raise ValueError(f"draw={self.draw!r}: in the order draw_then_choose choose sample or argmax")
-        if self.verify is not None and (self.revise or self.lengths or self.propose):
-            raise ValueError(f"verify={self.verify!r}: drafts only drop tokens: no revise, lengths or propose with it")
+        if self.verify is not None and (self.revise or self.lengths):
+            raise ValueError(f"verify={self.verify!r}: drafts only drop tokens: no revise or lengths with it")
         if self.lengths is not None and not self.choose.scored:
             raise ValueError(f"choose={self.choose!r} plans for a canvas that does not grow; with lengths give Scored")
         if isinstance(self.choose, Revise) and self.revise != self.choose:
@@ -224,7 +223,7 @@ class Policy:
     def hooks(self) -> tuple[Hook, ...]:
         """The policy's hooks and theirs."""
         found: list[Hook] = []
-        todo = [self.choose, self.draw, self.commit, self.revise, self.lengths, self.propose, self.verify]
+        todo = [self.choose, self.draw, self.commit, self.revise, self.lengths, self.verify]
         while todo:
             if isinstance(part := todo.pop(0), Hook):
                 found.append(part)

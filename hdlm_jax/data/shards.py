@@ -102,8 +102,8 @@ class Files(contextlib.ExitStack):
         """Name -> {"bytes", "sha256"} of what was written since the last time."""
         facts = {path.name: {"bytes": file.tell(), "sha256": state.hexdigest()}
                  for path, (file, state) in self._open.items()}
-        for path in list(self._open)[:1]:
-            with _writing(path):
+        if self._open:
+            with _writing(next(iter(self._open))):
                 super().__exit__(None, None, None)
         self._open = {}
         return facts

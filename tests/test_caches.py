@@ -68,9 +68,15 @@ class Whole:
     block_causal: bool = False
 
 
+class BlockCausalUncached(Uncached):
+    def __call__(self, cache, rows):
+        seen = rows.active[:, None] & (rows.block[:, None] <= rows.block[:, :, None])
+        return self.network.denoise(self.params, rows.z, rows.t, seen), cache
+
+
 def make(spec, network=NET, params=None, sizes=()):
     if isinstance(spec, Whole):
-        return Uncached(network, params or {}, block_causal=spec.block_causal)
+        return (BlockCausalUncached if spec.block_causal else Uncached)(network, params or {})
     return Cached(spec, network, params or {}, sizes)
 
 
@@ -158,7 +164,7 @@ class Told:
     def __init__(self, block_causal):
         self.block_causal = block_causal
 
-    def stale(self, rows, since):
+    def stale(self, rows, changed, before, mask):
         return rows.extra["stale"]
 
 

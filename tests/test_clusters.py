@@ -151,7 +151,7 @@ def test_embedding_errors(tmp_path, monkeypatch) -> None:
     with pytest.raises(ValueError, match=r"token 9 is outside the vocabulary 0\.\.8"):
         corpus_embeddings(np.arange(10), 9)
     _without(monkeypatch, "safetensors")
-    with pytest.raises(ImportError, match="pip install safetensors"):
+    with pytest.raises(ValueError, match=r"pip install 'hdlm_jax\[safetensors\]'"):
         given_embeddings(f"{tmp_path}/m.safetensors:wte", 3, dict)
 
 
@@ -397,9 +397,8 @@ def test_report_names_every_cluster_once(tmp_path, monkeypatch) -> None:
     e = _blobs()
     h, _ = build_hierarchy(e, (20, 4), special=(299,))
     counts = np.arange(300)[::-1] ** 2
-    paths = write_report(h, e, _decode, counts, tmp_path / "sub" / "clusters.v1")
-    assert paths["text"] == tmp_path / "sub" / "clusters.v1.txt"
-    text = paths["text"].read_text(encoding="utf-8")
+    write_report(h, e, _decode, counts, tmp_path / "clusters.v1")
+    text = (tmp_path / "clusters.v1.txt").read_text(encoding="utf-8")
     for node in range(20):
         heads = (f"cluster {node}:", f"cluster {node} (")
         line = [row for row in text.splitlines() if row.startswith(heads)]
@@ -413,8 +412,8 @@ def test_report_names_every_cluster_once(tmp_path, monkeypatch) -> None:
     listed = text[text.index(f"cluster {top}:"):].splitlines()[1].split()
     numbers = [int(w[2:]) for w in listed if w.startswith("␣w")]
     assert numbers == sorted(numbers)
-    again = write_report(h, e, _decode, counts, tmp_path / "again")
-    assert again["text"].read_text(encoding="utf-8") == text
+    write_report(h, e, _decode, counts, tmp_path / "again")
+    assert (tmp_path / "again.txt").read_text(encoding="utf-8") == text
 
 
 def test_picture(tmp_path, monkeypatch) -> None:
@@ -422,13 +421,13 @@ def test_picture(tmp_path, monkeypatch) -> None:
     e = _blobs(80)
     e[7] = 0
     h, _ = build_hierarchy(e, (8,), special=(79,))
-    path = write_report(h, e, _decode, np.arange(80)[::-1], tmp_path / "c")["picture"]
+    path = tmp_path / "c.png"
+    write_report(h, e, _decode, np.arange(80)[::-1], tmp_path / "c")
     blob = path.read_bytes()
     assert blob[:8] == b"\x89PNG\r\n\x1a\n" and len(blob) > 20_000
     _without(monkeypatch, "matplotlib")
-    path.unlink()
-    paths = write_report(h, e, _decode, np.arange(80), tmp_path / "c")
-    assert paths["picture"] is None and paths["text"].is_file() and not path.exists()
+    write_report(h, e, _decode, np.arange(80), tmp_path / "d")
+    assert (tmp_path / "d.txt").is_file() and not (tmp_path / "d.png").exists()
 
 
 @pytest.mark.parametrize("width", [1, 4])
@@ -442,12 +441,6 @@ def test_plane_keeps_groups_together(width: int) -> None:
         np.fill_diagonal(distance, np.inf)
         near = np.argsort(distance, axis=1)[:, :8]
         assert np.mean(near % 4 == np.arange(160)[:, None] % 4) > 0.9
-
-
-def test_report_of_mdlm_and_wrong_lengths(tmp_path) -> None:
-    h = Hierarchy.from_parents([], vocab_size=10)
-    paths = write_report(h, np.ones((10, 2)), _decode, np.ones(10), tmp_path / "m")
-    assert "MDLM" in paths["text"].read_text(encoding="utf-8") and paths["picture"] is None
 
 
 # ---------------------------------------------------------------- real text

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import lzma
-import pickle
 import platform
 import subprocess
 import sys
@@ -323,12 +322,6 @@ def test_embedded_source(tmp_path):
     assert tuple(Reader().read(EMBEDDED)) == embedded_corpus()[0]
     name, size, mark = source_facts(EMBEDDED, HASHED)
     assert (name, size, mark) == ("embedded", 0, f"Python {platform.python_version()}")
-
-
-def test_a_reader_travels_to_other_processes(tmp_path):
-    (tmp_path / "a.txt").write_text("one\ntwo")
-    reader = pickle.loads(pickle.dumps(Reader(txt_documents="line")))
-    assert texts(list(reader.read(str(tmp_path / "a.txt")))) == ["one", "two"]
 
 
 # ---------------------------------------------------------------------------------------------------- sources

@@ -15,6 +15,7 @@ from hdlm_jax.decoding.choose import Scored
 from hdlm_jax.decoding.drafts import FreeDave, Guided
 from hdlm_jax.decoding.loop import Sampling
 from hdlm_jax.decoding.policy import Commit, Policy
+from hdlm_jax.decoding.revise import Scheduled
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
 from hdlm_jax.models.network import Network
 
@@ -220,12 +221,10 @@ def test_a_transformer_s_text_is_the_same(head):
 
 
 def test_bad_drafts():
-    with pytest.raises(ValueError, match="drafts=0: need at least 1"):
-        FreeDave(0)
-    with pytest.raises(ValueError, match="match='some': choose one of exact, subset"):
+    with pytest.raises(ValueError, match="match='some': choose exact or subset"):
         FreeDave(2, "some")
-    with pytest.raises(ValueError, match="no revise, lengths or propose"):
-        Policy(ONE, propose=Guided(), verify=FreeDave(2))
+    with pytest.raises(ValueError, match="no revise or lengths"):
+        Policy(ONE, revise=Scheduled(), verify=FreeDave(2))
     with pytest.raises(ValueError, match="checks=.*choose some of deterministic, top_k, threshold, relative"):
         Guided(("likely",))
     with pytest.raises(ValueError, match="on_reject='both': choose dlm or ar"):
@@ -298,7 +297,7 @@ def test_guided_twin(checks, on_reject, block):
     table, start = toy.random_network(4, seed=5), rng.integers(0, toy.N, (80, 4))
     start = np.where(rng.uniform(size=start.shape) < 0.6, toy.mask, start)
     ar = rng.dirichlet(np.ones(toy.V), toy.V)
-    policy = Policy(Scored(choose.Confidence(), choose.Count(), straight=True), propose=Guided(checks, on_reject),
+    policy = Policy(Scored(choose.Confidence(), choose.All(), straight=True), Guided(checks, on_reject),
                          block=block)
     how = Sampling(tools={"ar": reader(ar, functools.partial(OnDemand, process))}, tokens=7)
     words, stats = runner(toy, process, policy, GUIDE, how=how)(table, start)
@@ -322,7 +321,7 @@ def test_turns_of_a_draft_that_agrees():
     """A network that says the reader's own greedy text is read at once; one that errs twice takes three turns."""
     toy, process = make(MDLM, (1.0,))
     ar = np.full((4, 4), 0.1) + 0.6 * np.roll(np.eye(4), 1, axis=1)  # each word is followed by the next one
-    policy = Policy(Scored(straight=True), propose=Guided())
+    policy = Policy(Scored(quota=choose.All(), straight=True), Guided())
 
     @jax.jit
     def run(said, z):
@@ -339,7 +338,7 @@ def test_turns_of_a_draft_that_agrees():
 @pytest.mark.slow
 def test_a_reader_is_needed():
     toy, process = make(MDLM, (1.0,))
-    policy = Policy(Scored(straight=True), propose=Guided())
+    policy = Policy(Scored(quota=choose.All(), straight=True), Guided())
     with pytest.raises(ValueError, match="tools lack 'ar'"):
         jax.eval_shape(lambda z: loop.sample(jax.random.key(0), lambda z, t: jnp.zeros((*z.shape, 4)), process, z,
                                              policy), jnp.full((1, 2), 4))

@@ -131,9 +131,9 @@ def test_shards_are_one_ring(folders, prompts, monkeypatch):
             np.testing.assert_array_equal(rows, flat[places])
             np.testing.assert_array_equal(split.scored(starts, size), score[places])
         sizes = [len(prompt) + len(text) + 1 for prompt, text in lengths_to_documents(LENGTHS)]
-        assert split.documents.starts.dtype == np.int64
-        assert split.documents.starts.tolist() == [0, *itertools.accumulate(sizes)]
-        assert split.documents.prompts.tolist() == (PROMPTS if prompts else [0] * len(LENGTHS))
+        starts, heads = split.documents
+        assert starts.dtype == np.int64 and starts.tolist() == [0, *itertools.accumulate(sizes)]
+        assert heads.tolist() == (PROMPTS if prompts else [0] * len(LENGTHS))
         gc.collect()
         open_files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
         assert sum(str(folder) in name for name in open_files) == min(shards, 2)  # the rest is closed again

@@ -42,7 +42,6 @@ def remasking(kind="cap", draw="argmax"):
     return Policy(revise.Remask(kind), draw=draw, revise=revise.Remask(kind))
 
 
-TWO = choose.History(2, 8, Confidence("top"))
 # name: policy, what the twin calls it, numbers of its own
 METHODS = {
     "base": (greedy(), {}, {}),
@@ -55,7 +54,6 @@ METHODS = {
     "dparallel": (greedy(choose.Confidence("entropy"), Above()), dict(score="entropy", quota="above"),
                   dict(threshold=-0.5, threshold_cluster=-0.5)),
     "ccd": (greedy(choose.Coherent(), Count()), dict(score="pbar_entropy", quota="count"), dict(count=1)),
-    "ccd_top": (greedy(choose.Coherent(TWO), Count()), dict(score="pbar_top", quota="count", depth=2), {}),
     "ccd_ds": (greedy(choose.Coherent(), choose.Consistent()), dict(score="pbar_entropy", quota="consistent"), {}),
     "eoser": (greedy(Eos()), dict(score="eos"), {}),
     "ass": (greedy(Eos(doubling=Doubling()), Doubling()), dict(score="eos_doubling", quota="doubling"), {}),
@@ -522,9 +520,8 @@ def test_sampled_rows_hold_what_every_policy_holds(name):
 def test_bad_choices_are_refused():
     for make in (lambda: revise.Backtrack("median"), lambda: revise.Scheduled("square"),
                  lambda: revise.Scheduled(to="word"), lambda: revise.Remask("conf"),
-                 lambda: choose.History(0), lambda: choose.History(confidence=Confidence("margin")),
                  lambda: Policy(revise.Remask()), lambda: Policy(revise.Remask(), revise=revise.Remask("loop"))):
-        with pytest.raises(ValueError, match="choose|climb|at least"):
+        with pytest.raises(ValueError, match="choose|climb"):
             make()
 
 

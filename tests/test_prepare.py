@@ -386,7 +386,6 @@ from hdlm_jax.data.sources import resolve
 
 settings = json.loads(os.environ["SETTINGS"])
 shards.BATCH_CHARS, shards.SHARD_TOKENS = settings["batch_chars"], settings["shard_tokens"]
-shards.PROCESSES_FROM = settings["processes_from"]
 shards.core_count = lambda: 2
 data = types.SimpleNamespace(**settings["data"], check=lambda: None, worker=lambda: (0, 1))
 words = types.SimpleNamespace(**settings["words"], check=lambda: None)
@@ -408,14 +407,13 @@ def run(folder):
 '''
 
 
-def driver(tmp_path: Path, code: str, files: list[str], *, batch_chars=350, shard_tokens=120, processes_from=1 << 60,
+def driver(tmp_path: Path, code: str, files: list[str], *, batch_chars=350, shard_tokens=120,
            pause=0.0, words=BYTES, **data) -> subprocess.Popen:
     """A Python process of its own (without JAX, which must not be forked) that runs `code`."""
     script = tmp_path / "driver.py"
     script.write_text(f"{DRIVER}\nif __name__ == '__main__':\n{textwrap.indent(code, '    ')}")
     settings = dict(data=dataclasses.asdict(DataConfig(source="files", files=tuple(files), **data)), pause=pause,
-                    words=dataclasses.asdict(words), batch_chars=batch_chars, shard_tokens=shard_tokens,
-                    processes_from=processes_from)
+                    words=dataclasses.asdict(words), batch_chars=batch_chars, shard_tokens=shard_tokens)
     root = str(Path(__file__).resolve().parent.parent)
     return subprocess.Popen([sys.executable, str(script), str(tmp_path / "tokens")], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True,
@@ -501,84 +499,32 @@ def test_killed_again_and_again(tmp_path, small):
     assert files_of(tmp_path / "tokens") == files_of(tmp_path / "clean")
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return found
-
-
-def test_processes(tmp_path, small, monkeypatch):
-    """Two processes make the same bytes as one. One killed: an error that says so. Their parent killed: they end."""
+def test_files_made_at_once(tmp_path, small, monkeypatch):
+    """Several files on threads give the same bytes as one after another."""
     files = [numbered(tmp_path / f"{i}.jsonl", 400 + 10 * i, 1000 * i) for i in range(3)]
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 1000)
-    clean = make(tmp_path / "clean", files, validation_fraction=0.2)
-    folder = tmp_path / "tokens"
-
-    def workers() -> set[int]:
-        pids = {int(path.name.removesuffix(".tmp").rpartition("-")[2]) for path in folder.glob("*.bin.*.tmp")}
-        return set(filter(alive, pids))
-
-    def begin(pause: float) -> subprocess.Popen:
-        return driver(tmp_path, "run(sys.argv[1])", files, validation_fraction=0.2, processes_from=0, shard_tokens=1000,
-                      pause=pause)
-
-    def start() -> tuple[subprocess.Popen, set[int]]:
-        process = begin(pause=0.02)  # a file takes 8 seconds
-        return process, wait_for(lambda: workers() if len(workers()) > 1 else None)
-
-    process, pids = start()
-    assert process.pid not in pids
-    os.kill(max(pids), 9)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode and "ChildProcessError: a process that makes" in errors and "was killed" in errors
-    process, pids = start()
-    process.kill()
-    process.wait()
-    try:
-        wait_for(lambda: not any(map(alive, pids)), 4)
-    finally:
-        for pid in filter(alive, pids):
-            os.kill(pid, 9)
-    assert not (folder / "manifest.json").exists()
-    assert begin(pause=0).communicate(timeout=60)[0].startswith("tokens: made")
-    assert prepare.load_manifest(folder) == clean and files_of(folder) == files_of(tmp_path / "clean")
+    for cores in (1, 3):
+        monkeypatch.setattr(shards, "core_count", lambda cores=cores: cores)
+        make(tmp_path / str(cores), files, validation_fraction=0.2)
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
-def test_ctrl_c_is_heard_by_one_process_alone(tmp_path, small, hearing):
-    """A terminal sends it to all of them, also to those that have just been started and have not said a word yet."""
+def test_ctrl_c(tmp_path, small, hearing):
     files = [numbered(tmp_path / f"{i}.jsonl", 400) for i in range(4)]
     code = "try:\n    run(sys.argv[1])\nexcept KeyboardInterrupt:\n    sys.exit(130)"
-    process = driver(tmp_path, code, files, validation_fraction=0.2, processes_from=0, pause=0.02)
-    own = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-
-    def workers() -> list[int]:
-        pids = [int(pid) for pid in own.read_text().split()]
-        return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-    pids = wait_for(lambda: workers() if len(workers()) > 1 else None)
-    for _ in range(8):  # while they import
-        time.sleep(0.05)
-        for pid in filter(alive, pids):
-            os.kill(pid, signal.SIGINT)
+    process = driver(tmp_path, code, files, validation_fraction=0.2, pause=0.02)
+    end = time.monotonic() + 60
+    while not list((tmp_path / "tokens").glob("*.bin.*.tmp")):
+        assert time.monotonic() < end
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and not errors, errors
     assert not list((tmp_path / "tokens").glob("*.tmp"))
 
 
-def test_an_error_in_one_process_ends_all(tmp_path, small):
+def test_an_error_in_one_file_ends_all(tmp_path, small):
     files = [numbered(tmp_path / "0.jsonl", 300), write_jsonl(tmp_path / "1.jsonl", [{"text": "a"}, "bad", "worse"])]
-    process = driver(tmp_path, "run(sys.argv[1])", files, processes_from=0, pause=0.1, bad_share=0.0)
+    process = driver(tmp_path, "run(sys.argv[1])", files, pause=0.1, bad_share=0.0)
     began = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert "ValueError: " in errors and "1.jsonl, line 2: " in errors
@@ -998,33 +944,17 @@ def test_leftovers_of_the_dead_are_removed(tmp_path):
 
 
 MEMORY = '''
-# VmHWM, not ru_maxrss: that begins at the memory of the process that started this one.
-import multiprocessing, re, threading
-peaks = {}
-
-
-def watch():
-    while True:
-        for pid in [os.getpid(), *(process.pid for process in multiprocessing.active_children())]:
-            try:
-                with open(f"/proc/{pid}/status") as file:
-                    peaks[pid] = int(re.search("VmHWM:\\s*(\\d+)", file.read())[1])
-            except (OSError, TypeError):
-                pass
-        time.sleep(0.05)
-
-
-threading.Thread(target=watch, daemon=True).start()
+import re
 run(sys.argv[1])
-time.sleep(0.1)
-print(len(peaks), max(peaks.values()))
+with open("/proc/self/status") as file:  # not ru_maxrss: that begins at the memory of the process that started this one
+    print(re.search("VmHWM:\\s*(\\d+)", file.read())[1])
 '''
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, count", [("bytes", 1), ("bpe", 4)])
 def test_memory_does_not_grow_with_the_text(tmp_path, kind, count):
-    """Peak of any process at 1 GB at most 1.1 of that at 50 MB: one file on threads, four in processes."""
+    """The peak at 1 GB is at most 1.1 of that at 50 MB: one file, four at once."""
     words = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "r", "st", "t", "ng")]
     texts = (" ".join(words[(7 * i * j + i) % len(words)] for j in range(400 + i % 300)) for i in range(4000))
     body = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -1040,12 +970,10 @@ def test_memory_does_not_grow_with_the_text(tmp_path, kind, count):
                 while out.tell() < size / count:
                     out.write(body)
         process = driver(tmp_path, MEMORY, files, words=tokenizer, batch_chars=shards.BATCH_CHARS,
-                         shard_tokens=shards.SHARD_TOKENS, processes_from=0)
+                         shard_tokens=shards.SHARD_TOKENS)
         out, errors = process.communicate(timeout=400)
         assert process.returncode == 0, errors
-        processes, peak = map(int, out.splitlines()[-1].split())
-        assert processes == (1 if count == 1 else 3)
-        peaks.append(peak)
+        peaks.append(int(out.splitlines()[-1]))
         shutil.rmtree(tmp_path / "tokens")
     print(peaks)
     assert peaks[1] <= 1.1 * peaks[0]

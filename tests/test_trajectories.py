@@ -14,7 +14,8 @@ from test_sampler import MDLM, THREE, TWO, denoiser, make, planned
 from tiny import LEVELS, SEQ_LEN, model, read_recipe, trained
 
 from hdlm_jax.config import GenerateConfig
-from hdlm_jax.decoding import loop
+from hdlm_jax.decoding import choose, loop
+from hdlm_jax.decoding.policy import Policy
 from hdlm_jax.decoding.statistics import probability_of
 from hdlm_jax.runs import generate
 
@@ -44,6 +45,13 @@ def test_probability_of_a_drop_is_the_posterior_s(shape, xi, force, clusters):
     np.testing.assert_allclose(found[falls], kernel[falls] / law[falls], rtol=2e-5)
 
 
+class Stopped(choose.Planned):
+    """Stops after numbers["until"] calls."""
+
+    def bound(self, numbers, positions, levels):
+        return numbers["until"]
+
+
 @pytest.mark.parametrize("kind, steps, frames", [
     ("grid", 9, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in (("events", 1, 30), ("reveal", 1, 3)))])
 def test_frames_are_the_states_of_the_loop(kind, steps, frames):
@@ -54,8 +62,8 @@ def test_frames_are_the_states_of_the_loop(kind, steps, frames):
     start[0] = toy.mask
     start = jnp.asarray(start, jnp.int32)
     denoise = denoiser(toy, network)
-    run = functools.partial(loop.sample, jax.random.key(7), denoise, process, start, planned(kind),
-                            dict(steps=steps, reveals=2))
+    run = functools.partial(loop.sample, jax.random.key(7), denoise, process, start, policy=planned(kind),
+                            numbers=dict(steps=steps, reveals=2))
     plain, stats = jax.jit(run)()
     words, film = jax.jit(functools.partial(run, how=loop.Sampling(frames=frames, rows=2, tokens=4)))()
     np.testing.assert_array_equal(words, plain)
@@ -68,7 +76,8 @@ def test_frames_are_the_states_of_the_loop(kind, steps, frames):
     call = np.asarray(film["call"])
     assert call[:used].tolist() == [min(i * every, calls) for i in range(used)] and (call[used:] == calls).all()
     assert film["z"].shape == film["confidence"].shape == (5, frames + 1, 3) and film["time"].shape == (5, frames + 1)
-    until = jax.jit(lambda calls: run(how=loop.Sampling(limit=calls))[0])
+    numbers = dict(steps=steps, reveals=2)
+    until = jax.jit(lambda calls: run(policy=Policy(Stopped(kind)), numbers=numbers | {"until": calls})[0])
     states = np.stack([until(jnp.int32(c)) for c in range(calls + 1)], 1)
     np.testing.assert_array_equal(film["z"][:, :used], states[:, call[:used]])
     np.testing.assert_array_equal(states[:, -1], plain)

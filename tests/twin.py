@@ -95,12 +95,12 @@ def decode(tree, network, canvas, given, n, *, score="top", quota="even", straig
 
         # how sure each token is
         drops = sum(worth[i] for i in here)
-        if score in ("pbar_entropy", "pbar_top"):
+        if score == "pbar_entropy":
             points = {}
             for i in open_:
                 laws = [law[i], *[q for q in past[i] if q is not None]]
                 mean = {s: sum(q[s] for q in laws) / len(laws) for s in law[i]}
-                points[i] = -entropy(mean) if score == "pbar_entropy" else max(mean.values())
+                points[i] = -entropy(mean)
         elif score in ("eos", "eos_doubling"):
             done = 1 - sum(level(i) for i in free) / sum(tops.values())
             whole = 2 ** max(1, math.ceil(math.log2(drops))) if drops else 1
@@ -223,8 +223,7 @@ def decode(tree, network, canvas, given, n, *, score="top", quota="even", straig
 
         # what is remembered
         stay = [i for i in open_ if i not in dropped]
-        kind = "top" if score == "pbar_top" else "entropy"
-        some = first({i: how_sure(law[i], kind) for i in stay}, n["confident"])
+        some = first({i: how_sure(law[i], "entropy") for i in stay}, n["confident"])
         for i in free:
             past[i] = [law[i] if i in some else None, *past[i]][: depth - 1] if new[i] == before[i] else []
         z, call = new, call + 1

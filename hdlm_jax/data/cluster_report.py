@@ -17,22 +17,16 @@ _SPACE = "\u2423"  # how a space is shown
 
 
 def write_report(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[list[int]], str],
-                 counts: np.ndarray, out_prefix: str | os.PathLike) -> dict[str, Path | None]:
-    """Writes PREFIX.txt (sizes and sample words of every cluster) and PREFIX.png (the embedding plane).
+                 counts: np.ndarray, out_prefix: str | os.PathLike) -> None:
+    """Writes PREFIX.txt (sizes and sample words of every cluster) and, with matplotlib, PREFIX.png (their plane).
 
     Args:
-      vectors: float [V, E]. counts: int [V], how often each word occurs in the training tokens.
-      decode: list of word ids -> text.
-      out_prefix: path without ending.
-
-    Returns:
-      {"text": path, "picture": path, or None where matplotlib is missing or there is nothing to draw}.
+      hierarchy: of at least one level of clusters. vectors: float [V, E]. decode: list of word ids -> text.
+      counts: int [V], how often each word occurs in the training tokens.
     """
-    text, picture = Path(f"{out_prefix}.txt"), Path(f"{out_prefix}.png")
-    text.parent.mkdir(parents=True, exist_ok=True)
     unit, counts = unit_rows(np.asarray(vectors, np.float32)), np.asarray(counts, np.int64)
-    text.write_text(_report_text(hierarchy, unit, decode, counts), encoding="utf-8")
-    return {"text": text, "picture": picture if _picture(hierarchy, unit, decode, counts, picture) else None}
+    Path(f"{out_prefix}.txt").write_text(_report_text(hierarchy, unit, decode, counts), encoding="utf-8")
+    _picture(hierarchy, unit, decode, counts, Path(f"{out_prefix}.png"))
 
 
 def _show(decode: Callable[[list[int]], str], word: int) -> str:
@@ -46,8 +40,6 @@ def _report_text(hierarchy: Hierarchy, unit: np.ndarray, decode: Callable[[list[
     lines = [f"Hierarchy {hierarchy.fingerprint[:12]}: {hierarchy.sizes} nodes a level, last the mask.",
              f"{int((counts > 0).sum())} of {hierarchy.vocab_size} words occur in {int(counts.sum())} "
              f"training tokens. {_SPACE} is a space; words are listed most frequent first."]
-    if hierarchy.num_levels == 1:
-        return "\n".join([*lines, "No clusters: this is masked diffusion (MDLM)."]) + "\n"
     total = max(int(counts.sum()), 1)
     share = [np.bincount(a, counts, n) / total for a, n in zip(hierarchy.anc, hierarchy.sizes, strict=True)]
     lines.append(f"Unigram entropy of the words {_entropy(share[0]):.3f} nats.")
@@ -124,13 +116,13 @@ def plane(points: np.ndarray, neighbours: int = 12, epochs: int = 300, seed: int
 
 
 def _picture(hierarchy: Hierarchy, unit: np.ndarray, decode: Callable[[list[int]], str],
-             counts: np.ndarray, path: Path, max_words: int = 3000) -> bool:
-    """Draws the most frequent words, coloured by level-1 cluster; False where it could not."""
+             counts: np.ndarray, path: Path, max_words: int = 3000) -> None:
+    """Draws the most frequent words, coloured by level-1 cluster."""
     drawable = np.any(unit != 0, axis=1)
     drawable[list(hierarchy.special)] = False
     words = [w for w in np.argsort(-counts, kind="stable") if drawable[w]][:max_words]
-    if hierarchy.num_levels == 1 or len(words) < 3:
-        return False
+    if len(words) < 3:
+        return
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import hsv_to_rgb
@@ -138,7 +130,7 @@ def _picture(hierarchy: Hierarchy, unit: np.ndarray, decode: Callable[[list[int]
         from matplotlib.patheffects import withStroke
     except ImportError:
         logging.warning("no picture of the clusters: matplotlib is missing (pip install 'hdlm_jax[plots]')")
-        return False
+        return
     at = plane(unit[words])
     # A few far islands would shrink everything else: they are drawn at the edge.
     low, high = np.quantile(at, (0.01, 0.99), axis=0)
@@ -170,4 +162,3 @@ def _picture(hierarchy: Hierarchy, unit: np.ndarray, decode: Callable[[list[int]
                       ha="center", va="center", color=ink[c], parse_math=False,
                       path_effects=[withStroke(linewidth=2.5, foreground="white", alpha=0.8)])
     figure.savefig(path)
-    return True

@@ -20,19 +20,12 @@ def build_hierarchy(vectors: np.ndarray, clusters: Sequence[int], *, special: Se
     A node holds between MIN_RATIO and MAX_RATIO times the average number of nodes of the level below (words at
     level 1), rounded inwards: the farthest words of a cluster that is too large move to the next best with room, and
     one that is too small takes the words that lose least. Words with a zero vector go one by one to the smallest
-    cluster. A special word is a cluster of its own, counted in n_1, if at least two other clusters remain; above
-    level 1 its cluster is clustered as any other.
+    cluster. A special word is a cluster of its own on level 1, counted in n_1, if at least two other clusters remain.
 
     Args:
-      vectors: finite floats [V, E].
-      clusters: (n_1, n_2, ...), strictly falling; () or (1,) gives MDLM.
-      special: word ids, usually `(eot,)`.
-      seed: of k-means and of the shuffle.
+      vectors: finite floats [V, E]. clusters: (n_1, n_2, ...), strictly falling. special: word ids, usually `(eot,)`.
       shuffle: the control: the same tree with the words on it shuffled (the report's `mean_cosine` is from before).
-
-    Returns:
-      The hierarchy and a report (plain json types): how each level came to be.
-
+    Returns: the hierarchy, and a report (plain json types) of how each level came to be.
     Raises:
       ValueError: more clusters than words.
     """

@@ -51,7 +51,7 @@ class _Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How documents are read, by the settings of the same names in `data`; picklable."""
+    """How documents are read, by the settings of the same names in `data`."""
 
     text_field: str = "text"  # of a JSON record or parquet row
     prompt_field: str = ""  # '': no prompts

@@ -5,7 +5,6 @@ A row of zeros means "nothing is known of this word".
 
 from __future__ import annotations
 
-import concurrent.futures
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.models.weight_files import open_safetensors
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -67,20 +67,14 @@ def _existing(path: str) -> str:
 
 
 def _safetensors(spec: str) -> np.ndarray:
-    stem, _, tensor = spec.rpartition(".safetensors")
-    path, tensor = _existing(f"{stem}.safetensors"), tensor.removeprefix(":")
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError(f"embeddings = {spec!r} needs the safetensors package: "
-                          "pip install safetensors, or save the table as .npy") from error
-    with safe_open(path, framework="np") as file:
-        names = sorted(file.keys())
-        if tensor not in names:
-            shapes = [f"{name} {file.get_slice(name).get_shape()}" for name in names]
-            shown = ", ".join(shapes[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
-            raise ValueError(f"{path} has no tensor {tensor!r} (FILE.safetensors:TENSOR); it has {shown}")
-        return file.get_tensor(tensor)
+    stem, _, name = spec.rpartition(".safetensors")
+    path, name = _existing(f"{stem}.safetensors"), name.removeprefix(":")
+    tensors = open_safetensors([path])
+    if name not in tensors:
+        shapes = [f"{other} {list(tensors[other].shape)}" for other in sorted(tensors)]
+        shown = ", ".join(shapes[:20]) + (f", ... ({len(shapes)} in all)" if len(shapes) > 20 else "")
+        raise ValueError(f"{path} has no tensor {name!r} (FILE.safetensors:TENSOR); it has {shown}")
+    return tensors[name].read()
 
 
 def corpus_embeddings(tokens: Tokens, vocab_size: int, *, eot: int | None = None, dim: int = 128,
@@ -155,11 +149,11 @@ def _truncated_svd(matrix: scipy.sparse.csr_matrix, rank: int, seed: int, oversa
     transposed = matrix.T.tocsr()
     rng = np.random.default_rng(seed)
     width = min(rank + oversample, *matrix.shape)
-    basis = _orthonormal(_product(matrix, rng.standard_normal((matrix.shape[1], width), np.float32)))
+    basis = _orthonormal(matrix @ rng.standard_normal((matrix.shape[1], width), np.float32))
     for _ in range(iterations):
-        basis = _orthonormal(_product(transposed, basis))
-        basis = _orthonormal(_product(matrix, basis))
-    small = _product(transposed, basis).astype(np.float64)
+        basis = _orthonormal(transposed @ basis)
+        basis = _orthonormal(matrix @ basis)
+    small = (transposed @ basis).astype(np.float64)
     squares, turn = np.linalg.eigh(small.T @ small)
     left = (basis @ turn[:, ::-1].astype(np.float32))[:, :rank]
     values = np.sqrt(np.maximum(squares[::-1], 0.0))[:rank]
@@ -175,13 +169,6 @@ def _orthonormal(columns: np.ndarray) -> np.ndarray:
     squares, turn = np.linalg.eigh(wide.T @ wide)
     keep = squares > 1e-12 * squares.max(initial=1e-300)
     return (wide @ (turn[:, keep] / np.sqrt(squares[keep]))).astype(np.float32)
-
-
-def _product(matrix: scipy.sparse.csr_matrix, dense: np.ndarray) -> np.ndarray:
-    """matrix @ dense in two threads: scipy's sparse product runs on one core and lets others run."""
-    half = int(np.searchsorted(matrix.indptr, matrix.nnz // 2))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return np.concatenate(list(pool.map(lambda part: part @ dense, (matrix[:half], matrix[half:]))))
 
 
 def _chunk_starts(num_tokens: int, chunk: int, max_tokens: int) -> list[int]:

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,13 +34,6 @@ if TYPE_CHECKING:
 _OPEN_SHARDS = 256  # memory maps held at once; each costs a file descriptor
 _ENCODED_CHARS = 1 << 20  # streamed documents are encoded in batches of about so many characters
 _AHEAD_TOKENS = 1 << 22  # streamed batches are made ahead up to about so many tokens
-
-
-class Documents(NamedTuple):
-    """Where the documents of a split begin, and (last) its end; how many tokens of each are its prompt, not scored."""
-
-    starts: np.ndarray  # int64 [documents + 1]
-    prompts: np.ndarray  # uint32 [documents]
 
 
 class Split:
@@ -96,8 +89,11 @@ class Split:
         return out
 
     @functools.cached_property
-    def documents(self) -> Documents:
-        """Read from the index files when first asked for; ValueError if one is missing or disagrees."""
+    def documents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where documents begin, and (last) the split's end, int64 [documents + 1]; tokens of their prompts, uint32.
+
+        Read from the index files when first asked for; ValueError if one is missing or disagrees.
+        """
         sizes, prompts = [], []
         for stem, first, end, first_document, end_document in self._ranges:
             path = self._folder / f"{stem}.idx"
@@ -112,15 +108,16 @@ class Split:
             sizes.append(index[:, 0])
             prompts.append(index[:, 2])
         starts = np.concatenate([np.zeros(1, np.int64), *sizes]).cumsum(dtype=np.int64)
-        return Documents(starts, np.concatenate([np.zeros(0, np.uint32), *prompts]))
+        return starts, np.concatenate([np.zeros(0, np.uint32), *prompts])
 
     def scored(self, starts: np.ndarray, seq_len: int) -> np.ndarray:
         """Which tokens of `gather(starts, seq_len)` belong to no prompt, bool [b, S]."""
         if not self._prompts:
             return np.ones((len(starts), seq_len), np.bool_)
         places = (starts[:, None] + np.arange(seq_len)) % self.tokens
-        document = np.searchsorted(self.documents.starts, places, side="right") - 1
-        return places - self.documents.starts[document] >= self.documents.prompts[document]
+        bounds, prompts = self.documents
+        document = np.searchsorted(bounds, places, side="right") - 1
+        return places - bounds[document] >= prompts[document]
 
 
 def given(packing: str, padding: str, prompts: bool, causal: bool) -> str:
@@ -187,8 +184,8 @@ class _Batches:
     it is padding.
     """
 
-    def __init__(self, seq_len: int, batch_size: int, seed: int, process_index: int, process_count: int,
-                 packing: str, padding: str, variable_share: float, prompts: bool, eot: int):
+    def __init__(self, prompts: bool, eot: int, seq_len: int, batch_size: int, seed: int = 0, process_index: int = 0,
+                 process_count: int = 1, *, packing: str = "concat", padding: str = "end", variable_share: float = 0.0):
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(f"train.batch_size is {batch_size}; must be a positive multiple of the "
                              f"{process_count} processes")
@@ -233,28 +230,26 @@ class _Batches:
 class TrainBatches(_Batches):
     """Training batches of a folder that `prepare` made: `batch(step)` depends on (seed, step) alone.
 
-    The T training tokens are a ring. An epoch cuts it, from a random place, into
-    W = T // S windows and visits them in a random order. Global row r = step * B + i is the (r mod W)-th window of
-    epoch r // W: a step may straddle epochs. With packing="crop" the W documents take the place of the windows.
+    The T training tokens are a ring. An epoch cuts it, from a random place, into W = T // S windows and visits them in
+    a random order. Global row r = step * B + i is the (r mod W)-th window of epoch r // W: a step may straddle epochs.
+    With packing="crop" the W documents take the place of the windows.
 
     The order is an argsort of raw Philox numbers (key: seed and epoch), a stream that NumPy keeps the same from
-    version to version. Held in memory: the orders of two epochs.
+    version to version. Held in memory: the orders of two epochs. rows, how: arguments of `_Batches`.
     """
 
-    def __init__(self, folder: str | os.PathLike, seq_len: int, batch_size: int, seed: int = 0,
-                 process_index: int = 0, process_count: int = 1, *, packing: str = "concat", padding: str = "end",
-                 variable_share: float = 0.0):
+    def __init__(self, folder: str | os.PathLike, *rows: int, **how: Any):
         manifest = load_manifest(folder)
-        super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, padding, variable_share,
-                         manifest.prompts, manifest.eot)
+        super().__init__(manifest.prompts, manifest.eot, *rows, **how)
         self._split = Split(folder, manifest, "train")
         self.num_tokens = self._split.tokens
-        if packing != "crop" and seq_len > self.num_tokens:
-            raise ValueError(f"model.seq_len is {seq_len}; must be at most the "
+        crop = self.packing == "crop"
+        if not crop and self.seq_len > self.num_tokens:
+            raise ValueError(f"model.seq_len is {self.seq_len}; must be at most the "
                              f"{self.num_tokens} training tokens in {folder}")
-        if manifest.prompts or packing == "crop":
+        if manifest.prompts or crop:
             _ = self._split.documents  # read once, before prefetch threads ask for it
-        self.windows = len(self._split.documents.prompts) if packing == "crop" else self.num_tokens // seq_len
+        self.windows = len(self._split.documents[1]) if crop else self.num_tokens // self.seq_len
         self._prompts = manifest.prompts
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
         self._lock = threading.Lock()  # prefetch threads ask at once; one of them draws
@@ -325,7 +320,7 @@ def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0, packing:
     """
     manifest = load_manifest(folder)
     split = Split(folder, manifest, "valid")
-    bounds = split.documents.starts if packing == "crop" else np.array([0, split.tokens])
+    bounds = split.documents[0] if packing == "crop" else np.array([0, split.tokens])
     rows = -(-np.diff(bounds) // seq_len)  # of each part: a document, or all
     number = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows)  # of a row in its part
     starts = np.repeat(bounds[:-1], rows) + number * seq_len
@@ -354,15 +349,13 @@ class StreamBatches(_Batches):
     Args:
       is_training: whether a document is for training; others are skipped.
       bad_share: records that cannot be read are skipped and said (`say`), up to this share of those read.
+      how: arguments of `_Batches`.
     """
 
     def __init__(self, reader: Reader, sources: Sequence[str], tokenizer: tokenizers.Tokenizer,
-                 is_training: Callable[[Document], bool], *, seq_len: int, batch_size: int, seed: int = 0,
-                 process_index: int = 0, process_count: int = 1, packing: str = "concat", padding: str = "end",
-                 variable_share: float = 0.0, shuffle_documents: int = 10_000, bad_share: float = 1.0,
-                 say: Callable[[str], None] = lambda line: None):
-        super().__init__(seq_len, batch_size, seed, process_index, process_count, packing, padding, variable_share,
-                         bool(reader.prompt_field), tokenizer.eot)
+                 is_training: Callable[[Document], bool], *, shuffle_documents: int = 10_000, bad_share: float = 1.0,
+                 say: Callable[[str], None] = lambda line: None, **how: Any):
+        super().__init__(bool(reader.prompt_field), tokenizer.eot, **how)
         self._reader, self._sources, self._tokenizer = reader, list(sources), tokenizer
         self._is_training, self._shuffle_documents = is_training, shuffle_documents
         self._bad_share, self._say = bad_share, say

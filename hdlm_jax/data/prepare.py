@@ -170,7 +170,7 @@ def _job(folder: Path, data: DataConfig, reader: Reader, train: list[str], valid
         units=tuple((source, "train") for source in train) + tuple((source, "valid") for source in valid),
         fraction=data.validation_fraction if data.split == "hash" and not valid else 0.0,
         sample=max(1, data.sample_bytes // len(train)) if data.stream else 0,
-        bad_share=data.bad_share, dtype="", shard_tokens=shards.SHARD_TOKENS, batch_chars=shards.BATCH_CHARS)
+        bad_share=data.bad_share, dtype="")
 
 
 def held_out(reader: Reader, sources: Iterable[str]) -> frozenset[bytes]:
@@ -375,7 +375,7 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, begun: dict, last: int,
         for name in made:
             if name.startswith("bad-"):
                 files.write(job.folder / BAD_RECORDS, (job.folder / name).read_bytes())
-        files.close()
+        files.finish()
 
     splits: dict[str, list[Range]] = {split: [shard for record in records for shard in record.shards
                                               if shard.stem.startswith(split)] for split in ("train", "valid")}

@@ -15,19 +15,15 @@ import functools
 import hashlib
 import itertools
 import math
-import multiprocessing
 import os
-import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -41,7 +37,6 @@ U = TypeVar("U")
 
 SHARD_TOKENS = 1 << 26
 BATCH_CHARS = 1 << 20  # encoded at once by one thread
-PROCESSES_FROM = 64 << 20  # bytes of sources; below, the start of other processes costs more than it gains
 _HOUR = 3600.0
 
 
@@ -64,10 +59,8 @@ def _runs(pid: int) -> bool:
     """Whether that process runs, and is not this one, which in a container has the number that a killed one had."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # else it is somebody else's
     state = Path(f"/proc/{pid}/stat")  # in a container without an init the dead stay as zombies
     return pid != os.getpid() and not (state.exists() and state.read_text().rpartition(") ")[2].startswith("Z"))
 
@@ -87,47 +80,39 @@ def write_json(path: Path, value: object, indent: int | None = None) -> None:
         jsons.write_atomic(path, jsons.dumps(value, indent=indent).encode() + b"\n")
 
 
-class Files:
-    """Files under temporary names, until `close` gives all of them their names; else nothing is left of them."""
+class Files(contextlib.ExitStack):
+    """Files that get their names together, by `finish`; else nothing is left of them."""
 
     def __init__(self) -> None:
-        self._open: dict[Path, tuple[Path, BinaryIO, hashlib._Hash]] = {}
+        super().__init__()
+        self._open: dict[Path, tuple[BinaryIO, hashlib._Hash]] = {}
 
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for temporary, file, _hash in self._open.values():
-            with contextlib.suppress(OSError):
-                file.close()
-            temporary.unlink(missing_ok=True)
+    def __exit__(self, *error: Any) -> None:
+        with contextlib.suppress(OSError):  # of closing on a disk that is full
+            super().__exit__(*error)
 
     def write(self, path: Path, raw: bytes) -> None:
         with _writing(path):
             if path not in self._open:
-                temporary = jsons.temporary(path)
-                self._open[path] = temporary, open(temporary, "wb"), hashlib.sha256()
-            _, file, state = self._open[path]
+                self._open[path] = self.enter_context(jsons.open_atomic(path)), hashlib.sha256()
+            file, state = self._open[path]
             file.write(raw)
         state.update(raw)
 
-    def close(self) -> dict[str, dict]:
+    def finish(self) -> dict[str, dict]:
         """Name -> {"bytes", "sha256"} of what was written since the last time."""
-        facts = {}
-        for path, (temporary, file, state) in self._open.items():
-            with _writing(path):
-                file.flush()
-                os.fsync(file.fileno())
-                facts[path.name] = {"bytes": file.tell(), "sha256": state.hexdigest()}
-                file.close()
-                os.replace(temporary, path)
+        facts = {path.name: {"bytes": file.tell(), "sha256": state.hexdigest()}
+                 for path, (file, state) in self._open.items()}
+        if self._open:
+            with _writing(next(iter(self._open))):
+                super().__exit__(None, None, None)
         self._open = {}
         return facts
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What the bytes of units depend on; travels to other processes."""
+    """What the bytes of units depend on."""
 
     folder: Path
     id: str  # of the settings, sources and tokenizer
@@ -139,8 +124,6 @@ class Job:
     prompts: bool
     dtype: str
     bad_share: float
-    shard_tokens: int
-    batch_chars: int
 
     def split(self, unit: int, document: Document) -> str:
         """'train', 'valid', or '' for a training document that the validation files have too."""
@@ -327,12 +310,12 @@ def _make(job: Job, words: tokenizers.Tokenizer, unit: int, threads: int, tick: 
             for stem, (tokens, *counts) in sorted(open_shards.items()):
                 record.shards.append(Range(stem, 0, int(tokens), 0, *map(int, counts)))
             open_shards.clear()
-            record.files |= files.close()
+            record.files |= files.finish()
             record.parts += 1
             record.digests = f"{digests:x}"
             write_json(job.record_path(unit), dataclasses.asdict(record))
 
-        for batch in ahead(encode, batches(records, job.batch_chars), threads):
+        for batch in ahead(encode, batches(records, BATCH_CHARS), threads):
             place = f"{unit:05d}-{record.parts:03d}"
             for split, (flat, index) in batch.shards.items():
                 stem = f"{split}-{place}"
@@ -348,74 +331,35 @@ def _make(job: Job, words: tokenizers.Tokenizer, unit: int, threads: int, tick: 
             record.left_out += batch.left_out
             digests = (digests + batch.digests) % 2**256
             check_bad(job.bad_share, record.bad, record.records, record.first_bad, str(job.folder), out_of=MANY)
-            if sum(counts[0] for counts in open_shards.values()) >= job.shard_tokens:
+            if sum(counts[0] for counts in open_shards.values()) >= SHARD_TOKENS:
                 close()
         record.done = True
         close()
 
 
 def make_all(job: Job, words: tokenizers.Tokenizer, units: list[int], sizes: list[int]) -> None:
-    """Makes these units on all cores: in processes that share them, each with threads for its part of the bytes.
+    """Makes these units on threads that share all cores, each unit by its part of the bytes, the largest first.
 
-    words: the tokenizer, which is also in the job's folder. sizes: bytes of every source, those of other units too.
+    sizes: bytes of every source, those of other units too.
     """
     from tqdm import tqdm
 
-    cores, total = core_count(), max(1, sum(sizes[u] for u in units))
+    cores, total, stop = core_count(), max(1, sum(sizes[u] for u in units)), threading.Event()
     quiet = not sys.stderr.isatty() or "CI" in os.environ
-    with tqdm(desc="tokens", unit="B", unit_scale=True, disable=quiet) as bar:
-        if min(cores, len(units)) < 2 or total < PROCESSES_FROM:
-            for number, unit in enumerate(units):
+    bar = tqdm(desc="tokens", unit="B", unit_scale=True, disable=quiet)
+    with bar, futures.ThreadPoolExecutor(cores) as pool:
+
+        def tick(size: int) -> None:
+            bar.update(size)
+            if stop.is_set():
+                raise InterruptedError("another file failed")
+
+        try:
+            made = [pool.submit(_make, job, words, unit, math.ceil(cores * sizes[unit] / total) or 1, tick)
+                    for unit in sorted(units, key=lambda unit: -sizes[unit])]
+            for number, future in enumerate(futures.as_completed(made), 1):
+                future.result()
                 bar.set_postfix_str(f"{number}/{len(units)} files")
-                _make(job, words, unit, cores, bar.update)
-            return
-        context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
-        counter, stop = context.Value("q", 0), context.Event()
-        with futures.ProcessPoolExecutor(min(cores, len(units)), context, _become_worker,
-                                         (job, counter, stop)) as pool:
-            try:
-                # Processes that start here are deaf to Ctrl-C before they can say so themselves; it is kept for us.
-                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                try:  # the largest first, so that all end together
-                    pending = {pool.submit(_make_one, unit, math.ceil(cores * sizes[unit] / total))
-                               for unit in sorted(units, key=lambda unit: -sizes[unit])}
-                finally:
-                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-                while pending:
-                    finished, pending = futures.wait(pending, 0.5, futures.FIRST_COMPLETED)
-                    bar.update(counter.value - bar.n)
-                    bar.set_postfix_str(f"{len(units) - len(pending)}/{len(units)} files")
-                    for future in finished:
-                        future.result()
-            except futures.process.BrokenProcessPool:
-                raise ChildProcessError(f"a process that makes {job.folder} was killed (out of memory?); what was "
-                                        "finished is kept: run again") from None
-            finally:
-                stop.set()
-                pool.shutdown(cancel_futures=True)  # waits: workers that have just begun still need what is ours
-
-
-_SHARED: list[tuple[Job, Synchronized[int], Event]] = []  # in a worker process: what all its units share
-_words = functools.lru_cache(maxsize=1)(tokenizers.load_tokenizer)
-
-
-def _become_worker(job: Job, counter: Synchronized[int], stop: Event) -> None:
-    def follow() -> None:
-        multiprocessing.parent_process().join()  # type: ignore[union-attr]
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()  # nobody else ends us if the parent is killed
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what to do
-    _SHARED.append((job, counter, stop))
-
-
-def _make_one(unit: int, threads: int) -> None:
-    job, counter, stop = _SHARED[0]
-
-    def tick(size: int) -> None:
-        with counter.get_lock():
-            counter.value += size
-        if stop.is_set():
-            raise InterruptedError("another process failed")
-
-    _make(job, _words(job.folder), unit, threads, tick)
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)  # waits: each file stops after the batch it is at

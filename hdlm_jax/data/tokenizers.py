@@ -213,10 +213,9 @@ def _bounded(text: str) -> Iterator[str]:
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a folder that `Tokenizer.save` wrote; ValueError if files are missing or changed."""
     folder = Path(path)
-    try:
-        facts = jsons.read_json(folder / JSON_FILE)
-    except FileNotFoundError:
-        raise ValueError(f"no tokenizer in {folder}: {JSON_FILE} is missing") from None
+    facts = jsons.read_json(folder / JSON_FILE, optional=True)
+    if facts is None:
+        raise ValueError(f"no tokenizer in {folder}: {JSON_FILE} is missing")
     kind = facts["kind"]
     words = read_ranks(folder / RANK_FILE, facts["sha256"], all_bytes=kind != "bert")
     tokenizer = WordPiece(words) if kind == "bert" else Tokenizer(kind, words, facts["pattern"])

@@ -19,29 +19,21 @@ from hdlm_jax.models.heads import At
 from hdlm_jax.models.trunk import Trunk
 
 
-class Since(NamedTuple):
-    """What has happened since the cache's last call.
-
-    changed: bool [b, S], tokens that show another state (in the first call all). moved: bool [b], another block is
-    being written. first, last: int32 [b], the first block that is or was being written or has changed, and the last one
-    that is being written or has a wanted token. mask: level of the mask.
-    """
-
-    changed: jax.Array
-    moved: jax.Array
-    first: jax.Array
-    last: jax.Array
-    mask: int
-
-
 class Rule(Protocol):
     """Which tokens to compute in a call. block_causal: a token sees its own block and earlier ones."""
 
     @property
     def block_causal(self) -> bool: ...
 
-    def stale(self, rows: Rows, since: Since) -> jax.Array:
-        """bool [b, S]: tokens to compute."""
+    def stale(self, rows: Rows, changed: jax.Array, before: jax.Array, mask: int) -> jax.Array:
+        """bool [b, S], tokens to compute. changed: bool [b, S], those that show another state than in the last call (at
+        first all); before: int32 [b], the block that was being written then; mask: level of the mask."""
+
+
+def _first(rows: Rows, changed, before):
+    """int32 [b, 1]: the first block that is or was being written, or has changed."""
+    first = jnp.min(jnp.where(changed, rows.block, rows.current[:, None]), axis=-1)
+    return jnp.minimum(first, before)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +44,10 @@ class FastDLLM:
     dual: bool = False
     block_causal = False
 
-    def stale(self, rows: Rows, since: Since):
+    def stale(self, rows: Rows, changed, before, mask):
         current = rows.current[:, None]
         here = rows.block == current if self.dual else rows.block >= current
-        return since.moved[:, None] | here | rows.wanted | since.changed
+        return (rows.current != before)[:, None] | here | rows.wanted | changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +56,22 @@ class FreeCache:
 
     block_causal = False
 
-    def stale(self, rows: Rows, since: Since):
-        return (rows.block >= since.first[:, None]) | rows.wanted
+    def stale(self, rows: Rows, changed, before, mask):
+        return (rows.block >= _first(rows, changed, before)) | rows.wanted
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockCausal:
     """BD3-LM (arXiv 2503.09573): the current block in every call and once more when finished, later ones where wanted.
 
-    Equals Uncached(block_causal=True) where the network is not told the time (model.time_conditioning=False).
+    Exact where the network is not told the time (model.time_conditioning=False).
     """
 
     block_causal = True
 
-    def stale(self, rows: Rows, since: Since):
-        return (rows.block >= since.first[:, None]) & (rows.block <= since.last[:, None])
+    def stale(self, rows: Rows, changed, before, mask):
+        last = jnp.max(jnp.where(rows.wanted, rows.block, rows.current[:, None]), axis=-1)
+        return (rows.block >= _first(rows, changed, before)) & (rows.block <= last[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,17 +89,17 @@ class DKV:
     window: int | None = None
     block_causal = False
 
-    def stale(self, rows: Rows, since: Since):
+    def stale(self, rows: Rows, changed, before, mask):
         def due(period):
             return (rows.call % period == 0)[:, None]
 
-        moving = (rows.level == since.mask) | (rows.level > 0) & due(self.refresh_clusters)
+        moving = (rows.level == mask) | (rows.level > 0) & due(self.refresh_clusters)
         if self.window is not None:
             place, far = jnp.arange(rows.z.shape[1])[None], 2 * rows.z.shape[1]
             before = jax.lax.cummax(jnp.where(rows.wanted, place, -far), axis=1)
             after = jax.lax.cummin(jnp.where(rows.wanted, place, far), axis=1, reverse=True)
             moving = (rows.level > 0) & (jnp.minimum(place - before, after - place) <= self.window)
-        return due(self.refresh) | moving | rows.wanted | since.changed
+        return due(self.refresh) | moving | rows.wanted | changed
 
 
 class Memory(NamedTuple):
@@ -126,17 +119,13 @@ class Uncached:
     network: Trunk
     params: Mapping[str, Any]
     cut: bool = True
-    block_causal: bool = False
     forwards = 1
 
     def start(self, rows: Rows):
         return ()
 
     def __call__(self, cache, rows: Rows):
-        seen = rows.active[:, None] if self.cut else None
-        if self.block_causal:
-            seen = rows.active[:, None] & (rows.block[:, None] <= rows.block[:, :, None])
-        return self.network.denoise(self.params, rows.z, rows.t, seen), cache
+        return self.network.denoise(self.params, rows.z, rows.t, rows.active[:, None] if self.cut else None), cache
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,12 +152,8 @@ class Cached:
     def stale(self, memory: Memory, rows: Rows):
         """bool [b, S]: tokens to compute in this call."""
         changed = jnp.where(rows.active, rows.z, -1) != memory.z[0]
-        first = jnp.min(jnp.where(changed, rows.block, rows.current[:, None]), axis=-1)
-        last = jnp.max(jnp.where(rows.wanted, rows.block, rows.current[:, None]), axis=-1)
-        before = memory.current[0]
-        since = Since(changed, rows.current != before, jnp.minimum(first, before), last,
-                      self.network.head.hierarchy.num_levels)
-        return self.spec.stale(rows, since) & rows.active
+        mask = self.network.head.hierarchy.num_levels
+        return self.spec.stale(rows, changed, memory.current[0], mask) & rows.active
 
     def __call__(self, memory: Memory, rows: Rows):
         b, s = rows.z.shape

@@ -98,9 +98,9 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
     sets: dict[tuple[int, int], int] = {}
     buffer, end = "", 0
 
-    def flush(given: str):
-        ids.extend(tokenizer.encode(given).tolist())
-        kinds.extend([0] * (len(ids) - len(kinds)))
+    def put(states: list[int], kind: int = 0):
+        ids.extend(states)
+        kinds.extend([kind] * len(states))
 
     for found in _BLANK.finditer(text):
         buffer, end = buffer + text[end : found.start()], found.end()
@@ -111,7 +111,7 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
         if found[0] == "[":
             raise ValueError(f"{where} opens no blank: write [MASK], [MASK:3], [LIKE:word], [LIKE@2:word] or [[")
         space = buffer.endswith(" ") and not buffer.endswith("  ")
-        flush(buffer[:-1] if space else buffer)
+        put(tokenizer.encode(buffer[:-1] if space else buffer).tolist())
         buffer = ""
         if not found[3]:
             count = int((found[1] or "1")[:9])  # more digits are too many tokens, too
@@ -119,8 +119,7 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
                 raise ValueError(f"{where}: a blank has at least one token")
             if seq_len and count > seq_len:
                 raise ValueError(f"{where}: a text has at most {seq_len} tokens")
-            ids += [hierarchy.mask_id] * count
-            kinds += [0] * count
+            put([hierarchy.mask_id] * count)
             continue
         level = int((found[2] or "1")[:9])
         if not 1 <= level < hierarchy.num_levels:
@@ -128,7 +127,6 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
             raise ValueError(f"{where}: level {level} has no clusters; levels that have: {choices}")
         like = int(tokenizer.encode(" " * space + found[3])[0])
         node = int(hierarchy.anc[level][like])
-        ids.append(int(hierarchy.state_id(level, node)))
-        kinds.append(sets.setdefault((level, node), len(sets) + 1))
-    flush(buffer + text[end:])
+        put([int(hierarchy.state_id(level, node))], sets.setdefault((level, node), len(sets) + 1))
+    put(tokenizer.encode(buffer + text[end:]).tolist())
     return make(ids, hierarchy, rows, seq_len, kinds, [hierarchy.anc[level] == node for level, node in sets])

@@ -8,6 +8,7 @@ unmasks at least one token.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +57,7 @@ class Planned(Choice):
 
 
 class Score(Hook):
-    def __call__(self, view: View) -> jax.Array:
-        raise NotImplementedError
+    __call__: Callable[..., jax.Array]  # of a View
 
 
 def settled(score):
@@ -79,18 +79,15 @@ class Uniform(Score):
 class Order(Score):
     """A fixed order of positions, each unmasked down to its vocabulary token before the next one starts.
 
-    kind: "left", from left to right; "random", drawn per row (RADD, arXiv 2406.03736).
+    order: "left", from left to right; "random", drawn per row (RADD, arXiv 2406.03736).
     """
 
-    kind: str = "left"
-
-    def __post_init__(self):
-        if self.kind not in ("left", "random"):
-            raise ValueError(f"order={self.kind!r}: choose left or random")
+    order: str = "left"
+    choices = {"order": ("left", "random")}
 
     def memory(self, view):
         rank = jnp.broadcast_to(jnp.arange(view.z.shape[1])[None], view.z.shape)
-        if self.kind == "random":
+        if self.order == "random":
             rank = jax.vmap(lambda key: jax.random.permutation(key, view.z.shape[1]))(fold(view.key, jnp.uint32(_PLAN)))
         return {"rank": rank.astype(jnp.int32)}
 
@@ -108,11 +105,8 @@ class Confidence(Score):
     """
 
     by: str = "top"
+    choices = {"by": ("top", "margin", "entropy", "drawn")}
     needs = ("top",)
-
-    def __post_init__(self):
-        if self.by not in ("top", "margin", "entropy", "drawn"):
-            raise ValueError(f"by={self.by!r}: choose top, margin, entropy or drawn")
 
     def __call__(self, view):
         if self.by == "entropy":
@@ -150,18 +144,16 @@ class Eos(Score):
 class History(Hook):
     """Predictions for a token in its last calls at its level, for CCD (arXiv 2512.02044).
 
-    depth: d, calls that count, this one included; kept: m, states kept of each (all of them: exact); confidence: by
-    "entropy" or "top". A call counts for the numbers["confident"] most confident of the tokens it left open. A token
-    whose state changes starts anew.
+    depth: d, calls that count, this one included; kept: m, states kept of each (all of them: exact). A call counts for
+    the numbers["confident"] tokens of least entropy that it left open. A token whose state changes starts anew.
     """
 
     depth: int = 3
     kept: int = 8
-    confidence: Confidence = Confidence("entropy")
+    needs = ("top",)
 
-    def __post_init__(self):
-        if self.depth < 1 or self.confidence.by not in ("entropy", "top"):
-            raise ValueError(f"depth={self.depth}, by={self.confidence.by!r}: at least 1; choose entropy or top")
+    def surest(self, view, among):
+        return best(Confidence("entropy")(view), among, view.numbers["confident"])
 
     @property
     def top_k(self):  # type: ignore[override]
@@ -172,8 +164,7 @@ class History(Hook):
         return {"past_ids": jnp.zeros(shape, jnp.int32), "past_p": jnp.zeros(shape, jnp.float32)}
 
     def remember(self, view, z, unmasked):
-        inside = best(self.confidence(view), view.open & ~unmasked, view.numbers["confident"])
-        p = jnp.where(inside[..., None], jnp.exp(view.logs), 0.0)
+        p = jnp.where(self.surest(view, view.open & ~unmasked)[..., None], jnp.exp(view.logs), 0.0)
         new = {}
         for name, now in (("past_ids", view.ids), ("past_p", p)):
             past = jnp.concatenate([now[:, :, None], view.memory[name]], axis=2)[:, :, : self.depth - 1]
@@ -183,24 +174,20 @@ class History(Hook):
 
 @dataclasses.dataclass(frozen=True)
 class Coherent(Score):
-    """Confidence of pbar, the mean of a token's distributions over its last calls (CCD, arXiv 2512.02044).
-
-    Averaging over contexts marginalises them: pbar's entropy is the expected entropy plus the mutual information of
-    token and context. The mass outside the m states kept counts as one state.
+    """Negative entropy of pbar, the mean of a token's distributions over its last calls (CCD, arXiv 2512.02044): the
+    expected entropy plus the mutual information of token and context. Mass outside the m states kept is one state.
     """
 
     history: History = History()
 
     def __call__(self, view):
         if self.history.depth == 1:
-            return self.history.confidence(view)
+            return Confidence("entropy")(view)
         flat = (*view.z.shape, -1)
         calls = 1 + jnp.sum(jnp.any(view.memory["past_p"] > 0, axis=-1), axis=-1)[..., None]
         ids = jnp.concatenate([view.ids, view.memory["past_ids"].reshape(flat)], axis=-1)
         p = jnp.concatenate([jnp.exp(view.logs), view.memory["past_p"].reshape(flat)], axis=-1) / calls
         mass = jnp.sum(jnp.where(ids[..., None] == ids[..., None, :], p[..., None, :], 0.0), axis=-1)  # pbar of each
-        if self.history.confidence.by == "top":
-            return settled(jnp.max(mass, axis=-1))
         rest = jnp.maximum(1 - jnp.sum(p, axis=-1), 0.0)
         inside = jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, mass, 1.0)), 0.0), axis=-1)
         return settled(inside + rest * jnp.log(jnp.where(rest > 0, rest, 1.0)))
@@ -212,8 +199,7 @@ class Coherent(Score):
 class Quota(Hook):
     """(view, score [b, S], open bool [b, S]) -> chosen [b, S]: bool, or by how many levels; none means the best one."""
 
-    def __call__(self, view: View, score, open_) -> jax.Array:
-        raise NotImplementedError
+    __call__: Callable[..., jax.Array]
 
 
 def ranks(score, among):
@@ -316,7 +302,7 @@ class Consistent(Quota):
     def __call__(self, view, score, open_):
         if self.history.depth == 1:
             return jnp.zeros(open_.shape, bool)
-        now = best(self.history.confidence(view), open_, view.numbers["confident"])
+        now = self.history.surest(view, open_)
         past_ids, past_p = (view.memory[name][:, :, 0] for name in ("past_ids", "past_p"))
         return now & jnp.any(past_p > 0, axis=-1) & (past_ids[..., 0] == view.ids[..., 0])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,10 @@ from hdlm_jax.decoding.policy import Draw, State, Verify, View
 CHECKS = ("deterministic", "top_k", "threshold", "relative")
 
 
-class _Of:
-    """The prediction at b k rows as one of b rows: of each its `row`-th."""
+class _At(NamedTuple):
+    """A prediction by its `select`."""
 
-    def __init__(self, prediction, row, many: int, positions: int):
-        self.prediction, self.row, self.many, self.positions = prediction, row, many, positions
-
-    def select(self, index):
-        row, position = index // self.positions, index % self.positions
-        return self.prediction.select((row * self.many + self.row[row]) * self.positions + position)
+    select: Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +27,11 @@ class FreeDave(Verify):
 
     A step is what the policy does in a call: its choice, its draw, its commit. After a call the following steps are
     tried on the same prediction; the states they reach are drafts. The next call predicts the state and its drafts
-    together, and a step that ends in one of the drafts needs no call of its own, as that draft's prediction is there
-    already. With one token a step these are the authors' top-j drafts, with thresholds FreeDave++'s.
+    together, and a step that ends in a draft needs no call of its own, as its prediction is there already.
 
-    The text is that of the policy without drafts, for every choice, memory and draw, since random numbers depend on a
-    row's step and the token alone. There are fewer calls, but each of `drafts` rows: latency is saved, not work. Two
-    conditions: a network's numbers must not depend on the rows they are computed among (else what is nearly tied may
-    fall otherwise), and a denoiser's cache must be exact, as it never sees the calls that are saved.
+    The text is that of the policy without drafts, as random numbers depend on a row's step and the token alone (where
+    the network's numbers do not depend on the rows beside, and its cache is exact). There are fewer calls, but each of
+    `drafts` rows: latency is saved, not work.
 
     Args:
       drafts: rows of a call, >= 1 (1: no drafts); the authors use 4.
@@ -46,12 +41,7 @@ class FreeDave(Verify):
 
     drafts: int = 4
     match: str = "exact"
-
-    def __post_init__(self):
-        if self.drafts < 1:
-            raise ValueError(f"drafts={self.drafts}: need at least 1")
-        if self.match not in ("exact", "subset"):
-            raise ValueError(f"match={self.match!r}: choose one of exact, subset")
+    choices = {"match": ("exact", "subset")}
 
     @property
     def width(self) -> int:  # type: ignore[override]
@@ -81,9 +71,11 @@ class FreeDave(Verify):
 
         row [b]: the draft whose prediction counts; live [b]: whether it is of s; made: new drafts.
         """
-        k, before, verify = self.drafts, s.z, i < self.drafts
+        k, before, verify, positions = self.drafts, s.z, i < self.drafts, s.z.shape[1]
         live |= ~verify
-        s = self._step(loop, _Of(prediction, row, k, s.z.shape[1]), s, live)
+        chosen = (jnp.arange(len(row)) * k + row) * positions  # where the prediction of each row's draft begins
+        here = _At(lambda index: prediction.select(chosen[index // positions] + index % positions))
+        s = self._step(loop, here, s, live)
         fits = drafts == s.z[:, None]
         if self.match == "subset":
             fits |= drafts == before[:, None]
@@ -115,14 +107,13 @@ class FreeDave(Verify):
 
 @dataclasses.dataclass(frozen=True)
 class Guided(Draw):
-    """`propose`: a draft of all open tokens, their likeliest ones, as far as an autoregressive model agrees.
+    """`draw`: a draft of all open tokens, their likeliest ones, as far as an autoregressive model agrees.
 
     Guided Diffusion (FlashDLM, arXiv 2505.21467). tools["ar"]: tokens int32 [b, S] -> prediction or logits [b, S, V] of
-    each token given those before it. From the first token that is not written, draft tokens are written while the
-    checks pass; at the first that fails one more token is written. So every call writes at least one, from any level
-    straight to the vocabulary. Where a cluster shows, the autoregressive distribution is forced under it as the
-    network's is (force_transition). With the deterministic check and on_reject="ar" (the released code) the text is the
-    autoregressive model's greedy one.
+    each token given those before it. From the left, draft tokens are written, from any level straight to the
+    vocabulary, while the checks pass; at the first that fails one more is written. Where a cluster shows, the
+    autoregressive distribution is forced under it as the network's is. With the deterministic check and on_reject="ar"
+    (the released code) the text is the autoregressive model's greedy one.
 
     Args:
       checks: all must pass: "deterministic", the draft is the likeliest token; "top_k", it is among the
@@ -133,15 +124,15 @@ class Guided(Draw):
 
     checks: tuple[str, ...] = ("deterministic",)
     on_reject: str = "dlm"
+    choices = {"on_reject": ("dlm", "ar")}
     needs = ("token",)
 
     def __post_init__(self):
-        if not self.checks or any(check not in CHECKS for check in self.checks):
+        super().__post_init__()
+        if not set(self.checks) <= set(CHECKS):
             raise ValueError(f"checks={self.checks!r}: choose some of {', '.join(CHECKS)}")
-        if self.on_reject not in ("dlm", "ar"):
-            raise ValueError(f"on_reject={self.on_reject!r}: choose dlm or ar")
 
-    def __call__(self, view: View, loop: Loop):
+    def __call__(self, view: View, loop: Loop, prediction, target):
         if "ar" not in loop.how.tools:
             raise ValueError("tools lack 'ar': guided decoding needs an autoregressive model's function")
         process, numbers = view.process, view.numbers

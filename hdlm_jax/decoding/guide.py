@@ -55,9 +55,7 @@ class Constrained(Guide):
     """Gives tokens that a position may not take no probability (S^3's constraints).
 
     Forbidden logits become -inf before anything else looks at them, so clusters have the mass of their allowed tokens;
-    where no allowed token has any probability they are uniform. Each position is restricted by itself, as it is
-    written: with a network that knows the data, given tokens condition exactly; a restricted free position does where
-    it is the only one and written first, and not in general.
+    where no allowed token has any probability they are uniform.
 
     Args:
       allowed: bool [kinds, V]; rows.extra["kind"] int32 [b, S] says which row holds where (see canvas.Canvas).
@@ -121,8 +119,7 @@ class CFG(Guide):
 class Classified(Guide):
     """Classifier guidance: p_i(v | z) exp(weight score_i(v)), normalised, over the vocabulary.
 
-    With score_i(v) = log p(y | z with v at i) and weight 1 that is Bayes' rule, p_i(v | z, y), where the denoiser is
-    right.
+    With score_i(v) = log p(y | z with v at i) and weight 1 that is Bayes' rule.
 
     Args:
       score: function z int32 [b, S] -> float [b, S, V], up to a constant per token; see `first_order`.
@@ -161,7 +158,7 @@ class EnergyDraw(Draw):
     In calls with numbers["energy_from"] <= t <= numbers["energy_to"] that many complete texts are drawn, every token
     not written yet on its own; one is taken in proportion to exp(-E) (the released code's exp(+E) leads away from the
     data), and tokens are unmasked towards it. Exact in the limit of many candidates (the authors use 2). In other
-    calls, and with one candidate, it is draw="sample" to the bit.
+    calls it is draw="sample" to the bit.
 
     tools["energy"] is a function (x, z, log_p) -> E float32 [b]: x int32 [b, S] the text, 0 behind a row's end; z int32
     [b, S] the states, -1 behind the end; log_p float32 [b, S], log p_theta of each drawn token before temperature and
@@ -171,13 +168,7 @@ class EnergyDraw(Draw):
     candidates: int = 2
     whole = True
 
-    def __post_init__(self):
-        if self.candidates < 1:
-            raise ValueError(f"candidates={self.candidates}: need at least 1")
-
     def __call__(self, view: View, loop: Loop, prediction, target):
-        if self.candidates == 1:
-            return loop.reverse_step(view, prediction, target)
         if "energy" not in loop.how.tools:
             raise ValueError("tools lack 'energy': a function (x, z, log_p) -> E of each row")
         rows = view.z.shape[0]

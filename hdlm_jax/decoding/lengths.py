@@ -17,10 +17,9 @@ PHASE = "daedal_phase"  # name in the loop's memory
 
 
 def eos_confidence(says_eos, probability, window: int):
-    """e of DAEDAL: the summed probabilities of the last `window` tokens that say EOS, over `window`: float32 [b].
+    """e of DAEDAL: the summed probability [b, S] of the last `window` tokens that say EOS, over `window`: float32 [b].
 
-    says_eos: bool [b, S], where EOS is the likeliest; probability: float [b, S], of it. With fewer such tokens e is
-    small, whatever their confidence.
+    says_eos: bool [b, S], where EOS is the likeliest state.
     """
     from_the_end = jnp.cumsum(says_eos[:, ::-1], axis=1)[:, ::-1]
     return jnp.sum(jnp.where(says_eos & (from_the_end <= window), probability, 0.0), axis=1) / window
@@ -40,15 +39,11 @@ def insertion(at, expand, places: int):
 class Daedal(Lengths):
     """DAEDAL's rule of lengths, for any number of levels.
 
-    EOS is read off a token as the state one level down: the EOS token itself, or its cluster (give EOS a cluster of its
-    own: other members count as EOS too). An EOS that is written counts with probability 1. Only masks are expanded, and
-    none that is unmasked in the same call.
+    EOS is the state one level down: the EOS token, or its cluster (give it one of its own). A written EOS counts with
+    probability 1. A mask that stays one in this call becomes `expand` masks.
 
-    numbers: eos, its token; maximum, most tokens of a row, prompt and all; eos_grow (.5 in the paper), eos_stop (.9)
-    and low (.1): e below eos_grow grows, below eos_stop allows insertions, where p < low.
-
-    Args:
-      expand: E >= 2, masks that one place becomes.   window: W >= 1, see `eos_confidence`.
+    numbers: eos, its token; maximum, most tokens of a row, prompt and all; e below eos_grow grows, below eos_stop
+    allows insertions, where p < low.
     """
 
     expand: int = 8

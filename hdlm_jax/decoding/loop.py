@@ -51,7 +51,6 @@ class Sampling:
     sync_trip_count: trip count of a loop that needs `count` iterations here; where devices that share the batch must
       keep step, the largest count of all (parallel.OverBatch). Changes no result.
     frames: at most so many states are recorded beside the start (see `Trajectory`). Changes no result.
-    limit: stop rows after so many calls, finished or not, traced or not; None: when all is written.
     tools: functions that hooks call, by name.
     """
 
@@ -61,7 +60,6 @@ class Sampling:
     tokens: int | None = None
     sync_trip_count: Callable = lambda count: count  # noqa: E731
     frames: int = 0
-    limit: int | jax.Array | None = None
     tools: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
 
 
@@ -91,7 +89,6 @@ class Loop(NamedTuple):
         limit = self.bound(s)
         if self.policy.lengths is not None:
             limit += s.z.shape[1]  # a row that grows unmasks nothing in that call
-        limit = limit if self.how.limit is None else jnp.minimum(limit, self.how.limit)
 
         def anyone(s):
             return self.how.sync_trip_count(jnp.any(self.unfinished(s, limit)).astype(jnp.int32))
@@ -224,8 +221,6 @@ class Loop(NamedTuple):
     def write(self, view: View, prediction) -> Drawn:
         """What the policy writes, given what it has seen."""
         policy = self.policy
-        if policy.propose is not None:
-            return policy.propose(view, self)
         if policy.order == "draw_then_choose":
             if policy.draw == "argmax":
                 drawn, sure = view.top, jnp.exp(view.log_top)
@@ -254,7 +249,7 @@ class Loop(NamedTuple):
         """(the view with its statistics, prediction, cache) after one call of the network."""
         policy = self.policy
         # where no prediction can change the choice, they are needed at the chosen tokens alone
-        blind = not (policy.needs or policy.top_k or policy.propose or policy.whole)
+        blind = not (policy.needs or policy.top_k or policy.whole)
         blind = blind and policy.order == "choose_then_draw"
         wanted = policy.choose.target(view) < view.level if blind else self.wanted(view)
         prediction, cache = self.ask(cache, view.rows(wanted))

@@ -18,7 +18,6 @@ import numpy as np
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 
 UNKNOWN: Any = None  # in a View: what its policy does not need
-ORDERS = ("choose_then_draw", "draw_then_choose")
 Cache = Any  # a pytree of a denoiser's own; the rows on axis 1 of every leaf
 Numbers = Mapping[str, jax.Array]  # traced scalars
 Drawn = tuple[jax.Array, jax.Array]  # (states int32 [b, S], probability float32 [b, S] of each unmasking)
@@ -86,12 +85,19 @@ class Hook:
     top_k: m, how many of the likeliest states it needs (ids, logs).
     whole: needs predictions at all tokens not written yet, not only in the current block.
     jumps: may unmask a token by more than one level in a call.
+    choices: the values that its fields of texts may have.
     """
 
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
     top_k: ClassVar[int] = 0
     whole: ClassVar[bool] = False
     jumps: ClassVar[bool] = False
+
+    def __post_init__(self):
+        for name, values in self.choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(values[:-1])} or {values[-1]}")
 
     def memory(self, view: View) -> dict[str, Any]:
         """Arrays [B, ...] at the start; names are shared by all hooks of a policy."""
@@ -141,38 +147,33 @@ def _mean_level(chain) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Commit(Hook):
-    """Rows that write all the rest, bool [b]. stages: one level at a time, else the likeliest tokens at once."""
+    """view -> bool [b], rows that write all the rest. stages: a level at a time, else the likeliest tokens at once."""
 
     stages: bool = False
-
-    def __call__(self, view: View) -> jax.Array:
-        raise NotImplementedError
+    __call__: Callable[..., jax.Array]
 
 
 class Revise(Hook):
-    """Levels [b, S] that tokens are remasked to; free tokens only, never above the canvas.
+    """(view, z, unmasked) -> levels [b, S] that tokens are remasked to; free tokens only, never above the canvas.
 
     crosses: a vocabulary token is remasked as the process corrupts it: at xi < 1 perhaps to another cluster.
     """
 
     crosses: ClassVar[bool] = False
-
-    def __call__(self, view: View, z, unmasked) -> jax.Array:
-        raise NotImplementedError
+    __call__: Callable[..., jax.Array]
 
 
 class Lengths(Hook):
-    """(length [b], source [b, S], inserted bool [b, S], hold bool [b]): a canvas that grows.
+    """(view, unmasked) -> (length [b], source [b, S], inserted bool [b, S], hold bool [b]): a canvas that grows.
 
     The new length; the place each place is taken from; those that become masks; rows that unmask nothing in this call.
     """
 
-    def __call__(self, view: View, unmasked) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        raise NotImplementedError
+    __call__: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
 
 
 class Draw(Hook):
-    """(view, loop, prediction, target) -> Drawn; as Policy.propose (view, loop) -> Drawn."""
+    """(view, loop, prediction, target) -> Drawn."""
 
     __call__: Callable[..., Drawn]
 
@@ -193,7 +194,7 @@ class Policy:
     order: "choose_then_draw", exact: the choice does not depend on what is drawn; "draw_then_choose": every token draws
       first and the choice sees it (view.drawn, view.log_drawn): not exact.
     block: so many free tokens are written before the next ones; 0: all are one block.
-    propose: in place of choosing and drawing. clusters: see HierarchicalProcess.reverse_step.
+    clusters: see HierarchicalProcess.reverse_step.
     """
 
     choose: Choice
@@ -203,19 +204,16 @@ class Policy:
     commit: Commit | None = None
     revise: Revise | None = None
     lengths: Lengths | None = None
-    propose: Draw | None = None
     verify: Verify | None = None
     clusters: str = "exact"
 
     def __post_init__(self):
-        if self.order not in ORDERS:
-            raise ValueError(f"order={self.order!r}: choose one of {', '.join(ORDERS)}")
         if isinstance(self.draw, str) and self.draw not in ("sample", "argmax"):
             raise ValueError(f"draw={self.draw!r}: choose sample or argmax, or give a hook")
         if not isinstance(self.draw, str) and self.order == "draw_then_choose":
             raise ValueError(f"draw={self.draw!r}: in the order draw_then_choose choose sample or argmax")
-        if self.verify is not None and (self.revise or self.lengths or self.propose):
-            raise ValueError(f"verify={self.verify!r}: drafts only drop tokens: no revise, lengths or propose with it")
+        if self.verify is not None and (self.revise or self.lengths):
+            raise ValueError(f"verify={self.verify!r}: drafts only drop tokens: no revise or lengths with it")
         if self.lengths is not None and not self.choose.scored:
             raise ValueError(f"choose={self.choose!r} plans for a canvas that does not grow; with lengths give Scored")
         if isinstance(self.choose, Revise) and self.revise != self.choose:
@@ -225,7 +223,7 @@ class Policy:
     def hooks(self) -> tuple[Hook, ...]:
         """The policy's hooks and theirs."""
         found: list[Hook] = []
-        todo = [self.choose, self.draw, self.commit, self.revise, self.lengths, self.propose, self.verify]
+        todo = [self.choose, self.draw, self.commit, self.revise, self.lengths, self.verify]
         while todo:
             if isinstance(part := todo.pop(0), Hook):
                 found.append(part)

@@ -225,7 +225,7 @@ def guided(*, checks: str = "deterministic", on_reject: str = "dlm", top_k: int 
 
     checks: some of deterministic, top_k, threshold, relative, joined by "+". on_reject: whose token is written there.
     """
-    policy = Policy(choose.Scored(), propose=Guided(tuple(checks.split("+")), on_reject), block=block)
+    policy = Policy(choose.Scored(quota=choose.All()), Guided(tuple(checks.split("+")), on_reject), block=block)
     return Method(policy, {"top_k": top_k, "threshold": threshold, "relative": relative}, needs="ar")
 
 

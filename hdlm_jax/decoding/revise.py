@@ -20,14 +20,11 @@ _GAP = 1e3  # nats, where the second state has no probability at all
 
 @dataclasses.dataclass(frozen=True)
 class Gap(Commit):
-    """Prophet (arXiv 2508.19982): commit a row once the mean of log p(likeliest) - log p(second) over the tokens
-    watched reaches a bar.
+    """Prophet (arXiv 2508.19982): commit a row once the mean over some tokens of log p(likeliest) - log p(second), of
+    states one level down, reaches numbers["gap_early"], from .33 of the unmasking on "gap_middle", from .67 "gap_late".
 
-    The bar is numbers["gap_early"] until .33 of the unmasking is done, numbers["gap_middle"] until .67, then
-    numbers["gap_late"] (paper: 7.5, 5.0, 2.5); inf is never reached. States are those one level down.
-
-    last: watch the last so many tokens of the row, in any block (a row where all of them are written commits); 0: the
-      open tokens of the current block. stages: one level at a time, so that tokens are predicted given their clusters.
+    last: watch the last so many tokens of the row (where all are written the row commits); 0: the open tokens. stages:
+      one level at a time, so that tokens are predicted given their clusters.
     """
 
     last: int = 0
@@ -51,21 +48,17 @@ class Gap(Commit):
 class Backtrack(Revise):
     """Saber's backtracking (arXiv 2510.18165), with quota `Running`: remask what has lost most confidence.
 
-    A token's confidence when written is the product of its unmaskings' probabilities, p(cluster) p(token | cluster);
-    now it is the prediction's probability of its state (of="own"; "top", as released: at vocabulary tokens of the
-    likeliest one). After a call that unmasked D tokens the max(1, floor(D / numbers["mu"])) whose confidence fell most
-    are remasked, if it fell (mu = inf: none): to their cluster where the cluster's own confidence has not fallen, else
-    to the top. Tokens of this very call stay.
+    A token's confidence when written is p(cluster) p(token | cluster), the product over its unmaskings; now it is the
+    prediction's probability of its state (of="own"; "top", as released: at vocabulary tokens of the likeliest one).
+    After a call that unmasked D tokens the max(1, floor(D / numbers["mu"])) older ones whose confidence fell most are
+    remasked: to their cluster where the cluster's own confidence has not fallen, else to the top. mu = inf: none.
 
     Bound: all remasking of a call is cut to one level less than its unmasking, so a row takes at most S K calls.
     """
 
     of: str = "own"
     path: Path = Path()
-
-    def __post_init__(self):
-        if self.of not in ("own", "top"):
-            raise ValueError(f"of={self.of!r}: choose own or top")
+    choices = {"of": ("own", "top")}
 
     @property
     def needs(self):  # type: ignore[override]
@@ -93,31 +86,23 @@ class Backtrack(Revise):
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled(Revise):
-    """Every call writes all open tokens of the block, then remasks the lowest scores down to a scheduled count.
+    """Every call writes all open tokens (give `Scored(quota=All(), straight=True)`), then remasks the lowest scores.
 
-    For `Scored(quota=All(), straight=True)`. After call d of T, n (T - d)/T (schedule="linear") or n cos(pi d / 2 T)
-    ("cosine"), rounded down, of the block's n tokens are back at the top (to="mask"), or so many of its n levels are
-    taken back (to="cluster"): first every token to its cluster, then the lowest scores further up. T is the block's
-    share of numbers["steps"], at most n.
+    After call d of T, n (T - d)/T (schedule="linear") or n cos(pi d / 2 T) ("cosine"), rounded down, of the block's n
+    tokens are back at the top (to="mask"), or so many of its n levels are taken back (to="cluster"): first every token
+    to its cluster, then the lowest scores further up. T is the block's share of numbers["steps"], at most n, so a row
+    takes at most S K calls.
 
-    by: "written", the probability of a token's last unmasking (RCR of MDPO, arXiv 2508.13148); "now", log p of what was
-      drawn for tokens written in this call, eta log p of their token for those written before (P2 in its self-planning
-      form, arXiv 2502.03540), eta = numbers["eta"] >= 0: at 0 new tokens are remasked first, at 1 all are equal, above
-      1 old ones are doubted more.
-
-    Bound: the count is 0 after call T <= n at the latest, so a row takes at most sum n <= S K calls.
+    by: "written", the probability of a token's last unmasking (RCR of MDPO, arXiv 2508.13148); "now", log p of the
+      draws of this call, numbers["eta"] log p of tokens written before (self-planning P2, arXiv 2502.03540): at eta = 0
+      new tokens are remasked first, at 1 all are equal, above 1 old ones are doubted more.
     """
 
     schedule: str = "linear"
     to: str = "mask"
     by: str = "written"
     steps: Even = Even()
-
-    def __post_init__(self):
-        if self.schedule not in ("linear", "cosine") or self.to not in ("mask", "cluster"):
-            raise ValueError(f"schedule={self.schedule!r}, to={self.to!r}: choose linear or cosine, mask or cluster")
-        if self.by not in ("written", "now"):
-            raise ValueError(f"by={self.by!r}: choose written or now")
+    choices = {"schedule": ("linear", "cosine"), "to": ("mask", "cluster"), "by": ("written", "now")}
 
     @property
     def needs(self):  # type: ignore[override]
@@ -150,34 +135,24 @@ class Scheduled(Revise):
 class Remask(Choice, Revise):
     """ReMDM (arXiv 2503.00307) for any number of levels; to be given twice: Policy(choose=Remask(), revise=Remask()).
 
-    With alpha = 1 - t and tau = -log alpha, a step from t to s < t is the exact reverse step from t to s' < s, then the
-    forward chain from s' to s, where alpha_s' = alpha_s/(1 - sigma). Given a token x, z_t ~ q_t(. | x) becomes q_s' and
-    then q_s: marginals are kept for every K and xi. For MDLM (r = 1) a token is masked with probability
-    1 - alpha_s/alpha_s' = sigma, and a mask is unmasked with
+    With alpha = 1 - t, a step from t to s < t is the exact reverse step to s' < s, alpha_s' = alpha_s/(1 - sigma), then
+    the forward chain from s' to s, as the process corrupts (at xi < 1 perhaps to another cluster): marginals are kept
+    for every K and xi. For MDLM a token is masked with probability sigma and a mask unmasked with
+    (alpha_s - (1 - sigma) alpha_t)/(1 - alpha_t), as in the paper. sigma is cut to 1 - alpha_s, where s' is 0.
+    Call c of the numbers["steps"] begins at t = 1 - c/steps.
 
-        (alpha_s' - alpha_t)/(1 - alpha_t) (1 - sigma) = (alpha_s - (1 - sigma) alpha_t)/(1 - alpha_t),
-
-    the two lines of the paper's posterior. As alpha_s' <= 1, sigma is cut to 1 - alpha_s; the paper's own limit,
-    (1 - alpha_s)/alpha_t, is wider. Tokens are remasked as the process corrupts them (at xi < 1 perhaps to another
-    cluster); one whose canvas is a cluster stays there in place of going higher.
-
-    kind: "cap", sigma = min(eta, limit); "rescale", eta limit; the paper's limit, eta = numbers["eta"]. "loop": alpha
-      rises to numbers["alpha_on"] while t > numbers["t_on"], stays there, with sigma as in "cap", until
+    kind: "cap", sigma = min(eta, limit); "rescale", eta limit; limit = (1 - alpha_s)/alpha_t, eta = numbers["eta"].
+      "loop": alpha rises to numbers["alpha_on"] while t > numbers["t_on"], stays there, with sigma as in "cap", until
       numbers["t_off"], and rises to 1 after it; sigma is 0 outside of that window.
 
     With the true conditionals this converges to the data's distribution as steps grow if eta falls as 1/steps; at a
     fixed eta an error stays, as tokens remasked and written in one step are drawn independently.
-
-    Bound: numbers["steps"] calls exactly, call c from t = 1 - c/steps on; the last ends at tau = 0, all tokens written.
     """
 
     kind: str = "cap"
+    choices = {"kind": ("cap", "rescale", "loop")}
     jumps = True
     crosses = True
-
-    def __post_init__(self):
-        if self.kind not in ("cap", "rescale", "loop"):
-            raise ValueError(f"kind={self.kind!r}: choose cap, rescale or loop")
 
     def memory(self, view):
         return {"climbed": jnp.full(view.z.shape, view.process.num_levels, jnp.int32)}

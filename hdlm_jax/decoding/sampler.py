@@ -251,7 +251,7 @@ class Sampler:
             raise ConfigError(f"generate.method={g.method!r}: its canvas grows, so nothing can be given behind a blank")
         if constrained and not self.process.unmasks:
             raise ConfigError("this process cannot keep to kinds of words; an HDLM or MDLM can")
-        if constrained and isinstance(method.policy.propose, drafts.Guided):
+        if constrained and isinstance(method.policy.draw, drafts.Guided):
             raise ConfigError(f"generate.method={g.method!r}: its helper does not know which words a place may take")
         if constrained and self.process.xi < 1 and at_sampling(self.process, g).force_transition == "within":
             raise ConfigError("generate.force_transition='within': at xi < 1 a cluster on show may have no word that "

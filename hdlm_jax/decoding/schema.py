@@ -191,14 +191,13 @@ class _Compiler:
             _count(least, 0, f"{path}: minLength")
             if least > positions:
                 raise ValueError(f"schema at {path}: minLength={least} needs a budget of as many, which is {positions}")
-            self._some(self.letters, path)
             sets = [self.letters] * least + [self._or_filler(self.letters)] * (positions - least)
             return [blank + '"', Field(path, "string", tuple(sets)), '"']
         if schema.get("minimum", 0) != 0:
             raise ValueError(f"schema at {path}: minimum={schema['minimum']!r} cannot be kept; 0 is the only one")
         if positions > _MOST_DIGITS:
             raise ValueError(f"schema at {path}: budget={positions}: a number has at most {_MOST_DIGITS}")
-        return [Field(path, kind, self._number(positions, kind == "number", "minimum" not in schema, path))]
+        return [Field(path, kind, self._number(positions, kind == "number", "minimum" not in schema))]
 
     def _object(self, schema, path, blank) -> list[str | Field]:
         properties = schema.get("properties", {})
@@ -238,14 +237,13 @@ class _Compiler:
         field = Field(path, "choice", sets, tuple(filled))
         return [part for part in (before, field, after) if part]
 
-    def _number(self, positions: int, real: bool, signed: bool, path: str) -> tuple[np.ndarray, ...]:
+    def _number(self, positions: int, real: bool, signed: bool) -> tuple[np.ndarray, ...]:
         """[sign or digits] digits .. [a digit that must be] [point] digits .., as many as there are positions."""
         behind = (positions - 1) // 3 if real else 0
         front = positions - behind - (behind > 0)
         digits, point = self._match(rb"\d{1,3}"), self._match(rb"\.\d{0,3}")
         first = self._match(rb" ?-?\d{0,3}" if signed else rb" ?\d{0,3}")
         must = self._match(rb" ?-?\d{1,3}" if signed else rb" ?\d{1,3}") if front == 1 else digits
-        self._some(digits, path)
         sets = [self._or_filler(digits)] * positions
         sets[0], sets[front - 1] = self._or_filler(first), must
         if behind:
@@ -260,10 +258,6 @@ class _Compiler:
 
     def _or_filler(self, tokens: np.ndarray) -> np.ndarray:
         return tokens | (np.arange(len(tokens)) == self.tokenizer.eot)
-
-    def _some(self, tokens: np.ndarray, path: str) -> None:
-        if not tokens.any():
-            raise ValueError(f"schema at {path}: the tokenizer has no word that could stand there")
 
 
 _UNSAFE = {*range(0x20), *b'"\\'}

@@ -56,14 +56,9 @@ class SparseCache(NamedTuple):
 class SparseD:
     """Attention that thins out once a share of the row's unmasking is done (SparseD, arXiv 2509.24014).
 
-    Attention is full up to and with the call before which at least `skip` of the row's unmasking is done (in place of
-    the paper's share of steps, as no policy knows its calls beforehand). That call makes the row's mask of blocks, for
-    each layer and head (`kept_blocks`), which holds in all later ones. Weights are ranked over sqrt(width of a head);
-    the release ranks with the root of the number of heads, a slip, and lets blocks of the prompt compete with the
-    others.
-
-    skip: share in [0, 1], 0.2 in the paper. select: share of key blocks in [0, 1], 1 keeps all; 0.3 in the paper for
-    long texts (block 128), 0.5 for short ones (32). block: tokens of a block, >= 1.
+    Attention is full up to and with the call before which at least `skip` of the row's unmasking is done (the paper: of
+    its steps). That call makes the row's mask of blocks, for each layer and head (`kept_blocks`), which holds in all
+    later ones. select: share of key blocks, 1 keeps all. block: tokens of a block.
     """
 
     skip: float = 0.2

@@ -140,7 +140,7 @@ def test_infill_keeps_everything_but_the_blanks(drawn):
 
 def test_infill_like_a_word_stays_in_its_cluster(drawn):
     h = model().hierarchy
-    word = next(int(w) for w in b"etaoin" if h.word_count[1][h.anc[1][w]] > 5)
+    word = next(int(w) for w in b"etaoin" if h.token_count[1][h.anc[1][w]] > 5)
     model().infill(f"ab[LIKE:{chr(word)}xyz]", num_samples=8, **FEW)
     canvas, tokens = drawn[0]
     assert (canvas[:, 2] == h.state_id(1, h.anc[1][word])).all(), "only the cluster of its first token is shown"

@@ -17,7 +17,7 @@ from hdlm_jax.models.network import Network
 B, S, BLOCK, PROMPT = 3, 16, 4, 2
 WORDS = Hierarchy.from_parents([[0, 0, 0, 1, 1, 1, 2, 2]])  # 8 words, 3 clusters, mask
 MASK, K = WORDS.mask_id, WORDS.num_levels
-NET = Network(FlatHead(WORDS), symbols=16, width=32, blocks=2, heads=2, time_conditioning=False)
+NET = Network(FlatHead(WORDS), num_states=16, width=32, blocks=2, heads=2, time_conditioning=False)
 TIMED, HALF = NET.clone(time_conditioning=True), NET.clone(dtype="bfloat16")
 
 

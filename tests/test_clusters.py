@@ -266,7 +266,7 @@ def test_shuffled_control_has_the_same_sizes_and_other_members() -> None:
     real, _ = build_hierarchy(e, (30, 5), special=(7,), seed=3)
     control, report = build_hierarchy(e, (30, 5), special=(7,), seed=3, shuffle=True)
     for level in range(len(real.sizes)):
-        np.testing.assert_array_equal(real.word_count[level], control.word_count[level])
+        np.testing.assert_array_equal(real.token_count[level], control.token_count[level])
     assert report["shuffle"] and control.special == (7,)
     assert control.parents[0][7] == real.parents[0][7] == 29
     assert np.mean(control.parents[0] == real.parents[0]) < 0.2
@@ -294,9 +294,9 @@ def test_no_clusters_is_mdlm(clusters: tuple[int, ...]) -> None:
 def test_closing_ones_are_dropped_and_small_n_keeps_special_words_inside() -> None:
     assert build_hierarchy(_blobs(50), (4, 1))[0].sizes == (50, 4, 1)
     h, report = build_hierarchy(_blobs(50), (2,), special=(49,))
-    assert not report["special_own_cluster"] and h.special == () and h.word_count[1].min() > 1
+    assert not report["special_own_cluster"] and h.special == () and h.token_count[1].min() > 1
     h, report = build_hierarchy(_blobs(50), (3,), special=(49,))
-    assert report["special_own_cluster"] and h.word_count[1][2] == 1
+    assert report["special_own_cluster"] and h.token_count[1][2] == 1
 
 
 def test_more_clusters_than_words() -> None:
@@ -351,11 +351,11 @@ def test_initial_table(width: int) -> None:
     e[5] = 0
     h, _ = build_hierarchy(e, (30, 5), special=(299,))
     table = initial_table(e, h, width, scale=1.0, seed=0)
-    assert table.shape == (h.padded_symbols, width) and table.dtype == np.float32
+    assert table.shape == (h.padded_states, width) and table.dtype == np.float32
     bound = 1 / math.sqrt(width)
     assert table[:300].std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     # Only a word of which something is known, or a cluster of such, leaves the uniform range by design.
-    rest = np.r_[5, h.mask_id:h.padded_symbols]
+    rest = np.r_[5, h.mask_id:h.padded_states]
     assert np.abs(table[rest]).max() <= bound
     assert table[rest].std() == pytest.approx(bound / math.sqrt(3), rel=0.2)
     known = np.setdiff1d(np.arange(h.mask_id), [5])
@@ -402,7 +402,7 @@ def test_report_names_every_cluster_once(tmp_path, monkeypatch) -> None:
     for node in range(20):
         heads = (f"cluster {node}:", f"cluster {node} (")
         line = [row for row in text.splitlines() if row.startswith(heads)]
-        assert len(line) == 1 and f" {h.word_count[1][node]} words" in line[0]
+        assert len(line) == 1 and f" {h.token_count[1][node]} words" in line[0]
     assert "(special): 1 words" in text and text.count("== Level 2, node") == 4
     heads = [row for row in text.splitlines() if row.startswith("cluster ")]
     shares = [float(row.rsplit(", ", 1)[1].split("%")[0]) for row in heads]

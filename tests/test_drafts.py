@@ -203,7 +203,7 @@ def test_thresholds(match):
 def test_a_transformer_s_text_is_the_same(head):
     """Real networks, in which a row's float32 numbers may depend on how many rows there are."""
     toy, process = make(THREE, (1.0, 1.0, 1.0))
-    network = Network(head(process.hierarchy), process.hierarchy.padded_symbols, width=16, blocks=1, heads=2)
+    network = Network(head(process.hierarchy), process.hierarchy.padded_states, width=16, blocks=1, heads=2)
     z = jnp.full((5, 5), toy.mask)
     params = network.init(jax.random.key(1), z, jnp.zeros(5))["params"]
     leaves, tree = jax.tree.flatten(params)

@@ -84,7 +84,7 @@ def test_uniform_network_costs_log_v_per_token(hierarchy):
     assert result["tokens"] == tokens.sum() == 64 * S - 5
     assert abs(result["nelbo"] - math.log(V)) < 4 * result["se_time"]
     assert result["se_time"] < 0.05
-    share = np.array([hierarchy.word_count[k][hierarchy.anc[k][rows["x"]]] for k in range(hierarchy.num_levels + 1)])
+    share = np.array([hierarchy.token_count[k][hierarchy.anc[k][rows["x"]]] for k in range(hierarchy.num_levels + 1)])
     ratio = (np.log(share[1:] / share[:-1]) * rows["score"]).sum((1, 2)) / tokens.sum()
     np.testing.assert_allclose(result["levels"], ratio, atol=0.12)
 

@@ -120,7 +120,7 @@ def test_new_heads_know_nothing_and_prototypes_differ():
     """Words uniform within a cluster (flat: uniform); prototypes of a node start apart."""
     h, hierarchy = hidden_of((1,)), make().hierarchy
     flat, one, three = FlatHead(hierarchy), FactorisedHead(hierarchy), FactorisedHead(hierarchy, prototypes=3)
-    size = hierarchy.word_count[1][hierarchy.anc[1]]
+    size = hierarchy.token_count[1][hierarchy.anc[1]]
     params = [head.init(jax.random.key(0), D) for head in (flat, one, three)]
     assert not np.any(flat.logits(params[0], h))
     np.testing.assert_allclose(jnp.exp(one.logits(params[1], h))[0], 1 / (len(SIZES) * size), rtol=1e-5)
@@ -164,7 +164,7 @@ def test_predictions_answer_as_dense_ones(head):
 def texts(process):
     """(x, z) [B, S] of every kind of imbalance: of tokens over clusters, and of noised ones over rows."""
     h, rng = process.hierarchy, np.random.default_rng(3)
-    sizes = h.word_count[1]
+    sizes = h.token_count[1]
     large = np.flatnonzero(h.anc[1] == sizes.argmax())
     few = np.flatnonzero(np.isin(h.anc[1], [0, h.sizes[1] - 1]))
     tau = jnp.asarray([0, 1e3, *np.linspace(0.3, 2, B - 2)], jnp.float32)  # a row of words, a row of masks

@@ -30,7 +30,7 @@ def test_everything_against_brute_force(h: Hierarchy) -> None:
     words, last = h.vocab_size, h.num_levels
     assert h.sizes[-1] == 1 and len(h.sizes) == last + 1
     assert h.num_states == sum(h.sizes) and h.mask_id == h.num_states - 1
-    assert h.padded_symbols % 128 == 0 and 0 <= h.padded_symbols - h.num_states < 128
+    assert h.padded_states % 128 == 0 and 0 <= h.padded_states - h.num_states < 128
     for word in range(words):  # climb one map after the other
         node = word
         for level in range(last + 1):
@@ -53,12 +53,12 @@ def test_everything_against_brute_force(h: Hierarchy) -> None:
     assert h.level1_start[0] is h.level1_count[0] is None
     for level in range(last + 1):
         for node in range(h.sizes[level]):
-            assert h.word_count[level][node] == np.sum(h.anc[level] == node)
+            assert h.token_count[level][node] == np.sum(h.anc[level] == node)
 
 
 @settings(max_examples=30)
 @given(hierarchies())
-def test_symbol_ids_are_one_to_one_and_ordered_by_level(h: Hierarchy) -> None:
+def test_state_ids_are_one_to_one_and_ordered_by_level(h: Hierarchy) -> None:
     ids = np.arange(h.num_states)
     level, node = h.level_of(ids), h.node_of(ids)
     assert np.all(np.diff(level) >= 0)
@@ -83,7 +83,7 @@ def test_levels_are_cut_at_the_first_single_node() -> None:
 
 def test_dtypes_and_read_only() -> None:
     h = Hierarchy.from_parents([np.array([0, 1, 0, 1], np.uint16)])
-    arrays = [*h.parents, *h.anc, *h.level1_count[1:], *h.level1_start[1:], h.level1_order, *h.word_count]
+    arrays = [*h.parents, *h.anc, *h.level1_count[1:], *h.level1_start[1:], h.level1_order, *h.token_count]
     assert {a.dtype for a in arrays} == {np.dtype(np.int32)}
     for array in arrays:
         with pytest.raises(ValueError, match="read-only"):

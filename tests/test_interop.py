@@ -57,7 +57,7 @@ def random_state(rows=32, cond=6, width=8, blocks=2, extra=("logit_bias", "outpu
 
 
 def random_params(hierarchy, time=True, seed=0):
-    network = Network(FlatHead(hierarchy), hierarchy.padded_symbols, 8, 2, HEADS, time_conditioning=time)
+    network = Network(FlatHead(hierarchy), hierarchy.padded_states, 8, 2, HEADS, time_conditioning=time)
     shape = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, S), jnp.int32), jnp.zeros(1))["params"]
     rng = np.random.default_rng(seed)
     return network, jax.tree.map(lambda a: rng.standard_normal(a.shape).astype(np.float32), shape)

@@ -137,7 +137,7 @@ def test_equals_published_network(data_dir):
                 "up": affine(b + "mlp.0"), "down": affine(b + "mlp.2"), "modulation": affine(b + "adaLN_modulation")}
 
     head = FlatHead(Hierarchy.from_parents([], vocab_size=128))
-    network = Network(head, symbols=128, width=32, blocks=2, heads=4, cond=16)
+    network = Network(head, num_states=128, width=32, blocks=2, heads=4, cond=16)
     params = {"embedding": w["vocab_embed.embedding"], "time_in": affine("sigma_map.mlp.0"),
               "time_out": affine("sigma_map.mlp.2"), "stack": jax.tree.map(lambda *a: np.stack(a), block(0), block(1)),
               "norm": {"weight": w["output_layer.norm_final.weight"]},

@@ -19,7 +19,7 @@ from hdlm_jax.models.quantise import LAYERS, quantise, rotate
 
 V, S, B, BLOCKS, HEADS, WIDTH = 30, 22, 3, 2, 2, 24
 HIERARCHY = Hierarchy.from_parents([np.arange(V) % 5])
-NETWORK = Network(FlatHead(HIERARCHY), HIERARCHY.padded_symbols, WIDTH, BLOCKS, HEADS, remat="none")
+NETWORK = Network(FlatHead(HIERARCHY), HIERARCHY.padded_states, WIDTH, BLOCKS, HEADS, remat="none")
 
 
 def random_params(network=NETWORK, seed=0, scale=0.15):

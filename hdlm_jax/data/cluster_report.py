@@ -68,7 +68,7 @@ def _report_text(hierarchy: Hierarchy, unit: np.ndarray, decode: Callable[[list[
             above = int(hierarchy.level1_anc[level][node])
             if previous.get(level) != above:
                 previous[level] = above
-                clusters, size = hierarchy.level1_count[level][above], hierarchy.word_count[level][above]
+                clusters, size = hierarchy.level1_count[level][above], hierarchy.token_count[level][above]
                 lines += ["", f"== Level {level}, node {above}: {clusters} clusters, {size} words, "
                               f"{share[level][above]:.2%} of tokens"]
         words = frequent_first[hierarchy.anc[1][frequent_first] == node]

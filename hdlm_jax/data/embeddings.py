@@ -192,7 +192,7 @@ def sum_by(rows: np.ndarray, node: np.ndarray, n: int) -> np.ndarray:
 
 def initial_table(vectors: np.ndarray, hierarchy: Hierarchy, width: int, scale: float = 1.0,
                   seed: int = 0) -> np.ndarray:
-    """First values of an embedding table, float32 [padded_symbols, width], from the clustering embeddings.
+    """First values of an embedding table, float32 [padded_states, width], from the clustering embeddings.
 
     A word's row is its vector: made unit, common mean removed, the leading `width` directions kept or padded with
     zeros, turned by a random rotation so that no coordinate is special. A cluster's is the mean of its words'. All
@@ -203,7 +203,7 @@ def initial_table(vectors: np.ndarray, hierarchy: Hierarchy, width: int, scale: 
         raise ValueError(f"embeddings have {len(vectors)} rows, the hierarchy {hierarchy.vocab_size} words")
     rng = np.random.default_rng(seed)
     bound = 1 / math.sqrt(width)
-    table = rng.uniform(-bound, bound, (hierarchy.padded_symbols, width)).astype(np.float32)
+    table = rng.uniform(-bound, bound, (hierarchy.padded_states, width)).astype(np.float32)
     rotation = np.linalg.qr(rng.standard_normal((width, width)))[0]
     unit = unit_rows(np.asarray(vectors, np.float64))
     known = unit.any(1)

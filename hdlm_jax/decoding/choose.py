@@ -133,7 +133,7 @@ class Eos(Score):
         here = view.top if view.drawn is None else view.drawn
         ends = jnp.zeros(view.z.shape, bool)
         for j in range(process.num_levels):
-            ends |= here == process.symbol_above(0, eos, j)
+            ends |= here == process.state_above(0, eos, j)
         share = view.progress if self.doubling is None else self.doubling.share(view)
         least = view.numbers["eos_least"]
         g, score = (least + (1 - least) * share)[:, None], self.score(view)

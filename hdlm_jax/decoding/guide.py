@@ -96,7 +96,7 @@ class CFG(Guide):
     def unprompted(self, rows: Rows) -> Rows:
         hidden = self.process.hierarchy.mask_id
         if self.without == "cluster":
-            hidden = self.process.symbol_above(0, jnp.where(rows.level == 0, rows.z, 0), 1)
+            hidden = self.process.state_above(0, jnp.where(rows.level == 0, rows.z, 0), 1)
         z = jnp.where(rows.given & (rows.level == 0), hidden, rows.z)
         return rows._replace(z=z, level=self.process.level_of(z))
 

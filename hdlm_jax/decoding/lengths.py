@@ -82,7 +82,7 @@ class Daedal(Lengths):
         opened, process, eos = view.free & (view.level > 0), view.process, jnp.asarray(view.numbers["eos"])
         says_eos = view.free & (view.z == eos)
         for j in range(process.num_levels):  # EOS and the clusters above it, the mask left out
-            says_eos |= opened & (view.top == process.symbol_above(0, eos, j))
+            says_eos |= opened & (view.top == process.state_above(0, eos, j))
         e = eos_confidence(says_eos, jnp.where(opened, jnp.exp(view.log_top), 1.0), self.window)
         most = self.maximum(view)
         grows = (e < view.numbers["eos_grow"]) & (view.length < most) & (view.memory[PHASE] == 0)

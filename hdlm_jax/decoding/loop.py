@@ -213,7 +213,7 @@ class Loop(NamedTuple):
         if view.token is not None and not view.straight:
             far = target < view.level - 1
             for j in range(self.process.num_levels - 1):
-                above = self.process.symbol_above(0, jnp.where(far, view.token, 0), j)
+                above = self.process.state_above(0, jnp.where(far, view.token, 0), j)
                 out = jnp.where(far & (target == j), above, out)
             sure = jnp.where(far, jnp.exp(view.log_token), sure)
         return jnp.where(target < view.level, out, view.z), sure
@@ -306,7 +306,7 @@ def remasked(process, z, canvas, level, keys=None):
     out = z
     for high in range(1, process.num_levels + 1):
         for low in range(high):
-            above = process.symbol_above(max(low, 1), process.node_of(z, low) if low else first, high)
+            above = process.state_above(max(low, 1), process.node_of(z, low) if low else first, high)
             out = jnp.where((level == high) & (here == low), above, out)
     return jnp.where((level > here) & (level == top), canvas, out)
 

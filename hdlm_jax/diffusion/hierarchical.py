@@ -86,7 +86,7 @@ class HierarchicalProcess(Process):
             up = np.asarray(self.hierarchy.parents[level])[up]
         return up
 
-    def symbol_above(self, low: int, node: jax.Array, high: int) -> jax.Array:
+    def state_above(self, low: int, node: jax.Array, high: int) -> jax.Array:
         """State of level `high` above each node of level `low`."""
         return jnp.asarray(self.ancestors(low, high))[node] + self.hierarchy.offsets[high]
 
@@ -113,7 +113,7 @@ class HierarchicalProcess(Process):
             other = jax.vmap(lambda k: jax.random.randint(k, x.shape[1:], 0, n1 - 1))(fold(keys, 2))
             first = jnp.where(own, first, other + (other >= first))
         for k in range(1, self.num_levels + 1):
-            shown = self.symbol_above(1, first, k)
+            shown = self.state_above(1, first, k)
             z = jnp.where(level == k, shown, z)
         return z
 

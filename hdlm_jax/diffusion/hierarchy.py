@@ -128,7 +128,7 @@ class Hierarchy:
         return sum(self.sizes)
 
     @property
-    def padded_symbols(self) -> int:
+    def padded_states(self) -> int:
         """N rounded up to a multiple of 128: the rows of the embedding table."""
         return -(-self.num_states // _PAD_TO) * _PAD_TO
 
@@ -191,8 +191,8 @@ class Hierarchy:
         return (None, *_frozen([np.bincount(a) for a in self.level1_anc[1:]]))
 
     @cached_property
-    def word_count(self) -> tuple[np.ndarray, ...]:
-        """word_count[l]: int32 [n_l], the number of tokens under each node of level l = 0..K."""
+    def token_count(self) -> tuple[np.ndarray, ...]:
+        """token_count[l]: int32 [n_l], the number of tokens under each node of level l = 0..K."""
         return _frozen([np.bincount(a) for a in self.anc])
 
     @cached_property

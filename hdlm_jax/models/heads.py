@@ -134,7 +134,7 @@ class Blocks:
     """
 
     def __init__(self, hierarchy: Hierarchy) -> None:
-        self.size = np.asarray(hierarchy.word_count[1])
+        self.size = np.asarray(hierarchy.token_count[1])
         anc, top = np.asarray(hierarchy.anc[1]), int(self.size.max())
         widths = np.array(sorted({-(-math.ceil(top / 2**i) // 8) * 8 for i in range(4)}))
         kind = np.searchsorted(widths, self.size)

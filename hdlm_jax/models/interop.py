@@ -212,7 +212,7 @@ def from_torch(state: dict[str, np.ndarray], hierarchy: Hierarchy, ids: np.ndarr
     bias[:words] = NEVER
     kernel[spoken], bias[spoken] = params["head"]["kernel"][spoken], params["head"]["bias"][spoken]
     params["head"] = {"kernel": kernel, "bias": bias}
-    params["embedding"] = np.zeros((hierarchy.padded_symbols, s.width), np.float32)
+    params["embedding"] = np.zeros((hierarchy.padded_states, s.width), np.float32)
     params["embedding"][:total] = state[EMBEDDING][ids]
     qkv = params["stack"]["qkv"]
     qkv["kernel"] = qkv["kernel"].reshape(s.blocks, s.width, 3, s.width)

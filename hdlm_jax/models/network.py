@@ -143,7 +143,7 @@ class Network(nn.Module):
 
     Attributes:
       head: FlatHead or FactorisedHead.
-      symbols: number of rows of the embedding table (words, clusters, mask and padding).
+      num_states: number of rows of the embedding table (tokens, clusters, mask and padding).
       dtype: of the matrix products; the residual stream, norms and logits are float32.
       remat: what the backward pass makes anew: "none", "cheap" (all but matrix products), "all", or "auto": cheap on
         CPU, where that is faster as well, none elsewhere.
@@ -154,7 +154,7 @@ class Network(nn.Module):
     """
 
     head: Head
-    symbols: int
+    num_states: int
     width: int = 768
     blocks: int = 12
     heads: int = 12
@@ -169,7 +169,7 @@ class Network(nn.Module):
     def setup(self) -> None:
         limit = 1 / math.sqrt(self.width)
         init = lambda key, shape: jax.random.uniform(key, shape, minval=-limit, maxval=limit)  # noqa: E731
-        self.embedding = self.param("embedding", init, (self.symbols, self.width))
+        self.embedding = self.param("embedding", init, (self.num_states, self.width))
         if self.time_conditioning:
             self.time_in = nn.Dense(self.cond, kernel_init=_uniform)
             self.time_out = nn.Dense(self.cond, kernel_init=_uniform)
@@ -281,7 +281,7 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Network:
     dtype = jnp.dtype(m.dtype)
     head = FlatHead(hierarchy, dtype) if m.head == "flat" else FactorisedHead(hierarchy, dtype, m.prototypes)
     causal = config.diffusion.process == "autoregressive"
-    return Network(head, hierarchy.padded_symbols, m.width, m.blocks, m.heads, m.dropout, m.time_conditioning,
+    return Network(head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dropout, m.time_conditioning,
                    m.dtype, m.remat, causal=causal)
 
 

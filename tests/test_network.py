@@ -18,7 +18,7 @@ from hdlm_jax.models.network import Network, attention, flops_per_token, make_ne
 
 B, S, V, N = 3, 10, 150, 256
 FLAT = FlatHead(Hierarchy.from_parents([], vocab_size=V))
-SIZES = {"head": FLAT, "symbols": N, "width": 16, "blocks": 2, "heads": 2}
+SIZES = {"head": FLAT, "num_states": N, "width": 16, "blocks": 2, "heads": 2}
 
 
 def random_params(network, seed=0, scale=0.3):

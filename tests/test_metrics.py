@@ -37,6 +37,25 @@ def test_each_step_once_across_resumes(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+DAMAGE = [b"null", b"{}", b"[1]", b'{"step": "x"}', b'{"step": 3, "lo', b'{"step": 3, "x": "\xff"}']
+
+
+@pytest.mark.parametrize("line", DAMAGE)
+def test_a_damaged_line_costs_itself_alone(tmp_path, capsys, line):
+    """A resume goes on, keeps all other records and the file as it was, and says so."""
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 11))
+    lines = path.read_bytes().split(b"\n")
+    lines[2] = line
+    path.write_bytes(b"\n".join(lines))
+    before = path.read_bytes()
+    assert [r["step"] for r in read_metrics(str(path))] == [1, 2, 4, 5, 6, 7, 8, 9, 10]
+    write(path, (10, 11), resume=9)
+    assert [r["step"] for r in read_metrics(str(path))] == [1, 2, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == before
+    assert "1 of its lines cannot be read (the first, line 3)" in capsys.readouterr().out
+
+
 def test_a_record_is_there_as_soon_as_it_is_written(tmp_path):
     file = MetricsFile(str(tmp_path / "m.jsonl"), 0)
     file.write({"step": 1, "loss": float("nan")})

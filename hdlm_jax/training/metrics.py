@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import shutil
 from typing import Any
 
 from hdlm_jax.common import jsons
@@ -26,11 +27,18 @@ def peak_flops(device_kind: str) -> float | None:
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, each step once, also after a resume.
 
+    A file with damaged lines is kept beside it as metrics.damaged.jsonl; its other records count on.
     tensorboard: folder for the same scalars, where its extra is installed (hdlm_jax[tensorboard]).
     """
 
     def __init__(self, path: str, resume_step: int, tensorboard: str = ""):
-        kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
+        records, damaged = _read(path)
+        if damaged:
+            aside = path.removesuffix(".jsonl") + ".damaged.jsonl"
+            shutil.copyfile(path, aside)
+            say(f"{path}: {len(damaged)} of its lines cannot be read (the first, line {damaged[0]}); all others are "
+                f"kept, and the file as it was in {aside}")
+        kept = [r for r in records if r["step"] <= resume_step]
         jsons.write_atomic(path, "".join(jsons.dumps(r) + "\n" for r in kept).encode())
         self.file, self.board = open(path, "a"), None
         if tensorboard and importlib.util.find_spec("tensorboardX"):
@@ -50,11 +58,22 @@ class MetricsFile:
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; a last line that a kill left half written is dropped."""
+    """Records of a metrics.jsonl, whatever else there is in it; of no file none."""
+    return _read(path)[0]
+
+
+def _read(path: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records, and the numbers of lines that are none (but the last one, which a kill may leave half written)."""
     records: list[dict[str, Any]] = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), open(path) as file:
-        records += map(json.loads, file)
-    return records
+    damaged: list[int] = []
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                records.append(record | {"step": int(record["step"])})
+            except (ValueError, TypeError, LookupError):  # no UTF-8, no JSON, no object, no step
+                damaged += [number] * line.endswith(b"\n")
+    return records, damaged
 
 
 def plot_curves(path: str, records: list[dict[str, Any]], unigram_nats: float) -> bool:

@@ -57,6 +57,21 @@ def make_evaluator(hierarchy, batch_size=8, devices=1, seed=0, warm=True):
                      batch_size=batch_size), params
 
 
+def test_products_of_what_is_measured_are_float32(monkeypatch):
+    """Not what an accelerator takes for float32 by default: bfloat16 passes on a TPU, TF32 on a GPU."""
+    evaluator, params = make_evaluator(HIERARCHY)
+    network = type(build(make_config(HIERARCHY), HIERARCHY)[0])
+    seen, trunk = [], network.trunk
+
+    def traced(self, *args):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return trunk(self, *args)
+
+    monkeypatch.setattr(network, "trunk", traced)
+    evaluator.nats(params, make_rows(8), 1)
+    assert seen and set(seen) == {"highest"} and jax.config.jax_default_matmul_precision is None
+
+
 def measure(hierarchy, draws, batch_size=8, devices=1, warm=True, rows=None):
     evaluator, params = make_evaluator(hierarchy, batch_size, devices, warm=warm)
     return evaluator.nats(params, rows or make_rows(), draws)

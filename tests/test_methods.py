@@ -93,6 +93,7 @@ def test_options():
             ("prophet", "gap=3", "options='gap=3': method 'prophet' has steps=0, gap_early=7.5"),
             ("prophet", "block", "options='block': method 'prophet' has"),
             ("prophet", "block=x", "options=block='x': must be of type int"),
+            ("dparallel", "threshold=nan", "options=threshold=nan: method .dparallel. needs a finite number"),
             ("max_prob", "steps=0", "options=steps=0: method 'max_prob' needs it at least 1"),
             ("freedave", "drafts=0", "options=drafts=0: method 'freedave' needs it at least 1"),
             ("edlm", "candidates=0", "options=candidates=0: method 'edlm' needs it at least 1"),

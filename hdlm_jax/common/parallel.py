@@ -170,8 +170,14 @@ def fitting(jitted: Jitted, params: Tree, make_batch: Callable[[int], Tree], row
         rows = max(shards, rows // 2 // shards * shards)
 
 
+MEASURED_PRECISION = "highest"  # of matrix products, as jax.default_matmul_precision names it
+
+
 class RowProgram:
     """step(params, batch, key) -> arrays with the rows of the batch in front, for any number of rows.
+
+    What it gives are measurements, so float32 products are float32: by default a TPU would multiply in bfloat16 and a
+    GPU in TF32 (MEASURED_PRECISION).
 
     Compiled once for each size; rows are padded to it, divided over the devices, and gathered to every host.
     """
@@ -179,7 +185,12 @@ class RowProgram:
     def __init__(self, step: Callable[[Tree, Batch, jax.Array], Tree], mesh: Mesh, params: Tree):
         where = jax.tree.map(lambda a: a.sharding, params)
         self.mesh, self._shards = mesh, math.lcm(batch_shards(mesh), jax.process_count())
-        self._jitted = jax.jit(step, in_shardings=(where, batch_sharding(mesh), replicated(mesh)),
+
+        def precise(params: Tree, batch: Batch, key: jax.Array) -> Tree:
+            with jax.default_matmul_precision(MEASURED_PRECISION):
+                return step(params, batch, key)
+
+        self._jitted = jax.jit(precise, in_shardings=(where, batch_sharding(mesh), replicated(mesh)),
                                out_shardings=replicated(mesh))
         self._compiled: dict[tuple[Any, ...], tuple[Compiled, int]] = {}
 

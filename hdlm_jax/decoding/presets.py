@@ -355,6 +355,8 @@ def make(name: str, options: str = "", steps: int = 128) -> Method:
             raise ValueError(f"options={key}={text!r}: must be of type {type(known[key]).__name__}, like {known[key]}"
                              ) from None
     for key, value in given.items():
+        if isinstance(value, float) and not np.isfinite(value):
+            raise ValueError(f"options={key}={value}: method {name!r} needs a finite number")
         least, most = _RANGES.get(f"{name} {key}") or _RANGES.get(key) or (value, value)
         if not least <= value <= most:
             what = "in [0, 1]" if most == 1 else f"at least {least}"

@@ -12,6 +12,7 @@ import numpy as np
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import measured, readable, say
 from hdlm_jax.common.jsons import reuse, write_json
+from hdlm_jax.common.parallel import MEASURED_PRECISION
 from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.evaluation.elbo import evaluator_of, summarise
@@ -50,7 +51,7 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     result |= {
         "perplexity_se": result["perplexity"] * result["se"], "unigram_nelbo": manifest.unigram_nats,
         "unigram_perplexity": math.exp(manifest.unigram_nats), "bytes": manifest.valid_scored_bytes if whole else None,
-        "whole_split": whole, "ema": run.ema,
+        "whole_split": whole, "ema": run.ema, "dtype": config.model.dtype, "matmul_precision": MEASURED_PRECISION,
         "seconds": seconds, "tokens_per_s": result["tokens"] * result["draws"] / seconds,
         "corpus": manifest.corpus_fingerprint, "hierarchy": list(run.hierarchy.sizes), "params": run.num_params,
     } | made_from

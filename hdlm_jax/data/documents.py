@@ -365,9 +365,9 @@ class _Text:
 
     def _more(self) -> bool:
         """Reads on, the more the more is held, so that a long value is tried only few times; False at the end."""
-        new = "".join(itertools.islice(self._parts, 1 + len(self._held) // BUFFER))
-        if new:
-            self._held, self._at = self._held[self._at:] + new, 0
+        held = self._held[self._at:]
+        if new := "".join(itertools.islice(self._parts, 1 + len(held) // BUFFER)):
+            self._held, self._at = held + new, 0
         return bool(new)
 
     def following(self, skip: int = 0) -> str:

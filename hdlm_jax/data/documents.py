@@ -364,22 +364,16 @@ class _Text:
         self._parts = codecs.iterdecode(iter(lambda: file.read1(BUFFER), b""), "utf-8-sig", "surrogateescape")
 
     def _more(self) -> bool:
-        """Reads on, at least as much as is held, so that a long value is tried only few times; False at the end."""
-        parts, size = [self._held[self._at:]], 0
-        for part in self._parts:
-            parts.append(part)
-            size += len(part)
-            if size >= len(parts[0]):
-                break
-        if size:
-            self._held, self._at = "".join(parts), 0
-        return size > 0
+        """Reads on, the more the more is held, so that a long value is tried only few times; False at the end."""
+        held = self._held[self._at:]
+        if new := "".join(itertools.islice(self._parts, 1 + len(held) // BUFFER)):
+            self._held, self._at = held + new, 0
+        return bool(new)
 
     def following(self, skip: int = 0) -> str:
         """Goes `skip` characters on and to the next that is no blank: that one, or '' at the end of the file."""
         self._at += skip
         while not (found := _NO_BLANK.search(self._held, self._at)):
-            self._at = len(self._held)
             if not self._more():
                 return ""
         self._at = found.start()

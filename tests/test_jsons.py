@@ -3,10 +3,12 @@ import ast
 import json
 import math
 import re
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from test_metrics import make_run
 
 from hdlm_jax.common import jsons
@@ -16,7 +18,8 @@ from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.evaluation.elbo import summarise
 from hdlm_jax.report import __main__ as report
 from hdlm_jax.report import compare, page
-from hdlm_jax.runs import tasks
+from hdlm_jax.runs import stages, tasks
+from hdlm_jax.training import loading
 
 BAD = {"a": math.nan, "b": [np.float32("inf"), (1, -math.inf)], "c": jnp.array([1.0, jnp.nan]), "d": np.int64(3),
        "e": {"f": np.array([[True]]), "g": None}, "h": np.float64("nan"), 1: "x"}
@@ -32,6 +35,33 @@ def test_plain():
     with pytest.raises(TypeError, match="set cannot be written as JSON"):
         jsons.dumps({"a": {1}})
     assert jsons.dumps({"b": 1.5, "a": [True, "é"]}, sort_keys=True) == json.dumps({"a": [True, "é"], "b": 1.5})
+
+
+@pytest.mark.parametrize("text", ["1", "null", "[]", "{}", "", "\xff"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer/tokenizer.json", "data/manifest.json", "data/begun.json",
+                                  "data/unit-00000.json"])
+def test_a_damaged_file_of_a_run_is_one_line_with_its_name(tmp_path, name, text):
+    recipe, run = tiny.trained()
+    shutil.copytree(run, tmp_path / "run")
+    if name.startswith("data/") and "manifest" not in name:  # where tokens are half made
+        (tmp_path / "run" / "data" / "manifest.json").unlink()
+    (tmp_path / "run" / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError) as error:
+        if name == "config.json" or "tokenizer" in name:
+            loading.load_here(str(tmp_path / "run"))
+        else:
+            stages.prepare(tiny.read_recipe(recipe), str(tmp_path / "run"))
+    assert str(tmp_path / "run" / name) in str(error.value) and "\n" not in str(error.value)
+    assert "restore the file from a copy" in str(error.value)
+
+
+def test_hashes_that_cannot_be_read_are_taken_again(tmp_path):
+    """verified.json is a shortcut alone."""
+    recipe, run = tiny.trained()
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "data" / "verified.json").write_text("1")
+    found = stages.prepare(tiny.read_recipe(recipe), str(tmp_path / "run"))
+    assert found.manifest == stages.prepare(tiny.read_recipe(recipe), str(run)).manifest
 
 
 def test_written_and_found_again(tmp_path):

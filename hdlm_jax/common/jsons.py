@@ -34,23 +34,31 @@ def plain(value: object) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
+_REMEDY = "restore the file from a copy, or remove it and make it again"
+
+
 def dumps(value: object, **how: Any) -> str:
     """json.dumps of `plain(value)`; how: its other arguments."""
     return json.dumps(plain(value), allow_nan=False, **how)
 
 
-def read_json(path: str | os.PathLike, optional: bool = False) -> Any:
-    """The value in a JSON file; with optional None where there is no file.
+def read_json(path: str | os.PathLike, *needs: str, optional: bool = False) -> Any:
+    """The object in a JSON file, a dict that has the keys `needs`; with optional None where there is no file.
 
     Raises:
-      OSError: it cannot be read. ValueError, with the file's name: it is no JSON.
+      OSError: it cannot be read. ValueError, with the file's name: it holds no such thing.
     """
     if optional and not os.path.exists(path):
         return None
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        found = json.loads(Path(path).read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise ValueError(f"{path}: not JSON ({error}); {_REMEDY}") from None
+    missing = [key for key in needs if not isinstance(found, dict) or key not in found]
+    if missing or not isinstance(found, dict):
+        lacks = f" with {', '.join(map(repr, missing))}" if missing else ""
+        raise ValueError(f"{path}: damaged, it must hold a JSON object{lacks}; {_REMEDY}")
+    return found
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:

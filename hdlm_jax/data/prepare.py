@@ -103,10 +103,11 @@ def load_manifest(folder: str | os.PathLike) -> Manifest:
     path = Path(folder) / MANIFEST
     if not path.exists():
         raise ValueError(f"no tokens in {folder} ({MANIFEST} is missing); run --mode=prepare")
-    facts = jsons.read_json(path)
+    facts = jsons.read_json(path, "version")
     if facts.get("version") not in (2, VERSION):
         raise ValueError(f"{path}: version is {facts.get('version')}, this code reads 2 and {VERSION}; "
                          "delete the folder and prepare again")
+    jsons.read_json(path, *(f.name for f in dataclasses.fields(Manifest) if f.name not in ("lengths", "adopted")))
     if "lengths" not in facts:  # made before they were kept
         facts["lengths"] = document_lengths(Path(folder), facts["splits"]["train"])
     if facts["version"] == 2 and facts["sampled"]:
@@ -300,7 +301,7 @@ def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: TokenizerC
            say: Callable[[str], None]) -> tuple[tokenizers.Tokenizer, dict]:
     """The tokenizer, made or loaded, and the facts in begun.json, which all workers must agree on."""
     path = job.folder / BEGUN
-    begun = jsons.read_json(path) if path.exists() else None
+    begun = jsons.read_json(path, "version", "settings", "sources", optional=True)
     if begun:
         if begun["version"] != VERSION:
             raise ValueError(f"{path} is of version {begun['version']}; delete {job.folder} and prepare again")

@@ -191,7 +191,7 @@ def load_record(job: Job, unit: int) -> Record | None:
     path = job.record_path(unit)
     if not path.exists():
         return None
-    record = Record(**jsons.read_json(path))
+    record = Record(**jsons.read_json(path, *(field.name for field in dataclasses.fields(Record))))
     if record.job != job.id:
         raise ValueError(f"{path} was made with other settings, files or words than these (by another "
                          f"worker?): give all workers the same, or delete {job.folder}")

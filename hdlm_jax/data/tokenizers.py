@@ -213,7 +213,7 @@ def _bounded(text: str) -> Iterator[str]:
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a folder that `Tokenizer.save` wrote; ValueError if files are missing or changed."""
     folder = Path(path)
-    facts = jsons.read_json(folder / JSON_FILE, optional=True)
+    facts = jsons.read_json(folder / JSON_FILE, "kind", "sha256", "pattern", "fingerprint", optional=True)
     if facts is None:
         raise ValueError(f"no tokenizer in {folder}: {JSON_FILE} is missing")
     kind = facts["kind"]

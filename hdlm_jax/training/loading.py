@@ -110,10 +110,15 @@ def upgraded(saved: dict, path: str) -> dict:
 def saved_config(workdir: str) -> Config:
     """The config a run was trained with; ConfigError where there is none."""
     path = os.path.join(workdir, "config.json")
-    saved = read_json(path, optional=True)
-    if saved is None:
-        raise ConfigError(f"workdir={workdir!r}: no {path}; train first (--mode=train)")
-    return resolve(upgraded(saved.get("config", saved), workdir))  # an export says more about itself
+    try:
+        saved = read_json(path, optional=True)
+        if saved is None:
+            raise ConfigError(f"workdir={workdir!r}: no {path}; train first (--mode=train)")
+        if "config" not in saved:  # an export says more about itself
+            read_json(path, "data", "tokenizer", "model", "train")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return resolve(upgraded(saved.get("config", saved), workdir))
 
 
 def with_base(given: Given, workdir: str) -> Given:

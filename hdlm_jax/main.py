@@ -41,13 +41,14 @@ def with_recipe(argv: list[str]) -> list[str]:
     Raises:
       ConfigError: an unknown recipe; neither a recipe nor a run.
     """
-    from hdlm_jax.config import ConfigError, expand, recipes
+    from hdlm_jax.config import ConfigError, check_local, expand, recipes
 
     at, name = _flag(argv, "config")
     if at >= 0:
         behind = 1 if "=" in argv[at] else 2
         return [*argv[:at], f"--config={recipes.path_of(name)}", *argv[at + behind:]] if name else argv
     workdir = expand(_flag(argv, "workdir")[1])
+    check_local("workdir", workdir)
     if not workdir:
         raise ConfigError("--config is missing; give a recipe, as in --config=hdlm_tiny, or the --workdir of a run")
     from hdlm_jax.training import loading
@@ -100,7 +101,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def main(argv: list[str]) -> None:
-    from hdlm_jax.config import ConfigError, expand
+    from hdlm_jax.config import ConfigError, check_local, expand
 
     if _MODE.value not in MODES:
         close = difflib.get_close_matches(_MODE.value, MODES, n=1)
@@ -108,6 +109,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--mode={_MODE.value!r}: choose one of {', '.join(MODES)}{hint}")
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]))[0]
     workdir = expand(_WORKDIR.value or os.path.join("runs", name))
+    check_local("workdir", workdir)
 
     import jax
 
@@ -122,7 +124,7 @@ def main(argv: list[str]) -> None:
         processes.join()
         if not processes.is_main_process():
             console.mute()
-        if _MODE.value != "train":  # JAX would keep it from us, for a training step that never comes
+        if _MODE.value != "train" or jax.process_count() == 1:  # JAX would keep it from us
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if _MODE.value != "prepare":
         config.parallel.shape(jax.device_count())  # a mesh that does not fit is refused before any work

@@ -3,6 +3,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 
@@ -54,6 +56,8 @@ def one_line(code, out, err, match):
 
 
 @pytest.mark.parametrize("args, match", [
+    (["--workdir=gs://bucket/run"], "workdir='gs://bucket/run': must be a folder of this machine or mounted there"),
+    (["--config.data.dir=gs://bucket/tokens"], "data.dir='gs://bucket/tokens': must be a folder of this machine"),
     (["--config.train.stpes=5"], "config.train.stpes: no such setting; .*did you mean 'steps'"),
     (["--config.trian.steps=5"], "config.trian.steps: no such section; .*did you mean 'train'"),
     (["--config.train=5"], "config.train.*: "),
@@ -242,3 +246,35 @@ def test_paths_from_home(call, recipe, tmp_path, monkeypatch):
         assert not (tmp_path / "new" / "data").exists()
     with pytest.raises(ValueError, match=f"workdir='{tmp_path}/nothing': no "):
         hdlm_jax.load("~/nothing")
+
+
+WAITS = """
+import time
+from hdlm_jax import main
+from hdlm_jax.runs import train
+
+def wait(*_):  # as where tokens are prepared
+    print("waiting", flush=True)
+    time.sleep(60)
+
+train.train = wait
+main.command()
+"""
+
+
+def test_one_process_of_a_cluster_hears_sigterm_before_it_trains(tmp_path, root, hearing):
+    """A job of one process under Slurm or Kubernetes: JAX would hold the signal for a step of many processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "HDLM_NUM_PROCESSES": "1",
+                                "HDLM_PROCESS_ID": "0", "PYTHONPATH": str(root)}
+    process = subprocess.Popen([sys.executable, "-c", WAITS, f"--config={write_recipe(tmp_path)}",
+                                f"--workdir={tmp_path / 'run'}", "--distributed"], stdout=subprocess.PIPE, text=True,
+                               env=environment)
+    try:
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
+    finally:
+        process.kill()

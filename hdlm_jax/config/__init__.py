@@ -1,7 +1,7 @@
 """All settings: sections as frozen dataclasses, their rules, and a checked Config from what a user gives."""
 
 from hdlm_jax.config.recipes import recipe
-from hdlm_jax.config.rules import ConfigError, expand
+from hdlm_jax.config.rules import ConfigError, check_local, expand
 from hdlm_jax.config.sections import (
     CLUSTERS,
     DETOKENIZERS,

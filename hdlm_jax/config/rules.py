@@ -28,6 +28,12 @@ def rule(ok: bool, name: str, value: object, rule: str) -> None:
         raise ConfigError(f"{name}={value!r}: {rule}")
 
 
+def check_local(name: str, folder: str) -> None:
+    """ConfigError for a URL where a folder of this machine is written to."""
+    rule("://" not in folder, name, folder, "must be a folder of this machine or mounted there (a bucket by its FUSE "
+         "driver); only data.files and data.validation take URLs")
+
+
 def check_seed(name: str, value: int, below: int = 2**32) -> None:
     """ConfigError for a seed outside 0..below-1: of a larger one JAX would keep the lowest 32 bits, and say nothing."""
     rule(0 <= value < below, name, value, f"must lie in 0..{below - 1}")

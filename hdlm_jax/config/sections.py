@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from hdlm_jax.config.rules import check_seed, choice, rule
+from hdlm_jax.config.rules import check_local, check_seed, choice, rule
 
 # the names that settings choose among; tests/test_config.py holds them to what the rooms above can do
 PROCESSES = ("hierarchical", "gidd", "sedd", "autoregressive")
@@ -82,6 +82,7 @@ class DataConfig(_Section):
         self.need(not self.prompt_field or self.packing == "crop" or self.padding == "hidden", "packing",
                   "with data.prompt_field a record needs a row of its own, or the next prompt tells where a response "
                   "ends: choose crop")
+        check_local("data.dir", self.dir)
         self.need(bool(self.files) == (self.source == "files"), "files",
                   "needed with data.source='files', and only there")
         self.need(0 < self.validation_fraction < 1, "validation_fraction", "must lie in (0, 1)")

@@ -409,14 +409,12 @@ class StreamBatches(_Batches):
                 raise ValueError(f"data.files: no training document in the {len(self._sources)} sources")
             epoch, source, window = epoch + 1, 0, 0
 
-    def _encode(self, documents: list[Document]) -> list[tuple[np.ndarray, int]]:
-        return encode_documents(self._tokenizer, documents, bool(self._reader.prompt_field))
-
     def _documents(self, position: dict) -> Iterator[tuple[dict, np.ndarray, int, int]]:
         """Place, tokens, prompt length and tokens used before, of every document from that of `position` on, endless.
 
         ValueError: a position that these documents do not have.
         """
+        encode = functools.partial(encode_documents, self._tokenizer, prompts=bool(self._reader.prompt_field))
         *begin, first, used = (position[name] for name in (*_PLACE, "offset"))
         for window, held in self._windows(*begin):
             if first >= len(held):
@@ -424,7 +422,7 @@ class StreamBatches(_Batches):
             order = self._order(len(held), window[0], window[-1])
             parts = batches([held[number] for number in order[first:]], _ENCODED_CHARS)
             held.clear()  # gone before the next window is read
-            encoded = ahead(self._encode, parts, min(8, core_count()))
+            encoded = ahead(encode, parts, min(8, core_count()))
             for place, (ids, prompt) in enumerate(itertools.chain.from_iterable(encoded), first):
                 if used > len(ids):
                     raise ValueError(_MOVED)

@@ -101,13 +101,9 @@ def assert_law(words, law):
 
 
 def test_what_makes_no_canvas():
-    h, t = clusters(bpe().vocab_size, (8,)), bpe()
-    five = np.arange(t.vocab_size) == 5
-    cases = [
-        (lambda: canvas.make([], h), "no tokens"),
-        (lambda: canvas.make([1] * 5, h, seq_len=4), "canvas of 5 tokens: must be 1 to seq_len=4"),
-        (lambda: canvas.make([1, 2], h, kind=[0, 1], allowed=[five]), "position 1: word 2 is given"),
-    ]
+    h = clusters(bpe().vocab_size, (8,))
+    cases = [(lambda: canvas.make([], h), "no tokens"),
+             (lambda: canvas.make([1] * 5, h, seq_len=4), "canvas of 5 tokens: must be 1 to seq_len=4")]
     for make, message in cases:
         with pytest.raises(ValueError, match=message):
             make()

@@ -32,7 +32,8 @@ def embedded_corpus() -> tuple[tuple[Document, ...], int]:
             found.append(Document(text, f"topic {name}"))
     except (OSError, SyntaxError, ValueError):
         unreadable += 1
-    for path in _stdlib_sources(root):
+    paths = [path for path in root.rglob("*.py") if _LEFT_OUT.isdisjoint(path.relative_to(root).parts)]
+    for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
         try:
             text = "\n\n".join(docstrings(path.read_bytes()))
             text.encode("utf-8")  # an escaped lone surrogate is no text
@@ -45,11 +46,6 @@ def embedded_corpus() -> tuple[tuple[Document, ...], int]:
         raise ValueError(f"the embedded corpus needs Python's own source files, none found in {root}; "
                          "set data.source='files' and data.files")
     return tuple(found), unreadable
-
-
-def _stdlib_sources(root: Path) -> list[Path]:
-    paths = [path for path in root.rglob("*.py") if _LEFT_OUT.isdisjoint(path.relative_to(root).parts)]
-    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
 def _topics(path: Path) -> dict[str, str]:

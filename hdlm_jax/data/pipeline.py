@@ -200,8 +200,8 @@ class _Batches:
 
     def example(self) -> dict[str, np.ndarray]:
         """A batch of zeros: the names, shapes and dtypes that every batch of this process has."""
-        size = len(self._index)
-        batch = self._batch(np.zeros((size, self.seq_len), np.int32), None, np.zeros(size), np.zeros(size))
+        x, none = np.zeros((len(self._index), self.seq_len), np.int32), np.zeros(len(self._index))
+        batch = self._batch(x, np.ones(x.shape, np.bool_), none, none)
         return {name: np.zeros_like(array) for name, array in batch.items()}
 
     def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -216,13 +216,13 @@ class _Batches:
         limits = np.where(cut, raw[:, 1] % np.uint64(self.seq_len) + np.uint64(1), np.uint64(self.seq_len))
         return limits.astype(np.int64), raw[:, 2]
 
-    def _batch(self, x: np.ndarray, score: np.ndarray | None, lengths: np.ndarray,
+    def _batch(self, x: np.ndarray, score: np.ndarray, lengths: np.ndarray,
                limits: np.ndarray) -> dict[str, np.ndarray]:
         """lengths, limits: [b], tokens of text in each row, and the most that it may show."""
         batch = {"x": x, "index": self._index.copy()}
         if self._names:
-            fields = _fields(x, np.ones(x.shape, np.bool_) if score is None else score, lengths,
-                             limits if self._ends else lengths, self.packing, self._eot)
+            shown = limits if self._ends else lengths
+            fields = _fields(x, score, lengths, shown, self.packing, self._eot)
             batch |= {name: fields[name] for name in self._names}
         return batch
 
@@ -250,7 +250,6 @@ class TrainBatches(_Batches):
         if manifest.prompts or crop:
             _ = self._split.documents  # read once, before prefetch threads ask for it
         self.windows = len(self._split.documents[1]) if crop else self.num_tokens // self.seq_len
-        self._prompts = manifest.prompts
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
         self._lock = threading.Lock()  # prefetch threads ask at once; one of them draws
 
@@ -276,16 +275,14 @@ class TrainBatches(_Batches):
             here = epochs == epoch
             chosen[here] = order[places[here]]
             starts[here] = (start + chosen[here] * self.seq_len) % self.num_tokens
-        lengths = limits = np.full(len(places), self.seq_len)
-        if self.variable_share or self.packing == "crop":
-            limits, draws = self._draw(step)
-            lengths = limits
+        limits, draws = self._draw(step)
+        lengths = limits
         if self.packing == "crop":
             bounds, prompts = self._split.documents
             first, lengths = _window(bounds[chosen + 1] - bounds[chosen], prompts[chosen], limits, draws)
             starts = bounds[chosen] + first
-        score = self._split.scored(starts, self.seq_len) if self._prompts else None
-        return self._batch(self._split.gather(starts, self.seq_len), score, lengths, limits)
+        x, score = self._split.gather(starts, self.seq_len), self._split.scored(starts, self.seq_len)
+        return self._batch(x, score, lengths, limits)
 
     def iterator(self, position: dict | None = None) -> grain.DatasetIterator:
         """An endless Grain iterator over `batch(0)`, `batch(1)`, ..., from `position` on, read ahead on threads.
@@ -409,14 +406,12 @@ class StreamBatches(_Batches):
                 raise ValueError(f"data.files: no training document in the {len(self._sources)} sources")
             epoch, source, window = epoch + 1, 0, 0
 
-    def _encode(self, documents: list[Document]) -> list[tuple[np.ndarray, int]]:
-        return encode_documents(self._tokenizer, documents, bool(self._reader.prompt_field))
-
     def _documents(self, position: dict) -> Iterator[tuple[dict, np.ndarray, int, int]]:
         """Place, tokens, prompt length and tokens used before, of every document from that of `position` on, endless.
 
         ValueError: a position that these documents do not have.
         """
+        encode = functools.partial(encode_documents, self._tokenizer, prompts=bool(self._reader.prompt_field))
         *begin, first, used = (position[name] for name in (*_PLACE, "offset"))
         for window, held in self._windows(*begin):
             if first >= len(held):
@@ -424,7 +419,7 @@ class StreamBatches(_Batches):
             order = self._order(len(held), window[0], window[-1])
             parts = batches([held[number] for number in order[first:]], _ENCODED_CHARS)
             held.clear()  # gone before the next window is read
-            encoded = ahead(self._encode, parts, min(8, core_count()))
+            encoded = ahead(encode, parts, min(8, core_count()))
             for place, (ids, prompt) in enumerate(itertools.chain.from_iterable(encoded), first):
                 if used > len(ids):
                     raise ValueError(_MOVED)

@@ -39,7 +39,7 @@ def make(states: Sequence[int] | np.ndarray, hierarchy, rows: int = 1, seq_len: 
       kind: of each state, 0 for any token; k for those of allowed[k - 1], bool [V].
 
     Raises:
-      ValueError: too many states, none, or a token given where its kind forbids it.
+      ValueError: too many states, or none.
     """
     ids = np.asarray(states, np.int32)
     n = len(ids)
@@ -47,15 +47,12 @@ def make(states: Sequence[int] | np.ndarray, hierarchy, rows: int = 1, seq_len: 
         raise ValueError(f"canvas of {n} tokens: must be 1 to seq_len={seq_len}" if n else "canvas: it has no tokens")
     kinds = np.zeros(n, np.int32) if kind is None else np.asarray(kind, np.int32)
     sets = np.stack([np.ones(hierarchy.vocab_size, bool), *allowed])
-    given = hierarchy.level_of(ids) == 0
-    if np.any(wrong := given & ~sets[kinds, np.where(given, ids, 0)]):
-        raise ValueError(f"canvas position {np.argmax(wrong)}: word {ids[np.argmax(wrong)]} is given, and not allowed")
     places = min(1 << (n - 1).bit_length(), seq_len) if seq_len else n
 
     def spread(values):
         return np.tile(np.pad(values, (0, places - n)), (rows, 1))
 
-    return Canvas(spread(ids), spread(given), spread(kinds), np.full(rows, n, np.int32), sets)
+    return Canvas(spread(ids), spread(hierarchy.level_of(ids) == 0), spread(kinds), np.full(rows, n, np.int32), sets)
 
 
 def closed(canvas: Canvas, seq_len: int, eot: int) -> Canvas:

@@ -23,7 +23,7 @@ class _At(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FreeDave(Verify):
-    """`verify`: drafts of the next steps, checked in one call of `drafts` rows (arXiv 2510.00294).
+    """`verify`: drafts of the next steps, checked in one call of `width` rows (arXiv 2510.00294).
 
     A step is what the policy does in a call: its choice, its draw, its commit. After a call the following steps are
     tried on the same prediction; the states they reach are drafts. The next call predicts the state and its drafts
@@ -31,28 +31,24 @@ class FreeDave(Verify):
 
     The text is that of the policy without drafts, as random numbers depend on a row's step and the token alone (where
     the network's numbers do not depend on the rows beside, and its cache is exact). There are fewer calls, but each of
-    `drafts` rows: latency is saved, not work.
+    `width` rows: latency is saved, not work.
 
     Args:
-      drafts: rows of a call, >= 1 (1: no drafts); the authors use 4.
+      width: rows of a call, >= 1 (1: no drafts); the authors use 4.
       match: "exact"; or "subset", FreeDave++'s rule: a draft counts if all that it has written is part of the step's
         result, and goes on from it: fewer calls with thresholds, and another text.
     """
 
-    drafts: int = 4
+    width: int = 4
     match: str = "exact"
     choices = {"match": ("exact", "subset")}
 
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        return self.drafts
-
     def memory(self, view):
         """drafts: the state and what may follow it; step: what call is without drafts."""
-        return {"drafts": jnp.repeat(view.z[:, None], self.drafts, axis=1), "step": jnp.zeros_like(view.call)}
+        return {"drafts": jnp.repeat(view.z[:, None], self.width, axis=1), "step": jnp.zeros_like(view.call)}
 
     def __call__(self, loop: Loop, cache, s: State):
-        (rows, positions), k, memory = s.z.shape, self.drafts, s.memory
+        (rows, positions), k, memory = s.z.shape, self.width, s.memory
         each = jnp.repeat(jnp.arange(rows), k)
         s = s._replace(film=())
         many = jax.tree.map(lambda a: a[each], s)
@@ -67,11 +63,11 @@ class FreeDave(Verify):
         return s.z, s.sure, s.memory | {"drafts": made}, cache
 
     def _next(self, i, loop: Loop, prediction, drafts, s: State, done: State, row, live, made):
-        """The i-th step: the first `drafts` of them verify, and lead to `done`; the others make drafts from there.
+        """The i-th step: the first `width` of them verify, and lead to `done`; the others make drafts from there.
 
         row [b]: the draft whose prediction counts; live [b]: whether it is of s; made: new drafts.
         """
-        k, before, verify, positions = self.drafts, s.z, i < self.drafts, s.z.shape[1]
+        k, before, verify, positions = self.width, s.z, i < self.width, s.z.shape[1]
         live |= ~verify
         chosen = (jnp.arange(len(row)) * k + row) * positions  # where the prediction of each row's draft begins
         here = _At(lambda index: prediction.select(chosen[index // positions] + index % positions))

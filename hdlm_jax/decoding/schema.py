@@ -251,10 +251,8 @@ class _Compiler:
         return tuple(sets)
 
     def _match(self, pattern: bytes) -> np.ndarray:
-        """bool [V]: tokens that are wholly of a pattern; never the filler."""
-        found = np.array([re.fullmatch(pattern, t) is not None for t in self.tokens])
-        found[self.tokenizer.eot] = False
-        return found
+        """bool [V]: tokens that are wholly of a pattern, which the filler is not."""
+        return np.array([re.fullmatch(pattern, t) is not None for t in self.tokens])
 
     def _or_filler(self, tokens: np.ndarray) -> np.ndarray:
         return tokens | (np.arange(len(tokens)) == self.tokenizer.eot)

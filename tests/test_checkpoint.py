@@ -1,17 +1,22 @@
 """Checkpoints on bad disks: one clear line, and what was whole stays."""
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
+from hdlm_jax.common import parallel
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.runs import train
 from hdlm_jax.training import loading
-from hdlm_jax.training.checkpoint import Checkpoints
+from hdlm_jax.training.checkpoint import Checkpoints, checksums
+from hdlm_jax.training.state import abstract_state, build, make_optimizer
 
 
 @pytest.fixture
@@ -37,6 +42,32 @@ def test_a_damaged_checkpoint_is_named(run):
     with pytest.raises(OSError, match="checkpoint of step 3 cannot be read"):
         train.train(more, str(workdir))
     assert sorted(os.listdir(workdir / "checkpoints")) == ["3"]
+
+
+def test_one_bit_of_an_array_shows(run):
+    """Wherever it is in the files of arrays: no weight that was not saved is ever used."""
+    recipe, workdir = run
+    config, rng = tiny.read_recipe(recipe), np.random.default_rng(0)
+    network, _ = build(config, Hierarchy.load(workdir / "hierarchy.npz"))
+    abstract, _ = abstract_state(config, network, make_optimizer(config)[0], parallel.make_mesh(config))
+    checkpoints = Checkpoints(str(workdir), read_only=True)
+    saved = checksums(checkpoints.restore(3, abstract))
+    files = sorted((workdir / "checkpoints" / "3").glob("state/**/d/*"))
+    found = []
+    for _ in range(16):
+        path = files[rng.choice(len(files), p=np.array(sizes := [f.stat().st_size for f in files]) / sum(sizes))]
+        raw = path.read_bytes()
+        at, bit = int(rng.integers(len(raw))), 1 << int(rng.integers(8))
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ bit]) + raw[at + 1:])
+        try:
+            found.append("not the arrays")
+            assert checksums(checkpoints.restore(3, abstract)) == saved
+        except OSError as error:
+            found[-1] = re.search("is damaged|cannot be read", str(error))[0]
+            assert "checkpoint of step 3" in str(error) and "\n" not in str(error)
+        path.write_bytes(raw)
+    checkpoints.close()
+    assert found.count("is damaged") >= 8, found
 
 
 def test_what_a_kill_left_unfinished_is_swept_away(run):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from hdlm_jax.common import jsons
@@ -27,10 +28,15 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+class DamagedCheckpoint(OSError):
+    """A checkpoint that is not what was saved."""
+
+
 class Checkpoints:
     """Orbax checkpoints under <workdir>/checkpoints: state and EMA as arrays, meta as JSON.
 
-    meta holds the config, the fingerprints of tokenizer and hierarchy, and the data position.
+    meta holds the config, the fingerprints of tokenizer and hierarchy, the data position, and `checksums` of all
+    arrays, which are compared whenever they are read (checkpoints from before have none).
     """
 
     def __init__(self, workdir: str, read_only: bool = False):
@@ -72,8 +78,9 @@ class Checkpoints:
         """
         if step in self.manager.all_steps():
             return
-        ema = state.ema
-        items = {"state": ocp.args.StandardSave(state._replace(ema={})), "meta": ocp.args.JsonSave(jsons.plain(meta))}
+        ema, rest = state.ema, state._replace(ema={})
+        meta = meta | {"checksums": checksums({"state": rest, "ema": ema})}
+        items = {"state": ocp.args.StandardSave(rest), "meta": ocp.args.JsonSave(jsons.plain(meta))}
         if ema:
             items["ema"] = ocp.args.StandardSave(ema)
         self.wait()
@@ -104,7 +111,15 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         what = f"checkpoint of step {step} cannot be read (damaged? remove its folder to go back to the one before)"
         with self._told(what):
-            return self.manager.restore(step, args=ocp.args.Composite(**items))
+            found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        if "meta" not in items:
+            saved = self.meta(step).get("checksums", {})
+            here = checksums({name: found[name] for name in items}) if saved else {}
+            if wrong := [name for name, value in here.items() if saved.get(name, value) != value]:
+                raise DamagedCheckpoint(
+                    f"{self.path}: checkpoint of step {step} is damaged, {len(wrong)} arrays are not what was saved "
+                    f"({wrong[0]}, ...); remove its folder to go back to the one before, where there is one")
+        return found
 
     def meta(self, step: int) -> dict[str, Any]:
         return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
@@ -167,6 +182,27 @@ def checkpoints_of(workdir: str) -> Checkpoints | Exported:
 
 def _score(metrics: dict[str, float]) -> float:
     return metrics.get("nelbo", float("inf"))
+
+
+def checksums(tree: Tree) -> dict[str, int]:
+    """Of every array by its path: its bits, each 32 of them times an odd number of their own, summed modulo 2^32.
+
+    Any change of a single number shows. The same whatever devices the arrays are divided over.
+    """
+    return {jax.tree_util.keystr(path, simple=True, separator="."): int(value)
+            for path, value in jax.tree_util.tree_leaves_with_path(_sums(tree))}
+
+
+@jax.jit
+def _sums(tree: Tree) -> Tree:
+    def of(a: jax.Array) -> jax.Array:
+        bits = a if a.dtype == bool else jax.lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}")
+        place = jnp.uint32(0)
+        for axis, size in enumerate(a.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis)
+        return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(of, tree)
 
 
 def save_params(path: str, tree: Tree) -> None:

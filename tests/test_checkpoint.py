@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -120,3 +121,21 @@ def test_another_number_of_devices_is_said(run, capsys, monkeypatch):
     assert jax.device_count() == 8
     assert "resuming from step 3 of 3 (saved by 8 devices of 1 processes, mesh 8x1x1, now 8 devices of 1 processes, " \
            "mesh 4x1x2)" in capsys.readouterr().out
+
+
+def test_checksums_are_of_the_bits_alone():
+    """The formula on numpy's bits, for any division over devices; two numbers that change places show too."""
+    rng = np.random.default_rng(0)
+    tree = {"a": rng.standard_normal((8, 6)).astype(np.float32), "b": [np.arange(8, dtype=np.int32), np.float32(2.0)],
+            "c": np.array([True, False]), "d": jnp.asarray(rng.standard_normal((4, 2, 3)), jnp.bfloat16)}
+    here = checksums(jax.tree.map(jnp.asarray, tree))
+    assert list(here) == ["a", "b.0", "b.1", "c", "d"]
+    for value, found in zip(jax.tree.leaves(tree), here.values(), strict=True):
+        raw = np.asarray(value)
+        bits = np.frombuffer(raw.tobytes(), f"<u{raw.dtype.itemsize}").astype(np.uint64)
+        assert found == int((bits * (2 * np.arange(raw.size, dtype=np.uint64) + 1)).sum() % 2**32)
+    mesh = jax.make_mesh((8,), ("x",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    assert checksums({"a": jax.device_put(tree["a"], rows)}) == {"a": here["a"]}
+    tree["a"][[0, 1]] = tree["a"][[1, 0]]
+    assert checksums({"a": jnp.asarray(tree["a"])}) != {"a": here["a"]}

@@ -30,7 +30,7 @@ from hdlm_jax.decoding.sampler import Sampler
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.network import flops_per_token
-from hdlm_jax.training.metrics import peak_flops, read_metrics
+from hdlm_jax.training.metrics import peak_flops
 from hdlm_jax.training.state import abstract_state, build, init_state, make_optimizer
 from hdlm_jax.training.step import make_loss_sums, make_train_step, stratified_tau
 from tools import cli
@@ -239,8 +239,8 @@ class _HeadAlone:
     def __getattr__(self, name):
         return getattr(self._network, name)
 
-    def apply(self, variables, *_, **__):
-        return variables["params"]["hidden"]
+    def hidden(self, params, *_):
+        return params["hidden"]
 
 
 def measure_head(head: str, words: int, repeats: int = 5) -> dict[str, Any]:
@@ -382,7 +382,7 @@ YARDSTICK = ("torch", "")
 def read_rounds(path: str) -> list[Round]:
     """Rounds of a case's jsonl, each begun by a line of the yardstick; records by (head, process)."""
     rounds: list[Round] = []
-    for record in read_metrics(path):
+    for record in jsons.read_lines(path)[0]:
         if record["peer"] == "torch":
             rounds.append({YARDSTICK: record})
         else:

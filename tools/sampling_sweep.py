@@ -32,7 +32,6 @@ from hdlm_jax.decoding.sampler import Sampler, compile_for, ended, sampler_of, s
 from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.runs.generate import identity, sampling_facts
 from hdlm_jax.training.loading import Run, load_here, saved_config
-from hdlm_jax.training.metrics import read_metrics
 from tools import cli
 
 FILE = "sampling_sweep.jsonl"
@@ -93,7 +92,7 @@ def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: Gene
     """
     g = dataclasses.replace(g, stop="end" if run.trained.data.packing == "crop" else "")
     path = os.path.join(workdir, file)
-    lines = read_metrics(path)
+    lines = jsons.read_lines(path)[0]
     drawn = {k: v for k, v in dataclasses.asdict(g).items() if k not in ("judge", "judge_dtype", "batch_size")}
     made_from = {"step": run.step, "hierarchy_fingerprint": run.hierarchy.fingerprint, "settings": drawn,
                  "judge": judge and judges.made_from(judge)}

@@ -61,6 +61,27 @@ def read_json(path: str | os.PathLike, *needs: str, optional: bool = False) -> A
     return found
 
 
+def read_lines(path: str | os.PathLike, *numbers: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """The objects of a file of JSON lines, and the numbers of the lines that are none.
+
+    numbers: keys that each object has, with a number. No file has no lines; a last line that a kill left half written
+    counts for nothing.
+    """
+    records: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                found = json.loads(line)
+            except ValueError:  # no UTF-8, no JSON
+                found = None
+            if isinstance(found, dict) and all(isinstance(found.get(key), int | float) for key in numbers):
+                records.append(found)
+            else:
+                damaged += [number] * line.endswith(b"\n")
+    return records, damaged
+
+
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Writes a value as JSON, whole or not at all."""
     write_atomic(path, f"{dumps(value, indent=1)}\n".encode())

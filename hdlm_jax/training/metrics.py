@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
 import shutil
 from typing import Any
 
@@ -32,7 +30,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: str, resume_step: int, tensorboard: str = ""):
-        records, damaged = _read(path)
+        records, damaged = jsons.read_lines(path, "step")
         if damaged:
             aside = path.removesuffix(".jsonl") + ".damaged.jsonl"
             shutil.copyfile(path, aside)
@@ -59,21 +57,7 @@ class MetricsFile:
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
     """Records of a metrics.jsonl, whatever else there is in it; of no file none."""
-    return _read(path)[0]
-
-
-def _read(path: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """The records, and the numbers of lines that are none (but the last one, which a kill may leave half written)."""
-    records: list[dict[str, Any]] = []
-    damaged: list[int] = []
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                records.append(record | {"step": int(record["step"])})
-            except (ValueError, TypeError, LookupError):  # no UTF-8, no JSON, no object, no step
-                damaged += [number] * line.endswith(b"\n")
-    return records, damaged
+    return jsons.read_lines(path, "step")[0]
 
 
 def plot_curves(path: str, records: list[dict[str, Any]], unigram_nats: float) -> bool:

@@ -140,7 +140,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     refused("has no weight_map")
     (tmp_path / "config.json").write_text("[1]")
-    refused("config.json: must be a JSON object")
+    refused("config.json: damaged, it must hold a JSON object")
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -145,12 +145,9 @@ def is_folder(path: str) -> bool:
 def _config(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, "config.json")
     try:
-        found = read_json(path)
+        return read_json(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: must be a JSON object")
-    return found
 
 
 def read_sizes(folder: str) -> Sizes:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import signal
@@ -101,12 +100,10 @@ def _leave(code: int) -> NoReturn:
 
 
 def main(argv: list[str]) -> None:
-    from hdlm_jax.config import ConfigError, check_local, expand
+    from hdlm_jax.config import check_local, expand
+    from hdlm_jax.config.rules import choice
 
-    if _MODE.value not in MODES:
-        close = difflib.get_close_matches(_MODE.value, MODES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"--mode={_MODE.value!r}: choose one of {', '.join(MODES)}{hint}")
+    choice("--mode", _MODE.value, MODES)
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]))[0]
     workdir = expand(_WORKDIR.value or os.path.join("runs", name))
     check_local("workdir", workdir)

@@ -344,6 +344,9 @@ def test_cluster_dictionaries(tmp_path):
              write(tmp_path / "d.json", {str(word): int(node) for word, node in enumerate(parents)})]
     for path in kinds:
         assert read_clusters(path, V, 22, special=(19,)) == want
+    (tmp_path / "e.json").write_text("[0, 1")
+    with pytest.raises(ValueError, match="e.json: must be a cluster number for each word id"):
+        read_clusters(str(tmp_path / "e.json"), V, 22)
     with pytest.raises(ValueError, match="begin at 22, must be at 0 or at released.first_cluster=23"):
         read_clusters(kinds[2], V, 23)
     short = write(tmp_path / "short.npy", parents[:17])

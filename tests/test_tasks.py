@@ -187,7 +187,7 @@ def test_equal_choices_differ_by_nothing():
 def test_common_random_numbers_help():
     """Noise that two similar choices share drops out of their difference."""
     s = scorer(draws=64, most_draws=64, target_se=1e-9)
-    (values,) = s._draw([tasks_fit(asked("the very m", "uch", "uck"))], {0: 64}, np.zeros(1, int), "").values()
+    (values,) = s._draw([tasks_fit(asked("the very m", "uch", "uck"))], [64], 0, "")
     apart = stratified_se(values[:, 0]) ** 2 + stratified_se(values[:, 1]) ** 2
     together = stratified_se(values[:, 0] - values[:, 1]) ** 2
     assert together < 0.7 * apart
@@ -207,11 +207,11 @@ def test_draws_go_where_they_are_needed():
     assert found.reached.tolist() == (found.se <= 0.05).tolist()
     assert found.draws[2] == PILOT + PILOT < max(found.draws) <= PILOT + 64, found.draws
     fitted = [tasks_fit(question) for question in questions]
-    pilot = s._draw(fitted, dict.fromkeys(range(3), PILOT), np.zeros(3, int), "")
+    pilot = s._draw(fitted, [PILOT] * 3, 0, "")
     for i, (nats, draws) in enumerate(zip(found.nats, found.draws, strict=True)):
         wanted = min(max(math.ceil(PILOT * (_best_two(pilot[i]) / 0.05) ** 2), PILOT), 64)
         assert draws == PILOT + wanted
-        (again,) = s._draw(fitted, {i: wanted}, np.full(3, PILOT), "").values()
+        again = s._draw(fitted, [wanted if j == i else 1 for j in range(3)], PILOT, "")[i]
         np.testing.assert_allclose(nats, again.mean(0), rtol=1e-5)
     alone = s.rank(questions[:1])  # a question's numbers are its own, whatever else is asked
     np.testing.assert_allclose(alone.nats[0], found.nats[0], rtol=1e-5)

@@ -14,12 +14,12 @@ class ConfigError(ValueError):
     """A setting that cannot work: one line with the value, the rule and the choices."""
 
 
-def choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """ConfigError with the choices, and the closest one, unless `value` is among them."""
+def choice(name: str, value: str, choices: Sequence[str], wrong: str = "") -> None:
+    """ConfigError with the choices, and the closest one, unless `value` is among them; wrong: in place of name=value"""
     if value not in choices:
         close = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{name}={value!r}: choose one of {', '.join(choices)}{hint}")
+        raise ConfigError(f"{wrong or f'{name}={value!r}:'} choose one of {', '.join(choices)}{hint}")
 
 
 def rule(ok: bool, name: str, value: object, rule: str) -> None:

@@ -7,7 +7,6 @@ A file in configs/ calls `default()`, changes what it wants and returns the Conf
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import typing
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from ml_collections import config_dict
 
 from hdlm_jax.config import sections
-from hdlm_jax.config.rules import ConfigError, expand, rule
+from hdlm_jax.config.rules import choice, expand, rule
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -164,11 +163,7 @@ def check_name(name: str) -> None:
     section, dot, key = name.partition(".")
     known = _names(_SECTIONS[section]) if section in _SECTIONS and dot else None
     here, choices = (key, known) if known else (section, tuple(_SECTIONS))
-    if here not in choices:
-        close = difflib.get_close_matches(here, choices, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        kind = "setting" if known else "section"
-        raise ConfigError(f"config.{name}: no such {kind}; choose one of {', '.join(choices)}{hint}")
+    choice(name, here, choices, f"config.{name}: no such {'setting' if known else 'section'};")
 
 
 def _plain(given: Given) -> dict[str, Any]:

@@ -150,35 +150,34 @@ class Scorer:
         end = [self.run.tokenizer.eot] if self.run.ends else []
         fitted = [_fit(question, self.seq_len, end) for question in questions]
         cut = np.array([cut for _, cut in fitted], bool)
-        none, pilot = np.zeros(n, int), max(s.draws, PILOT)
+        done, pilot = 0, max(s.draws, PILOT)
         draws = np.full(n, s.most_draws)
         if self.run.process.exact:
             draws[:] = 1
         elif s.most_draws > pilot:
-            first = self._draw(fitted, dict.fromkeys(range(n), pilot), none, name)
-            wanted = [pilot * (_best_two(first[i]) / s.target_se) ** 2 for i in range(n)]
+            first = self._draw(fitted, [pilot] * n, 0, name)
+            wanted = [pilot * (_best_two(values) / s.target_se) ** 2 for values in first]
             most = np.nan_to_num(np.ceil(wanted), nan=s.most_draws)  # what is not finite gets all there are
-            none, draws = np.full(n, pilot), np.clip(most, pilot, s.most_draws).astype(int)
-        found = self._draw(fitted, dict(enumerate(draws.tolist())), none, name)
-        nats = [found[i].mean(0) for i in range(n)]
-        se = np.array([0.0 if self.run.process.exact else _best_two(found[i]) for i in range(n)])
-        return Ranking(nats, se, draws + none, se <= s.target_se, cut)
+            done, draws = pilot, np.clip(most, pilot, s.most_draws).astype(int)
+        found = self._draw(fitted, draws.tolist(), done, name)
+        se = np.array([0.0 if self.run.process.exact else _best_two(values) for values in found])
+        return Ranking([values.mean(0) for values in found], se, draws + done, se <= s.target_se, cut)
 
-    def _draw(self, fitted: Fitted, ask: dict[int, int], done: np.ndarray, name: str) -> dict[int, np.ndarray]:
-        """{question: float64 [draws, choices]} of one round, the draws in the order of their strata."""
+    def _draw(self, fitted: Fitted, draws: Sequence[int], done: int, name: str) -> list[np.ndarray]:
+        """Of each question float64 [draws, choices], in the order of their strata; done: draws of the round before."""
         by_width: dict[int, list[int]] = {}
-        for i in ask:
-            longest = max(len(p.ids) for pieces in fitted[i][0] for p in pieces)
+        for i, (choices, _) in enumerate(fitted):
+            longest = max(len(p.ids) for pieces in choices for p in pieces)
             by_width.setdefault(self._width(longest), []).append(i)
-        out: dict[int, np.ndarray] = {}
+        out = [np.zeros(0)] * len(fitted)
         for width, members in by_width.items():
             evaluator = self.evaluator(width)
             pieces: list[Piece] = []
             parts: list[tuple[np.ndarray, ...]] = []  # of each question: row, u, pair, all [draws, its pieces]
             for i in members:
                 rng = np.random.Generator(np.random.Philox(key=[self.settings.seed % 2**64, i],
-                                                           counter=[0, 0, 0, int(done[i])]))
-                m, mine = ask[i], fitted[i][0]
+                                                           counter=[0, 0, 0, done]))
+                m, mine = draws[i], fitted[i][0]
                 u = (np.arange(m) + rng.random(m)) / m
                 pair = rng.integers(2**31, size=(m, max(map(len, mine))))
                 row = len(pieces) + np.arange(sum(map(len, mine)))
@@ -196,7 +195,7 @@ class Scorer:
             ends = np.cumsum([len(row) for row, _, _ in parts])
             for i, values in zip(members, np.split(nats, ends[:-1]), strict=True):
                 first = np.cumsum([0, *map(len, fitted[i][0])])[:-1]
-                out[i] = np.add.reduceat(values.reshape(ask[i], -1), first, axis=1)
+                out[i] = np.add.reduceat(values.reshape(draws[i], -1), first, axis=1)
         return out
 
     def fill(self, contexts: Sequence[Ids], counts: Sequence[int], g: GenerateConfig) -> list[Ids]:

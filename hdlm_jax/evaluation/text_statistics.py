@@ -40,6 +40,14 @@ def statistics(texts: Texts) -> dict[str, float | None]:
     return out
 
 
+def ratio(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """Sum of values [n] over sum of tokens [n], and its standard error between the n (NaN of a single one)."""
+    n, total = len(values), tokens.sum()
+    mean = values.sum() / total
+    se = math.sqrt(n / (n - 1) * np.sum((values - mean * tokens) ** 2)) / total if n > 1 else math.nan
+    return float(mean), float(se)
+
+
 def perplexities(nats: np.ndarray, tokens: np.ndarray, bound: bool = False) -> dict[str, float | None]:
     """Perplexities from nats and scored tokens of each text [n]; keys end in `_bound` where the nats are bounds.
 
@@ -47,17 +55,15 @@ def perplexities(nats: np.ndarray, tokens: np.ndarray, bound: bool = False) -> d
     it, its error by the delta method. mean_text_perplexity: mean of exp(nats/tokens) over the texts with a scored
     token, a larger number (Jensen) that some papers quote. None: too few texts to tell.
     """
-    n, total = len(nats), int(np.sum(tokens))
     some = tokens > 0
     out: dict[str, float | None] = dict.fromkeys(("nats_per_token", "nats_per_token_se", "perplexity", "perplexity_se",
                                                   "mean_text_perplexity", "mean_text_perplexity_se"))
-    if total:
-        mean = float(np.sum(nats) / total)
+    if some.any():
+        mean, se = ratio(nats, tokens)
         with np.errstate(over="ignore"):  # infinity is what it then is
             each = np.exp(nats[some] / tokens[some])
         out |= {"nats_per_token": mean, "perplexity": exp(mean), "mean_text_perplexity": float(each.mean())}
-        if n > 1:
-            se = math.sqrt(n / (n - 1) * np.sum((nats - mean * tokens) ** 2)) / total
+        if len(nats) > 1:
             out |= {"nats_per_token_se": se, "perplexity_se": exp(mean) * se}
         if some.sum() > 1:
             out["mean_text_perplexity_se"] = float(each.std(ddof=1) / math.sqrt(some.sum()))

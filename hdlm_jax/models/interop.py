@@ -40,14 +40,8 @@ _UNUSED = re.compile(r"rotary_emb\.|logit_bias$|output_layer_clusters\.")
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module)\.")  # of torch.compile and DistributedDataParallel
 
 
-class Vocabulary(NamedTuple):
-    """How a published model extends its tokenizer: ids between words and mask, and rows to a multiple of `pad`."""
-
-    before_mask: int
-    pad: int
-
-
-LAYOUTS = {"mdlm": Vocabulary(0, 1), "gidd": Vocabulary(1, 128), "hdlm": Vocabulary(1, 128)}  # [PAD], then [MASK]
+# (ids between the words and the mask, rows are a multiple of this): GIDD and HDLM add [PAD], then [MASK]
+LAYOUTS = {"mdlm": (0, 1), "gidd": (1, 128), "hdlm": (1, 128)}
 
 
 class Sizes(NamedTuple):
@@ -146,7 +140,7 @@ def heads_of(state: dict[str, np.ndarray], width: int) -> int | None:
 def state_ids(released: ReleasedConfig, hierarchy: Hierarchy) -> np.ndarray:
     """int64 [N]: the id in the published vocabulary of each of our symbols (words, clusters fine to coarse, mask)."""
     words, between = hierarchy.vocab_size, hierarchy.num_states - hierarchy.vocab_size - 1
-    mask = words + LAYOUTS[released.layout].before_mask if released.mask_id < 0 else released.mask_id
+    mask = words + LAYOUTS[released.layout][0] if released.mask_id < 0 else released.mask_id
     first = max(words, mask + 1) if released.first_cluster < 0 else released.first_cluster
     if between and (first < words or first <= mask < first + between):
         raise ConfigError(f"released.first_cluster={first}: clusters {first}..{first + between - 1} run into the "
@@ -233,7 +227,7 @@ def to_torch(params: Params, hierarchy: Hierarchy, ids: np.ndarray, layout: str,
     """
     params, left = jax.tree.map(np.asarray, params), dict(rest or {})
     depth, width = params["stack"]["norm1"]["weight"].shape
-    spoken, pad = _spoken(ids, hierarchy.vocab_size), LAYOUTS[layout].pad
+    spoken, pad = _spoken(ids, hierarchy.vocab_size), LAYOUTS[layout][1]
     if "time_in" in params:
         _with_cond(params, cond)
     else:

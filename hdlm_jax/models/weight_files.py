@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping
@@ -115,8 +116,7 @@ def hub_files(folder: str) -> list[str]:
     single, index = os.path.join(folder, _FILES[0]), os.path.join(folder, _INDEX)
     paths = [single]
     if os.path.exists(index):
-        found = read_json(index)
-        shards = found.get("weight_map") if isinstance(found, dict) else None
+        shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ValueError(f"{index}: has no weight_map")
         paths = [os.path.join(folder, name) for name in sorted(set(shards.values()))]
@@ -216,7 +216,8 @@ def read_clusters(path: str, words: int, first: int, missing: str = "refuse", sp
     path = find(path)
     suffix = os.path.splitext(path)[1]
     if suffix == ".json":
-        found = read_json(path)
+        with open(path, "rb") as file:
+            found: Any = file.read()
     elif suffix == ".npy":
         found = np.load(path, allow_pickle=False)
     elif suffix in _TORCH:
@@ -225,6 +226,7 @@ def read_clusters(path: str, words: int, first: int, missing: str = "refuse", sp
     else:
         raise ConfigError(f"released.clusters={path!r}: choose a .json, .npy, {', '.join(_TORCH)} file")
     try:
+        found = json.loads(found) if suffix == ".json" else found  # an object or a list
         known = {int(k): int(v) for k, v in found.items()} if isinstance(found, dict) else dict(
             enumerate(int(v) for v in found))
     except (TypeError, ValueError) as error:

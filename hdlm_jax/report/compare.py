@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from hdlm_jax.common.console import markdown, measured, readable, say
 from hdlm_jax.common.jsons import write_atomic
+from hdlm_jax.evaluation.text_statistics import ratio
 from hdlm_jax.report import page, run_files
 from hdlm_jax.runs.tasks import newest
 from hdlm_jax.training.metrics import read_metrics
@@ -33,13 +33,7 @@ def paired_difference(workdir_a: str, workdir_b: str) -> tuple[float, float]:
         if one.get(name) != other.get(name) and (name != "padding" or one.get("packing") == "crop"):
             raise ValueError(f"{workdir_a} and {workdir_b} were evaluated on other sequences ({name} differs)")
     same_given([workdir_a, workdir_b], [one, other])
-    tokens, difference = a["tokens"], b["nats"] - a["nats"]
-    mean = difference.sum() / tokens.sum()
-    n = len(tokens)
-    if n < 2:
-        return float(mean), math.nan
-    se = math.sqrt(n / (n - 1) * np.sum((difference - mean * tokens) ** 2)) / tokens.sum()
-    return float(mean), float(se)
+    return ratio(b["nats"] - a["nats"], a["tokens"])
 
 
 def given(evaluated: dict[str, Any]) -> str:

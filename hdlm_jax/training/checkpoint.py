@@ -59,8 +59,6 @@ class Checkpoints:
 
     def choose(self, which: str) -> int:
         """Step of the 'best' (lowest validation NELBO) or 'latest' checkpoint."""
-        if which not in ("best", "latest"):
-            raise ValueError(f"checkpoint={which!r}: choose one of best, latest")
         step = self.manager.best_step() if which == "best" else None
         step = self.manager.latest_step() if step is None else step
         if step is None:

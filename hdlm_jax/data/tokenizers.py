@@ -116,14 +116,10 @@ class Tokenizer:
             return np.frombuffer(raw, np.uint8).astype(np.int32)
         parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _bounded(text)]
         ids = np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
-        if self._checked and (size := int(self._lengths[ids].sum())) != len(raw):
+        if self._checked and (size := sum(len(self._words[i]) for i in ids.tolist())) != len(raw):
             raise ValueError(f"tokenizer.pattern={self.pattern!r}: leaves out {len(raw) - size} of {len(raw)} bytes of "
                              "a text; every character must be in a piece (add |\\s+|. at its end)")
         return ids
-
-    @functools.cached_property
-    def _lengths(self) -> np.ndarray:
-        return np.array([len(word) for word in self._words])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text."""

@@ -18,7 +18,7 @@ from hdlm_jax.decoding.sampler import ended, load_helper, sampler_of, start_canv
 from hdlm_jax.evaluation.elbo import evaluator_of, text_nats
 from hdlm_jax.training.loading import load_here
 
-Classifier: TypeAlias = Callable[[jax.Array], jax.Array]  # one-hot symbols float32 [b, S, N] -> log p(y) [b]
+Classifier: TypeAlias = Callable[[jax.Array], jax.Array]  # one-hot states float32 [b, S, N] -> log p(y) [b]
 
 
 def _texts_of(name: str, given: object) -> list[str]:
@@ -59,7 +59,7 @@ class Model:
         Of several prompts, of any lengths, num_samples texts each: prompt by prompt, in batches of all of them.
 
         Args:
-          steps: of the methods that have some; classifier: function of one-hot symbols float32 [b, S, N] ->
+          steps: of the methods that have some; classifier: function of one-hot states float32 [b, S, N] ->
             log p(y) [b], for method="classifier".
           settings: any other of config.GenerateConfig (method, options, helper, temperature, top_p, seed, ...).
 

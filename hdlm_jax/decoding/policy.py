@@ -213,7 +213,7 @@ class Policy:
         if not isinstance(self.draw, str) and self.order == "draw_then_choose":
             raise ValueError(f"draw={self.draw!r}: in the order draw_then_choose choose sample or argmax")
         if self.verify is not None and (self.revise or self.lengths):
-            raise ValueError(f"verify={self.verify!r}: drafts only drop tokens: no revise or lengths with it")
+            raise ValueError(f"verify={self.verify!r}: drafts only unmask tokens: no revise or lengths with it")
         if self.lengths is not None and not self.choose.scored:
             raise ValueError(f"choose={self.choose!r} plans for a canvas that does not grow; with lengths give Scored")
         if isinstance(self.choose, Revise) and self.revise != self.choose:

@@ -183,12 +183,13 @@ def _score(metrics: dict[str, float]) -> float:
 
 
 def checksums(tree: Tree) -> dict[str, int]:
-    """Of every array by its path: its bits, each 32 of them times an odd number of their own, summed modulo 2^32.
+    """Of every array by its path: the bits of its numbers (of at most 32 bits), each times the odd number 2 place + 1,
+    summed modulo 2^32.
 
     Any change of a single number shows. The same whatever devices the arrays are divided over.
     """
     return {jax.tree_util.keystr(path, simple=True, separator="."): int(value)
-            for path, value in jax.tree_util.tree_leaves_with_path(_sums(tree))}
+            for path, value in jax.tree_util.tree_leaves_with_path(jax.device_get(_sums(tree)))}
 
 
 @jax.jit

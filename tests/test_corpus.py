@@ -632,3 +632,13 @@ def test_local_books(data_dir):
         pytest.skip(f"no {path.name} in the local data")
     found = read(path)
     assert len(texts(found)) == 82 and found[-1].name == "openstax_cc_by.valid.jsonl.xz:82"
+
+
+def test_a_python_without_lzma_and_bz2_reads_all_else(tmp_path, root):
+    """Some are built without these two: only files that need them want them."""
+    with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
+        file.write("some text")
+    code = ("import sys; sys.modules['lzma'] = sys.modules['bz2'] = None\n"
+            "from hdlm_jax.data.documents import Reader; print([d.text for d in Reader().documents(sys.argv[1])])")
+    ran = subprocess.run([sys.executable, "-c", code, tmp_path / "a.txt.gz"], capture_output=True, text=True, cwd=root)
+    assert ran.stdout == "['some text']\n", ran.stderr

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bz2
 import io
-import lzma
 import re
 import tarfile
 import types
@@ -66,10 +64,13 @@ def decompressor(packed: str, where: str) -> Callable[[], _Decompressor]:
     """Makes what unpacks one stream of a compression; ValueError where its package is missing, for `where`."""
     if packed == ".zst":
         return package("zstandard", "zstd", where).ZstdDecompressor(max_window_size=1 << 31).decompressobj
-    others: dict[str, Callable[[], _Decompressor]] = {
-        ".gz": lambda: zlib.decompressobj(31),  # with gzip's header and checksum
-        ".xz": lzma.LZMADecompressor, ".bz2": bz2.BZ2Decompressor}
-    return others[packed]
+    if packed == ".gz":
+        return lambda: zlib.decompressobj(31)  # 31: with gzip's header and checksum
+    if packed == ".xz":
+        import lzma  # some Pythons are built without these two
+        return lzma.LZMADecompressor
+    import bz2
+    return bz2.BZ2Decompressor
 
 
 def _decompressed(file: io.BufferedReader, new: Callable[[], _Decompressor]) -> Iterator[bytes]:

@@ -107,7 +107,7 @@ class Model:
         g = self._settings(settings, length=0, prompt=prompt, steps=steps, num_samples=num_samples)
         if type(budget) is not int:
             raise ConfigError(f"budget={budget!r}: must be of type int")
-        scaffold = schemas.scaffold(schema, self.tokenizer, self.hierarchy, budget, prompt=prompt)
+        scaffold = schemas.scaffold(schema, self.tokenizer, self.hierarchy, budget, prompt=prompt, seq_len=self.seq_len)
         canvas = scaffold.canvas(g.num_samples, self.seq_len)
         if self.run.ends:
             canvas = canvases.closed(canvas, self.seq_len, self.tokenizer.eot)

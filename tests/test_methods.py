@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import types
 
@@ -154,6 +155,9 @@ def test_documents_of_a_schema(tmp_path):
     assert len(lines) == 9 and all(set(json.loads(line["text"])) == {"a"} for line in lines)
     (tmp_path / "schema.json").write_text('{"type": "object", "properties": {"a": {"type": "string", "pattern": "x"}}}')
     with pytest.raises(ConfigError, match="generate.schema=.*pattern"):
+        generate.generate(config, str(workdir))
+    os.truncate(tmp_path / "schema.json", 1 << 30)  # holes take no room
+    with pytest.raises(ConfigError, match="generate.schema=.* it has 1,073,741,824 bytes, a schema at most 4,194,304"):
         generate.generate(config, str(workdir))
 
 

@@ -240,11 +240,58 @@ def test_strings_take_whole_characters_alone():
     ({"enum": ["a"], "budget": 2}, "'budget' cannot be kept"),
     ({}, "no type, enum or const"),
     ("{", "schema is not JSON"),
+    ({"type": "object", "required": 1}, "required must be a list of names, is 1"),
+    ({"type": "object", "required": [[]]}, r"\$: \[\] is required, and not in properties"),
+    ({"enum": [float("nan"), 1]}, "schema: nan cannot be written as JSON"),
+    (list(range(10**6)), r"must be an object, is \[0, 1, 2, 3, 4, 5, \.\.\.\]$"),
     ([1], r"schema at \$: must be an object, is \[1\]"),
 ])
 def test_schemas_that_cannot_be_kept(spec, message):
     with pytest.raises(ValueError, match=message):
         schema.scaffold(spec, bpe(), clusters(bpe().vocab_size, (8,)))
+
+
+def nested(depth, items, inner=None):
+    """Arrays of so many items inside each other."""
+    for _ in range(depth):
+        inner = {"type": "array", "minItems": items, "maxItems": items, "items": inner or {"type": "null"}}
+    return inner
+
+
+def deep(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("spec, message", [
+    (nested(3, 1000), r"\$\[0\]\[\d+\]\[\d+\]: up to here more than 1,048,576 characters .*; give shorter arrays"),
+    (nested(1, 10**18), "up to here more than 1,048,576 characters"),
+    (nested(3, 30, {"type": "string", "budget": 4}), "up to here 1,028 positions are free, a text has at most 1,024"),
+    (nested(1, 2000, {"enum": ["a", "b"]}), r"\$\[1024\]: up to here 1,025 positions"),
+    (nested(3000, 1), "nested more than 64 deep; give a flatter one"),
+    ('{"a":' * 3000 + "1" + "}" * 3000, "schema is nested more than 64 deep"),
+    ({"const": deep(3000)}, r"schema: \[\[.*\.\.\..*\]\] cannot be written as JSON \(maximum recursion"),
+    ({"type": "string", "budget": 10**9}, "up to here 1,000,000,000 positions"),
+    ({"enum": list(range(10**6))}, "more than 1,048,576 characters"),
+    ({"const": "a" * 10**7}, "more than 1,048,576 characters"),
+], ids=range(10))
+def test_a_few_characters_ask_for_no_end_of_text(spec, message, monkeypatch):
+    """Refused before much is written, encoded, or made of arrays."""
+    written, write = [], schema._Compiler.write
+    monkeypatch.setattr(schema._Compiler, "write", lambda *given: written.append(0) or write(*given))
+    with pytest.raises(ValueError, match=message) as error:
+        schema.scaffold(spec, bpe(), clusters(bpe().vocab_size, (8,)), seq_len=1024)
+    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+    assert len(written) <= 1 + schema._MOST_TEXT // schema._PIECE
+
+
+def test_what_an_array_repeats_is_encoded_once(monkeypatch):
+    t, calls = bpe(), []
+    monkeypatch.setattr(t, "encode", lambda text: calls.append(text) or type(t).encode(t, text))
+    made = schema.scaffold(nested(1, 50, {"enum": [f"word {i}" for i in range(40)]}), t, clusters(t.vocab_size, (8,)))
+    assert len(calls) < 2 * 40 + 60 and len({id(piece.sets) for piece in made.pieces[1::2]}) == 2
 
 
 def test_scaffolds_know_their_words():

@@ -294,6 +294,10 @@ def test_special_tokens_are_no_ranks(tmp_path):
 @pytest.mark.parametrize("pattern, message", [
     ("cl100", r"tokenizer.pattern='cl100': choose of gpt2, cl100k, llama3, qwen2, o200k, or give a regular expression"),
     ("(", r"tokenizer.pattern='\(': no regular expression \(.*parenthesis"),
+    ("((a{1000}){1000}){1000}|[\\s\\S]", r"no regular expression \(.*error building NFA"),
+    ("(" * 2000 + "a" + ")" * 2000 + "|[\\s\\S]", r"no regular expression \(|has 4,00\d characters"),
+    ("|".join("a" * 3000), "tokenizer.pattern has 5,999 characters: must be at most 4,096"),
+    (r"(?:a|a)*+(?!x)|[\s\S]", r"text cannot be cut by it \(does it match the empty text\?\)"),
     (r"\p{L}+|\s+", r"tokenizer.pattern=.*: leaves out \d+ of \d+ bytes of a text; every character must be in a piece"),
 ])
 def test_patterns_that_cannot_be(tmp_path, pattern, message):

@@ -62,6 +62,7 @@ _SPECIAL = re.compile(rb"<\|[^|\s]+\|>")  # as special tokens are written in the
 
 # `\s+(?!\S)` backtracks: the regex engine gives up on a run of about a million blanks. Longer runs are cut.
 _LONG_BLANK = re.compile(r"\s{4096}")
+_MOST_PATTERN = 4096  # characters; the longest of PATTERNS has 353
 _EVERY_KIND = "".join(map(chr, range(592))) + " I'll SAY 12345 \r\n\n\t  été e\u0301 中文 ١٢ 👩 \u200b\u2028\ufeff \n "
 
 
@@ -72,6 +73,8 @@ def cutting_pattern(given: str) -> str:
     """
     if given in ("", *PATTERNS):
         return PATTERNS[given or "gpt2"]
+    if len(given) > _MOST_PATTERN:
+        raise ValueError(f"tokenizer.pattern has {len(given):,} characters: must be at most {_MOST_PATTERN:,}")
     if re.fullmatch(r"[\w.-]*", given):
         raise ValueError(f"tokenizer.pattern={given!r}: choose of {', '.join(PATTERNS)}, or give a regular expression")
     try:
@@ -79,6 +82,11 @@ def cutting_pattern(given: str) -> str:
     except ValueError as error:
         raise ValueError(str(error) if "tokenizer.pattern" in str(error) else
                          f"tokenizer.pattern={given!r}: no regular expression ({error})") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what Rust raises, which is no Exception
+            raise
+        raise ValueError(f"tokenizer.pattern={given!r}: text cannot be cut by it (does it match the empty text?); "
+                         "let each piece have a character") from None
     return given
 
 

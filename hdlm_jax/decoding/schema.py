@@ -17,11 +17,13 @@ of the right type:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
+import reprlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +35,11 @@ _KEYWORDS = {"object": {"properties", "required", "additionalProperties"}, "arra
              "boolean": set(), "null": set()}
 _DIGITS = 6  # positions of a number that does not say its budget
 _MOST_DIGITS = 100  # positions; a number of at most 300 digits is finite as a float
+_MOST_DEPTH = 64  # objects and arrays inside each other
+_MOST_POSITIONS = 1 << 14  # free positions, where nobody tells how long a text is
+_MOST_TEXT = 1 << 20  # characters of what is given and of choices, each piece counted with _PIECE more
+_PIECE = 16
+_BOOLEANS = [True, False]
 _PYTHON: dict[str, Any] = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float),
                            "boolean": bool, "null": type(None)}
 
@@ -108,7 +115,7 @@ class Scaffold:
         return sign + (whole.lstrip("0") or "0") + (f".{part}" if part else "")
 
 
-def scaffold(schema: Any, tokenizer, hierarchy, budget: int = 16, *, prompt: str = "") -> Scaffold:
+def scaffold(schema: Any, tokenizer, hierarchy, budget: int = 16, *, prompt: str = "", seq_len: int = 0) -> Scaffold:
     """The pieces of a JSON schema, so that all that is drawn from them parses and validates.
 
     Understood: type object (all properties are written, in their order), array with minItems = maxItems, string with
@@ -121,13 +128,17 @@ def scaffold(schema: Any, tokenizer, hierarchy, budget: int = 16, *, prompt: str
       budget: free positions of a string; a field's own number is its keyword "budget" (which validators ignore).
         Numbers have at most 6 unless they say so.
       prompt: text in front, given.
+      seq_len: most tokens the model takes; 0: not known, and at most 16,384 positions are free.
 
     Raises:
-      ValueError: a schema that is none of this, naming the place; a tokenizer that loses text.
+      ValueError: a schema that is none of this, naming the place; one that is nested more than 64 deep, or that would
+        write more than seq_len positions or about a million characters; a tokenizer that loses text.
     """
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
+        except RecursionError:
+            raise ValueError(f"schema is {_TOO_DEEP}") from None
         except ValueError as error:
             raise ValueError(f"schema is not JSON: {error}") from None
     if tokenizer.kind == "bert":
@@ -136,36 +147,73 @@ def scaffold(schema: Any, tokenizer, hierarchy, budget: int = 16, *, prompt: str
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text).tolist())
 
-    pieces: list[str | Field] = [""]
-    for part in _Compiler(tokenizer, budget).value(schema, "$", False):
-        if isinstance(part, str) and isinstance(last := pieces[-1], str):
-            pieces[-1] = last + part
+    pieces: list[Literal | Field] = []
+    parts = _Compiler(tokenizer, budget, seq_len or _MOST_POSITIONS).value(schema, "$", False)
+    for given, group in itertools.groupby(parts, key=lambda part: isinstance(part, str)):
+        if given:
+            text = "".join(map(str, group))
+            pieces.append(Literal(text, ids(text)))
         else:
-            pieces.append(part)
-    literals = (Literal(p, ids(p)) if isinstance(p, str) else p for p in pieces if p)
-    return Scaffold(tuple(literals), tokenizer, hierarchy, ids(prompt))
+            pieces += [part for part in group if isinstance(part, Field)]
+    return Scaffold(tuple(pieces), tokenizer, hierarchy, ids(prompt))
+
+
+class _Choices(NamedTuple):
+    """An enum, encoded: the text around its free positions (of a single choice all of it), and what a Field has."""
+
+    before: str
+    after: str = ""
+    sets: tuple[np.ndarray, ...] = ()
+    filled: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 class _Compiler:
-    """Schemas to lists of texts and fields."""
+    """Schemas to lists of texts and fields. What is written is counted beforehand: few characters may ask for much."""
 
-    def __init__(self, tokenizer, budget: int):
-        self.tokenizer, self.budget = tokenizer, budget
+    def __init__(self, tokenizer, budget: int, positions: int):
+        self.tokenizer, self.budget, self.most = tokenizer, budget, positions
+        self.depth, self.text, self.positions = 0, 0, 0  # of what is written so far
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         self.letters = np.array([not set(t) & _UNSAFE and t.decode(errors="ignore").encode() == t for t in self.tokens])
         self.letters[tokenizer.eot] = False
+        self.loose = self._or_filler(self.letters)
+        self.match, self.number = functools.cache(self._match), functools.cache(self._number)
+        self.encoded: dict[tuple[int, bool], _Choices] = {}  # by the list they are from, which arrays repeat
 
     def value(self, schema: Any, path: str, space: bool) -> list[str | Field]:
         """space: one stands in front of the value, to be made part of it."""
+        self.depth += 1
+        if self.depth > _MOST_DEPTH:
+            raise ValueError(f"schema is {_TOO_DEEP}")
+        found = self._value(schema, path, space)
+        self.depth -= 1
+        return found
+
+    def write(self, path: str, text: str) -> str:
+        """`text`, counted."""
+        self.text += _PIECE + len(text)
+        if self.text > _MOST_TEXT:
+            raise ValueError(f"schema at {path}: up to here more than {_MOST_TEXT:,} characters are to be written; "
+                             "give shorter arrays and fewer choices")
+        return text
+
+    def take(self, path: str, positions: int) -> None:
+        """Counts free positions."""
+        self.positions += positions
+        if self.positions > self.most:
+            raise ValueError(f"schema at {path}: up to here {self.positions:,} positions are free, a text has at most "
+                             f"{self.most:,} tokens; give smaller budgets and shorter arrays")
+
+    def _value(self, schema: Any, path: str, space: bool) -> list[str | Field]:
         if not isinstance(schema, dict):
-            raise ValueError(f"schema at {path}: must be an object, is {schema!r}")
+            raise ValueError(f"schema at {path}: must be an object, is {reprlib.repr(schema)}")
         kind: Any = schema.get("type")
         if "type" in schema and (not isinstance(kind, str) or kind not in _KEYWORDS):
-            raise ValueError(f"schema at {path}: type={kind!r}: choose one of {', '.join(_KEYWORDS)}")
+            raise ValueError(f"schema at {path}: type={reprlib.repr(kind)}: choose one of {', '.join(_KEYWORDS)}")
         choices = [schema["const"]] if "const" in schema else schema.get("enum")
         known = {"type"} | _NOTES | ({"const", "enum"} if choices is not None else _KEYWORDS.get(str(kind), set()))
         if more := sorted(set(schema) - known):
-            raise ValueError(f"schema at {path}: {more[0]!r} cannot be kept here; "
+            raise ValueError(f"schema at {path}: {reprlib.repr(more[0])} cannot be kept here; "
                              f"understood: {', '.join(sorted(known - _NOTES))}")
         if choices is None and kind is None:
             raise ValueError(f"schema at {path}: it has no type, enum or const")
@@ -173,13 +221,13 @@ class _Compiler:
             if not isinstance(choices, list) or not choices or ("const" in schema and "enum" in schema):
                 raise ValueError(f"schema at {path}: enum must be a list of at least one value (or const one)")
             if kind and (wrong := [c for c in choices if not _is(kind, c)]):
-                raise ValueError(f"schema at {path}: {wrong[0]!r} in enum is no {kind}")
+                raise ValueError(f"schema at {path}: {reprlib.repr(wrong[0])} in enum is no {kind}")
             return self._choice(choices, path, space)
         blank = " " * space
         if kind == "null":
-            return [blank + "null"]
+            return [self.write(path, blank + "null")]
         if kind == "boolean":
-            return self._choice([True, False], path, space)
+            return self._choice(_BOOLEANS, path, space)
         if kind == "object":
             return self._object(schema, path, blank)
         if kind == "array":
@@ -191,24 +239,29 @@ class _Compiler:
             _count(least, 0, f"{path}: minLength")
             if least > positions:
                 raise ValueError(f"schema at {path}: minLength={least} needs a budget of as many, which is {positions}")
-            sets = [self.letters] * least + [self._or_filler(self.letters)] * (positions - least)
-            return [blank + '"', Field(path, "string", tuple(sets)), '"']
-        if schema.get("minimum", 0) != 0:
-            raise ValueError(f"schema at {path}: minimum={schema['minimum']!r} cannot be kept; 0 is the only one")
+            self.take(path, positions)
+            sets = [self.letters] * least + [self.loose] * (positions - least)
+            return [self.write(path, blank + '"'), Field(path, "string", tuple(sets)), '"']
+        if (minimum := schema.get("minimum", 0)) != 0:
+            raise ValueError(f"schema at {path}: minimum={reprlib.repr(minimum)} cannot be kept; 0 is the only one")
         if positions > _MOST_DIGITS:
             raise ValueError(f"schema at {path}: budget={positions}: a number has at most {_MOST_DIGITS}")
-        return [Field(path, kind, self._number(positions, kind == "number", "minimum" not in schema))]
+        self.take(path, positions)
+        return [Field(path, kind, self.number(positions, kind == "number", "minimum" not in schema))]
 
     def _object(self, schema, path, blank) -> list[str | Field]:
         properties = schema.get("properties", {})
         if not isinstance(properties, dict):
-            raise ValueError(f"schema at {path}: properties must be an object, is {properties!r}")
-        if missing := [name for name in schema.get("required", ()) if name not in properties]:
-            raise ValueError(f"schema at {path}: {missing[0]!r} is required, and not in properties")
-        out: list[str | Field] = [blank + "{"]
+            raise ValueError(f"schema at {path}: properties must be an object, is {reprlib.repr(properties)}")
+        required = schema.get("required", [])
+        if not isinstance(required, list | tuple):
+            raise ValueError(f"schema at {path}: required must be a list of names, is {reprlib.repr(required)}")
+        if missing := [name for name in required if not isinstance(name, str) or name not in properties]:
+            raise ValueError(f"schema at {path}: {reprlib.repr(missing[0])} is required, and not in properties")
+        out: list[str | Field] = [self.write(path, blank + "{")]
         for i, (name, inner) in enumerate(properties.items()):
-            out.append(", " * (i > 0) + _json(name) + ":")
-            out += self.value(inner, f"{path}.{name}", True)
+            out.append(self.write(path, ", " * (i > 0) + _json(name) + ":"))
+            out += self.value(inner, f"{path}.{name[:40]}", True)
         return [*out, "}"]
 
     def _array(self, schema, path, blank) -> list[str | Field]:
@@ -216,26 +269,35 @@ class _Compiler:
         if count is None or count != schema.get("maxItems"):
             raise ValueError(f"schema at {path}: an array needs minItems = maxItems, its fixed length")
         _count(count, 0, f"{path}: minItems")
-        out: list[str | Field] = [blank + "["]
+        out: list[str | Field] = [self.write(path, blank + "[")]
         for i in range(count):
             out += [","] * (i > 0) + self.value(schema.get("items"), f"{path}[{i}]", i > 0)
         return [*out, "]"]
 
     def _choice(self, choices, path, space) -> list[str | Field]:
         """All strings: their quotes are given. Else the choices' own texts, the space in front included."""
-        texts = list(dict.fromkeys(_json(c) for c in choices))
-        if len(texts) == 1:
-            return [" " * space + texts[0]]
-        before = after = ""
+        known = self.encoded.get((id(choices), space))
+        if known:
+            self.take(path, len(known.sets))
+        else:
+            known = self.encoded[id(choices), space] = self._encode(choices, path, space)
+        field = [Field(path, "choice", known.sets, known.filled)] if known.sets else []
+        return [part for part in (known.before and self.write(path, known.before), *field, known.after) if part]
+
+    def _encode(self, choices, path, space) -> _Choices:
+        texts = list(dict.fromkeys(self.write(path, _json(c)) for c in choices))
         front = " " * space
+        if len(texts) == 1:
+            return _Choices(front + texts[0])
+        before = after = ""
         if all(isinstance(c, str) for c in choices):
             before, after, front, texts = front + '"', '"', "", [t[1:-1] for t in texts]
         ids = [self.tokenizer.encode(front + t).tolist() for t in texts]
         columns = list(itertools.zip_longest(*ids, fillvalue=self.tokenizer.eot))
+        self.take(path, len(columns))
         sets = tuple(np.isin(np.arange(len(self.tokens)), column) for column in columns)
         filled = zip([front + t for t in texts], zip(*columns, strict=True), strict=True)
-        field = Field(path, "choice", sets, tuple(filled))
-        return [part for part in (before, field, after) if part]
+        return _Choices(before, after, sets, tuple(filled))
 
     def _number(self, positions: int, real: bool, signed: bool) -> tuple[np.ndarray, ...]:
         """[sign or digits] digits .. [a digit that must be] [point] digits .., as many as there are positions."""
@@ -258,6 +320,7 @@ class _Compiler:
         return tokens | (np.arange(len(tokens)) == self.tokenizer.eot)
 
 
+_TOO_DEEP = f"nested more than {_MOST_DEPTH} deep; give a flatter one"
 _UNSAFE = {*range(0x20), *b'"\\'}
 
 
@@ -266,7 +329,10 @@ def _is(kind: str, value: Any) -> bool:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"schema: {reprlib.repr(value)} cannot be written as JSON ({error})") from None
 
 
 def _count(value: Any, least: int, what: str) -> None:

@@ -24,6 +24,7 @@ from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.training.loading import Run, check_writable, load_run
 
 FRAMES = 128  # of a trajectory, at most
+MOST_SCHEMA = 1 << 22  # bytes
 
 
 def generate(config: Config, workdir: str) -> dict[str, Any]:
@@ -151,6 +152,8 @@ def _sample(run: Run, workdir: str, made_from: dict, helper: Run) -> tuple[dict[
 def _schema(g: GenerateConfig) -> str:
     """Text of the file g.schema, "" without one."""
     try:
+        if g.schema and (size := os.path.getsize(g.schema)) > MOST_SCHEMA:
+            raise ConfigError(f"generate.schema={g.schema!r}: it has {size:,} bytes, a schema at most {MOST_SCHEMA:,}")
         return Path(g.schema).read_text(encoding="utf-8") if g.schema else ""
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"generate.schema={g.schema!r}: {error}") from error
@@ -164,7 +167,7 @@ def _canvas(run: Run, g: GenerateConfig, ids: np.ndarray) -> tuple[Any, int, Any
     if not run.process.unmasks:
         raise ConfigError(f"generate.schema={g.schema!r}: this process cannot fill blanks between given words")
     try:
-        scaffold = schema.scaffold(_schema(g), run.tokenizer, h, prompt=g.prompt)
+        scaffold = schema.scaffold(_schema(g), run.tokenizer, h, prompt=g.prompt, seq_len=seq_len)
         canvas = scaffold.canvas(g.num_samples, seq_len)
     except ValueError as error:
         raise ConfigError(f"generate.schema={g.schema!r}: {error}") from error

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import owt
@@ -19,6 +20,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from hdlm_jax.data import archives, documents
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.embedded import EMBEDDED, docstrings, embedded_corpus
 from hdlm_jax.data.records import Bad, Document, is_validation
@@ -597,6 +599,108 @@ def test_files_are_read_as_streams(tmp_path):
         finally:
             tracemalloc.stop()
         assert count == len(lines) - 1 and peak < 1.5e6, (name, peak)
+
+
+# ------------------------------------------------------------------------- files that unpack to no end of bytes
+
+
+def bomb(suffix: str, size: int, byte: bytes = b"0") -> bytes:
+    """So many times one byte, packed piece by piece."""
+    packer = {".gz": lambda: zlib.compressobj(9, wbits=31), ".xz": lzma.LZMACompressor, ".bz2": bz2.BZ2Compressor,
+              ".zst": zstandard.ZstdCompressor().compressobj}[suffix]()
+    return b"".join([packer.compress(byte * (1 << 20)) for _ in range(size >> 20)]) + packer.flush()
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zst"])
+def test_a_few_bytes_unpack_to_no_end_of_them(tmp_path, suffix, monkeypatch):
+    """Each kind of file, plain and as a member: the same line, however much is packed, and little memory."""
+    monkeypatch.setattr(archives, "FREE", 1 << 21)
+    monkeypatch.setattr(archives, "PIECE", 1 << 16)
+    monkeypatch.setattr(archives, "MOST_RATIO", 500)
+    zeros = bomb(suffix, 1 << 26)
+    for name, how in (("a.txt", "file"), ("a.txt", "line"), ("a.txt", "blank_line"), ("a.jsonl", "file"),
+                      ("a.json", "file"), ("a.tar", "file")):
+        raw = tar({f"in.txt{suffix}": zeros, "b.txt": b"more"}) if name == "a.tar" else zeros
+        (tmp_path / f"{name}{suffix}").write_bytes(PACK[suffix](raw) if name == "a.tar" else raw)
+        read(tmp_path / "warm.txt", b"what is imported once")
+        tracemalloc.start()
+        try:
+            bad, *more = read(tmp_path / f"{name}{suffix}", txt_documents=how)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert "it unpacks to more than 500 times its size, as no text does; if it is" in str(bad), (name, str(bad))
+        assert f"{name}{suffix}" in str(bad) and "\n" not in str(bad) and peak < 3e7, (name, peak)
+        assert texts(more) == ["more"] * (name == "a.tar")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zst"])
+def test_a_call_unpacks_a_piece_alone(tmp_path, suffix):
+    """Of however little is given; together they are all of it."""
+    pieces = archives._decompressed(io.BufferedReader(io.BytesIO(bomb(suffix, 1 << 23))),
+                                    archives.decompressor(suffix, "a"))
+    sizes = [len(piece) for piece in pieces]
+    assert sum(sizes) == 1 << 23 and max(sizes) <= (1 << 20 if suffix != ".zst" else 1 << 25)
+
+
+def test_packed_again_and_again(tmp_path):
+    """Compressions, and archives inside each other: a few are read, more are one line, without end or not."""
+    packed, nested, both = b"text", b"text", b"text"
+    for layer in range(1, 9):
+        packed, nested = gzip.compress(packed), tar({"a.tar" if layer > 1 else "a.txt": nested})
+        both = gzip.compress(tar({"a.tgz" if layer > 1 else "a.txt": both}))
+        for name, raw, line in (("a.txt.gz", packed, "it is packed more than 4 times over; unpack it first"),
+                                ("a.tar", nested, "more than 4 archives inside each other; unpack it first"),
+                                ("a.tgz", both, "more than 4 archives inside each other; unpack it first")):
+            (found,) = read(tmp_path / name, raw)
+            assert found.text == "text" if layer <= 4 else str(found).endswith(line), (name, layer, found)
+
+
+def test_a_sparse_member_is_no_text(tmp_path):
+    """Its header alone says how many zeros it is."""
+    header = tarfile.TarInfo("a.txt")
+    header.type, raw = tarfile.GNUTYPE_SPARSE, bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    raw[156:157] = tarfile.GNUTYPE_SPARSE
+    raw[483:495] = b"77777777777\0"  # bytes it stands for
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw)
+    bad, good = read(tmp_path / "a.tar", bytes(raw) + tar({"b.txt": b"b"}))
+    assert str(bad).endswith("member a.txt: a sparse file, as no text is; unpack the archive first")
+    assert good.text == "b"
+
+
+@pytest.mark.parametrize("name, how, position, others", [
+    ("a.txt", "file", "byte 1000", 0), ("a.txt", "line", "line 2", 2), ("a.txt", "blank_line", "line 3", 2),
+    ("a.jsonl", "file", "line 2", 2), ("a.json", "file", "record 2", 1), ("a.parquet", "file", "row 2", 2),
+])
+@pytest.mark.parametrize("suffix", ["", ".zst"])
+def test_a_document_may_not_be_longer_than_memory_holds(tmp_path, name, how, position, others, suffix, monkeypatch):
+    monkeypatch.setattr(documents, "LONGEST", 1000)
+    monkeypatch.setattr(documents, "BUFFER", 300)
+    rows = [{"text": "a" * n} for n in (900, 5000, 900)]
+    end = "\n" + "\n" * (how == "blank_line")
+    raw = {"a.txt": "".join(row["text"] + end for row in rows).encode(), "a.jsonl": jsonl(rows),
+           "a.json": json.dumps(rows).encode(), "a.parquet": parquet({"text": [row["text"] for row in rows]})}[name]
+    found = read(tmp_path / f"{name}{suffix}", pack(raw, suffix), txt_documents=how)
+    (bad,) = [record for record in found if isinstance(record, Bad)]
+    assert position in bad.position + bad.reason and "longer than 1,000 bytes; cut it" in bad.reason
+    assert [record.text for record in found if record is not bad] == ["a" * 900] * others
+
+
+def test_many_lines_without_a_blank_one_are_one_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "LONGEST", 1000)
+    bad, good = read(tmp_path / "a.txt", b"\n" + b"abc\n" * 900 + b"\n\nlast", txt_documents="blank_line")
+    assert (bad.position, good.text) == ("line 2", "last") and "document is longer than 1,000 bytes" in bad.reason
+
+
+def test_blanks_before_a_value_are_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "LONGEST", 1 << 20)
+    assert texts(read(tmp_path / "a.json", b"[" + b" " * (1 << 22) + b'{"text": "a"}]')) == ["a"]
+
+
+def test_a_number_of_thousands_of_digits(tmp_path):
+    (bad,) = read(tmp_path / "a.json", b'[{"text": ' + b"1" * 6000 + b"}]")
+    assert str(bad).startswith(f"{tmp_path / 'a.json'}, record 1: not JSON (ValueError: Exceeds the limit")
 
 
 def test_a_row_group_is_read_in_parts(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -22,11 +23,12 @@ from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from hdlm_jax.data import detokenize
-from hdlm_jax.data.archives import content, decompressor, file_of, tar_members, unpacked
+from hdlm_jax.data.archives import MOST_LAYERS, content, decompressor, file_of, tar_members, unpacked
 from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
 from hdlm_jax.data.records import Bad, Document
 from hdlm_jax.data.sources import BUFFER, COMPRESSIONS, KINDS, Damaged, one_line, open_source, package, reason, suffixes
 
+LONGEST = 1 << 30  # bytes of a document, line or record: it has to be held in memory
 _DAMAGED = (Damaged, tarfile.TarError)
 
 
@@ -35,9 +37,10 @@ class _Place(NamedTuple):
 
     source: str
     member: str = ""
+    archives: int = 0  # that it is in
 
     def inside(self, member: str) -> _Place:
-        return _Place(self.source, f"{self.member}/{member}" if self.member else member)
+        return _Place(self.source, f"{self.member}/{member}" if self.member else member, self.archives + 1)
 
     def name(self, number: int = 0) -> str:
         """Name of a document: file, member, number of line or row; only what there is."""
@@ -127,6 +130,8 @@ class Reader:
         packed, file = file, unpacked(file, place.member or place.source)
         kind = kind or content(file) or suffixes(place.member)[0] or "txt"
         if kind == "tar":
+            if place.archives >= MOST_LAYERS:
+                raise Damaged(f"more than {MOST_LAYERS} archives inside each other; unpack it first")
             return self._tar(file, place)
         if kind == "parquet":
             return self._parquet(file, place, seekable=file is packed and not place.member)
@@ -202,6 +207,8 @@ def _document(row: Mapping[str, object], fields: list[str], name: str) -> Docume
         if field not in row:
             raise _Unreadable(f"no field {field!r}; fields here: {', '.join(map(repr, row)) or 'none'}")
         value = row[field]
+        if isinstance(value, str | bytes) and len(value) > LONGEST:
+            raise _Unreadable(f"field {field!r} {_too_long()}")
         try:
             if isinstance(value, bytes):
                 value = value.decode()
@@ -263,10 +270,15 @@ def _recoded(file: BufferedReader, encoding: str) -> Iterator[bytes]:
 
 
 def _lines(file: BufferedReader, place: _Place) -> Iterator[tuple[int, str | Bad]]:
-    """(number from 1, line with its end) of each line."""
-    for number, raw in enumerate(file, 1):
+    """(number from 1, line with its end) of each line; one that is too long is read, but not held."""
+    for number, raw in enumerate(iter(functools.partial(file.readline, LONGEST + 1), b""), 1):
         if number == 1:
             raw = raw.removeprefix(_BOM)
+        if len(raw) > LONGEST:
+            while raw and not raw.endswith(b"\n"):
+                raw = file.readline(BUFFER)
+            yield number, place.bad(f"line {number}", f"the line {_too_long()}")
+            continue
         try:
             line: str | Bad = raw.decode()
         except UnicodeDecodeError as error:
@@ -274,12 +286,24 @@ def _lines(file: BufferedReader, place: _Place) -> Iterator[tuple[int, str | Bad
         yield number, line
 
 
+def _too_long() -> str:
+    return f"is longer than {LONGEST:,} bytes; cut it"
+
+
 def _utf8(error: UnicodeDecodeError) -> str:
     return f"not valid UTF-8 (0x{error.object[error.start]:02x}: {error.reason})"
 
 
 def _whole(file: BufferedReader, place: _Place) -> Iterator[Document | Bad]:
-    raw = file.read()
+    parts, size = [], 0
+    for part in iter(functools.partial(file.read1, BUFFER), b""):
+        parts.append(part)
+        size += len(part)
+        if size > LONGEST:
+            how = "as by data.txt_documents='blank_line' or 'line'"
+            yield place.bad(f"byte {LONGEST}", f"the document {_too_long()}, {how}")
+            return
+    raw = b"".join(parts)
     text = raw.removeprefix(_BOM)
     try:
         yield Document(text.decode(), place.name())
@@ -289,21 +313,25 @@ def _whole(file: BufferedReader, place: _Place) -> Iterator[Document | Bad]:
 
 def _single(file: BufferedReader, place: _Place) -> Iterator[Document | Bad]:
     for number, line in _lines(file, place):
-        yield line if isinstance(line, Bad) else Document(line.rstrip("\r\n"), place.name(number))
+        if isinstance(line, Bad) or not _blank(line):
+            yield line if isinstance(line, Bad) else Document(line.rstrip("\r\n"), place.name(number))
 
 
 def _paragraphs(file: BufferedReader, place: _Place) -> Iterator[Document | Bad]:
     held: list[str] = []
-    first, bad = 0, None
+    first, bad, size = 0, None, 0
     for number, line in itertools.chain(_lines(file, place), [(0, "\n")]):
         if isinstance(line, Bad):
             bad = bad or line
         elif not _blank(line):
-            first = first or number
-            held.append(line)
+            first, size = first or number, size + len(line)
+            if size > LONGEST:
+                bad, held = bad or place.bad(f"line {first}", f"the document {_too_long()}"), []
+            if not bad:
+                held.append(line)
         elif held or bad:
             yield bad or Document("".join(held).rstrip("\r\n"), place.name(first))
-            held, first, bad = [], 0, None
+            held, first, bad, size = [], 0, None, 0
 
 
 _TXT = {"file": _whole, "blank_line": _paragraphs, "line": _single}
@@ -366,6 +394,8 @@ class _Text:
     def _more(self) -> bool:
         """Reads on, the more the more is held, so that a long value is tried only few times; False at the end."""
         held = self._held[self._at:]
+        if len(held) > LONGEST:
+            raise _Unreadable(f"a value {_too_long()}")
         if new := "".join(itertools.islice(self._parts, 1 + len(held) // BUFFER)):
             self._held, self._at = held + new, 0
         return bool(new)
@@ -374,6 +404,7 @@ class _Text:
         """Goes `skip` characters on and to the next that is no blank: that one, or '' at the end of the file."""
         self._at += skip
         while not (found := _NO_BLANK.search(self._held, self._at)):
+            self._at = len(self._held)
             if not self._more():
                 return ""
         self._at = found.start()
@@ -391,6 +422,8 @@ class _Text:
                 cut = error.msg.startswith("Unterminated") or error.pos > len(self._held) - 16
                 if not (cut and self._more()):
                     raise _Unreadable(error.msg) from None
+            except ValueError as error:  # a number of thousands of digits
+                raise _Unreadable(reason(error)) from None
             else:
                 if end + 2 < len(self._held) or not self._more():  # else a number may go on ("1", "1e+")
                     self._at = end

@@ -282,7 +282,8 @@ class _Compiler:
         else:
             known = self.encoded[id(choices), space] = self._encode(choices, path, space)
         field = [Field(path, "choice", known.sets, known.filled)] if known.sets else []
-        return [part for part in (known.before and self.write(path, known.before), *field, known.after) if part]
+        before = [self.write(path, known.before)] if known.before else []
+        return [*before, *field, *([known.after] if known.after else [])]
 
     def _encode(self, choices, path, space) -> _Choices:
         texts = list(dict.fromkeys(self.write(path, _json(c)) for c in choices))

@@ -16,7 +16,7 @@ from hdlm_jax.common import parallel
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.runs import train
 from hdlm_jax.training import loading
-from hdlm_jax.training.checkpoint import Checkpoints, checksums
+from hdlm_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, checksums
 from hdlm_jax.training.state import abstract_state, build, make_optimizer
 
 
@@ -69,6 +69,25 @@ def test_one_bit_of_an_array_shows(run):
         path.write_bytes(raw)
     checkpoints.close()
     assert found.count("is damaged") >= 8, found
+
+
+@pytest.mark.parametrize("name, raw", [
+    ("_CHECKPOINT_METADATA", b"1"), ("_CHECKPOINT_METADATA", b"[]"), ("metrics/metrics", b""),
+    ("metrics/metrics", b"\xff\xfe"), ("metrics/metrics", b'{"nelbo": '), ("meta/metadata", b"1"),
+    ("meta/metadata", b"{}"), ("meta/metadata", b'{"hier'), ("state/_METADATA", b"1"), ("state/_METADATA", b'{"tree_'),
+    ("state/manifest.ocdbt", b"{}"), ("state/manifest.ocdbt", b""),
+])
+def test_what_a_checkpoint_says_of_itself_may_be_damaged(run, name, raw):
+    """One line with the checkpoint and what to do, for whoever reads it and for a resume."""
+    recipe, workdir = run
+    (workdir / "checkpoints" / "3" / name).write_bytes(raw)
+    resume = [] if name.startswith("state") else [lambda: Checkpoints(str(workdir)).meta(3)]
+    for read in (lambda: loading.load_here(str(workdir)), *resume):
+        with pytest.raises(DamagedCheckpoint, match="remove its folder to go back to the one before") as error:
+            read()
+        line = str(error.value)
+        assert "\n" not in line and re.search(r"checkpoints/3: a damaged|checkpoint of step 3", line)
+        assert str(workdir) in line
 
 
 def test_what_a_kill_left_unfinished_is_swept_away(run):

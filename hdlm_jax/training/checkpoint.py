@@ -21,6 +21,10 @@ from hdlm_jax.training.state import TrainState
 _TRASH, _UNWRITTEN = "trash", "a checkpoint cannot be written"
 
 
+_BACK = "remove its folder to go back to the one before, where there is one"
+_FINGERPRINTS = ("tokenizer", "hierarchy", "data")  # in the meta of every checkpoint
+
+
 class _Manager(ocp.CheckpointManager):
     """Asks nobody whether it is time to leave: train does, and the answer must not depend on who else has asked."""
 
@@ -52,7 +56,13 @@ class Checkpoints:
             todelete_subdir=None if read_only else _TRASH)
         if not read_only:
             self._sweep("*.orbax-checkpoint-tmp*")  # what a kill left unfinished
-        self.manager = _Manager(self.path, options=options)
+        try:
+            self.manager = _Manager(self.path, options=options)
+        except Exception as error:  # it reads what each checkpoint says of itself
+            for name in ("_CHECKPOINT_METADATA", "metrics/metrics"):
+                for path in glob.glob(os.path.join(glob.escape(self.path), "*", name)):
+                    _read_damaged(path)
+            raise DamagedCheckpoint(f"{self.path}: cannot be read ({type(error).__name__}: {error})") from error
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
@@ -95,8 +105,8 @@ class Checkpoints:
                     shutil.rmtree(path, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """Whatever goes wrong on disk as one line (OSError) that says what is still there."""
+    def _told(self, what: str, kind: type[OSError] = OSError) -> Iterator[None]:
+        """Whatever goes wrong on disk as one line (of this kind) that says what is still there."""
         try:
             yield
         except Exception as error:  # storage libraries have errors of their own
@@ -104,11 +114,11 @@ class Checkpoints:
             rest = f"steps {whole} are there" if whole else "there is no other"
             reason = " ".join(str(error).split()) or type(error).__name__
             reason = reason if len(reason) < 600 else f"{reason[:200]} ... {reason[-300:]}"
-            raise OSError(f"{self.path}: {what}: {reason}; {rest}") from error
+            raise kind(f"{self.path}: {what}: {reason}; {rest}") from error
 
     def _restore(self, step: int, **items: Any) -> Any:
         what = f"checkpoint of step {step} cannot be read (damaged? remove its folder to go back to the one before)"
-        with self._told(what):
+        with self._told(what, DamagedCheckpoint):
             found = self.manager.restore(step, args=ocp.args.Composite(**items))
         if "meta" not in items:
             saved = self.meta(step).get("checksums", {})
@@ -116,11 +126,15 @@ class Checkpoints:
             if wrong := [name for name, value in here.items() if saved.get(name, value) != value]:
                 raise DamagedCheckpoint(
                     f"{self.path}: checkpoint of step {step} is damaged, {len(wrong)} arrays are not what was saved "
-                    f"({wrong[0]}, ...); remove its folder to go back to the one before, where there is one")
+                    f"({wrong[0]}, ...); {_BACK}")
         return found
 
     def meta(self, step: int) -> dict[str, Any]:
-        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        found = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in _FINGERPRINTS):
+            raise DamagedCheckpoint(f"{self.path}: checkpoint of step {step} is damaged, its meta lacks fingerprints "
+                                    f"of {', '.join(_FINGERPRINTS)}; {_BACK}")
+        return found
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """The state of a step, placed as the abstract state's shardings say."""
@@ -176,6 +190,14 @@ class Exported:
 def checkpoints_of(workdir: str) -> Checkpoints | Exported:
     """The checkpoints of a run, or the one step of an export or import."""
     return Exported(workdir) if os.path.isdir(os.path.join(workdir, "params")) else Checkpoints(workdir, read_only=True)
+
+
+def _read_damaged(path: str) -> None:
+    try:
+        jsons.read_json(path)
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{os.path.dirname(path).removesuffix('/metrics')}: a damaged checkpoint; {_BACK} "
+                                f"({error})") from None
 
 
 def _score(metrics: dict[str, float]) -> float:

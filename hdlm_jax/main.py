@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -88,7 +89,9 @@ def parse(argv: list[str]) -> list[str]:
 def _stop(error: Exception, cause: BaseException | None = None) -> NoReturn:
     if os.environ.get("HDLM_TRACEBACK"):
         raise error from cause
-    print(f"hdlm_jax: {' '.join(str(error).split())}", file=sys.stderr)
+    full = isinstance(error, OSError) and error.filename and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "; make room and run the same command again, what was finished is kept" if full else ""
+    print(f"hdlm_jax: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
     _leave(1)
 
 

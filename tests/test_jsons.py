@@ -1,7 +1,9 @@
 """Every JSON the package writes is JSON, and every line that reads it survives what is not known."""
 import ast
+import errno
 import json
 import math
+import os
 import re
 import shutil
 
@@ -14,12 +16,14 @@ from test_metrics import make_run
 from hdlm_jax.common import jsons
 from hdlm_jax.common.console import measured, perplexity, readable
 from hdlm_jax.common.jsons import reuse, write_json
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.evaluation.elbo import summarise
 from hdlm_jax.report import __main__ as report
 from hdlm_jax.report import compare, page
 from hdlm_jax.runs import stages, tasks
 from hdlm_jax.training import loading
+from hdlm_jax.training.metrics import MetricsFile, plot_curves
 
 BAD = {"a": math.nan, "b": [np.float32("inf"), (1, -math.inf)], "c": jnp.array([1.0, jnp.nan]), "d": np.int64(3),
        "e": {"f": np.array([[True]]), "g": None}, "h": np.float64("nan"), 1: "x"}
@@ -55,11 +59,37 @@ def test_a_damaged_file_of_a_run_is_one_line_with_its_name(tmp_path, name, text)
     assert "restore the file from a copy" in str(error.value)
 
 
-def test_hashes_that_cannot_be_read_are_taken_again(tmp_path):
+@pytest.mark.parametrize("name, key, value", [
+    ("config.json", "data", 1), ("config.json", "model", None), ("tokenizer/tokenizer.json", "fingerprint", None),
+    ("tokenizer/tokenizer.json", "sha256", 1), ("data/manifest.json", "train_tokens", None),
+    ("data/manifest.json", "shards", 1), ("data/manifest.json", "unigram_nats", "x"),
+    ("data/unit-00000.json", "files", 1), ("data/unit-00000.json", "records", None),
+    ("data/unit-00000.json", "digests", 1),
+])
+def test_a_value_of_another_type_is_one_line_with_the_file(tmp_path, name, key, value):
+    recipe, run = tiny.trained()
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / name
+    if "unit" in name:
+        (tmp_path / "run" / "data" / "manifest.json").unlink()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError) as error:
+        if name.startswith("data/"):
+            stages.prepare(tiny.read_recipe(recipe), str(tmp_path / "run"))
+        else:
+            loading.load_here(str(tmp_path / "run"))
+    assert str(error.value).startswith(f"{path}: damaged, {key} must be of type ") and "restore" in str(error.value)
+
+
+@pytest.mark.parametrize("marks", ["1", '{"files": 1}', "inner 1", "inner []", "inner null", "\x00"])
+def test_hashes_that_cannot_be_read_are_taken_again(tmp_path, marks):
     """verified.json is a shortcut alone."""
     recipe, run = tiny.trained()
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "data" / "verified.json").write_text("1")
+    path = tmp_path / "run" / "data" / "verified.json"
+    was = json.loads(path.read_text())
+    inner = json.dumps(dict.fromkeys(was, json.loads(marks.removeprefix("inner ")))) if "inner" in marks else ""
+    path.write_text(inner or marks)
     found = stages.prepare(tiny.read_recipe(recipe), str(tmp_path / "run"))
     assert found.manifest == stages.prepare(tiny.read_recipe(recipe), str(run)).manifest
 
@@ -69,6 +99,55 @@ def test_written_and_found_again(tmp_path):
     strict((tmp_path / "a.json").read_text())
     assert reuse(str(tmp_path / "a.json"), {k: BAD[k] for k in "abcd"})["d"] == 3
     assert reuse(str(tmp_path / "a.json"), {"d": 4}) is None
+
+
+def write_hierarchy(path):
+    Hierarchy.from_parents([], vocab_size=4).save(path, "words")
+
+
+def write_curves(path):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib (extra: plots)")
+    plot_curves(path, [{"step": 1, "tokens": 1, "loss": 1.0}], 1.0)
+
+
+def write_array(path):
+    with jsons.open_atomic(path) as file:
+        np.save(file, np.zeros(3))
+
+
+@pytest.mark.parametrize("write", [write_hierarchy, write_curves, write_array, lambda path: write_json(path, {})])
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch, write):
+    """The system tells of no file where a write, flush or sync fails. What was there stays, with no half of another."""
+    path = str(tmp_path / "made.npz")
+    write(path)
+    was = (tmp_path / "made.npz").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+        write(path)
+    assert (tmp_path / "made.npz").read_bytes() == was and os.listdir(tmp_path) == ["made.npz"]
+
+
+def test_numpy_tells_of_a_full_disk_without_a_number(tmp_path):
+    with pytest.raises(OSError, match=r"cannot be written \(8 requested and 0 written\): '.*a.npy'"), \
+            jsons.named(tmp_path / "a.npy"):
+        raise OSError("8 requested and 0 written")
+    with pytest.raises(InterruptedError, match="^another file failed$"), jsons.named("a"):
+        raise InterruptedError("another file failed")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk that is always full")
+def test_metrics_on_a_full_disk(tmp_path):
+    path = str(tmp_path / "metrics.jsonl")
+    file = MetricsFile(path, 0)
+    file.file = open("/dev/full", "a")
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        file.write({"step": 1})
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        file.close()
 
 
 def test_there_is_one_writer(root):

@@ -1,4 +1,5 @@
 """The front door: each mistake is one clear line and exit code 1, before any work; every mode works."""
+import errno
 import json
 import os
 import re
@@ -108,6 +109,16 @@ def test_a_traceback_can_be_asked_for(call, monkeypatch):
     monkeypatch.setenv("HDLM_TRACEBACK", "1")
     with pytest.raises(ValueError, match="--config is missing"):
         call()
+
+
+def test_a_full_disk_is_one_line_with_the_file_and_the_remedy(call, recipe, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    one_line(*call(f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--mode=prepare"),
+             r"No space left on device.*tokenizer\.tiktoken'; make room and run the same command again, what was")
+    assert not list((tmp_path / "run" / "data").glob("*.t*"))
 
 
 def test_text_that_does_not_fit(call, recipe, tmp_path, monkeypatch):

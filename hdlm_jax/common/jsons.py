@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import reprlib
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -61,6 +63,15 @@ def read_json(path: str | os.PathLike, *needs: str, optional: bool = False) -> A
     return found
 
 
+def of_types(path: str | os.PathLike, found: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """ValueError, with the file's name, where a value that was read is of another type than JSON has for these."""
+    for name, kind in kinds.items():
+        as_json = list if kind is tuple else (float, int) if kind is float else kind
+        if name in found and not isinstance(found[name], as_json):
+            raise ValueError(f"{path}: damaged, {name} must be of type {kind.__name__}, is "
+                             f"{reprlib.repr(found[name])}; {_REMEDY}")
+
+
 def read_lines(path: str | os.PathLike, *numbers: str) -> tuple[list[dict[str, Any]], list[int]]:
     """The objects of a file of JSON lines, and the numbers of the lines that are none.
 
@@ -105,6 +116,19 @@ def temporary(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def named(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError of what is written inside (write, flush and fsync know no file) has the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        if type(error) is OSError and error.errno is None:  # of numpy: "8 requested and 0 written"
+            raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def open_atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of `path` at the end; after an error what was there stays.
 
@@ -112,7 +136,7 @@ def open_atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """
     aside = temporary(Path(path))
     try:
-        with open(aside, "wb") as file:
+        with named(path), open(aside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from hdlm_jax.common import jsons
 from hdlm_jax.data.embeddings import sum_by, unit_rows
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 
@@ -25,7 +26,7 @@ def write_report(hierarchy: Hierarchy, vectors: np.ndarray, decode: Callable[[li
       counts: int [V], how often each word occurs in the training tokens.
     """
     unit, counts = unit_rows(np.asarray(vectors, np.float32)), np.asarray(counts, np.int64)
-    Path(f"{out_prefix}.txt").write_text(_report_text(hierarchy, unit, decode, counts), encoding="utf-8")
+    jsons.write_atomic(f"{out_prefix}.txt", _report_text(hierarchy, unit, decode, counts).encode())
     _picture(hierarchy, unit, decode, counts, Path(f"{out_prefix}.png"))
 
 
@@ -161,4 +162,5 @@ def _picture(hierarchy: Hierarchy, unit: np.ndarray, decode: Callable[[list[int]
             axes.text(point[0], point[1], _show(decode, word).replace(_SPACE, "_"), fontsize=8.5,
                       ha="center", va="center", color=ink[c], parse_math=False,
                       path_effects=[withStroke(linewidth=2.5, foreground="white", alpha=0.8)])
-    figure.savefig(path)
+    with jsons.open_atomic(path) as file:
+        figure.savefig(file, format="png")

@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import time
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -108,6 +109,7 @@ def load_manifest(folder: str | os.PathLike) -> Manifest:
         raise ValueError(f"{path}: version is {facts.get('version')}, this code reads 2 and {VERSION}; "
                          "delete the folder and prepare again")
     jsons.read_json(path, *(f.name for f in dataclasses.fields(Manifest) if f.name not in ("lengths", "adopted")))
+    jsons.of_types(path, facts, typing.get_type_hints(Manifest))
     if "lengths" not in facts:  # made before they were kept
         facts["lengths"] = document_lengths(Path(folder), facts["splits"]["train"])
     if facts["version"] == 2 and facts["sampled"]:
@@ -265,7 +267,8 @@ class _Seen:
     def __init__(self, folder: Path):
         self._path, self._marks, self._new = folder / VERIFIED, {}, False
         with contextlib.suppress(OSError, ValueError):
-            self._marks = jsons.read_json(self._path)
+            self._marks = {name: mark for name, mark in jsons.read_json(self._path).items()
+                           if isinstance(mark, list) and len(mark) == 3}
 
     def facts(self, path: Path, name: str = "") -> tuple[int, str]:
         """name: the file is remembered by, else its absolute path. OSError: it cannot be read."""

@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -191,7 +192,9 @@ def load_record(job: Job, unit: int) -> Record | None:
     path = job.record_path(unit)
     if not path.exists():
         return None
-    record = Record(**jsons.read_json(path, *(field.name for field in dataclasses.fields(Record))))
+    facts = jsons.read_json(path, *(field.name for field in dataclasses.fields(Record)))
+    jsons.of_types(path, facts, typing.get_type_hints(Record))
+    record = Record(**{name: facts[name] for name in typing.get_type_hints(Record)})
     if record.job != job.id:
         raise ValueError(f"{path} was made with other settings, files or words than these (by another "
                          f"worker?): give all workers the same, or delete {job.folder}")

@@ -220,6 +220,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     facts = jsons.read_json(folder / JSON_FILE, "kind", "sha256", "pattern", "fingerprint", optional=True)
     if facts is None:
         raise ValueError(f"no tokenizer in {folder}: {JSON_FILE} is missing")
+    jsons.of_types(folder / JSON_FILE, facts, dict.fromkeys(("kind", "sha256", "pattern", "fingerprint"), str))
     kind = facts["kind"]
     words = read_ranks(folder / RANK_FILE, facts["sha256"], all_bytes=kind != "bert")
     tokenizer = WordPiece(words) if kind == "bert" else Tokenizer(kind, words, facts["pattern"])

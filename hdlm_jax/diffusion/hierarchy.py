@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -248,15 +247,8 @@ class Hierarchy:
         header = {"format": _FORMAT, "levels": self.num_levels, "fingerprint": self.fingerprint,
                   "special": list(self.special), "tokenizer": tokenizer_fingerprint,
                   "extra": dict(extra or {})}
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            with open(temporary, "wb") as f:
-                np.savez_compressed(f, header=np.asarray(jsons.dumps(header, sort_keys=True)), **arrays)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with jsons.open_atomic(path) as file:
+            np.savez_compressed(file, header=np.asarray(jsons.dumps(header, sort_keys=True)), **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike, tokenizer_fingerprint: str | None = None) -> Hierarchy:

@@ -57,7 +57,8 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     } | made_from
     result = jsons.plain(result)  # what is read again from the file
     if processes.is_main_process():
-        np.savez(os.path.join(workdir, "evaluate_rows.npz"), nats=nats.mean(0).sum(-1), tokens=rows["tokens"])
+        with jsons.open_atomic(os.path.join(workdir, "evaluate_rows.npz")) as file:
+            np.savez(file, nats=nats.mean(0).sum(-1), tokens=rows["tokens"])
         write_json(path, result)
     say(f"evaluate: step {run.step}, {result['tokens']:,} tokens x {result['draws']} draws in {seconds:.0f} s: "
         f"NELBO {measured(result['nelbo'], result['se'], sign='+-')} nats/token (data {readable(result['se_data'])}, "

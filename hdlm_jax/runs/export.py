@@ -39,6 +39,7 @@ def export(config: Config, workdir: str) -> str:
       ConfigError: no such run, settings it was not trained with, or safetensors is not installed.
     """
     try:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
     except ImportError:
         raise ConfigError("--mode=export: needs safetensors, pip install hdlm_jax[safetensors]") from None
@@ -55,18 +56,25 @@ def export(config: Config, workdir: str) -> str:
         if processes.is_main_process():
             arrays[".".join(str(part.key) for part in path)] = np.asarray(whole, np.float32, order="C")
 
+    def save(tensors: dict[str, np.ndarray], path: str) -> None:
+        try:
+            save_file(tensors, path, about)
+        except SafetensorError as error:  # of a full disk, too
+            raise OSError(f"{path}: cannot be written ({error}); the export before is kept") from error
+
+    # a single entry: safetensors writes several in any order, and the same weights should be the same file
+    about = {"hdlm_jax": jsons.dumps({name: value for name, value in facts.items() if name != "config"})}
+
     def write() -> None:
         aside, old = f"{folder}.tmp", f"{folder}.old"
         shutil.rmtree(aside, ignore_errors=True)  # of an export that was interrupted
         os.makedirs(aside)
-        about = {"hdlm_jax": jsons.dumps({name: value for name, value in facts.items() if name != "config"})}
-        # a single entry: safetensors writes several in any order, and the same weights should be the same file
-        save_file(arrays, os.path.join(aside, "model.safetensors"), about)
+        save(arrays, os.path.join(aside, "model.safetensors"))
         tree = jax.tree.unflatten(jax.tree.structure(run.params), arrays.values())
         save_params(os.path.join(aside, "params"), tree)
         if layout := config.released.layout:
             published = import_weights.published(config, trained, workdir, run.hierarchy, tree)
-            save_file(published, os.path.join(aside, f"{layout}.safetensors"), about)
+            save(published, os.path.join(aside, f"{layout}.safetensors"))
         run.tokenizer.save(os.path.join(aside, "tokenizer"))
         shutil.copyfile(os.path.join(workdir, "hierarchy.npz"), os.path.join(aside, "hierarchy.npz"))
         shapes = {name: list(array.shape) for name, array in arrays.items()}

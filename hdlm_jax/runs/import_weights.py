@@ -79,7 +79,8 @@ def _import(config: Config, workdir: str) -> None:
     os.makedirs(aside)
     tokenizer.save(os.path.join(aside, "tokenizer"))
     hierarchy.save(os.path.join(aside, "hierarchy.npz"), tokenizer.fingerprint, {"released": about})
-    np.savez(os.path.join(aside, "released.npz"), about=np.asarray(jsons.dumps(about)), **rest)  # type: ignore[arg-type]
+    with jsons.open_atomic(os.path.join(aside, "released.npz")) as held:
+        np.savez(held, about=np.asarray(jsons.dumps(about)), **rest)  # type: ignore[arg-type]
     save_params(os.path.join(aside, "params"), params)
     for name in os.listdir(aside):
         here = os.path.join(workdir, name)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hdlm_jax.common import parallel, processes
-from hdlm_jax.common.jsons import read_json
+from hdlm_jax.common.jsons import of_types, read_json
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import Config, ConfigError, ParallelConfig, expand, inherit, resolve
 from hdlm_jax.config.settings import Given
@@ -116,9 +116,11 @@ def saved_config(workdir: str) -> Config:
             raise ConfigError(f"workdir={workdir!r}: no {path}; train first (--mode=train)")
         if "config" not in saved:  # an export says more about itself
             read_json(path, "data", "tokenizer", "model", "train")
+        saved = saved.get("config", saved)
+        of_types(path, saved, dict.fromkeys(saved, dict))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return resolve(upgraded(saved.get("config", saved), workdir))
+    return resolve(upgraded(saved, workdir))
 
 
 def with_base(given: Given, workdir: str) -> Given:

@@ -38,19 +38,21 @@ class MetricsFile:
                 f"kept, and the file as it was in {aside}")
         kept = [r for r in records if r["step"] <= resume_step]
         jsons.write_atomic(path, "".join(jsons.dumps(r) + "\n" for r in kept).encode())
-        self.file, self.board = open(path, "a"), None
+        self.path, self.file, self.board = path, open(path, "a"), None
         if tensorboard and importlib.util.find_spec("tensorboardX"):
             self.board = importlib.import_module("tensorboardX").SummaryWriter(tensorboard)
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(jsons.dumps(record) + "\n")
-        self.file.flush()
+        with jsons.named(self.path):
+            self.file.write(jsons.dumps(record) + "\n")
+            self.file.flush()
         for name, value in record.items():
             if self.board and name != "step" and value is not None:
                 self.board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        self.file.close()
+        with jsons.named(self.path):
+            self.file.close()
         if self.board:
             self.board.close()
 
@@ -86,6 +88,7 @@ def plot_curves(path: str, records: list[dict[str, Any]], unigram_nats: float) -
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.2)
-    fig.savefig(path, dpi=110)
+    with jsons.open_atomic(path) as file:
+        fig.savefig(file, format="png", dpi=110)
     plt.close(fig)
     return True

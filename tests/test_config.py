@@ -1,14 +1,17 @@
 """Every choice and its rules: what resolves, what is refused, and in what words."""
 import dataclasses
 import importlib.util
+import inspect
 import json
 import os
+import re
 
 import pytest
 from ml_collections import config_dict
 
 from hdlm_jax import config
 from hdlm_jax.config import ConfigError, check_name, default, resolve
+from hdlm_jax.decoding import presets
 from hdlm_jax.runs import stages
 
 TINY = {"tokenizer": {"kind": "bytes", "vocab_size": 257}}
@@ -274,3 +277,21 @@ def test_checkpoints_of_before_go_on(monkeypatch):
     here["tokenizer"]["pattern"] = "qwen2"
     with pytest.raises(ConfigError, match="tokenizer.pattern='qwen2' .there ''.: the checkpoint in x"):
         check_resume(with_(**here), meta, "x")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_no_number_may_be_infinite(value):
+    """Of all settings and all options of all methods; in float32, which they are computed in, 1e39 is infinite."""
+    for name, section in default().items():
+        for key, known in section.items():
+            if isinstance(known, float):
+                refused(rf"{name}.{key}={re.escape(str(value))}: must be a finite number", **{name: {key: value}})
+    refused("diffusion.rates=.*: must be a finite number", diffusion={"rates": (value, 1.0)})
+    for method, make in presets.METHODS.items():
+        for option in inspect.signature(make).parameters.values():
+            if isinstance(option.default, float):
+                refused(f"generate.options={option.name}=.*: method '{method}' needs a finite number",
+                        generate={"method": method, "options": f"{option.name}={value}"})
+            elif isinstance(option.default, int) and not isinstance(option.default, bool) and value > 0:
+                refused(f"generate.options={option.name}=.*: method '{method}' needs a number of at most 2147483647",
+                        generate={"method": method, "options": f"{option.name}={2**31}"})

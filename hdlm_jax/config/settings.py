@@ -7,7 +7,6 @@ A file in configs/ calls `default()`, changes what it wants and returns the Conf
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import typing
 from collections.abc import Mapping
@@ -182,5 +181,5 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     rule(type(value) is kind, name, value, f"must be of type {kind.__name__}")
-    rule(kind is not float or math.isfinite(value), name, value, "must be a finite number")
+    rule(kind is not float or abs(value) < 2.0**127, name, value, "must be a finite number, in float32 too")
     return value

@@ -355,8 +355,9 @@ def make(name: str, options: str = "", steps: int = 128) -> Method:
             raise ValueError(f"options={key}={text!r}: must be of type {type(known[key]).__name__}, like {known[key]}"
                              ) from None
     for key, value in given.items():
-        if isinstance(value, float) and not np.isfinite(value):
-            raise ValueError(f"options={key}={value}: method {name!r} needs a finite number")
+        if not isinstance(value, str) and not abs(value) < (2.0**127 if isinstance(value, float) else 2**31):
+            what = "finite number" if isinstance(value, float) else f"number of at most {2**31 - 1}"
+            raise ValueError(f"options={key}={value}: method {name!r} needs a {what}")
         least, most = _RANGES.get(f"{name} {key}") or _RANGES.get(key) or (value, value)
         if not least <= value <= most:
             what = "in [0, 1]" if most == 1 else f"at least {least}"

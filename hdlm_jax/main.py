@@ -134,7 +134,8 @@ def main(argv: list[str]) -> None:
     here = os.path.join(workdir, "lock")
     if _MODE.value == "prepare":
         alone = not config.data.prepare_shard  # workers share a folder
-        with lock.held(os.path.join(config.data.dir or workdir, "lock"), "prepare") if alone else nullcontext():
+        place = os.path.join(config.data.dir or workdir, "lock")
+        with stages.writing(config, workdir), lock.held(place, "prepare") if alone else nullcontext():
             stages.make_tokens(config, workdir)
     elif _MODE.value == "cluster":
         with lock.held(here, "cluster"):

@@ -14,9 +14,9 @@ from absl import flags
 from tiny import SEQ_LEN, trained, write_recipe
 
 from hdlm_jax import main
-from hdlm_jax.common import lock
+from hdlm_jax.common import jsons, lock
 from hdlm_jax.report import __main__ as report
-from hdlm_jax.runs import evaluate
+from hdlm_jax.runs import evaluate, stages
 from hdlm_jax.training import state
 
 
@@ -119,6 +119,50 @@ def test_a_full_disk_is_one_line_with_the_file_and_the_remedy(call, recipe, tmp_
     one_line(*call(f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--mode=prepare"),
              r"No space left on device.*tokenizer\.tiktoken'; make room and run the same command again, what was")
     assert not list((tmp_path / "run" / "data").glob("*.t*"))
+
+
+@pytest.fixture
+def read_only(monkeypatch, tmp_path):
+    """Nothing can be made, opened for writing or renamed beneath tmp_path / "tokens"."""
+    def guard(owner, name, writes):
+        real = getattr(owner, name)
+
+        def guarded(path, *args, **kwargs):
+            if str(tmp_path / "tokens") in os.path.abspath(os.fspath(path)) and writes(path, *args):
+                raise OSError(errno.EROFS, "Read-only file system", os.fspath(path))
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, guarded)
+
+    guard(os, "mkdir", lambda *_: True)
+    guard(os, "open", lambda path, flags, *_: flags & (os.O_RDWR | os.O_CREAT))
+    guard(jsons, "open_atomic", lambda *_: True)
+    guard(stages, "open_atomic", lambda *_: True)
+
+
+@pytest.mark.parametrize("mode", ["prepare", "train", "cluster"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_data_dir_that_cannot_be_written_and_is_not_whole(call, recipe, tmp_path, read_only, mode, there):
+    if there:
+        os.makedirs(tmp_path / "elsewhere")
+        os.rename(tmp_path / "elsewhere", tmp_path / "tokens")
+    one_line(*call(f"--config={recipe}", "--workdir=w", f"--mode={mode}", "--config.data.dir=tokens"),
+             r"data.dir='tokens' cannot be written \(Read-only file system\), and its tokens are not whole: give an")
+
+
+def test_a_whole_data_dir_that_cannot_be_written_is_read(call, tmp_path, read_only):
+    """Hashes cannot be kept there, which is said once, nor embeddings, which go to the workdir."""
+    recipe, run = trained()
+    shutil.copytree(run / "data", tmp_path / "elsewhere", ignore=shutil.ignore_patterns("verified.json", "embed*"))
+    os.rename(tmp_path / "elsewhere", tmp_path / "tokens")
+    code, out, err = call(f"--config={recipe}", "--workdir=w", "--config.data.dir=tokens", "--mode=cluster")
+    assert code == 0 and not err, err
+    assert out.count("verified.json cannot be written (Read-only file system)") == 1
+    assert "tokens: reusing tokens" in out and out.count("embeddings: ") == 1
+    assert list(tmp_path.glob("w/embeddings-*.npy"))
+    (tmp_path / "w" / "hierarchy.npz").unlink()
+    code, out, err = call(f"--config={recipe}", "--workdir=w", "--config.data.dir=tokens", "--mode=cluster")
+    assert code == 0 and "embeddings: reusing w/embeddings-" in out
 
 
 def test_text_that_does_not_fit(call, recipe, tmp_path, monkeypatch):

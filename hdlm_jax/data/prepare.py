@@ -143,7 +143,7 @@ def prepare(out_dir: str | os.PathLike, data: DataConfig, tokenizer: TokenizerCo
     reader, train, valid = what_to_read(data, say)
     for source in [*train, *valid]:
         reader.check(source)
-    settings, seen = _settings(data, tokenizer, len(valid)), _Seen(folder)
+    settings, seen = _settings(data, tokenizer, len(valid)), _Seen(folder, say)
     sources = _facts([*train, *valid], tokenizer, seen)
     _check_sha256(tokenizer, sources)
     folder.mkdir(parents=True, exist_ok=True)
@@ -264,8 +264,8 @@ def what_to_read(data: DataConfig, say: Callable[[str], None] = lambda line: Non
 class _Seen:
     """Size and sha256 of files, hashed where size or time is not that of the last time (verified.json of a folder)."""
 
-    def __init__(self, folder: Path):
-        self._path, self._marks, self._new = folder / VERIFIED, {}, False
+    def __init__(self, folder: Path, say: Callable[[str], None]):
+        self._path, self._marks, self._new, self._say = folder / VERIFIED, {}, False, say
         with contextlib.suppress(OSError, ValueError):
             self._marks = {name: mark for name, mark in jsons.read_json(self._path).items()
                            if isinstance(mark, list) and len(mark) == 3}
@@ -279,8 +279,12 @@ class _Seen:
 
     def save(self) -> None:
         if self._new:
-            with contextlib.suppress(OSError):  # a folder that cannot be written: they are hashed again each time
-                write_json(self._path, self._marks)
+            self._new = False  # of a folder that cannot be written: they are hashed again each time
+            try:
+                jsons.write_atomic(self._path, jsons.dumps(self._marks).encode() + b"\n")
+            except OSError as error:
+                self._say(f"tokens: {self._path} cannot be written ({error.strerror}); files are hashed again the next "
+                          "time")
 
 
 def _facts(sources: list[str], tokenizer: TokenizerConfig, seen: _Seen) -> list[list]:
@@ -404,7 +408,7 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, begun: dict, last: int,
         sampled=job.sample > 0, python=platform.python_version(),
         splits={split: [list(shard[:5]) for shard in ranges] for split, ranges in splits.items()},
         shards={name: facts for name, facts in made.items() if not name.startswith("bad-")}, lengths=[])
-    if verify and (damage := _damage(job.folder, manifest, _Seen(job.folder))):
+    if verify and (damage := _damage(job.folder, manifest, _Seen(job.folder, say))):
         name, what = damage[0]
         raise ValueError(f"{job.folder / name} is {what}: delete it and run --mode=prepare, which makes it again")
     train, valid = (token_counts(job.folder, split, manifest) for split in ("train", "valid"))
@@ -473,7 +477,7 @@ def _at_hand(data: DataConfig, tokenizer: TokenizerConfig, manifest: Manifest, s
 
 def _reuse(folder: Path, data: DataConfig, tokenizer: TokenizerConfig, say: Callable[[str], None]) -> Manifest | None:
     """The manifest of a folder that is whole; None, and no manifest, where parts are missing and can be made again."""
-    manifest, seen = load_manifest(folder), _Seen(folder)
+    manifest, seen = load_manifest(folder), _Seen(folder, say)
     sources, validation, absent = _at_hand(data, tokenizer, manifest, seen)
     settings = _settings(data, tokenizer, validation)
     was, were, are = manifest.settings, manifest.sources, sources

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -47,6 +50,22 @@ class PreparedData:
     tokenizer: tokenizers.Tokenizer
 
 
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextlib.contextmanager
+def writing(config: Config, workdir: str) -> Iterator[None]:
+    """A folder of tokens that cannot be written, in one line (ConfigError) with its setting and what to do."""
+    name, folder = ("data.dir", config.data.dir) if config.data.dir else ("workdir", workdir)
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _READ_ONLY or str(Path(folder)) not in str(error):  # else it is of what is read
+            raise
+        raise ConfigError(f"{name}={folder!r} cannot be written ({os.strerror(error.errno)}), and its tokens are not "
+                          f"whole: give another {name}, or prepare them where it can be written") from error
+
+
 def make_tokens(config: Config, workdir: str) -> str | None:
     """Tokens under data.dir (default <workdir>/data), made, finished or reused by process 0: their fingerprint.
 
@@ -57,7 +76,8 @@ def make_tokens(config: Config, workdir: str) -> str | None:
     def make() -> str | None:
         if not os.path.exists(os.path.join(folder, text_prepare.MANIFEST)):
             check_base(config)
-        manifest = text_prepare.prepare(folder, config.data, _tokenizer_of(config, folder), say=say)
+        with writing(config, workdir):
+            manifest = text_prepare.prepare(folder, config.data, _tokenizer_of(config, folder), say=say)
         return manifest.fingerprint if manifest else None
 
     return processes.on_main_process(make)
@@ -109,26 +129,36 @@ def prepare(config: Config, workdir: str) -> PreparedData:
     return PreparedData(folder, manifest, tokenizers.load_tokenizer(folder))
 
 
-def word_vectors(config: Config, text: PreparedData) -> np.ndarray:
-    """Embeddings the words are clustered by, float32 [V, E]; those of the corpus are kept beside its tokens.
+def word_vectors(config: Config, workdir: str, text: PreparedData) -> np.ndarray:
+    """Embeddings the words are clustered by, float32 [V, E]; those of the corpus are kept beside its tokens, or in the
+    workdir where these cannot be written.
 
     All processes have to ask for them together.
     """
     h = config.hierarchy
-    kept = os.path.join(text.dir, f"embeddings-{text.manifest.fingerprint[:12]}-{h.seed}.npy")
+    name = f"embeddings-{text.manifest.fingerprint[:12]}-{h.seed}.npy"
 
-    def keep() -> None:
-        if os.path.exists(kept):
-            return say(f"embeddings: reusing {kept}")
+    def keep() -> str:
+        places = [os.path.join(folder, name) for folder in (text.dir, workdir)]
+        if there := next(filter(os.path.exists, places), ""):
+            say(f"embeddings: reusing {there}")
+            return there
         tokens = pipeline.Split(text.dir, text.manifest, "train")
         found = embeddings.corpus_embeddings(tokens, text.manifest.vocab_size, eot=text.manifest.eot, seed=h.seed)
-        with open_atomic(kept) as file:
-            np.save(file, found)
+        for place in places:
+            try:
+                with open_atomic(place) as file:
+                    np.save(file, found)
+                break
+            except OSError as error:
+                if error.errno not in _READ_ONLY or place == places[-1]:
+                    raise
+                say(f"embeddings: {place} cannot be written ({error.strerror}), so they are in {places[-1]}")
+        return place
 
     if h.embeddings != "corpus":
         return embeddings.given_embeddings(h.embeddings, text.manifest.vocab_size, checkpoint_embedding)
-    processes.on_main_process(keep)
-    return np.load(kept, allow_pickle=False)
+    return np.load(processes.on_main_process(keep), allow_pickle=False)
 
 
 def cluster(config: Config, workdir: str, text: PreparedData) -> Hierarchy:
@@ -141,7 +171,7 @@ def cluster(config: Config, workdir: str, text: PreparedData) -> Hierarchy:
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config.hierarchy).items()}
     settings |= {"data": text.manifest.fingerprint, "init_from": config.train.init_from}
     if not processes.on_main_process(lambda: _found(config, text, path, settings)):
-        vectors = word_vectors(config, text) if max(config.hierarchy.clusters, default=1) > 1 else None
+        vectors = word_vectors(config, workdir, text) if max(config.hierarchy.clusters, default=1) > 1 else None
         processes.on_main_process(lambda: _make(config, text, path, settings, vectors))
     return Hierarchy.load(path, text.tokenizer.fingerprint)
 

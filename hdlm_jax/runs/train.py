@@ -212,7 +212,7 @@ class Loop:
         """A state at step 0: random, from the clustering embeddings, or from another run's weights."""
         config, table, base = self.config, None, self.config.train.init_from
         if config.model.embeddings == "clusters" and not base:
-            vectors = word_vectors(config, self.text)
+            vectors = word_vectors(config, self.workdir, self.text)
             table = initial_table(vectors, self.hierarchy, config.model.width, seed=config.train.seed)
         found = load_params(config, self.text.tokenizer.fingerprint) if base else None
         init = jax.jit(lambda k, t: init_state(config, self.network, self.tx, k, t),

@@ -74,7 +74,8 @@ def test_one_bit_of_an_array_shows(run):
 @pytest.mark.parametrize("name, raw", [
     ("_CHECKPOINT_METADATA", b"1"), ("_CHECKPOINT_METADATA", b"[]"), ("metrics/metrics", b""),
     ("metrics/metrics", b"\xff\xfe"), ("metrics/metrics", b'{"nelbo": '), ("meta/metadata", b"1"),
-    ("meta/metadata", b"{}"), ("meta/metadata", b'{"hier'), ("state/_METADATA", b"1"), ("state/_METADATA", b'{"tree_'),
+    ("meta/metadata", b"{}"), ("meta/metadata", b'{"hier'), ("meta/metadata", b'{"data": "", "checksums": 1}'),
+    ("state/_METADATA", b"1"), ("state/_METADATA", b'{"tree_'),
     ("state/manifest.ocdbt", b"{}"), ("state/manifest.ocdbt", b""),
 ])
 def test_what_a_checkpoint_says_of_itself_may_be_damaged(run, name, raw):

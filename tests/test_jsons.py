@@ -64,13 +64,13 @@ def test_a_damaged_file_of_a_run_is_one_line_with_its_name(tmp_path, name, text)
     ("tokenizer/tokenizer.json", "sha256", 1), ("data/manifest.json", "train_tokens", None),
     ("data/manifest.json", "shards", 1), ("data/manifest.json", "unigram_nats", "x"),
     ("data/unit-00000.json", "files", 1), ("data/unit-00000.json", "records", None),
-    ("data/unit-00000.json", "digests", 1),
+    ("data/unit-00000.json", "digests", 1), ("data/begun.json", "settings", 1), ("data/begun.json", "sources", None),
 ])
 def test_a_value_of_another_type_is_one_line_with_the_file(tmp_path, name, key, value):
     recipe, run = tiny.trained()
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / name
-    if "unit" in name:
+    if "unit" in name or "begun" in name:
         (tmp_path / "run" / "data" / "manifest.json").unlink()
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ValueError) as error:
@@ -79,6 +79,13 @@ def test_a_value_of_another_type_is_one_line_with_the_file(tmp_path, name, key, 
         else:
             loading.load_here(str(tmp_path / "run"))
     assert str(error.value).startswith(f"{path}: damaged, {key} must be of type ") and "restore" in str(error.value)
+
+
+def test_a_report_needs_no_setting_that_a_saved_config_lacks(tmp_path):
+    shutil.copytree(tiny.trained()[1], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"train": {}}))
+    page.write_run_page(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("marks", ["1", '{"files": 1}', "inner 1", "inner []", "inner null", "\x00"])

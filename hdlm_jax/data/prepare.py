@@ -310,6 +310,7 @@ def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: TokenizerC
     path = job.folder / BEGUN
     begun = jsons.read_json(path, "version", "settings", "sources", optional=True)
     if begun:
+        jsons.of_types(path, begun, {"settings": dict, "sources": list})
         if begun["version"] != VERSION:
             raise ValueError(f"{path} is of version {begun['version']}; delete {job.folder} and prepare again")
         different = _difference(begun["settings"], begun["sources"], settings, sources)

@@ -121,10 +121,10 @@ def gather(workdir: str, film: bool = True) -> dict[str, Any]:
       ConfigError: no run there.
     """
     config = saved_config(workdir)
-    raw, process = read_optional(workdir, "config.json"), config.diffusion.process
-    raw = raw.get("config", raw)
-    out: dict[str, Any] = {"name": os.path.basename(os.path.abspath(workdir)), "workdir": workdir, "config": raw,
-                           "process": process, "curves": curves(workdir), "train_speed": training_speed(workdir)}
+    process = config.diffusion.process
+    out: dict[str, Any] = {"name": os.path.basename(os.path.abspath(workdir)), "workdir": workdir,
+                           "config": jsons.plain(config.as_dict()), "process": process, "curves": curves(workdir),
+                           "train_speed": training_speed(workdir)}
     for name in ("evaluate", "generate", "tasks"):
         out[name] = read_optional(workdir, f"{name}.json")
     out |= {"hierarchy": None, "trajectories": None, "occupancy": None, "unigram": None}

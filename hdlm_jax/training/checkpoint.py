@@ -131,9 +131,10 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         found = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
-        if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in _FINGERPRINTS):
-            raise DamagedCheckpoint(f"{self.path}: checkpoint of step {step} is damaged, its meta lacks fingerprints "
-                                    f"of {', '.join(_FINGERPRINTS)}; {_BACK}")
+        known = isinstance(found, dict) and isinstance(found.get("checksums", {}), dict)
+        if not known or not all(isinstance(found.get(name), str) for name in _FINGERPRINTS):
+            raise DamagedCheckpoint(f"{self.path}: checkpoint of step {step} is damaged, its meta lacks checksums or "
+                                    f"fingerprints of {', '.join(_FINGERPRINTS)}; {_BACK}")
         return found
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from hdlm_jax import config
 from hdlm_jax.common import parallel
-from hdlm_jax.models import network as network_module
-from hdlm_jax.models.heads import backend, chunk_size, compiling_for
+from hdlm_jax.models.attention import attention
+from hdlm_jax.models.heads import chunk_size
 from hdlm_jax.training.state import TrainState
 from tools import plan
 
@@ -224,16 +225,16 @@ def test_what_the_compiler_refuses_is_said(monkeypatch):
     assert "no" in plan.table([found]).splitlines()[2].split("|")[9]
 
 
-def test_programs_are_made_for_the_target():
-    """On CPU: chunks, attention and what is recomputed are those of the target while it is named, and only then."""
-    here = chunk_size(), backend()
-    q = jnp.zeros((1, 4, 2, 8))
-    attend = lambda: str(jax.make_jaxpr(lambda q: network_module.attention(q, q, q))(q))  # noqa: E731
-    ours = attend()
-    with compiling_for("tpu"):
-        assert backend() == "tpu" and chunk_size() > here[0]
-        assert attend() != ours
-    assert (chunk_size(), backend()) == here == (here[0], "cpu") and attend() == ours
+def test_programs_are_made_for_the_target(monkeypatch):
+    """On CPU: chunks, attention and what is recomputed are those of the mesh while it is named, and only then."""
+    q = jnp.zeros((1, 256, 2, 8))
+    attend = lambda: str(jax.make_jaxpr(lambda q: attention(q, q, q, kernel="auto"))(q))  # noqa: E731
+    here, ours = chunk_size(), attend()
+    tpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]), shape=dict.fromkeys(parallel.AXES, 1))
+    with parallel.made_for(tpu):
+        assert parallel.platform() == "tpu" and chunk_size() > here
+        assert attend() != ours and "pallas" in attend()
+    assert (chunk_size(), parallel.platform()) == (here, "cpu") and attend() == ours
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

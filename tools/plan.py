@@ -30,7 +30,6 @@ from hdlm_jax.common import jsons, parallel
 from hdlm_jax.common.console import markdown, say
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models.heads import compiling_for
 from hdlm_jax.models.network import flops_per_token
 from hdlm_jax.training.metrics import peak_flops
 from hdlm_jax.training.state import abstract_state, build, make_optimizer
@@ -105,7 +104,7 @@ def lower(config: Config, hierarchy: Hierarchy, devices):
     if rows % parts:
         raise ConfigError(f"train.batch_size={rows}: must be a multiple of {parts}, the batch shards of the mesh "
                           f"{tuple(mesh.shape.values())} times train.microbatches={config.train.microbatches}")
-    with compiling_for(mesh.devices.flat[0].platform):
+    with parallel.made_for(mesh):
         network, process = build(config, hierarchy)
         tx, _ = make_optimizer(config)
         state, shardings = abstract_state(config, network, tx, mesh)

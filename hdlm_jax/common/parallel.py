@@ -5,6 +5,8 @@ Steps are pure functions of global arrays; data, FSDP and tensor parallelism are
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import ctypes
 import functools
 import math
@@ -31,6 +33,23 @@ Compiled: TypeAlias = jax.stages.Compiled
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def made_for(mesh: Mesh) -> Iterator[None]:
+    """What is traced inside is a program for this mesh, wherever we are."""
+    token = _mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _mesh.reset(token)
+
+
+def platform() -> str:
+    """What programs are made for: "cpu", "gpu" or "tpu"; where this process computes, unless `made_for` tells."""
+    mesh = _mesh.get()
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -124,9 +143,38 @@ class OverBatch:
 WHOLE = OverBatch()
 
 
+def split_heads(run: Callable[..., jax.Array], heads: Sequence[jax.Array], rows: Sequence[jax.Array] = ()
+                ) -> jax.Array:
+    """run(*heads, *rows) on every device of `made_for`'s mesh: kernels are not split by the compiler.
+
+    heads: [B, S, H, n], as is the result: rows divided over the batch axes, heads over the tensor axis, where they
+    divide. rows: [B, ...].
+    """
+    mesh, context = _mesh.get(), jax.sharding.get_abstract_mesh()
+    free = [axis for axis in AXES if axis not in context.manual_axes]
+    if mesh is None or math.prod(mesh.shape[axis] for axis in free) == 1:
+        return run(*heads, *rows)
+    b, _, h, _ = heads[0].shape
+    batch = tuple(axis for axis in BATCH if axis in free)
+    split = P(batch if batch and b % batch_shards(mesh) == 0 else None)
+    parts = P(split[0], None, "tensor" if h % mesh.shape["tensor"] == 0 else None)
+    over = jax.shard_map(run, mesh=context if context.manual_axes else mesh, out_specs=parts, axis_names=set(free),
+                         in_specs=(*(parts for _ in heads), *(split for _ in rows)), check_vma=False)
+    return over(*heads, *rows)
+
+
+def _for(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(step)
+    def made(*args: Any) -> Any:
+        with made_for(mesh):
+            return step(*args)
+
+    return made
+
+
 def compile_step(step: Callable[..., Any], mesh: Mesh, shardings: Tree) -> Jitted:
     """jit of step(state, batch, key) -> (state, metrics): state stays where it is and is donated."""
-    return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
+    return jax.jit(_for(mesh, step), in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
                    out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
 
 
@@ -190,7 +238,7 @@ class RowProgram:
             with jax.default_matmul_precision(MEASURED_PRECISION):
                 return step(params, batch, key)
 
-        self._jitted = jax.jit(precise, in_shardings=(where, batch_sharding(mesh), replicated(mesh)),
+        self._jitted = jax.jit(_for(mesh, precise), in_shardings=(where, batch_sharding(mesh), replicated(mesh)),
                                out_shardings=replicated(mesh))
         self._compiled: dict[tuple[Any, ...], tuple[Compiled, int]] = {}
 
@@ -225,7 +273,7 @@ def compile_sample_step(step: Callable[..., Any], mesh: Mesh, params: Tree) -> J
     numbers: a dictionary of host scalars.
     """
     where = jax.tree.map(lambda a: a.sharding, params)
-    return jax.jit(step, in_shardings=((where, replicated(mesh)), batch_sharding(mesh), replicated(mesh)),
+    return jax.jit(_for(mesh, step), in_shardings=((where, replicated(mesh)), batch_sharding(mesh), replicated(mesh)),
                    out_shardings=replicated(mesh))
 
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from hdlm_jax.decoding.policy import Rows
+from hdlm_jax.models.attention import Seen, attention
 from hdlm_jax.models.heads import At
-from hdlm_jax.models.network import Network, attention
+from hdlm_jax.models.network import Network
 
 
 def kept_blocks(weights, prompt, active, *, select: float, size: int):
@@ -79,7 +80,7 @@ class SparseD:
         module.put_variable("patch", "kept", jax.lax.cond(jnp.any(due), make, lambda: kept))
         seen = kept | ~made[:, None, None, None]
         seen = jnp.repeat(jnp.repeat(seen, self.block, axis=2), self.block, axis=3)
-        return attention(q, k, v, mask & seen[:, :, : q.shape[1], : k.shape[1]])
+        return attention(q, k, v, Seen(mask=mask & seen[:, :, : q.shape[1], : k.shape[1]]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

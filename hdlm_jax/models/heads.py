@@ -7,8 +7,6 @@ in pieces, at corrupted positions alone; in the factorised head a piece is some 
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import copy
 import dataclasses
 import functools
@@ -21,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import WHOLE, OverBatch, Tree
 from hdlm_jax.diffusion.draws import categorical, draw_from, fold, is_off, wide
 from hdlm_jax.diffusion.hierarchy import Hierarchy
@@ -28,7 +27,6 @@ from hdlm_jax.diffusion.prediction import Bias, LogitsPrediction, Prediction, Tr
 
 Scalar: TypeAlias = float | jax.Array
 TokenLoss: TypeAlias = Callable[..., Any]  # (prediction, fields [c], levels) -> arrays [c]
-_target: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
 
 
 class Head(Protocol):
@@ -50,24 +48,9 @@ class Head(Protocol):
         """Pieces that token losses are summed over (`sum_over_noised`)."""
 
 
-def backend() -> str:
-    """What programs are made for: where this process computes, unless `compiling_for` names another place."""
-    return _target.get() or jax.default_backend()
-
-
-@contextlib.contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
-    """Traces as for "cpu", "gpu" or "tpu", wherever we are (tools.plan)."""
-    token = _target.set(platform)
-    try:
-        yield
-    finally:
-        _target.reset(token)
-
-
 def chunk_size() -> int:
     """Positions whose logits of all V tokens exist at once on a device."""
-    return 128 if backend() == "cpu" else 2048
+    return 128 if parallel.platform() == "cpu" else 2048
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import Config
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.prediction import Prediction
 from hdlm_jax.diffusion.process import Process
-from hdlm_jax.models.heads import At, FactorisedHead, FlatHead, Head, backend
+from hdlm_jax.models.attention import SAVED, Seen, attention
+from hdlm_jax.models.heads import At, FactorisedHead, FlatHead, Head
 from hdlm_jax.models.trunk import Cache
 
 Attend: TypeAlias = Callable[..., jax.Array]
@@ -42,23 +44,6 @@ def _rotate(x: jax.Array, cos: np.ndarray | jax.Array, sin: np.ndarray | jax.Arr
     half = x.shape[-1] // 2
     turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
     return (x * cos + turned * sin).astype(x.dtype)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Attention of queries [B, Q, H, D/H] to keys and values [B, S, H, D/H]: [B, Q, H, D/H].
-
-    mask: bool [B or 1, 1, Q, S], False where a key is not seen; None: all are.
-
-    On CPU written out with the heads in front: XLA's gradient of the library's layout is about half as fast there.
-    """
-    if backend() != "cpu":
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
-    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bhkd->bhqd", weights, v).swapaxes(1, 2)
 
 
 class Norm(nn.Module):
@@ -100,10 +85,11 @@ class Block(nn.Module):
     heads: int
     dropout: float
     dtype: jnp.dtype
+    attention: str
     attend: Attend | None = None
 
     @nn.compact
-    def __call__(self, x: Any, cond: jax.Array | None, mask: jax.Array | None, train: bool,
+    def __call__(self, x: Any, cond: jax.Array | None, seen: Seen, train: bool,
                  layer: jax.Array | None = None, position: jax.Array | None = None) -> tuple[Any, None]:
         """x [B, S, D] -> (x, None).
 
@@ -130,7 +116,8 @@ class Block(nn.Module):
             cache = [old.at[layer, row, position].set(new.astype(old.dtype), mode="drop")
                      for old, new in zip(cache, (k, v), strict=True)]
             k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
-        h = attention(q, k, v, mask) if self.attend is None else self.attend(self, q, k, v, mask)
+        h = (attention(q, k, v, seen, self.attention) if self.attend is None else
+             self.attend(self, q, k, v, seen.dense(q.shape[1], k.shape[1])))
         x = x + gate1 * drop(dense(d, "out", False)(h.reshape(b, s, d)))
         h = Norm(name="norm2")(x) * (1 + scale2) + shift2
         h = nn.gelu(dense(4 * d, "up", True)(h), approximate=True)
@@ -149,7 +136,8 @@ class Network(nn.Module):
         CPU, where that is faster as well, none elsewhere.
       cond: width of the embedded time.
       causal: tokens see those before them and themselves alone (autoregressive).
-      attend: stands in for `attention`: (block, q, k, v, mask) -> [B, Q, H, D/H]; hashable. What is a block's own it
+      attention: the kernel, see `models.attention`.
+      attend: stands in for attention: (block, q, k, v, mask) -> [B, Q, H, D/H]; hashable. What is a block's own it
         may keep in the collection "patch" ([blocks, ...] outside).
     """
 
@@ -164,6 +152,7 @@ class Network(nn.Module):
     remat: str = "auto"
     cond: int = 128
     causal: bool = False
+    attention: str = "xla"
     attend: Attend | None = None
 
     def setup(self) -> None:
@@ -173,15 +162,16 @@ class Network(nn.Module):
         if self.time_conditioning:
             self.time_in = nn.Dense(self.cond, kernel_init=_uniform)
             self.time_out = nn.Dense(self.cond, kernel_init=_uniform)
-        cheap = self.remat == "cheap" or self.remat == "auto" and backend() == "cpu"
+        cheap = self.remat == "cheap" or self.remat == "auto" and parallel.platform() == "cpu"
         block: Any = Block
         if cheap or self.remat == "all":
-            policy = jax.checkpoint_policies.dots_saveable if cheap else None
+            keep = jax.checkpoint_policies
+            policy = keep.save_from_both_policies(keep.dots_saveable, keep.save_only_these_names(SAVED)) if cheap else None
             block = nn.remat(Block, static_argnums=(4,), prevent_cse=False, policy=policy)
         self.stack = nn.scan(block, variable_axes={"params": 0, "patch": 0},
                              split_rngs={"params": True, "dropout": True},
                              in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast), length=self.blocks)(
-            self.width, self.heads, self.dropout, jnp.dtype(self.dtype), self.attend)
+            self.width, self.heads, self.dropout, jnp.dtype(self.dtype), self.attention, self.attend)
         self.norm = Norm()
         self.modulation = Modulation(2, self.width)
         self.head_params = self.param("head", self.head.init, self.width)
@@ -194,13 +184,7 @@ class Network(nn.Module):
         """
         x = self.embedding[z]
         cond = self._time(t) if self.time_conditioning else None
-        mask = None if segment is None else segment[:, None]
-        if segment is not None and segment.ndim == 2:
-            mask = segment[:, None, :, None] == segment[:, None, None, :]
-        if self.causal:
-            before = jnp.tri(z.shape[1], dtype=bool)[None, None]
-            mask = before if mask is None else mask & before
-        x, _ = self.stack(x, cond, mask, train, None, None)
+        x, _ = self.stack(x, cond, Seen.of(segment, self.causal), train, None, None)
         return self._out(x, cond)
 
     def _out(self, x: jax.Array, cond: jax.Array | None) -> jax.Array:
@@ -222,7 +206,7 @@ class Network(nn.Module):
           (hidden float32 [B, Q, D], the cache with their keys and values in it).
         """
         cond = self._time(t) if self.time_conditioning else None
-        (x, k, v), _ = self.stack((self.embedding[z], *cache), cond, seen[:, None], False, jnp.arange(self.blocks),
+        (x, k, v), _ = self.stack((self.embedding[z], *cache), cond, Seen.of(seen), False, jnp.arange(self.blocks),
                                   position)
         return self._out(x, cond), (k, v)
 
@@ -282,7 +266,7 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Network:
     head = FlatHead(hierarchy, dtype) if m.head == "flat" else FactorisedHead(hierarchy, dtype, m.prototypes)
     causal = config.diffusion.process == "autoregressive"
     return Network(head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dropout, m.time_conditioning,
-                   m.dtype, m.remat, causal=causal)
+                   m.dtype, m.remat, causal=causal, attention=m.attention)
 
 
 def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> float:

@@ -61,7 +61,8 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
             z, t, segment = jax.tree.map(lambda a: a[None], (z, t, segment))
             return network.hidden(params, z, t, segment, key)[0]
 
-        return jax.vmap(row)(z, t, segment, keys)
+        over = parallel.BATCH if mesh is not None and mesh.size > 1 else None  # how the rows lie on the devices
+        return jax.vmap(row, spmd_axis_name=over)(z, t, segment, keys)
 
     def loss_sums(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, index = batch["x"], batch["index"]

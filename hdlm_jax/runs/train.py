@@ -98,7 +98,7 @@ class Recorder:
         self.last_finite: dict[str, float] = {}
         self.once: dict[str, float] = {}  # goes with the next record alone
         self.steps = -1  # timed since the last record; the first step compiles and is not
-        self.since, self.waited = time.time(), 0.0
+        self.since, self.waited = time.monotonic(), 0.0
 
     def add(self, step: int, values: dict[str, float]) -> bool:
         """Takes a step's metrics; False where its loss or gradient is not finite."""
@@ -110,7 +110,7 @@ class Recorder:
 
     def record(self, step: int, skipped: int) -> dict[str, Any]:
         """The record of the steps since the last one."""
-        seconds = max(time.time() - self.since, 1e-9)
+        seconds = max(time.monotonic() - self.since, 1e-9)
         timed = self.steps >= self.config.train.log_every  # else too short: step and read-out overlap by one
         rate = self.steps * self.tokens_a_step / seconds if timed else None
         mean = {name: float(np.mean([v[name] for v in self.window])) if self.window else math.nan
@@ -120,7 +120,7 @@ class Recorder:
                   "mfu": rate * self.flops / self.peak / jax.device_count() if self.peak and rate else None,
                   "input_wait": self.waited / seconds}
         self.window.clear()
-        self.steps, self.since, self.waited = 0, time.time(), 0.0
+        self.steps, self.since, self.waited = 0, time.monotonic(), 0.0
         return record
 
     def write(self, record: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ class Loop:
     """One training: its parts, made once; then `begin`, `run` and `conclude`."""
 
     def __init__(self, config: Config, workdir: str, stop: Stop, profile: bool = False):
-        self.config, self.workdir, self.stop, self.began = config, workdir, stop, time.time()
+        self.config, self.workdir, self.stop, self.began = config, workdir, stop, time.monotonic()
         self.mesh = parallel.make_mesh(config)
         shards = parallel.batch_shards(self.mesh)
         if config.train.batch_size % (shards * config.train.microbatches):
@@ -200,13 +200,13 @@ class Loop:
 
     def _compile(self) -> None:
         """Before the state is made, so that the memory of compiling is free again."""
-        began = time.time()
+        began = time.monotonic()
         step = make_train_step(self.config, self.network, self.process, self.tx, self.mesh)
         jitted = parallel.compile_step(step, self.mesh, self.shardings)
         example = parallel.put_batch(self.mesh, self.batches.example())
         if self.start < self.config.train.steps:
             self.step = parallel.compile_ahead(jitted, self.abstract, example, self.key)
-        self.compile_s = time.time() - began
+        self.compile_s = time.monotonic() - began
 
     def _fresh_state(self) -> TrainState:
         """A state at step 0: random, from the clustering embeddings, or from another run's weights."""
@@ -247,21 +247,21 @@ class Loop:
                 self.recorder.file.close()
 
     def _dispatch(self, step: int) -> Dispatched:
-        waited = time.time()
+        waited = time.monotonic()
         place = self.iterator.get_state()
         rows = next(self.iterator)
-        self.recorder.waited += time.time() - waited
+        self.recorder.waited += time.monotonic() - waited
         batch = parallel.put_batch(self.mesh, rows)
         if step == self.traced[0]:
             jax.profiler.start_trace(os.path.join(self.workdir, "profile"))
         self.state, metrics = self.step(self.state, batch, self.key)
         if step == self.start + 1:
             jax.block_until_ready(metrics)
-            once = {"compile_s": round(self.compile_s, 3), "first_step_s": round(time.time() - self.began, 3)}
+            once = {"compile_s": round(self.compile_s, 3), "first_step_s": round(time.monotonic() - self.began, 3)}
             say(f"train: first step done after {once['first_step_s']:.1f} s, {once['compile_s']:.1f} s of it "
                 "compilation")
             self.recorder.once = once
-            self.recorder.since, self.recorder.waited = time.time(), 0.0
+            self.recorder.since, self.recorder.waited = time.monotonic(), 0.0
         if step == self.traced[1]:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
@@ -326,10 +326,10 @@ class Loop:
 
     def _measure(self) -> dict[str, float]:
         """The bound of the first validation rows, one draw; its time is not the training's."""
-        pause = time.time()
+        pause = time.monotonic()
         nats, tau, q = self.evaluator.nats(self.state.ema or self.state.params, self.rows, 1, "validation")
         result = summarise(nats, self.rows["tokens"], tau, q)
-        self.recorder.since += time.time() - pause
+        self.recorder.since += time.monotonic() - pause
         return {"valid_nelbo": float(result["nelbo"]), "valid_se": float(result["se"])}
 
     def _save(self, step: int, valid: dict[str, float]) -> None:

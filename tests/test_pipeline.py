@@ -250,6 +250,10 @@ def test_order_is_pinned(ring, folders):
     iterator = stream().iterator()
     state = [(next(iterator), iterator.get_state()) for _ in range(9)][-1][1]
     assert state == {"next_index": 9, "epoch": 1, "source": 1, "record": 11, "window": 2, "place": 0, "offset": 8}
+    halves = stream().iterator({name: [0, 0] if name != "next_index" else 0 for name in state})
+    state = [(next(halves), halves.get_state()) for _ in range(9)][-1][1]
+    assert state == {"next_index": 9, "epoch": [0, 1], "source": [1, 0],
+                     "record": [1, 14], "window": [4, 3], "place": [0, 1], "offset": [20, 14]}
 
 
 @pytest.mark.parametrize("packing, padding, share", SETTINGS)
@@ -460,9 +464,11 @@ class CountingTokenizer(tokenizers.Tokenizer):
     def __init__(self):
         super().__init__("bytes", [bytes([byte]) for byte in range(256)])
         self.encoded = 0
+        self.calls: list[list[str]] = []
 
     def encode_batch(self, texts):
         self.encoded += len(texts)
+        self.calls.append([str(text) for text in texts])  # copies, whose lives nobody watches
         return super().encode_batch(texts)
 
 
@@ -580,6 +586,89 @@ def test_a_stream_goes_on_from_every_position(prompts, packing, padding, share):
             assert [part.get_state() for part in parts] == [states[later + 1]] * count
     iterator.set_state(states[7])
     np.testing.assert_array_equal(next(iterator)["x"], wanted[7]["x"])
+
+
+def joined(parts: list) -> dict:
+    """The next batch of all processes."""
+    batches = [next(part) for part in parts]
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def together(parts: list, monkeypatch) -> dict:
+    """The position of processes that save together, through JSON."""
+    states = [part.get_state() for part in parts]
+    numbers = np.max([list(zip(*list(state.values())[1:], strict=True)) for state in states], axis=0)
+    monkeypatch.setattr(pipeline.processes, "largest", lambda own: numbers)
+    found = {json.dumps(pipeline.whole_position(state)) for state in states}
+    assert len(found) == 1
+    return json.loads(found.pop())
+
+
+@pytest.mark.parametrize("packing, padding, share", [("concat", "end", 0.0), ("documents", "end", 0.5),
+                                                     ("crop", "hidden", 0.5)])
+@pytest.mark.parametrize("shares", [2, 3, 4])  # of three sources: whole sources, or every fourth record of all
+@pytest.mark.parametrize("prompts", [False, True])
+def test_a_stream_in_shares_is_the_same_for_any_processes(prompts, shares, packing, padding, share, monkeypatch):
+    """Begun by `shares` processes, walked by any number, saved and resumed by another: the same batches."""
+    def walk(count, position=None):
+        return [stream(prompts, packing=packing, padding=padding, variable_share=share, batch_size=12,
+                       process_index=index, process_count=count).iterator(position, prefetch=index % 2)
+                for index in range(count)]
+
+    parts, wanted = walk(shares), []
+    states = [parts[0].get_state()]
+    for _ in range(24):
+        wanted.append(joined(parts))
+        assert [state["place"].count(-1) for state in (part.get_state() for part in parts)] == [shares - 1] * shares
+        states.append(together(parts, monkeypatch))
+    assert min(states[-1]["epoch"]) >= 1 and states[-1]["next_index"] == 24
+    for begin in range(24):
+        count = (1, 2, 4, 3, 6, 12)[begin % 6]
+        parts = walk(count, states[begin])
+        for step in range(begin, min(24, begin + 24 if begin < 6 else begin + 2)):
+            for name, array in joined(parts).items():
+                np.testing.assert_array_equal(array, wanted[step][name])
+            assert together(parts, monkeypatch) == states[step + 1]
+
+
+@pytest.mark.parametrize("shares", [1, 2, 4])
+def test_every_document_is_tokenised_by_one_process(shares):
+    parts = [stream(process_index=index, process_count=shares, shuffle_documents=10_000) for index in range(shares)]
+    for part in parts:
+        iterator = part.iterator(prefetch=0)
+        while len(part._tokenizer.calls) < 3:  # a window, here all of a share's epoch, is encoded at once
+            next(iterator)
+    for epoch in range(3):
+        encoded = [text for part in parts for text in part._tokenizer.calls[epoch]]
+        assert sorted(encoded) == sorted(document.text for document in SHELF[False])
+        assert shares == 1 or max(len(part._tokenizer.calls[epoch]) for part in parts) < 20
+    orders = [part._tokenizer.calls[0] for part in parts]
+    assert all(order != sorted(order) for order in orders if len(order) > 3)
+
+
+def test_shares_of_a_stream_hold_its_window_together():
+    both = stream().iterator(stream(process_count=2).iterator().get_state(), prefetch=0)
+    batches = stream(process_count=2, shuffle_documents=8)
+    iterator = batches.iterator(prefetch=0)
+    for _ in range(60):
+        next(iterator)
+    assert batches._reader.most <= 4 + 1
+    state = next(both) and both.get_state()
+    with pytest.raises(ValueError, match="the data position has 2 shares, which must divide train.batch_size=5: "):
+        stream(batch_size=5).iterator(state)
+    with pytest.raises(ValueError, match="lacks shares that other processes walked"):
+        stream().iterator(iterator.get_state())
+
+
+def test_shares_without_a_document_wait_for_the_next_epoch():
+    """Three documents for eight shares: each gets some in time; none at all is an error for every share."""
+    for index in range(8):
+        batches = stream(batch_size=8, process_index=index, process_count=8)
+        batches._sources = ["0"]
+        assert next(batches.iterator(prefetch=0))["x"].shape == (1, 16)
+        batches._is_training = lambda document: False
+        with pytest.raises(ValueError, match="data.files: no training document in the 1 sources"):
+            next(batches.iterator(prefetch=0))
 
 
 def test_a_stream_skips_without_tokenising_and_holds_one_window():

@@ -17,7 +17,7 @@ from hdlm_jax.common.console import measured, progress, say
 from hdlm_jax.common.jsons import write_json
 from hdlm_jax.config import Config, ConfigError, resolve
 from hdlm_jax.data.embeddings import initial_table
-from hdlm_jax.data.pipeline import given, valid_rows
+from hdlm_jax.data.pipeline import given, valid_rows, whole_position
 from hdlm_jax.evaluation.elbo import Evaluator, summarise
 from hdlm_jax.models.network import flops_per_token
 from hdlm_jax.runs.interrupt import RESUME_EXIT, Stop, Timer
@@ -310,7 +310,8 @@ class Loop:
         """Says which batch gave no finite loss; too many of them stop the run and leave the batch to look at."""
         limit = self.config.train.nonfinite_limit
         found = f"train: loss={values['loss']} grad_norm={values['grad_norm']} at step {done.step}"
-        which = f"the batch at position {jsons.dumps(done.place)} of data {self.text.manifest.fingerprint[:12]}"
+        place, data = jsons.dumps(whole_position(done.place)), self.text.manifest.fingerprint[:12]
+        which = f"the batch at position {place} of data {data}"
         if values["skipped"] <= limit:
             say(f"{found}: skipped {which} (no. {values['skipped']:.0f} of at most {limit})")
             return
@@ -333,7 +334,7 @@ class Loop:
         return {"valid_nelbo": float(result["nelbo"]), "valid_se": float(result["se"])}
 
     def _save(self, step: int, valid: dict[str, float]) -> None:
-        meta = self.facts | {"config": self.config.as_dict(), "position": self.iterator.get_state(),
+        meta = self.facts | {"config": self.config.as_dict(), "position": whole_position(self.iterator.get_state()),
                              "trained_on": self.here, "window": self.recorder.window}
         self.checkpoints.save(step, self.state, meta, {"nelbo": valid.get("valid_nelbo", math.inf)})
         self.timer.restart()

@@ -5,6 +5,8 @@ import gc
 import itertools
 import json
 import os
+import threading
+import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -394,6 +396,81 @@ def test_iterator_resumes_exactly(ring):
     assert resumed.get_state() == started.get_state() == {"next_index": 41}
     with pytest.raises(ValueError, match="a data position has step, here it must have next_index: .*data.stream"):
         batches.iterator({"step": 3})
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_read_threads_read_at_once(ring, monkeypatch, threads):
+    """Reads that wait for each other until all threads are inside: fewer threads would wait for ever."""
+    gate, inside, read = threading.Barrier(threads), itertools.count(1), pipeline.Split._read
+
+    def waiting(self, start, count):
+        if next(inside) <= threads:
+            gate.wait(timeout=20)
+        return read(self, start, count)
+
+    monkeypatch.setattr(pipeline.Split, "_read", waiting)
+    batches = pipeline.TrainBatches(ring, 10, 4, seed=5, read_threads=threads)
+    iterator = batches.iterator()
+    found = [next(iterator)["x"] for _ in range(12)]
+    np.testing.assert_array_equal(found, [batches.batch(step)["x"] for step in range(12)])
+
+
+KEYS = np.random.Philox(key=[3, 4]).random_raw(8)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 1000, 4096, 4097])
+def test_an_order_without_a_table_is_a_permutation(count):
+    places = np.arange(count)
+    found = pipeline._permuted(places, count, KEYS)
+    assert found.dtype == np.int64 and sorted(found) == places.tolist()
+    for one in places[:5]:
+        assert pipeline._permuted(places[one:one + 1], count, KEYS) == found[one]
+
+
+@pytest.mark.parametrize("count", [4097, 65536])
+def test_an_order_without_a_table_looks_random(count):
+    """Mean displacement, serial correlation and fixed points, each within 4 standard errors of independent draws."""
+    places = np.arange(count)
+    found = pipeline._permuted(places, count, KEYS)
+    moved, expected = np.abs(found - places) / count, 1 / 3
+    assert abs(moved.mean() - expected) < 4 * (1 / 18 / count) ** 0.5
+    for lag in (1, 2, 64, 256):
+        assert abs(np.corrcoef(found[:-lag], found[lag:])[0, 1]) < 4 / count**0.5
+    assert (found == places).sum() < 1 + 4
+    other = pipeline._permuted(places, count, KEYS + np.uint64(1))
+    assert abs(np.corrcoef(found, other)[0, 1]) < 4 / count**0.5
+
+
+def test_many_windows_need_no_table(ring, monkeypatch):
+    table = pipeline.TrainBatches(ring, 10, 4, seed=1)
+    in_tables = [epoch_rows(table, epoch)[:, 0].tolist() for epoch in range(2)]
+    monkeypatch.setattr(pipeline, "_SORTED_WINDOWS", 100)
+    same = pipeline.TrainBatches(ring, 10, 4, seed=1)
+    assert [epoch_rows(same, epoch)[:, 0].tolist() for epoch in range(2)] == in_tables
+    monkeypatch.setattr(pipeline, "_SORTED_WINDOWS", 99)
+    orders = []
+    for seed, epoch in itertools.product((1, 2), (0, 1)):
+        batches = pipeline.TrainBatches(ring, 10, 4, seed=seed)
+        rows = epoch_rows(batches, epoch)
+        np.testing.assert_array_equal(rows, (rows[:, :1] + np.arange(10)) % 1003)
+        assert len(np.unique(rows)) == 1000  # no token twice
+        orders.append(tuple((rows[:, 0] - rows[:, 0].min()) // 10))
+    assert len(set(orders)) == 4 and not set(map(tuple, in_tables)) & set(orders)
+
+
+def test_a_billion_windows_take_no_memory(ring, monkeypatch):
+    batches = pipeline.TrainBatches(ring, 10, 64, seed=0)
+    batches.windows, batches.num_tokens, seen = 10**9, 10**10, []
+    monkeypatch.setattr(pipeline.Split, "gather", lambda self, starts, size: seen.append(starts) or np.zeros(
+        (len(starts), size), np.int32))
+    tracemalloc.start()
+    for step in range(20):
+        batches.batch(step * 10**6)  # the first 15 of them in epoch 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    starts = np.concatenate(seen)
+    assert peak < 1 << 20 and len(np.unique(starts[:15 * 64])) == 15 * 64
+    assert starts.min() < 10**9 and 9 * 10**9 < starts.max() < 10**10
 
 
 # ------------------------------------------------------------------------------------------------- validation

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _OPEN_SHARDS = 256  # memory maps held at once; each costs a file descriptor
 _ENCODED_CHARS = 1 << 20  # streamed documents are encoded in batches of about so many characters
+_SORTED_WINDOWS = 1 << 24  # up to so many an epoch's order is a sorted table
 _AHEAD_TOKENS = 1 << 22  # streamed batches are made ahead up to about so many tokens
 
 
@@ -228,6 +229,27 @@ class _Batches:
         return batch
 
 
+def _permuted(places: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
+    """Where a random permutation of 0..count-1 takes places, int64 [b]; each is computed by itself.
+
+    A Feistel network over the numbers of an even number of bits, a round for each of the keys (uint64), mixed as in
+    SplitMix64; what falls at `count` or above goes through it again.
+    """
+    half = np.uint64(-(-max(1, (count - 1).bit_length()) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    found, todo = places.astype(np.uint64), np.arange(len(places))
+    while len(todo):
+        left, right = found[todo] >> half, found[todo] & low
+        for key in keys:
+            mixed = right + key
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(factor)
+            left, right = right, left ^ (mixed >> np.uint64(32) & low)
+        found[todo] = left << half | right
+        todo = todo[found[todo] >= count]
+    return found.astype(np.int64)
+
+
 class TrainBatches(_Batches):
     """Training batches of a folder that `prepare` made: `batch(step)` depends on (seed, step) alone.
 
@@ -235,14 +257,17 @@ class TrainBatches(_Batches):
     a random order. Global row r = step * B + i is the (r mod W)-th window of epoch r // W: a step may straddle epochs.
     With packing="crop" the W documents take the place of the windows.
 
-    The order is an argsort of raw Philox numbers (key: seed and epoch), a stream that NumPy keeps the same from
-    version to version. Held in memory: the orders of two epochs. rows, how: arguments of `_Batches`.
+    Of up to 2^24 windows the order is an argsort of raw Philox numbers (key: seed and epoch), a stream that NumPy keeps
+    the same from version to version; every published figure was trained in that order. The orders of two epochs are
+    held. Of more windows the place alone tells which one it is (`_permuted`), and nothing is held.
+
+    read_threads: batches that an iterator reads at once. rows, how: arguments of `_Batches`.
     """
 
-    def __init__(self, folder: str | os.PathLike, *rows: int, **how: Any):
+    def __init__(self, folder: str | os.PathLike, *rows: int, read_threads: int = 2, **how: Any):
         manifest = load_manifest(folder)
         super().__init__(manifest.prompts, manifest.eot, *rows, **how)
-        self._split = Split(folder, manifest, "train")
+        self._split, self._read_threads = Split(folder, manifest, "train"), read_threads
         self.num_tokens = self._split.tokens
         crop = self.packing == "crop"
         if not crop and self.seq_len > self.num_tokens:
@@ -254,11 +279,13 @@ class TrainBatches(_Batches):
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
         self._lock = threading.Lock()  # prefetch threads ask at once; one of them draws
 
-    def _draw_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+    def _draw_epoch(self, epoch: int) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
+        """Where the ring is cut, and the windows at places of the order."""
         stream = np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64))
         start = int(stream.random_raw()) % self.num_tokens
-        order = np.argsort(stream.random_raw(self.windows), kind="stable")
-        return start, order.astype(np.int32 if self.windows < 2**31 else np.int64)
+        if self.windows > _SORTED_WINDOWS:
+            return start, functools.partial(_permuted, count=self.windows, keys=stream.random_raw(8))
+        return start, np.argsort(stream.random_raw(self.windows), kind="stable").astype(np.int32).__getitem__
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This process's rows of a step. Every batch has the same fields:
@@ -274,7 +301,7 @@ class TrainBatches(_Batches):
             with self._lock:
                 start, order = self._epoch(int(epoch))
             here = epochs == epoch
-            chosen[here] = order[places[here]]
+            chosen[here] = order(places[here])
             starts[here] = (start + chosen[here] * self.seq_len) % self.num_tokens
         limits, draws = self._draw(step)
         lengths = limits
@@ -292,7 +319,8 @@ class TrainBatches(_Batches):
         """
         import grain
         steps = grain.MapDataset.range(sys.maxsize).map(lambda step: self.batch(int(step)))
-        iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+        threads = self._read_threads
+        iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
         if position is not None:
             iterator.set_state(_position(position, {"next_index": 0}))
         return iterator

@@ -5,6 +5,9 @@ import gc
 import itertools
 import json
 import os
+import platform
+import subprocess
+import sys
 import threading
 import tracemalloc
 import weakref
@@ -413,6 +416,37 @@ def test_read_threads_read_at_once(ring, monkeypatch, threads):
     iterator = batches.iterator()
     found = [next(iterator)["x"] for _ in range(12)]
     np.testing.assert_array_equal(found, [batches.batch(step)["x"] for step in range(12)])
+
+
+_SLOW_DISK = """
+import ctypes, fcntl, mmap, os, struct, sys, threading
+import numpy as np
+from hdlm_jax.data import pipeline
+
+slow = ctypes.CDLL(None).syscall(323, os.O_CLOEXEC | 1)  # userfaultfd: pages that come when somebody says so
+if slow < 0:
+    sys.exit(3)
+pages = mmap.mmap(-1, 1 << 16)
+flat = np.frombuffer(pages, np.uint16)
+fcntl.ioctl(slow, 0xC018AA3F, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))
+fcntl.ioctl(slow, 0xC020AA00, bytearray(struct.pack("QQQQ", flat.ctypes.data, 1 << 16, 1, 0)))
+split = object.__new__(pipeline.Split)
+split._read = lambda start, count: flat[start:start + count]
+threading.Thread(target=split.gather, args=(np.array([7]), int(sys.argv[1])), daemon=True).start()
+assert len(os.read(slow, 32)) == 32  # the other thread waits for the page, and this one runs on
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="numbers of system calls")
+@pytest.mark.parametrize("seq_len", [1, 128, 1024])
+def test_a_read_that_waits_leaves_other_threads_running(seq_len, root):
+    """A row whose page is not there yet: held meanwhile, Python's lock would stop this process for good."""
+    done = subprocess.run([sys.executable, "-c", _SLOW_DISK, str(seq_len)], cwd=root, timeout=60,
+                          env=os.environ | {"PYTHONPATH": str(root)}, check=False)
+    if done.returncode == 3:
+        pytest.skip("userfaultfd is not permitted here")
+    assert done.returncode == 0
 
 
 KEYS = np.random.Philox(key=[3, 4]).random_raw(8)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import typing
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,7 +53,7 @@ def write_folder(folder: Path, train: list, valid: list, *, shards: int = 1, pro
             np.array(flat, np.dtype(dtype).newbyteorder("<")).tofile(folder / f"{stem}.bin")
             np.array(rows, "<u4").tofile(folder / f"{stem}.idx")
             splits[split].append([stem, before, before + sum(inside), len(foreign), len(foreign) + int(end - first)])
-    facts = {field.name: 0 for field in dataclasses.fields(prepare.Manifest)} | dict(
+    facts = {name: kind() for name, kind in typing.get_type_hints(prepare.Manifest).items()} | dict(
         version=prepare.VERSION, vocab_size=EOT + 1, eot=EOT, dtype=dtype, prompts=prompts, splits=splits)
     (folder / prepare.MANIFEST).write_text(json.dumps(facts))
     return folder

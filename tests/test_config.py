@@ -195,6 +195,7 @@ def test_names_of_choices(section, name, wrong, meant):
     ("optimizer", "ema", 1.0, r"\[0, 1\)"),
     ("optimizer", "warmup", -1, "negative"), ("optimizer", "b2", 1.0, r"\[0, 1\)"),
     ("optimizer", "weight_decay", -0.1, "negative"), ("optimizer", "clip", 0.0, "positive"),
+    ("data", "read_threads", 0, "at least 1"),
     ("train", "steps", 0, "at least 1"), ("train", "microbatches", 3, "must divide train.batch_size=512"),
     ("evaluate", "draws", 1, "at least 2"), ("evaluate", "cv2", 0.0, "positive"), ("evaluate", "rows", -1, "negative"),
     ("generate", "top_p", 0.0, r"\(0, 1\]"), ("generate", "top_p", 1.5, r"\(0, 1\]"),

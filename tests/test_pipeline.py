@@ -5,6 +5,12 @@ import gc
 import itertools
 import json
 import os
+import platform
+import subprocess
+import sys
+import threading
+import tracemalloc
+import typing
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,7 +53,7 @@ def write_folder(folder: Path, train: list, valid: list, *, shards: int = 1, pro
             np.array(flat, np.dtype(dtype).newbyteorder("<")).tofile(folder / f"{stem}.bin")
             np.array(rows, "<u4").tofile(folder / f"{stem}.idx")
             splits[split].append([stem, before, before + sum(inside), len(foreign), len(foreign) + int(end - first)])
-    facts = {field.name: 0 for field in dataclasses.fields(prepare.Manifest)} | dict(
+    facts = {name: kind() for name, kind in typing.get_type_hints(prepare.Manifest).items()} | dict(
         version=prepare.VERSION, vocab_size=EOT + 1, eot=EOT, dtype=dtype, prompts=prompts, splits=splits)
     (folder / prepare.MANIFEST).write_text(json.dumps(facts))
     return folder
@@ -250,6 +256,10 @@ def test_order_is_pinned(ring, folders):
     iterator = stream().iterator()
     state = [(next(iterator), iterator.get_state()) for _ in range(9)][-1][1]
     assert state == {"next_index": 9, "epoch": 1, "source": 1, "record": 11, "window": 2, "place": 0, "offset": 8}
+    halves = stream().iterator({name: [0, 0] if name != "next_index" else 0 for name in state})
+    state = [(next(halves), halves.get_state()) for _ in range(9)][-1][1]
+    assert state == {"next_index": 9, "epoch": [0, 1], "source": [1, 0],
+                     "record": [1, 14], "window": [4, 3], "place": [0, 1], "offset": [20, 14]}
 
 
 @pytest.mark.parametrize("packing, padding, share", SETTINGS)
@@ -392,6 +402,112 @@ def test_iterator_resumes_exactly(ring):
         batches.iterator({"step": 3})
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_read_threads_read_at_once(ring, monkeypatch, threads):
+    """Reads that wait for each other until all threads are inside: fewer threads would wait for ever."""
+    gate, inside, read = threading.Barrier(threads), itertools.count(1), pipeline.Split._read
+
+    def waiting(self, start, count):
+        if next(inside) <= threads:
+            gate.wait(timeout=20)
+        return read(self, start, count)
+
+    monkeypatch.setattr(pipeline.Split, "_read", waiting)
+    batches = pipeline.TrainBatches(ring, 10, 4, seed=5, read_threads=threads)
+    iterator = batches.iterator()
+    found = [next(iterator)["x"] for _ in range(12)]
+    np.testing.assert_array_equal(found, [batches.batch(step)["x"] for step in range(12)])
+
+
+_SLOW_DISK = """
+import ctypes, fcntl, mmap, os, struct, sys, threading
+import numpy as np
+from hdlm_jax.data import pipeline
+
+slow = ctypes.CDLL(None).syscall(323, os.O_CLOEXEC | 1)  # userfaultfd: pages that come when somebody says so
+if slow < 0:
+    sys.exit(3)
+pages = mmap.mmap(-1, 1 << 16)
+flat = np.frombuffer(pages, np.uint16)
+fcntl.ioctl(slow, 0xC018AA3F, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))
+fcntl.ioctl(slow, 0xC020AA00, bytearray(struct.pack("QQQQ", flat.ctypes.data, 1 << 16, 1, 0)))
+split = object.__new__(pipeline.Split)
+split._read = lambda start, count: flat[start:start + count]
+threading.Thread(target=split.gather, args=(np.array([7]), int(sys.argv[1])), daemon=True).start()
+assert len(os.read(slow, 32)) == 32  # the other thread waits for the page, and this one runs on
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="numbers of system calls")
+@pytest.mark.parametrize("seq_len", [1, 128, 1024])
+def test_a_read_that_waits_leaves_other_threads_running(seq_len, root):
+    """A row whose page is not there yet: held meanwhile, Python's lock would stop this process for good."""
+    done = subprocess.run([sys.executable, "-c", _SLOW_DISK, str(seq_len)], cwd=root, timeout=60,
+                          env=os.environ | {"PYTHONPATH": str(root)}, check=False)
+    if done.returncode == 3:
+        pytest.skip("userfaultfd is not permitted here")
+    assert done.returncode == 0
+
+
+KEYS = np.random.Philox(key=[3, 4]).random_raw(8)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 1000, 4096, 4097])
+def test_an_order_without_a_table_is_a_permutation(count):
+    places = np.arange(count)
+    found = pipeline._permuted(places, count, KEYS)
+    assert found.dtype == np.int64 and sorted(found) == places.tolist()
+    for one in places[:5]:
+        assert pipeline._permuted(places[one:one + 1], count, KEYS) == found[one]
+
+
+@pytest.mark.parametrize("count", [4097, 65536])
+def test_an_order_without_a_table_looks_random(count):
+    """Mean displacement, serial correlation and fixed points, each within 4 standard errors of independent draws."""
+    places = np.arange(count)
+    found = pipeline._permuted(places, count, KEYS)
+    moved, expected = np.abs(found - places) / count, 1 / 3
+    assert abs(moved.mean() - expected) < 4 * (1 / 18 / count) ** 0.5
+    for lag in (1, 2, 64, 256):
+        assert abs(np.corrcoef(found[:-lag], found[lag:])[0, 1]) < 4 / count**0.5
+    assert (found == places).sum() < 1 + 4
+    other = pipeline._permuted(places, count, KEYS + np.uint64(1))
+    assert abs(np.corrcoef(found, other)[0, 1]) < 4 / count**0.5
+
+
+def test_many_windows_need_no_table(ring, monkeypatch):
+    table = pipeline.TrainBatches(ring, 10, 4, seed=1)
+    in_tables = [epoch_rows(table, epoch)[:, 0].tolist() for epoch in range(2)]
+    monkeypatch.setattr(pipeline, "_SORTED_WINDOWS", 100)
+    same = pipeline.TrainBatches(ring, 10, 4, seed=1)
+    assert [epoch_rows(same, epoch)[:, 0].tolist() for epoch in range(2)] == in_tables
+    monkeypatch.setattr(pipeline, "_SORTED_WINDOWS", 99)
+    orders = []
+    for seed, epoch in itertools.product((1, 2), (0, 1)):
+        batches = pipeline.TrainBatches(ring, 10, 4, seed=seed)
+        rows = epoch_rows(batches, epoch)
+        np.testing.assert_array_equal(rows, (rows[:, :1] + np.arange(10)) % 1003)
+        assert len(np.unique(rows)) == 1000  # no token twice
+        orders.append(tuple((rows[:, 0] - rows[:, 0].min()) // 10))
+    assert len(set(orders)) == 4 and not set(map(tuple, in_tables)) & set(orders)
+
+
+def test_a_billion_windows_take_no_memory(ring, monkeypatch):
+    batches = pipeline.TrainBatches(ring, 10, 64, seed=0)
+    batches.windows, batches.num_tokens, seen = 10**9, 10**10, []
+    monkeypatch.setattr(pipeline.Split, "gather", lambda self, starts, size: seen.append(starts) or np.zeros(
+        (len(starts), size), np.int32))
+    tracemalloc.start()
+    for step in range(20):
+        batches.batch(step * 10**6)  # the first 15 of them in epoch 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    starts = np.concatenate(seen)
+    assert peak < 1 << 20 and len(np.unique(starts[:15 * 64])) == 15 * 64
+    assert starts.min() < 10**9 and 9 * 10**9 < starts.max() < 10**10
+
+
 # ------------------------------------------------------------------------------------------------- validation
 
 
@@ -460,9 +576,11 @@ class CountingTokenizer(tokenizers.Tokenizer):
     def __init__(self):
         super().__init__("bytes", [bytes([byte]) for byte in range(256)])
         self.encoded = 0
+        self.calls: list[list[str]] = []
 
     def encode_batch(self, texts):
         self.encoded += len(texts)
+        self.calls.append([str(text) for text in texts])  # copies, whose lives nobody watches
         return super().encode_batch(texts)
 
 
@@ -580,6 +698,89 @@ def test_a_stream_goes_on_from_every_position(prompts, packing, padding, share):
             assert [part.get_state() for part in parts] == [states[later + 1]] * count
     iterator.set_state(states[7])
     np.testing.assert_array_equal(next(iterator)["x"], wanted[7]["x"])
+
+
+def joined(parts: list) -> dict:
+    """The next batch of all processes."""
+    batches = [next(part) for part in parts]
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def together(parts: list, monkeypatch) -> dict:
+    """The position of processes that save together, through JSON."""
+    states = [part.get_state() for part in parts]
+    numbers = np.max([list(zip(*list(state.values())[1:], strict=True)) for state in states], axis=0)
+    monkeypatch.setattr(pipeline.processes, "largest", lambda own: numbers)
+    found = {json.dumps(pipeline.whole_position(state)) for state in states}
+    assert len(found) == 1
+    return json.loads(found.pop())
+
+
+@pytest.mark.parametrize("packing, padding, share", [("concat", "end", 0.0), ("documents", "end", 0.5),
+                                                     ("crop", "hidden", 0.5)])
+@pytest.mark.parametrize("shares", [2, 3, 4])  # of three sources: whole sources, or every fourth record of all
+@pytest.mark.parametrize("prompts", [False, True])
+def test_a_stream_in_shares_is_the_same_for_any_processes(prompts, shares, packing, padding, share, monkeypatch):
+    """Begun by `shares` processes, walked by any number, saved and resumed by another: the same batches."""
+    def walk(count, position=None):
+        return [stream(prompts, packing=packing, padding=padding, variable_share=share, batch_size=12,
+                       process_index=index, process_count=count).iterator(position, prefetch=index % 2)
+                for index in range(count)]
+
+    parts, wanted = walk(shares), []
+    states = [parts[0].get_state()]
+    for _ in range(24):
+        wanted.append(joined(parts))
+        assert [state["place"].count(-1) for state in (part.get_state() for part in parts)] == [shares - 1] * shares
+        states.append(together(parts, monkeypatch))
+    assert min(states[-1]["epoch"]) >= 1 and states[-1]["next_index"] == 24
+    for begin in range(24):
+        count = (1, 2, 4, 3, 6, 12)[begin % 6]
+        parts = walk(count, states[begin])
+        for step in range(begin, min(24, begin + 24 if begin < 6 else begin + 2)):
+            for name, array in joined(parts).items():
+                np.testing.assert_array_equal(array, wanted[step][name])
+            assert together(parts, monkeypatch) == states[step + 1]
+
+
+@pytest.mark.parametrize("shares", [1, 2, 4])
+def test_every_document_is_tokenised_by_one_process(shares):
+    parts = [stream(process_index=index, process_count=shares, shuffle_documents=10_000) for index in range(shares)]
+    for part in parts:
+        iterator = part.iterator(prefetch=0)
+        while len(part._tokenizer.calls) < 3:  # a window, here all of a share's epoch, is encoded at once
+            next(iterator)
+    for epoch in range(3):
+        encoded = [text for part in parts for text in part._tokenizer.calls[epoch]]
+        assert sorted(encoded) == sorted(document.text for document in SHELF[False])
+        assert shares == 1 or max(len(part._tokenizer.calls[epoch]) for part in parts) < 20
+    orders = [part._tokenizer.calls[0] for part in parts]
+    assert all(order != sorted(order) for order in orders if len(order) > 3)
+
+
+def test_shares_of_a_stream_hold_its_window_together():
+    both = stream().iterator(stream(process_count=2).iterator().get_state(), prefetch=0)
+    batches = stream(process_count=2, shuffle_documents=8)
+    iterator = batches.iterator(prefetch=0)
+    for _ in range(60):
+        next(iterator)
+    assert batches._reader.most <= 4 + 1
+    state = next(both) and both.get_state()
+    with pytest.raises(ValueError, match="the data position has 2 shares, which must divide train.batch_size=5: "):
+        stream(batch_size=5).iterator(state)
+    with pytest.raises(ValueError, match="lacks shares that other processes walked"):
+        stream().iterator(iterator.get_state())
+
+
+def test_shares_without_a_document_wait_for_the_next_epoch():
+    """Three documents for eight shares: each gets some in time; none at all is an error for every share."""
+    for index in range(8):
+        batches = stream(batch_size=8, process_index=index, process_count=8)
+        batches._sources = ["0"]
+        assert next(batches.iterator(prefetch=0))["x"].shape == (1, 16)
+        batches._is_training = lambda document: False
+        with pytest.raises(ValueError, match="data.files: no training document in the 1 sources"):
+            next(batches.iterator(prefetch=0))
 
 
 def test_a_stream_skips_without_tokenising_and_holds_one_window():

@@ -39,6 +39,7 @@ def test_they_are_two_and_speak_once(two):
     assert said[0]["processes"] == 2 and said[0]["devices"] == 8 and said[0]["here"] == 4
     assert said[0]["nelbo"] == said[1]["nelbo"]
     assert said[0]["error"] == "KeyError: 'x'" and said[1]["error"] == "ValueError: process 0: 'x'"
+    assert said[0]["largest"] == said[1]["largest"] == [[-1, 1], [2**40 + 1, 3]]
     held = f"{folder}/held is held by pid "
     assert said[0]["locked"].startswith(held) and said[1]["locked"].startswith(f"process 0: {held}")
     assert said[0]["timer"] == said[1]["timer"] != [], "the clock of process 0; that of process 1 would say nothing yet"

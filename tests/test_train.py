@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -586,6 +587,18 @@ def test_an_ignored_ctrl_c_stays_ignored(hearing):
         stop.listen()
         os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN and not stop.at(1)
+
+
+def test_a_clock_set_back_leaves_the_speed(monkeypatch):
+    """The wall clock goes back an hour at every look; two steps of 16 x 8 tokens in two seconds are 128 a second."""
+    wall, steady = itertools.count(1e9, -3600), itertools.count(50.0, 2.0)
+    monkeypatch.setattr(train.time, "time", lambda: next(wall))
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(steady))
+    recorder = train.Recorder(make_config(train__log_every=2), lambda step: 0.1, 1.0, [])
+    recorder.steps = 0  # the first step, which compiles, is over
+    for step in (1, 2):
+        assert recorder.add(step, {"loss": 1.0, "nelbo": 1.0, "grad_norm": 1.0})
+    assert recorder.record(2, 0)["tokens_per_s"] == 128
 
 
 def test_minutes_between_checkpoints(monkeypatch):

@@ -75,3 +75,11 @@ def to_host(array: jax.Array) -> np.ndarray:
     if jax.process_count() == 1:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def largest(numbers: np.ndarray) -> np.ndarray:
+    """Of each number (int64) the largest that a process has; all of them have to ask for it."""
+    if jax.process_count() == 1:
+        return numbers
+    halves = multihost_utils.process_allgather(numbers.view(np.uint32))  # JAX itself has no 64 bits
+    return np.asarray(halves).view(np.int64).max(0)

@@ -69,6 +69,7 @@ class DataConfig(_Section):
     bad_share: float = 0.001  # stop when more of the records than this cannot be read
     dir: str = ""  # prepared tokens, to share between runs; empty: <workdir>/data
     prepare_shard: str = ""  # i/n: prepare as worker i (0..n-1) of n on one shared data.dir; the last one merges
+    read_threads: int = 2  # batches of prepared tokens read at once; more where a read waits, as on a mounted bucket
     stream: bool = False  # train on raw documents, tokenised on the fly; only validation and a sample are prepared
     sample_bytes: int = 100_000_000  # size of that sample (clusters, unigram), bytes of training text
     shuffle_documents: int = 10_000  # streaming: documents shuffled at once
@@ -88,7 +89,7 @@ class DataConfig(_Section):
         self.need(0 < self.validation_fraction < 1, "validation_fraction", "must lie in (0, 1)")
         self.hold("must lie in [0, 1)", "bad_share")
         self.need(0 <= self.variable_share <= 1, "variable_share", "must lie in [0, 1]")
-        self.hold("must be at least 1", "validation_documents", "sample_bytes", "shuffle_documents")
+        self.hold("must be at least 1", "validation_documents", "sample_bytes", "shuffle_documents", "read_threads")
         self.need(not self.stream or bool(self.validation) or self.split == "hash", "split",
                   "data.stream does not know which documents are the last: choose hash, or give data.validation")
         self.worker()

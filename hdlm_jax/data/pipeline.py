@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hdlm_jax.common import processes
 from hdlm_jax.data import tokenizers
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.prepare import Manifest, load_manifest
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _OPEN_SHARDS = 256  # memory maps held at once; each costs a file descriptor
 _ENCODED_CHARS = 1 << 20  # streamed documents are encoded in batches of about so many characters
+_SORTED_WINDOWS = 1 << 24  # up to so many an epoch's order is a sorted table
 _AHEAD_TOKENS = 1 << 22  # streamed batches are made ahead up to about so many tokens
 
 
@@ -83,9 +85,10 @@ class Split:
 
     def gather(self, starts: np.ndarray, seq_len: int) -> np.ndarray:
         """Rows of S consecutive tokens of the ring, int32 [b, S]; starts: int64 [b]."""
-        out = np.empty((len(starts), seq_len), np.int32)
+        out, every = np.empty((len(starts), seq_len), np.int32), np.arange(seq_len)
         for row, start in zip(out, starts.tolist(), strict=True):
-            row[:] = self._read(start, seq_len)
+            # unlike a copy of up to 500 numbers, take() leaves the other threads running while the disk is waited for
+            row[:] = self._read(start, seq_len).take(every)
         return out
 
     @functools.cached_property
@@ -191,7 +194,7 @@ class _Batches:
                              f"{process_count} processes")
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.packing, self.variable_share, self._eot = packing, variable_share, eot
-        rows = batch_size // process_count
+        rows, self.process_count = batch_size // process_count, process_count
         self._index = np.arange(process_index * rows, (process_index + 1) * rows, dtype=np.int32)
         self._ends = packing == "crop" and padding == "end"
         hidden = packing == "crop" and not self._ends or variable_share > 0
@@ -227,6 +230,27 @@ class _Batches:
         return batch
 
 
+def _permuted(places: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
+    """Where a random permutation of 0..count-1 takes places, int64 [b]; each is computed by itself.
+
+    A Feistel network over the numbers of an even number of bits, a round for each of the keys (uint64), mixed as in
+    SplitMix64; what falls at `count` or above goes through it again.
+    """
+    half = np.uint64(-(-max(1, (count - 1).bit_length()) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    found, todo = places.astype(np.uint64), np.arange(len(places))
+    while len(todo):
+        left, right = found[todo] >> half, found[todo] & low
+        for key in keys:
+            mixed = right + key
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(factor)
+            left, right = right, left ^ (mixed >> np.uint64(32) & low)
+        found[todo] = left << half | right
+        todo = todo[found[todo] >= count]
+    return found.astype(np.int64)
+
+
 class TrainBatches(_Batches):
     """Training batches of a folder that `prepare` made: `batch(step)` depends on (seed, step) alone.
 
@@ -234,14 +258,17 @@ class TrainBatches(_Batches):
     a random order. Global row r = step * B + i is the (r mod W)-th window of epoch r // W: a step may straddle epochs.
     With packing="crop" the W documents take the place of the windows.
 
-    The order is an argsort of raw Philox numbers (key: seed and epoch), a stream that NumPy keeps the same from
-    version to version. Held in memory: the orders of two epochs. rows, how: arguments of `_Batches`.
+    Of up to 2^24 windows the order is an argsort of raw Philox numbers (key: seed and epoch), a stream that NumPy keeps
+    the same from version to version; every published figure was trained in that order. The orders of two epochs are
+    held. Of more windows the place alone tells which one it is (`_permuted`), and nothing is held.
+
+    read_threads: batches that an iterator reads at once. rows, how: arguments of `_Batches`.
     """
 
-    def __init__(self, folder: str | os.PathLike, *rows: int, **how: Any):
+    def __init__(self, folder: str | os.PathLike, *rows: int, read_threads: int = 2, **how: Any):
         manifest = load_manifest(folder)
         super().__init__(manifest.prompts, manifest.eot, *rows, **how)
-        self._split = Split(folder, manifest, "train")
+        self._split, self._read_threads = Split(folder, manifest, "train"), read_threads
         self.num_tokens = self._split.tokens
         crop = self.packing == "crop"
         if not crop and self.seq_len > self.num_tokens:
@@ -253,11 +280,13 @@ class TrainBatches(_Batches):
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
         self._lock = threading.Lock()  # prefetch threads ask at once; one of them draws
 
-    def _draw_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+    def _draw_epoch(self, epoch: int) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
+        """Where the ring is cut, and the windows at places of the order."""
         stream = np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64))
         start = int(stream.random_raw()) % self.num_tokens
-        order = np.argsort(stream.random_raw(self.windows), kind="stable")
-        return start, order.astype(np.int32 if self.windows < 2**31 else np.int64)
+        if self.windows > _SORTED_WINDOWS:
+            return start, functools.partial(_permuted, count=self.windows, keys=stream.random_raw(8))
+        return start, np.argsort(stream.random_raw(self.windows), kind="stable").astype(np.int32).__getitem__
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This process's rows of a step. Every batch has the same fields:
@@ -273,7 +302,7 @@ class TrainBatches(_Batches):
             with self._lock:
                 start, order = self._epoch(int(epoch))
             here = epochs == epoch
-            chosen[here] = order[places[here]]
+            chosen[here] = order(places[here])
             starts[here] = (start + chosen[here] * self.seq_len) % self.num_tokens
         limits, draws = self._draw(step)
         lengths = limits
@@ -291,7 +320,8 @@ class TrainBatches(_Batches):
         """
         import grain
         steps = grain.MapDataset.range(sys.maxsize).map(lambda step: self.batch(int(step)))
-        iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+        threads = self._read_threads
+        iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
         if position is not None:
             iterator.set_state(_position(position, {"next_index": 0}))
         return iterator
@@ -336,12 +366,14 @@ def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0, packing:
 class StreamBatches(_Batches):
     """Training batches of raw documents, tokenised on the fly: the same fields as `TrainBatches.batch`.
 
-    An epoch reads the sources in an order that the seed decides, each from its beginning; of every
-    `shuffle_documents` consecutive training documents the order is shuffled. Row after row takes the next S tokens
-    (crop: the next document).
+    A run's stream is dealt into K shares, K being the number of processes that begin it. Share k fills rows
+    k * B / K .. (k+1) * B / K - 1 of every batch. It owns every K-th of an epoch's sources, whose order the seed
+    decides; where there are fewer than K of them, it reads them all and owns every K-th record. Each source is read
+    from its beginning; of every `shuffle_documents` / K consecutive training documents of a share the order is
+    shuffled. Row after row takes the next S tokens (crop: the next document).
 
-    Every process walks the whole stream and keeps its own rows: the position is the same on all of them, and any
-    number of processes goes on from it.
+    A process walks the shares of its own rows alone. The position has the place of each share, so that any number of
+    processes goes on from it, whatever K is.
 
     Args:
       is_training: whether a document is for training; others are skipped.
@@ -358,11 +390,11 @@ class StreamBatches(_Batches):
         self._bad_share, self._say = bad_share, say
 
     def iterator(self, position: dict | None = None, *, prefetch: int | None = None) -> grain.DatasetIterator:
-        """An endless Grain iterator from `position` (a `get_state()`) or the beginning. A thread reads `prefetch`
-        batches ahead (by default enough to go on while the next window of documents is read).
+        """An endless Grain iterator from `position` (`whole_position` of a `get_state()`) or the beginning. A thread
+        reads `prefetch` batches ahead (by default enough to go on while the next window of documents is read).
 
-        `get_state()` is exact for the batches handed out. To go on from it, documents before it in its source are
-        read (not tokenised) once more.
+        `get_state()` is exact for the batches handed out; what it says of shares that other processes walk is -1. To
+        go on from it, documents before it in its sources are read (not tokenised) once more.
         """
         from grain.experimental import ThreadPrefetchDatasetIterator
         stream = _Stream(self)
@@ -372,23 +404,35 @@ class StreamBatches(_Batches):
             prefetch = max(2, min(64, _AHEAD_TOKENS // (self.batch_size * self.seq_len)))
         return ThreadPrefetchDatasetIterator(stream, prefetch)
 
-    def _order(self, count: int, epoch: int, window: int = -1) -> np.ndarray:
-        """A random order of `count` things: of the sources of an epoch, or of the documents of a window."""
+    def _order(self, count: int, epoch: int, window: int = -1, share: int = 0) -> np.ndarray:
+        """A random order of `count` things: of the sources of an epoch, or of the documents of a share's window."""
         key = np.array([self.seed % 2**64, epoch], np.uint64)
-        stream = np.random.Philox(key=key, counter=np.array([0, 0, window + 1, 0], np.uint64))
+        stream = np.random.Philox(key=key, counter=np.array([0, 0, window + 1, share], np.uint64))
         return np.argsort(stream.random_raw(count), kind="stable")
 
-    def _windows(self, epoch: int, source: int, record: int, window: int
+    def _owned(self, epoch: int, share: int, shares: int) -> tuple[np.ndarray, int]:
+        """Sources that a share reads in an epoch, and which of their records modulo K it owns (-1: all).
+
+        These records are others in the next epoch, so that no share always has the longer ones.
+        """
+        order = self._order(len(self._sources), epoch)
+        return (order[share::shares], -1) if len(order) >= shares else (order, (share - epoch) % shares)
+
+    def _windows(self, share: int, shares: int, epoch: int, source: int, record: int, window: int
                  ) -> Iterator[tuple[tuple[int, int, int, int], list[Document]]]:
-        """Windows of documents without end: where each begins (`_PLACE` without the last), its documents."""
-        seen, bad = 0, 0
+        """Windows of a share's documents without end: where each begins (`_PLACE` without the last two), its documents.
+        """
+        size, seen, bad = -(-self._shuffle_documents // shares), 0, 0
+        barren: set[tuple[int, int]] = set()  # sources, or parts of them, of epochs without a training document
         while True:
-            order = self._order(len(self._sources), epoch)
+            sources, part = self._owned(epoch, share, shares)
             begin: tuple[int, int] = source, record
             held: list[Document] = []
-            for number in range(source, len(order)):
-                records = itertools.islice(self._reader.read(self._sources[order[number]]), record, None)
+            for number in range(source, len(sources)):
+                records = itertools.islice(self._reader.read(self._sources[sources[number]]), record, None)
                 for read, document in enumerate(records, record + 1):
+                    if part >= 0 and (read - 1) % shares != part:
+                        continue
                     seen += 1
                     if isinstance(document, Bad):
                         bad += 1
@@ -396,79 +440,89 @@ class StreamBatches(_Batches):
                         check_bad(self._bad_share, bad, seen, document, out_of=MANY)
                     elif isinstance(document, Document) and self._is_training(document):
                         held.append(document)
-                        if len(held) == self._shuffle_documents:
+                        if len(held) == size:
                             yield (epoch, *begin, window), held
                             begin, held, window = (number, read), [], window + 1
                 record = 0
             if held:
                 yield (epoch, *begin, window), held
             elif not window:
-                raise ValueError(f"data.files: no training document in the {len(self._sources)} sources")
+                barren.update((int(number), part) for number in sources)
+                if len(barren) == len(self._sources) * (1 if part < 0 else shares):
+                    raise ValueError(f"data.files: no training document in the {len(self._sources)} sources")
             epoch, source, window = epoch + 1, 0, 0
 
-    def _documents(self, position: dict) -> Iterator[tuple[dict, np.ndarray, int, int]]:
-        """Place, tokens, prompt length and tokens used before, of every document from that of `position` on, endless.
+    def _documents(self, share: int, shares: int, place: tuple[int, ...], threads: int
+                   ) -> Iterator[tuple[tuple[int, ...], np.ndarray, int, int]]:
+        """Place, tokens, prompt length and tokens used before, of every document of a share from a place on, endless.
 
-        ValueError: a position that these documents do not have.
+        place: `_PLACE`. ValueError: one that these documents do not have.
         """
         encode = functools.partial(encode_documents, self._tokenizer, prompts=bool(self._reader.prompt_field))
-        *begin, first, used = (position[name] for name in (*_PLACE, "offset"))
-        for window, held in self._windows(*begin):
+        *begin, first, used = place
+        for window, held in self._windows(share, shares, *begin):
             if first >= len(held):
                 raise ValueError(_MOVED)
-            order = self._order(len(held), window[0], window[-1])
+            order = self._order(len(held), window[0], window[-1], share)
             parts = batches([held[number] for number in order[first:]], _ENCODED_CHARS)
             held.clear()  # gone before the next window is read
-            encoded = ahead(encode, parts, min(8, core_count()))
-            for place, (ids, prompt) in enumerate(itertools.chain.from_iterable(encoded), first):
+            encoded = ahead(encode, parts, threads)
+            for number, (ids, prompt) in enumerate(itertools.chain.from_iterable(encoded), first):
                 if used > len(ids):
                     raise ValueError(_MOVED)
-                yield dict(zip(_PLACE, (*window, place), strict=True)), ids, prompt, used
+                yield (*window, number), ids, prompt, used
                 used = 0
             first = 0
 
 
-# Where a document is: epoch, the source in the epoch's order and the record in it where the document's window begins,
-# the window in the epoch, the place in the shuffled window.
-_PLACE = ("epoch", "source", "record", "window", "place")
+# Where a share is: epoch, the source in the share's order and the record in it where the last document's window begins,
+# the window in the epoch, the document's place in the shuffled window, and how many of its tokens are used.
+_PLACE = ("epoch", "source", "record", "window", "place", "offset")
 _MOVED = "the data position is of other documents: were data.files, their contents or the tokenizer changed?"
 
 
-class _Stream:
-    """Packs streamed documents into batches: an iterator with a state, as Grain's prefetching asks for.
+def _to_position(step: int, places: dict[int, tuple[int, ...]], shares: int) -> dict:
+    """The position before a step: numbers of one share, lists of numbers of K; -1 where a share's place is unknown."""
+    rows = [places.get(share, (-1,) * len(_PLACE)) for share in range(shares)]
+    columns = map(list, zip(*rows, strict=True)) if shares > 1 else rows[0]
+    return {"next_index": step, **dict(zip(_PLACE, columns, strict=True))}
 
-    The state is the step, the place of the last document read and how many of its tokens are used (`offset`).
-    """
 
-    def __init__(self, batches: StreamBatches):
-        self._batches = batches
-        rows = batches._index
-        self._rows = slice(int(rows[0]), int(rows[-1]) + 1)
-        self.set_state(dict.fromkeys(("next_index", *_PLACE, "offset"), 0))
+def _to_places(position: dict) -> list[tuple[int, ...]]:
+    """The place of each share."""
+    columns = [value if isinstance(value, list) else [value] for value in (position[name] for name in _PLACE)]
+    return list(zip(*columns, strict=True))
 
-    def get_state(self) -> dict[str, int]:
-        return self._state
 
-    def set_state(self, state: dict) -> None:
-        self._state = state
-        self._documents = self._batches._documents(state)
+def whole_position(position: dict) -> dict:
+    """A position with what the other processes know of it; where it has several shares all have to ask together."""
+    if not isinstance(position.get(_PLACE[0]), list):
+        return position
+    known = processes.largest(np.array(_to_places(position), np.int64))
+    return _to_position(position["next_index"], dict(enumerate(map(tuple, known.tolist()))), len(known))
+
+
+class _Share:
+    """A walk through the documents of one share. `place`: `_PLACE` of what is taken so far."""
+
+    def __init__(self, documents: Iterator[tuple[tuple[int, ...], np.ndarray, int, int]], rows: int, kept: slice):
+        self._documents, self._rows, self._kept = documents, rows, kept
         self._tokens, self._prompt, self._offset = np.zeros(0, np.int32), 0, 0
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        return (*self._document, self._offset)
 
     def _take(self, count: int) -> tuple[np.ndarray, int]:
         """The next tokens, at most `count` and of one document, and how many of them are its prompt's."""
         while self._offset == len(self._tokens):
-            self._place, self._tokens, self._prompt, self._offset = next(self._documents)
+            self._document, self._tokens, self._prompt, self._offset = next(self._documents)
         start, self._offset = self._offset, min(len(self._tokens), self._offset + count)
         return self._tokens[start:self._offset], min(max(self._prompt, start), self._offset) - start
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        step = self._state["next_index"]
-        batch = self._batches._batch(*(self._crops if self._batches.packing == "crop" else self._consecutive)(step))
-        self._state = {"next_index": step + 1, **self._place, "offset": self._offset}
-        return batch
-
-    def _consecutive(self, step: int) -> tuple[np.ndarray, ...]:
-        shape = self._batches.batch_size, self._batches.seq_len
+    def consecutive(self, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """x and score [rows kept, S] of the next step."""
+        shape = self._rows, seq_len
         x, score = np.empty(shape, np.int32), np.ones(shape, np.bool_)
         done, flat_x, flat_score = 0, x.reshape(-1), score.reshape(-1)
         while done < x.size:
@@ -476,11 +530,54 @@ class _Stream:
             flat_x[done:done + len(piece)] = piece
             flat_score[done:done + prompt] = False
             done += len(piece)
+        return x[self._kept], score[self._kept]
+
+    def documents(self) -> list[tuple[np.ndarray, int]]:
+        """Tokens and prompt length of the next step's documents, of the rows kept."""
+        return [self._take(sys.maxsize) for _ in range(self._rows)][self._kept]
+
+
+class _Stream:
+    """Packs streamed documents into batches: an iterator with a state, as Grain's prefetching asks for."""
+
+    def __init__(self, batches: StreamBatches):
+        self._batches = batches
+        begin = dict.fromkeys(range(batches.process_count), (0,) * len(_PLACE))
+        self.set_state(_to_position(0, begin, batches.process_count))
+
+    def get_state(self) -> dict[str, Any]:
+        return self._state
+
+    def set_state(self, state: dict) -> None:
+        own, places = self._batches, _to_places(state)
+        rows, odd = divmod(own.batch_size, len(places))
+        if odd:
+            raise ValueError(f"the data position has {len(places)} shares, which must divide train.batch_size="
+                             f"{own.batch_size}: go on with the batch size it was saved with")
+        first, end = int(own._index[0]), int(own._index[-1]) + 1
+        numbers = range(first // rows, (end - 1) // rows + 1)
+        if any(places[number][0] < 0 for number in numbers):
+            raise ValueError("the data position lacks shares that other processes walked: save its whole_position")
+        threads = min(8, core_count()) // len(numbers) or 1
+        self._shares = {
+            number: _Share(own._documents(number, len(places), places[number], threads), rows,
+                           slice(max(0, first - number * rows), end - number * rows)) for number in numbers}
+        self._state, self._count = state, len(places)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        step = self._state["next_index"]
+        batch = self._batches._batch(*(self._crops if self._batches.packing == "crop" else self._consecutive)(step))
+        places = {number: share.place for number, share in self._shares.items()}
+        self._state = _to_position(step + 1, places, self._count)
+        return batch
+
+    def _consecutive(self, step: int) -> tuple[np.ndarray, ...]:
+        parts = [share.consecutive(self._batches.seq_len) for share in self._shares.values()]
         limits = self._batches._draw(step)[0]
-        return x[self._rows].copy(), score[self._rows], limits, limits
+        return *(np.concatenate(part) for part in zip(*parts, strict=True)), limits, limits
 
     def _crops(self, step: int) -> tuple[np.ndarray, ...]:
-        documents = [self._take(sys.maxsize) for _ in range(self._batches.batch_size)][self._rows]
+        documents = [document for share in self._shares.values() for document in share.documents()]
         limits, draws = self._batches._draw(step)
         prompts = np.array([prompt for _, prompt in documents])
         starts, sizes = _window(np.array([len(ids) for ids, _ in documents]), prompts, limits, draws)

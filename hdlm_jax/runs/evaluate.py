@@ -39,9 +39,9 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
         return found
     rows = run.valid_rows(config.model.seq_len, config.evaluate.rows)
     evaluator = evaluator_of(run)
-    started = time.time()
+    started = time.monotonic()
     nats, tau, q = evaluator.nats(run.params, rows, config.evaluate.draws)
-    seconds = time.time() - started
+    seconds = time.monotonic() - started
     result = summarise(nats, rows["tokens"], tau, q) | ({"se_time": 0.0} if run.process.exact else {})
     whole = result["tokens"] == manifest.valid_scored_tokens
     per_byte = manifest.valid_scored_tokens / manifest.valid_scored_bytes / math.log(2)

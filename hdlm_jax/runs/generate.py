@@ -56,10 +56,10 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
     else:
         result, tokens = _sample(run, workdir, made_from, helper)
     if judge and (result.get("judge") or {}).get("made_from") != judges.made_from(judge):
-        started = time.time()
+        started = time.monotonic()
         given = result["prompt_tokens"]
         found = judges.record(judge, run.tokenizer, tokens, given, real_texts(run, len(tokens), result["seq_len"]))
-        result["judge"] = found | {"sampling": sampling_facts(run, g, result), "seconds": time.time() - started}
+        result["judge"] = found | {"sampling": sampling_facts(run, g, result), "seconds": time.monotonic() - started}
         if processes.is_main_process():
             write_json(summary, result)
     if judge:
@@ -113,11 +113,11 @@ def _sample(run: Run, workdir: str, made_from: dict, helper: Run) -> tuple[dict[
     ids = run.tokenizer.encode(g.prompt) if g.prompt else np.zeros(0, np.int32)
     canvas, length, scaffold = _canvas(run, g, ids)
     draw = sampler.sampler_of(run, helper)
-    started = time.time()
+    started = time.monotonic()
     sampler.compile_for(draw, canvas, g)
-    compiled = time.time()
+    compiled = time.monotonic()
     out = draw(canvas, g)
-    seconds = time.time() - compiled
+    seconds = time.monotonic() - compiled
     whole = [row[: min(n, length)] for row, n in zip(out["tokens"], out["length"], strict=True)]
     tokens = whole if scaffold else [sampler.ended(row, len(ids), run.tokenizer.eot, g.stop) for row in whole]
     texts = [scaffold.text(row) if scaffold else sampler.text_of(run.tokenizer, row, g.stop) for row in tokens]

@@ -228,7 +228,7 @@ def batches_of(config: Config, text: PreparedData) -> Any:
         process_index=jax.process_index(), process_count=jax.process_count(), packing=d.packing,
         padding=d.padding, variable_share=d.variable_share)
     if not d.stream:
-        return pipeline.TrainBatches(text.dir, **how)
+        return pipeline.TrainBatches(text.dir, read_threads=d.read_threads, **how)
     reader, train, valid = text_prepare.what_to_read(d)
     held = text_prepare.held_out(reader, valid)
 

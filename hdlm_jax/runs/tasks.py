@@ -34,7 +34,7 @@ from hdlm_jax.training.loading import check_writable, load_run
 
 def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bool) -> dict[str, Any]:
     """Nats per token, bits per byte and perplexities of documents, with standard errors. words: those by words too."""
-    tokenizer, started = scorer.run.tokenizer, time.time()
+    tokenizer, started = scorer.run.tokenizer, time.monotonic()
     ids = [np.append(found, np.int32(tokenizer.eot)) for found in tokenizer.encode_batch([p.text for p in passages])]
     run, s = scorer.run, scorer.seq_len
     pieces = split(np.concatenate(ids), s) if protocol == "packed" else split_all(ids, s, ends=run.ends)[0]
@@ -51,7 +51,7 @@ def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bo
         per_word = found["tokens"] / count
         by_word = exp(found["nelbo"] * per_word)
         found |= {"words": count, "word_perplexity": by_word, "word_perplexity_se": by_word * found["se"] * per_word}
-    return found | {"seconds": time.time() - started}
+    return found | {"seconds": time.monotonic() - started}
 
 
 def _share(right: np.ndarray) -> tuple[float, float]:
@@ -62,7 +62,7 @@ def _share(right: np.ndarray) -> tuple[float, float]:
 
 def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
     """Accuracy by the conditional NELBO of the choices; of single choices its perplexity and the greedy one."""
-    started, tokenizer = time.time(), scorer.run.tokenizer
+    started, tokenizer = time.monotonic(), scorer.run.tokenizer
     encoded = [[encode_pair(tokenizer, *pair) for pair in zip(q.contexts, q.choices, strict=True)] for q in questions]
     asked = [Choices(*zip(*pairs, strict=True)) for pairs in encoded]
     found = scorer.rank(asked)
@@ -85,7 +85,7 @@ def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
         by_word = exp(float(right.mean()))
         out |= {"word_nats": float(right.mean()), "word_nats_se": float(se),
                 "word_perplexity": by_word, "word_perplexity_se": by_word * float(se)}
-    return out | {"seconds": time.time() - started}
+    return out | {"seconds": time.monotonic() - started}
 
 
 def sources(config: Config) -> dict[str, str | list[str]]:

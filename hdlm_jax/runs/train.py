@@ -17,7 +17,7 @@ from hdlm_jax.common.console import measured, progress, say
 from hdlm_jax.common.jsons import write_json
 from hdlm_jax.config import Config, ConfigError, resolve
 from hdlm_jax.data.embeddings import initial_table
-from hdlm_jax.data.pipeline import given, valid_rows
+from hdlm_jax.data.pipeline import given, valid_rows, whole_position
 from hdlm_jax.evaluation.elbo import Evaluator, summarise
 from hdlm_jax.models.network import flops_per_token
 from hdlm_jax.runs.interrupt import RESUME_EXIT, Stop, Timer
@@ -98,7 +98,7 @@ class Recorder:
         self.last_finite: dict[str, float] = {}
         self.once: dict[str, float] = {}  # goes with the next record alone
         self.steps = -1  # timed since the last record; the first step compiles and is not
-        self.since, self.waited = time.time(), 0.0
+        self.since, self.waited = time.monotonic(), 0.0
 
     def add(self, step: int, values: dict[str, float]) -> bool:
         """Takes a step's metrics; False where its loss or gradient is not finite."""
@@ -110,7 +110,7 @@ class Recorder:
 
     def record(self, step: int, skipped: int) -> dict[str, Any]:
         """The record of the steps since the last one."""
-        seconds = max(time.time() - self.since, 1e-9)
+        seconds = max(time.monotonic() - self.since, 1e-9)
         timed = self.steps >= self.config.train.log_every  # else too short: step and read-out overlap by one
         rate = self.steps * self.tokens_a_step / seconds if timed else None
         mean = {name: float(np.mean([v[name] for v in self.window])) if self.window else math.nan
@@ -120,7 +120,7 @@ class Recorder:
                   "mfu": rate * self.flops / self.peak / jax.device_count() if self.peak and rate else None,
                   "input_wait": self.waited / seconds}
         self.window.clear()
-        self.steps, self.since, self.waited = 0, time.time(), 0.0
+        self.steps, self.since, self.waited = 0, time.monotonic(), 0.0
         return record
 
     def write(self, record: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ class Loop:
     """One training: its parts, made once; then `begin`, `run` and `conclude`."""
 
     def __init__(self, config: Config, workdir: str, stop: Stop, profile: bool = False):
-        self.config, self.workdir, self.stop, self.began = config, workdir, stop, time.time()
+        self.config, self.workdir, self.stop, self.began = config, workdir, stop, time.monotonic()
         self.mesh = parallel.make_mesh(config)
         shards = parallel.batch_shards(self.mesh)
         if config.train.batch_size % (shards * config.train.microbatches):
@@ -200,13 +200,13 @@ class Loop:
 
     def _compile(self) -> None:
         """Before the state is made, so that the memory of compiling is free again."""
-        began = time.time()
+        began = time.monotonic()
         step = make_train_step(self.config, self.network, self.process, self.tx, self.mesh)
         jitted = parallel.compile_step(step, self.mesh, self.shardings)
         example = parallel.put_batch(self.mesh, self.batches.example())
         if self.start < self.config.train.steps:
             self.step = parallel.compile_ahead(jitted, self.abstract, example, self.key)
-        self.compile_s = time.time() - began
+        self.compile_s = time.monotonic() - began
 
     def _fresh_state(self) -> TrainState:
         """A state at step 0: random, from the clustering embeddings, or from another run's weights."""
@@ -247,21 +247,21 @@ class Loop:
                 self.recorder.file.close()
 
     def _dispatch(self, step: int) -> Dispatched:
-        waited = time.time()
+        waited = time.monotonic()
         place = self.iterator.get_state()
         rows = next(self.iterator)
-        self.recorder.waited += time.time() - waited
+        self.recorder.waited += time.monotonic() - waited
         batch = parallel.put_batch(self.mesh, rows)
         if step == self.traced[0]:
             jax.profiler.start_trace(os.path.join(self.workdir, "profile"))
         self.state, metrics = self.step(self.state, batch, self.key)
         if step == self.start + 1:
             jax.block_until_ready(metrics)
-            once = {"compile_s": round(self.compile_s, 3), "first_step_s": round(time.time() - self.began, 3)}
+            once = {"compile_s": round(self.compile_s, 3), "first_step_s": round(time.monotonic() - self.began, 3)}
             say(f"train: first step done after {once['first_step_s']:.1f} s, {once['compile_s']:.1f} s of it "
                 "compilation")
             self.recorder.once = once
-            self.recorder.since, self.recorder.waited = time.time(), 0.0
+            self.recorder.since, self.recorder.waited = time.monotonic(), 0.0
         if step == self.traced[1]:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
@@ -310,7 +310,8 @@ class Loop:
         """Says which batch gave no finite loss; too many of them stop the run and leave the batch to look at."""
         limit = self.config.train.nonfinite_limit
         found = f"train: loss={values['loss']} grad_norm={values['grad_norm']} at step {done.step}"
-        which = f"the batch at position {jsons.dumps(done.place)} of data {self.text.manifest.fingerprint[:12]}"
+        place, data = jsons.dumps(whole_position(done.place)), self.text.manifest.fingerprint[:12]
+        which = f"the batch at position {place} of data {data}"
         if values["skipped"] <= limit:
             say(f"{found}: skipped {which} (no. {values['skipped']:.0f} of at most {limit})")
             return
@@ -326,14 +327,14 @@ class Loop:
 
     def _measure(self) -> dict[str, float]:
         """The bound of the first validation rows, one draw; its time is not the training's."""
-        pause = time.time()
+        pause = time.monotonic()
         nats, tau, q = self.evaluator.nats(self.state.ema or self.state.params, self.rows, 1, "validation")
         result = summarise(nats, self.rows["tokens"], tau, q)
-        self.recorder.since += time.time() - pause
+        self.recorder.since += time.monotonic() - pause
         return {"valid_nelbo": float(result["nelbo"]), "valid_se": float(result["se"])}
 
     def _save(self, step: int, valid: dict[str, float]) -> None:
-        meta = self.facts | {"config": self.config.as_dict(), "position": self.iterator.get_state(),
+        meta = self.facts | {"config": self.config.as_dict(), "position": whole_position(self.iterator.get_state()),
                              "trained_on": self.here, "window": self.recorder.window}
         self.checkpoints.save(step, self.state, meta, {"nelbo": valid.get("valid_nelbo", math.inf)})
         self.timer.restart()

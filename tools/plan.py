@@ -16,7 +16,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,8 +38,9 @@ from tools import cli
 
 MFU = 0.4  # of the chips' bf16 peak: an assumption, not a measurement
 TOKENS = 131e9  # of the published runs
-# by device_kind (vendor's data sheets): GiB of memory, and bytes/s of all links of a chip to others, one way
-CHIPS = {"TPU v5 lite": (16, 200e9), "TPU v5": (95, 600e9), "TPU v6 lite": (32, 400e9)}
+# by device_kind (vendor's data sheets): GiB of memory, bytes/s of all links of a chip to others, one way, and the clock
+# that makes the peak of the matrix units, of which the compiler counts cycles
+CHIPS = {"TPU v5 lite": (16, 200e9, 1.503e9), "TPU v5": (95, 600e9, 1.751e9), "TPU v6 lite": (32, 400e9, 1.751e9)}
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
@@ -191,11 +192,11 @@ def _trips(line: str, lines: dict[str, list[str]]) -> int | None:
     return None
 
 
-def collectives(text: str, shape: dict[str, int]) -> list[Collective]:
-    """The exchanges between devices in an optimised HLO text, loops multiplied out; the most bytes moved first.
+def walk(text: str) -> Iterator[tuple[str, bool, int, bool]]:
+    """(line, inside, times, loop) of an optimised HLO text, as a device goes through it.
 
-    Args:
-      shape: names and sizes of the mesh's axes; its devices are numbered in that order.
+    inside: it is of a fusion, which a device runs as one line. times: how often; where `loop`, how often if the loops
+    around it whose length the data decide had one pass each.
     """
     lines: dict[str, list[str]] = {}
     name = entry = ""
@@ -206,38 +207,58 @@ def collectives(text: str, shape: dict[str, int]) -> list[Collective]:
         elif line.startswith(" ") and name:
             lines[name].append(line)
 
-    kinds, devices = "|".join(KINDS), int(np.prod(list(shape.values())))
-    found_in: dict[Any, Collective] = {}
-
-    def visit(computation: str, host: str, times: int, loop: bool) -> None:
-        """host: the computation that a device runs line by line, of which a fusion is one line."""
+    def visit(computation: str, inside: bool, times: int, loop: bool) -> Iterator[tuple[str, bool, int, bool]]:
         for line in lines[computation]:
-            if op := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
-                groups = _groups(line, devices)
-                kind, each, size = op[2], groups.shape[1], _array_bytes(op[1])
-                if op[3] and kind == "all-gather":  # gives (what went in, what comes out)
-                    size = size * each // (each + 1)
-                elif op[3] and kind == "collective-permute":
-                    size //= 2
-                if kind == "reduce-scatter":
-                    size *= each
-                share = {"all-reduce": 2 * (each - 1) / each, "collective-permute": 1.0}.get(kind, (each - 1) / each)
-                where = re.search(r'op_name="([^"]*)"', line)
-                one = Collective(kind, _axes(groups, shape), size, times, loop, round(share * size * times),
-                                 where[1] if where else "")
-                # one that is spread over several fusions, to overlap with their work (and be it a loop's), appears in
-                # each of them: it happens as often as the outermost
-                channel = re.search(r"channel_id=\d+", line) if host != computation else None
-                key = channel[0] if channel else len(found_in)
-                found_in[key] = min(one, found_in.get(key, one), key=lambda c: (c.loop, c.times))
+            yield line, inside, times, loop
             trips = _trips(line, lines) if " while(" in line else 1
             for role, many, single in _CALLS.findall(line):
                 for callee in re.findall(r"[\w.\-]+", many or single):
                     if callee in lines:
-                        inside = trips if role in ("body", "condition") else 1
-                        visit(callee, host if " fusion(" in line else callee, times * (inside or 1), loop or not inside)
+                        passes = trips if role in ("body", "condition") else 1
+                        yield from visit(callee, inside or " fusion(" in line, times * (passes or 1), loop or not passes)
 
-    visit(entry, entry, 1, False)
+    return visit(entry, False, 1, False)
+
+
+def cycles(text: str) -> tuple[int, int]:
+    """The compiler's estimate of a step in cycles, and that of one pass of each loop whose length the data decide.
+
+    Of kernels (Pallas) and of exchanges it has none.
+    """
+    total = [0, 0]
+    for line, inside, times, loop in walk(text):
+        if not inside and (found := re.search(r'"estimated_cycles":"(\d+)"', line)):
+            total[loop] += times * int(found[1])
+    return total[0], total[1]
+
+
+def collectives(text: str, shape: dict[str, int]) -> list[Collective]:
+    """The exchanges between devices in an optimised HLO text, loops multiplied out; the most bytes moved first.
+
+    Args:
+      shape: names and sizes of the mesh's axes; its devices are numbered in that order.
+    """
+    kinds, devices = "|".join(KINDS), int(np.prod(list(shape.values())))
+    found_in: dict[Any, Collective] = {}
+    for line, inside, times, loop in walk(text):
+        if op := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
+            groups = _groups(line, devices)
+            kind, each, size = op[2], groups.shape[1], _array_bytes(op[1])
+            if op[3] and kind == "all-gather":  # gives (what went in, what comes out)
+                size = size * each // (each + 1)
+            elif op[3] and kind == "collective-permute":
+                size //= 2
+            if kind == "reduce-scatter":
+                size *= each
+            share = {"all-reduce": 2 * (each - 1) / each, "collective-permute": 1.0}.get(kind, (each - 1) / each)
+            where = re.search(r'op_name="([^"]*)"', line)
+            one = Collective(kind, _axes(groups, shape), size, times, loop, round(share * size * times),
+                             where[1] if where else "")
+            # one that is spread over several fusions, to overlap with their work (and be it a loop's), appears in
+            # each of them: it happens as often as the outermost
+            channel = re.search(r"channel_id=\d+", line) if inside else None
+            key = channel[0] if channel else len(found_in)
+            found_in[key] = min(one, found_in.get(key, one), key=lambda c: (c.loop, c.times))
     alike: dict[tuple, list[Collective]] = collections.defaultdict(list)
     for one in found_in.values():
         alike[(one.kind, one.axes, one.bytes, one.loop, one.op)].append(one)
@@ -254,10 +275,12 @@ def plan(config: Config, devices, name: str = "") -> dict[str, Any]:
 
     Bytes are those of one device; `peak` is arguments + temporaries + code + what of the outputs is not an argument's
     place. Where the compiler refuses the program for its size there is `refused`, its words, in place of the bytes.
-    `step_s`, `tokens_per_s` and `days` are arithmetic at MFU, `links_s` at the links' full speed: no measurements.
+    `step_s`, `tokens_per_s` and `days` are arithmetic at MFU, `links_s` at the links' full speed, `estimate_s` the
+    compiler's own estimate of all but kernels, exchanges and the head's loops (`estimate_a_pass_s`: one pass of these):
+    no measurements.
     """
     kind, hierarchy = devices[0].device_kind, balanced(config)
-    gib, links = CHIPS.get(kind, (None, None))
+    gib, links, clock = CHIPS.get(kind, (None, None, None))
     lowered, state = lower(config, hierarchy, devices)
     tokens = config.train.batch_size * config.model.seq_len
     flops = flops_per_token(config, hierarchy, build(config, hierarchy)[1]) * tokens
@@ -286,20 +309,22 @@ def plan(config: Config, devices, name: str = "") -> dict[str, Any]:
              "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
              "code": memory.generated_code_size_in_bytes}
     sizes["peak"] = sum(sizes.values()) - 2 * sizes["aliased"]
-    found = collectives(compiled.as_text(), shape)
+    text = compiled.as_text()
+    found = collectives(text, shape)
     out |= {"bytes": sizes, "hbm_gib": gib, "fits": None if gib is None else sizes["peak"] < gib * 2**30,
             "moved_bytes": sum(c.moved for c in found if not c.loop),
             "moved_bytes_a_pass": sum(c.moved for c in found if c.loop),
             "collectives": [c._asdict() for c in found]}
-    if links:
-        out["links_s"] = out["moved_bytes"] / links
+    if links and clock:
+        fixed, a_pass = cycles(text)
+        out |= {"links_s": out["moved_bytes"] / links, "estimate_s": fixed / clock, "estimate_a_pass_s": a_pass / clock}
     return out
 
 
 def table(plans: list[dict[str, Any]]) -> str:
     """Plans as a Markdown table; bytes are a device's, moved bytes and seconds those of a step."""
     names = ("config", "head", "topology", "data, fsdp, tensor", "microbatches", "state GiB", "temporary GiB",
-             "peak GiB", "fits", "moved GiB", "at full links s", f"at {MFU:.0%} MFU s", "tokens/s",
+             "peak GiB", "fits", "moved GiB", "at full links s", "estimate s", "a pass s", f"at {MFU:.0%} MFU s", "tokens/s",
              f"days for {TOKENS / 1e9:.0f}B", "compiled s")
     rows = []
     for p in plans:
@@ -309,7 +334,7 @@ def table(plans: list[dict[str, Any]]) -> str:
             p["config"], p["head"], p.get("topology", ""), ", ".join(map(str, p["mesh"].values())),
             str(p["microbatches"]), gib.get("arguments", ""), gib.get("temporaries", ""), gib.get("peak", ""),
             {True: "yes", False: "no", None: ""}[p["fits"]], number("moved_bytes", ".1f", 2**30),
-            number("links_s", ".2f"), number("step_s", ".2f"), number("tokens_per_s", ",.0f"), number("days", ".1f"),
+            number("links_s", ".2f"), number("estimate_s", ".3f"), number("estimate_a_pass_s", ".4f"), number("step_s", ".2f"), number("tokens_per_s", ",.0f"), number("days", ".1f"),
             number("compile_s", ".0f")))
     return markdown(names, rows)
 

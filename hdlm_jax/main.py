@@ -166,6 +166,14 @@ def run(argv: list[str]) -> None:
             main(argv)
         except (ValueError, OSError, TrainingStopped) as error:
             _stop(error, error.__cause__)
+        except RuntimeError as error:
+            from hdlm_jax.common.parallel import out_of_memory
+            from hdlm_jax.training.fitting import HELP
+            if not (said := out_of_memory(error)):
+                raise
+            remedy = {"train": HELP, "cluster": "use a machine with more memory"}.get(
+                _MODE.value, f"lower {_MODE.value}.batch_size or give parallel.fsdp more devices")
+            _stop(MemoryError(f"--mode={_MODE.value} ran out of a device's memory ({said}); {remedy}"), error)
     except KeyboardInterrupt:
         if os.environ.get("HDLM_TRACEBACK"):
             raise

@@ -12,9 +12,9 @@ from hdlm_jax import config
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.models import network as network_module
+from hdlm_jax.models.attention import Seen, attention
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
-from hdlm_jax.models.network import Network, attention, flops_per_token, make_network
+from hdlm_jax.models.network import Network, flops_per_token, make_network
 
 B, S, V, N = 3, 10, 150, 256
 FLAT = FlatHead(Hierarchy.from_parents([], vocab_size=V))
@@ -263,9 +263,9 @@ def test_attention_on_cpu_is_the_library_s(monkeypatch):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((B, S, 2, 8)), jnp.float32) for _ in range(3))
     mask = jnp.asarray(rng.random((B, 1, 1, S)) < 0.6).at[..., 0].set(True)
-    ours = [attention(q, k, v), attention(q, k, v, mask)]
-    monkeypatch.setattr(network_module.jax, "default_backend", lambda: "gpu")
-    for mine, theirs in zip(ours, [attention(q, k, v), attention(q, k, v, mask)], strict=True):
+    ours = [attention(q, k, v), attention(q, k, v, Seen(mask=mask))]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for mine, theirs in zip(ours, [attention(q, k, v), attention(q, k, v, Seen(mask=mask))], strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 

@@ -12,7 +12,6 @@ import pytest
 from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.decoding.sparse_attention import Sparse, SparseD, kept_blocks
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models import network as network_module
 from hdlm_jax.models.heads import FlatHead
 from hdlm_jax.models.network import Network, attention, rotary
 from hdlm_jax.models.quantise import LAYERS, quantise, rotate
@@ -253,7 +252,7 @@ def test_on_an_accelerator_the_mask_is_the_same(monkeypatch):
     eye = jnp.broadcast_to(jnp.eye(cache.kept.shape[-1], dtype=bool)[None, None, None], cache.kept.shape)
     cache = cache._replace(kept=eye, made=~cache.made)
     for name in ("cpu", "gpu"):
-        monkeypatch.setattr(network_module, "backend", lambda name=name: name)
+        monkeypatch.setattr(parallel, "platform", lambda name=name: name)
         found.append(jax.jit(lambda cache: sparse(cache, rows)[0].hidden)(cache))
     np.testing.assert_allclose(*(np.asarray(h)[np.asarray(rows.active)] for h in found), rtol=1e-3, atol=1e-4)
 

@@ -31,6 +31,7 @@ from hdlm_jax.common.console import markdown, say
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.network import flops_per_token
+from hdlm_jax.training.fitting import TooLarge, fit
 from hdlm_jax.training.metrics import peak_flops
 from hdlm_jax.training.state import abstract_state, build, make_optimizer
 from hdlm_jax.training.step import make_train_step
@@ -70,8 +71,8 @@ def balanced(config: Config) -> Hierarchy:
     return Hierarchy.from_parents(maps, vocab_size=sizes[0])
 
 
-def topology(name: str):
-    """The devices of a TPU topology by its name, as in v5e:16x16 or v5p:8x8x4.
+def topology(name: str, slices: int = 1):
+    """The devices of a TPU topology by its name, as in v5e:16x16 or v5p:8x8x4, so many times.
 
     Raises:
       ConfigError: no such topology, or no compiler for it.
@@ -88,7 +89,7 @@ def topology(name: str):
         raise ConfigError(f"--topology={name!r}: needs the TPU compiler (pip install libtpu, or "
                           "launch/compile_plan.sh)") from None
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise ConfigError(f"--topology={name!r}: must be a chip and its grid, as in v5e:16x16 or v5p:8x8x4 "
                           f"({str(error).splitlines()[0]})") from None
@@ -214,8 +215,8 @@ def walk(text: str) -> Iterator[tuple[str, bool, int, bool]]:
             for role, many, single in _CALLS.findall(line):
                 for callee in re.findall(r"[\w.\-]+", many or single):
                     if callee in lines:
-                        passes = trips if role in ("body", "condition") else 1
-                        yield from visit(callee, inside or " fusion(" in line, times * (passes or 1), loop or not passes)
+                        n = trips if role in ("body", "condition") else 1
+                        yield from visit(callee, inside or " fusion(" in line, times * (n or 1), loop or not n)
 
     return visit(entry, False, 1, False)
 
@@ -281,40 +282,45 @@ def plan(config: Config, devices, name: str = "") -> dict[str, Any]:
     """
     kind, hierarchy = devices[0].device_kind, balanced(config)
     gib, links, clock = CHIPS.get(kind, (None, None, None))
-    lowered, state = lower(config, hierarchy, devices)
     tokens = config.train.batch_size * config.model.seq_len
     flops = flops_per_token(config, hierarchy, build(config, hierarchy)[1]) * tokens
     shape = dict(zip(parallel.AXES, config.parallel.shape(len(devices)), strict=True))
     out: dict[str, Any] = {
         "config": name, "jax": jax.__version__, "compiler": " ".join(devices[0].client.platform_version.split()),
         "device_kind": kind, "devices": len(devices), "mesh": shape,
-        "head": config.model.head, "parameters": sum(a.size for a in jax.tree.leaves(state.params)),
+        "head": config.model.head, "attention": config.model.attention, "remat": config.model.remat,
         "batch_size": config.train.batch_size, "seq_len": config.model.seq_len,
         "microbatches": config.train.microbatches, "tokens_per_step": tokens, "flops_per_step": flops, "mfu": MFU}
     if peak := peak_flops(kind):
         seconds = flops / (MFU * peak * len(devices))
         out |= {"step_s": seconds, "tokens_per_s": tokens / seconds, "days": TOKENS / tokens * seconds / 86_400}
     started = time.perf_counter()
+
+    def compiled_as(way: Config) -> parallel.Compiled:
+        lowered, state = lower(way, hierarchy, devices)
+        out["parameters"] = sum(a.size for a in jax.tree.leaves(state.params))
+        return lowered.compile()
+
     try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return out | {"fits": False, "refused": " ".join(str(error).split())[:300],
-                      "compile_s": time.perf_counter() - started}
+        with parallel.made_for(parallel.make_mesh(config, devices)):
+            found = fit(config, shape["data"] * shape["fsdp"], compiled_as, int((gib or 0) * 2**30))
+    except TooLarge as error:
+        return out | {"fits": False, "refused": str(error), "compile_s": time.perf_counter() - started}
+    compiled, way = found.compiled, found.config
+    out |= {"remat": way.model.remat, "microbatches": way.train.microbatches, "why": found.why}
     out["compile_s"] = time.perf_counter() - started
     out["host_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # the most so far; KiB on Linux
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
     sizes = {"arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
              "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
              "code": memory.generated_code_size_in_bytes}
-    sizes["peak"] = sum(sizes.values()) - 2 * sizes["aliased"]
-    text = compiled.as_text()
-    found = collectives(text, shape)
+    sizes["peak"] = found.bytes
+    exchanged = collectives(text, shape)
     out |= {"bytes": sizes, "hbm_gib": gib, "fits": None if gib is None else sizes["peak"] < gib * 2**30,
-            "moved_bytes": sum(c.moved for c in found if not c.loop),
-            "moved_bytes_a_pass": sum(c.moved for c in found if c.loop),
-            "collectives": [c._asdict() for c in found]}
+            "moved_bytes": sum(c.moved for c in exchanged if not c.loop),
+            "moved_bytes_a_pass": sum(c.moved for c in exchanged if c.loop),
+            "collectives": [c._asdict() for c in exchanged]}
     if links and clock:
         fixed, a_pass = cycles(text)
         out |= {"links_s": out["moved_bytes"] / links, "estimate_s": fixed / clock, "estimate_a_pass_s": a_pass / clock}
@@ -323,18 +329,20 @@ def plan(config: Config, devices, name: str = "") -> dict[str, Any]:
 
 def table(plans: list[dict[str, Any]]) -> str:
     """Plans as a Markdown table; bytes are a device's, moved bytes and seconds those of a step."""
-    names = ("config", "head", "topology", "data, fsdp, tensor", "microbatches", "state GiB", "temporary GiB",
-             "peak GiB", "fits", "moved GiB", "at full links s", "estimate s", "a pass s", f"at {MFU:.0%} MFU s", "tokens/s",
-             f"days for {TOKENS / 1e9:.0f}B", "compiled s")
+    names = ("config", "head", "topology", "data, fsdp, tensor", "parts", "remat", "state GiB", "temporary GiB",
+             "peak GiB", "fits", "moved GiB", "at full links s", "estimate s", "a pass s", f"at {MFU:.0%} MFU s",
+             "tokens/s", f"days for {TOKENS / 1e9:.0f}B", "compiled s")
     rows = []
     for p in plans:
         gib = {name: f"{size / 2**30:.2f}" for name, size in p.get("bytes", {}).items()}
         number = lambda name, form, by=1.0, p=p: format(p[name] / by, form) if name in p else ""  # noqa: E731
         rows.append((
             p["config"], p["head"], p.get("topology", ""), ", ".join(map(str, p["mesh"].values())),
-            str(p["microbatches"]), gib.get("arguments", ""), gib.get("temporaries", ""), gib.get("peak", ""),
+            str(p["microbatches"]), p.get("remat", ""), gib.get("arguments", ""), gib.get("temporaries", ""),
+            gib.get("peak", ""),
             {True: "yes", False: "no", None: ""}[p["fits"]], number("moved_bytes", ".1f", 2**30),
-            number("links_s", ".2f"), number("estimate_s", ".3f"), number("estimate_a_pass_s", ".4f"), number("step_s", ".2f"), number("tokens_per_s", ",.0f"), number("days", ".1f"),
+            number("links_s", ".2f"), number("estimate_s", ".3f"), number("estimate_a_pass_s", ".4f"),
+            number("step_s", ".2f"), number("tokens_per_s", ",.0f"), number("days", ".1f"),
             number("compile_s", ".0f")))
     return markdown(names, rows)
 
@@ -354,6 +362,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, flags.FlagVal
     """The tool's own arguments, and those of a config (--config=FILE, --config.model.head=flat)."""
     ask = cli.Parser("plan", __doc__)
     ask.add_argument("--topology", default="v5e:16x16", help="chip and grid, as in v5e:16x16 or v5p:8x8x4")
+    ask.add_argument("--slices", type=cli.at_least(1), default=1, help="of that topology, joined by a slower network")
     ask.add_argument("--mesh", action="append", default=[],
                      help="data,fsdp,tensor; may be given several times (default: the config's)")
     ask.add_argument("--out", default="", metavar="FILE", help="to add the plans to, a line of JSON each")
@@ -392,11 +401,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not given.table:
             jax.config.update("jax_platforms", "cpu")  # with libtpu installed jax would look for a TPU
             jax.config.update("jax_enable_compilation_cache", False)  # or compile_s is that of a look-up
-            devices = topology(given.topology)
+            devices = topology(given.topology, given.slices)
             name = os.path.splitext(os.path.basename(config_flags.get_config_filename(f["config"])))[0]
             for config in meshes(f.config, given.mesh):
-                found = plan(config, devices, name) | {"topology": given.topology}
-                say(f"plan: {name}, {given.topology}, {found['mesh']}\n"
+                found = plan(config, devices, name) | {
+                    "topology": given.topology if given.slices == 1 else f"{given.slices} x {given.topology}"}
+                say(f"plan: {name}, {given.topology}, {found['mesh']}: {found.get('why', '')}\n"
                     + (found.get("refused") or exchanges(found["collectives"], given.top)))
                 plans.append(found)
                 if given.out:

@@ -18,12 +18,12 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hdlm_jax.common.console import progress
-from hdlm_jax.config import Config
+from hdlm_jax.config import Config, ConfigError
 
 Tree: TypeAlias = Any  # a pytree of arrays: parameters, a state, a batch
 Rows: TypeAlias = Mapping[str, np.ndarray]  # a batch on this host: arrays by name, rows in front
@@ -53,9 +53,20 @@ def platform() -> str:
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh ('data', 'fsdp', 'tensor') over all devices (or those given); ConfigError if the shape does not fit."""
+    """The mesh ('data', 'fsdp', 'tensor') over all devices (or those given); ConfigError if the shape does not fit.
+
+    Of several slices of TPUs, which a slower network joins, the data axis alone goes from one to another.
+    """
     devices = jax.devices() if devices is None else devices
     shape = config.parallel.shape(len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if shape[0] % slices:
+            raise ConfigError(f"parallel.data={shape[0]}: must be a multiple of the {slices} slices, as only this axis "
+                              "may go from one to another")
+        inside = (shape[0] // slices, *shape[1:])
+        placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+        return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -195,16 +206,28 @@ def keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "hdlm_jax", "compiled"))
 
 
+def free_memory() -> int:
+    """Bytes that a device here has left, the least of all processes; 0 where it does not tell (CPU)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    if jax.process_count() > 1:  # all processes must run the same program
+        free = int(multihost_utils.process_allgather(np.asarray(free // 2**20)).min()) * 2**20
+    return free
+
+
+def out_of_memory(error: Exception) -> str:
+    """What a device or its compiler says where there is not enough memory, in a line; "" for any other error."""
+    text = " ".join(str(error).split())
+    return text[:300] if "RESOURCE_EXHAUSTED" in text else ""
+
+
 def fitting(jitted: Jitted, params: Tree, make_batch: Callable[[int], Tree], rows: int, shards: int, key: jax.Array
             ) -> tuple[Compiled, int]:
     """(compiled, rows): jitted(params, make_batch(rows), key) for as many rows as fit into a device's free memory.
 
     Halves `rows`, which stay a multiple of shards; where the device does not tell its memory (CPU) they stay.
     """
-    stats = jax.local_devices()[0].memory_stats() or {}
-    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-    if jax.process_count() > 1:  # all processes must run the same program
-        free = int(multihost_utils.process_allgather(np.asarray(free)).min())
+    free = free_memory()
     rows = -(-rows // shards) * shards
     while True:
         try:
@@ -213,7 +236,7 @@ def fitting(jitted: Jitted, params: Tree, make_batch: Callable[[int], Tree], row
             if free <= 0 or rows <= shards or memory is None or memory.temp_size_in_bytes < 0.9 * free:
                 return compiled, rows
         except jax.errors.JaxRuntimeError as error:  # some compilers refuse what does not fit
-            if "RESOURCE_EXHAUSTED" not in str(error) or rows <= shards:
+            if not out_of_memory(error) or rows <= shards:
                 raise
         rows = max(shards, rows // 2 // shards * shards)
 

@@ -206,11 +206,12 @@ class ModelConfig(_Section):
     embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by
     dtype: str = "float32"  # of the computation; parameters and logits are float32
     attention: str = "auto"  # kernel: xla | splash (TPU) | cudnn (NVIDIA, bfloat16) | auto: one of these two, or xla
-    remat: str = "auto"  # recomputed in the backward pass: none | cheap (all but products) | all | auto by backend
+    remat: str = "auto"  # recomputed in the backward pass: none | cheap (all but products) | all | auto: what fits
 
     def check(self) -> None:
-        self.among(head=("flat", "factorised"), remat=("auto", "none", "cheap", "all"), attention=("auto", "xla", "splash", "cudnn"),
-                   embeddings=("random", "clusters"), dtype=("float32", "bfloat16"))
+        self.among(head=("flat", "factorised"), attention=("auto", "xla", "splash", "cudnn"),
+                   remat=("auto", "none", "cheap", "all"), embeddings=("random", "clusters"),
+                   dtype=("float32", "bfloat16"))
         self.hold("must be at least 1", "width", "blocks", "heads", "seq_len", "prototypes")
         self.need(self.width % self.heads == 0, "heads", f"must divide model.width={self.width}")
         self.need(self.width // self.heads % 2 == 0, "heads",

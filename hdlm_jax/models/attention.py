@@ -42,7 +42,7 @@ class Seen:
 
     @classmethod
     def of(cls, segment: jax.Array | None, causal: bool = False) -> Seen:
-        """From what `Trunk.hidden` takes: int32 [B, S], each sees its own number; bool [B, 1 or Q, S], what each sees."""
+        """From what `Trunk.hidden` takes: int32 [B, S], each sees its own number; bool [B, 1 or Q, S], what it sees."""
         if segment is None or segment.ndim == 2:
             return cls(segment, segment, causal=causal)
         if segment.shape[1] > 1:
@@ -107,16 +107,18 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) -> jax.Array:
     ids = [jnp.broadcast_to(a, (rows, n)) for a, n in zip(ids, (queries, k.shape[1]), strict=True)]
     free = seen.query is None and not any(a.shape[1] % _LANES for a in (q, k))
     pad = [-a.shape[1] % _LANES for a in (q, k, v)]
-    q, k, v = (jnp.pad(a, ((0, 0), (0, n), (0, 0), (0, 0))) for a, n in zip((q / math.sqrt(dim), k, v), pad, strict=True))
+    heads = [jnp.pad(a, ((0, 0), (0, n), (0, 0), (0, 0)))
+             for a, n in zip((q / math.sqrt(dim), k, v), pad, strict=True)]
     ids = [jnp.pad(a, ((0, 0), (0, n)), constant_values=-2) for a, n in zip(ids, pad[:2], strict=True)]
     interpret = parallel.platform() != "tpu"
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> jax.Array:
         kernel = _splash_kernel(q.shape[1], k.shape[1], q.shape[2], seen.causal, interpret)
         q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
-        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(*ids) if ids else None).swapaxes(1, 2)
+        out: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(*ids) if ids else None)
+        return out.swapaxes(1, 2)
 
-    return parallel.split_heads(run, (q, k, v), () if free else ids)[:, :queries].astype(v.dtype)
+    return parallel.split_heads(run, heads, () if free else ids)[:, :queries].astype(v.dtype)
 
 
 def _splash_kernel(queries: int, keys: int, heads: int, causal: bool, interpret: bool) -> splash.SplashAttentionKernel:

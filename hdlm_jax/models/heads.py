@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -336,12 +336,14 @@ class _Tiles:
         order = jnp.pad(jnp.argsort(place, stable=True), (0, tile))
         first = jnp.searchsorted(jnp.sort(place), jnp.arange(n + 1))  # of each place's tokens in that order
         tiles = jnp.pad(jnp.cumsum((jnp.diff(first) + tile - 1) // tile), (1, 0))  # before each place
+        most = self.wanted.size // tile + n  # tiles there can be
+        place_of = jnp.searchsorted(tiles[1:], jnp.arange(most), side="right")
         starts, sizes = jnp.asarray(b.start[b.node]), jnp.asarray(b.size[b.node])
         rest = ("clusters",) if self.clusters else ()
 
         def step(width: int, low: int, high: int, i: jax.Array, carry: Tree) -> Tree:
             i = i + tiles[low]
-            at = jnp.searchsorted(tiles[1:], i, side="right")
+            at = place_of[i]
             begin = first[at] + (i - tiles[at]) * tile
             index = jax.lax.dynamic_slice_in_dim(order, begin, tile)
             keep = (begin + jnp.arange(tile) < first[at + 1]) & (i < tiles[high])

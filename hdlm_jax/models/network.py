@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import Tree
@@ -27,6 +28,7 @@ from hdlm_jax.models.trunk import Cache
 
 Attend: TypeAlias = Callable[..., jax.Array]
 _SINUSOIDS, _PERIOD = 256, 10_000.0
+_PRODUCT = "product"  # name of what remat="cheap" keeps
 # the axis of a weight, from its last, that parallel.tensor splits: outputs of the first product, inputs of the second;
 # rows of tables; but the width of the factorised head's words, of which blocks of rows are taken
 TENSOR_AXES = {"qkv": -1, "up": -1, "out": -2, "down": -2, "embedding": -2, "head": -2, "words": -1}
@@ -41,8 +43,13 @@ def rotary(seq_len: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rotate(x: jax.Array, cos: np.ndarray | jax.Array, sin: np.ndarray | jax.Array) -> jax.Array:
-    half = x.shape[-1] // 2
-    turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    dim = x.shape[-1]
+    if parallel.platform() == "tpu":  # as a product: moving parts of a vector register costs more there
+        signs = np.where(np.arange(dim) < dim // 2, -1, 1)
+        turn = jnp.asarray(np.roll(np.eye(dim), dim // 2, axis=1) * signs, x.dtype)
+        turned = jnp.matmul(x, turn, precision=jax.lax.Precision.HIGHEST)
+    else:
+        turned = jnp.concatenate([-x[..., dim // 2 :], x[..., : dim // 2]], axis=-1)
     return (x * cos + turned * sin).astype(x.dtype)
 
 
@@ -99,8 +106,8 @@ class Block(nn.Module):
         if position is not None:
             x, *cache = x
         b, s, d = x.shape
-        dense = lambda n, name, bias: nn.DenseGeneral(  # noqa: E731
-            n, use_bias=bias, dtype=self.dtype, kernel_init=_uniform, name=name)
+        dense = lambda n, name, bias: lambda h: checkpoint_name(nn.DenseGeneral(  # noqa: E731
+            n, use_bias=bias, dtype=self.dtype, kernel_init=_uniform, name=name)(h), _PRODUCT)
         drop = nn.Dropout(self.dropout, deterministic=not train)
         shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, d, name="modulation")(cond)
         h = Norm(name="norm1")(x) * (1 + scale1) + shift1
@@ -132,8 +139,8 @@ class Network(nn.Module):
       head: FlatHead or FactorisedHead.
       num_states: number of rows of the embedding table (tokens, clusters, mask and padding).
       dtype: of the matrix products; the residual stream, norms and logits are float32.
-      remat: what the backward pass makes anew: "none", "cheap" (all but matrix products), "all", or "auto": cheap on
-        CPU, where that is faster as well, none elsewhere.
+      remat: what the backward pass makes anew: "none", "cheap" (all but products with weights), "all", or "auto": cheap
+        on CPU, where that is faster as well, none elsewhere (training chooses by memory: `training.fitting`).
       cond: width of the embedded time.
       causal: tokens see those before them and themselves alone (autoregressive).
       attention: the kernel, see `models.attention`.
@@ -166,8 +173,9 @@ class Network(nn.Module):
         block: Any = Block
         if cheap or self.remat == "all":
             keep = jax.checkpoint_policies
-            policy = keep.save_from_both_policies(keep.dots_saveable, keep.save_only_these_names(SAVED)) if cheap else None
-            block = nn.remat(Block, static_argnums=(4,), prevent_cse=False, policy=policy)
+            products = (keep.dots_saveable if parallel.platform() == "cpu" else
+                        keep.save_only_these_names(_PRODUCT, SAVED))  # without those of attention and rotation
+            block = nn.remat(Block, static_argnums=(4,), prevent_cse=False, policy=products if cheap else None)
         self.stack = nn.scan(block, variable_axes={"params": 0, "patch": 0},
                              split_rngs={"params": True, "dropout": True},
                              in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast), length=self.blocks)(

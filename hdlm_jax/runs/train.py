@@ -23,6 +23,7 @@ from hdlm_jax.models.network import flops_per_token
 from hdlm_jax.runs.interrupt import RESUME_EXIT, Stop, Timer
 from hdlm_jax.runs.stages import batches_of, cluster, prepare, word_vectors
 from hdlm_jax.training.checkpoint import Checkpoints
+from hdlm_jax.training.fitting import fit
 from hdlm_jax.training.loading import check_writable, differences, load_params, upgraded
 from hdlm_jax.training.metrics import MetricsFile, peak_flops, plot_curves, read_metrics
 from hdlm_jax.training.state import TrainState, abstract_state, build, init_state, make_optimizer
@@ -201,11 +202,19 @@ class Loop:
     def _compile(self) -> None:
         """Before the state is made, so that the memory of compiling is free again."""
         began = time.monotonic()
-        step = make_train_step(self.config, self.network, self.process, self.tx, self.mesh)
-        jitted = parallel.compile_step(step, self.mesh, self.shardings)
         example = parallel.put_batch(self.mesh, self.batches.example())
+
+        def compiled(config: Config) -> parallel.Compiled:
+            network, process = build(config, self.hierarchy)
+            step = make_train_step(config, network, process, self.tx, self.mesh)
+            return parallel.compile_ahead(parallel.compile_step(step, self.mesh, self.shardings), self.abstract,
+                                          example, self.key)
+
         if self.start < self.config.train.steps:
-            self.step = parallel.compile_ahead(jitted, self.abstract, example, self.key)
+            found = fit(self.config, parallel.batch_shards(self.mesh), compiled, parallel.free_memory())
+            self.step = found.compiled
+            if self.config.model.remat == "auto" and jax.default_backend() != "cpu":
+                say(f"train: model.remat=auto takes the first that fits a device: {found.why}")
         self.compile_s = time.monotonic() - began
 
     def _fresh_state(self) -> TrainState:

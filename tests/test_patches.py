@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hdlm_jax.common import parallel
 from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.decoding.sparse_attention import Sparse, SparseD, kept_blocks
 from hdlm_jax.diffusion.hierarchy import Hierarchy

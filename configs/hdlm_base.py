@@ -15,6 +15,5 @@ def get_config():
     c.model.width = 1024
     c.model.blocks = 24
     c.model.heads = 16
-    c.model.remat = "all"
     c.train.microbatches = 1
     return c

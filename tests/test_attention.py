@@ -18,6 +18,11 @@ from hdlm_jax.models.network import Network
 B, H, D = 2, 2, 16
 
 
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(attentions, "INTERPRET", True)
+
+
 def _arrays(queries, keys, key=0):
     shapes = [(B, n, H, D) for n in (queries, keys, keys)]
     return [jax.random.normal(k, s) for k, s in zip(jax.random.split(jax.random.key(key), 3), shapes, strict=True)]
@@ -88,6 +93,8 @@ def test_auto_takes_the_kernel_of_the_machine(monkeypatch):
     assert taken("gpu", dim=20) == taken("gpu", queries=511, keys=511) == "xla"
     assert taken("tpu", seen=Seen(mask=jnp.ones((1, 1, 512, 512), bool))) == "xla"
     assert taken("tpu", kernel="xla") == taken("gpu", kernel="xla") == "xla"
+    monkeypatch.setattr(attentions, "INTERPRET", False)
+    assert taken("cpu", kernel="splash") == taken("cpu", kernel="cudnn") == taken("tpu", kernel="cudnn") == "xla"
     assert set(attentions._KERNELS) | {"auto"} == {"auto", "xla", "splash", "cudnn"}
     for name in ("auto", *attentions._KERNELS):
         configs.resolve({"model": {"attention": name}})

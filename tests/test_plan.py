@@ -259,7 +259,7 @@ def test_recipes_of_scale():
 
 def test_the_command_says_what_is_wrong_in_a_line(monkeypatch):
     recipe = f"--config={ROOT}/configs/hdlm_7b.py"
-    monkeypatch.setattr(plan, "topology", lambda name: jax.devices())
+    monkeypatch.setattr(plan, "topology", lambda name, slices: jax.devices())
     for arguments, words in [
         ([], "--config is missing"),
         ([recipe, "--mesh=1,8"], "--mesh='1,8': must be three whole numbers data,fsdp,tensor, as in 1,64,4"),
@@ -273,7 +273,7 @@ def test_the_command_says_what_is_wrong_in_a_line(monkeypatch):
 
 def test_plans_are_kept_a_line_each(tmp_path, capsys, monkeypatch):
     file = tmp_path / "plans.jsonl"
-    monkeypatch.setattr(plan, "topology", lambda name: jax.devices())
+    monkeypatch.setattr(plan, "topology", lambda name, slices: jax.devices())
     found = small_plan("factorised")
     monkeypatch.setattr(plan, "plan", lambda config, devices, name: found | {"config": name})
     arguments = [f"--config={ROOT}/configs/hdlm_7b.py", "--mesh=1,2,4", "--mesh=2,2,2", f"--out={file}"]
@@ -293,3 +293,54 @@ def test_compiles_for_a_tpu_that_is_not_here():
     assert np.isfinite(found["step_s"]) and found["days"] > 0
     with pytest.raises(config.ConfigError, match="'v5e:17x3': must be a chip and its grid"):
         plan.topology("v5e:17x3")
+
+
+class Chip:
+    """A TPU of a slice, as far as a mesh asks."""
+
+    platform, device_kind, core_on_chip, client = "tpu", "TPU v5 lite", 0, None
+
+    def __init__(self, slice_index, x, y):
+        self.slice_index = self.process_index = slice_index
+        self.id, self.coords = 4 * slice_index + 2 * y + x, (x, y, 0)
+
+
+def test_over_slices_goes_the_data_axis_alone():
+    """Two slices of 2 x 2: neighbours along fsdp and tensor are of one slice; what asks for more is refused."""
+    chips = [Chip(s, x, y) for s in range(2) for y in range(2) for x in range(2)]
+    for shape in ((2, 4, 1), (4, 2, 1), (2, 2, 2), (8, 1, 1)):
+        found = parallel.make_mesh(settings("flat", *shape), chips)
+        slices = np.vectorize(lambda chip: chip.slice_index)(found.devices)
+        assert found.axis_names == parallel.AXES and slices.shape == shape
+        assert {chip.id for chip in found.devices.flat} == set(range(8))
+        assert (slices == slices[:, :1, :1]).all() and sorted(slices[:, 0, 0]) == [0] * (shape[0] // 2) + [1] * (
+            shape[0] // 2)
+    for shape in ((1, 8, 1), (1, 4, 2)):
+        with pytest.raises(config.ConfigError, match="parallel.data=1: must be a multiple of the 2 slices"):
+            parallel.make_mesh(settings("flat", *shape), chips)
+    one = parallel.make_mesh(settings("flat", 1, 4, 1), chips[:4])
+    assert one.devices.shape == (1, 4, 1)
+
+
+def test_cycles_are_those_a_device_goes_through():
+    """Fusions count as one line, loops by their length, those whose length the data decide by themselves."""
+    text = """
+%fused (p: f32[8]) -> f32[8] {
+  %inside = f32[8] add(%p, %p), backend_config={"estimated_cycles":"1000"}
+}
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %work = f32[8] fusion(%x), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"7"}
+}
+
+%cond (s: (s32[], f32[8])) -> pred[] {
+  %n = s32[] parameter(0)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %first = f32[8] fusion(%a), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %known = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %data = (s32[], f32[8]) while(%t), condition=%cond, body=%body
+}
+"""
+    assert plan.cycles(text) == (100 + 5 * 7, 7)

@@ -116,7 +116,8 @@ def resolve(given: Given) -> Config:
 
 _SECTIONS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}  # at their defaults
 _INHERITED = ("tokenizer", "hierarchy", "diffusion", "model")
-_MAY_DIFFER = ("diffusion.", "model.seq_len", "model.dropout", "model.embeddings", "model.dtype", "model.remat")
+_MAY_DIFFER = ("diffusion.", "model.seq_len", "model.dropout", "model.embeddings", "model.dtype", "model.remat",
+               "model.attention")
 
 
 def inherit(given: Given, base: Config, name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Attention of queries to keys, by the kernel that fits the machine (model.attention).
 
 xla: written out; scores [B, H, Q, S] exist in memory. splash: a Pallas kernel for TPUs that makes them in blocks and
-never holds them (jax.experimental.pallas.ops.tpu.splash_attention). cudnn: the flash attention of NVIDIA's library,
+never holds them (jax.experimental.pallas.ops.tpu.splash_attention; arXiv 2205.14135). cudnn: NVIDIA's flash attention,
 through `jax.nn.dot_product_attention`. auto: splash or cudnn where they can do what is asked for, else xla.
 """
 
@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from hdlm_jax.common import parallel
 
 SAVED = "attention"  # name of what splash keeps for its backward pass, for policies of rematerialisation
+INTERPRET = False  # tests set it: splash runs off TPUs too, by an interpreter
 _LANES, _BLOCKS = 128, (512, 256, 128)  # of a TPU: a block of queries or keys is a multiple of the lanes
 _LEAST = 256  # queries from which on auto takes a kernel
 Kernel: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, "Seen"], jax.Array]
@@ -75,9 +76,11 @@ def choose(kernel: str, q: jax.Array, k: jax.Array, seen: Seen) -> str:
     platform, queries, keys, dim = parallel.platform(), q.shape[1], k.shape[1], q.shape[3]
     if kernel == "auto":
         kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla") if queries >= _LEAST else "xla"
-    if kernel == "splash" and (seen.mask is not None or seen.causal and queries != keys):
+    if kernel == "splash" and (platform != "tpu" and not INTERPRET or seen.mask is not None
+                               or seen.causal and queries != keys):
         return "xla"
-    if kernel == "cudnn" and (q.dtype != jnp.bfloat16 or dim % 8 or dim > 128 or queries % 2 or keys % 2):
+    if kernel == "cudnn" and (platform != "gpu" or q.dtype != jnp.bfloat16 or dim % 8 or dim > 128
+                              or queries % 2 or keys % 2):
         return "xla"
     return kernel
 
@@ -101,7 +104,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) -> jax.Array:
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) -> jax.Array:
-    """Rows are padded to whole blocks, whose numbers no text has. Off TPUs the kernel is interpreted, for tests."""
+    """Rows are padded to whole blocks, whose numbers no text has."""
     rows, queries, _, dim = q.shape
     ids: list[Any] = [jnp.zeros((), jnp.int32) if a is None else a for a in (seen.query, seen.key)]
     ids = [jnp.broadcast_to(a, (rows, n)) for a, n in zip(ids, (queries, k.shape[1]), strict=True)]

@@ -25,9 +25,10 @@ from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.checkpoint import checkpoints_of
 from hdlm_jax.training.state import build, placed
 
-# settings in which a use of a run, or its resume, may differ from how it was trained
+# settings in which a use of a run, or its resume, may differ from how it was trained; what the tokenizer's file holds is
+# in its fingerprint
 FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "train.nonfinite_limit", "model.remat",
-        "tokenizer.file", "tokenizer.sha256")  # these two: what they hold is in the tokenizer's fingerprint
+        "model.attention", "tokenizer.file", "tokenizer.sha256")
 
 
 def data_dir(config: Config, workdir: str) -> str:

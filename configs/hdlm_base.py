@@ -15,5 +15,4 @@ def get_config():
     c.model.width = 1024
     c.model.blocks = 24
     c.model.heads = 16
-    c.train.microbatches = 1
     return c

@@ -25,8 +25,8 @@ from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.checkpoint import checkpoints_of
 from hdlm_jax.training.state import build, placed
 
-# settings in which a use of a run, or its resume, may differ from how it was trained; what the tokenizer's file holds is
-# in its fingerprint
+# settings in which a use of a run, or its resume, may differ from how it was trained (what the tokenizer's file holds
+# is in its fingerprint)
 FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "train.nonfinite_limit", "model.remat",
         "model.attention", "tokenizer.file", "tokenizer.sha256")
 

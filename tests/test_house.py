@@ -73,8 +73,8 @@ def test_imports_of_ours_stand_at_the_top(root):
 
 
 # what trains, scores and samples, in the order of docs/reading.md; entries are files or whole rooms
-CORE = ("diffusion", "models/trunk.py", "models/network.py", "models/heads.py", "training/step.py", "training/state.py",
-        "evaluation/elbo.py")
+CORE = ("diffusion", "models/trunk.py", "models/attention.py", "models/network.py", "models/heads.py",
+        "training/step.py", "training/state.py", "evaluation/elbo.py")
 
 
 def test_the_core_is_small(root):

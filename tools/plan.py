@@ -329,21 +329,20 @@ def plan(config: Config, devices, name: str = "") -> dict[str, Any]:
 
 def table(plans: list[dict[str, Any]]) -> str:
     """Plans as a Markdown table; bytes are a device's, moved bytes and seconds those of a step."""
-    names = ("config", "head", "topology", "data, fsdp, tensor", "parts", "remat", "state GiB", "temporary GiB",
-             "peak GiB", "fits", "moved GiB", "at full links s", "estimate s", "a pass s", f"at {MFU:.0%} MFU s",
-             "tokens/s", f"days for {TOKENS / 1e9:.0f}B", "compiled s")
+    names = ("recipe", "topology", "data × fsdp × tensor", "remat, parts", "state + temporary, GiB", "peak", "fits",
+             "exchanges, GiB", "at full links, s", "estimate, s", f"at {MFU:.0%} MFU, s", "tokens/s there",
+             f"days for {TOKENS / 1e9:.0f}B")
     rows = []
     for p in plans:
         gib = {name: f"{size / 2**30:.2f}" for name, size in p.get("bytes", {}).items()}
         number = lambda name, form, by=1.0, p=p: format(p[name] / by, form) if name in p else ""  # noqa: E731
+        loops = f" + {p['estimate_a_pass_s']:.4f} a pass" if p.get("estimate_a_pass_s") else ""
         rows.append((
-            p["config"], p["head"], p.get("topology", ""), ", ".join(map(str, p["mesh"].values())),
-            str(p["microbatches"]), p.get("remat", ""), gib.get("arguments", ""), gib.get("temporaries", ""),
-            gib.get("peak", ""),
-            {True: "yes", False: "no", None: ""}[p["fits"]], number("moved_bytes", ".1f", 2**30),
-            number("links_s", ".2f"), number("estimate_s", ".3f"), number("estimate_a_pass_s", ".4f"),
-            number("step_s", ".2f"), number("tokens_per_s", ",.0f"), number("days", ".1f"),
-            number("compile_s", ".0f")))
+            f"{p['config']}, {p['head']}", p.get("topology", ""), " × ".join(map(str, p["mesh"].values())),
+            f"{p.get('remat', '')}, {p['microbatches']}", f"{gib['arguments']} + {gib['temporaries']}" if gib else "",
+            gib.get("peak", ""), {True: "yes", False: "no", None: ""}[p["fits"]], number("moved_bytes", ".1f", 2**30),
+            number("links_s", ".2f"), number("estimate_s", ".3f") + loops, number("step_s", ".2f"),
+            number("tokens_per_s", ",.0f"), number("days", ".1f")))
     return markdown(names, rows)
 
 

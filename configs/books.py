@@ -7,6 +7,9 @@ hdlm_k3 (K = 3 levels, 256 and 16 clusters), mdlm, gidd0 (GIDD+ without random w
 `-warm` starts the embedding table from the embeddings the words were clustered by, `-factorised` takes the factorised
 head, `-s1` is another seed: hdlm-factorised-s1.
 ./launch/books.sh trains and measures them. 8.2M tokens a run, about 10 minutes on 2 CPU cores.
+
+Fits on v5e:2x2: 0.1 of 16 GiB a chip, mesh 4 x 1 x 1, remat=none; a laptop without one (a compile plan,
+docs/scale.md).
 """
 
 from hdlm_jax import config

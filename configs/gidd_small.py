@@ -3,6 +3,8 @@
     OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=gidd_small:0.1
 
 GIDD's own perplexities there: 23.05 (p_uniform 0, dynamic weights), 23.67 (.1), 24.38 (.2). Not run by us.
+
+Fits on v5e:2x4: 13.0 of 16 GiB a chip, mesh 8 x 1 x 1, remat=cheap (a compile plan, docs/scale.md).
 """
 
 from hdlm_jax import config

@@ -4,6 +4,8 @@
     ./launch/compile_plan.sh    # what the TPU compiler says about it: memory, exchanges, arithmetic; needs no TPU
 
 On every host of the pod. Compiled for both pods, and fits (docs/scale.md); not run by us at this scale, no TPU at hand.
+
+Fits on v5e:16x16: 6.8 of 16 GiB a chip, mesh 1 x 256 x 1, remat=all, 2 microbatches (a compile plan, docs/scale.md).
 """
 
 from hdlm_jax import config

@@ -5,6 +5,8 @@
 
 Needs hdlm_jax[bert]. Not run by us at this scale. BERT's words lower the case and drop accents, so bits per byte are no
 bound on the raw text.
+
+Fits on v5e:2x4: 10.5 of 16 GiB a chip, mesh 8 x 1 x 1, remat=none (a compile plan, docs/scale.md).
 """
 
 from hdlm_jax import config

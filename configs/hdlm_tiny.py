@@ -1,6 +1,9 @@
 """HDLM with 64 clusters, small enough for a laptop: what ./launch/quickstart.sh trains.
 
     python -m hdlm_jax.main --config=hdlm_tiny
+
+Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none; a laptop without one (a compile plan,
+docs/scale.md).
 """
 
 from hdlm_jax import config

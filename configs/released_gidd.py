@@ -6,6 +6,8 @@
 Then --mode=prepare with OPENWEBTEXT set and --mode=evaluate (docs/import.md). Weights trained with p_u = .1 or .2 need
 --config.diffusion.p_uniform=0.1; the base size --config.model.width=1024 --config.model.blocks=24
 --config.model.heads=16. Not run on the real weights: none were at hand.
+
+Fits on what hdlm_small fits on: it is evaluated and sampled from, which keeps nothing for a backward pass.
 """
 
 from hdlm_jax import config

@@ -5,6 +5,8 @@
 
 Then --mode=prepare with OPENWEBTEXT set and --mode=evaluate (docs/import.md). Its network was trained without time
 conditioning: it always sees time 0, which is folded into the biases. Not run on the real weights: none were at hand.
+
+Fits on what hdlm_small fits on: it is evaluated and sampled from, which keeps nothing for a backward pass.
 """
 
 from hdlm_jax import config

@@ -1,6 +1,9 @@
 """SEDD-absorb, the recipe of hdlm_tiny.py otherwise (constant weight).
 
     python -m hdlm_jax.main --config=sedd_tiny
+
+Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none (hdlm_tiny's plan); a laptop without one (a compile
+plan, docs/scale.md).
 """
 
 from hdlm_jax import config

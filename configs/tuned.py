@@ -7,6 +7,8 @@
 
 README makes such a file and shows what comes out. A record is a row: its prompt is given, its response and the ends of
 text behind it are learnt, so that the run knows when to stop. Rows of 64 tokens (model.seq_len).
+
+Fits on: what the run that it starts from was trained on.
 """
 
 from hdlm_jax import config

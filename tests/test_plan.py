@@ -1,4 +1,5 @@
 """The plan: exchanges read from compiled programs, tables that stay in their shards, the arithmetic of a step."""
+import ast
 import functools
 import json
 import math
@@ -238,6 +239,11 @@ def test_programs_are_made_for_the_target(monkeypatch):
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_recipes_say_what_they_fit_on():
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        assert "\nFits on" in (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""), path.name
 
 
 def test_recipes_of_scale():

@@ -343,10 +343,16 @@ def test_cycles_are_those_a_device_goes_through():
   %n = s32[] parameter(0)
 }
 
+%windowed (s: (u32[], f32[8])) -> pred[] {
+  %end = u32[]{:T(128)} constant(4)
+  ROOT %less = pred[]{:T(512)} compare(%at, %end), direction=LT
+}
+
 ENTRY %main (a: f32[8]) -> f32[8] {
   %first = f32[8] fusion(%a), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
   %known = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %exchanged = (u32[], f32[8]) while(%t), condition=%windowed, body=%body
   %data = (s32[], f32[8]) while(%t), condition=%cond, body=%body
 }
 """
-    assert plan.cycles(text) == (100 + 5 * 7, 7)
+    assert plan.cycles(text) == (100 + 5 * 7 + 4 * 7, 7)

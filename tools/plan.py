@@ -188,7 +188,7 @@ def _trips(line: str, lines: dict[str, list[str]]) -> int | None:
     found = re.search(r"condition=%?([\w.\-]+)", line)
     condition = "\n".join(lines.get(found[1], [])) if found else ""
     if end := re.search(r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT", condition):
-        number = re.search(rf"%{re.escape(end[1])} = s32\[\]\S* constant\((\d+)\)", condition)
+        number = re.search(rf"%{re.escape(end[1])} = [su]32\[\]\S* constant\((\d+)\)", condition)
         return int(number[1]) if number else None
     return None
 

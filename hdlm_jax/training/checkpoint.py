@@ -87,7 +87,7 @@ class Checkpoints:
         return []
 
     def latest(self) -> int | None:
-        return max(self.steps(), default=None)
+        return self.manager.latest_step()
 
     def set_aside(self, damaged: dict[int, str], start: int) -> None:
         """Renames what training must not go on from (step: what was found) to damaged-<step>, and says so.

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
-import logging
 import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -203,7 +201,6 @@ class Checkpoints:
                                                    barrier_sync_key_prefix=f"read{me}")
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
-        _one_error()
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             return reader.restore(os.path.join(self.path, str(step)), args=ocp.args.Composite(**items))
 
@@ -289,14 +286,6 @@ class Exported:
 def checkpoints_of(workdir: str) -> Checkpoints | Exported:
     """The checkpoints of a run, or the one step of an export or import."""
     return Exported(workdir) if os.path.isdir(os.path.join(workdir, "params")) else Checkpoints(workdir, read_only=True)
-
-
-@functools.cache
-def _one_error() -> None:
-    """From now on the first of many reads at once that fail is heard, not the others, which find nobody waiting."""
-    told = sys.unraisablehook
-    sys.unraisablehook = lambda late: None if str(late.exc_value) == "Event loop is closed" else told(late)
-    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
 def _first(error: BaseException) -> BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import glob
 import math
@@ -178,7 +179,10 @@ class Checkpoints:
 
     def _is_damage(self, step: int, error: Exception) -> bool:
         """Whether it is for what the files hold, not for disk, rights or memory: all can be read to their end."""
-        if isinstance(error, MemoryError) or re.search(r"RESOURCE_EXHAUSTED|os_error_code='(?!2')", str(_first(error))):
+        first = _first(error)
+        if isinstance(first, MemoryError) or getattr(first, "errno", None) not in (None, errno.ENOENT):
+            return False
+        if re.search(r"RESOURCE_EXHAUSTED|os_error_code='(?!2')", str(first)):  # of TensorStore; 2 is ENOENT too
             return False
 
         def fail(unread: OSError) -> None:

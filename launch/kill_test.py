@@ -20,7 +20,7 @@ second  The same command once more while the first one runs: one of them is refu
 In the end parameters, optimizer state, average of weights, data position, tokens and metrics.jsonl must be those of the
 undisturbed run, each step once; only what was measured on validation text may lack, where a run left on request when
 that was due. Prints a table of events by kind and phase: `starting` is up to the lock, `making ready` from there to the
-first step but for `preparing` the tokens. About ten minutes on two CPU cores.
+first step but for `preparing` the tokens. Six to ten minutes on two CPU cores.
 """
 
 from __future__ import annotations

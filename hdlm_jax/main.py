@@ -188,6 +188,7 @@ def _hush() -> None:
     """
     logging.set_verbosity(logging.ERROR)
     if not os.environ.get("HDLM_TRACEBACK"):
+        logging.set_verbosity(logging.FATAL)
         getLogger("asyncio").setLevel(CRITICAL)
         sys.unraisablehook = lambda found: (None if "Event loop is closed" in str(found.exc_value)
                                             else sys.__unraisablehook__(found))

@@ -1,5 +1,6 @@
 """Checkpoints on bad disks: one clear line, and what was whole stays."""
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -9,14 +10,17 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 
 from hdlm_jax.common import parallel
+from hdlm_jax.config import ConfigError
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.runs import train
 from hdlm_jax.training import loading
 from hdlm_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, checksums
+from hdlm_jax.training.metrics import read_metrics
 from hdlm_jax.training.state import abstract_state, build, make_optimizer
 
 
@@ -28,9 +32,116 @@ def run(tmp_path):
     return recipe, tmp_path / "run"
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """(config, a run of three steps with checkpoints of steps 2 and 3, its last state)."""
+    recipe, workdir = tiny.trained()
+    config, copy = tiny.read_recipe(recipe), tmp_path_factory.mktemp("two") / "run"
+    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=2))
+    state = train.train(config, str(copy))
+    assert sorted(os.listdir(copy / "checkpoints")) == ["2", "3"]
+    return config, copy, state
+
+
 def damage(folder):
     for path in folder.rglob("d/*"):
         os.truncate(path, 100)
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+
+
+def arrays(step):
+    """Its files of arrays, the largest first."""
+    return sorted(step.glob("state/**/d/*"), key=lambda path: -path.stat().st_size)
+
+
+DAMAGES = {
+    "a bit of the largest file": lambda step: flip(arrays(step)[0]),
+    "a bit in each file": lambda step: [flip(path) for path in arrays(step)],
+    "no manifest of arrays": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
+    "no file of arrays": lambda step: arrays(step)[0].unlink(),
+    "no state": lambda step: shutil.rmtree(step / "state"),
+    "no meta": lambda step: (step / "meta" / "metadata").unlink(),
+    "half of meta": lambda step: os.truncate(step / "meta" / "metadata", 100),
+    "no JSON of metrics": lambda step: (step / "metrics" / "metrics").write_text("{"),
+    "nothing": lambda step: [shutil.rmtree(step), step.mkdir()],
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_resume_goes_back_to_the_checkpoint_before(two, tmp_path, capsys, what):
+    """Whatever is damaged of the latest: one line, its folder put aside, and the end of an undisturbed run."""
+    config, there, want = two
+    workdir = shutil.copytree(there, tmp_path / "run")
+    DAMAGES[what](workdir / "checkpoints" / "3")
+    left = sorted(path.relative_to(workdir / "checkpoints" / "3") for path in (workdir / "checkpoints/3").rglob("*"))
+    (workdir / "checkpoints" / "damaged-3").mkdir()  # that name is taken
+    found = train.train(config, str(workdir))
+    assert [(a.dtype, np.asarray(a).tobytes()) for a in jax.tree.leaves(found)] == \
+           [(a.dtype, np.asarray(a).tobytes()) for a in jax.tree.leaves(want)]
+    said = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    assert len(said) == 1 and "put aside as damaged-3-1, going on from step 2" in said[0], said
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["2", "3", "damaged-3", "damaged-3-1"]
+    aside = workdir / "checkpoints" / "damaged-3-1"
+    assert sorted(path.relative_to(aside) for path in aside.rglob("*")) == left
+    records = [[{k: r.get(k) for k in ("step", "loss", "grad_norm", "valid_nelbo")} for r in
+                read_metrics(str(folder / "metrics.jsonl"))] for folder in (workdir, there)]
+    assert records[0] == records[1] and [r["step"] for r in records[0]] == [1, 2, 3]
+
+
+def test_no_checkpoint_is_whole(two, tmp_path):
+    """Nothing is begun anew over a run, nothing of it changed."""
+    config, there, _ = two
+    workdir = shutil.copytree(there, tmp_path / "run")
+    flip(arrays(workdir / "checkpoints" / "2")[0])
+    (workdir / "checkpoints" / "3" / "meta" / "metadata").unlink()
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != "lock"}
+    with pytest.raises(DamagedCheckpoint, match=r"step 3 cannot .*; of steps \[2, 3\] none is whole") as error:
+        train.train(config, str(workdir))
+    assert "\n" not in str(error.value)
+    assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def test_what_is_not_damage_stops_a_resume(two, tmp_path, monkeypatch):
+    """A disk that does not read, another configuration: one line, and all folders stay where they are."""
+    config, there, _ = two
+    workdir = shutil.copytree(there, tmp_path / "run")
+    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=0.5))
+    (workdir / "checkpoints" / "3" / "meta" / "metadata").unlink()
+    with pytest.raises(ConfigError, match="optimizer.lr=0.5"):  # what the checkpoint before says
+        train.train(other, str(workdir))
+    # read in vain once, though a second try would do
+    def fails(self, *_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.Checkpointer, "restore", fails)
+        with pytest.raises(OSError, match="checkpoint of step 3 cannot be read: .*Input/output error") as error:
+            train.train(config, str(workdir))
+    assert not isinstance(error.value, DamagedCheckpoint)
+    path = arrays(workdir / "checkpoints" / "2")[0]
+    path.unlink()
+    path.symlink_to(path)  # an error of the disk's, not its contents
+    for change in (lambda: None, lambda: shutil.rmtree(workdir / "checkpoints" / "3")):
+        change()
+        with pytest.raises(OSError, match="checkpoint of step 2 cannot be read: .*symbolic links") as error:
+            train.train(config, str(workdir))
+        assert not isinstance(error.value, DamagedCheckpoint)
+    assert os.listdir(workdir / "checkpoints") == ["2"]
+
+
+def test_a_reader_leaves_a_damaged_checkpoint_where_it_is(two, tmp_path):
+    config, there, _ = two
+    workdir = shutil.copytree(there, tmp_path / "run")
+    damage(workdir / "checkpoints" / "3")
+    with pytest.raises(DamagedCheckpoint, match="--mode=train goes on from the one before"):
+        loading.load_run(config, str(workdir), "latest")
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["2", "3"]
 
 
 def test_a_damaged_checkpoint_is_named(run):

@@ -49,6 +49,14 @@ def test_they_are_two_and_speak_once(two):
     assert not [line for line in (folder / "process_1.log").read_text().splitlines() if line.startswith("train:")]
 
 
+def test_what_is_damaged_to_one_is_damaged_to_all(two):
+    folder, done = two
+    for i in range(2):
+        assert all(json.loads((folder / f"said_{i}.json").read_text())["again"])
+    assert "(damaged?): another process cannot read it; put aside as damaged-3, going on from step 2" in done.stdout
+    assert sorted(os.listdir(folder / "run" / "checkpoints")) == ["2", "3", "damaged-3"]
+
+
 def test_losses_evaluation_and_samples_of_one_process(two, tmp_path):
     folder, _ = two
     recipe, alone = tiny.trained()

@@ -22,7 +22,7 @@ from hdlm_jax.evaluation.elbo import Evaluator, summarise
 from hdlm_jax.models.network import flops_per_token
 from hdlm_jax.runs.interrupt import RESUME_EXIT, Stop, Timer
 from hdlm_jax.runs.stages import batches_of, cluster, prepare, word_vectors
-from hdlm_jax.training.checkpoint import Checkpoints
+from hdlm_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from hdlm_jax.training.fitting import fit
 from hdlm_jax.training.loading import check_writable, differences, load_params, upgraded
 from hdlm_jax.training.metrics import MetricsFile, peak_flops, plot_curves, read_metrics
@@ -150,20 +150,21 @@ class Loop:
         self.facts = {"data": self.text.manifest.fingerprint, "tokenizer": self.text.tokenizer.fingerprint,
                       "hierarchy": self.hierarchy.fingerprint}
         self.here = {"devices": jax.device_count(), "processes": jax.process_count(), "mesh": dict(self.mesh.shape)}
-        self.start = processes.on_main_process(self.checkpoints.latest) or 0
+        self.start, self.profile = 0, profile
         self.key = jax.random.key(config.train.seed)
-        self.traced = [min(self.start + n, config.train.steps) if profile else -1 for n in (10, 13)]  # first, last
 
     def begin(self) -> bool:
         """Compiles, and restores or makes the state; whether there are steps to go."""
         config, steps = self.config, self.config.train.steps
-        saved = self._resumed() if self.start else {}
+        self.stop.listen()
+        saved = self._resumed()
+        if not saved:
+            self._compile()
+            self.state = self._fresh_state()
+        self.traced = [min(self.start + n, steps) if self.profile else -1 for n in (10, 13)]  # first, last
         window = [{k: math.nan if v is None else v for k, v in step.items()} for step in saved.get("window", [])]
         flops = flops_per_token(config, self.hierarchy, self.process)
         self.recorder = Recorder(config, self.schedule, flops, window)
-        self.stop.listen()
-        self._compile()
-        self.state = self.checkpoints.restore(self.start, self.abstract) if self.start else self._fresh_state()
         if processes.is_main_process():
             self.text.tokenizer.save(os.path.join(self.workdir, "tokenizer"))
             write_json(os.path.join(self.workdir, "config.json"), config.to_save())
@@ -187,6 +188,32 @@ class Loop:
         return True
 
     def _resumed(self) -> dict[str, Any]:
+        """Restores the newest checkpoint that is whole; what it says about itself, nothing where there is none.
+
+        The damaged ones after it are put aside once it is found, else all stay as they are.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(there := processes.on_main_process(self.checkpoints.steps)):
+            self.start = step
+            try:
+                saved = self._said()
+                if not hasattr(self, "step"):
+                    self._compile()
+                self.state = self.checkpoints.restore(step, self.abstract)
+            except DamagedCheckpoint as error:
+                damaged[step] = error.found
+                continue
+            self.checkpoints.set_aside(damaged, step)
+            then = saved["trained_on"]
+            change = "" if then == self.here else f" (saved by {_where(then)}, now {_where(self.here)})"
+            say(f"train: resuming from step {step:,} of {self.config.train.steps:,}{change}")
+            return saved
+        if damaged:
+            raise DamagedCheckpoint(f"{damaged[there[-1]]}; of steps {there} none is whole, all are left as they were",
+                                    "use another --workdir, or put a copy in their place")
+        return {}
+
+    def _said(self) -> dict[str, Any]:
         """What the checkpoint says about itself, once it is known to belong to this training."""
         saved = self.checkpoints.meta(self.start)
         check_resume(self.config, saved, self.checkpoints.path)
@@ -194,9 +221,6 @@ class Loop:
             if saved[name] != fact:
                 raise ConfigError(f"{name} fingerprint {fact[:12]}: the checkpoint in {self.checkpoints.path} was "
                                   f"trained with {saved[name][:12]}; use another --workdir")
-        then = saved["trained_on"]
-        change = "" if then == self.here else f" (saved by {_where(then)}, now {_where(self.here)})"
-        say(f"train: resuming from step {self.start:,} of {self.config.train.steps:,}{change}")
         return saved
 
     def _compile(self) -> None:

@@ -1,27 +1,32 @@
-"""Checkpoints: best and latest kept, written aside and renamed, with everything a resume needs."""
+"""Checkpoints: the best and the two latest kept, written aside and renamed, with everything a resume needs."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import glob
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
-from hdlm_jax.common import jsons
+from hdlm_jax.common import jsons, processes
+from hdlm_jax.common.console import say
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.training.state import TrainState
 
+T = TypeVar("T")
 _TRASH, _UNWRITTEN = "trash", "a checkpoint cannot be written"
-
-
-_BACK = "remove its folder to go back to the one before, where there is one"
+_BACK = ("--mode=train goes on from the one before, where there is one; for anything else remove its folder to go back "
+         "to the one before")
 _FINGERPRINTS = ("tokenizer", "hierarchy", "data")  # in the meta of every checkpoint
 
 
@@ -33,7 +38,14 @@ class _Manager(ocp.CheckpointManager):
 
 
 class DamagedCheckpoint(OSError):
-    """A checkpoint that is not what was saved."""
+    """A checkpoint that is not what was saved; never one that the disk or the memory keeps from being read.
+
+    found: what is wrong with which, without what to do.
+    """
+
+    def __init__(self, found: str, remedy: str = _BACK):
+        super().__init__(f"{found}; {remedy}")
+        self.found = found
 
 
 class Checkpoints:
@@ -47,25 +59,55 @@ class Checkpoints:
         self.path, self._read_only = os.path.abspath(os.path.join(workdir, "checkpoints")), read_only
         if read_only and not os.path.isdir(self.path):
             raise FileNotFoundError(f"{self.path}: no checkpoint there; train first (--mode=train)")
-        managers = ocp.checkpoint_managers
+        if not read_only:
+            self._sweep("*.orbax-checkpoint-tmp*")  # what a kill left unfinished
+
+    @functools.cached_property
+    def manager(self) -> _Manager:
+        """Of all checkpoints; of many processes each has to ask for it. DamagedCheckpoint: what one says of itself."""
+        managers, read_only = ocp.checkpoint_managers, self._read_only
         best = managers.BestN(get_metric_fn=_score, reverse=True, n=1)
         # put aside by a rename before it is deleted: a kill leaves no half of a checkpoint among the others
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(1), best]), best_fn=_score,
+            preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(2), best]), best_fn=_score,
             best_mode="min", create=not read_only, read_only=read_only, save_interval_steps=0 if read_only else 1,
             todelete_subdir=None if read_only else _TRASH)
-        if not read_only:
-            self._sweep("*.orbax-checkpoint-tmp*")  # what a kill left unfinished
         try:
-            self.manager = _Manager(self.path, options=options)
+            return _Manager(self.path, options=options)
         except Exception as error:  # it reads what each checkpoint says of itself
-            for name in ("_CHECKPOINT_METADATA", "metrics/metrics"):
-                for path in glob.glob(os.path.join(glob.escape(self.path), "*", name)):
-                    _read_damaged(path)
-            raise DamagedCheckpoint(f"{self.path}: cannot be read ({type(error).__name__}: {error})") from error
+            for step in self.steps():
+                self._read_records(step)
+            raise OSError(f"{self.path}: cannot be read ({type(error).__name__}: {error})") from error
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, ascending: whole ones and damaged ones."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(int(name) for name in os.listdir(self.path) if name.isdigit() and self.has(int(name)))
+        return []
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
+
+    def set_aside(self, damaged: dict[int, str], start: int) -> None:
+        """Renames what training must not go on from (step: what was found) to damaged-<step>, and says so.
+
+        So it does with checkpoints whose records are damaged, as no best one can be told with them.
+        """
+        def rename() -> None:
+            found = dict(damaged)
+            for step in set(self.steps()) - {start, *damaged}:
+                try:
+                    self._read_records(step)
+                except DamagedCheckpoint as error:
+                    found[step] = error.found
+            for step, what in sorted(found.items()):
+                name, taken = f"damaged-{step}", 1
+                while os.path.lexists(os.path.join(self.path, name)):
+                    name, taken = f"damaged-{step}-{taken}", taken + 1
+                os.rename(os.path.join(self.path, str(step)), os.path.join(self.path, name))
+                say(f"train: {what}; put aside as {name}, going on from step {start:,}")
+
+        processes.on_main_process(rename)
 
     def choose(self, which: str) -> int:
         """Step of the 'best' (lowest validation NELBO) or 'latest' checkpoint."""
@@ -94,7 +136,7 @@ class Checkpoints:
         self.wait()
         self._sweep()
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        with self._told(_UNWRITTEN):
+        with self._told():
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def _sweep(self, *more: str) -> None:
@@ -105,37 +147,94 @@ class Checkpoints:
                     shutil.rmtree(path, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _told(self, what: str, kind: type[OSError] = OSError) -> Iterator[None]:
-        """Whatever goes wrong on disk as one line (of this kind) that says what is still there."""
+    def _told(self) -> Iterator[None]:
+        """Whatever goes wrong in writing as one line that says what is still there."""
         try:
             yield
         except Exception as error:  # storage libraries have errors of their own
-            whole = sorted(int(name) for name in os.listdir(self.path) if name.isdigit())
-            rest = f"steps {whole} are there" if whole else "there is no other"
-            reason = " ".join(str(error).split()) or type(error).__name__
-            reason = reason if len(reason) < 600 else f"{reason[:200]} ... {reason[-300:]}"
-            raise kind(f"{self.path}: {what}: {reason}; {rest}") from error
+            raise OSError(f"{self.path}: {_UNWRITTEN}: {_short(error)}; {self._rest()}") from error
+
+    def _rest(self) -> str:
+        return f"steps {whole} are there" if (whole := self.steps()) else "there is no other"
+
+    def _agreed(self, step: int, read: Callable[[], T]) -> T:
+        """read() in every process, without waiting for each other; if one of them fails, so do all, in the same way.
+
+        Raises:
+          DamagedCheckpoint: the files can be read, but do not hold a checkpoint. OSError: anything else.
+        """
+        found, error, bad = None, None, 0
+        try:
+            found = read()
+        except Exception as caught:  # storage libraries have errors of their own
+            error, bad = caught, 1 if self._is_damage(step, caught) else 2
+        worst = int(processes.largest(np.array([bad]))[0])
+        if not worst:
+            return found  # type: ignore[return-value]
+        reason = _short(error) if error else "another process cannot read it"
+        what = f"{self.path}: checkpoint of step {step} cannot be read"
+        if worst == 1:
+            raise DamagedCheckpoint(f"{what} (damaged?): {reason}", f"{_BACK}; {self._rest()}") from error
+        raise OSError(f"{what}: {reason}; {self._rest()}") from error
+
+    def _is_damage(self, step: int, error: Exception) -> bool:
+        """Whether it is for what the files hold, not for disk, rights or memory: all can be read to their end."""
+        first = _first(error)
+        if isinstance(first, MemoryError) or getattr(first, "errno", None) not in (None, errno.ENOENT):
+            return False
+        if re.search(r"RESOURCE_EXHAUSTED|os_error_code='(?!2')", str(first)):  # of TensorStore; 2 is ENOENT too
+            return False
+
+        def fail(unread: OSError) -> None:
+            raise unread
+
+        try:
+            for folder, _, names in os.walk(os.path.join(self.path, str(step)), onerror=fail):
+                for name in names:
+                    with open(os.path.join(folder, name), "rb") as file:
+                        while file.read(1 << 24):
+                            pass
+        except OSError:
+            return False
+        return True
+
+    def _read(self, step: int, **items: Any) -> Any:
+        """Items as this process sees them, none waiting for another, which may have failed."""
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me},
+                                                   barrier_sync_key_prefix=f"read{me}")
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            return reader.restore(os.path.join(self.path, str(step)), args=ocp.args.Composite(**items))
+
+    def _read_records(self, step: int) -> None:
+        """DamagedCheckpoint if what Orbax keeps beside the arrays cannot be read as JSON."""
+        for name in ("_CHECKPOINT_METADATA", "metrics/metrics"):
+            try:
+                jsons.read_json(os.path.join(self.path, str(step), name), optional=True)
+            except ValueError as error:
+                raise DamagedCheckpoint(f"{self.path}/{step}: a damaged checkpoint ({error})") from None
 
     def _restore(self, step: int, **items: Any) -> Any:
-        what = f"checkpoint of step {step} cannot be read (damaged? remove its folder to go back to the one before)"
-        with self._told(what, DamagedCheckpoint):
-            found = self.manager.restore(step, args=ocp.args.Composite(**items))
-        if "meta" not in items:
-            saved = self.meta(step).get("checksums", {})
-            here = checksums({name: found[name] for name in items}) if saved else {}
-            if wrong := [name for name, value in here.items() if saved.get(name, value) != value]:
-                raise DamagedCheckpoint(
-                    f"{self.path}: checkpoint of step {step} is damaged, {len(wrong)} arrays are not what was saved "
-                    f"({wrong[0]}, ...); {_BACK}")
+        found = self._agreed(step, lambda: self._read(step, **items))
+        saved = self.meta(step).get("checksums", {})
+        here = checksums({name: found[name] for name in items}) if saved else {}
+        if wrong := [name for name, value in here.items() if saved.get(name, value) != value]:
+            raise DamagedCheckpoint(f"{self.path}: checkpoint of step {step} is damaged, {len(wrong)} arrays are not "
+                                    f"what was saved ({wrong[0]}, ...)")
         return found
 
     def meta(self, step: int) -> dict[str, Any]:
-        found = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
-        known = isinstance(found, dict) and isinstance(found.get("checksums", {}), dict)
-        if not known or not all(isinstance(found.get(name), str) for name in _FINGERPRINTS):
-            raise DamagedCheckpoint(f"{self.path}: checkpoint of step {step} is damaged, its meta lacks checksums or "
-                                    f"fingerprints of {', '.join(_FINGERPRINTS)}; {_BACK}")
-        return found
+        def read() -> dict[str, Any]:
+            found = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+            known = isinstance(found, dict) and isinstance(found.get("checksums", {}), dict)
+            if not known or not all(isinstance(found.get(name), str) for name in _FINGERPRINTS):
+                raise ValueError(f"its meta lacks checksums or fingerprints of {', '.join(_FINGERPRINTS)}")
+            self._read_records(step)
+            return found
+
+        return self._agreed(step, read)
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """The state of a step, placed as the abstract state's shardings say."""
@@ -154,11 +253,11 @@ class Checkpoints:
                              )["state"]["params"]
 
     def wait(self) -> None:
-        with self._told(_UNWRITTEN):
+        with self._told():
             self.manager.wait_until_finished()
 
     def close(self) -> None:
-        with self._told(_UNWRITTEN):
+        with self._told():
             self.manager.close()
         if not self._read_only:
             self._sweep()
@@ -193,12 +292,15 @@ def checkpoints_of(workdir: str) -> Checkpoints | Exported:
     return Exported(workdir) if os.path.isdir(os.path.join(workdir, "params")) else Checkpoints(workdir, read_only=True)
 
 
-def _read_damaged(path: str) -> None:
-    try:
-        jsons.read_json(path)
-    except ValueError as error:
-        raise DamagedCheckpoint(f"{os.path.dirname(path).removesuffix('/metrics')}: a damaged checkpoint; {_BACK} "
-                                f"({error})") from None
+def _first(error: BaseException) -> BaseException:
+    """What Orbax's error about an array was raised from."""
+    return error.__cause__ if error.__cause__ and "TensorStore details" in str(error) else error
+
+
+def _short(error: BaseException) -> str:
+    error = _first(error)
+    reason = re.sub(r" \[tensorstore_spec.*", "", " ".join(str(error).split())) or type(error).__name__
+    return reason if len(reason) < 600 else f"{reason[:200]} ... {reason[-300:]}"
 
 
 def _score(metrics: dict[str, float]) -> float:

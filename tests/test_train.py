@@ -381,7 +381,7 @@ def test_learns_and_starts_from_another_run(corpus, tmp_path, alone):
     (tmp_path / "new" / "text.jsonl").write_text("".join(
         json.dumps({"question": f"how many? {i}", "text": SENTENCE[::-1] * 3 + str(i)}) + "\n" for i in range(40)))
     tuned = loop_config(tmp_path / "new", train__steps=2, train__init_from=str(tmp_path / "first"),
-                        data__prompt_field="question")
+                        data__prompt_field="question", data__packing="crop")
     train.train(config_lib.resolve(tuned), str(tmp_path / "tuned"))
     theirs, ours = (Hierarchy.load(tmp_path / name / "hierarchy.npz") for name in ("first", "tuned"))
     assert theirs.fingerprint == ours.fingerprint

@@ -2,10 +2,9 @@
 
     OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=hdlm_base
 
-Not run by us at this scale. On a pod see docs/scale.md (--distributed on every host, --config.parallel.fsdp=8 where
-memory asks).
+Not run by us at this scale. On a pod see docs/scale.md (--distributed on every host).
 
-Fits on v5e:2x4: 9.1 of 16 GiB a chip, mesh 1 x 8 x 1, remat=all (a compile plan, docs/scale.md).
+Fits on v5e:2x4: 11.7 of 16 GiB a chip, mesh 8 x 1 x 1, remat=all, 4 microbatches (a compile plan, docs/scale.md).
 """
 
 from hdlm_jax import config

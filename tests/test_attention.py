@@ -128,7 +128,8 @@ def test_splash_on_a_mesh(shape):
             np.testing.assert_allclose(got, want, atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "cheap"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "cheap"])
 def test_a_network_with_splash_is_the_same_network(remat):
     """Hidden states and gradients, with documents in a row and a part of it computed against a cache."""
     hierarchy = Hierarchy.from_parents([np.arange(40) % 5], vocab_size=40)

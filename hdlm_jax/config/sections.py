@@ -193,8 +193,9 @@ class DiffusionConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(_Section):
-    """The published transformer; defaults are its small size."""
+    """The network: the published transformer (dit), or that of open language models (decoder, see its section)."""
 
+    trunk: str = "dit"  # dit: the published one, adaptive layer norm on time | decoder: as Llama, Qwen, Gemma; no time
     width: int = 768  # D
     blocks: int = 12  # transformer blocks
     heads: int = 12  # of attention
@@ -204,19 +205,106 @@ class ModelConfig(_Section):
     head: str = "flat"  # flat: a logit for every word | factorised: p(cluster) p(word | cluster), needs clusters
     prototypes: int = 8  # vectors a cluster, factorised head
     embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by
-    dtype: str = "float32"  # of the computation; parameters and logits are float32
+    dtype: str = "float32"  # of the computation; logits are float32
+    param_dtype: str = "float32"  # of the parameters; bfloat16 is for using a decoder, not for training it
     attention: str = "auto"  # kernel: xla | splash (TPU) | cudnn (NVIDIA, bfloat16) | auto: one of these two, or xla
     remat: str = "auto"  # recomputed in the backward pass: none | cheap (all but products) | all | auto: what fits
 
     def check(self) -> None:
         self.among(head=("flat", "factorised"), attention=("auto", "xla", "splash", "cudnn"),
                    remat=("auto", "none", "cheap", "all"), embeddings=("random", "clusters"),
-                   dtype=("float32", "bfloat16"))
+                   dtype=("float32", "bfloat16"), param_dtype=("float32", "bfloat16"), trunk=("dit", "decoder"))
         self.hold("must be at least 1", "width", "blocks", "heads", "seq_len", "prototypes")
-        self.need(self.width % self.heads == 0, "heads", f"must divide model.width={self.width}")
-        self.need(self.width // self.heads % 2 == 0, "heads",
-                  f"model.width/model.heads = {self.width / self.heads:g} must be even (rotary embedding)")
+        if self.trunk == "dit":
+            self.need(self.width % self.heads == 0, "heads", f"must divide model.width={self.width}")
+            self.need(self.width // self.heads % 2 == 0, "heads",
+                      f"model.width/model.heads = {self.width / self.heads:g} must be even (rotary embedding)")
+            self.need(self.param_dtype == "float32", "param_dtype", "goes with model.trunk='decoder'")
+        else:
+            self.need(not self.time_conditioning, "time_conditioning", "the decoder is not told t: give False")
+            self.need(not self.dropout, "dropout", "the decoder has none: give 0")
         self.hold("must lie in [0, 1)", "dropout")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig(_Section):
+    """The trunk of open language models (model.trunk='decoder'); --mode=import sets it from their config.json."""
+
+    kv_heads: int = 0  # heads of keys and values; 0: as many as model.heads
+    head_dim: int = 0  # of a head; 0: model.width / model.heads
+    inner: int = 0  # of the MLP; 0: 8/3 of model.width, a multiple of 64
+    activation: str = "silu"  # of the MLP's gate: silu | gelu (its tanh form)
+    eps: float = 1e-6  # of the norms
+    norm_offset: float = 0.0  # added to the weights of the norms
+    post_norms: bool = False  # norms behind attention and MLP as well
+    qkv_bias: bool = False  # of queries, keys and values
+    qk_norm: bool = False  # norms of queries and keys, per head
+    query_scale: float = 0.0  # queries are divided by its square root; 0: head_dim
+    theta: float = 1e4  # base of the rotary embedding
+    rotary_share: float = 1.0  # share of a head's units that it turns
+    scaling: str = ""  # of its angles: "linear factor=8", "llama3 factor=32 low=1 high=4 length=8192"
+    window: int = 0  # tokens before its own that a block sees, but for every `window_every`-th; 0: all
+    window_every: int = 6  # as in 5 blocks with a window, one without
+    window_theta: float = 1e4  # base of the rotary embedding in those with a window
+    scale_embeddings: bool = False  # by the square root of model.width
+    tied: bool = False  # the head's matrix is the embedding of the tokens
+    softcap: float = 0.0  # of the logits, c tanh(logit / c); 0: none
+    context: str = "full"  # of a diffusion process: a token sees all (full), its block and those before (block)
+    block: int = 32  # tokens of a block, context='block'
+    shifted: bool = False  # tokens are predicted one place before their own, as an autoregressive model was trained to
+    experts: int = 0  # of the MLP; 0: a single one
+    experts_per_token: int = 8  # that work on a token
+    expert_inner: int = 768  # of an expert
+    shared_inner: int = 0  # of an expert that works on every token; 0: none
+    dense_blocks: int = 0  # first blocks without experts
+    gate: str = "softmax"  # scores of the experts: softmax | sigmoid (with a bias for choosing alone)
+    expert_groups: int = 1  # of which `top_groups` are chosen by the sum of their best two scores
+    top_groups: int = 1
+    normalise: bool = True  # the chosen scores to a sum of 1
+    routed_scale: float = 1.0  # times what the chosen experts give
+
+    def check(self) -> None:
+        self.among(activation=("silu", "gelu"), context=("full", "block"), gate=("softmax", "sigmoid"))
+        self.hold("must not be negative", "kv_heads", "head_dim", "inner", "window", "experts", "shared_inner",
+                  "dense_blocks", "query_scale", "softcap")
+        self.hold("must be positive", "eps", "theta", "window_theta", "routed_scale")
+        self.hold("must be at least 1", "window_every", "block", "experts_per_token", "expert_inner", "expert_groups",
+                  "top_groups")
+        self.need(0 < self.rotary_share <= 1, "rotary_share", "must lie in (0, 1]")
+        if self.experts:
+            self.need(self.experts_per_token <= self.experts, "experts_per_token", f"there are {self.experts} experts")
+            self.need(self.experts % self.expert_groups == 0, "expert_groups", f"must divide the {self.experts} experts")
+            self.need(self.top_groups <= self.expert_groups, "top_groups", f"there are {self.expert_groups} groups")
+        self.rotary_scaling()
+
+    def rotary_scaling(self) -> tuple[str, dict[str, float]]:
+        """(kind, numbers) of `scaling`; ("", {}) where there is none."""
+        kind, *rest = self.scaling.split() or [""]
+        needs = {"": (), "linear": ("factor",), "llama3": ("factor", "low", "high", "length")}
+        self.need(kind in needs, "scaling", f"choose one of {', '.join(filter(None, needs))}, with its numbers")
+        try:
+            numbers = {name: float(value) for name, value in (part.split("=") for part in rest)}
+        except ValueError:
+            numbers = {}
+        ok = set(numbers) == set(needs[kind]) and all(value > 0 for value in numbers.values())
+        self.need(ok, "scaling", f"{kind} needs {', '.join(needs[kind]) or 'no numbers'}, each as name=number above 0")
+        return kind, numbers
+
+    def sizes(self, model: ModelConfig) -> tuple[int, int, int]:
+        """(heads of keys and values, units of a head, of the MLP), with what 0 stands for."""
+        inner = self.inner or -(-8 * model.width // 3 // 64) * 64
+        return self.kv_heads or model.heads, self.head_dim or model.width // model.heads, inner
+
+    def check_with(self, model: ModelConfig) -> None:
+        """The rules between this section and the network's sizes."""
+        self.need(bool(self.head_dim) or model.width % model.heads == 0, "head_dim",
+                  f"must be given where model.heads={model.heads} does not divide model.width={model.width}")
+        kv, dim, _ = self.sizes(model)
+        self.need(model.heads % kv == 0, "kv_heads", f"must divide model.heads={model.heads}")
+        self.need(int(dim * self.rotary_share) % 2 == 0, "head_dim",
+                  f"{self.rotary_share:g} of {dim} units must be even (rotary embedding)")
+        self.need(self.dense_blocks < model.blocks, "dense_blocks", f"must be fewer than model.blocks={model.blocks}")
+        self.need(not self.tied or model.head == "flat", "tied", "needs model.head='flat'")
 
 
 @dataclasses.dataclass(frozen=True)

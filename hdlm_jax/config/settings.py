@@ -39,6 +39,7 @@ class Config:
     hierarchy: sections.HierarchyConfig = sections.HierarchyConfig()
     diffusion: sections.DiffusionConfig = sections.DiffusionConfig()
     model: sections.ModelConfig = sections.ModelConfig()
+    decoder: sections.DecoderConfig = sections.DecoderConfig()
     optimizer: sections.OptimizerConfig = sections.OptimizerConfig()
     train: sections.TrainConfig = sections.TrainConfig()
     evaluate: sections.EvaluateConfig = sections.EvaluateConfig()
@@ -61,6 +62,11 @@ class Config:
         rule(process != "autoregressive" or not self.model.time_conditioning, "model.time_conditioning", True,
               "diffusion.process='autoregressive' has no time; give False")
         self.diffusion.level_rates(levels)
+        if self.model.trunk == "decoder":
+            self.decoder.check_with(self.model)
+        else:
+            rule(self.decoder == sections.DecoderConfig(), "model.trunk", self.model.trunk,
+                 "the settings of decoder are for model.trunk='decoder'")
         rule(self.model.head == "flat" or levels > 1, "model.head", self.model.head,
               "needs clusters of words; MDLM (a single level) has none, choose 'flat'")
         rule(self.generate.length <= self.model.seq_len, "generate.length", self.generate.length,
@@ -115,7 +121,7 @@ def resolve(given: Given) -> Config:
 
 
 _SECTIONS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}  # at their defaults
-_INHERITED = ("tokenizer", "hierarchy", "diffusion", "model")
+_INHERITED = ("tokenizer", "hierarchy", "diffusion", "model", "decoder")
 _MAY_DIFFER = ("diffusion.", "model.seq_len", "model.dropout", "model.embeddings", "model.dtype", "model.remat",
                "model.attention")
 

@@ -31,7 +31,7 @@ from hdlm_jax.training.step import make_train_step
 
 # sections in which a resumed run must not differ, and the settings in them that may; of data its fingerprint counts
 # and how sequences are made of it
-_FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "optimizer", "train")
+_FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "decoder", "optimizer", "train")
 _FIXED_DATA = ("data.packing", "data.padding", "data.variable_share", "data.stream", "data.shuffle_documents")
 
 

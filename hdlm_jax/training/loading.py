@@ -160,7 +160,7 @@ def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True
     """
     dataclasses.replace(config.evaluate, checkpoint=which).check()
     trained = saved_config(workdir)
-    differ = differences(config, trained, ("tokenizer", "hierarchy", "diffusion", "model"))
+    differ = differences(config, trained, ("tokenizer", "hierarchy", "diffusion", "model", "decoder"))
     if differ:
         raise ConfigError(f"{'; '.join(differ)}: {workdir} was trained otherwise; leave out --config, and its own "
                           "settings are taken")

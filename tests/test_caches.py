@@ -186,9 +186,9 @@ def test_any_sequence_of_sets_equals_the_emulation(block_causal, sizes):
         old = twin(old, z, stale & rows.active, seen)
         close(np.asarray(hidden), old[-1], rows.active)
         for i, (k, v) in enumerate(old[:-1]):
-            close(np.asarray(new.k[i]), k, rows.active)
-            close(np.asarray(new.v[i]), v, rows.active)
-        for a, b in zip(cache[:3], new[:3], strict=True):
+            close(np.asarray(new.kept[0][i]), k, rows.active)
+            close(np.asarray(new.kept[1][i]), v, rows.active)
+        for a, b in zip((*cache.kept, cache.hidden), (*new.kept, new.hidden), strict=True):
             np.testing.assert_array_equal(np.any(a != b, axis=(0, *range(3, a.ndim))), stale & rows.active)
         cache = new
 
@@ -202,7 +202,7 @@ def test_partial_over_all_positions_equals_the_trunk(network, atol):
     order = jnp.asarray(np.argsort(rng.random((B, S)), axis=-1))
     apply = jax.jit(network.apply, static_argnames="method")
     want, row = apply({"params": weights(network)}, z, t, method="trunk"), jnp.arange(B)[:, None]
-    got, (k, v) = apply({"params": weights(network)}, z[row, order], t, network.empty_cache(B, S)[:2], order,
+    got, (k, v) = apply({"params": weights(network)}, z[row, order], t, network.empty_cache(B, S), order,
                         jnp.ones((B, 1, S), bool), method="partial")
     scale = np.abs(np.asarray(want)).max()
     close(np.asarray(got) / scale, np.asarray(want[row, order]) / scale, atol=atol)
@@ -317,7 +317,7 @@ def test_capacities_batch_mates_and_what_is_behind_the_end_change_no_result():
             part = jax.tree.map(lambda a, some=some: np.take(a, some, axis=1), cache)
             few = jax.tree.map(lambda a, some=some: a[some], rows)
             hidden, part = call(params, part, few, None, spec=spec, sizes=(8,))
-            for old, new in zip(cache, part, strict=True):
+            for old, new in zip(*map(jax.tree.leaves, (cache, part)), strict=True):
                 old[:, some] = new
             close(np.asarray(hidden), base[i][some], few.active, 1e-5)
 

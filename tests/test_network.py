@@ -14,7 +14,8 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.models.attention import Seen, attention
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
-from hdlm_jax.models.network import Network, flops_per_token, make_network
+from hdlm_jax.models.make import flops_per_token, make_network
+from hdlm_jax.models.network import Network
 
 B, S, V, N = 3, 10, 150, 256
 FLAT = FlatHead(Hierarchy.from_parents([], vocab_size=V))

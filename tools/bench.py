@@ -29,7 +29,7 @@ from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.decoding.sampler import Sampler
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models.network import flops_per_token
+from hdlm_jax.models.make import flops_per_token
 from hdlm_jax.training.metrics import peak_flops
 from hdlm_jax.training.state import abstract_state, build, init_state, make_optimizer
 from hdlm_jax.training.step import make_loss_sums, make_train_step, stratified_tau

@@ -30,7 +30,7 @@ from hdlm_jax.common import jsons, parallel
 from hdlm_jax.common.console import markdown, say
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models.network import flops_per_token
+from hdlm_jax.models.make import flops_per_token
 from hdlm_jax.training.fitting import TooLarge, fit
 from hdlm_jax.training.metrics import peak_flops
 from hdlm_jax.training.state import abstract_state, build, make_optimizer

@@ -11,6 +11,7 @@ from hdlm_jax.config.sections import (
     WEIGHTINGS,
     CheckpointConfig,
     DataConfig,
+    DecoderConfig,
     DiffusionConfig,
     EvaluateConfig,
     GenerateConfig,

@@ -251,6 +251,7 @@ class DecoderConfig(_Section):
     softcap: float = 0.0  # of the logits, c tanh(logit / c); 0: none
     context: str = "full"  # of a diffusion process: a token sees all (full), its block and those before (block)
     block: int = 32  # tokens of a block, context='block'
+    lora: int = 0  # rank of additions to the products; they and what is new are trained, the rest is kept; 0: all is
     shifted: bool = False  # tokens are predicted one place before their own, as an autoregressive model was trained to
     experts: int = 0  # of the MLP; 0: a single one
     experts_per_token: int = 8  # that work on a token
@@ -266,14 +267,14 @@ class DecoderConfig(_Section):
     def check(self) -> None:
         self.among(activation=("silu", "gelu"), context=("full", "block"), gate=("softmax", "sigmoid"))
         self.hold("must not be negative", "kv_heads", "head_dim", "inner", "window", "experts", "shared_inner",
-                  "dense_blocks", "query_scale", "softcap")
+                  "dense_blocks", "query_scale", "softcap", "lora")
         self.hold("must be positive", "eps", "theta", "window_theta", "routed_scale")
         self.hold("must be at least 1", "window_every", "block", "experts_per_token", "expert_inner", "expert_groups",
                   "top_groups")
         self.need(0 < self.rotary_share <= 1, "rotary_share", "must lie in (0, 1]")
         if self.experts:
             self.need(self.experts_per_token <= self.experts, "experts_per_token", f"there are {self.experts} experts")
-            self.need(self.experts % self.expert_groups == 0, "expert_groups", f"must divide the {self.experts} experts")
+            self.need(self.experts % self.expert_groups == 0, "expert_groups", f"must divide {self.experts} experts")
             self.need(self.top_groups <= self.expert_groups, "top_groups", f"there are {self.expert_groups} groups")
         self.rotary_scaling()
 
@@ -292,8 +293,11 @@ class DecoderConfig(_Section):
 
     def sizes(self, model: ModelConfig) -> tuple[int, int, int]:
         """(heads of keys and values, units of a head, of the MLP), with what 0 stands for."""
-        inner = self.inner or -(-8 * model.width // 3 // 64) * 64
-        return self.kv_heads or model.heads, self.head_dim or model.width // model.heads, inner
+        return self.kv_heads or model.heads, self.head_dim or model.width // model.heads, self.inner_of(model.width)
+
+    def inner_of(self, width: int) -> int:
+        """Units of the MLP of a network of so many."""
+        return self.inner or -(-8 * width // 3 // 64) * 64
 
     def check_with(self, model: ModelConfig) -> None:
         """The rules between this section and the network's sizes."""
@@ -461,17 +465,20 @@ class GenerateConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedConfig(_Section):
-    """Weights of the published PyTorch networks: what --mode=import reads and --mode=export adds (docs/import.md)."""
+    """Weights of others: what --mode=import reads and --mode=export adds (docs/import.md, docs/models.md)."""
 
-    layout: str = ""  # whose vocabulary: mdlm | gidd | hdlm; given, --mode=export writes <layout>.safetensors as well
-    weights: str = ""  # .safetensors, .pt, .pth, .bin, .ckpt or .npz, or the folder that holds it
+    layout: str = ""  # whose names --mode=export writes as well: mdlm | gidd | hdlm, the papers', or hub
+    weights: str = ""  # a hub folder or GGUF file; of the papers .safetensors, .pt, .pth, .bin, .ckpt, .npz or a folder
     clusters: str = ""  # word -> cluster: .pt, .npy or .json
     ema: bool = True  # the averaged weights, where the file keeps both
-    mask_id: int = -1  # -1: as released, V for mdlm, V + 1 for gidd and hdlm (behind a padding token)
+    mask_id: int = -1  # -1: as released; V for mdlm, V + 1 for gidd and hdlm (behind a padding token)
+    logits: str = ""  # of an open masked model: own | shifted (one place before); empty: as its family
+    context: str = ""  # of an open masked model: full | block; empty: as its family
     first_cluster: int = -1  # -1: as released, behind words and mask
     missing: str = "refuse"  # words that the dictionary lacks: refuse | own, a cluster of their own
 
     def check(self) -> None:
-        self.among(layout=("", "mdlm", "gidd", "hdlm"), missing=("refuse", "own"))
+        self.among(layout=("", "mdlm", "gidd", "hdlm", "hub"), missing=("refuse", "own"), logits=("", "own", "shifted"),
+                   context=("", "full", "block"))
         for name in ("mask_id", "first_cluster"):
             self.need(getattr(self, name) >= -1, name, "must be an id, or -1")

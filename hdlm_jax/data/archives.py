@@ -14,7 +14,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol, cast
 
-from hdlm_jax.data.sources import BUFFER, Damaged, package, reason, suffixes
+from hdlm_jax.common.extras import package
+from hdlm_jax.data.sources import BUFFER, Damaged, reason, suffixes
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

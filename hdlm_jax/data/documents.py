@@ -22,11 +22,12 @@ from io import BufferedReader
 from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
+from hdlm_jax.common.extras import package
 from hdlm_jax.data import detokenize
 from hdlm_jax.data.archives import MOST_LAYERS, content, decompressor, file_of, tar_members, unpacked
 from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
 from hdlm_jax.data.records import Bad, Document
-from hdlm_jax.data.sources import BUFFER, COMPRESSIONS, KINDS, Damaged, one_line, open_source, package, reason, suffixes
+from hdlm_jax.data.sources import BUFFER, COMPRESSIONS, KINDS, Damaged, one_line, open_source, reason, suffixes
 
 LONGEST = 1 << 30  # bytes of a document, line or record: it has to be held in memory
 _DAMAGED = (Damaged, tarfile.TarError)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import glob
-import importlib
 import io
 import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO
 
+from hdlm_jax.common.extras import package
 from hdlm_jax.config import expand
 from hdlm_jax.data.embedded import EMBEDDED
 
@@ -36,15 +35,6 @@ def reason(error: Exception) -> str:
     """An error in one line."""
     text = " ".join(str(error).split())
     return text if type(error) in (Damaged, ConnectionError) else f"{type(error).__name__}: {text}"
-
-
-def package(module: str, extra: str, where: str) -> ModuleType:
-    """The module of an optional package; ValueError that says what to install for `where`."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(f"{where}: needs the {module.partition('.')[0]} package: "
-                         f"pip install 'hdlm_jax[{extra}]'") from None
 
 
 def suffixes(name: str) -> tuple[str, str]:

@@ -105,8 +105,7 @@ class DKV:
 class Memory(NamedTuple):
     """A cache: rows on axis 1."""
 
-    k: jax.Array  # [blocks, b, S, H, D/H]
-    v: jax.Array
+    kept: tuple[jax.Array, ...]  # as Trunk.empty_cache
     hidden: jax.Array  # float32 [1, b, S, D], when last computed
     z: jax.Array  # int32 [1, b, S], in the last call; -1: none
     current: jax.Array  # int32 [1, b], in the last call; -2: none
@@ -146,8 +145,8 @@ class Cached:
 
     def start(self, rows: Rows) -> Memory:
         b, s = rows.z.shape
-        k, v, _ = self.network.empty_cache(b, s)
-        return Memory(k, v, jnp.zeros((1, b, s, self.network.width)), jnp.full((1, b, s), -1), jnp.full((1, b), -2))
+        kept, hidden = self.network.empty_cache(b, s), jnp.zeros((1, b, s, self.network.width))
+        return Memory(kept, hidden, jnp.full((1, b, s), -1), jnp.full((1, b), -2))
 
     def stale(self, memory: Memory, rows: Rows):
         """bool [b, S]: tokens to compute in this call."""
@@ -161,21 +160,21 @@ class Cached:
         count, order = jnp.sum(stale, axis=-1), jnp.argsort(~stale, stable=True)
         row = jnp.arange(b)[:, None]
 
-        def compute(size, hidden, k, v):
+        def compute(size, hidden, kept):
             at = order[:, :size]
             place = jnp.where(jnp.arange(size)[None] < count[:, None], at, s)
             seen = rows.active[:, None]
             if self.spec.block_causal:
                 seen = seen & (rows.block[:, None] <= rows.block[row, at][..., None])
-            new, (k, v) = self.network.hidden_at(self.params, rows.z[row, at], rows.t, (k, v), place, seen)
-            return hidden.at[0, row, place].set(new, mode="drop"), k, v
+            new, kept = self.network.hidden_at(self.params, rows.z[row, at], rows.t, kept, place, seen)
+            return hidden.at[0, row, place].set(new, mode="drop"), kept
 
         halves = [n for i in range(5, 0, -1) if (n := -(-s // 2**i)) >= 16]
         sizes = (0, *(halves if self.sizes is None else self.sizes), s)
         kind = jnp.sum(self.sync_trip_count(jnp.max(count)) > jnp.asarray(sizes))
-        state = memory.hidden, memory.k, memory.v
+        state = memory.hidden, memory.kept
         for i, size in enumerate(sizes[1:], 1):  # loops of at most one pass: lax.switch would copy what it is handed
             state = jax.lax.fori_loop(0, (kind == i).astype(jnp.int32), lambda _, a, n=size: compute(n, *a), state)
-        hidden, k, v = state
-        memory = Memory(k, v, hidden, jnp.where(rows.active, rows.z, -1)[None], rows.current[None])
-        return At(self.network.head, self.params["head"], hidden[0]), memory
+        hidden, kept = state
+        memory = Memory(kept, hidden, jnp.where(rows.active, rows.z, -1)[None], rows.current[None])
+        return At(self.network.head, self.network.head_params(self.params), hidden[0]), memory

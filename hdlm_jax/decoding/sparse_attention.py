@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.models.attention import Seen, attention
 from hdlm_jax.models.heads import At
-from hdlm_jax.models.network import Network
+from hdlm_jax.models.network import Transformer
 
 
 def kept_blocks(weights, prompt, active, *, select: float, size: int):
@@ -88,7 +88,7 @@ class Sparse:
     """The denoiser of SparseD, for a network that is not causal."""
 
     spec: SparseD
-    network: Network
+    network: Transformer
     params: Mapping[str, Any]
     forwards = 1
 
@@ -106,7 +106,7 @@ class Sparse:
         hidden, new = network.apply({"params": self.params, "patch": {"stack": patch | {"kept": cache.kept}}}, rows.z,
                                     rows.t, rows.active.astype(jnp.int32), method="trunk", mutable=["patch"])
         cache = SparseCache(new["patch"]["stack"]["kept"], cache.made | due[None], cache.total)
-        return At(network.head, self.params["head"], hidden), cache
+        return At(network.head, network.head_params(self.params), hidden), cache
 
 
 def _levels_left(rows: Rows):

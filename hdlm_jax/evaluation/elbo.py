@@ -44,8 +44,8 @@ def make_nelbo_step(network: Trunk, process: Process, mesh: Mesh | None = None
         h = network.hidden(params, z, -jnp.expm1(-tau), batch["segment"])
         cost_of = lambda p, f, levels: process.token_loss(p, f[0], f[1], levels, tau=f[2])  # noqa: E731
         fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape))
-        cost = map_over_noised(network.head, cost_of, params["head"], h, level, x, fields, needs=process.needs(),
-                               shard=shard)
+        cost = map_over_noised(network.head, cost_of, network.head_params(params), h, level, x, fields,
+                               needs=process.needs(), shard=shard)
         rate = process.nelbo_weight(z, tau, x) * cost
         by_level = [jnp.sum(jnp.where(level == k, rate, 0.0), axis=-1) for k in range(1, process.num_levels + 1)]
         return jnp.stack(by_level, axis=-1) * batch["inv_q"][:, None]

@@ -50,6 +50,10 @@ class Seen:
             return cls(mask=segment[:, None], causal=causal)
         return cls(jnp.ones((len(segment), 1), jnp.int32), segment[:, 0].astype(jnp.int32), causal=causal)
 
+    def within(self, mask: jax.Array) -> Seen:
+        """Of what is seen that which mask, bool [B or 1, H or 1, Q, S], names as well."""
+        return dataclasses.replace(self, mask=mask if self.mask is None else self.mask & mask)
+
     def dense(self, queries: int, keys: int) -> jax.Array | None:
         """bool [B or 1, H or 1, Q or 1, S]; None: every query sees all keys."""
         mask = self.mask
@@ -65,9 +69,12 @@ class Seen:
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen | None = None, kernel: str = "xla") -> jax.Array:
     """softmax(q k^T / sqrt(D/H)) v of queries [B, Q, H, D/H] and keys and values [B, S, H, D/H]: [B, Q, H, D/H].
 
+    With fewer heads of keys and values each serves as many neighbouring queries' (grouped queries, arXiv 2305.13245).
     kernel: auto, xla, splash or cudnn; xla stands in where the one named cannot do what is asked for (`choose`).
     """
     seen = seen or Seen()
+    if k.shape[2] != q.shape[2]:
+        k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], axis=2) for a in (k, v))
     return _KERNELS[choose(kernel, q, k, seen)](q, k, v, seen)
 
 

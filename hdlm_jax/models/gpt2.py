@@ -175,7 +175,7 @@ def _layout(n: Sizes) -> Layout:
     axes = {"V": n.vocab, "P": n.positions, "D": n.width, "Q": 3 * n.width, "F": n.inner}
     out = places(_TOP, axes)
     for i in range(n.blocks):
-        out |= places(_BLOCK, axes, f"h.{i}.", (i, n.blocks))
+        out |= places(_BLOCK, axes, f"h.{i}.", ((i, n.blocks),))
     return out
 
 

@@ -79,7 +79,7 @@ def _affine(params: Tree, h: jax.Array, dtype: DTypeLike) -> jax.Array:
     return product(h, params["kernel"], dtype) + wide(params["bias"], h[..., 0])
 
 
-def _padded(rows: int) -> int:
+def padded(rows: int) -> int:
     """Rows of a table, so that it shards and tiles: the next multiple of 128."""
     return -(-rows // 128) * 128
 
@@ -90,15 +90,17 @@ class FlatHead:
 
     hierarchy: Hierarchy
     dtype: DTypeLike = jnp.float32
+    softcap: float = 0.0  # c: logits are c tanh(logit / c); 0: as they are
 
     def init(self, key: jax.Array, width: int) -> Tree:
         del key
-        rows = _padded(self.hierarchy.vocab_size)
+        rows = padded(self.hierarchy.vocab_size)
         return {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)}
 
     def logits(self, params: Tree, h: jax.Array) -> jax.Array:
         """float32 [..., V]."""
-        return _affine(params, h, self.dtype)[..., : self.hierarchy.vocab_size]
+        logits = _affine(params, h, self.dtype)[..., : self.hierarchy.vocab_size]
+        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 
     def predict(self, params: Tree, h: jax.Array) -> Prediction:
         return LogitsPrediction(self.logits(params, h), self.hierarchy)
@@ -127,7 +129,7 @@ class Blocks:
         self.start = first[self.rank].astype(np.int32)
         order = np.lexsort([np.arange(len(anc)), self.rank[anc]])
         self.row = np.argsort(order).astype(np.int32)
-        self.rows = _padded(max(len(anc), int((self.start + widths[kind]).max())))
+        self.rows = padded(max(len(anc), int((self.start + widths[kind]).max())))
         self.word = np.zeros(self.rows, np.int32)
         self.word[: len(anc)] = order
         ends = np.cumsum(np.bincount(kind, minlength=len(widths))[::-1])

@@ -61,7 +61,7 @@ def layout_of(s: Sizes) -> Layout:
     axes = _axes(s)
     out = places(_BEFORE, axes)
     for i in range(s.blocks):
-        out |= places(_BLOCK, axes, f"blocks.{i}.", (i, s.blocks))
+        out |= places(_BLOCK, axes, f"blocks.{i}.", ((i, s.blocks),))
     return out | places(_OUTPUT, axes, "output_layer.")
 
 

@@ -18,20 +18,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import Tree
-from hdlm_jax.config import Config
-from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.prediction import Prediction
-from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.attention import SAVED, Seen, attention
-from hdlm_jax.models.heads import At, FactorisedHead, FlatHead, Head
+from hdlm_jax.models.heads import At, Head
 from hdlm_jax.models.trunk import Cache
 
 Attend: TypeAlias = Callable[..., jax.Array]
 _SINUSOIDS, _PERIOD = 256, 10_000.0
-_PRODUCT = "product"  # name of what remat="cheap" keeps
+PRODUCT = "product"  # name of what remat="cheap" keeps
 # the axis of a weight, from its last, that parallel.tensor splits: outputs of the first product, inputs of the second;
 # rows of tables; but the width of the factorised head's words, of which blocks of rows are taken
-TENSOR_AXES = {"qkv": -1, "up": -1, "out": -2, "down": -2, "embedding": -2, "head": -2, "words": -1}
+TENSOR_AXES = {"qkv": -1, "q": -1, "k": -1, "v": -1, "gate": -1, "up": -1, "out": -2, "down": -2,
+               "embedding": -2, "head": -2, "words": -1}
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # uniform(+-1/sqrt(fan_in))
 
 
@@ -42,7 +40,7 @@ def rotary(seq_len: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def _rotate(x: jax.Array, cos: np.ndarray | jax.Array, sin: np.ndarray | jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: np.ndarray | jax.Array, sin: np.ndarray | jax.Array) -> jax.Array:
     dim = x.shape[-1]
     if parallel.platform() == "tpu":  # as a product: moving parts of a vector register costs more there
         signs = np.where(np.arange(dim) < dim // 2, -1, 1)
@@ -107,7 +105,7 @@ class Block(nn.Module):
             x, *cache = x
         b, s, d = x.shape
         dense = lambda n, name, bias: lambda h: checkpoint_name(nn.DenseGeneral(  # noqa: E731
-            n, use_bias=bias, dtype=self.dtype, kernel_init=_uniform, name=name)(h), _PRODUCT)
+            n, use_bias=bias, dtype=self.dtype, kernel_init=_uniform, name=name)(h), PRODUCT)
         drop = nn.Dropout(self.dropout, deterministic=not train)
         shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, d, name="modulation")(cond)
         h = Norm(name="norm1")(x) * (1 + scale1) + shift1
@@ -117,7 +115,7 @@ class Block(nn.Module):
         if position is not None:
             angles = [jnp.asarray(a)[0].at[position].get(mode="clip") for a in angles]  # [B, Q, 1, D/H]
         cos, sin = angles
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if position is not None:
             row = jnp.arange(b)[:, None]
             cache = [old.at[layer, row, position].set(new.astype(old.dtype), mode="drop")
@@ -132,16 +130,15 @@ class Block(nn.Module):
         return (x if position is None else (x, *cache)), None
 
 
-class Network(nn.Module):
-    """Symbols z int32 [B, S], time t [B] in [0, 1] -> logits float32 [B, S, V].
+class Transformer(nn.Module):
+    """What networks of several kinds share: a module's `trunk`, `partial` and `empty_cache` as models.trunk.Trunk.
 
     Attributes:
       head: FlatHead or FactorisedHead.
-      num_states: number of rows of the embedding table (tokens, clusters, mask and padding).
+      num_states: number of rows of the embedding tables (tokens, clusters, mask and padding).
       dtype: of the matrix products; the residual stream, norms and logits are float32.
       remat: what the backward pass makes anew: "none", "cheap" (all but products with weights), "all", or "auto": cheap
         on CPU, where that is faster as well, none elsewhere (training chooses by memory: `training.fitting`).
-      cond: width of the embedded time.
       causal: tokens see those before them and themselves alone (autoregressive).
       attention: the kernel, see `models.attention`.
       attend: stands in for attention: (block, q, k, v, mask) -> [B, Q, H, D/H]; hashable. What is a block's own it
@@ -153,14 +150,65 @@ class Network(nn.Module):
     width: int = 768
     blocks: int = 12
     heads: int = 12
-    dropout: float = 0.0
-    time_conditioning: bool = True
     dtype: str = "float32"
     remat: str = "auto"
-    cond: int = 128
     causal: bool = False
     attention: str = "xla"
     attend: Attend | None = None
+
+    def head_params(self, params: Tree) -> Tree:
+        """The head's parameters."""
+        return params["head"]
+
+    def with_table(self, params: Tree, table: jax.Array | np.ndarray) -> Tree:
+        """Parameters with a start of the embeddings of all states, float32 [num_states, D]."""
+        return {**params, "embedding": jnp.asarray(table)}
+
+    def init_params(self, key: jax.Array, seq_len: int) -> Tree:
+        return self.init(key, jnp.zeros((1, seq_len), jnp.int32), jnp.zeros((1,)))["params"]
+
+    def hidden(self, params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None = None,
+               dropout: jax.Array | None = None) -> jax.Array:
+        noise: Any = {} if dropout is None else {"rngs": {"dropout": dropout}}
+        found: Any = self.apply({"params": params}, z, t, segment, dropout is not None, method="trunk", **noise)
+        return found
+
+    def hidden_at(self, params: Tree, z: jax.Array, t: jax.Array, cache: Cache, position: jax.Array, seen: jax.Array
+                  ) -> tuple[jax.Array, Cache]:
+        found: Any = self.apply({"params": params}, z, t, cache, position, seen, method="partial")
+        return found
+
+    def denoise(self, params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None = None) -> At:
+        return At(self.head, self.head_params(params), self.hidden(params, z, t, segment))
+
+    def next_token(self, params: Tree, cache: Cache, z: jax.Array, at: jax.Array) -> tuple[Cache, Prediction]:
+        position = jnp.broadcast_to(at, z.shape)
+        seen = jnp.arange(cache[0].shape[2])[None, None] <= position[..., None]
+        hidden, cache = self.hidden_at(params, z, jnp.zeros(z.shape[:1]), cache, position, seen)
+        return cache, self.head.predict(self.head_params(params), hidden[:, -1])
+
+    def stacked(self, block: type[nn.Module], in_axes: tuple[Any, ...], length: int) -> Callable[..., nn.Module]:
+        """The block `length` times over, its parameters stacked along axis 0, with what `remat` says.
+
+        in_axes: of the block's arguments after the first, as nn.scan takes them; the third says whether it trains.
+        """
+        cheap = self.remat == "cheap" or self.remat == "auto" and parallel.platform() == "cpu"
+        made: Any = block
+        if cheap or self.remat == "all":
+            keep = jax.checkpoint_policies
+            products = (keep.dots_saveable if parallel.platform() == "cpu" else
+                        keep.save_only_these_names(PRODUCT, SAVED))  # without those of attention and rotation
+            made = nn.remat(block, static_argnums=(4,), prevent_cse=False, policy=products if cheap else None)
+        return nn.scan(made, variable_axes={"params": 0, "patch": 0}, split_rngs={"params": True, "dropout": True},
+                       in_axes=in_axes, length=length)
+
+
+class Network(Transformer):
+    """States z int32 [B, S], time t [B] in [0, 1] -> logits float32 [B, S, V]; cond: width of the embedded time."""
+
+    dropout: float = 0.0
+    time_conditioning: bool = True
+    cond: int = 128
 
     def setup(self) -> None:
         limit = 1 / math.sqrt(self.width)
@@ -169,20 +217,12 @@ class Network(nn.Module):
         if self.time_conditioning:
             self.time_in = nn.Dense(self.cond, kernel_init=_uniform)
             self.time_out = nn.Dense(self.cond, kernel_init=_uniform)
-        cheap = self.remat == "cheap" or self.remat == "auto" and parallel.platform() == "cpu"
-        block: Any = Block
-        if cheap or self.remat == "all":
-            keep = jax.checkpoint_policies
-            products = (keep.dots_saveable if parallel.platform() == "cpu" else
-                        keep.save_only_these_names(_PRODUCT, SAVED))  # without those of attention and rotation
-            block = nn.remat(Block, static_argnums=(4,), prevent_cse=False, policy=products if cheap else None)
-        self.stack = nn.scan(block, variable_axes={"params": 0, "patch": 0},
-                             split_rngs={"params": True, "dropout": True},
-                             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast), length=self.blocks)(
+        each = (nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast)
+        self.stack = self.stacked(Block, each, self.blocks)(
             self.width, self.heads, self.dropout, jnp.dtype(self.dtype), self.attention, self.attend)
         self.norm = Norm()
         self.modulation = Modulation(2, self.width)
-        self.head_params = self.param("head", self.head.init, self.width)
+        self.own_head = self.param("head", self.head.init, self.width)
 
     def trunk(self, z: jax.Array, t: jax.Array, segment: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Hidden states float32 [B, S, D] before the head.
@@ -218,25 +258,10 @@ class Network(nn.Module):
                                   position)
         return self._out(x, cond), (k, v)
 
-    def decode(self, z: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Hidden states [B, n, D] of the states z [B, n] behind those in the cache, and the cache with them in it."""
-        k, v, at = cache
-        position = jnp.broadcast_to(at + jnp.arange(z.shape[1])[None], z.shape)
-        seen = jnp.arange(k.shape[2])[None, None] <= position[..., None]
-        hidden, (k, v) = self.partial(z, jnp.zeros(z.shape[:1]), (k, v), position, seen)
-        return hidden, (k, v, at + z.shape[1])
-
-    def next_token(self, params: Tree, cache: Cache, z: jax.Array, at: jax.Array | None = None
-                   ) -> tuple[Cache, Prediction]:
-        """See Trunk; the cache itself knows the position."""
-        found: Any = self.apply({"params": params}, z, cache, method="decode")
-        hidden, cache = found
-        return cache, self.head.predict(params["head"], hidden[:, -1])
-
-    def empty_cache(self, rows: int, seq_len: int) -> Cache:
-        """Room for keys and values of so many rows and positions: (k, v [blocks, B, S, H, D/H], position int32)."""
+    def empty_cache(self, rows: int, seq_len: int) -> tuple[jax.Array, jax.Array]:
+        """Room for keys and values of so many rows and positions: (k, v [blocks, B, S, H, D/H])."""
         room = jnp.zeros((self.blocks, rows, seq_len, self.heads, self.width // self.heads), self.dtype)
-        return room, room, jnp.int32(0)
+        return room, room
 
     def _time(self, t: jax.Array) -> jax.Array:
         freq = jnp.exp(-math.log(_PERIOD) * jnp.arange(_SINUSOIDS // 2) / (_SINUSOIDS // 2)).reshape(1, -1)
@@ -245,49 +270,4 @@ class Network(nn.Module):
         return nn.silu(self.time_out(nn.silu(self.time_in(sinusoids))))
 
     def __call__(self, z: jax.Array, t: jax.Array, segment: jax.Array | None = None, train: bool = False) -> jax.Array:
-        return self.head.logits(self.head_params, self.trunk(z, t, segment, train))
-
-    # What Trunk lists, as functions of parameters.
-
-    def init_params(self, key: jax.Array, seq_len: int) -> Tree:
-        return self.init(key, jnp.zeros((1, seq_len), jnp.int32), jnp.zeros((1,)))["params"]
-
-    def hidden(self, params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None = None,
-               dropout: jax.Array | None = None) -> jax.Array:
-        noise: Any = {} if dropout is None else {"rngs": {"dropout": dropout}}
-        found: Any = self.apply({"params": params}, z, t, segment, dropout is not None, method="trunk", **noise)
-        return found
-
-    def hidden_at(self, params: Tree, z: jax.Array, t: jax.Array, cache: tuple[jax.Array, jax.Array],
-                  position: jax.Array, seen: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        found: Any = self.apply({"params": params}, z, t, cache, position, seen, method="partial")
-        return found
-
-    def denoise(self, params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None = None) -> At:
-        return At(self.head, params["head"], self.hidden(params, z, t, segment))
-
-
-def make_network(config: Config, hierarchy: Hierarchy) -> Network:
-    """The network of config.model for a hierarchy's tokens and states."""
-    m = config.model
-    dtype = jnp.dtype(m.dtype)
-    head = FlatHead(hierarchy, dtype) if m.head == "flat" else FactorisedHead(hierarchy, dtype, m.prototypes)
-    causal = config.diffusion.process == "autoregressive"
-    return Network(head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dropout, m.time_conditioning,
-                   m.dtype, m.remat, causal=causal, attention=m.attention)
-
-
-def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> float:
-    """FLOPs of a forward and backward pass a token, as the algorithm needs them (2 per multiply-add, x3).
-
-    Trunk products and attention for every token; the head for those that are noised, t uniform: all words in the flat
-    one; in the factorised one all prototypes where clusters are asked for, at level 1 an average cluster's words.
-    """
-    m = config.model
-    trunk = m.blocks * (12 * m.width**2 + 2 * m.seq_len * m.width)
-    share = process.shares()
-    rows = (1 - share[0]) * hierarchy.vocab_size
-    if m.head == "factorised":
-        n, within = hierarchy.sizes[1], config.diffusion.xi == 1 and config.diffusion.force_transition != "none"
-        rows = share[2 if within else 1 :].sum() * n * m.prototypes + share[1] * hierarchy.vocab_size / n
-    return float(6.0 * (trunk + m.width * rows))
+        return self.head.logits(self.own_head, self.trunk(z, t, segment, train))

@@ -13,7 +13,7 @@ from hdlm_jax.common.parallel import Tree
 
 BITS = (4, 8, 16)
 KINDS = ("plain", "rotated")
-LAYERS = ("qkv", "out", "up", "down")  # the products of a block, which are rounded
+LAYERS = {"qkv", "q", "k", "v", "out", "gate", "up", "down"}  # the products of a block, which are rounded
 
 
 def check_quantisation(bits: int, kind: str) -> None:
@@ -67,7 +67,7 @@ def quantise(params: Tree, bits: int = 8, kind: str = "plain") -> Tree:
 
     def one(path, leaf):
         names = [key.key for key in path]
-        if names[0] != "stack" or names[1] not in LAYERS or names[-1] != "kernel":
+        if names[0] not in ("stack", "dense") or not LAYERS & set(names) or names[-1] != "kernel":
             return leaf
         weight = jnp.moveaxis(jnp.asarray(leaf, jnp.float32), 1, -1)  # [blocks, ..., in]
         weight = rotate(weight) if kind == "rotated" else weight

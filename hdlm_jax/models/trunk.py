@@ -10,6 +10,7 @@ from typing import Protocol, TypeAlias
 
 import chex
 import jax
+import numpy as np
 
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.diffusion.prediction import Prediction, Predictions
@@ -32,6 +33,12 @@ class Trunk(Protocol):
     def causal(self) -> bool:
         """Whether a position sees those before it alone."""
 
+    def head_params(self, params: Tree) -> Tree:
+        """Those of the head."""
+
+    def with_table(self, params: Tree, table: jax.Array | np.ndarray) -> Tree:
+        """Parameters with a start of the embeddings of all states, float32 [rows, D]."""
+
     def init_params(self, key: jax.Array, seq_len: int) -> Tree:
         """Random parameters."""
 
@@ -43,8 +50,8 @@ class Trunk(Protocol):
         dropout: a key; None: no dropout.
         """
 
-    def hidden_at(self, params: Tree, z: jax.Array, t: jax.Array, cache: tuple[jax.Array, jax.Array],
-                  position: jax.Array, seen: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def hidden_at(self, params: Tree, z: jax.Array, t: jax.Array, cache: Cache, position: jax.Array,
+                  seen: jax.Array) -> tuple[jax.Array, Cache]:
         """Hidden states [B, Q, D] of the states z [B, Q] at `position` [B, Q], given keys and values of the others as
         last computed, and the cache with theirs in it. seen: bool [B, Q or 1, S], what they attend to."""
 

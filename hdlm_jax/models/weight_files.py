@@ -30,10 +30,11 @@ Params: TypeAlias = dict[str, Any]  # nested: arrays by name
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file: its shape, and what reads it as float32 (exact for float16 and bfloat16)."""
+    """A tensor of a file: its shape, what reads it as float32 (exact for float16 and bfloat16), and its type there."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    dtype: str = "F32"
 
 
 def find(path: str) -> str:
@@ -76,11 +77,19 @@ def open_safetensors(paths: Iterable[str]) -> dict[str, Tensor]:
             for name in file.keys():
                 if name in out:
                     raise ValueError(f"{path}: tensor {name!r} is there twice")
-                read = functools.partial(lambda file, name: as_numpy(file.get_tensor(name)), file, name)
-                out[name] = Tensor(tuple(file.get_slice(name).get_shape()), read)
+                part = file.get_slice(name)
+                read = functools.partial(_read_tensor, path, name)
+                out[name] = Tensor(tuple(part.get_shape()), read, part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: no safetensors file, or damaged ({error})") from None
     return out
+
+
+def _read_tensor(path: str, name: str) -> np.ndarray:
+    """float32; the file is opened anew, so that what was read before does not stay in memory."""
+    from safetensors import safe_open
+    with safe_open(path, framework="np") as file:
+        return as_numpy(file.get_tensor(name))
 
 
 def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -138,26 +147,36 @@ def hub_sha256(folder: str) -> str:
 class Place(NamedTuple):
     """Where a tensor goes.
 
-    path: keys in our parameters; block: (number, of how many), stacked there along a leading axis; shape: in the file;
-    turned: whether a matrix is [out, in] there, ours being [in, out].
+    path: keys in our parameters; stack: (number, of how many) along each leading axis that tensors are stacked on there
+    (blocks, experts); shape: in the file; turned: whether a matrix is [out, in] there, ours being [in, out].
     """
 
     path: tuple[str, ...]
-    block: tuple[int, int] | None
+    stack: tuple[tuple[int, int], ...]
     shape: tuple[int, ...]
     turned: bool
+
+    @property
+    def at(self) -> tuple[int, ...]:
+        """Where along the leading axes."""
+        return tuple(number for number, _ in self.stack)
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of what it is a part of."""
+        return tuple(count for _, count in self.stack) + (self.shape[::-1] if self.turned else self.shape)
 
 
 Layout: TypeAlias = dict[str, Place]  # by the tensors' names
 
 
 def places(table: Mapping[str, tuple[str, str]], sizes: Mapping[str, int], prefix: str = "",
-           block: tuple[int, int] | None = None) -> Layout:
+           stack: tuple[tuple[int, int], ...] = ()) -> Layout:
     """Places of a table {name in the file: ("our.path" or, of a turned matrix, "our.path.T"; a letter an axis)}.
 
-    prefix: in front of all names; sizes: of the axes; block: of the tensors of one block of the network's stack.
+    prefix: in front of all names; sizes: of the axes; stack: see Place, of the tensors of one block.
     """
-    return {prefix + name: Place(tuple(path.removesuffix(".T").split(".")), block, tuple(sizes[a] for a in axes),
+    return {prefix + name: Place(tuple(path.removesuffix(".T").split(".")), stack, tuple(sizes[a] for a in axes),
                                  path.endswith(".T"))
             for name, (path, axes) in table.items()}
 
@@ -177,26 +196,21 @@ def check(found: Mapping[str, tuple[int, ...]], layout: Layout, where: str = "")
 def load(read: Callable[[str], np.ndarray], layout: Layout, dtype: str = "float32") -> Params:
     """Our parameters of the tensors that read(name) gives: matrices in `dtype`, vectors in float32."""
     params: Params = {}
-    for name, (path, block, shape, turned) in layout.items():
-        into = functools.reduce(lambda tree, key: tree.setdefault(key, {}), path[:-1], params)
-        kind = jnp.dtype(dtype) if len(shape) == 2 else np.dtype(np.float32)
-        array = read(name).T if turned else read(name)
-        if block is None:
-            into[path[-1]] = array.astype(kind)
-            continue
-        if path[-1] not in into:
-            into[path[-1]] = np.empty((block[1], *array.shape), kind)
-        into[path[-1]][block[0]] = array
+    for name, place in layout.items():
+        into = functools.reduce(lambda tree, key: tree.setdefault(key, {}), place.path[:-1], params)
+        kind = jnp.dtype(dtype) if len(place.shape) == 2 else np.dtype(np.float32)
+        if place.path[-1] not in into:
+            into[place.path[-1]] = np.empty(place.whole, kind)
+        into[place.path[-1]][place.at] = read(name).T if place.turned else read(name)
     return params
 
 
 def dump(params: Params, layout: Layout) -> dict[str, np.ndarray]:
     """Tensors by name: what `load` makes such parameters of."""
     out = {}
-    for name, (path, block, _, turned) in layout.items():
-        array: Any = functools.reduce(lambda tree, key: tree[key], path, params)
-        array = array if block is None else array[block[0]]
-        out[name] = array.T if turned else array
+    for name, place in layout.items():
+        array: Any = functools.reduce(lambda tree, key: tree[key], place.path, params)
+        out[name] = array[place.at].T if place.turned else array[place.at]
     return out
 
 

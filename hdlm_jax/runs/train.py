@@ -19,7 +19,7 @@ from hdlm_jax.config import Config, ConfigError, resolve
 from hdlm_jax.data.embeddings import initial_table
 from hdlm_jax.data.pipeline import given, valid_rows, whole_position
 from hdlm_jax.evaluation.elbo import Evaluator, summarise
-from hdlm_jax.models.network import flops_per_token
+from hdlm_jax.models.make import flops_per_token
 from hdlm_jax.runs.interrupt import RESUME_EXIT, Stop, Timer
 from hdlm_jax.runs.stages import batches_of, cluster, prepare, word_vectors
 from hdlm_jax.training.checkpoint import Checkpoints, DamagedCheckpoint

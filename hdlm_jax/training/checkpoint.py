@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
 from hdlm_jax.common.parallel import Tree
+from hdlm_jax.training.param_file import PARAMS, read_params
 from hdlm_jax.training.state import TrainState
 
 T = TypeVar("T")
@@ -280,6 +281,8 @@ class Exported:
         return self.facts["fingerprints"]
 
     def params(self, step: int, abstract_params: Tree, ema: bool) -> Tree:
+        if os.path.exists(file := os.path.join(self.folder, "params", PARAMS)):
+            return read_params(file, abstract_params)
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(os.path.join(self.folder, "params"), abstract_params)
 

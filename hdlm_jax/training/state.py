@@ -21,7 +21,8 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.diffusion.sedd import SeddProcess
-from hdlm_jax.models.network import TENSOR_AXES, make_network
+from hdlm_jax.models.make import make_network
+from hdlm_jax.models.network import TENSOR_AXES
 from hdlm_jax.models.trunk import Trunk
 
 
@@ -72,7 +73,7 @@ def init_state(config: Config, network: Trunk, tx: optax.GradientTransformation,
     """
     params = network.init_params(key, config.model.seq_len)
     if table is not None:
-        params = {**params, "embedding": jnp.asarray(table)}
+        params = network.with_table(params, table)
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema else {}
     return TrainState(jnp.int32(0), jnp.int32(0), params, tx.init(params), ema)
 

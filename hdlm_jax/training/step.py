@@ -80,7 +80,7 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
 
         fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape), weigh(z, tau, x=x),
                   process.nelbo_weight(z, tau, x) * jnp.exp(tau)[:, None])
-        loss, nelbo = sum_over_noised(network.head, token_loss, params["head"], h, level, x, fields,
+        loss, nelbo = sum_over_noised(network.head, token_loss, network.head_params(params), h, level, x, fields,
                                       needs=process.needs(d.hard_training), shard=shard)
         return loss, nelbo, jnp.sum(batch.get("tokens", score)).astype(jnp.float32)
 

@@ -1,0 +1,52 @@
+"""The network of a config, and what a token costs it."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from hdlm_jax.config import Config
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.diffusion.process import Process
+from hdlm_jax.models.decoder import Decoder
+from hdlm_jax.models.heads import FactorisedHead, FlatHead
+from hdlm_jax.models.network import Network, Transformer
+
+
+def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
+    """The network of config.model for a hierarchy's tokens and states."""
+    m = config.model
+    dtype = jnp.dtype(m.dtype)
+    head = (FlatHead(hierarchy, dtype, config.decoder.softcap) if m.head == "flat" else
+            FactorisedHead(hierarchy, dtype, m.prototypes))
+    causal = config.diffusion.process == "autoregressive"
+    sizes = (head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dtype, m.remat, causal, m.attention)
+    if m.trunk == "decoder":
+        return Decoder(*sizes, dims=config.decoder, param_dtype=m.param_dtype)
+    return Network(*sizes, dropout=m.dropout, time_conditioning=m.time_conditioning)
+
+
+def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> float:
+    """FLOPs of a forward and backward pass a token, as the algorithm needs them (2 per multiply-add, x3).
+
+    Trunk products and attention for every token; the head for those that are noised, t uniform: all words in the flat
+    one; in the factorised one all prototypes where clusters are asked for, at level 1 an average cluster's words.
+    """
+    m = config.model
+    trunk = (_decoder_products(config) if m.trunk == "decoder" else
+             m.blocks * (12 * m.width**2 + 2 * m.seq_len * m.width))
+    share = process.shares()
+    rows = (1 - share[0]) * hierarchy.vocab_size
+    if m.head == "factorised":
+        nodes, within = hierarchy.sizes[1], config.diffusion.xi == 1 and config.diffusion.force_transition != "none"
+        rows = share[2 if within else 1 :].sum() * nodes * m.prototypes + share[1] * hierarchy.vocab_size / nodes
+    return float(6.0 * (trunk + m.width * rows))
+
+
+def _decoder_products(config: Config) -> float:
+    """Multiply-adds of the decoder's blocks for a token."""
+    m, n = config.model, config.decoder
+    kv, dim, inner = n.sizes(m)
+    dense = n.dense_blocks if n.experts else m.blocks
+    experts = n.experts_per_token * n.expert_inner + n.shared_inner + n.experts / 3
+    attention = 2 * dim * (m.width * (m.heads + kv) + m.seq_len * m.heads)
+    return m.blocks * attention + 3 * m.width * (dense * inner + (m.blocks - dense) * experts)

@@ -1,0 +1,195 @@
+"""Open checkpoints in and out: --mode=import of a hub folder or GGUF file, and --mode=export with released.layout=hub.
+
+    python -m hdlm_jax.main --mode=import --config.released.weights=FOLDER --workdir=runs/llada
+
+Tensors go one by one from their files into one file of ours, and back: never more than one of them is in memory
+(docs/models.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+import hdlm_jax
+from hdlm_jax.common import jsons, processes
+from hdlm_jax.common.console import say
+from hdlm_jax.common.jsons import reuse, sha256_of, write_json
+from hdlm_jax.config import Config, ConfigError, DecoderConfig
+from hdlm_jax.data.tokenizers import Tokenizer, make_tokenizer
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.models import families
+from hdlm_jax.models.families import Found
+from hdlm_jax.models.gguf_files import open_gguf
+from hdlm_jax.models.interop import NEVER
+from hdlm_jax.models.weight_files import Layout, Tensor, check, hub_files, hub_sha256, open_safetensors
+from hdlm_jax.training import param_file
+from hdlm_jax.training.loading import check_writable
+from hdlm_jax.training.param_file import PARAMS
+from hdlm_jax.training.state import build
+
+_TABLES = ("embedding", "head.kernel")  # have a row for every id
+_HEAD = "lm_head.weight"  # some files hold it beside the table it is tied to
+_SHARD = 5_000_000_000  # bytes of a file of an export
+
+
+def import_open(config: Config, workdir: str) -> None:
+    """Writes an open checkpoint as a workdir for evaluate, generate, export, `hdlm_jax.load` and train.init_from.
+
+    It is laid out as an export is (config.json, params/, hierarchy.npz, tokenizer/), with source.json, what its own
+    config.json said, beside it. config.json comes last: without it nothing is there, and the same command starts over.
+
+    Raises:
+      ConfigError: a family or key that is not known, a tokenizer that does not fit. ValueError: tensors missing, too
+        many or of other shapes.
+    """
+    check_writable(workdir)
+    processes.on_main_process(lambda: _import(config, workdir))
+
+
+def _import(config: Config, workdir: str) -> None:
+    r = config.released
+    path = r.weights.rstrip("/")
+    made_from = {"weights": sha256_of(path) if path.endswith(".gguf") else hub_sha256(path),
+                 "released": [r.mask_id, r.logits, r.context], "tokenizer": config.tokenizer.file,
+                 "model": [config.model.seq_len, config.model.dtype, config.model.param_dtype]}
+    marker = os.path.join(workdir, "config.json")
+    if reuse(marker, {"made_from": made_from}) is not None:
+        return say(f"import: reusing {workdir}")
+    if os.path.exists(marker) or os.path.isdir(os.path.join(workdir, "checkpoints")):
+        raise ConfigError(f"workdir={workdir!r}: holds a run or another import; give another --workdir")
+    raw, tensors = open_gguf(path) if path.endswith(".gguf") else _folder(path)
+    found = families.understood(raw, path, r.mask_id, r.logits, r.context)
+    if path.endswith(".gguf"):
+        found.decoder["norm_offset"] = 0.0  # it is in the weights
+    tokenizer = make_tokenizer("hub", file=config.tokenizer.file or path)
+    layout = families.layout_of(found)
+    tensors = _checked(tensors, layout, found, path)
+    run = settings(config, found, tokenizer)
+    hierarchy = Hierarchy.from_parents([], vocab_size=tokenizer.vocab_size, special=(tokenizer.eot,))
+    aside = os.path.join(workdir, "import.tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # of an import that was interrupted
+    os.makedirs(os.path.join(aside, "params"))
+    tokenizer.save(os.path.join(aside, "tokenizer"))
+    hierarchy.save(os.path.join(aside, "hierarchy.npz"), tokenizer.fingerprint)
+    start = found.mask if found.masked else _start(tokenizer)
+    count = _write(os.path.join(aside, "params"), run, hierarchy, tensors, layout, start, found)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    write_json(os.path.join(aside, "source.json"), {"config": dict(raw), "dtypes": dtypes})
+    for name in os.listdir(aside):
+        here = os.path.join(workdir, name)
+        shutil.rmtree(here) if os.path.isdir(here) else None
+        os.replace(os.path.join(aside, name), here)
+    os.rmdir(aside)
+    fingerprints = {"tokenizer": tokenizer.fingerprint, "hierarchy": hierarchy.fingerprint, "data": ""}
+    write_json(marker, {"step": 0, "ema": False, "fingerprints": fingerprints, "config": run.to_save(),
+                        "hdlm_jax": hdlm_jax.__version__, "made_from": made_from})
+    say(f"import: {count:,} parameters of {path}, in {workdir}")
+    for name, value in _table(found, run, tokenizer, start):
+        say(f"  {name:<11} {value}")
+
+
+def _folder(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, tensors by name) of a hub folder."""
+    tensors = open_safetensors(hub_files(path))
+    return jsons.read_json(os.path.join(path, "config.json")), {
+        name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _checked(tensors: dict[str, Tensor], layout: Layout, found: Found, path: str) -> dict[str, Tensor]:
+    """The tensors, fused ones split, once all names and shapes are right."""
+    tensors = families.unfused(tensors, found)
+    tied = tensors.pop(_HEAD) if found.decoder["tied"] and _HEAD in tensors else None
+    check({name: tensor.shape for name, tensor in tensors.items()}, layout, f"{path}: ")
+    table = next(name for name, place in layout.items() if place.path == ("embedding",))
+    if tied is not None and not np.array_equal(tied.read(), tensors[table].read()):
+        raise ValueError(f"{path}: {_HEAD} is not {table}, though tie_word_embeddings says so")
+    return tensors
+
+
+def settings(config: Config, found: Found, tokenizer: Tokenizer) -> Config:
+    """The config of the run that an import makes: of what is given the sizes of rows, dtypes and how to use it.
+
+    Raises:
+      ConfigError: broken rules, a tokenizer with ids that the tables have no row for.
+    """
+    v = tokenizer.vocab_size
+    if v > found.rows:
+        raise ConfigError(f"tokenizer.file: {v:,} ids, the tables of {found.path} have {found.rows:,} rows; give the "
+                          "tokenizer of this model")
+    if found.masked and found.mask >= found.rows:
+        raise ConfigError(f"released.mask_id={found.mask}: the tables of {found.path} have {found.rows:,} rows")
+    masked = found.masked
+    diffusion = dataclasses.replace(config.diffusion, process="hierarchical" if masked else "autoregressive",
+                                    weighting="clip" if masked else "constant")
+    run = dataclasses.replace(
+        config, diffusion=diffusion, model=dataclasses.replace(config.model, **found.model),
+        decoder=DecoderConfig(**found.decoder), hierarchy=dataclasses.replace(config.hierarchy, clusters=(1,)),
+        tokenizer=dataclasses.replace(config.tokenizer, kind="hub", vocab_size=v, file="", sha256="", pattern=""))
+    run.check()
+    return run
+
+
+def _start(tokenizer: Tokenizer) -> int:
+    """The id whose embedding the start of a text gets: the one that stood before texts in training."""
+    bos = tokenizer.bos
+    return tokenizer.eot if bos is None or bos == tokenizer.special.get("<|im_start|>") else bos
+
+
+def _write(folder: str, run: Config, hierarchy: Hierarchy, tensors: Mapping[str, Tensor], layout: Layout, start: int,
+           found: Found) -> int:
+    """Writes parameters and the rows of tables that no id of ours has, tensor by tensor; how many parameters."""
+    network, _ = build(run, hierarchy)
+    shapes = jax.eval_shape(lambda: network.init_params(jax.random.key(0), run.model.seq_len))
+    arrays = {_name(keys): (leaf.shape, np.dtype(leaf.dtype)) for keys, leaf in jax.tree.leaves_with_path(shapes)}
+    v, never = hierarchy.vocab_size, np.zeros(arrays["head.bias"][0], np.float32)
+    never[v:] = NEVER
+    if found.masked and found.mask < v:
+        never[found.mask] = NEVER
+    rest = {".".join(place.path): ((found.rows - v, *place.shape[1:]), np.dtype(np.float32))
+            for place in layout.values() if ".".join(place.path) in _TABLES}
+    kept = os.path.join(folder, "rest.safetensors")
+    with param_file.writing(os.path.join(folder, PARAMS), arrays) as out, param_file.writing(kept, rest) as others:
+        out.put("head.bias", never)
+        for name, place in layout.items():
+            array, ours = tensors[name].read(), ".".join(place.path)
+            if ours in _TABLES:
+                out.put(ours, array[:v])
+                others.put(ours, array[v:])
+                if ours == "embedding":
+                    out.put("states", array[start][None])
+            else:
+                out.put(ours, array.T if place.turned else array, place.at) if array.ndim else None
+    return sum(int(np.prod(shape)) for shape, _ in arrays.values())
+
+
+def _name(keys: tuple[Any, ...]) -> str:
+    return ".".join(str(key.key) for key in keys)
+
+
+def _table(found: Found, run: Config, tokenizer: Tokenizer, start: int) -> list[tuple[str, str]]:
+    """What was understood, for people."""
+    d, m = run.decoder, run.model
+    kv, dim, inner = d.sizes(m)
+    name = lambda i: tokenizer.token_bytes(i).decode(errors="replace") if i < tokenizer.vocab_size else "-"  # noqa: E731
+    context = {"full": "all tokens", "block": f"its block of {d.block} and those before"}[d.context]
+    sees = context if found.masked else "those before"
+    rows = [("family", f"{found.kind}, {'masked diffusion' if found.masked else 'autoregressive'}"),
+            ("size", f"width {m.width}, {m.blocks} blocks, {m.heads} heads of {dim} ({kv} of keys), MLP {inner}"
+             + (f", {d.experts} experts of {d.expert_inner}, {d.experts_per_token} a token" if d.experts else "")),
+            ("attention", f"a token sees {sees}" + (f"; {d.window} back in most blocks" if d.window else "")
+             + (", norms of q and k" if d.qk_norm else "") + (", biases of q, k, v" if d.qkv_bias else "")),
+            ("rotary", f"base {d.theta:g}" + (f", {d.scaling}" if d.scaling else "")),
+            ("norms", f"eps {d.eps:g}"), ("head", "tied to the embedding" if d.tied else "its own"),
+            ("tokens", f"{tokenizer.vocab_size:,} of {found.rows:,} rows; end of text {tokenizer.eot} "
+             f"{name(tokenizer.eot)!r}")]
+    if found.masked:
+        where = "one place before their own" if d.shifted else "at their own place"
+        return [*rows, ("mask", f"{found.mask} {name(found.mask)!r}"), ("logits", f"{where}")]
+    return [*rows, ("start", f"{start} {name(start)!r}")]

@@ -1,0 +1,104 @@
+"""Parameters as one file that is written and read a tensor at a time (the safetensors format).
+
+A network of billions of weights never lies whole in the memory of a host: what writes it puts one tensor after the
+other where it belongs, and what reads it takes the part of each device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from hdlm_jax.common.parallel import Tree
+
+_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_NAMES = {kind: name for name, kind in _TYPES.items()}
+PARAMS = "model.safetensors"  # in the folder params/ of an import
+_MOST_HEADER = 100_000_000  # bytes, as the format says
+
+
+class Writer:
+    """An open file of arrays that are all zeros until `put` fills them, in any order."""
+
+    def __init__(self, file: BinaryIO, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]]):
+        self._file, self._arrays, self._start, end = file, arrays, {}, 0
+        header = {}
+        for name, (shape, kind) in sorted(arrays.items()):
+            self._start[name], end = end, end + math.prod(shape) * kind.itemsize
+            header[name] = {"dtype": _NAMES[kind], "shape": list(shape), "data_offsets": [self._start[name], end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        self._data = file.tell()
+        file.truncate(self._data + end)
+
+    def put(self, name: str, values: np.ndarray, at: tuple[int, ...] = (), row: int = 0) -> None:
+        """Writes rows from `row` on of the array, or of the part of it at these places of its leading axes."""
+        shape, kind = self._arrays[name]
+        rest = shape[len(at):]
+        place = int(np.ravel_multi_index(at, shape[: len(at)])) * math.prod(rest) if at else 0
+        place += row * math.prod(rest[1:])
+        assert values.shape[1:] == rest[1:] and row + len(values) <= rest[0], (name, values.shape, shape)
+        self._file.seek(self._data + self._start[name] + place * kind.itemsize)
+        self._file.write(np.ascontiguousarray(values, kind).data.cast("B") if values.size else b"")
+
+
+@contextmanager
+def writing(path: str, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> Iterator[Writer]:
+    """A `Writer` of arrays (shape, dtype float32, float16 or bfloat16) by their names; on disk when it is left."""
+    with open(path, "wb") as file:
+        yield Writer(file, arrays)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def open_params(path: str) -> dict[str, np.ndarray]:
+    """Arrays of a file by name, mapped: nothing is read before it is needed.
+
+    Raises:
+      ValueError: no such file, or not whole.
+    """
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if 0 < length <= min(size, _MOST_HEADER) else None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: a damaged file of parameters ({error})") from None
+    whole = isinstance(header, dict) and 8 + length + max(
+        (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0) == size
+    if not isinstance(header, dict) or not whole:
+        raise ValueError(f"{path}: a damaged file of parameters (its size is not what its header says)")
+    return {name: np.memmap(path, _TYPES[entry["dtype"]], "r", 8 + length + entry["data_offsets"][0],
+                            tuple(entry["shape"])) if math.prod(entry["shape"]) else np.zeros(
+                                entry["shape"], _TYPES[entry["dtype"]])
+            for name, entry in header.items() if name != "__metadata__"}
+
+
+def read_params(path: str, abstract: Tree) -> Tree:
+    """Parameters with the shapes, dtypes and places of the tree `abstract`.
+
+    Raises:
+      ValueError: arrays missing or of other shapes.
+    """
+    arrays = open_params(path)
+
+    def one(keys: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = ".".join(str(key.key) for key in keys)
+        found = arrays.get(name)
+        if found is None or found.shape != leaf.shape:
+            raise ValueError(f"{path}: {name} is {None if found is None else found.shape}, must be {leaf.shape}")
+        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda at: np.asarray(found[at], leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(one, abstract)

@@ -33,7 +33,7 @@ EXTRAS = {
     "lm-eval": ["lm-eval>=0.4.9"],
     "torch": ["torch>=2.4"],  # to read released weights that are not .safetensors
     "mauve": ["mauve-text>=0.4"],
-    "interop-test": ["torch>=2.4", "transformers>=4.45"],  # tests/test_gpt2.py beside the original; never in CI
+    "interop-test": ["gguf>=0.17", "torch>=2.4", "transformers>=5"],  # tests beside the originals; never in CI
     "browser": ["playwright>=1.49"],  # tests of the report's page in a Chromium that is installed already
     "test": [
         "fsspec>=2024.6",

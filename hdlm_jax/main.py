@@ -47,6 +47,8 @@ def with_recipe(argv: list[str]) -> list[str]:
     if at >= 0:
         behind = 1 if "=" in argv[at] else 2
         return [*argv[:at], f"--config={recipes.path_of(name)}", *argv[at + behind:]] if name else argv
+    if _flag(argv, "mode")[1] == "import":
+        return [argv[0], f"--config={recipes.path_of('released_open')}", *argv[1:]]
     workdir = expand(_flag(argv, "workdir")[1])
     check_local("workdir", workdir)
     if not workdir:

@@ -8,6 +8,8 @@
     hierarchy.npz      words -> clusters -> ... -> mask: parents_0, parents_1, ...
     tokenizer/         its words as a rank file, and a .json
     <layout>.safetensors   with released.layout: the weights under the published network's names (docs/import.md)
+
+With released.layout=hub <workdir>/hub is written in its place, in the layout of the open checkpoint the run came from.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import reuse, write_json
 from hdlm_jax.config import Config, ConfigError
-from hdlm_jax.runs import import_weights
+from hdlm_jax.runs import import_weights, open_weights
 from hdlm_jax.training.checkpoint import checkpoints_of, save_params
 from hdlm_jax.training.loading import load_run, saved_config
 
@@ -38,6 +40,8 @@ def export(config: Config, workdir: str) -> str:
     Raises:
       ConfigError: no such run, settings it was not trained with, or safetensors is not installed.
     """
+    if config.released.layout == "hub":
+        return open_weights.export_hub(config, workdir)
     try:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file

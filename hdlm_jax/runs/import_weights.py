@@ -23,8 +23,10 @@ from hdlm_jax.config import Config, ConfigError, ReleasedConfig
 from hdlm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models import interop
+from hdlm_jax.models.families import is_open
 from hdlm_jax.models.interop import EMBEDDING, state_ids
 from hdlm_jax.models.weight_files import find, read_clusters
+from hdlm_jax.runs import open_weights
 from hdlm_jax.training.checkpoint import save_params
 from hdlm_jax.training.loading import check_writable
 
@@ -39,9 +41,12 @@ def import_released(config: Config, workdir: str) -> None:
       ConfigError: settings that do not go with the file, by name. ValueError: see `read_weights`, `from_torch`.
     """
     r, h = config.released, config.hierarchy
+    if r.weights and is_open(r.weights):
+        return open_weights.import_open(config, workdir)
     if not (r.layout and r.weights):
         name = "weights" if r.layout else "layout"
-        raise ConfigError(f"released.{name}='': --mode=import needs it; see configs/released_{r.layout or 'mdlm'}.py")
+        raise ConfigError(f"released.{name}='': --mode=import needs it; see configs/released_{r.layout or 'mdlm'}.py; "
+                          "for an open model give released.weights its folder with a config.json, or its GGUF file")
     if config.model.head != "flat":
         raise ConfigError(f"model.head={config.model.head!r}: published networks have a logit for every word, 'flat'")
     if bool(r.clusters) != (max(h.clusters, default=1) > 1) and not (r.clusters and r.layout == "hdlm"):

@@ -9,6 +9,8 @@ Tensors go one by one from their files into one file of ours, and back: never mo
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -25,15 +27,17 @@ from hdlm_jax.config import Config, ConfigError, DecoderConfig
 from hdlm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models import families
+from hdlm_jax.models.decoder import merged
 from hdlm_jax.models.families import Found
 from hdlm_jax.models.gguf_files import open_gguf
 from hdlm_jax.models.interop import NEVER
-from hdlm_jax.models.weight_files import Layout, Tensor, check, hub_files, hub_sha256, open_safetensors
+from hdlm_jax.models.weight_files import Layout, Place, Tensor, check, hub_files, hub_sha256, open_safetensors
 from hdlm_jax.training import param_file
-from hdlm_jax.training.loading import check_writable
+from hdlm_jax.training.loading import Run, check_writable, load_run, saved_config
 from hdlm_jax.training.param_file import PARAMS
 from hdlm_jax.training.state import build
 
+REST = "rest.safetensors"  # in params/: rows of the tables that no id of ours has
 _TABLES = ("embedding", "head.kernel")  # have a row for every id
 _HEAD = "lm_head.weight"  # some files hold it beside the table it is tied to
 _SHARD = 5_000_000_000  # bytes of a file of an export
@@ -154,7 +158,7 @@ def _write(folder: str, run: Config, hierarchy: Hierarchy, tensors: Mapping[str,
         never[found.mask] = NEVER
     rest = {".".join(place.path): ((found.rows - v, *place.shape[1:]), np.dtype(np.float32))
             for place in layout.values() if ".".join(place.path) in _TABLES}
-    kept = os.path.join(folder, "rest.safetensors")
+    kept = os.path.join(folder, REST)
     with param_file.writing(os.path.join(folder, PARAMS), arrays) as out, param_file.writing(kept, rest) as others:
         out.put("head.bias", never)
         for name, place in layout.items():
@@ -193,3 +197,99 @@ def _table(found: Found, run: Config, tokenizer: Tokenizer, start: int) -> list[
         where = "one place before their own" if d.shifted else "at their own place"
         return [*rows, ("mask", f"{found.mask} {name(found.mask)!r}"), ("logits", f"{where}")]
     return [*rows, ("start", f"{start} {name(start)!r}")]
+
+
+def source_of(workdir: str, trained: Config) -> dict[str, Any]:
+    """source.json of the import that a run is or was started from; ConfigError where there is none."""
+    for folder in filter(None, (workdir, trained.train.init_from)):
+        if (found := jsons.read_json(os.path.join(folder, "source.json"), optional=True)) is not None:
+            return found | {"folder": folder}
+    raise ConfigError(f"released.layout='hub': {workdir} is neither an import of an open checkpoint nor trained from "
+                      "one (train.init_from)")
+
+
+def export_hub(config: Config, workdir: str) -> str:
+    """Writes <workdir>/hub, the run in the layout of the open checkpoint it came from; gives back its path.
+
+    An autoregressive model that has become a masked one gets a mask id: released.mask_id, else the first that is no
+    token's. The vector of a start symbol goes to the id it came from. The folder is made aside and renamed.
+
+    Raises:
+      ConfigError: no such checkpoint, a run with clusters, of which that layout knows nothing, or many processes.
+    """
+    trained = saved_config(workdir)
+    source = source_of(workdir, trained)
+    if max(trained.hierarchy.clusters, default=1) > 1:
+        raise ConfigError(f"released.layout='hub': {workdir} has clusters {trained.hierarchy.clusters}; open layouts "
+                          "know tokens and a mask alone")
+    if jax.process_count() > 1:
+        raise ConfigError("released.layout='hub': one process writes it; start without --distributed")
+    run = load_run(config, workdir, config.evaluate.checkpoint)
+    folder = os.path.abspath(os.path.join(workdir, "hub"))
+    aside = f"{folder}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)  # of an export that was interrupted
+    raw, tensors = _as_source(run, source, config.released.mask_id)
+    _write_hub(aside, raw, tensors, run.tokenizer)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(aside, folder)
+    say(f"export: {len(tensors)} tensors as a hub folder, {raw['model_type']}"
+        + (f", mask {raw['mask_token_id']}" if "mask_token_id" in raw else "") + f", in {folder}")
+    return folder
+
+
+def _as_source(run: Run, source: Mapping[str, Any], mask_id: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, tensors by their names there) of a run."""
+    raw, v = dict(source["config"]), run.hierarchy.vocab_size
+    found = families.understood(raw, source["folder"])
+    rest = param_file.open_params(os.path.join(source["folder"], "params", REST))
+    place = _start(run.tokenizer)
+    if not run.process.exact:
+        place = raw["mask_token_id"] = next(i for i in (mask_id, found.mask, v) if i >= 0)
+    rows = max(found.rows, place + 1)
+    raw["embedding_size" if "embedding_size" in raw else "vocab_size"] = rows
+    params = merged(run.params)
+    leaves = {_name(keys): leaf for keys, leaf in jax.tree.leaves_with_path(params)}
+
+    def part(ours: str, where: Place) -> np.ndarray:
+        if ours not in _TABLES:
+            array = np.asarray(leaves[ours][where.at], np.float32)
+            return array.T if where.turned else array
+        whole = np.zeros((rows, leaves[ours].shape[1]), np.float32)
+        whole[:v], whole[v : found.rows] = leaves[ours][:v], rest[ours]
+        if ours == "embedding":
+            whole[place] = leaves["states"][0]
+        return whole
+
+    whole = run.config.model.param_dtype == "float32"
+    tensors = {}
+    for name, where in families.layout_of(found).items():
+        ours = ".".join(where.path)
+        shape = (rows, *where.shape[1:]) if ours in _TABLES else where.shape
+        kind = source["dtypes"].get(name, "F32") if whole or len(shape) < 2 else "BF16"
+        tensors[name] = Tensor(shape, functools.partial(part, ours, where), kind)
+    return raw, families.fused(tensors)
+
+
+def _write_hub(folder: str, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+    """config.json, the tensors in files of at most _SHARD bytes, and the tokenizer."""
+    os.makedirs(folder, exist_ok=True)
+    files: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        bytes_here = math.prod(tensor.shape) * param_file.TYPES[tensor.dtype].itemsize
+        if files[-1] and size + bytes_here > _SHARD:
+            files.append({})
+            size = 0
+        files[-1][name], size = tensor, size + bytes_here
+    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    names = names if len(files) > 1 else ["model.safetensors"]
+    for file, held in zip(names, files, strict=True):
+        arrays = {name: (tensor.shape, param_file.TYPES[tensor.dtype]) for name, tensor in held.items()}
+        with param_file.writing(os.path.join(folder, file), arrays) as out:
+            for name, tensor in held.items():
+                out.put(name, tensor.read())
+    if len(files) > 1:
+        places = {name: file for file, held in zip(names, files, strict=True) for name in held}
+        write_json(os.path.join(folder, "model.safetensors.index.json"), {"metadata": {}, "weight_map": places})
+    write_json(os.path.join(folder, "config.json"), dict(raw))
+    tokenizer.save(folder)

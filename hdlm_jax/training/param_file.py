@@ -19,8 +19,8 @@ import numpy as np
 
 from hdlm_jax.common.parallel import Tree
 
-_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_NAMES = {kind: name for name, kind in _TYPES.items()}
+TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_NAMES = {kind: name for name, kind in TYPES.items()}
 PARAMS = "model.safetensors"  # in the folder params/ of an import
 _MOST_HEADER = 100_000_000  # bytes, as the format says
 
@@ -79,9 +79,9 @@ def open_params(path: str) -> dict[str, np.ndarray]:
         (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0) == size
     if not isinstance(header, dict) or not whole:
         raise ValueError(f"{path}: a damaged file of parameters (its size is not what its header says)")
-    return {name: np.memmap(path, _TYPES[entry["dtype"]], "r", 8 + length + entry["data_offsets"][0],
+    return {name: np.memmap(path, TYPES[entry["dtype"]], "r", 8 + length + entry["data_offsets"][0],
                             tuple(entry["shape"])) if math.prod(entry["shape"]) else np.zeros(
-                                entry["shape"], _TYPES[entry["dtype"]])
+                                entry["shape"], TYPES[entry["dtype"]])
             for name, entry in header.items() if name != "__metadata__"}
 
 

@@ -345,11 +345,15 @@ class TrainConfig(_Section):
     nonfinite_limit: int = 10  # steps whose loss or gradient is not finite are skipped; stop after more than so many
     evaluate_every: int = 0  # steps between measurements on `evaluate.rows_in_training`; 0: at the end alone
     init_from: str = ""  # workdir of a run whose weights to start from
+    adapt: bool = False  # and become another model: process, clusters, head and what a token sees are as given here
+    open_steps: int = 0  # adapt: steps over which tokens come to see those behind them; 0: at once
 
     def check(self) -> None:
         self.hold("must be at least 1", "steps", "batch_size", "microbatches", "log_every")
         check_seed("train.seed", self.seed)
-        self.hold("must not be negative", "nonfinite_limit", "evaluate_every")
+        self.hold("must not be negative", "nonfinite_limit", "evaluate_every", "open_steps")
+        self.need(not self.adapt or bool(self.init_from), "adapt", "goes with train.init_from, the run to start from")
+        self.need(not self.open_steps or self.adapt, "open_steps", "goes with train.adapt")
         self.need(self.batch_size % self.microbatches == 0, "microbatches",
                   f"must divide train.batch_size={self.batch_size}")
 

@@ -124,29 +124,37 @@ _SECTIONS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 _INHERITED = ("tokenizer", "hierarchy", "diffusion", "model", "decoder")
 _MAY_DIFFER = ("diffusion.", "model.seq_len", "model.dropout", "model.embeddings", "model.dtype", "model.remat",
                "model.attention")
+_ADAPTED = ("hierarchy.", "diffusion.", "model.head", "model.prototypes", "model.seq_len", "model.dtype",
+            "model.param_dtype", "model.remat", "model.attention", "decoder.context", "decoder.block",
+            "decoder.shifted", "decoder.lora")  # as given with train.adapt
 
 
 def inherit(given: Given, base: Config, name: str) -> dict[str, Any]:
     """What is given (a ConfigDict or nested dict), with what makes the model taken from the run `base` it starts from.
 
     A setting left at its default is the base's; of those given, the process, the loss and what does not change the
-    weights' meaning may differ.
+    weights' meaning may differ. With train.adapt what _ADAPTED names is as given.
 
     Raises:
       ConfigError: all settings that contradict the base, in one line; `name` is what to call it.
     """
     out = _plain(given)
     wrong = []
+    own = _ADAPTED if out.get("train", {}).get("adapt") else ()
     for section in _INHERITED:
         values = dict(out.get(section, {}))
         for field in dataclasses.fields(getattr(base, section)):
             was, key = getattr(getattr(base, section), field.name), f"{section}.{field.name}"
             value = values.get(field.name, field.default)
+            if key.startswith(own):
+                continue
             if value == field.default:
                 values[field.name] = was
             elif (expand(value) if key in PATHS else value) != was and not key.startswith(_MAY_DIFFER):
                 wrong.append(f"{key}={value!r} (there {was!r})")
         out[section] = values
+    if own and out["model"].get("head", "flat") != "flat":
+        out["decoder"]["tied"] = False
     rule(not wrong, "train.init_from", name, f"that run has other settings than given here: {'; '.join(wrong)}; leave "
                                               "them out, and the run's own are taken")
     return out

@@ -234,9 +234,17 @@ class Decoder(Transformer):
         return {**params, "embedding": params["embedding"].at[:tokens].set(first),
                 "states": params["states"].at[: len(rest)].set(rest)}
 
+    def table(self, params: Tree) -> jax.Array:
+        return jnp.concatenate([params["embedding"][: self.head.hierarchy.vocab_size], params["states"]])
+
+    def with_head(self, params: Tree, kernel: jax.Array, bias: jax.Array, key: jax.Array) -> Tree:
+        made = self.head.start(kernel, bias, key)
+        return {**params, "head": {"bias": made["bias"]} if self.dims.tied else made}
+
     def init_params(self, key: jax.Array, seq_len: int) -> Tree:
         def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-            return leaf if path[-1].key in ("bias", "weight") else leaf.astype(self.param_dtype)
+            kept = path[-1].key in ("bias", "weight") or _is_trained(path)
+            return leaf if kept else leaf.astype(self.param_dtype)
 
         return jax.tree_util.tree_map_with_path(cast, super().init_params(key, seq_len))
 
@@ -312,6 +320,17 @@ class Decoder(Transformer):
     def __call__(self, z: jax.Array, t: jax.Array) -> jax.Array:
         params = {"embedding": self.embedding, "head": self.own_head}
         return self.head.logits(self.head_params(params), self.trunk(z, t))
+
+
+def _is_trained(path: tuple[Any, ...]) -> bool:
+    """Whether low-rank training changes it: the additions, vectors of clusters and mask, a head over clusters."""
+    names = [str(key.key) for key in path]
+    return names[-1].startswith("lora") or names[0] == "states" or "clusters" in names
+
+
+def lora_labels(params: Tree) -> Tree:
+    """"trained" or "kept" for every parameter."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "trained" if _is_trained(path) else "kept", params)
 
 
 def merged(params: Tree) -> Tree:

@@ -38,6 +38,12 @@ class Head(Protocol):
     def init(self, key: jax.Array, width: int) -> Tree:
         """Parameters."""
 
+    def start(self, kernel: jax.Array, bias: jax.Array, key: jax.Array) -> Tree:
+        """Parameters from a vector [V, D] and a bias [V] for every token's logit."""
+
+    def rows(self, params: Tree) -> tuple[jax.Array, jax.Array]:
+        """The other way round, of a head that is flat; NotImplementedError where it is not."""
+
     def logits(self, params: Tree, h: jax.Array) -> jax.Array:
         """float32 [..., V]."""
 
@@ -46,6 +52,9 @@ class Head(Protocol):
 
     def streams(self, level: jax.Array, x: jax.Array, needs: str) -> list:
         """Pieces that token losses are summed over (`sum_over_noised`)."""
+
+
+NEVER = -1e6  # logit of what has no probability, in float32 or bfloat16
 
 
 def chunk_size() -> int:
@@ -96,6 +105,14 @@ class FlatHead:
         del key
         rows = padded(self.hierarchy.vocab_size)
         return {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)}
+
+    def start(self, kernel: jax.Array, bias: jax.Array, key: jax.Array) -> Tree:
+        extra = padded(len(bias)) - len(bias)
+        return {"kernel": jnp.pad(kernel, ((0, extra), (0, 0))), "bias": jnp.pad(bias, (0, extra))}
+
+    def rows(self, params: Tree) -> tuple[jax.Array, jax.Array]:
+        v = self.hierarchy.vocab_size
+        return params["kernel"][:v], params["bias"][:v]
 
     def logits(self, params: Tree, h: jax.Array) -> jax.Array:
         """float32 [..., V]."""
@@ -159,6 +176,23 @@ class FactorisedHead:
         spread = 0.0 if self.prototypes == 1 else 0.5 / math.sqrt(width)
         return {"words": {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)},
                 "clusters": {"kernel": spread * jax.random.normal(key, (n, width)), "bias": jnp.zeros(n)}}
+
+    def start(self, kernel: jax.Array, bias: jax.Array, key: jax.Array) -> Tree:
+        """Each cluster's tokens are dealt to its prototypes: one has the mean of its tokens' vectors and, as its bias,
+        the logarithm of their summed exponentials, so that at h = 0 clusters are as likely as their tokens were."""
+        blocks, (n, p) = self.blocks, (self.hierarchy.sizes[1], self.prototypes)
+        words = {"kernel": jnp.zeros((blocks.rows, kernel.shape[1]), kernel.dtype).at[blocks.row].set(kernel),
+                 "bias": jnp.zeros(blocks.rows).at[blocks.row].set(bias)}
+        node = np.asarray(self.hierarchy.anc[1])
+        part = jnp.asarray(node * p + (blocks.row - blocks.start[node]) % p)
+        share = jax.ops.segment_sum(jnp.exp(bias), part, n * p)
+        mean = jax.ops.segment_sum(jnp.exp(bias)[:, None] * kernel.astype(jnp.float32), part, n * p)
+        some = share > 0  # a small cluster leaves prototypes without tokens: they stay out of it
+        return {"words": words, "clusters": {"kernel": mean / jnp.where(some, share, 1.0)[:, None],
+                                             "bias": jnp.where(some, jnp.log(share), NEVER)}}
+
+    def rows(self, params: Tree) -> tuple[jax.Array, jax.Array]:
+        raise NotImplementedError("a factorised head has no vector for the logit of a token")
 
     def clusters(self, params: Tree, h: jax.Array) -> LogitsPrediction:
         """p(node | h) of the level-1 nodes, from float32 logits [..., n]."""

@@ -17,12 +17,12 @@ import numpy as np
 
 from hdlm_jax.config import ConfigError, ReleasedConfig
 from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.models.heads import NEVER
 from hdlm_jax.models.network import rotary
 from hdlm_jax.models.weight_files import Layout, Params, as_numpy, check, dump, find, load, places, read_file
 
 EMBEDDING, HEAD = "vocab_embed.embedding", "output_layer.linear"
 COND = 128  # width of our embedded time
-NEVER = -1e6  # logit of what no table knows: no probability in float32 or bfloat16
 # name in the file -> (place in our parameters, axes: R rows, D width, Q 3 D, F 4 D, M 6 D, N 2 D, C cond, S sinusoids)
 _BEFORE = {EMBEDDING: ("embedding", "RD"),
            "sigma_map.mlp.0.weight": ("time_in.kernel.T", "CS"), "sigma_map.mlp.0.bias": ("time_in.bias", "C"),

@@ -162,7 +162,16 @@ class Transformer(nn.Module):
 
     def with_table(self, params: Tree, table: jax.Array | np.ndarray) -> Tree:
         """Parameters with a start of the embeddings of all states, float32 [num_states, D]."""
-        return {**params, "embedding": jnp.asarray(table)}
+        rows = len(params["embedding"])
+        return {**params, "embedding": params["embedding"].at[: min(rows, len(table))].set(table[:rows])}
+
+    def table(self, params: Tree) -> jax.Array:
+        """Embeddings of all states, [at least num_states, D]."""
+        return params["embedding"]
+
+    def with_head(self, params: Tree, kernel: jax.Array, bias: jax.Array, key: jax.Array) -> Tree:
+        """Parameters with a head that starts from a vector [V, D] and bias [V] for the logit of every token."""
+        return {**params, "head": self.head.start(kernel, bias, key)}
 
     def init_params(self, key: jax.Array, seq_len: int) -> Tree:
         return self.init(key, jnp.zeros((1, seq_len), jnp.int32), jnp.zeros((1,)))["params"]

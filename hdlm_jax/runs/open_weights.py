@@ -30,7 +30,7 @@ from hdlm_jax.models import families
 from hdlm_jax.models.decoder import merged
 from hdlm_jax.models.families import Found
 from hdlm_jax.models.gguf_files import open_gguf
-from hdlm_jax.models.interop import NEVER
+from hdlm_jax.models.heads import NEVER
 from hdlm_jax.models.weight_files import Layout, Place, Tensor, check, hub_files, hub_sha256, open_safetensors
 from hdlm_jax.training import param_file
 from hdlm_jax.training.loading import Run, check_writable, load_run, saved_config

@@ -190,7 +190,7 @@ def _found(config: Config, text: PreparedData, path: str, settings: dict) -> boo
                                   "use another --workdir or remove that file")
         say(f"hierarchy: reusing {path}, {_levels(Hierarchy.load(path, text.tokenizer.fingerprint))}")
         return True
-    if config.train.init_from:  # its cluster ids are what the weights mean
+    if config.train.init_from and not config.train.adapt:  # its cluster ids are what the weights mean
         check_base(config)
         theirs = os.path.join(config.train.init_from, "hierarchy.npz")
         hierarchy = Hierarchy.load(theirs, text.tokenizer.fingerprint)

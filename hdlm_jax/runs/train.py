@@ -15,6 +15,7 @@ import optax
 from hdlm_jax.common import jsons, lock, parallel, processes
 from hdlm_jax.common.console import measured, progress, say
 from hdlm_jax.common.jsons import write_json
+from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import Config, ConfigError, resolve
 from hdlm_jax.data.embeddings import initial_table
 from hdlm_jax.data.pipeline import given, valid_rows, whole_position
@@ -22,9 +23,10 @@ from hdlm_jax.evaluation.elbo import Evaluator, summarise
 from hdlm_jax.models.make import flops_per_token
 from hdlm_jax.runs.interrupt import RESUME_EXIT, Stop, Timer
 from hdlm_jax.runs.stages import batches_of, cluster, prepare, word_vectors
+from hdlm_jax.training.adapt import adapted
 from hdlm_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from hdlm_jax.training.fitting import fit
-from hdlm_jax.training.loading import check_writable, differences, load_params, upgraded
+from hdlm_jax.training.loading import Run, check_writable, differences, load_base, upgraded
 from hdlm_jax.training.metrics import MetricsFile, peak_flops, plot_curves, read_metrics
 from hdlm_jax.training.state import TrainState, abstract_state, build, init_state, make_optimizer
 from hdlm_jax.training.step import make_train_step
@@ -140,6 +142,9 @@ class Loop:
         if config.train.batch_size % (shards * config.train.microbatches):
             raise ConfigError(f"train.batch_size={config.train.batch_size}: must be a multiple of the {shards} batch "
                               f"shards of the mesh times train.microbatches={config.train.microbatches}")
+        if config.model.param_dtype != "float32" and not config.decoder.lora:
+            raise ConfigError(f"model.param_dtype={config.model.param_dtype!r}: small steps would be rounded away; "
+                              "give float32 (model.dtype='bfloat16' computes in 16 bits all the same), or decoder.lora")
         self.text = prepare(config, workdir)
         self.batches = batches_of(config, self.text)
         self.hierarchy = cluster(config, workdir, self.text)
@@ -247,19 +252,33 @@ class Loop:
         if config.model.embeddings == "clusters" and not base:
             vectors = word_vectors(config, self.workdir, self.text)
             table = initial_table(vectors, self.hierarchy, config.model.width, seed=config.train.seed)
-        found = load_params(config, self.text.tokenizer.fingerprint) if base else None
+        found = load_base(config, self.text.tokenizer.fingerprint) if base else None
         init = jax.jit(lambda k, t: init_state(config, self.network, self.tx, k, t),
                        out_shardings=self.shardings)
         state = init(self.key, table)
         if found is None:
             return state
-        want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, found))
-        if want != got:
-            raise ConfigError(f"train.init_from={base!r}: its weights have other shapes than this model; model and "
-                              "hierarchy sizes must agree")
-        params = jax.tree.map(lambda a, s: jax.device_put(a, s), found, self.shardings.params)
+        if config.train.adapt:
+            params = self._adapted(found)
+        else:
+            want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, found.params))
+            if want != got:
+                raise ConfigError(f"train.init_from={base!r}: its weights have other shapes than this model; model and "
+                                  "hierarchy sizes must agree, or give train.adapt")
+            params = jax.tree.map(lambda a, s: jax.device_put(a, s), found.params, self.shardings.params)
         say(f"train: starting from the weights of {base}")
         return state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {})
+
+    def _adapted(self, found: Run) -> Tree:
+        """Weights of another kind of run as this one's (train.adapt)."""
+        masked = not found.process.exact
+        make = jax.jit(lambda params: adapted(jax.random.key(self.config.train.seed), params, found.network,
+                                              self.network, self.config.model.seq_len, masked),
+                       out_shardings=self.shardings.params)
+        try:
+            return make(found.params)
+        except (ValueError, NotImplementedError) as error:
+            raise ConfigError(f"train.init_from={self.config.train.init_from!r}: {error}") from error
 
     def run(self) -> None:
         """All steps that are left. A step's metrics are read while the next one runs."""

@@ -202,16 +202,16 @@ def load_here(workdir: str, which: str = "best", mesh: ParallelConfig = Parallel
     return load_run(dataclasses.replace(saved_config(workdir), parallel=mesh), workdir, which, ema)
 
 
-def load_params(config: Config, tokenizer_fingerprint: str) -> Tree:
-    """Weights of the run in train.init_from on config's mesh; ConfigError if its tokenizer is another one."""
+def load_base(config: Config, tokenizer_fingerprint: str) -> Run:
+    """The run in train.init_from on config's mesh; ConfigError if its tokenizer is another one."""
     run = load_here(config.train.init_from, mesh=config.parallel)
     if run.tokenizer.fingerprint != tokenizer_fingerprint:
         raise ConfigError(f"{config.train.init_from}: tokenizer {run.tokenizer.fingerprint[:12]} is not this run's "
                           f"{tokenizer_fingerprint[:12]}")
-    return run.params
+    return run
 
 
 def checkpoint_embedding(workdir: str) -> np.ndarray:
     """Word rows of a run's embedding table, float32 [V, D], to cluster words by. All processes have to ask for it."""
     run = load_here(workdir)
-    return processes.to_host(run.params["embedding"])[: run.hierarchy.vocab_size]
+    return processes.to_host(run.params["embedding"])[: run.hierarchy.vocab_size].astype(np.float32)

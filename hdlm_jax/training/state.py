@@ -21,6 +21,7 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.diffusion.sedd import SeddProcess
+from hdlm_jax.models.decoder import lora_labels
 from hdlm_jax.models.make import make_network
 from hdlm_jax.models.network import TENSOR_AXES
 from hdlm_jax.models.trunk import Trunk
@@ -61,6 +62,8 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
     # the update made from state.step = 0 is the first one, so that its rate is not zero
     tx = optax.chain(optax.clip_by_global_norm(o.clip),
                      optax.adamw(lambda n: schedule(n + 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay))
+    if config.decoder.lora:
+        tx = optax.multi_transform({"trained": tx, "kept": optax.set_to_zero()}, lora_labels)
     return tx, lambda n: schedule(n + 1)
 
 

@@ -37,14 +37,21 @@ def stratified_tau(keys: jax.Array, index: jax.Array, batch: int) -> jax.Array:
     return jnp.where(t < 0.5, -jnp.log1p(-t), -jnp.log(rest))
 
 
+def opened(keys: jax.Array, share: jax.Array, seq_len: int, segment: jax.Array | None) -> jax.Array:
+    """bool [b, S, S]: tokens see those before them, and of those behind a random `share` [b] (arXiv 2410.17891)."""
+    behind = jax.vmap(lambda key, p: jax.random.uniform(key, (seq_len, seq_len)) < p)(keys, share)
+    seen = behind | jnp.tri(seq_len, dtype=bool)
+    return seen if segment is None else seen & (segment[:, :, None] == segment[:, None])
+
+
 def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh | None = None
                    ) -> LossSums:
     """loss_sums(params, batch, key) -> (loss, nelbo, tokens): sums over the rows given, in nats.
 
     batch: x int32 [b, S], index int32 [b] (rows of the global batch), optionally score bool [b, S] (False where the
-    text is given, not modelled), segment int32 [b, S] (tokens see their own segment alone) and tokens int32 [b] (of
-    a row, where ends of text behind them are scored as well). Each row draws from fold_in(key, index) alone, so any
-    split of a batch adds up to it.
+    text is given, not modelled), segment int32 [b, S] (tokens see their own segment alone), tokens int32 [b] (of a
+    row, where ends of text behind them are scored as well) and open float32 [b] (see `opened`). Each row draws from
+    fold_in(key, index) alone, so any split of a batch adds up to it.
     nelbo is the unweighted estimate for t uniform; only loss has gradients.
     """
     d, m = config.diffusion, config.model
@@ -70,7 +77,10 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
         tau = stratified_tau(fold(keys, 0), index, config.train.batch_size)
         score = batch.get("score", jnp.ones(x.shape, bool))
         z, level = process.noised(fold(keys, 1), x, tau, score)
-        h = hidden(params, z, -jnp.expm1(-tau), batch.get("segment"), fold(keys, 2))
+        seen = batch.get("segment")
+        if "open" in batch:
+            seen = opened(fold(keys, 3), batch["open"], x.shape[1], seen)
+        h = hidden(params, z, -jnp.expm1(-tau), seen, fold(keys, 2))
 
         def token_loss(p: Prediction, fields: Sequence[jax.Array], levels: tuple[int, ...]) -> tuple[jax.Array, ...]:
             x, z, tau, weight, nelbo_weight = fields
@@ -96,7 +106,7 @@ def make_train_step(config: Config, network: Trunk, process: Process, tx: optax.
     metrics: loss, nelbo (nats/token), grad_norm: float32 scalars; skipped: how often that was so up to here.
     """
     loss_sums = make_loss_sums(config, network, process, mesh)
-    parts, ema = config.train.microbatches, config.optimizer.ema
+    parts, ema, open_steps = config.train.microbatches, config.optimizer.ema, config.train.open_steps
 
     def sums(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         loss, nelbo, tokens = loss_sums(params, batch, key)
@@ -117,6 +127,9 @@ def make_train_step(config: Config, network: Trunk, process: Process, tx: optax.
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(key, state.step)
+        if open_steps:
+            share = jnp.minimum(state.step / open_steps, 1.0)
+            batch = batch | {"open": jnp.broadcast_to(share, batch["index"].shape)}
         (loss, (nelbo, tokens)), grads = gradients(state.params, batch, key)
         says, tokens = tokens > 0, jnp.maximum(tokens, 1)  # a batch of prompts alone is no step, nor an accident
         grads = jax.tree.map(lambda g: g / tokens, grads)

@@ -1,0 +1,58 @@
+"""From one model to another (train.adapt): an autoregressive one becomes MDLM, MDLM becomes HDLM.
+
+What both have is taken over. A cluster's vector starts as the mean of its tokens', the mask's as the mean of all tokens
+(as that of a model that has one already); a factorised head starts from the flat one's rows. DiffuLLaMA (arXiv
+2410.17891) and Dream (2508.15487) begin so; that a hierarchy can be begun so is ours.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from hdlm_jax.common.parallel import Tree
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.models.trunk import Trunk
+
+
+def adapted(key: jax.Array, params: Tree, base: Trunk, network: Trunk, seq_len: int, masked: bool) -> Tree:
+    """Parameters of `network` from those of `base`.
+
+    masked: whether base knows a mask. key: of what is new (low-rank additions, what tells prototypes apart).
+
+    Raises:
+      ValueError: a part that both have is of another shape.
+    """
+    start, own = network.init_params(key, seq_len), dict(params)
+    kernel, bias = base.head.rows(base.head_params(params))
+    table = start_table(base.table(params), base.head.hierarchy, network.head.hierarchy, masked)
+    for name in ("embedding", "states", "head"):
+        start.pop(name, None)
+        own.pop(name, None)
+    trunk = _taken(start, own, "")
+    return network.with_head(network.with_table(network.init_params(key, seq_len) | trunk, table), kernel, bias, key)
+
+
+def _taken(start: Tree, own: Tree, where: str) -> Tree:
+    """The tree `start` with all that `own` has as well."""
+    if not isinstance(start, dict):
+        if start.shape != own.shape:
+            raise ValueError(f"{where}: {own.shape} there, {start.shape} here")
+        return own.astype(start.dtype)
+    return {name: _taken(part, own[name], f"{where}.{name}".strip(".")) if name in own else part
+            for name, part in start.items()}
+
+
+def start_table(table: jax.Array, there: Hierarchy, here: Hierarchy, masked: bool) -> jax.Array:
+    """Embeddings float32 [N, D] of all states here, from those there; clusters that both have alike stay."""
+    table = table.astype(jnp.float32)
+    tokens = table[: there.vocab_size]
+    rows = [tokens]
+    for level in range(1, here.num_levels):
+        node, n = jnp.asarray(here.anc[level]), here.sizes[level]
+        total = jax.ops.segment_sum(tokens, node, n)
+        rows.append(total / jnp.asarray(here.token_count[level])[:, None])
+    if here == there:
+        return table[: here.num_states]
+    mask = table[there.mask_id][None] if masked else jnp.mean(tokens, axis=0, keepdims=True)
+    return jnp.concatenate([*rows, mask])

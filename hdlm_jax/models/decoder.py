@@ -301,14 +301,14 @@ class Decoder(Transformer):
 
         if not self.dims.window:
             return Places(angles(False))
-        near = jnp.abs(place[:, :, None] - jnp.arange(keys)) < self.dims.window
+        near = jnp.abs(place[:, :, None] - jnp.arange(keys)[None, None]) < self.dims.window
         return Places(angles(False), (angles(True), near[:, None]))
 
     def _context(self, seen: Seen, place: jax.Array, keys: int) -> Seen:
         if self.causal or self.dims.context == "full":
             return seen
         size = self.dims.block
-        return seen.within((jnp.arange(keys) // size <= place[:, :, None] // size)[:, None])
+        return seen.within((jnp.arange(keys)[None, None] // size <= place[:, :, None] // size)[:, None])
 
     def _through(self, x: Any, places: Places, seen: Seen, position: jax.Array | None) -> Any:
         layers, first = jnp.arange(self.blocks), self.dims.dense_blocks if self.dims.experts else 0

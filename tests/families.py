@@ -202,7 +202,7 @@ def llada2(w: dict[str, np.ndarray], made: dict, ids: np.ndarray, seen: np.ndarr
         x = x + _attention(w, at + "attention.", made, _norm(x, w[at + "input_layernorm.weight"], made), seen)
         h = _norm(x, w[at + "post_attention_layernorm.weight"], made)
         dense = i < made["first_k_dense_replace"]
-        x = x + (_mlp(w, at + "mlp.", h) if dense else np.stack([_experts(w, at + "mlp.", made, row) for row in h]))
+        x = x + (_mlp(w, at + "mlp.", h) if dense else np.stack([experts(w, at + "mlp.", made, row) for row in h]))
     return _norm(x, w["norm.weight"], made) @ w["lm_head.weight"].T
 
 
@@ -237,8 +237,8 @@ def _attention(w: dict[str, np.ndarray], at: str, made: dict, x: np.ndarray, see
     return out.reshape(len(x), -1) @ w[at + "dense.weight"].T
 
 
-def _experts(w: dict[str, np.ndarray], at: str, made: dict, x: np.ndarray) -> np.ndarray:
-    """x [D] of one position."""
+def experts(w: dict[str, np.ndarray], at: str, made: dict, x: np.ndarray) -> np.ndarray:
+    """The mixture of experts for x [D] of one position; `at` is what stands before its weights' names."""
     score = 1 / (1 + np.exp(-w[at + "gate.weight"] @ x))
     rank = (score + w[at + "gate.expert_bias"]).reshape(made["n_group"], -1)  # for choosing alone
     best = np.sort(rank, axis=-1)[:, -2:].sum(-1)

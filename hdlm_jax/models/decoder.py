@@ -8,6 +8,7 @@ autoregressive process it is causal; else a token sees all others, or its block 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import DecoderConfig
 from hdlm_jax.models.attention import Seen, attention
+from hdlm_jax.models.experts import Experts
 from hdlm_jax.models.heads import padded
 from hdlm_jax.models.network import PRODUCT, Attend, Transformer, rotate
 
@@ -158,7 +160,8 @@ class Block(nn.Module):
             self, q, *(jnp.repeat(a, heads // a.shape[2], axis=2) for a in (k, v)), seen.dense(s, k.shape[1])))
         h = Product(d, False, self.dtype, n.lora, spread, name="out")(h.reshape(b, s, heads * dim))
         x = x + (norm("post1")(h) if n.post_norms else h)
-        h = GatedMLP(n, inner, self.dtype, spread, name="mlp")(norm("norm2")(x))
+        mlp = GatedMLP(n, inner, self.dtype, spread, name="mlp") if self.dense else Experts(n, self.dtype, name="moe")
+        h = mlp(norm("norm2")(x))
         x = x + (norm("post2")(h) if n.post_norms else h)
         return (x if position is None else (x, *cache)), None
 
@@ -243,7 +246,8 @@ class Decoder(Transformer):
 
     def init_params(self, key: jax.Array, seq_len: int) -> Tree:
         def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-            kept = path[-1].key in ("bias", "weight") or _is_trained(path)
+            names = [str(key.key) for key in path]
+            kept = names[-1] in ("bias", "weight") or "router" in names or _is_trained(names)
             return leaf if kept else leaf.astype(self.param_dtype)
 
         return jax.tree_util.tree_map_with_path(cast, super().init_params(key, seq_len))
@@ -322,15 +326,17 @@ class Decoder(Transformer):
         return self.head.logits(self.head_params(params), self.trunk(z, t))
 
 
-def _is_trained(path: tuple[Any, ...]) -> bool:
+def _is_trained(names: Sequence[str]) -> bool:
     """Whether low-rank training changes it: the additions, vectors of clusters and mask, a head over clusters."""
-    names = [str(key.key) for key in path]
     return names[-1].startswith("lora") or names[0] == "states" or "clusters" in names
 
 
 def lora_labels(params: Tree) -> Tree:
     """"trained" or "kept" for every parameter."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "trained" if _is_trained(path) else "kept", params)
+    def of(path: tuple[Any, ...], leaf: jax.Array) -> str:
+        return "trained" if _is_trained([str(key.key) for key in path]) else "kept"
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 def merged(params: Tree) -> Tree:

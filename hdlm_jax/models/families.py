@@ -51,6 +51,7 @@ _LLADA = {  # its names -> those of all others
     "n_kv_heads": "num_key_value_heads", "mlp_hidden_size": "intermediate_size", "activation_type": "hidden_act",
     "include_qkv_bias": "attention_bias", "weight_tying": "tie_word_embeddings", "embedding_size": "vocab_size",
     "max_sequence_length": "max_position_embeddings"}
+_SAME = {"num_local_experts": "num_experts"}  # newer names
 # what would change the network: name -> the values that are made here
 _FIXED: dict[str, tuple[Any, ...]] = {
     "alibi": (False,), "attention_layer_norm": (False,), "attn_logit_softcapping": (None,), "block_group_size": (1,),
@@ -119,8 +120,8 @@ def understood(raw: Mapping[str, Any], where: str, mask_id: int = -1, logits: st
     if kind not in FAMILIES:
         raise ConfigError(f"{where}: model_type={kind!r}: choose one of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
-    config = {_LLADA.get(name, name) if kind == "llada" else name: value for name, value in raw.items()
-              if (kind, name) != ("llada", "vocab_size")}
+    names = _LLADA if kind == "llada" else _SAME
+    config = {names.get(name, name): value for name, value in raw.items() if (kind, name) != ("llada", "vocab_size")}
     _refuse(config, where)
     mask = next((i for i in (mask_id, config.get("mask_token_id"), family.mask) if i is not None and i >= 0), -1)
     masked = family.masked or mask >= 0
@@ -296,12 +297,12 @@ def _mlp_names(names: tuple[str, str, str], where: str, inner: str) -> dict[str,
 
 def _expert_names(table: str, d: DecoderConfig) -> dict[str, tuple[str, str]]:
     """Tensors of a block with experts that are not an expert's own."""
-    out = {"mlp.gate.weight": ("experts.router.kernel.T", "ED")}
+    out = {"mlp.gate.weight": ("moe.router.kernel.T", "ED")}
     if d.gate == "sigmoid":
-        out["mlp.gate.expert_bias"] = ("experts.router.bias", "E")
+        out["mlp.gate.expert_bias"] = ("moe.router.bias", "E")
     if d.shared_inner:
         shared = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj")
-        out |= _mlp_names(shared, "experts.shared", "Y")
+        out |= _mlp_names(shared, "moe.shared", "Y")
     return out
 
 
@@ -309,7 +310,7 @@ def _each_expert(prefix: str, axes: Mapping[str, int], count: int, block: tuple[
     out: Layout = {}
     for e in range(count):
         names = (f"mlp.experts.{e}.gate_proj", f"mlp.experts.{e}.up_proj", f"mlp.experts.{e}.down_proj")
-        own = {name: (f"stack.{path}", letters) for name, (path, letters) in _mlp_names(names, "experts", "X").items()}
+        own = _mlp_names(names, "stack.moe.experts", "X")
         out |= places(own, axes, prefix, (block, (e, count)))
     return out
 

@@ -21,6 +21,8 @@ from hdlm_jax.config import ConfigError, DataConfig, TokenizerConfig
 from hdlm_jax.data import hub_files, prepare
 from hdlm_jax.data.base_tokenizer import Tokenizer
 from hdlm_jax.data.tokenizers import load_tokenizer, make_tokenizer
+from hdlm_jax.decoding import schema
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 
 
 def made(file, **how) -> Tokenizer:
@@ -132,6 +134,15 @@ def test_tokens_of_the_config_alone(tmp_path):
     more = {"266": {"content": "<|mask|>", "special": True}, "2": {"content": "<|im_end|>", "special": True}}
     t = made(folder(tmp_path, added_tokens_decoder=more))
     assert t.special["<|mask|>"] == 266 and t.vocab_size == 267
+
+
+def test_a_schema_is_never_filled_with_special_tokens():
+    """Their names are letters, so that only their being special tells."""
+    hierarchy = Hierarchy.from_parents([], vocab_size=plain().vocab_size)
+    scaffold = schema.scaffold({"type": "string", "minLength": 3}, plain(), hierarchy)
+    allowed = scaffold.canvas(1, 64).allowed
+    free = ~allowed.all(1)  # kinds of places that take some tokens alone
+    assert allowed[free][:, plain().encode("a")].any() and not allowed[free][:, [1, 2]].any()
 
 
 def test_composed_text(tmp_path):

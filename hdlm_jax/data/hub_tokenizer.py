@@ -153,6 +153,11 @@ class HubTokenizer(Tokenizer):
             start = mark.end()
         return np.concatenate([*parts, self.encode(text[start:])])
 
+    def special_in(self, text: str) -> str:
+        """The first name of a special token in a text; '' without one."""
+        mark = self._marks.search(text)
+        return mark.group().strip() if mark else ""
+
     @functools.cached_property
     def _marks(self) -> re.Pattern[str]:
         """The names of special tokens, the longest first, with the blanks that some of them take in."""

@@ -29,6 +29,7 @@ EXTRAS = {
     "parquet": ["pyarrow>=18"],
     "remote": ["fsspec[http]>=2024.6", "gcsfs>=2024.6", "s3fs>=2024.6"],  # data.files may be https, gs or s3 URLs
     "bert": ["tokenizers>=0.20"],
+    "hub": ["gguf>=0.17", "jinja2>=3.1", "tokenizers>=0.20"],  # tokenizers and chat templates of open models
     "safetensors": ["safetensors>=0.5"],
     "lm-eval": ["lm-eval>=0.4.9"],
     "torch": ["torch>=2.4"],  # to read released weights that are not .safetensors
@@ -37,7 +38,9 @@ EXTRAS = {
     "browser": ["playwright>=1.49"],  # tests of the report's page in a Chromium that is installed already
     "test": [
         "fsspec>=2024.6",
+        "gguf>=0.17",
         "hypothesis>=6.100",
+        "jinja2>=3.1",
         "jsonschema>=4.20",
         "matplotlib>=3.9",
         "mypy>=1.15",

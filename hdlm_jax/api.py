@@ -1,16 +1,17 @@
-"""A trained run in Python: load it, generate, fill in blanks, score texts."""
+"""A trained run in Python: load it, generate, chat, fill in blanks, score texts."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 from hdlm_jax.config import ConfigError, GenerateConfig, change
+from hdlm_jax.data import chat as chats
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import presets
 from hdlm_jax.decoding import schema as schemas
@@ -77,6 +78,27 @@ class Model:
         plain = isinstance(parts[0], np.ndarray)
         return self._texts(np.concatenate(parts) if plain else canvases.together(parts), g, classifier)
 
+    def chat(self, messages: Sequence[chats.Message], num_samples: int = 1, steps: int = 128, *,
+             template: Mapping[str, Any] | None = None, **settings: Any) -> list[str]:
+        """Answers to a conversation, each up to the end of the assistant's turn or of the text, whichever is first.
+
+        Args:
+          messages: each a dict with "role" and "content", the last one the user's.
+          template: further variables of the chat template, as {"enable_thinking": False}.
+          settings: as those of `generate`; prompt and answer have at most seq_len (or `length`) tokens.
+
+        Raises:
+          ConfigError: what `generate` refuses. ValueError: no chat template, or what it refuses (data/chat.py).
+        """
+        g = self._settings(settings, prompt="", schema="", steps=steps, num_samples=num_samples)
+        ids = chats.chat_ids(self.tokenizer, messages, **(template or {}))
+        out = self._draw_with(g)(start_canvas(self.run, g, np.tile(ids, (g.num_samples, 1))), g)
+        answers = [row[len(ids) : n] for row, n in zip(out["tokens"], out["length"], strict=True)]
+        ends = (self.tokenizer.eot, getattr(self.tokenizer, "turn_end", self.tokenizer.eot))
+        firsts = [np.flatnonzero(np.isin(answer, ends)) for answer in answers]
+        return [self.tokenizer.decode(answer[: first[0]] if len(first) else answer)
+                for answer, first in zip(answers, firsts, strict=True)]
+
     def infill(self, text: str | Sequence[str], num_samples: int = 1, steps: int = 64, **settings: Any) -> list[str]:
         """The text with its blanks filled in; everything else stays. Of several texts num_samples each, text by text.
 
@@ -125,12 +147,15 @@ class Model:
             raise ConfigError(f"generate.schema={g.schema!r}: here call Model.json(schema)")
         return g
 
+    def _draw_with(self, g: GenerateConfig, classifier: Classifier | None = None) -> Any:
+        """The sampler for these settings."""
+        if classifier is not None or g.helper:
+            return sampler_of(self.run, load_helper(self.run, g), classifier)
+        return self._draw
+
     def _texts(self, canvas: Any, g: GenerateConfig, classifier: Classifier | None = None, keep: Sequence[int] = ()
                ) -> list[str]:
-        draw = self._draw
-        if classifier is not None or g.helper:
-            draw = sampler_of(self.run, load_helper(self.run, g), classifier)
-        out = draw(canvas, g)
+        out = self._draw_with(g, classifier)(canvas, g)
         words = canvas < self.hierarchy.vocab_size if isinstance(canvas, np.ndarray) else canvas.given
         texts = []
         for row, given, n in zip(out["tokens"], words, keep or out["length"], strict=True):

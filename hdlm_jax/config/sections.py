@@ -104,18 +104,21 @@ class DataConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig(_Section):
-    """gpt2 (50,257 words, through tiktoken), bpe (trained on the corpus), bytes (257) or bert (WordPiece of a file)."""
+    """gpt2 (50,257 words, through tiktoken), bpe (trained on the corpus), bytes (257), bert (WordPiece of a file) or
+    hub (that of an open model)."""
 
-    kind: str = "gpt2"  # gpt2 | bpe (trained on the corpus) | bytes | bert (WordPiece)
+    kind: str = "gpt2"  # gpt2 | bpe (trained on the corpus) | bytes | bert (WordPiece) | hub (an open model's)
     vocab_size: int = 50257  # V, the end of text counted; 50257 for gpt2, 257 for bytes
-    file: str = ""  # gpt2 without a network, bpe that is not to be trained: a local rank file; bert: its vocab.txt
+    file: str = ""  # gpt2, bpe: a local rank file; bert: its vocab.txt; hub: a tokenizer.json, its folder or a .gguf
     sha256: str = ""  # of that file; checked if given
     pattern: str = ""  # how bpe cuts text: gpt2 (or empty), cl100k, llama3, qwen2, o200k, or a regular expression
 
     def check(self) -> None:
-        self.among(kind=("gpt2", "bpe", "bytes", "bert"))
+        self.among(kind=("gpt2", "bpe", "bytes", "bert", "hub"))
         self.need(self.kind != "bert" or bool(self.file), "file",
                   "tokenizer.kind='bert' needs a local vocab.txt (one word a line)")
+        self.need(self.kind != "hub" or bool(self.file), "file",
+                  "tokenizer.kind='hub' needs a tokenizer.json, a folder that has one, or a .gguf file")
         fixed = {"gpt2": 50257, "bytes": 257}.get(self.kind)
         self.need(fixed is None or self.vocab_size == fixed, "vocab_size",
                   f"tokenizer.kind={self.kind!r} has {fixed} words")

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from hdlm_jax.common import jsons
-from hdlm_jax.config import DataConfig, TokenizerConfig, expand
+from hdlm_jax.config import DataConfig, TokenizerConfig
 from hdlm_jax.data import shards, tokenizers
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
@@ -293,7 +293,7 @@ def _facts(sources: list[str], tokenizer: TokenizerConfig, seen: _Seen) -> list[
         facts = list(pool.map(lambda source: source_facts(source, lambda path: seen.facts(Path(path))), sources))
     if not tokenizer.file:
         return facts
-    file = Path(expand(tokenizer.file))
+    file = tokenizers.vocabulary_file(tokenizer)
     try:
         return [*facts, [file.name, *seen.facts(file)]]
     except OSError as error:

@@ -1,8 +1,9 @@
-"""Text <-> token ids: GPT-2's words, a byte-pair encoding (BPE), plain bytes, or BERT's WordPieces.
+"""Text <-> token ids: GPT-2's words, a byte-pair encoding (BPE), plain bytes, BERT's WordPieces, or those of an open
+model (hub_tokenizer.py).
 
 V counts the end-of-text token, which closes every document and which no text encodes to: '<|endoftext|>' (BERT:
 '[SEP]') inside raw text is ordinary text. It is the last id, and `decode(encode(x)) == x` for any valid Unicode; not
-so with BERT.
+so with BERT, and of an open model's its class says what holds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -20,48 +21,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hdlm_jax.common import jsons
-from hdlm_jax.config import expand
+from hdlm_jax.config import TokenizerConfig, expand
+from hdlm_jax.data import hub_tokenizer
+from hdlm_jax.data.base_tokenizer import END_OF_TEXT, JSON_FILE, PATTERNS, RANK_FILE, Tokenizer, bounded, utf8
+from hdlm_jax.data.base_tokenizer import PATTERN as PATTERN
 from hdlm_jax.data.sources import package
 
 if TYPE_CHECKING:
-    import tiktoken
     import tokenizers
 
-END_OF_TEXT = "<|endoftext|>"
 BERT_END, BERT_UNKNOWN = "[SEP]", "[UNK]"
-RANK_FILE, JSON_FILE = "tokenizer.tiktoken", "tokenizer.json"
 
-# GPT-2's way to cut text into pieces, which the trained BPE shares: no merge crosses a piece. Words keep their
-# leading space and nothing else.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-# How the text of other published vocabularies is cut: words with any one sign in front, digits by threes (Qwen's one by
-# one), signs with the line ends behind them; GPT-4o's words (o200k) also end before a capital. Blanks at the very end
-# of a text are one piece in cl100k_base as tiktoken has it today; Qwen and Llama 3 cut them behind the last line end.
-_FRONT, _SUFFIX = r"[^\r\n\p{L}\p{N}]?", r"(?i:'(?:[sdmt]|ll|ve|re))"
-_SIGNS, _BLANKS = r" ?[^\s\p{L}\p{N}]+", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-
-
-def _signed(digits: str, blanks: str = _BLANKS) -> str:
-    return rf"{_SUFFIX}|{_FRONT}\p{{L}}+|{digits}|{_SIGNS}[\r\n]*|{blanks}"
-
-
-PATTERNS = {
-    "gpt2": PATTERN,
-    "cl100k": _signed(r"\p{N}{1,3}", rf"\s++$|{_BLANKS}"),
-    "llama3": _signed(r"\p{N}{1,3}"),
-    "qwen2": _signed(r"\p{N}"),
-    "o200k": (rf"{_FRONT}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_FRONT}{_UPPER}+{_LOWER}*{_SUFFIX}?|\p{{N}}{{1,3}}|"
-              rf"{_SIGNS}[\r\n/]*|{_BLANKS}"),
-}
 # Vocabularies that are told by their number of ranks, and how their text is cut. (GPT-2's 50,256 need no word.)
 _KNOWN_SIZES = {100_256: ("cl100k_base", "cl100k"), 199_998: ("o200k_base", "o200k"), 151_643: ("Qwen", "qwen2"),
                 128_000: ("Llama 3", "llama3")}
 _SPECIAL = re.compile(rb"<\|[^|\s]+\|>")  # as special tokens are written in the vocabularies that have rank files
 
-# `\s+(?!\S)` backtracks: the regex engine gives up on a run of about a million blanks. Longer runs are cut.
-_LONG_BLANK = re.compile(r"\s{4096}")
 _MOST_PATTERN = 4096  # characters; the longest of PATTERNS has 353
 _EVERY_KIND = "".join(map(chr, range(592))) + " I'll SAY 12345 \r\n\n\t  été e\u0301 中文 ١٢ 👩 \u200b\u2028\ufeff \n "
 
@@ -88,70 +63,6 @@ def cutting_pattern(given: str) -> str:
         raise ValueError(f"tokenizer.pattern={given!r}: text cannot be cut by it (does it match the empty text?); "
                          "let each piece have a character") from None
     return given
-
-
-class Tokenizer:
-    """Words 0..V-2 are byte strings, word V-1 is the end of text. Make one with `make_tokenizer`.
-
-    Attributes:
-      kind: 'gpt2', 'bpe' or 'bytes' ('bert': see `WordPiece`). vocab_size: V. eot: id of the end of text.
-      pattern: how text is cut into pieces, a regular expression.
-      fingerprint: sha256 (hex) of all that decides the ids: the cutting pattern and the words in order.
-    """
-
-    _end = END_OF_TEXT
-
-    def __init__(self, kind: str, words: Sequence[bytes], pattern: str = PATTERN):
-        self.kind, self.pattern, self._words = kind, pattern, tuple(words)
-        self.eot, self.vocab_size = len(self._words), len(self._words) + 1
-        self._checked = kind == "bpe" and pattern not in PATTERNS.values()
-        state = hashlib.sha256(b"" if kind == "bytes" else pattern.encode())
-        for word in self._words:
-            state.update(len(word).to_bytes(4, "big") + word)
-        self.fingerprint = state.hexdigest()
-
-    @functools.cached_property
-    def _encoding(self) -> tiktoken.Encoding:
-        import tiktoken
-        return tiktoken.Encoding(self.kind, pat_str=self.pattern, special_tokens={END_OF_TEXT: self.eot},
-                                 mergeable_ranks={word: rank for rank, word in enumerate(self._words)})
-
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, int32 [n], without end of text. ValueError for a lone surrogate, or for characters that a
-        pattern given in full leaves out."""
-        raw = _utf8(text)
-        if self.kind == "bytes":
-            return np.frombuffer(raw, np.uint8).astype(np.int32)
-        parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _bounded(text)]
-        ids = np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
-        if self._checked and (size := sum(len(self._words[i]) for i in ids.tolist())) != len(raw):
-            raise ValueError(f"tokenizer.pattern={self.pattern!r}: leaves out {len(raw) - size} of {len(raw)} bytes of "
-                             "a text; every character must be in a piece (add |\\s+|. at its end)")
-        return ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes of one id (of the end of text: its name). ValueError for an id outside 0..V-1."""
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(f"token id is {token}; must be in 0..{self.vocab_size - 1}")
-        return self._end.encode() if token == self.eot else self._words[token]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are no UTF-8 (possible for ids a model made) show as U+FFFD."""
-        return b"".join(self.token_bytes(int(token)) for token in ids).decode("utf-8", errors="replace")
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the folder `path`: the words as a rank file (tiktoken's format), a .json with its sha256."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        ranks = b"".join(base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(self._words))
-        jsons.write_atomic(folder / RANK_FILE, ranks)
-        facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "pattern": self.pattern,
-                 "sha256": hashlib.sha256(ranks).hexdigest(), "fingerprint": self.fingerprint}
-        jsons.write_atomic(folder / JSON_FILE, jsons.dumps(facts, indent=2).encode() + b"\n")
 
 
 class WordPiece(Tokenizer):
@@ -183,7 +94,7 @@ class WordPiece(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, on the library's own threads (RAYON_NUM_THREADS)."""
         for text in texts:
-            _utf8(text)
+            utf8(text)
         found = self._wordpiece.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
@@ -195,25 +106,6 @@ def _library() -> ModuleType:
     return package("tokenizers", "bert", "tokenizer.kind='bert'")
 
 
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"text is not Unicode: lone surrogate at character {error.start}") from None
-
-
-def _bounded(text: str) -> Iterator[str]:
-    """`text` in consecutive non-empty parts, cut inside very long runs of blanks only."""
-    start = 0
-    # The search alone costs a tenth of the encoding; a run that it finds fills one of these blocks.
-    blocks = (text[i : i + 2048] for i in range(0, len(text), 2048))
-    for blank in _LONG_BLANK.finditer(text) if any(map(str.isspace, blocks)) else ():
-        yield text[start:blank.end()]
-        start = blank.end()
-    if start < len(text):
-        yield text[start:]
-
-
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a folder that `Tokenizer.save` wrote; ValueError if files are missing or changed."""
     folder = Path(path)
@@ -222,12 +114,22 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         raise ValueError(f"no tokenizer in {folder}: {JSON_FILE} is missing")
     jsons.of_types(folder / JSON_FILE, facts, dict.fromkeys(("kind", "sha256", "pattern", "fingerprint"), str))
     kind = facts["kind"]
+    if kind == "hub":
+        return _unchanged(folder, hub_tokenizer.load(folder, facts), facts)
     words = read_ranks(folder / RANK_FILE, facts["sha256"], all_bytes=kind != "bert")
-    tokenizer = WordPiece(words) if kind == "bert" else Tokenizer(kind, words, facts["pattern"])
+    return _unchanged(folder, WordPiece(words) if kind == "bert" else Tokenizer(kind, words, facts["pattern"]), facts)
+
+
+def _unchanged(folder: Path, tokenizer: Tokenizer, facts: dict) -> Tokenizer:
     if tokenizer.fingerprint != facts["fingerprint"]:
         raise ValueError(f"{folder}: tokenizer fingerprint is {tokenizer.fingerprint[:12]}, was saved as "
                          f"{facts['fingerprint'][:12]}")
     return tokenizer
+
+
+def vocabulary_file(tokenizer: TokenizerConfig) -> Path:
+    """The file that tokenizer.file means: itself, or the one in a folder of tokenizer.kind='hub'."""
+    return hub_tokenizer.deciding_file(expand(tokenizer.file))
 
 
 def _read(path: str | os.PathLike, sha256: str) -> bytes:
@@ -308,16 +210,19 @@ def make_tokenizer(kind: str, vocab_size: int = 0, documents: Iterable[str] | No
 
     Args:
       kind: 'gpt2' (V = 50,257; tiktoken's download or cache, or `file`), 'bpe' (trained on `documents`, or
-        read from `file`), 'bytes' (V = 257), 'bert' (V and words of the vocab.txt `file`).
+        read from `file`), 'bytes' (V = 257), 'bert' (V and words of the vocab.txt `file`), 'hub' (all of it in `file`).
       vocab_size: V asked of a trained BPE; a small corpus may hold fewer merges, and so give a smaller V.
       documents: texts to train on, read once, as a stream.
-      file: a rank file in tiktoken's format, or BERT's vocab.txt; sha256: its hash, checked when given.
+      file: a rank file in tiktoken's format, or BERT's vocab.txt; hub: a tokenizer.json, a folder that has one (of the
+        Hugging Face hub, or of a run) or a GGUF file; sha256: its hash, checked when given.
       pattern: how a bpe cuts text, see `cutting_pattern`. A rank file of as many words as a known vocabulary that
         GPT-2's pattern does not cut is refused without one.
     """
     if kind == "bytes":
         return Tokenizer(kind, [bytes([byte]) for byte in range(256)])
     file = expand(file)
+    if kind == "hub":
+        return hub_tokenizer.make(file, sha256)
     if kind == "bert":
         _library()
         return WordPiece(read_vocabulary(file, sha256))
@@ -330,7 +235,7 @@ def make_tokenizer(kind: str, vocab_size: int = 0, documents: Iterable[str] | No
         raise ValueError("tokenizer.kind='bpe' needs documents to train on, or tokenizer.file")
     import rustbpe
     trainer = rustbpe.Tokenizer()
-    parts = (part for text in documents for part in _bounded(text))
+    parts = (part for text in documents for part in bounded(text))
     trainer.train_from_iterator(parts, vocab_size - 1, pattern=cut)  # - 1: the end of text
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     return Tokenizer(kind, [bytes(word) for word, _ in ranks], cut)

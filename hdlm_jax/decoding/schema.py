@@ -175,7 +175,7 @@ class _Compiler:
         self.depth, self.text, self.positions = 0, 0, 0  # of what is written so far
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         self.letters = np.array([not set(t) & _UNSAFE and t.decode(errors="ignore").encode() == t for t in self.tokens])
-        self.letters[tokenizer.eot] = False
+        self.letters[list(tokenizer.special.values())] = False
         self.loose = self._or_filler(self.letters)
         self.match, self.number = functools.cache(self._match), functools.cache(self._number)
         self.encoded: dict[tuple[int, bool], _Choices] = {}  # by the list they are from, which arrays repeat

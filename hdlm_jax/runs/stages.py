@@ -96,8 +96,10 @@ def _tokenizer_of(config: Config, folder: str) -> TokenizerConfig:
     folder: of prepared tokens, which know the way if the base run is gone.
     """
     words, base = config.tokenizer, config.train.init_from
-    if not base or words.kind not in ("gpt2", "bpe"):
+    if not base or words.kind not in ("gpt2", "bpe", "hub"):
         return words
+    if words.kind == "hub":
+        return dataclasses.replace(words, file=os.path.join(base, "tokenizer"), sha256="")
     words = dataclasses.replace(words, file=os.path.join(base, "tokenizer", tokenizers.RANK_FILE), sha256="")
     known = [path for path in (os.path.join(base, "tokenizer"), folder)
              if os.path.exists(os.path.join(path, tokenizers.JSON_FILE))]

@@ -117,8 +117,6 @@ class TokenizerConfig(_Section):
         self.among(kind=("gpt2", "bpe", "bytes", "bert", "hub"))
         self.need(self.kind != "bert" or bool(self.file), "file",
                   "tokenizer.kind='bert' needs a local vocab.txt (one word a line)")
-        self.need(self.kind != "hub" or bool(self.file), "file",
-                  "tokenizer.kind='hub' needs a tokenizer.json, a folder that has one, or a .gguf file")
         fixed = {"gpt2": 50257, "bytes": 257}.get(self.kind)
         self.need(fixed is None or self.vocab_size == fixed, "vocab_size",
                   f"tokenizer.kind={self.kind!r} has {fixed} words")

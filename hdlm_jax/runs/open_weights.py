@@ -24,7 +24,8 @@ from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import reuse, sha256_of, write_json
 from hdlm_jax.config import Config, ConfigError, DecoderConfig
-from hdlm_jax.data.tokenizers import Tokenizer, make_tokenizer
+from hdlm_jax.data import hub_tokenizer
+from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models import families
 from hdlm_jax.models.decoder import merged
@@ -72,7 +73,7 @@ def _import(config: Config, workdir: str) -> None:
     found = families.understood(raw, path, r.mask_id, r.logits, r.context)
     if path.endswith(".gguf"):
         found.decoder["norm_offset"] = 0.0  # it is in the weights
-    tokenizer = make_tokenizer("hub", file=config.tokenizer.file or path)
+    tokenizer = hub_tokenizer.make(config.tokenizer.file or path)
     layout = families.layout_of(found)
     tensors = _checked(tensors, layout, found, path)
     run = settings(config, found, tokenizer)
@@ -141,9 +142,10 @@ def settings(config: Config, found: Found, tokenizer: Tokenizer) -> Config:
 
 
 def _start(tokenizer: Tokenizer) -> int:
-    """The id whose embedding the start of a text gets: the one that stood before texts in training."""
-    bos = tokenizer.bos
-    return tokenizer.eot if bos is None or bos == tokenizer.special.get("<|im_start|>") else bos
+    """The id whose embedding the start of a text gets: the one that stood before texts in training, a bos that is not
+    the beginning of a chat's turn, else the end of the text before."""
+    bos = tokenizer.special.get("<bos>", tokenizer.special.get("<|begin_of_text|>", tokenizer.special.get("<s>")))
+    return tokenizer.eot if bos is None else bos
 
 
 def _write(folder: str, run: Config, hierarchy: Hierarchy, tensors: Mapping[str, Tensor], layout: Layout, start: int,

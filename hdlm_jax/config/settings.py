@@ -124,7 +124,7 @@ _SECTIONS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 _INHERITED = ("tokenizer", "hierarchy", "diffusion", "model", "decoder")
 _MAY_DIFFER = ("diffusion.", "model.seq_len", "model.dropout", "model.embeddings", "model.dtype", "model.remat",
                "model.attention")
-_ADAPTED = ("hierarchy.", "diffusion.", "model.head", "model.prototypes", "model.seq_len", "model.dtype",
+_ADAPTED = ("hierarchy", "diffusion", "model.head", "model.prototypes", "model.seq_len", "model.dtype",
             "model.param_dtype", "model.remat", "model.attention", "decoder.context", "decoder.block",
             "decoder.shifted", "decoder.lora")  # as given with train.adapt
 
@@ -146,7 +146,7 @@ def inherit(given: Given, base: Config, name: str) -> dict[str, Any]:
         for field in dataclasses.fields(getattr(base, section)):
             was, key = getattr(getattr(base, section), field.name), f"{section}.{field.name}"
             value = values.get(field.name, field.default)
-            if key.startswith(own):
+            if key in own or section in own:
                 continue
             if value == field.default:
                 values[field.name] = was

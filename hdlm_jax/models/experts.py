@@ -6,33 +6,33 @@ a token and one of its experts are sorted by expert, and an expert multiplies it
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from hdlm_jax.common import parallel
-from hdlm_jax.config.sections import DecoderConfig
+from hdlm_jax.config import DecoderConfig
+from hdlm_jax.models.network import PRODUCT
 
-Product: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]  # rows [R, n], kernel [..., n, m] -> [R, m]
+Product: TypeAlias = Callable[..., jax.Array]  # (rows [R, n], kernel [..., n, m], precision=) -> [R, m]
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nn.silu, "gelu": nn.gelu}
 _LEAST, _MOST = 8, 128  # rows of a block
 
 
 class Kernel(nn.Module):
-    """A kernel [..., n, m] as a layer of its own, uniform(+-1/sqrt(n)) at the start."""
+    """A kernel [..., n, m] as a layer of its own."""
 
     shape: tuple[int, ...]
-    param_dtype: DTypeLike = jnp.float32
+    scale: float = 1.0  # of the initial weights
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=range(len(self.shape) - 2))
-        return self.param("kernel", init, self.shape, self.param_dtype)
+        return self.param("kernel", nn.initializers.normal(0.02 * self.scale), self.shape)
 
 
 class GatedKernels(nn.Module):
@@ -41,30 +41,34 @@ class GatedKernels(nn.Module):
     Attributes:
       inner: F.
       experts: (E,) for so many MLPs, () for one.
+      scale: of down's initial weights.
     """
 
     inner: int
     dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
     experts: tuple[int, ...] = ()
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        def make(name: str, *shape: int) -> jax.Array:
-            return Kernel((*self.experts, *shape), self.param_dtype, name=name)().astype(self.dtype)
-
-        return make("gate", width, self.inner), make("up", width, self.inner), make("down", self.inner, width)
+        first = (*self.experts, width, self.inner)
+        gate, up = Kernel(first, name="gate")(), Kernel(first, name="up")()
+        down = Kernel((*self.experts, self.inner, width), self.scale, name="down")()
+        return gate.astype(self.dtype), up.astype(self.dtype), down.astype(self.dtype)
 
 
 def gated_mlp(x: jax.Array, kernels: tuple[jax.Array, jax.Array, jax.Array], activation: str,
               product: Product = jnp.matmul) -> jax.Array:
     """x [..., D] -> [..., D] in the kernels' dtype: down(activation(gate(x)) * up(x)).
 
-    product: of rows and kernels; of kernels of several experts it takes for each row its own.
+    product: (rows, kernels, precision); of kernels of several experts it takes for each row its own.
     """
-    gate, up, down = kernels
-    x = x.astype(gate.dtype)
-    return product(ACTIVATIONS[activation](product(x, gate)) * product(x, up), down)
+    # float32 means float32: by default GPUs and TPUs would round the products' inputs to fewer bits
+    precision = jax.lax.Precision.HIGHEST if kernels[0].dtype == jnp.float32 else None
+    gate, up, down = (lambda x, kernel=kernel: checkpoint_name(product(x, kernel, precision=precision), PRODUCT)
+                      for kernel in kernels)
+    x = x.astype(kernels[0].dtype)
+    return down(ACTIVATIONS[activation](gate(x)) * up(x))
 
 
 class Router(nn.Module):
@@ -75,7 +79,7 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, width: int) -> tuple[jax.Array, jax.Array]:
         experts, zeros = self.dims.experts, nn.initializers.zeros_init()
-        kernel = self.param("kernel", nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (width, experts))
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (width, experts))
         bias = self.param("bias", zeros, (experts,)) if self.dims.gate == "sigmoid" else jnp.zeros(experts)
         return kernel.astype(jnp.float32), bias.astype(jnp.float32)
 
@@ -119,14 +123,14 @@ def by_expert(expert: jax.Array, experts: int) -> tuple[jax.Array, int, Product]
     rank = jnp.zeros(pairs, jnp.int32).at[jnp.argsort(expert)].set(jnp.arange(pairs), unique_indices=True)
     place = rank + (jnp.cumsum(room) - room - jnp.cumsum(count) + count)[expert]
     if tpu:  # it alone has an operation for this; elsewhere that multiplies every pair with the kernels of all experts
-        return place, pairs, lambda rows, kernel: jax.lax.ragged_dot(rows, kernel, count)
+        return place, pairs, lambda rows, kernel, precision: jax.lax.ragged_dot(rows, kernel, count, precision)
     blocks = min(pairs, pairs // step + experts)  # at most
     owner = jnp.repeat(jnp.arange(experts), room // step, total_repeat_length=blocks)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # the blocks' kernels are taken anew in the backward pass
-    def product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-        out = jnp.einsum("bsn,bnm->bsm", rows.reshape(blocks, step, -1), kernel[owner])
-        return out.reshape(blocks * step, -1)
+    def product(rows: jax.Array, kernel: jax.Array, precision: jax.lax.Precision | None) -> jax.Array:
+        each = lambda rows, kernel: jnp.einsum("bsn,bnm->bsm", rows, kernel[owner], precision=precision)  # noqa: E731
+        # the blocks' kernels are not kept for the backward pass
+        return jax.checkpoint(each, prevent_cse=False)(rows.reshape(blocks, step, -1), kernel).reshape(len(rows), -1)
 
     return place, blocks * step, product
 
@@ -140,18 +144,18 @@ class Experts(nn.Module):
     Attributes:
       dims: the settings; those of experts, and the activation.
       dtype: of the MLPs; shares, and the sum over a token's experts, are float32.
-      param_dtype: of the MLPs' kernels; the router's parameters are float32.
+      scale: of the initial weights of down.
     """
 
     dims: DecoderConfig
     dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, width = self.dims, x.shape[-1]
         kernels = lambda inner, experts, name: GatedKernels(  # noqa: E731
-            inner, self.dtype, self.param_dtype, experts, name=name)(width)
+            inner, self.dtype, experts, self.scale, name=name)(width)
         expert, share = choose(x, Router(c, name="router")(width), c)
         out = routed(x, expert, share, kernels(c.expert_inner, (c.experts,), "experts"), c.activation)
         if c.shared_inner:

@@ -227,3 +227,12 @@ def test_on_a_mesh(shape):
         if np.any(b):
             np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
     np.testing.assert_allclose(summed, wanted[0], rtol=2e-5)
+
+
+def test_each_device_works_for_its_own_rows():
+    params, x = drawn(SOFTMAX)[0], jnp.zeros((8, 256, D))
+    mesh = jax.make_mesh((2, 2, 2), parallel.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    whole = run(SOFTMAX).lower(params, x).compile().cost_analysis()["flops"]
+    with parallel.made_for(mesh):
+        mine = run(SOFTMAX).lower(params, jax.device_put(x, parallel.batch_sharding(mesh))).compile()
+    assert mine.cost_analysis()["flops"] < whole / 4

@@ -154,24 +154,25 @@ class OverBatch:
 WHOLE = OverBatch()
 
 
-def split_heads(run: Callable[..., jax.Array], heads: Sequence[jax.Array], rows: Sequence[jax.Array] = ()
-                ) -> jax.Array:
-    """run(*heads, *rows) on every device of `made_for`'s mesh: kernels are not split by the compiler.
+def split_heads(run: Callable[..., jax.Array], heads: Sequence[jax.Array], rows: Sequence[jax.Array] = (),
+                whole: Sequence[jax.Array] = ()) -> jax.Array:
+    """run(*heads, *rows, *whole) on every device of `made_for`'s mesh: kernels are not split by the compiler.
 
     heads: [B, S, H, n], as is the result: rows divided over the batch axes, heads over the tensor axis, where they
-    divide. rows: [B, ...].
+    divide. rows: [B, ...]. whole: not divided.
     """
     mesh, context = _mesh.get(), jax.sharding.get_abstract_mesh()
     free = [axis for axis in AXES if axis not in context.manual_axes]
     if mesh is None or math.prod(mesh.shape[axis] for axis in free) == 1:
-        return run(*heads, *rows)
+        return run(*heads, *rows, *whole)
     b, _, h, _ = heads[0].shape
     batch = tuple(axis for axis in BATCH if axis in free)
     split = P(batch if batch and b % batch_shards(mesh) == 0 else None)
     parts = P(split[0], None, "tensor" if h % mesh.shape["tensor"] == 0 else None)
     over = jax.shard_map(run, mesh=context if context.manual_axes else mesh, out_specs=parts, axis_names=set(free),
-                         in_specs=(*(parts for _ in heads), *(split for _ in rows)), check_vma=False)
-    return over(*heads, *rows)
+                         in_specs=(*(parts for _ in heads), *(split for _ in rows), *(P() for _ in whole)),
+                         check_vma=False)
+    return over(*heads, *rows, *whole)
 
 
 def _for(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:

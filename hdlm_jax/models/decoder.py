@@ -160,7 +160,8 @@ class Block(nn.Module):
             self, q, *(jnp.repeat(a, heads // a.shape[2], axis=2) for a in (k, v)), seen.dense(s, k.shape[1])))
         h = Product(d, False, self.dtype, n.lora, spread, name="out")(h.reshape(b, s, heads * dim))
         x = x + (norm("post1")(h) if n.post_norms else h)
-        mlp = GatedMLP(n, inner, self.dtype, spread, name="mlp") if self.dense else Experts(n, self.dtype, name="moe")
+        mlp = GatedMLP(n, inner, self.dtype, spread, name="mlp") if self.dense else Experts(
+            n, self.dtype, spread, name="moe")
         h = mlp(norm("norm2")(x))
         x = x + (norm("post2")(h) if n.post_norms else h)
         return (x if position is None else (x, *cache)), None

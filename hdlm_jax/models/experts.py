@@ -57,7 +57,7 @@ class GatedKernels(nn.Module):
         return gate.astype(self.dtype), up.astype(self.dtype), down.astype(self.dtype)
 
 
-def gated_mlp(x: jax.Array, kernels: tuple[jax.Array, jax.Array, jax.Array], activation: str,
+def gated_mlp(x: jax.Array, kernels: tuple[jax.Array, ...], activation: str,
               product: Product = jnp.matmul) -> jax.Array:
     """x [..., D] -> [..., D] in the kernels' dtype: down(activation(gate(x)) * up(x)).
 
@@ -156,14 +156,20 @@ class Experts(nn.Module):
         c, width = self.dims, x.shape[-1]
         kernels = lambda inner, experts, name: GatedKernels(  # noqa: E731
             inner, self.dtype, experts, self.scale, name=name)(width)
-        expert, share = choose(x, Router(c, name="router")(width), c)
-        out = routed(x, expert, share, kernels(c.expert_inner, (c.experts,), "experts"), c.activation)
+
+        def mix(x: jax.Array, kernel: jax.Array, bias: jax.Array, *of_experts: jax.Array) -> jax.Array:
+            return routed(x, *choose(x, (kernel, bias), c), of_experts, c.activation)
+
+        # every device chooses and sorts for positions of its own, which stand in the place of attention's heads to be
+        # divided over the tensor axis as well: a sort of all would bring all to every device
+        whole = (*Router(c, name="router")(width), *kernels(c.expert_inner, (c.experts,), "experts"))
+        out = parallel.split_heads(mix, [x[:, None]], whole=whole)[:, 0]
         if c.shared_inner:
             out = out + gated_mlp(x, kernels(c.shared_inner, (), "shared"), c.activation)
         return out
 
 
-def routed(x: jax.Array, expert: jax.Array, share: jax.Array, kernels: tuple[jax.Array, jax.Array, jax.Array],
+def routed(x: jax.Array, expert: jax.Array, share: jax.Array, kernels: tuple[jax.Array, ...],
            activation: str) -> jax.Array:
     """x [..., D], its experts int32 and their shares [..., k] -> float32 [..., D], the sum of what they make of it."""
     width, dtype = x.shape[-1], kernels[0].dtype

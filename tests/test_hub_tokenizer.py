@@ -192,6 +192,8 @@ def test_files_that_are_none(tmp_path, monkeypatch):
     refused("t.json: not JSON", tmp_path / "t.json")
     (tmp_path / "t.json").write_bytes(b"GGUF" + b"\x00" * 40)
     refused("t.json: this GGUF file cannot be read", tmp_path / "t.json")
+    for wrong in ({"added_tokens_decoder": {"300": "x"}}, {"added_tokens_decoder": [1]}, {"chat_template": [1]}):
+        refused("g: its files do not hold what a tokenizer's do", folder(tmp_path / "g", **wrong))
     file = folder(tmp_path / "f") / "tokenizer.json"
     with pytest.raises(ValueError, match="tokenizer.json: sha256 is [0-9a-f]{64}, must be 00"):
         made(tmp_path / "f", sha256="00")

@@ -67,7 +67,11 @@ def read(path: str | os.PathLike) -> Found:
     """
     file = Path(path)
     if file.is_dir():
-        return _folder(file)
+        try:
+            return _folder(file)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: its files do not hold what a tokenizer's do ({type(error).__name__}: {error})"
+                             ) from None
     try:
         with open(file, "rb") as opened:
             magic = opened.read(4)
@@ -112,13 +116,12 @@ def _text(token: object) -> str:
 
 def _folder(folder: Path) -> Found:
     config = _object(folder / "special_tokens_map.json") | _object(folder / "tokenizer_config.json")
-    more = config.get("added_tokens_decoder") or {}
+    more = {int(place): token for place, token in (config.get("added_tokens_decoder") or {}).items() if place.isdigit()}
     raw = _bytes(folder / PLAIN_FILE) if (folder / PLAIN_FILE).exists() else _vocab_and_merges(folder, config)
     spec = parsed(raw, folder / PLAIN_FILE)
     added = spec.get("added_tokens") or []
     there = {token.get("id") for token in added if isinstance(token, dict)}
-    new = [{**token, "id": int(place)} for place, token in sorted(more.items(), key=lambda item: int(item[0]))
-           if int(place) not in there and _text(token)]
+    new = [{**token, "id": place} for place, token in more.items() if place not in there and _text(token)]
     if new:  # tokenizer_config.json may know tokens that tokenizer.json does not
         spec["added_tokens"] = sorted([*added, *new], key=lambda token: token["id"])
         raw = json.dumps(spec).encode()

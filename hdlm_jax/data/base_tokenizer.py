@@ -54,11 +54,10 @@ class Tokenizer:
 
     Attributes:
       kind: 'gpt2', 'bpe' or 'bytes' ('bert': see `WordPiece`). vocab_size: V. eot: id of the end of text.
-      pattern: how text is cut into pieces, a regular expression. bos: id that begins a text, None where there is none.
+      pattern: how text is cut into pieces, a regular expression.
       fingerprint: sha256 (hex) of all that decides the ids: the cutting pattern and the words in order.
     """
 
-    bos: int | None = None
     _end = END_OF_TEXT
 
     def __init__(self, kind: str, words: Sequence[bytes], pattern: str = PATTERN):

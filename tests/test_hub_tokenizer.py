@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenfiles import byte_level, byte_level_gguf, folder, sentencepiece_gguf
 
-from hdlm_jax.config import ConfigError, DataConfig, TokenizerConfig
+from hdlm_jax.config import DataConfig, TokenizerConfig
 from hdlm_jax.data import hub_files, prepare
 from hdlm_jax.data.base_tokenizer import Tokenizer
 from hdlm_jax.data.tokenizers import load_tokenizer, make_tokenizer
@@ -192,6 +192,8 @@ def test_files_that_are_none(tmp_path, monkeypatch):
     refused("t.json: not JSON", tmp_path / "t.json")
     (tmp_path / "t.json").write_bytes(b"GGUF" + b"\x00" * 40)
     refused("t.json: this GGUF file cannot be read", tmp_path / "t.json")
+    for wrong in ({"added_tokens_decoder": {"300": "x"}}, {"added_tokens_decoder": [1]}, {"chat_template": [1]}):
+        refused("g: its files do not hold what a tokenizer's do", folder(tmp_path / "g", **wrong))
     file = folder(tmp_path / "f") / "tokenizer.json"
     with pytest.raises(ValueError, match="tokenizer.json: sha256 is [0-9a-f]{64}, must be 00"):
         made(tmp_path / "f", sha256="00")
@@ -199,8 +201,8 @@ def test_files_that_are_none(tmp_path, monkeypatch):
     refused("tokenizer.json: it has .* bytes, a tokenizer's file at most 100", file)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     refused(r"needs the tokenizers package: pip install 'hdlm_jax\[hub\]'", file)
-    with pytest.raises(ConfigError, match="tokenizer.kind='hub' needs a tokenizer.json"):
-        TokenizerConfig(kind="hub").check()
+    monkeypatch.undo()
+    refused("tokenizer.file='': needed; tokenizer.kind='hub' takes a tokenizer.json", "")
 
 
 # ------------------------------------------------------------------------------------------- saved and loaded
@@ -218,6 +220,11 @@ def test_saved_and_loaded(tmp_path, kind):
     again = made(tmp_path / "t")  # such a folder is a tokenizer.file
     assert again.fingerprint == t.fingerprint and again.turn_end == t.turn_end
     assert (tmp_path / "t" / "hub_tokenizer.json").read_bytes() == t.found.raw
+    t.save_hub(tmp_path / "h")  # what other libraries read
+    assert (tmp_path / "h" / "tokenizer.json").read_bytes() == t.found.raw
+    there = made(tmp_path / "h")
+    assert (there.fingerprint, there.turn_end, there.bos, there.chat_template) == (
+        t.fingerprint, t.turn_end, t.bos, t.chat_template)
 
 
 def test_damaged_folders(tmp_path):
@@ -359,6 +366,6 @@ def test_smollm2(tmp_path):
     t.save(tmp_path)
     part = gzip.decompress(text.read_bytes())[:20_000].decode(errors="ignore")
     ids = load_tokenizer(tmp_path).encode(part)
-    assert t.decode(ids) == part and len(ids) == 4654
+    assert t.decode(ids) == part and len(ids) == 4697
     assert t.encode("The capital of France is").tolist() == [504, 3575, 282, 4649, 314]
     shutil.rmtree(tmp_path)

@@ -31,7 +31,7 @@ _CUTS = {"gpt-2": _GPT2, "olmo": _GPT2, "phi-2": _GPT2,
 _CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2", "DreamTokenizer": "qwen2"}
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
-_NO_HUB = "tokenizer.kind='hub' takes a tokenizer.json, a folder that has one, or a .gguf file"
+NO_HUB = "tokenizer.kind='hub' takes a tokenizer.json, a folder that has one, or a .gguf file"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,11 @@ def read(path: str | os.PathLike) -> Found:
     """
     file = Path(path)
     if file.is_dir():
-        return _folder(file)
+        try:
+            return _folder(file)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: its files do not hold what a tokenizer's do ({type(error).__name__}: {error})"
+                             ) from None
     try:
         with open(file, "rb") as opened:
             magic = opened.read(4)
@@ -81,9 +85,9 @@ def parsed(raw: bytes, path: str | os.PathLike) -> dict[str, Any]:
     try:
         found = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); {_NO_HUB}") from None
+        raise ValueError(f"{path}: not JSON ({error}); {NO_HUB}") from None
     if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
-        raise ValueError(f"{path}: no tokenizer.json, it has no 'model'; {_NO_HUB}")
+        raise ValueError(f"{path}: no tokenizer.json, it has no 'model'; {NO_HUB}")
     return found
 
 
@@ -112,13 +116,12 @@ def _text(token: object) -> str:
 
 def _folder(folder: Path) -> Found:
     config = _object(folder / "special_tokens_map.json") | _object(folder / "tokenizer_config.json")
-    more = config.get("added_tokens_decoder") or {}
+    more = {int(place): token for place, token in (config.get("added_tokens_decoder") or {}).items() if place.isdigit()}
     raw = _bytes(folder / PLAIN_FILE) if (folder / PLAIN_FILE).exists() else _vocab_and_merges(folder, config)
     spec = parsed(raw, folder / PLAIN_FILE)
     added = spec.get("added_tokens") or []
     there = {token.get("id") for token in added if isinstance(token, dict)}
-    new = [{**token, "id": int(place)} for place, token in sorted(more.items(), key=lambda item: int(item[0]))
-           if int(place) not in there and _text(token)]
+    new = [{**token, "id": place} for place, token in more.items() if place not in there and _text(token)]
     if new:  # tokenizer_config.json may know tokens that tokenizer.json does not
         spec["added_tokens"] = sorted([*added, *new], key=lambda token: token["id"])
         raw = json.dumps(spec).encode()
@@ -139,7 +142,7 @@ def _folder(folder: Path) -> Found:
 def _vocab_and_merges(folder: Path, config: dict[str, Any]) -> bytes:
     """A tokenizer.json of the older vocab.json and merges.txt."""
     if not (folder / "vocab.json").exists() or not (folder / "merges.txt").exists():
-        raise ValueError(f"{folder}: no {PLAIN_FILE} in it; {_NO_HUB}")
+        raise ValueError(f"{folder}: no {PLAIN_FILE} in it; {NO_HUB}")
     kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
     if kind not in _CLASSES:
         raise ValueError(f"{folder}: no {PLAIN_FILE}, and tokenizer_class={kind!r} does not tell how text is cut: must "

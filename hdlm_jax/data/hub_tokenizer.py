@@ -16,7 +16,7 @@ import numpy as np
 
 from hdlm_jax.common import jsons
 from hdlm_jax.data.base_tokenizer import JSON_FILE, Tokenizer, utf8
-from hdlm_jax.data.hub_files import BLANK, HUB_FILE, Found, deciding_file, parsed, read
+from hdlm_jax.data.hub_files import BLANK, HUB_FILE, NO_HUB, PLAIN_FILE, Found, deciding_file, parsed, read
 from hdlm_jax.data.sources import package
 
 if TYPE_CHECKING:
@@ -166,6 +166,15 @@ class HubTokenizer(Tokenizer):
             (r"\s*" if sides.get(name, {}).get("lstrip") else "") + re.escape(name)
             + (r"\s*" if sides.get(name, {}).get("rstrip") else "") for name in sorted(self._special, key=len)[::-1]))
 
+    def save_hub(self, path: str | os.PathLike) -> None:
+        """Writes tokenizer.json and tokenizer_config.json as a folder of the Hugging Face hub has them."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        jsons.write_atomic(folder / PLAIN_FILE, self.found.raw)
+        template = {"chat_template": self.chat_template} if self.chat_template else {}
+        jsons.write_json(folder / "tokenizer_config.json",
+                         {"tokenizer_class": "PreTrainedTokenizerFast"} | self.names | template)
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes the folder `path`: the tokenizer.json it was made of, under another name, a .json with its facts."""
         folder = Path(path)
@@ -206,6 +215,8 @@ def make(path: str, sha256: str = "") -> HubTokenizer:
     sha256: of the file (in a folder the one that says the ids), checked when given.
     """
     package("tokenizers", "hub", "tokenizer.kind='hub'")
+    if not path:
+        raise ValueError(f"tokenizer.file='': needed; {NO_HUB}")
     file = deciding_file(path)
     if sha256 and file.exists() and (found := jsons.sha256_of(file)) != sha256.lower():
         raise ValueError(f"{file}: sha256 is {found}, must be {sha256}")

@@ -187,11 +187,11 @@ def test_parts():
     np.testing.assert_array_equal(table, np.asarray(m.run.params["embedding"])[:257])
     start = dataclasses.replace(m.run.config.train, init_from=str(trained()[1]))
     start = dataclasses.replace(m.run.config, train=start)
-    same = loading.load_params(start, m.tokenizer.fingerprint)
+    same = loading.load_base(start, m.tokenizer.fingerprint).params
     for a, b in zip(_leaves(same), _leaves(m.run.params), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ConfigError, match="is not this run's 000000000000"):
-        loading.load_params(start, "0" * 64)
+        loading.load_base(start, "0" * 64)
 
 
 def _leaves(tree):

@@ -83,7 +83,8 @@ def test_it_is_used_as_a_run(exported):
         np.testing.assert_array_equal(a, b)
         assert a.sharding == b.sharding
     start = dataclasses.replace(loaded.run.config.train, init_from=str(exported))
-    start = loading.load_params(dataclasses.replace(loaded.run.config, train=start), loaded.tokenizer.fingerprint)
+    start = loading.load_base(dataclasses.replace(loaded.run.config, train=start),
+                              loaded.tokenizer.fingerprint).params
     np.testing.assert_array_equal(start["embedding"], np.asarray(model().run.params["embedding"]))
     other = dataclasses.replace(loaded.run.config, model=dataclasses.replace(loaded.run.config.model, width=64))
     with pytest.raises(ConfigError, match="model.width=64 .there 32.: .* was trained otherwise"):

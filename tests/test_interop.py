@@ -403,7 +403,7 @@ def test_an_imported_run_is_evaluated_and_trained_from(roundtrip):
     want = evaluate.evaluate(c, str(folder / "trained"))
     assert found["nelbo"] == want["nelbo"] and found["step"] == 0 and found["whole_split"] == want["whole_split"]
     start = dataclasses.replace(c, train=dataclasses.replace(c.train, init_from=str(folder / "run")))
-    params = loading.load_params(start, model().tokenizer.fingerprint)
+    params = loading.load_base(start, model().tokenizer.fingerprint).params
     np.testing.assert_array_equal(params["stack"]["qkv"]["kernel"], model().run.params["stack"]["qkv"]["kernel"])
     with pytest.raises(ConfigError, match="holds imported or exported weights; train in another"):
         check_trainable(str(folder / "run"))

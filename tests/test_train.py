@@ -365,12 +365,12 @@ def test_learns_and_starts_from_another_run(corpus, tmp_path, alone):
     train.train(config, str(tmp_path / "first"))
     records = read_metrics(str(tmp_path / "first" / "metrics.jsonl"))
     assert records[-1]["valid_nelbo"] < 3.2 and records[-1]["loss"] < 0.75 * records[0]["loss"]
-    from hdlm_jax.training.loading import load_params
+    from hdlm_jax.training.loading import load_base
 
     more = config_lib.resolve(loop_config(corpus, train__steps=1, train__init_from=str(tmp_path / "first"),
                                           optimizer__lr=1e-9))
     state = train.train(more, str(tmp_path / "second"))
-    first = load_params(more, _tokenizer(corpus).fingerprint)
+    first = load_base(more, _tokenizer(corpus).fingerprint).params
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(first), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7)
     with pytest.raises(ConfigError, match="other shapes"):

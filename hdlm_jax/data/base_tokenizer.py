@@ -80,6 +80,10 @@ class Tokenizer:
         """Name -> id of the tokens that are no text."""
         return {self._end: self.eot}
 
+    def save_hub(self, path: str | os.PathLike) -> None:
+        """Writes tokenizer.json and tokenizer_config.json as a folder of the Hugging Face hub has them."""
+        raise ValueError(f"tokenizer.kind={self.kind!r}: has no tokenizer.json; only 'hub' has")
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, int32 [n], without end of text. ValueError for a lone surrogate, or for characters that a
         pattern given in full leaves out."""

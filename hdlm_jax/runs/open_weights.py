@@ -294,4 +294,4 @@ def _write_hub(folder: str, raw: Mapping[str, Any], tensors: Mapping[str, Tensor
         places = {name: file for file, held in zip(names, files, strict=True) for name in held}
         write_json(os.path.join(folder, "model.safetensors.index.json"), {"metadata": {}, "weight_map": places})
     write_json(os.path.join(folder, "config.json"), dict(raw))
-    tokenizer.save(folder)
+    tokenizer.save_hub(folder)

@@ -3,8 +3,9 @@
     python -m hdlm_jax.main --mode=import --config.released.weights=FOLDER --workdir=runs/llada
     python -m hdlm_jax.main --mode=generate --workdir=runs/llada --config.generate.prompt='Once upon a time'
 
-FOLDER is one of the Hugging Face hub, or a GGUF file. It tells the sizes; the recipe, which --mode=import takes if none
-is given, says how it is used: rows of 1,024 tokens, computed in bfloat16 on a GPU or TPU.
+FOLDER is one of the Hugging Face hub, or a GGUF file; it tells the sizes. --mode=import takes this recipe if none is
+given (--config=released_open): rows of 1,024 tokens, float32. For billions of parameters add
+--config.model.dtype=bfloat16 --config.model.param_dtype=bfloat16.
 
 Fits on: a compile plan of LLaDA-8B and Dream-7B is in docs/models.md.
 """

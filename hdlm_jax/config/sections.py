@@ -261,7 +261,7 @@ class DecoderConfig(_Section):
     dense_blocks: int = 0  # first blocks without experts
     gate: str = "softmax"  # scores of the experts: softmax | sigmoid (with a bias for choosing alone)
     expert_groups: int = 1  # of which `top_groups` are chosen by the sum of their best two scores
-    top_groups: int = 1
+    top_groups: int = 1  # see expert_groups
     normalise: bool = True  # the chosen scores to a sum of 1
     routed_scale: float = 1.0  # times what the chosen experts give
 

@@ -1,6 +1,7 @@
 """What the compiler says about training on a TPU pod that is not here: memory, exchanges, and the arithmetic of time.
 
     python -m tools.plan --config=configs/hdlm_7b.py --topology=v5e:16x16 --mesh=1,256,1 --mesh=1,64,4
+    python -m tools.plan --config=configs/released_open.py:llada_8b --what=sample --topology=v5e:2x4 --mesh=1,1,8
 
 The training step of a config is lowered and compiled from abstract inputs for a described topology: nothing runs, and
 no TPU is needed, but the compiler is (`pip install libtpu`; launch/compile_plan.sh makes an environment that has it).
@@ -29,11 +30,12 @@ from hdlm_jax import config as configs
 from hdlm_jax.common import jsons, parallel
 from hdlm_jax.common.console import markdown, say
 from hdlm_jax.config import Config, ConfigError
+from hdlm_jax.decoding.sampler import make_sample_step, numbers_of, program_of
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.make import flops_per_token
 from hdlm_jax.training.fitting import TooLarge, fit
 from hdlm_jax.training.metrics import peak_flops
-from hdlm_jax.training.state import abstract_state, build, make_optimizer
+from hdlm_jax.training.state import abstract_state, build, make_optimizer, placed
 from hdlm_jax.training.step import make_train_step
 from tools import cli
 
@@ -114,6 +116,19 @@ def lower(config: Config, hierarchy: Hierarchy, devices):
         batch = {"x": jax.ShapeDtypeStruct((rows, config.model.seq_len), jnp.int32),
                  "index": jax.ShapeDtypeStruct((rows,), jnp.int32)}
         return step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))), state
+
+
+def lower_sample(config: Config, hierarchy: Hierarchy, devices):
+    """(sampling of config.generate.batch_size rows by config.generate, lowered in the same way; its parameters)."""
+    mesh, g = parallel.make_mesh(config, devices), config.generate
+    with parallel.made_for(mesh):
+        network, process = build(config, hierarchy)
+        params, _ = placed(lambda: network.init_params(jax.random.key(0), config.model.seq_len), mesh)
+        step = parallel.compile_sample_step(make_sample_step(network, process, program_of(g), mesh), mesh, params)
+        batch = {"z": jax.ShapeDtypeStruct((g.batch_size, config.model.seq_len), jnp.int32),
+                 "index": jax.ShapeDtypeStruct((g.batch_size,), jnp.int32)}
+        numbers = numbers_of(g, config.model.seq_len, 0)
+        return step.lower((params, numbers), batch, jax.eval_shape(lambda: jax.random.key(0))), params
 
 
 # ---- what a compiled program exchanges -------------------------------------------------------------------------------
@@ -271,6 +286,38 @@ def collectives(text: str, shape: dict[str, int]) -> list[Collective]:
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
+def plan_sample(config: Config, devices, name: str = "") -> dict[str, Any]:
+    """Compiles sampling for the devices: `peak` bytes of one of them, and arithmetic for a call of the network, which
+    predicts every token of every row (`step_s`, at MFU)."""
+    kind, hierarchy = devices[0].device_kind, balanced(config)
+    gib, rows = CHIPS.get(kind, (None,))[0], config.generate.batch_size
+    tokens = rows * config.model.seq_len
+    shape = dict(zip(parallel.AXES, config.parallel.shape(len(devices)), strict=True))
+    flops = flops_per_token(config, hierarchy, build(config, hierarchy)[1]) / 3 * tokens
+    out: dict[str, Any] = {
+        "what": "sample", "config": name, "jax": jax.__version__, "device_kind": kind, "devices": len(devices),
+        "compiler": " ".join(devices[0].client.platform_version.split()), "mesh": shape, "head": config.model.head,
+        "attention": config.model.attention, "remat": "sample", "microbatches": 1, "batch_size": rows,
+        "seq_len": config.model.seq_len, "tokens_per_step": tokens, "flops_per_step": flops, "mfu": MFU}
+    if peak := peak_flops(kind):
+        out["step_s"] = flops / (MFU * peak * len(devices))
+    started = time.perf_counter()
+    lowered, params = lower_sample(config, hierarchy, devices)
+    out["parameters"] = sum(a.size for a in jax.tree.leaves(params))
+    try:
+        memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if not (said := parallel.out_of_memory(error)):
+            raise
+        return out | {"fits": False, "refused": said, "compile_s": time.perf_counter() - started}
+    sizes = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+             "code": memory.generated_code_size_in_bytes, "outputs": memory.output_size_in_bytes}
+    sizes["peak"] = sum(sizes.values())
+    return out | {"bytes": sizes, "hbm_gib": gib, "fits": None if gib is None else sizes["peak"] < gib * 2**30,
+                  "compile_s": time.perf_counter() - started, "collectives": [], "moved_bytes": 0,
+                  "why": f"{sizes['peak'] / 2**30:.1f} GiB to sample {rows} rows"}
+
+
 def plan(config: Config, devices, name: str = "") -> dict[str, Any]:
     """Compiles a config's training step for the devices and says what it needs, as a JSON object.
 
@@ -362,6 +409,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, flags.FlagVal
     ask = cli.Parser("plan", __doc__)
     ask.add_argument("--topology", default="v5e:16x16", help="chip and grid, as in v5e:16x16 or v5p:8x8x4")
     ask.add_argument("--slices", type=cli.at_least(1), default=1, help="of that topology, joined by a slower network")
+    ask.add_argument("--what", choices=("train", "sample"), default="train", help="the step that is compiled")
     ask.add_argument("--mesh", action="append", default=[],
                      help="data,fsdp,tensor; may be given several times (default: the config's)")
     ask.add_argument("--out", default="", metavar="FILE", help="to add the plans to, a line of JSON each")
@@ -401,9 +449,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             jax.config.update("jax_platforms", "cpu")  # with libtpu installed jax would look for a TPU
             jax.config.update("jax_enable_compilation_cache", False)  # or compile_s is that of a look-up
             devices = topology(given.topology, given.slices)
-            name = os.path.splitext(os.path.basename(config_flags.get_config_filename(f["config"])))[0]
+            name = os.path.basename(config_flags.get_config_filename(f["config"])).replace(".py", "")
             for config in meshes(f.config, given.mesh):
-                found = plan(config, devices, name) | {
+                found = (plan if given.what == "train" else plan_sample)(config, devices, name) | {
                     "topology": given.topology if given.slices == 1 else f"{given.slices} x {given.topology}"}
                 say(f"plan: {name}, {given.topology}, {found['mesh']}: {found.get('why', '')}\n"
                     + (found.get("refused") or exchanges(found["collectives"], given.top)))

@@ -1,0 +1,22 @@
+"""HDLM-small on the decoder-only trunk: RMS norms, rotary positions, norms of q and k, a gated MLP, no time.
+
+    OPENWEBTEXT='owt/*.parquet' python -m hdlm_jax.main --config=modern_small
+
+Data, clusters, steps and rates are those of hdlm_small; the network is that of today's open models, of about as many
+parameters (12 blocks of width 768, MLP of 2,048), so that what is trained here goes where they go. Not run by us at
+this scale.
+
+Fits on: not planned yet; it has about the parameters of hdlm_small, and no vectors of time.
+"""
+
+from hdlm_jax import config
+
+
+def get_config():
+    c = config.recipe("hdlm_small")
+    c.model.trunk = "decoder"
+    c.model.time_conditioning = False
+    c.decoder.kv_heads = 4
+    c.decoder.inner = 2048
+    c.decoder.qk_norm = True
+    return c

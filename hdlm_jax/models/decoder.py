@@ -234,7 +234,8 @@ class Decoder(Transformer):
 
     def with_table(self, params: Tree, table: jax.Array | np.ndarray) -> Tree:
         tokens, size = self.head.hierarchy.vocab_size, len(params["states"])
-        first, rest = jnp.asarray(table)[:tokens], jnp.asarray(table)[tokens : tokens + size]
+        table = jnp.asarray(table)
+        first, rest = table[:tokens].astype(params["embedding"].dtype), table[tokens : tokens + size]
         return {**params, "embedding": params["embedding"].at[:tokens].set(first),
                 "states": params["states"].at[: len(rest)].set(rest)}
 
@@ -248,7 +249,7 @@ class Decoder(Transformer):
     def init_params(self, key: jax.Array, seq_len: int) -> Tree:
         def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
             names = [str(key.key) for key in path]
-            kept = names[-1] in ("bias", "weight") or "router" in names or _is_trained(names)
+            kept = names[-1] in ("bias", "weight") or {"router", "words"} & set(names) or _is_trained(names)
             return leaf if kept else leaf.astype(self.param_dtype)
 
         return jax.tree_util.tree_map_with_path(cast, super().init_params(key, seq_len))

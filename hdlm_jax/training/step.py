@@ -40,7 +40,7 @@ def stratified_tau(keys: jax.Array, index: jax.Array, batch: int) -> jax.Array:
 def opened(keys: jax.Array, share: jax.Array, seq_len: int, segment: jax.Array | None) -> jax.Array:
     """bool [b, S, S]: tokens see those before them, and of those behind a random `share` [b] (arXiv 2410.17891)."""
     behind = jax.vmap(lambda key, p: jax.random.uniform(key, (seq_len, seq_len)) < p)(keys, share)
-    seen = behind | jnp.tri(seq_len, dtype=bool)
+    seen = behind | jnp.tri(seq_len, dtype=bool)[None]
     return seen if segment is None else seen & (segment[:, :, None] == segment[:, None])
 
 

@@ -94,7 +94,7 @@ class Model:
         ids = chats.chat_ids(self.tokenizer, messages, **(template or {}))
         out = self._draw_with(g)(start_canvas(self.run, g, np.tile(ids, (g.num_samples, 1))), g)
         answers = [row[len(ids) : n] for row, n in zip(out["tokens"], out["length"], strict=True)]
-        ends = (self.tokenizer.eot, getattr(self.tokenizer, "turn_end", self.tokenizer.eot))
+        ends = (self.tokenizer.eot, self.tokenizer.turn_end)
         firsts = [np.flatnonzero(np.isin(answer, ends)) for answer in answers]
         return [self.tokenizer.decode(answer[: first[0]] if len(first) else answer)
                 for answer, first in zip(answers, firsts, strict=True)]

@@ -329,6 +329,7 @@ def small_data(folder):
     put("hellaswag/hellaswag_val_full.txt", "Act: he\n3\nw\nx\ny\nz it\nB: c\n0\n1\n2\n3\n4\n")
     for name in ("ARC-Easy", "ARC-Challenge", "piqa", "openbookqa"):
         put(f"mcq/{name}.jsonl", mcq)
+    put("gsm8k/test.jsonl", json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
     put("mcq/winogrande.dev.jsonl", json.dumps({"sentence": "Ann saw Bo so _ left early.", "option1": "Ann",
                                                 "option2": "Bo", "answer": "2"}) + "\n")
     return folder
@@ -346,6 +347,7 @@ def test_items_of_every_task(tmp_path):
     assert items["arc_easy"][1] == (("Question: q1\nAnswer:",) * 2, (" a b", " c"), 1) == items["piqa"][1]
     assert items["openbookqa"][0].contexts == ("q0", "q0")
     assert items["winogrande"] == [(("Ann saw Bo so Ann", "Ann saw Bo so Bo"), (" left early.",) * 2, 1)]
+    assert items["gsm8k"] == [("1 + 1?", "#### 2")]
     assert items["lambada_last_word"][1] == (("a b",), (" c",), 0)
     assert len(benchmarks.load("piqa", benchmarks.find("piqa", str(data)), limit=3)) == 3
 
@@ -365,7 +367,7 @@ def test_bad_data_is_one_line(tmp_path):
 def test_real_files(data_dir):
     sizes = {"ptb": (3761, 82430), "wikitext2": (62, 244102), "lambada": (5153, None), "ag_news": (7600, None),
              "hellaswag": (10042, 4), "arc_easy": (2376, None), "arc_challenge": (1172, None), "piqa": (1838, 2),
-             "openbookqa": (500, 4), "winogrande": (1267, 2), "lambada_last_word": (5153, 1)}
+             "openbookqa": (500, 4), "winogrande": (1267, 2), "lambada_last_word": (5153, 1), "gsm8k": (1319, None)}
     for name, (count, detail) in sizes.items():
         items = benchmarks.load(name, benchmarks.find(name, str(data_dir)))
         assert len(items) == count, name

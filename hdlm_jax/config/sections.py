@@ -18,7 +18,7 @@ WEIGHTINGS = {"hierarchical": ("none", "constant", "clip", "empirical"),  # trai
               "autoregressive": ("constant",)}
 DETOKENIZERS = ("", "lm1b", "ptb", "wikitext", "lambada", "ag_news")
 TASKS = ("ptb", "wikitext2", "lambada", "ag_news", "openwebtext", "lm1b", "files", "hellaswag", "arc_easy",
-         "arc_challenge", "piqa", "openbookqa", "winogrande", "lambada_last_word")
+         "arc_challenge", "piqa", "openbookqa", "winogrande", "lambada_last_word", "gsm8k")
 TXT_DOCUMENTS = ("file", "blank_line", "line")
 FORMATS = ("auto", "txt", "jsonl", "json", "parquet", "tar")
 PACKINGS = ("concat", "documents", "crop")
@@ -64,6 +64,7 @@ class DataConfig(_Section):
     validation_documents: int = 100_000  # documents held out by split="last"
     text_field: str = "text"  # field of a jsonl record or parquet row
     prompt_field: str = ""  # fine-tuning: this field is given, only text_field is noised and scored
+    chat: bool = False  # prompt and text are turns of a chat, written in the template of tokenizer.kind='hub'
     txt_documents: str = "file"  # a document of a text file: the file, all between blank lines (blank_line), a line
     detokenize: str = ""  # undo a corpus's own tokenisation: lm1b, ptb, wikitext, lambada, ag_news
     bad_share: float = 0.001  # stop when more of the records than this cannot be read
@@ -83,6 +84,8 @@ class DataConfig(_Section):
         self.need(not self.prompt_field or self.packing == "crop" or self.padding == "hidden", "packing",
                   "with data.prompt_field a record needs a row of its own, or the next prompt tells where a response "
                   "ends: choose crop")
+        self.need(not self.chat or bool(self.prompt_field), "chat",
+                  "needs data.prompt_field, the user's turn; data.text_field is the assistant's")
         check_local("data.dir", self.dir)
         self.need(bool(self.files) == (self.source == "files"), "files",
                   "needed with data.source='files', and only there")

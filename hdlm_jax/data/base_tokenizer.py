@@ -80,6 +80,16 @@ class Tokenizer:
         """Name -> id of the tokens that are no text."""
         return {self._end: self.eot}
 
+    @property
+    def chat_template(self) -> str:
+        """How conversations are written, in jinja2; "" where the tokenizer has none."""
+        return ""
+
+    @property
+    def turn_end(self) -> int:
+        """Id that ends a turn of a conversation."""
+        return self.eot
+
     def save_hub(self, path: str | os.PathLike) -> None:
         """Writes tokenizer.json and tokenizer_config.json as a folder of the Hugging Face hub has them."""
         raise ValueError(f"tokenizer.kind={self.kind!r}: has no tokenizer.json; only 'hub' has")

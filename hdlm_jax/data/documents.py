@@ -62,6 +62,7 @@ class Reader:
     txt_documents: str = "file"  # of a text file: the whole 'file', all between two 'blank_line's, or a 'line'
     format: str = "auto"  # by the name of the file; else its kind, whatever the name
     detokenize: str = ""  # prompt and text go through this function of `hdlm_jax.data.detokenize`
+    chat: bool = False  # prompt and text become turns of a chat, when they are tokenised
 
     def check(self, source: str) -> str:
         """The kind of a source: 'embedded', 'txt', 'jsonl', 'json', 'parquet' or 'tar'.

@@ -57,8 +57,8 @@ class HubTokenizer(Tokenizer):
         self._spec, self._special = _settled(found, path)
         vocabulary, added = self._spec["model"]["vocab"], self._spec["added_tokens"]
         self.vocab_size = 1 + max([*vocabulary.values(), *(token["id"] for token in added)])
-        self.names, self.chat_template = found.names, found.chat_template
-        self.eot, self.turn_end = self._ends(path) if eot is None or turn_end is None else (eot, turn_end)
+        self.names = found.names
+        self.eot, self._turn_end = self._ends(path) if eot is None or turn_end is None else (eot, turn_end)
         for name, place in (("eot", self.eot), ("turn_end", self.turn_end)):
             if place not in self._special.values():
                 raise ValueError(f"{path}: {name}={place} is no special token")
@@ -73,6 +73,14 @@ class HubTokenizer(Tokenizer):
     @property
     def special(self) -> dict[str, int]:
         return self._special
+
+    @property
+    def chat_template(self) -> str:
+        return self.found.chat_template
+
+    @property
+    def turn_end(self) -> int:
+        return self._turn_end
 
     def _ends(self, path: str | os.PathLike) -> tuple[int, int]:
         ends = [end for end in self.found.ends if end in self._special]

@@ -458,7 +458,7 @@ class StreamBatches(_Batches):
 
         place: `_PLACE`. ValueError: one that these documents do not have.
         """
-        encode = functools.partial(encode_documents, self._tokenizer, prompts=bool(self._reader.prompt_field))
+        encode = functools.partial(encode_documents, self._tokenizer, reader=self._reader)
         *begin, first, used = place
         for window, held in self._windows(share, shares, *begin):
             if first >= len(held):

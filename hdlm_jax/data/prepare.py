@@ -234,6 +234,7 @@ def _settings(data: DataConfig, tokenizer: TokenizerConfig, validation: int) -> 
         "data.format": data.format if files else None,
         "data.text_field": data.text_field if files else None,
         "data.prompt_field": data.prompt_field,
+        **({"data.chat": True} if data.chat else {}),  # folders of before do not know it
         "data.txt_documents": data.txt_documents if files else None,
         "data.detokenize": data.detokenize,
         _VALIDATION: validation,
@@ -255,7 +256,7 @@ _VALIDATION = "files of data.validation"  # in settings: how many
 def what_to_read(data: DataConfig, say: Callable[[str], None] = lambda line: None
                  ) -> tuple[Reader, list[str], list[str]]:
     """How documents are read, the training sources and the validation files; say: gets what folders hold."""
-    reader = Reader(data.text_field, data.prompt_field, data.txt_documents, data.format, data.detokenize)
+    reader = Reader(data.text_field, data.prompt_field, data.txt_documents, data.format, data.detokenize, data.chat)
     train = [EMBEDDED] if data.source == "embedded" else resolve(data.files, "data.files", data.format, say)
     valid = resolve(data.validation, "data.validation", data.format, say) if data.validation else []
     return reader, train, valid

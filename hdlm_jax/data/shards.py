@@ -30,6 +30,7 @@ import numpy as np
 
 from hdlm_jax.common import jsons
 from hdlm_jax.data import tokenizers
+from hdlm_jax.data.chat import turns_ids
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.records import MANY, Bad, Document, check_bad, digest, is_validation
 
@@ -222,9 +223,13 @@ class _Encoded(NamedTuple):
 
 
 def encode_documents(words: tokenizers.Tokenizer, documents: list[Document],
-                     prompts: bool) -> list[tuple[np.ndarray, int]]:
+                     reader: Reader) -> list[tuple[np.ndarray, int]]:
     """Tokens int32 of each document (prompt, text, end of text), and how many of them are its prompt."""
-    end = np.array([words.eot], np.int32)
+    end, prompts = np.array([words.eot], np.int32), bool(reader.prompt_field)
+    if reader.chat:
+        turns = [turns_ids(words, [{"role": "user", "content": document.prompt},
+                                   {"role": "assistant", "content": document.text}]) for document in documents]
+        return [(np.concatenate([ids, end]), prompt) for ids, prompt in turns]
     texts = words.encode_batch([document.text for document in documents])
     heads = words.encode_batch([document.prompt for document in documents]) if prompts else [end[:0]] * len(documents)
     return [(np.concatenate([head, text, end]), len(head)) for head, text in zip(heads, texts, strict=True)]
@@ -239,7 +244,7 @@ def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[Docume
     for split, documents in splits.items():
         if documents:
             pieces, index = [], []
-            for document, (tokens, prompt) in zip(documents, encode_documents(words, documents, job.prompts),
+            for document, (tokens, prompt) in zip(documents, encode_documents(words, documents, job.reader),
                                                   strict=True):
                 pieces.append(tokens)
                 prompt_bytes, text_bytes = len(document.prompt.encode("utf-8")), len(document.text.encode("utf-8"))

@@ -28,6 +28,7 @@ from hdlm_jax.config import expand
 from hdlm_jax.data.detokenize import DETOKENIZERS
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.records import Bad
+from hdlm_jax.evaluation.problems import Problem
 
 _OPEN: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _HEADING = re.compile(r" ?= [^=].* = ?")
@@ -56,14 +57,16 @@ class Task:
       path: under the data folder, without a compression's suffix; '' where the config names the files.
       read: lines (text mode) -> Passages or Questions.
       detokenize: name in DETOKENIZERS, '' for none.   words: whether the field gives perplexities by words as well.
-      ranks: whether the items are Questions.   note: what is said about the protocol beside the numbers.
+      ranks, writes: whether the items are Questions or Problems.
+      note: what is said about the protocol beside the numbers.
     """
 
     path: str
-    read: Callable[..., Iterator[Passage] | Iterator[Question]]
+    read: Callable[..., Iterator[Passage] | Iterator[Question] | Iterator[Problem]]
     detokenize: str = ""
     words: bool = False
     ranks: bool = False
+    writes: bool = False
     note: str = ""
 
 
@@ -124,6 +127,10 @@ def _blanks(lines: Iterable[str]) -> Iterator[Question]:
         yield Question(contexts, (f" {after.strip()}",) * 2, int(row["answer"]) - 1)
 
 
+def _problems(lines: Iterable[str]) -> Iterator[Problem]:
+    return (Problem(row["question"], row["answer"]) for row in _jsonl(lines))
+
+
 def _last_words(lines: Iterable[str]) -> Iterator[Question]:
     for row in _jsonl(lines):
         context, word = row["text"].rstrip().rsplit(maxsplit=1)
@@ -151,6 +158,9 @@ TASKS: dict[str, Task] = {
     "lambada_last_word": Task("lambada/lambada_test.jsonl", _last_words, ranks=True,
                               note="accuracy: the last word's tokens are masked, in their true number, and filled in "
                                    "one drop at a time, the most likely word at each"),
+    "gsm8k": Task("gsm8k/test.jsonl", _problems, writes=True,
+                  note="written without examples, in the chat template where the model has one; right is an answer "
+                       "whose number behind #### is the solution's"),
 }
 
 
@@ -180,9 +190,10 @@ def load(name: str, source: str | list[str], limit: int = 0, reader: Reader | No
       ValueError: a file that is not of the form the task has, or a record that cannot be read; one line.
     """
     task = TASKS[name]
-    items: Iterator[Passage] | Iterator[Question]
+    items: Iterator[Passage] | Iterator[Question] | Iterator[Problem]
     if isinstance(source, str):
-        items = task.read(_lines(source), task.detokenize) if not task.ranks else task.read(_lines(source))
+        how = () if task.ranks or task.writes else (task.detokenize,)
+        items = task.read(_lines(source), *how)
     else:
         assert reader is not None
         items = _documents(source, dataclasses.replace(reader, detokenize=""), reader.detokenize or task.detokenize)
@@ -204,6 +215,6 @@ def _documents(sources: list[str], reader: Reader, detokenize: str) -> Iterator[
             yield _passage(record.prompt + record.text, detokenize)
 
 
-def fingerprint(items: Sequence[Passage] | Sequence[Question]) -> str:
+def fingerprint(items: Sequence[Passage] | Sequence[Question] | Sequence[Problem]) -> str:
     """sha256 (hex) of what a task has read."""
     return hashlib.sha256("".join(jsons.dumps(item) + "\n" for item in items).encode()).hexdigest()

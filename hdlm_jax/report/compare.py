@@ -124,7 +124,7 @@ def task_table(workdirs: list[str]) -> str:
     def cell(result: dict[str, Any] | None) -> str:
         if not result:
             return "-"
-        if result["kind"] == "ranking":
+        if result["kind"] in ("ranking", "writing"):
             return measured(100 * result["accuracy"], 100 * result["accuracy_se"], ".1f") + " %"
         return measured(result["perplexity"], result["perplexity_se"], ".1f")
 

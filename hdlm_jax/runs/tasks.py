@@ -27,6 +27,7 @@ from hdlm_jax.data.sources import resolve
 from hdlm_jax.evaluation import benchmarks
 from hdlm_jax.evaluation.benchmarks import TASKS, Passage, Question
 from hdlm_jax.evaluation.elbo import summarise
+from hdlm_jax.evaluation.problems import solve
 from hdlm_jax.evaluation.rows import split, split_all
 from hdlm_jax.evaluation.scorer import Choices, Scorer, encode_pair
 from hdlm_jax.training.loading import check_writable, load_run
@@ -127,17 +128,23 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         made_from: dict[str, Any] = {
             "step": loaded.step, "ema": loaded.ema, "hierarchy_fingerprint": loaded.hierarchy.fingerprint,
             "text": benchmarks.fingerprint(items), "draws": e.draws, "seed": e.seed, "cv2": e.cv2}
-        if task.ranks:
-            g = config.generate  # of the words filled in greedily
+        g = config.generate
+        if task.writes:
+            made_from |= {"generate": [g.seed, g.method, g.options, g.steps, g.temperature, g.top_p, g.length]}
+        if task.ranks:  # g: of the words filled in greedily
             made_from |= {"target_se": e.target_se, "most_draws": e.most_draws,
                           "generate": [g.seed, g.clusters, g.force_transition, g.steps]}
-        for protocol in ("",) if task.ranks else e.protocols:
+        for protocol in ("",) if task.ranks or task.writes else e.protocols:
             key = f"{name}/{protocol}" if protocol else name
             if (old := results.get(key)) and old["made_from"] == made_from and "given" in old:
                 say(f"tasks: reusing {key} of step {loaded.step}: {_line(old)}")
                 continue
-            found = ranking(scorer, items) if task.ranks else perplexity(scorer, items, protocol, task.words)
-            about = {"task": name, "kind": "ranking" if task.ranks else "perplexity", "protocol": protocol or None,
+            if task.writes:
+                found = {"given": "nothing"} | solve(loaded, items, g)
+            else:
+                found = ranking(scorer, items) if task.ranks else perplexity(scorer, items, protocol, task.words)
+            kind = "ranking" if task.ranks else "writing" if task.writes else "perplexity"
+            about = {"task": name, "kind": kind, "protocol": protocol or None,
                      "detokenizer": detokenizer or None, "limited": bool(e.limit and len(items) == e.limit),
                      "note": task.note, "made_from": made_from}
             results[key] = about | jsons.plain(found)
@@ -168,6 +175,9 @@ def _line(found: dict[str, Any]) -> str:
             ("nelbo", 4), ("bits_per_byte", 4), ("perplexity", 2)))
         return (f"{nats} nats/token, {bits} bits/byte, perplexity {per_token}, {found['tokens']:,} tokens x "
                 f"{found['draws']}, {seconds}")
+    if found["kind"] == "writing":
+        return (f"accuracy {_with_se(found, 'accuracy', 2, 100)} %, {found['questions']:,} problems, "
+                f"{100 * found['answered']:.0f} % answered with a number, {found['calls']:.0f} calls each, {seconds}")
     return (f"accuracy {_with_se(found, 'accuracy', 2, 100)} %, {found['questions']:,} questions x "
             f"{found['draws']:.1f} draws, {seconds}")
 
@@ -193,7 +203,11 @@ def rows(results: dict[str, Any]) -> list[list[list[str]]]:
                                                  for by in ("", "_per_token", "_per_character")),
                _with_se(r, "word_perplexity", 1), f"{r['questions']:,}", f"{r['draws']:.1f}",
                f"{100 * r['reached']:.0f} %", str(r["cut"])] for r in results.values() if r["kind"] == "ranking"]
-    return [t for t in (texts, asked) if len(t) > 1]
+    written = [["problems", "accuracy %", "answered", "number", "method", "calls"]]
+    written += [[r["task"] + "*" * r["limited"], _with_se(r, "accuracy", 2, 100), f"{100 * r['answered']:.0f} %",
+                 f"{r['questions']:,}", r["method"], f"{r['calls']:.0f}"]
+                for r in results.values() if r["kind"] == "writing"]
+    return [t for t in (texts, asked, written) if len(t) > 1]
 
 
 def table(results: dict[str, Any], step: int) -> str:

@@ -1,0 +1,38 @@
+"""An open model's HDLM or MDLM learns to answer: GSM8K's problems as turns of a chat (docs/finetuning.md).
+
+    HDLM_DATA=../shared/data python -m hdlm_jax.main --config=gsm8k \\
+        --config.train.init_from=runs/adapt_hdlm64-factorised
+    HDLM_DATA=../shared/data python -m hdlm_jax.main --workdir=runs/gsm8k --mode=evaluate \\
+        --config.evaluate.tasks='("gsm8k",)' --config.evaluate.limit=100
+
+Rows are one problem each, in the chat template of the run's tokenizer; the question is given, the solution and its end
+are learnt. Answers are judged by the number behind "####".
+
+Fits on: what the run that it starts from was trained on.
+"""
+
+from hdlm_jax import config
+
+
+def get_config():
+    c = config.default()
+    c.data.source = "files"
+    c.data.files = ("$HDLM_DATA/gsm8k/train.jsonl.xz",)
+    c.data.prompt_field = "question"
+    c.data.text_field = "answer"
+    c.data.chat = True
+    c.data.packing = "crop"
+    c.model.seq_len = 256
+    c.optimizer.lr = 1e-4
+    c.optimizer.warmup = 50
+    c.train.init_from = "runs/adapt_hdlm64-factorised"
+    c.train.steps = 1000
+    c.train.batch_size = 8
+    c.train.log_every = 10
+    c.checkpoint.every = 500
+    c.evaluate.rows_in_training = 64
+    c.evaluate.checkpoint = "latest"
+    c.generate.checkpoint = "latest"
+    c.generate.steps = 64
+    c.generate.temperature = 0.5
+    return c

@@ -30,7 +30,7 @@ def call(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", argv)
         for name in [n for n in flags.FLAGS if n.startswith("config.")]:
             delattr(flags.FLAGS, name)
-        for name in ("config", "workdir", "mode", "profile", "distributed"):
+        for name in ("config", "workdir", "mode", "model", "profile", "distributed"):
             flags.FLAGS[name].unparse()
         flags.FLAGS.unparse_flags()
         sys.modules.pop("config_config", None)  # the config file before, as ml_collections names it

@@ -1,6 +1,7 @@
 """The command line: hdlm-jax (python -m hdlm_jax.main) --config=hdlm_base [--workdir=DIR] [--mode=train].
 
---config is a recipe by name or as a file; a run that is there knows its own: --workdir=RUN --mode=evaluate.
+--config is a recipe by name or as a file; a run that is there knows its own: --workdir=RUN --mode=evaluate. An open
+model: hdlm-jax fetch smollm2.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ("prepare", "cluster", "train", "evaluate", "generate", "report", "export", "import")
+MODES = ("prepare", "cluster", "train", "evaluate", "generate", "report", "export", "import", "fetch")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, by name or as a file; settings as "
                                           "--config.train.steps=100. A run in --workdir needs none.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run lies; default runs/<config name>.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run lies; default runs/<config name>, of "
+                               "--mode=fetch runs/<model>.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}; train first makes what is missing.")
+_MODEL = flags.DEFINE_string("model", None, "The open model that --mode=fetch downloads and imports.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a profiler trace of a few training steps.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run (see processes.join).")
 
@@ -47,7 +50,7 @@ def with_recipe(argv: list[str]) -> list[str]:
     if at >= 0:
         behind = 1 if "=" in argv[at] else 2
         return [*argv[:at], f"--config={recipes.path_of(name)}", *argv[at + behind:]] if name else argv
-    if _flag(argv, "mode")[1] == "import":
+    if _flag(argv, "mode")[1] in ("import", "fetch"):
         return [argv[0], f"--config={recipes.path_of('released_open')}", *argv[1:]]
     workdir = expand(_flag(argv, "workdir")[1])
     check_local("workdir", workdir)
@@ -65,6 +68,9 @@ def parse(argv: list[str]) -> list[str]:
     """absl's flags; what is wrong with them, or in the config file, as one line and exit code 1."""
     from hdlm_jax.config import ConfigError, check_name
 
+    if argv[1:2] == ["fetch"]:  # hdlm-jax fetch NAME [flags]
+        names = [f"--model={name}" for name in argv[2:3] if not name.startswith("-")]
+        sys.argv = argv = [argv[0], "--mode=fetch", *names, *argv[2 + len(names):]]
     given = [a for a in argv[1:] if re.match(r"--?config(=|$)", a)]
     try:
         for arg in argv[1:]:
@@ -104,20 +110,31 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def main(argv: list[str]) -> None:
+def _place() -> tuple[str, str]:
+    """(name of the recipe or open model, workdir) once --mode and --model are sound."""
     from hdlm_jax.config import check_local, expand
-    from hdlm_jax.config.rules import choice
+    from hdlm_jax.config.rules import choice, rule
+    from hdlm_jax.models.packages import PACKAGES
 
     choice("--mode", _MODE.value, MODES)
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]))[0]
+    if _MODE.value == "fetch":
+        name = _MODEL.value or ""
+        choice("--model", name, tuple(PACKAGES))
+    rule(_MODE.value == "fetch" or _MODEL.value is None, "--model", _MODEL.value, "goes with --mode=fetch")
     workdir = expand(_WORKDIR.value or os.path.join("runs", name))
     check_local("workdir", workdir)
+    return name, workdir
+
+
+def main(argv: list[str]) -> None:
+    name, workdir = _place()
 
     import jax
 
     from hdlm_jax.common import console, lock, parallel, processes
     from hdlm_jax.report import page
-    from hdlm_jax.runs import evaluate, export, generate, import_weights, stages, tasks, train
+    from hdlm_jax.runs import evaluate, export, fetch, generate, import_weights, stages, tasks, train
     from hdlm_jax.training import loading
 
     config = stages.checked(loading.with_base(_CONFIG.value, workdir))
@@ -152,6 +169,9 @@ def main(argv: list[str]) -> None:
     elif _MODE.value == "import":
         with lock.held(here, "import"):
             import_weights.import_released(config, workdir)
+    elif _MODE.value == "fetch":
+        with lock.held(here, "fetch"):
+            fetch.fetch(config, workdir, name)
     elif _MODE.value == "report":
         page.write_run_page(workdir)
     else:

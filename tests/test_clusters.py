@@ -1,20 +1,24 @@
 """Word vectors, clusters within their limits, first embedding tables, report and picture of the clusters."""
 
 import builtins
+import dataclasses
 import math
 import time
 
 import numpy as np
 import pytest
+import tiny
+import tokenfiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdlm_jax.config import default_clusters
-from hdlm_jax.data import cluster_report, clustering, embeddings
+from hdlm_jax.config import TokenizerConfig, default_clusters
+from hdlm_jax.data import cluster_report, clustering, embeddings, tokenizers
 from hdlm_jax.data.cluster_report import plane, write_report
 from hdlm_jax.data.clustering import build_hierarchy
 from hdlm_jax.data.embeddings import cooccurrence, corpus_embeddings, given_embeddings, initial_table, ppmi, unit_rows
 from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.runs import stages
 
 
 def _blobs(words: int = 300, kinds: int = 8, width: int = 16, noise: float = 0.2) -> np.ndarray:
@@ -472,3 +476,23 @@ def test_real_text_gives_clusters_that_predict_their_neighbours(data_dir) -> Non
     near = unit_rows(e) @ unit_rows(e).T
     his, her, was = (vocabulary[w] for w in ("his", "her", "was"))
     assert near[his, her] > 0.5 > near[his, was]
+
+
+def test_special_tokens_are_no_cluster(tmp_path) -> None:
+    """Rows of an open model's special tokens are alike, and no text has them: they make no centroid."""
+    c = tiny.read_recipe(tiny.write_recipe(tmp_path))
+    tokens = tokenizers.make_tokenizer("hub", file=str(tokenfiles.folder(tmp_path / "model")))
+    vectors = np.random.default_rng(0).standard_normal((tokens.vocab_size, 8)).astype(np.float32)
+    vectors[:, 0] += 4
+    starts, ends = tokens.special["<|im_start|>"], tokens.special["<|im_end|>"]
+    vectors[[starts, ends]] = np.eye(8)[1] - 9 * np.eye(8)[0]
+    np.save(tmp_path / "vectors.npy", vectors)
+    c = dataclasses.replace(
+        c, tokenizer=TokenizerConfig(kind="hub", file=str(tmp_path / "model"), vocab_size=tokens.vocab_size),
+        hierarchy=dataclasses.replace(c.hierarchy, clusters=(20,), embeddings=str(tmp_path / "vectors.npy")))
+    run = str(tmp_path / "run")
+    found = stages.cluster(c, run, stages.prepare(c, run))
+    parent, special = found.anc[1], [starts, ends]
+    assert found.special == (tokens.eot,) and (parent == parent[tokens.eot]).sum() == 1
+    for cluster in parent[special]:
+        assert set(np.flatnonzero(parent == cluster)) - set(special), "words that texts have"

@@ -6,18 +6,23 @@ import shutil
 import sys
 import types
 
+import families
 import hub
 import jax
 import numpy as np
 import pytest
+import tokenfiles
 from tiny import SEQ_LEN, model, read_recipe, trained
 
+import hdlm_jax
 from hdlm_jax.common import parallel
-from hdlm_jax.config import ConfigError, GenerateConfig, ParallelConfig
+from hdlm_jax.config import ConfigError, GenerateConfig, ParallelConfig, recipe
+from hdlm_jax.config import resolve as config_of
 from hdlm_jax.data.tokenizers import Tokenizer, make_tokenizer
 from hdlm_jax.decoding import sampler as sampling
 from hdlm_jax.evaluation import judges, text_statistics
-from hdlm_jax.runs import generate
+from hdlm_jax.models.weight_files import hub_sha256
+from hdlm_jax.runs import generate, open_weights
 from tools import sampling_sweep
 
 CONFIG = hub.CONFIG | {"vocab_size": 257}
@@ -272,6 +277,84 @@ def test_an_autoregressive_run_is_exact(monkeypatch):
     assert record["kind"] == "autoregressive" and not record["bound"] and "bound" not in record["rule"]
     assert record["perplexity"] == pytest.approx(math.e) and not any(name.endswith("_bound") for name in record)
     assert judges.perplexity(record) == "2.72 ± 0.00"
+
+
+# ------------------------------------------------------------------------------------------------ imported models
+
+
+def imported(name, folder, merges=tuple(tokenfiles.MERGES)):
+    """The workdir of a tiny open model with a byte-level tokenizer."""
+    rng, made, tensors = np.random.default_rng(5), families.config(name), families.weights(name)
+    for key, value in tensors.items():
+        if value.shape[0] == families.V:  # the tables: more words
+            tensors[key] = np.float32(0.2 * rng.standard_normal((300, value.shape[1])))
+    sizes = {"vocab_size": 300} | ({"embedding_size": 300, "mask_token_id": 299} if name == "llada" else {})
+    families.write(folder / name, made | sizes, tensors)
+    tokenfiles.folder(folder / name, tokenfiles.byte_level(merges))
+    c = config_of(recipe("released_open"))
+    c = dataclasses.replace(c, released=dataclasses.replace(c.released, weights=str(folder / name)),
+                            model=dataclasses.replace(c.model, seq_len=SEQ_LEN))
+    open_weights.import_open(c, str(folder / f"{name}_run"))
+    return folder / f"{name}_run"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return imported("llama", tmp_path_factory.mktemp("open"))
+
+
+def test_an_imported_model_judges_from_the_start_symbol_on(llama):
+    """Every token of every text, whatever the others' lengths; the record says which model it was."""
+    judge, model = judges.open_judge(str(llama)), hdlm_jax.load(str(llama))
+    texts = [judge.tokenizer.encode(t) for t in ("the inner", "a", "one of more than sixteen tokens")]
+    nats, tokens, _ = judge.score(texts, [0, 0, 0])
+    assert tokens.tolist() == [len(t) for t in texts]
+    pieces = [ids[i : i + SEQ_LEN] for ids in texts for i in range(0, len(ids), SEQ_LEN)]
+    x = np.stack([np.pad(piece, (0, SEQ_LEN - len(piece))) for piece in pieces])
+    z = np.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=model.hierarchy.mask_id)
+    logits = jax.jit(model.run.network.apply)({"params": model.run.params}, z, np.zeros(len(z)))
+    each = np.take_along_axis(-np.asarray(jax.nn.log_softmax(logits)), x[:, :, None], -1)[:, :, 0]
+    each = np.array([row[: len(piece)].sum() for row, piece in zip(each, pieces, strict=True)])
+    np.testing.assert_allclose(nats, [each[0], each[1], each[2:].sum()], rtol=1e-5)
+    record = judges.record(judge, BYTES, [np.frombuffer(b"the inner", np.uint8).astype(np.int32)])
+    assert record["kind"] == "autoregressive" and record["retokenised"] and record["given"] == "nothing"
+    assert record["nats_per_token"] == pytest.approx(nats[0] / tokens[0], rel=1e-5)
+    assert record["judge"] == "llama_run" and record["made_from"]["family"] == "llama"
+    assert record["made_from"]["sha256"] == hub_sha256(str(llama.parent / "llama"))
+
+
+def test_a_short_text_is_a_short_row(llama):
+    judge = judges.open_judge(str(llama))
+    run, evaluator = judge._loaded
+    seen = []
+    judge._loaded = run, types.SimpleNamespace(nats=lambda params, rows, *how: seen.append(rows["x"].shape) or (
+        np.zeros((1, len(rows["x"]), 1)),))
+    judge.score([np.zeros(3, np.int32), np.zeros(5, np.int32)], [0, 0])
+    judge.score([np.zeros(SEQ_LEN + 1, np.int32)], [0])
+    assert seen == [(2, 8), (2, SEQ_LEN)]
+
+
+def test_a_fetched_model_judges_by_its_name(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    with pytest.raises(ConfigError, match="generate.judge='smollm2': runs/smollm2 holds no model yet; run hdlm-jax "
+                                          "fetch smollm2 here"):
+        judges.open_judge("smollm2")
+    shutil.copytree(llama, tmp_path / "runs" / "smollm2")
+    assert judges.open_judge("smollm2").identity["path"] == str(tmp_path / "runs" / "smollm2")
+    with pytest.raises(ConfigError, match="generate.judge='smolm2': .* or one of smollm2, gemma3-270m$"):
+        judges.open_judge("smolm2")
+
+
+@pytest.mark.parametrize("method", ["guided", pytest.param("edlm", marks=pytest.mark.slow)])
+def test_an_imported_model_helps(llama, tmp_path_factory, method):
+    """As the reader of a masked model with the same tokens; it is refused with others."""
+    masked = hdlm_jax.load(str(imported("llada", tmp_path_factory.mktemp("masked"))))
+    how = dict(num_samples=2, steps=8, method=method, options="candidates=2" if method == "edlm" else "")
+    found = masked.generate(helper=str(llama), **how)
+    assert len(found) == 2 and any(found)
+    with pytest.raises(ConfigError, match="generate.helper=.*: its tokenizer .* is not this run's .*; give one"):
+        masked.generate(helper=str(imported("llama", tmp_path_factory.mktemp("other"), tokenfiles.MERGES[::-1])), **how)
 
 
 # ------------------------------------------------------------------------------------------------ generate

@@ -452,7 +452,7 @@ class GenerateConfig(_Section):
     checkpoint: str = "best"  # best (on validation text) | latest
     seed: int = 0  # of the noise
     force_transition: str = ""  # of the sampler alone: none | within | between | cavity; empty: as trained
-    judge: str = ""  # who scores the texts: a folder of GPT-2 or the workdir of a run; empty: nobody
+    judge: str = ""  # scores the texts: folder of GPT-2, workdir of a run, or a fetched model (smollm2); empty: nobody
     judge_dtype: str = "float32"  # of a GPT-2 judge's products; a run judges in its own model.dtype
 
     def check(self) -> None:

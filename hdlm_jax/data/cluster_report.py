@@ -150,7 +150,7 @@ def _picture(hierarchy: Hierarchy, unit: np.ndarray, decode: Callable[[list[int]
                  linewidths=0)
     axes.set(xticks=[], yticks=[], title=(
         f"The {len(words)} most frequent words, coloured by cluster ({hierarchy.sizes[1]} of them). "
-        "Words that stand close have like neighbours in the text."))
+        "Words that stand close have like vectors."))
     # Labels: most frequent first, where there is room, no more than five for a cluster.
     room = (high - low) / (24, 70)
     placed, per_cluster = np.empty((0, 2)), dict.fromkeys(present, 0)

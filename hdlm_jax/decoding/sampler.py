@@ -398,7 +398,7 @@ def load_helper(run: Any, g: GenerateConfig) -> Any:
         raise ConfigError(f"generate.helper={g.helper!r}: must be an autoregressive run")
     if helper.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise ConfigError(f"generate.helper={g.helper!r}: its tokenizer {helper.tokenizer.fingerprint[:12]} is not "
-                          f"this run's {run.tokenizer.fingerprint[:12]}")
+                          f"this run's {run.tokenizer.fingerprint[:12]}; give one that reads this run's tokens")
     if helper.config.model.seq_len < run.config.model.seq_len:
         raise ConfigError(f"generate.helper={g.helper!r}: reads {helper.config.model.seq_len} tokens, this run writes "
                           f"{run.config.model.seq_len}")

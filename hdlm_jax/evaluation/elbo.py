@@ -129,12 +129,16 @@ def text_nats(evaluator: Evaluator, run: Run, texts: Sequence[np.ndarray], draws
     """(estimates in nats [draws, n], scored tokens [n]) of n texts of any length, ids each, the run's own evaluator.
 
     Texts longer than S are scored in pieces that do not see each other; given: of each text, its first tokens that are
-    context, seen and not scored. Where the process is exact there is one draw.
+    context, seen and not scored. Where the process is exact there is one draw, and a decoder's rows are no longer than
+    its texts need, as it sees nothing behind a token.
     """
-    pieces, owner = split_all(texts, run.config.model.seq_len, given, run.ends)
+    width = run.config.model.seq_len
+    pieces, owner = split_all(texts, width, given, run.ends)
     if not pieces:
         return np.zeros((draws, len(texts))), np.zeros(len(texts), np.int64)
-    rows = to_rows(pieces, run.config.model.seq_len, run.tokenizer.eot)
+    if run.process.exact and run.config.model.trunk == "decoder":
+        width = parallel.bucket(max(len(ids) for ids, *_ in pieces), width)
+    rows = to_rows(pieces, width, run.tokenizer.eot)
     nats = evaluator.nats(run.params, rows, draws, name)[0].sum(-1)
     return per_text(nats, owner, len(texts)), per_text(rows["tokens"], owner, len(texts))
 

@@ -28,6 +28,7 @@ from hdlm_jax.evaluation.text_statistics import Texts, mauve, mauve_installed, p
 from hdlm_jax.models import gpt2
 from hdlm_jax.models.heads import chunk_size
 from hdlm_jax.models.network import TENSOR_AXES
+from hdlm_jax.models.packages import PACKAGES
 from hdlm_jax.models.weight_files import Params, hub_sha256
 from hdlm_jax.training.checkpoint import checkpoints_of
 from hdlm_jax.training.loading import Run, load_here, saved_config
@@ -189,11 +190,15 @@ class RunJudge(Judge):
         self.step = checkpoints.choose("best")
         meta = checkpoints.meta(self.step)
         checkpoints.close()
+        source = read_json(os.path.join(workdir, "source.json"), optional=True)  # of an imported open model
         self.tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
         model, e = self.config.model, self.config.evaluate
         self.identity = {"kind": "run", "path": workdir, "step": self.step, "hierarchy": meta["hierarchy"],
                          "data": meta["data"], "precision": model.dtype, "tokenizer": self.tokenizer.fingerprint,
                          "draws": [e.draws, e.seed, e.cv2]}
+        if source is not None:
+            facts = read_json(os.path.join(workdir, "config.json"), "made_from")
+            self.identity |= {"family": source["config"]["model_type"], "sha256": facts["made_from"]["weights"]}
         exact = self.config.diffusion.process == "autoregressive"
         self.kind = "autoregressive" if exact else "bound"
         what = ("every token given all before it, from the start symbol on" if exact else
@@ -226,12 +231,16 @@ def open_judge(path: str, dtype: str = "float32", shape: ParallelConfig = Parall
     """The judge in a folder, checked but not loaded.
 
     Args:
-      path: folder of a GPT-2 or workdir of a run; dtype: of the first; shape, mesh: devices, as config and as mesh.
+      path: folder of a GPT-2, workdir of a run, or NAME of an open model that --mode=fetch has, whose workdir is
+        runs/NAME; dtype: of the first; shape, mesh: devices, as config and as mesh.
 
     Raises:
       ConfigError: neither of the two, or one that cannot judge.
     """
-    folder = os.path.abspath(path)
+    fetched = os.path.join("runs", path) if path in PACKAGES else ""  # where --mode=fetch puts it
+    folder = os.path.abspath(fetched or path)
+    if fetched and not os.path.exists(os.path.join(folder, "config.json")):
+        raise ConfigError(f"generate.judge={path!r}: {fetched} holds no model yet; run hdlm-jax fetch {path} here")
     try:
         if gpt2.is_folder(folder):
             return GPT2Judge(folder, dtype, mesh, known)
@@ -240,7 +249,8 @@ def open_judge(path: str, dtype: str = "float32", shape: ParallelConfig = Parall
     except (ValueError, OSError) as error:
         raise ConfigError(f"generate.judge={path!r}: {error}") from error
     raise ConfigError(f"generate.judge={path!r}: must be a folder with GPT-2's config.json and model.safetensors, or "
-                      "the workdir of a trained run")
+                      "the workdir of a trained or imported run, or one of "
+                      f"{', '.join(name for name, package in PACKAGES.items() if package.weights)}")
 
 
 def made_from(judge: Judge) -> dict[str, Any]:

@@ -58,17 +58,30 @@ def import_open(config: Config, workdir: str) -> None:
     processes.on_main_process(lambda: _import(config, workdir))
 
 
+def made_from(config: Config, sha256: str) -> dict[str, Any]:
+    """What an import of weights of this sha256 depends on."""
+    r, m = config.released, config.model
+    return {"weights": sha256, "released": [r.mask_id, r.logits, r.context], "tokenizer": config.tokenizer.file,
+            "model": [m.seq_len, m.dtype, m.param_dtype]}
+
+
+def is_there(config: Config, workdir: str, sha256: str) -> bool:
+    """Whether workdir holds the import of weights of this sha256 with these settings; ConfigError where it holds
+    something else."""
+    marker = os.path.join(workdir, "config.json")
+    if reuse(marker, {"made_from": made_from(config, sha256)}) is not None:
+        return True
+    if os.path.exists(marker) or os.path.isdir(os.path.join(workdir, "checkpoints")):
+        raise ConfigError(f"workdir={workdir!r}: holds a run or another import; give another --workdir")
+    return False
+
+
 def _import(config: Config, workdir: str) -> None:
     r = config.released
     path = r.weights.rstrip("/")
-    made_from = {"weights": sha256_of(path) if path.endswith(".gguf") else hub_sha256(path),
-                 "released": [r.mask_id, r.logits, r.context], "tokenizer": config.tokenizer.file,
-                 "model": [config.model.seq_len, config.model.dtype, config.model.param_dtype]}
-    marker = os.path.join(workdir, "config.json")
-    if reuse(marker, {"made_from": made_from}) is not None:
+    sha256 = sha256_of(path) if path.endswith(".gguf") else hub_sha256(path)
+    if is_there(config, workdir, sha256):
         return say(f"import: reusing {workdir}")
-    if os.path.exists(marker) or os.path.isdir(os.path.join(workdir, "checkpoints")):
-        raise ConfigError(f"workdir={workdir!r}: holds a run or another import; give another --workdir")
     raw, tensors = open_gguf(path) if path.endswith(".gguf") else _folder(path)
     found = families.understood(raw, path, r.mask_id, r.logits, r.context)
     if path.endswith(".gguf"):
@@ -93,8 +106,9 @@ def _import(config: Config, workdir: str) -> None:
         os.replace(os.path.join(aside, name), here)
     os.rmdir(aside)
     fingerprints = {"tokenizer": tokenizer.fingerprint, "hierarchy": hierarchy.fingerprint, "data": ""}
-    write_json(marker, {"step": 0, "ema": False, "fingerprints": fingerprints, "config": run.to_save(),
-                        "hdlm_jax": hdlm_jax.__version__, "made_from": made_from})
+    write_json(os.path.join(workdir, "config.json"), {
+        "step": 0, "ema": False, "fingerprints": fingerprints, "config": run.to_save(),
+        "hdlm_jax": hdlm_jax.__version__, "made_from": made_from(config, sha256)})
     say(f"import: {count:,} parameters of {path}, in {workdir}")
     for name, value in _table(found, run, tokenizer, start):
         say(f"  {name:<11} {value}")

@@ -213,6 +213,9 @@ def _make(config: Config, text: PreparedData, path: str, settings: dict, vectors
     if vectors is None:
         hierarchy = Hierarchy.from_parents([], vocab_size=text.manifest.vocab_size)
     else:
+        unread = [i for i in text.tokenizer.special.values() if i != text.manifest.eot]
+        vectors = vectors.copy()
+        vectors[unread] = 0  # no text has them, and open models' rows of them are alike: they would be a cluster
         hierarchy, report = clustering.build_hierarchy(vectors, h.clusters, special=(text.manifest.eot,), seed=h.seed,
                                                      shuffle=h.shuffle)
         readable, counts = os.path.join(os.path.dirname(path), "clusters"), text_prepare.token_counts(text.dir, "train")

@@ -2,9 +2,11 @@
 import dataclasses
 import functools
 import json
+import re
 import tempfile
 from pathlib import Path
 
+import big_folder
 import families
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,7 +15,9 @@ import pytest
 import tokenfiles
 from safetensors import safe_open
 
-from hdlm_jax.config import Config, recipes, resolve
+from hdlm_jax.config import Config, ConfigError, DecoderConfig, ModelConfig, recipes, resolve
+from hdlm_jax.models import families as known
+from hdlm_jax.models.families import layout_of, understood
 from hdlm_jax.runs import export as export_lib
 from hdlm_jax.runs import import_weights
 from hdlm_jax.training import of_run
@@ -147,7 +151,8 @@ def test_rows_behind_the_tokens(tmp_path):
     tokens = load_here(str(workdir("llama")))
     assert logits(tokens).shape == (S - 1, TOKENS)
     inside = 40  # an id within the tokenizer's
-    run = load_here(str(imported(folder(tmp_path / "hub", "llama"), tmp_path / "run", mask_id=inside, logits="shifted")))
+    hub = folder(tmp_path / "hub", "llama")
+    run = load_here(str(imported(hub, tmp_path / "run", mask_id=inside, logits="shifted")))
     assert not run.process.exact and run.network.shift
     found = logits(run)
     assert (found[:, inside] < -1e5).all() and (np.delete(found, inside, 1) > -100).all()
@@ -157,3 +162,163 @@ def test_rows_behind_the_tokens(tmp_path):
     np.testing.assert_allclose(np.delete(found, inside, 1)[1:], np.delete(full, inside, 1)[:-1], atol=1e-4)
     assert json.loads((exported(tmp_path / "run") / "config.json").read_text())["mask_token_id"] == inside
     assert stored(tmp_path / "run" / "hub") == stored(tmp_path / "hub")
+
+
+def test_the_memory_of_an_import(tmp_path):
+    """Anonymous memory stays far below the folder's size, and a load holds it once (8B: docs/models.md)."""
+    shard = big_folder.write(tmp_path / "hub", 4, 1024, 30_000, 120_000_000)
+    size = sum(file.stat().st_size for file in (tmp_path / "hub").glob("*.safetensors"))
+    assert size > 1.5 * shard > 1e8
+    peaks = [big_folder.measured(script, str(tmp_path / "hub"), str(tmp_path / "run"))[0]
+             for script in ("from hdlm_jax.runs import import_weights", big_folder.IMPORT, big_folder.LOAD)]
+    assert peaks[1] - peaks[0] < 1.3 * shard and peaks[2] - peaks[0] < 1.3 * size, peaks
+
+
+def said(call, *arguments, **more) -> str:
+    """The one line of what is refused."""
+    with pytest.raises((ConfigError, ValueError)) as caught:
+        call(*arguments, **more)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 600, text
+    return text
+
+
+def refused(tmp_path, name: str = "qwen3", released=None, **how) -> str:
+    """What an import of a folder made so says, and that nothing was written."""
+    hub = folder(tmp_path / "hub", name, **how)
+    text = said(imported, hub, tmp_path / "run", **(released or {}))
+    assert not list((tmp_path / "run").iterdir())
+    return text
+
+
+FIXED = [(name, wrong) for name, values in known._FIXED.items() for wrong in (
+    True if values[0] is False else False if values[0] is True else "another",)]
+
+
+@pytest.mark.parametrize("name, wrong", FIXED)
+def test_what_would_change_the_network_is_refused_by_name(name, wrong):
+    text = said(understood, families.config("qwen3") | {name: wrong}, "x/config.json")
+    assert text.startswith(f"x/config.json: {name}={wrong!r}: is not made here")
+
+
+@pytest.mark.parametrize("name, changes, says", [
+    ("llama", {"model_type": "mamba"}, "model_type='mamba': choose one of llama, qwen2"),
+    ("llama", {"model_type": ["llama"]}, "choose one of llama"),
+    ("llama", {"clip_qkv": 8, "logit_scale": 2}, "clip_qkv, logit_scale: not known here"),
+    ("llama", {"is_causal": False}, "is_causal=False: give released.mask_id"),
+    ("llama", {"rms_norm_eps": ...}, "rms_norm_eps=None: must be a number above 0"),
+    ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4}}, "rope_type='yarn': choose"),
+    ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}, "factor=None"),
+    ("llama", {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [1]}}, "mrope_section: is not made here"),
+    ("llama", {"rope_parameters": {}}, "rope_theta=None: must be"),
+    ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types=.*must be full_attention for every block"),
+    ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types"),
+    ("gemma3_text", {"sliding_window": ...}, "sliding_window: must be given, for model_type='gemma3_text'"),
+    ("gemma3_text", {"hidden_activation": ...}, "hidden_activation: must be given"),
+    ("llada2_moe", {"partial_rotary_factor": ...}, "partial_rotary_factor: must be given"),
+    ("llada2_moe", {"rotary_dim": 16}, "rotary_dim=16: partial_rotary_factor=0.5 of 16 units is 8")])
+def test_what_is_not_understood(name, changes, says):
+    made = {key: value for key, value in (families.config(name) | changes).items() if value is not ...}
+    assert re.search(says, said(understood, made, "x/config.json"))
+
+
+# as published, but for what is_known says: names, and numbers that are not ours to choose
+PUBLISHED = [
+    {"model_type": "sdar", "attention_bias": False, "attention_dropout": 0.0, "attn_implementation": "flex_attention",
+     "bos_token_id": 151643, "debug": False, "eos_token_id": 151643, "block_size": 4, "mask_token_id": 151669,
+     "ep_size": 1, "fuse_cross_entropy": True, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+     "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 32768, "max_window_layers": 28,
+     "micro_forward": False, "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+     "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "skip_checkpoint": False,
+     "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": False,
+     "use_deepep": False, "use_sliding_window": False, "vocab_size": 151936},
+    {"model_type": "llada", "activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0, "attention_dropout": 0.0,
+     "attention_layer_norm": False, "attention_layer_norm_with_affine": True, "bias_for_layer_norm": False,
+     "block_group_size": 1, "block_type": "llama", "d_model": 4096, "embedding_dropout": 0.0, "embedding_size": 126464,
+     "eos_token_id": 126081, "flash_attention": True, "include_bias": False, "include_qkv_bias": False,
+     "init_cutoff_factor": None, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02,
+     "input_emb_norm": False, "layer_norm_type": "rms", "layer_norm_with_affine": True, "mask_token_id": 126336,
+     "max_sequence_length": 4096, "mlp_hidden_size": 12288, "mlp_ratio": 4, "multi_query_attention": None,
+     "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "pad_token_id": 126081, "precision": "amp_bf16",
+     "residual_dropout": 0.0, "rms_norm_eps": 1e-05, "rope": True, "rope_full_precision": True, "rope_theta": 500000.0,
+     "scale_logits": False, "use_cache": False, "vocab_size": 126464, "weight_tying": False},
+    {"model_type": "Dream", "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 3584,
+     "intermediate_size": 18944, "mask_token_id": 151666, "max_window_layers": 28, "num_attention_heads": 28,
+     "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_scaling": None,
+     "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False, "use_mrope": False,
+     "use_sliding_window": False, "vocab_size": 152064}]
+
+
+@pytest.mark.parametrize("made", PUBLISHED, ids=lambda made: made["model_type"])
+def test_files_as_published_are_understood(made):
+    found = understood(made, "config.json")
+    assert found.masked and found.mask == made["mask_token_id"] and found.rows == made["vocab_size"]
+    kind = made["model_type"]
+    assert found.decoder["context"] == ("block" if kind == "sdar" else "full")
+    assert found.decoder["shifted"] == found.decoder["qkv_bias"] == (kind == "Dream")
+
+
+def without(name: str, *left: str, **others) -> dict:
+    return {key: a for key, a in families.weights(name).items() if key not in left} | others
+
+
+@pytest.mark.parametrize("how, says", [
+    (dict(tensors=without("qwen3", "model.norm.weight")), r"1 tensors missing: model.norm.weight"),
+    (dict(tensors=without("qwen3", extra=np.zeros(3, np.float32))), r"1 tensors unexpected: extra"),
+    (dict(tensors=without("qwen3", **{"model.norm.weight": np.zeros(31, np.float32)})), r"norm.weight \(31,\) in pl"),
+    (dict(tensors=without("qwen3", **{"model.norm.weight": np.zeros(32, np.int32)})), "has dtype I32; choose one of"),
+    (dict(tensors=without("qwen3", **{"lm_head.weight": np.zeros((96, 32), np.float32)})), "lm_head.weight is not mod"),
+    (dict(tokenizer=False), "no tokenizer.json in it"),
+    (dict(released={"mask_id": 96}), "released.mask_id=96: the tables of .* have 96 rows"),
+    (dict(released={"logits": "shifted"}), "released.logits: .* is an autoregressive model"),
+    (dict(released={"context": "full"}), "released.context: .* is an autoregressive model"),
+    (dict(changes={"vocab_size": 90}), "93 ids, the tables of .* have 90 rows")])
+def test_what_does_not_fit(how, says, tmp_path):
+    assert re.search(says, refused(tmp_path, **how))
+
+
+def test_damaged_files(tmp_path):
+    hub = folder(tmp_path / "hub", "qwen3", shards=2)
+    shard = hub / "model-00002-of-00002.safetensors"
+    whole = shard.read_bytes()
+    for raw in (whole[:-5], whole[:50], b"", b"\xff" * 40, (2**40).to_bytes(8, "little") + whole[8:]):
+        shard.write_bytes(raw)
+        assert "damaged file of parameters" in said(imported, hub, tmp_path / "run")
+    shard.unlink()
+    assert "a shard that model.safetensors.index.json names is missing" in said(imported, hub, tmp_path / "run")
+    shard.write_bytes(whole)
+    for text in ("{", "[]", '"x"', ""):
+        (hub / "config.json").write_text(text)
+        assert "config.json: " in said(imported, hub, tmp_path / "run")
+    params = imported(folder(hub, "qwen3", shards=2), tmp_path / "run") / "params" / "model.safetensors"
+    whole = params.read_bytes()
+    for raw in (whole[:-4], whole[:100], b"", b"\0" * 8 + whole[8:], whole.replace(b'"F32"', b'"F64"', 1)):
+        params.write_bytes(raw)
+        assert str(params) in said(load_here, str(tmp_path / "run"))
+    params.unlink()
+    with pytest.raises((OSError, ValueError)):
+        load_here(str(tmp_path / "run"))
+
+
+VALUES = (None, "x", -1, 1e99, [], {}, True)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_strange_values(name):
+    """Each is refused in a line, or leaves the network what it was, or is one of these, which say another one."""
+    made, given_ = families.config(name), given(name)
+    want = understood(made, "config.json", **given_)
+    other = {"mask_token_id", "block_size", "norm_topk_prob"}
+    for old in (made, families.as_version_4(made)):
+        for key in old:
+            for value in VALUES:
+                try:
+                    found = understood(old | {key: value}, "config.json", **given_)
+                    layout_of(found)
+                    ModelConfig(**found.model).check()
+                    DecoderConfig(**found.decoder).check()
+                except ConfigError as error:
+                    assert "\n" not in str(error) and len(str(error)) < 500
+                    continue
+                same = found == want or layout_of(found) != layout_of(want)
+                assert same or value is None or value == {} or key in other, (key, value)

@@ -202,7 +202,7 @@ def _details(said: _Said, family: Family) -> dict[str, Any]:
     """Settings of config.decoder but for experts and what a masked model sees."""
     config, heads = said.config, said.number("num_attention_heads")
     acts = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
-    act = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    act = next((config[name] for name in ("hidden_activation", "hidden_act") if config.get(name) is not None), "silu")
     if not isinstance(act, str) or act not in acts:
         raise ConfigError(f"{said.where}: hidden_act={act!r}: choose one of {', '.join(acts)}")
     out = {
@@ -240,7 +240,7 @@ def _rotary(said: _Said) -> dict[str, Any]:
     given = said.table("rope_parameters")
     local = given.table("sliding_attention")
     far = given.table("full_attention") if "full_attention" in given.config else given
-    scaling = said.table("rope_scaling") if said.config.get("rope_scaling") else far
+    scaling = said.table("rope_scaling") if said.config.get("rope_scaling") is not None else far
     names = {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor",
              "length": "original_max_position_embeddings"}
     for part in (far, local, scaling):
@@ -304,7 +304,8 @@ _ATTENTION = {
               "attn_out.weight": ("out.kernel.T", "DQ"), "ff_norm.weight": ("norm2.weight", "D")},
     "llada2": {"input_layernorm.weight": ("norm1.weight", "D"), "attention.query.weight": ("q.kernel.T", "QD"),
                "attention.key.weight": ("k.kernel.T", "KD"), "attention.value.weight": ("v.kernel.T", "KD"),
-               "attention.query_layernorm.weight": ("q_norm.weight", "H"),
+               "attention.query.bias": ("q.bias", "Q"), "attention.key.bias": ("k.bias", "K"),
+               "attention.value.bias": ("v.bias", "K"), "attention.query_layernorm.weight": ("q_norm.weight", "H"),
                "attention.key_layernorm.weight": ("k_norm.weight", "H"),
                "attention.dense.weight": ("out.kernel.T", "DQ"),
                "post_attention_layernorm.weight": ("norm2.weight", "D")}}

@@ -20,7 +20,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def write(folder: Path, layers: int, width: int, rows: int, shard: int) -> int:
-    """A folder of random bfloat16 weights in LLaDA's layout, files of at most `shard` bytes; the largest file's size."""
+    """A folder of random bfloat16 weights in LLaDA's layout, files of about `shard` bytes; the largest file's size."""
     from hdlm_jax.training import param_file
 
     inner = 3 * width

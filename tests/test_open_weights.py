@@ -1,27 +1,38 @@
 """Open checkpoints in and out: every family's folder through import, load and export; what is refused, in one line."""
+import copy
 import dataclasses
 import functools
 import json
+import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
 import big_folder
 import families
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import tokenfiles
+import tokenizers
 from safetensors import safe_open
 
-from hdlm_jax.config import Config, ConfigError, DecoderConfig, ModelConfig, recipes, resolve
+from hdlm_jax import main
+from hdlm_jax.config import Config, ConfigError, DecoderConfig, ModelConfig, inherit, recipes, resolve
+from hdlm_jax.data import hub_tokenizer
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models import families as known
 from hdlm_jax.models.families import layout_of, understood
 from hdlm_jax.runs import export as export_lib
-from hdlm_jax.runs import import_weights
-from hdlm_jax.training import of_run
-from hdlm_jax.training.loading import load_here
+from hdlm_jax.runs import import_weights, open_weights
+from hdlm_jax.training import of_run, param_file
+from hdlm_jax.training.adapt import adapted
+from hdlm_jax.training.checkpoint import save_params
+from hdlm_jax.training.loading import load_here, load_run
+from hdlm_jax.training.state import build
 
 V, S = families.V, families.S
 ROW = tuple(families.make_ids()[0].tolist())
@@ -38,7 +49,7 @@ def tokenizer_spec() -> dict:
     words.insert(START, "<s>")
     added = [{"id": words.index(name), "content": name, "special": True, "normalized": False}
              for name in ("<|endoftext|>", "<s>")]
-    return tokenfiles.byte_level((), added_tokens=added, pre_tokenizer={
+    return tokenfiles.byte_level((), added_tokens=added, truncation=None, pre_tokenizer={
         "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         model={"type": "BPE", "vocab": {word: i for i, word in enumerate(words)}, "merges": []})
 
@@ -129,7 +140,9 @@ def test_in_and_out(name, kind, shards, old, tmp_path):
     if kind == "bf16":
         return
     again = load_here(str(imported(out, tmp_path / "again", **given(name))))
-    assert dataclasses.replace(again.config, released=run.config.released) == run.config
+    assert dataclasses.replace(again.config, released=run.config.released, tokenizer=run.config.tokenizer) == run.config
+    library = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))  # other programs read it too
+    assert library.encode("the 4th").ids == list(run.tokenizer.encode("the 4th"))
     assert again.tokenizer.fingerprint == run.tokenizer.fingerprint
     np.testing.assert_array_equal(logits(again), got)
     assert (tmp_path / "again" / "params" / "model.safetensors").read_bytes() == (
@@ -322,3 +335,144 @@ def test_strange_values(name):
                     continue
                 same = found == want or layout_of(found) != layout_of(want)
                 assert same or value is None or value == {} or key in other, (key, value)
+
+
+def adapted_run(path: Path, base: str, clusters: int = 1, process: str = "hierarchical", **decoder) -> Path:
+    """A run begun from a family's import, as a workdir: without a step of training, but of its low-rank additions."""
+    start = load_here(str(workdir(base)))
+    c = start.config.as_dict()
+    c["decoder"] |= decoder
+    c["hierarchy"]["clusters"], c["diffusion"]["process"] = (clusters,), process
+    c["train"] |= {"init_from": str(workdir(base)), "adapt": True}
+    c["diffusion"]["weighting"] = "constant"
+    made = resolve(c)
+    hierarchy = Hierarchy.from_parents([np.arange(TOKENS) % clusters] if clusters > 1 else [], vocab_size=TOKENS)
+    network, _ = build(made, hierarchy)
+    params = adapted(jax.random.key(0), start.params, start.network, network, S, False)
+    noise = np.random.default_rng(0)
+    params = jax.tree_util.tree_map_with_path(
+        lambda keys, a: jnp.asarray(0.05 * noise.standard_normal(a.shape), a.dtype) if keys[-1].key == "lora_out" else a,
+        params)
+    path.mkdir()
+    start.tokenizer.save(path / "tokenizer")
+    hierarchy.save(path / "hierarchy.npz", start.tokenizer.fingerprint)
+    save_params(str(path / "params"), jax.tree.map(np.asarray, params))
+    fingerprints = {"tokenizer": start.tokenizer.fingerprint, "hierarchy": hierarchy.fingerprint, "data": ""}
+    (path / "config.json").write_text(json.dumps({"step": 2, "fingerprints": fingerprints, "config": made.as_dict()}))
+    return path
+
+
+@pytest.mark.parametrize("base, how", [
+    ("qwen3", dict(shifted=True)), ("llama", dict(shifted=False, context="block", block=4)),
+    ("qwen2", dict(shifted=True, lora=2)), ("gemma3_text", dict(shifted=True)), ("qwen3_moe", dict(lora=2))])
+def test_an_autoregressive_model_made_a_masked_one_goes_out_and_comes_back(base, how, tmp_path):
+    """With the mask's vector behind the tokens, and low-rank additions merged."""
+    here = adapted_run(tmp_path / "run", base, **how)
+    out = exported(here)
+    made, was = json.loads((out / "config.json").read_text()), families.config(base)
+    assert made["mask_token_id"] == TOKENS and made["vocab_size"] == V
+    assert made.keys() - was.keys() <= {"mask_token_id", "block_size"} and stored(out).keys() == stored(
+        folder(tmp_path / "first", base)).keys()
+    use = dict(logits="shifted" if how.get("shifted") else "own", context=how.get("context", ""))
+    again, run = load_here(str(imported(out, tmp_path / "again", **use))), load_here(str(here))
+    assert dataclasses.replace(again.config.decoder, lora=how.get("lora", 0), block=run.config.decoder.block
+                               ) == run.config.decoder
+    row = [*ROW[:5], run.hierarchy.mask_id, *ROW[6:]]
+    got, want = logits(again, row), logits(run, row)
+    mask = np.arange(TOKENS) != TOKENS  # neither has a row for it among the tokens
+    np.testing.assert_allclose(got[:, mask], want[:, mask], atol=1e-5 * np.abs(want).max())
+
+
+def test_what_does_not_go_to_the_hub_s_layout(tmp_path):
+    clustered = adapted_run(tmp_path / "clusters", "qwen3", clusters=6)
+    assert re.search(r"has clusters \(6,\); open layouts know tokens and a mask alone", said(exported, clustered))
+    other = adapted_run(tmp_path / "gidd", "qwen3", process="gidd")
+    assert "has diffusion.process='gidd'" in said(exported, other)
+    here = adapted_run(tmp_path / "run", "qwen3")
+    assert "released.mask_id=5: is a token of texts, b'a'" in said(exported, here, mask_id=5)
+    assert "released.mask_id=97: the tables have 96 rows; give at most 96" in said(exported, here, mask_id=97)
+    assert not (here / "hub").exists()
+    assert json.loads((exported(here, mask_id=96) / "config.json").read_text())["vocab_size"] == 97
+    config = json.loads((here / "config.json").read_text())
+    config["config"]["train"]["init_from"] = ""
+    (here / "config.json").write_text(json.dumps(config))
+    assert "neither an import of an open checkpoint nor trained from one" in said(exported, here)
+
+
+def test_a_run_at_any_distance_from_its_import(tmp_path):
+    """Trained from one that was trained from an import."""
+    first = adapted_run(tmp_path / "first", "qwen3")
+    second = shutil.copytree(first, tmp_path / "second")
+    config = json.loads((first / "config.json").read_text())
+    config["config"]["train"] |= {"init_from": str(first), "adapt": False}
+    (second / "config.json").write_text(json.dumps(config))
+    assert stored(exported(second)) == stored(exported(first))
+
+
+def test_adapting_takes_the_heads_over():
+    """Of what train.adapt leaves to the recipe each is named whole: model.head is not model.heads."""
+    base = load_here(str(workdir("qwen3"))).config
+    given_ = {"train": {"adapt": True}, "model": {"trunk": "decoder", "time_conditioning": False}}
+    assert inherit(given_, base, "x")["model"]["heads"] == base.model.heads == 4
+
+
+def test_no_setting_reads_an_autoregressive_model_both_ways(tmp_path):
+    """Bidirectional attention would show each token its own answer: perplexity 9.6 for 36.0 (docs/models.md)."""
+    here = workdir("llama")
+    c = of_run.get_config(str(here))
+    for key, value in {"decoder.context": "block", "decoder.shifted": True, "diffusion.process": "hierarchical",
+                       "decoder.window": 4, "decoder.block": 4}.items():
+        changed = copy.deepcopy(c)
+        section, name = key.split(".")
+        changed[section][name] = value
+        assert re.search(rf"{key}=.* was trained otherwise", said(load_run, resolve(changed), str(here)))
+    c.model.attention = "cudnn"  # a kernel; xla stands in
+    run = load_run(resolve(c), str(here))
+    other = [*ROW[:9], (ROW[9] + 1) % TOKENS, *ROW[10:]]
+    np.testing.assert_array_equal(logits(run)[:9], logits(run, other)[:9])
+    assert (logits(run)[9:] != logits(run, other)[9:]).any()
+    forced = settings(folder(tmp_path / "hub", "llama"))
+    forced = dataclasses.replace(forced, decoder=DecoderConfig(context="block"))
+    assert said(import_weights.import_released, forced, str(tmp_path / "no")).startswith("decoder: --mode=import takes")
+
+
+@pytest.mark.parametrize("step", ["tokenizer", "hierarchy.npz", "params", "moved", "config.json"])
+def test_an_interrupted_import(step, tmp_path, monkeypatch):
+    """Wherever it stops nothing is there to load, and the same command starts over."""
+    hub, here = folder(tmp_path / "hub", "qwen3"), tmp_path / "run"
+
+    def stops(*_, **__):
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        place, name = {"tokenizer": (hub_tokenizer.HubTokenizer, "save"), "hierarchy.npz": (Hierarchy, "save"),
+                       "params": (param_file.Writer, "put"), "moved": (open_weights.os, "replace"),
+                       "config.json": (open_weights, "write_json")}[step]
+        if step == "moved":
+            replace, calls = os.replace, []
+            patch.setattr(place, name, lambda a, b: replace(a, b) if "import.tmp" not in str(a) or not calls and (
+                calls.append(a) or True) else stops())
+        elif step == "config.json":
+            write = open_weights.write_json
+            patch.setattr(place, name, lambda path, value: write(path, value) if "source" in path else stops())
+        else:
+            patch.setattr(place, name, stops)
+        with pytest.raises(OSError, match="killed"):
+            imported(hub, here)
+    assert not (here / "config.json").exists()
+    assert "no run there" in said(main.with_recipe, ["", f"--workdir={here}", "--mode=evaluate"])
+    assert re.search("no .*config.json", said(load_here, str(here)))
+    run = load_here(str(imported(hub, here)))
+    np.testing.assert_array_equal(logits(run), logits(load_here(str(workdir("qwen3")))))
+    assert sorted(path.name for path in here.iterdir()) == ["config.json", "hierarchy.npz", "params", "source.json",
+                                                            "tokenizer"]
+
+
+def test_the_same_import_is_reused_and_another_is_not(tmp_path, capsys):
+    hub, here = folder(tmp_path / "hub", "qwen3"), tmp_path / "run"
+    imported(hub, here)
+    capsys.readouterr()
+    imported(hub, here)
+    assert capsys.readouterr().out == f"import: reusing {here}\n"
+    folder(hub, "qwen3", changes={"rope_parameters": {"rope_theta": 1e4}})
+    assert "holds a run or another import" in said(imported, hub, here)

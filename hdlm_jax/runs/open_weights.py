@@ -64,7 +64,7 @@ def _import(config: Config, workdir: str) -> None:
     raw, tensors = open_gguf(path) if gguf else _folder(path)
     found = families.understood(raw, path, r.mask_id, r.logits, r.context)
     tokenizer = hub_tokenizer.make(config.tokenizer.file or path)
-    run = settings(config, found, tokenizer)
+    run = settings(config, found, tokenizer, os.path.join(os.path.abspath(workdir), "tokenizer"))
     layout = families.layout_of(found)
     tensors = _checked(tensors, layout, found, path)
     raw = dict(raw) | ({"mask_token_id": found.mask} if found.masked else {})
@@ -127,8 +127,10 @@ def _equal(a: np.ndarray, b: np.ndarray, rows: int = 1024) -> bool:
     return a.shape == b.shape and all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows))
 
 
-def settings(config: Config, found: Found, tokenizer: Tokenizer) -> Config:
+def settings(config: Config, found: Found, tokenizer: Tokenizer, file: str) -> Config:
     """The config of the run that an import makes: of what is given the sizes of rows, dtypes and how to use it.
+
+    file: where its tokenizer will be, for texts that are prepared later.
 
     Raises:
       ConfigError: broken rules, a tokenizer with ids that the tables have no row for.
@@ -148,7 +150,8 @@ def settings(config: Config, found: Found, tokenizer: Tokenizer) -> Config:
     run = dataclasses.replace(
         config, diffusion=diffusion, model=dataclasses.replace(config.model, **found.model),
         decoder=DecoderConfig(**found.decoder), hierarchy=dataclasses.replace(config.hierarchy, clusters=(1,)),
-        tokenizer=dataclasses.replace(config.tokenizer, kind="hub", vocab_size=v, file="", sha256="", pattern=""))
+        tokenizer=dataclasses.replace(config.tokenizer, kind="hub", vocab_size=v, file=file, sha256="",
+                                      pattern=""))
     run.check()
     return run
 

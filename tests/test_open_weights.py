@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,13 +21,18 @@ import pytest
 import tokenfiles
 import tokenizers
 from safetensors import safe_open
+from tiny import QUICK_COMPILES
 
+import hdlm_jax
 from hdlm_jax import main
 from hdlm_jax.config import Config, ConfigError, DecoderConfig, ModelConfig, inherit, recipes, resolve
 from hdlm_jax.data import hub_tokenizer
+from hdlm_jax.decoding import presets
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models import families as known
 from hdlm_jax.models.families import layout_of, understood
+from hdlm_jax.models.heads import NEVER, FlatHead
+from hdlm_jax.models.quantise import quantise
 from hdlm_jax.runs import export as export_lib
 from hdlm_jax.runs import import_weights, open_weights
 from hdlm_jax.training import of_run, param_file
@@ -351,8 +358,7 @@ def adapted_run(path: Path, base: str, clusters: int = 1, process: str = "hierar
     params = adapted(jax.random.key(0), start.params, start.network, network, S, False)
     noise = np.random.default_rng(0)
     params = jax.tree_util.tree_map_with_path(
-        lambda keys, a: jnp.asarray(0.05 * noise.standard_normal(a.shape), a.dtype) if keys[-1].key == "lora_out" else a,
-        params)
+        lambda keys, a: jnp.float32(0.05 * noise.standard_normal(a.shape)) if keys[-1].key == "lora_out" else a, params)
     path.mkdir()
     start.tokenizer.save(path / "tokenizer")
     hierarchy.save(path / "hierarchy.npz", start.tokenizer.fingerprint)
@@ -476,3 +482,94 @@ def test_the_same_import_is_reused_and_another_is_not(tmp_path, capsys):
     assert capsys.readouterr().out == f"import: reusing {here}\n"
     folder(hub, "qwen3", changes={"rope_parameters": {"rope_theta": 1e4}})
     assert "holds a run or another import" in said(imported, hub, here)
+
+
+@functools.cache
+def masked(kind: str):
+    """A masked model of llama's fixture as `hdlm_jax.load` gives it."""
+    how = {"own": {}, "shifted": dict(logits="shifted"), "blocks": dict(logits="shifted", context="block")}[kind]
+    return hdlm_jax.load(str(workdir("llama", mask_id=MASK, **how)))
+
+
+QUICK = {("shifted", "fast_dllm"), ("blocks", "sparsed")}
+
+
+@pytest.mark.parametrize("kind, method", [
+    pytest.param(kind, method, marks=[] if (kind, method) in QUICK else pytest.mark.slow)
+    for kind in ("own", "shifted", "blocks") for method in presets.METHODS])
+def test_every_method_on_an_imported_model(kind, method):
+    """Tokens alone, the prompt in front, the same in other company."""
+    model = masked(kind)
+    needs, options = presets.METHODS[method]().needs, {"daedal": "start=8"}.get(method, "")
+    more = {"helper": str(workdir("llama"))} if needs == "ar" else {}
+    more |= {"classifier": lambda onehots: jnp.sum(onehots[..., 8], axis=-1)} if needs == "classifier" else {}
+    how = dict(method=method, options=options, steps=6, prompt="ab", batch_size=4, **more)
+    texts = model.generate(2, **how)
+    assert len(texts) == 2 and all(text.startswith("ab") for text in texts)
+    assert model.generate(1, **how) == texts[:1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["own", "shifted", "blocks"])
+def test_other_uses_of_an_imported_model(kind):
+    """Blanks, a bound, JSON."""
+    model = masked(kind)
+    filled = model.infill("ab{{4}}cd", 2, steps=4)
+    assert all(text.startswith("ab") and text.endswith("cd") for text in filled)
+    found = model.nelbo(["abc d", "x"], draws=4)
+    assert all(np.isfinite(one["nats"]) and one["nats"] > 0 for one in found)
+
+
+def test_the_weights_of_experts_are_rounded_along_their_inputs():
+    """Each output channel of each expert has a scale of its own; what is rounded keeps its dtype."""
+    params = load_here(str(workdir("qwen3_moe"))).params
+    rounded = quantise(params, 8)
+    for name in ("gate", "up", "down"):
+        kernel, found = (np.asarray(tree["stack"]["moe"]["experts"][name]["kernel"]) for tree in (params, rounded))
+        scale = np.abs(kernel).max(axis=2, keepdims=True) / 127  # [blocks, experts, inputs, outputs]
+        np.testing.assert_allclose(found / scale, np.round(found / scale), atol=1e-4)
+        assert (np.abs(found - kernel) <= 0.5001 * scale).all() and (found != kernel).any()
+    kept = jax.tree.leaves(rounded["stack"]["moe"]["router"]), jax.tree.leaves(params["stack"]["moe"]["router"])
+    assert all((a == b).all() for a, b in zip(*kept, strict=True))
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(quantise(half, 4, "rotated"))} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_softcap_gives_the_mask_no_probability():
+    head = FlatHead(Hierarchy.from_parents([], vocab_size=8), softcap=30.0)
+    params = head.init(None, 4)
+    params["bias"] = params["bias"].at[3].set(NEVER)
+    assert head.predict(params, jnp.ones((1, 4))).log_probs()[0, 3] < -1e5
+
+
+MESH = """
+import sys, dataclasses, numpy as np, jax
+sys.path.insert(0, "tests")
+import test_open_weights as t
+from hdlm_jax.config import ParallelConfig
+for name in sys.argv[1].split(","):
+    run = t.load_here(str(t.workdir(name)), mesh=ParallelConfig(data=2, fsdp=2, tensor=2))
+    assert dict(run.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    case = t.families.case(name)
+    want = case["full" if name in t.MASKED else "causal"][0]
+    got = t.logits(run)
+    assert np.abs(got - want[: len(got), : t.TOKENS]).max() < 1e-5 * np.abs(want).max(), name
+    kernel = run.params["stack"]["q"]["kernel"]
+    shard = kernel.addressable_shards[0].data.shape
+    assert np.prod(kernel.shape) == 4 * np.prod(shard), (kernel.shape, shard)
+    if name == "qwen2":  # a single head of keys for two tensor shards
+        w = {k: a[: len(a) // 2] if "k_proj" in k or "v_proj" in k else a for k, a in t.families.weights(name).items()}
+        here = t.Path(sys.argv[2])
+        t.imported(t.folder(here / "in", name, tensors=w, changes={"num_key_value_heads": 1}), here / "run")
+        one, many = (t.load_here(str(here / "run"), mesh=ParallelConfig(*n)) for n in ((8, 1, 1), (2, 2, 2)))
+        assert one.network.sizes[1] == 1
+        np.testing.assert_allclose(t.logits(many), t.logits(one), atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("names", ["qwen2,llada", pytest.param("qwen3_moe,gemma3_text", marks=pytest.mark.slow)])
+def test_on_a_mesh_of_eight_devices(names, root, tmp_path):
+    flags = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILES}"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", MESH, names, str(tmp_path)], env=env, cwd=root, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-3000:]

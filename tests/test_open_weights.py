@@ -571,5 +571,22 @@ for name in sys.argv[1].split(","):
 def test_on_a_mesh_of_eight_devices(names, root, tmp_path):
     flags = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILES}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", MESH, names, str(tmp_path)], env=env, cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MESH, names, str(tmp_path)], env=env, cwd=root, capture_output=True,
+                          text=True)
     assert not done.returncode, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind, base, shifted", [
+    ("Dream", "qwen2", True), ("sdar", "qwen3", False), ("rnd1", "qwen3_moe", False), *(
+        pytest.param(*case, marks=pytest.mark.slow) for case in [
+            ("Fast_dLLM_Qwen", "qwen2", True), ("a2d-qwen3", "qwen3", False), ("a2d-qwen2", "qwen2", False),
+            ("a2d-llama", "llama", False)])])
+def test_families_of_the_same_network(kind, base, shifted, tmp_path):
+    """Their logits are those that the base gives when each token sees all, at their place or one behind."""
+    hub = folder(tmp_path / "hub", base, changes={"model_type": kind, "mask_token_id": MASK})
+    run = load_here(str(imported(hub, tmp_path / "run", context="full")))
+    assert run.network.shift == shifted and not run.network.causal
+    want, got = families.case(base)["full"][0][:, :TOKENS], logits(run)
+    want, got = (want[:-1], got[1:]) if shifted else (want, got)
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+    assert stored(exported(tmp_path / "run")) == stored(hub)

@@ -179,7 +179,7 @@ class _Said(NamedTuple):
         """A number above 0."""
         value = self.config.get(name)
         value = default if value is None else value
-        good = type(value) in (int, float) and 0 < value <= most
+        good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
         return float(self._check(name, value, good, f"a number above 0 and at most {most:g}"))
 
     def switch(self, name: str, default: bool) -> bool:

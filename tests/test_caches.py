@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hdlm_jax.config import DecoderConfig
 from hdlm_jax.decoding.caches import DKV, BlockCausal, Cached, FastDLLM, FreeCache, Uncached
 from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.models.decoder import Decoder
 from hdlm_jax.models.heads import FlatHead
 from hdlm_jax.models.network import Network
 
@@ -18,6 +20,11 @@ B, S, BLOCK, PROMPT = 3, 16, 4, 2
 WORDS = Hierarchy.from_parents([[0, 0, 0, 1, 1, 1, 2, 2]])  # 8 words, 3 clusters, mask
 MASK, K = WORDS.mask_id, WORDS.num_levels
 NET = Network(FlatHead(WORDS), num_states=16, width=32, blocks=2, heads=2, time_conditioning=False)
+KINDS = {"grouped": DecoderConfig(kv_heads=1), "shifted": DecoderConfig(shifted=True, qk_norm=True),
+         "blocks": DecoderConfig(shifted=True, context="block", block=5),
+         "window": DecoderConfig(window=3, window_every=2)}
+DECODERS = {name: Decoder(FlatHead(WORDS), num_states=16, width=32, blocks=2, heads=2, dims=dims)
+            for name, dims in KINDS.items()}
 TIMED, HALF = NET.clone(time_conditioning=True), NET.clone(dtype="bfloat16")
 
 
@@ -259,9 +266,11 @@ def test_delayed_cache_computes_what_moves_and_what_has_just_settled():
         np.testing.assert_array_equal(stale, True if call % 4 == 0 else want)
 
 
+@pytest.mark.parametrize("network", [NET, *(pytest.param(network, marks=[] if name == "blocks" else pytest.mark.slow)
+                                            for name, network in DECODERS.items())], ids=["published", *DECODERS])
 @pytest.mark.parametrize("spec, want, numbers", [
     (BlockCausal(), Whole(block_causal=True), None), (DKV(), Whole(), {"refresh": 1})], ids=["block_causal", "dkv"])
-def test_exact_rules_equal_no_cache(spec, want, numbers):
+def test_exact_rules_equal_no_cache(spec, want, numbers, network):
     """At all tokens that rule has ever had to compute; also when written tokens are raised, and blocks out of turn."""
     walked = walk(lengths=(S, 11, 15))
     raised = np.where(at(walked, "z")[9] == MASK, 3, at(walked, "z")[9])
@@ -271,9 +280,10 @@ def test_exact_rules_equal_no_cache(spec, want, numbers):
         rows = rows_of(z, z == MASK, len(walked), (S, 11, 15))
         walked.append(rows)
     known = at(walked, "active") & (at(walked, "wanted") | (at(walked, "block") <= at(walked, "current")[..., None]))
-    got = run(spec, walked, numbers)
-    close(got, run(want, walked), known)
-    assert np.abs(got - run(DKV(), walked, {"refresh": 8}))[known].max() > 1e-2, "another rule does not"
+    got = run(spec, walked, numbers, network=network)
+    close(got, run(want, walked, network=network), known)
+    other = run(DKV(), walked, {"refresh": 8}, network=network)
+    assert np.abs(got - other)[known].max() > 1e-2, "another rule does not"
 
 
 @pytest.mark.slow

@@ -125,7 +125,8 @@ class TokenizerConfig(_Section):
                   f"tokenizer.kind={self.kind!r} has {fixed} words")
         self.need(not self.pattern or self.kind == "bpe", "pattern",
                   f"goes with tokenizer.kind='bpe'; {self.kind!r} has its own")
-        self.need(self.vocab_size >= 257, "vocab_size", "must be at least 257 (256 bytes and <|endoftext|>)")
+        self.need(self.vocab_size >= 257 or self.kind == "hub", "vocab_size",
+                  "must be at least 257 (256 bytes and <|endoftext|>)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,13 +175,15 @@ class HubTokenizer(Tokenizer):
             + (r"\s*" if sides.get(name, {}).get("rstrip") else "") for name in sorted(self._special, key=len)[::-1]))
 
     def save_hub(self, path: str | os.PathLike) -> None:
-        """Writes tokenizer.json and tokenizer_config.json as a folder of the Hugging Face hub has them."""
+        """Writes tokenizer.json, tokenizer_config.json and the ends of texts as folders of the hub have them."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         jsons.write_atomic(folder / PLAIN_FILE, self.found.raw)
         template = {"chat_template": self.chat_template} if self.chat_template else {}
         jsons.write_json(folder / "tokenizer_config.json",
                          {"tokenizer_class": "PreTrainedTokenizerFast"} | self.names | template)
+        ends = [self._special[end] for end in self.found.ends if end in self._special]
+        jsons.write_json(folder / "generation_config.json", {"eos_token_id": ends or [self.eot]})
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the folder `path`: the tokenizer.json it was made of, under another name, a .json with its facts."""

@@ -21,7 +21,8 @@ from hdlm_jax.models.weight_files import Layout, Tensor, places
 
 class Family(NamedTuple):
     """names: the table of tensors; masked: whether it fills in masks; bias: of q, k and v unless its file says;
-    block: tokens of a block, 0 where all see each other; mask: the id, where the file does not say."""
+    block: tokens of a block, 0 where all see each other; mask: the id, where the file does not say; needs: what its
+    file has to say, since the family's own default is not that of the others."""
 
     names: str = "hub"
     masked: bool = False
@@ -30,6 +31,7 @@ class Family(NamedTuple):
     qk_norm: bool = False
     block: int = 0
     mask: int = -1
+    needs: tuple[str, ...] = ()
 
 
 FAMILIES = {
@@ -37,29 +39,35 @@ FAMILIES = {
     "qwen2": Family(bias=True),
     "qwen3": Family(qk_norm=True),
     "qwen3_moe": Family(qk_norm=True),
-    "gemma3_text": Family("gemma", qk_norm=True),
+    "gemma3_text": Family("gemma", qk_norm=True, needs=("hidden_activation", "sliding_window", "head_dim")),
     "llada": Family("llada", masked=True, mask=126336),
     "Dream": Family(masked=True, shifted=True, bias=True, mask=151666),
     "Fast_dLLM_Qwen": Family(masked=True, shifted=True, bias=True, block=32, mask=151665),
+    "a2d-llama": Family(masked=True, needs=("mask_token_id",)),
+    "a2d-qwen2": Family(masked=True, bias=True, needs=("mask_token_id",)),
     "a2d-qwen3": Family(masked=True, qk_norm=True, mask=151669),
     "sdar": Family(masked=True, qk_norm=True, block=4, mask=151669),
     "rnd1": Family(masked=True, qk_norm=True, mask=151669),
-    "llada2_moe": Family("llada2", masked=True, qk_norm=True, block=32, mask=156895),
+    "llada2_moe": Family("llada2", masked=True, qk_norm=True, block=32, mask=156895, needs=(
+        "partial_rotary_factor", "routed_scaling_factor", "n_group", "topk_group")),
 }
 _LLADA = {  # its names -> those of all others
     "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "mlp_hidden_size": "intermediate_size", "activation_type": "hidden_act",
-    "include_qkv_bias": "attention_bias", "weight_tying": "tie_word_embeddings", "embedding_size": "vocab_size",
+    "include_qkv_bias": "attention_bias", "weight_tying": "tie_word_embeddings",
     "max_sequence_length": "max_position_embeddings"}
+_ROWS = ("vocab_size", "embedding_size")
 _SAME = {"num_local_experts": "num_experts"}  # newer names
 # what would change the network: name -> the values that are made here
 _FIXED: dict[str, tuple[Any, ...]] = {
     "alibi": (False,), "attention_layer_norm": (False,), "attn_logit_softcapping": (None,), "block_group_size": (1,),
     "block_type": ("llama",), "decoder_sparse_step": (1,), "include_bias": (False,), "input_emb_norm": (False,),
     "layer_norm_type": ("rms",), "mlp_bias": (False,), "mlp_only_layers": ([], None), "moe_router_enable_expert_bias":
-    (True,), "no_rope_layers": (None,), "quantization_config": (None,), "rope": (True,), "rope_interleaved": (False,),
+    (True,), "moe_router_enable_routed_scaling": (True,), "moe_router_enable_shared_expert": (True,), "no_rope_layers":
+    (None,), "norm_head": (False,), "quantization_config": (None,), "rope": (True,), "rope_interleaved": (False,),
     "scale_logits": (False,), "score_function": ("sigmoid",), "use_bias": (False,), "use_bidirectional_attention":
-    (False, None), "use_rmsnorm": (True,), "use_sliding_window": (False,), "multi_query_attention": (None, False)}
+    (False, None), "use_mrope": (False,), "use_rmsnorm": (True,), "use_sliding_window": (False,),
+    "multi_query_attention": (None, False)}
 _READ = {
     "attention_bias", "bd_size", "block_size", "embedding_size", "final_logit_softcapping", "first_k_dense_replace",
     "head_dim", "hidden_act", "hidden_activation", "hidden_size", "intermediate_size", "layer_types", "mask_token_id",
@@ -70,10 +78,12 @@ _READ = {
     "sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "tie_word_embeddings", "topk_group",
     "use_qk_norm", "use_qkv_bias", "vocab_size"}
 _NO_CHANGE = re.compile(
-    r"_|architectures$|alibi_|attention_dropout|attention_layer_norm_with_affine|auto_map|.*_token_id$|bias_for_layer"
-    r"|.*dropout$|dtype|flash_attention|fuse_|id2label|init|is_|label2id|layer_norm_with_affine|max_|mlp_ratio|name_or"
-    r"|num_nextn|output_|pad_|precision|pretraining_tp|problem_type|return_dict|rope_full_precision|router_(aux|dtype)"
-    r"|tokenizer_class|torch|transformers|unsloth|use_(cache|return)|.*loss|embedding_dropout")
+    r"_|architectures$|alibi_bias_max$|attention_layer_norm_with_affine$|attn_implementation$|auto_map$|bias_for_layer_norm$"
+    r"|conplemenrary_mask$|debug$|.*dropout$|dtype$|ep_size$|flash_att|fuse_cross_entropy$|id2label$|init|is_|label2id$"
+    r"|layer_norm_with_affine$|max_(position_embeddings|sequence_length|window_layers)$|micro_forward$|mlp_ratio$"
+    r"|name_or_path$|num_nextn|output_(attentions|hidden|router)|pad_token|precision$|pretraining_tp$|problem_type$"
+    r"|return_dict|rope_full_precision$|router_(aux|dtype)|skip_checkpoint$|.*_token_id$|tokenizer_class$|torch"
+    r"|transformers|unsloth|use_(cache|deepep|return_dict)$|.*loss")
 
 
 class Found(NamedTuple):
@@ -99,12 +109,6 @@ def is_open(path: str) -> bool:
     return path.endswith(".gguf") or os.path.isfile(file) and "model_type" in read_json(file)
 
 
-def understand(path: str, mask_id: int = -1, logits: str = "", context: str = "") -> Found:
-    """What a folder's config.json says (`understood`)."""
-    file = os.path.join(path, "config.json")
-    return understood(read_json(file), file, mask_id, logits, context)
-
-
 def understood(raw: Mapping[str, Any], where: str, mask_id: int = -1, logits: str = "", context: str = "") -> Found:
     """Settings of a config.json.
 
@@ -117,28 +121,36 @@ def understood(raw: Mapping[str, Any], where: str, mask_id: int = -1, logits: st
       ConfigError: a family that is not known, a size missing, a key that changes the network and is not made here.
     """
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(f"{where}: model_type={kind!r}: choose one of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     names = _LLADA if kind == "llada" else _SAME
-    config = {names.get(name, name): value for name, value in raw.items() if (kind, name) != ("llada", "vocab_size")}
-    _refuse(config, where)
-    mask = next((i for i in (mask_id, config.get("mask_token_id"), family.mask) if i is not None and i >= 0), -1)
+    rows = "vocab_size" if raw.get("embedding_size") is None else "embedding_size"  # LLaDA has both
+    config = {names.get(name, name): value for name, value in raw.items() if name not in _ROWS} | {
+        "vocab_size": raw.get(rows)}
+    _refuse(config, family, where)
+    said = _Said(config, where)
+    mask = next((i for i in (mask_id, said.number("mask_token_id", -1, least=-1), family.mask) if i >= 0), -1)
     masked = family.masked or mask >= 0
     if not masked and (logits or context):
         raise ConfigError(f"released.{'logits' if logits else 'context'}: {where} is an autoregressive model; if it "
                           "was trained to fill in masks give released.mask_id")
-    model, decoder = _sizes(config, where), _details(config, family, where)
-    if config.get("num_experts"):
-        decoder |= _experts(config, model["blocks"])
+    if not masked and config.get("is_causal") is False:
+        raise ConfigError(f"{where}: is_causal=False: give released.mask_id if it was trained to fill in masks; there "
+                          "is no other use of a model that sees both sides here")
+    model = {"trunk": "decoder", "time_conditioning": False, "head": "flat", "width": said.number("hidden_size"),
+             "blocks": said.number("num_hidden_layers"), "heads": said.number("num_attention_heads")}
+    decoder = _details(said, family)
+    if said.number("num_experts", 0, least=0):
+        decoder |= _experts(said)
     if masked:
-        block = config.get("bd_size", config.get("block_size", family.block)) or 32
+        block = said.number("bd_size", said.number("block_size", family.block or 32))
         decoder |= {"shifted": logits == "shifted" or not logits and family.shifted, "block": block,
                     "context": context or ("block" if family.block else "full")}
-    return Found(kind, model, decoder, masked, mask, _number(config, "vocab_size", where), family.names, where)
+    return Found(kind, model, decoder, masked, mask, said.number("vocab_size"), family.names, where)
 
 
-def _refuse(config: Mapping[str, Any], where: str) -> None:
+def _refuse(config: Mapping[str, Any], family: Family, where: str) -> None:
     """ConfigError for all that would change the network and is not made here, by name."""
     for name, values in _FIXED.items():
         if name in config and config[name] not in values:
@@ -148,83 +160,124 @@ def _refuse(config: Mapping[str, Any], where: str) -> None:
     if strange:
         raise ConfigError(f"{where}: {', '.join(strange)}: not known here, and may change the network; take out what "
                           "does not")
+    if lacking := [name for name in family.needs if config.get(name) is None]:
+        raise ConfigError(f"{where}: {', '.join(lacking)}: must be given, for model_type={config['model_type']!r}")
 
 
-def _number(config: Mapping[str, Any], name: str, where: str) -> int:
-    value = config.get(name)
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{where}: {name}={value!r}: must be a positive integer")
-    return value
+class _Said(NamedTuple):
+    """What a config.json says, with its types checked; null is what is not given."""
+
+    config: Mapping[str, Any]
+    where: str
+
+    def number(self, name: str, default: int | None = None, least: int = 1) -> int:
+        value = self.config.get(name)
+        value = default if value is None else value
+        return self._check(name, value, type(value) is int and least <= value < 1 << 31, f"an integer from {least} on")
+
+    def share(self, name: str, default: float | None = None, most: float = 1e12) -> float:
+        """A number above 0."""
+        value = self.config.get(name)
+        value = default if value is None else value
+        good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
+        return float(self._check(name, value, good, f"a number above 0 and at most {most:g}"))
+
+    def switch(self, name: str, default: bool) -> bool:
+        value = self.config.get(name)
+        return self._check(name, default if value is None else value, value in (None, True, False), "true or false")
+
+    def table(self, name: str) -> _Said:
+        """An object in it; {} where there is none."""
+        value = self.config.get(name)
+        value = {} if value is None else value
+        return _Said(self._check(name, value, isinstance(value, dict), "an object"), f"{self.where}: {name}")
+
+    def _check(self, name: str, value: Any, good: bool, rule: str) -> Any:
+        if not good:
+            raise ConfigError(f"{self.where}: {name}={value!r}: must be {rule}")
+        return value
 
 
-def _sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {"trunk": "decoder", "time_conditioning": False, "head": "flat",
-            "width": _number(config, "hidden_size", where), "blocks": _number(config, "num_hidden_layers", where),
-            "heads": _number(config, "num_attention_heads", where)}
-
-
-def _details(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+def _details(said: _Said, family: Family) -> dict[str, Any]:
     """Settings of config.decoder but for experts and what a masked model sees."""
-    heads = _number(config, "num_attention_heads", where)
+    config, heads = said.config, said.number("num_attention_heads")
     acts = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
-    act = config.get("hidden_act") or config.get("hidden_activation") or "silu"
-    if act not in acts:
-        raise ConfigError(f"{where}: hidden_act={act!r}: choose one of {', '.join(acts)}")
-    if type(config.get("rms_norm_eps")) is not float:
-        raise ConfigError(f"{where}: rms_norm_eps={config.get('rms_norm_eps')!r}: must be given")
+    act = next((config[name] for name in ("hidden_activation", "hidden_act") if config.get(name) is not None), "silu")
+    if not isinstance(act, str) or act not in acts:
+        raise ConfigError(f"{said.where}: hidden_act={act!r}: choose one of {', '.join(acts)}")
     out = {
-        "kv_heads": config.get("num_key_value_heads") or heads, "head_dim": config.get("head_dim") or 0,
-        "inner": _number(config, "intermediate_size", where), "activation": acts[act], "eps": config["rms_norm_eps"],
-        "qkv_bias": bool(config.get("attention_bias", config.get("use_qkv_bias", family.bias))),
-        "qk_norm": family.qk_norm, "tied": bool(config.get("tie_word_embeddings", False)),
-        "softcap": config.get("final_logit_softcapping") or 0.0,
-        "rotary_share": config.get("partial_rotary_factor") or 1.0} | _rotary(config, where)
+        "kv_heads": said.number("num_key_value_heads", 0, least=0) or heads,
+        "head_dim": said.number("head_dim", 0, least=0), "inner": said.number("intermediate_size"),
+        "activation": acts[act], "eps": said.share("rms_norm_eps", most=0.1),
+        "qkv_bias": said.switch("attention_bias", said.switch("use_qkv_bias", family.bias)),
+        "qk_norm": family.qk_norm, "tied": said.switch("tie_word_embeddings", family.names == "gemma"),
+        "softcap": said.share("final_logit_softcapping", 1) if config.get("final_logit_softcapping") else 0.0,
+        } | _rotary(said)
+    return out | _windows(said, family)
+
+
+def _windows(said: _Said, family: Family) -> dict[str, Any]:
+    """Blocks with a window and what else Gemma alone has."""
+    kinds, pattern = said.config.get("layer_types"), 1
+    if family.names == "gemma":
+        pattern = said.number("sliding_window_pattern", said.number("_sliding_window_pattern", 6))
+    if kinds is not None:
+        known = isinstance(kinds, list) and len(kinds) == said.number("num_hidden_layers")
+        if known and family.names == "gemma":
+            pattern = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+        if not known or kinds != ["sliding_attention" if (i + 1) % pattern else "full_attention"
+                                  for i in range(len(kinds))]:
+            raise ConfigError(f"{said.where}: layer_types={kinds!r}: must be full_attention for every block, or for "
+                              "every so many of gemma3_text and sliding_attention before it")
     if family.names != "gemma":
-        return out
-    pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 0
-    if kinds := config.get("layer_types"):
-        pattern = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
-        if kinds != ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(len(kinds))]:
-            raise ConfigError(f"{where}: layer_types: must repeat, with the last of so many seeing all")
-    return out | {"window": config["sliding_window"], "window_every": pattern or 6, "norm_offset": 1.0,
-                  "post_norms": True, "scale_embeddings": True, "tied": config.get("tie_word_embeddings", True),
-                  "query_scale": float(config.get("query_pre_attn_scalar", 0))}
+        return {}
+    return {"window": said.number("sliding_window"), "window_every": pattern, "norm_offset": 1.0, "post_norms": True,
+            "scale_embeddings": True, "query_scale": said.share("query_pre_attn_scalar", said.number("head_dim"))}
 
 
-def _rotary(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Bases and scaling of the rotary embedding, where version 4 of transformers writes them or where 5 does."""
-    given = config.get("rope_parameters") or {}
-    far, local = given.get("full_attention", given), given.get("sliding_attention", {})
-    theta = far.get("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        raise ConfigError(f"{where}: neither rope_theta nor rope_parameters is given")
-    scaling = config.get("rope_scaling") or far
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    out = {"theta": float(theta), "scaling": "",
-           "window_theta": float(local.get("rope_theta", config.get("rope_local_base_freq", 1e4)))}
-    if local.get("rope_type", "default") != "default" or kind not in ("default", "linear", "llama3"):
-        raise ConfigError(f"{where}: rope_type={kind!r}: choose one of default, linear, llama3 (linear and llama3 not "
-                          "in blocks with a window)")
-    if kind == "linear":
-        out["scaling"] = f"linear factor={float(scaling['factor'])}"
-    if kind == "llama3":
-        names = {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor",
-                 "length": "original_max_position_embeddings"}
-        out["scaling"] = " ".join(["llama3", *(f"{ours}={float(scaling[name])}" for ours, name in names.items())])
-    return out
+def _rotary(said: _Said) -> dict[str, Any]:
+    """Bases, scaling and share of the rotary embedding, where version 4 of transformers writes them or where 5 does."""
+    given = said.table("rope_parameters")
+    local = given.table("sliding_attention")
+    far = given.table("full_attention") if "full_attention" in given.config else given
+    scaling = said.table("rope_scaling") if said.config.get("rope_scaling") is not None else far
+    names = {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor",
+             "length": "original_max_position_embeddings"}
+    for part in (far, local, scaling):
+        if strange := set(part.config) - {*names.values(), "rope_theta", "rope_type", "type", "partial_rotary_factor",
+                                          "full_attention", "sliding_attention"}:
+            raise ConfigError(f"{part.where}: {', '.join(sorted(strange))}: is not made here")
+    kind = scaling.config.get("rope_type", scaling.config.get("type", "default"))
+    if local.config.get("rope_type", "default") != "default" or kind not in ("default", "linear", "llama3"):
+        raise ConfigError(f"{said.where}: rope_type={kind!r}: choose one of default, linear, llama3 (linear and llama3 "
+                          "not in blocks with a window)")
+    needs = {"default": (), "linear": ("factor",), "llama3": tuple(names)}[kind]
+    text = " ".join([kind, *(f"{ours}={scaling.share(names[ours])}" for ours in needs)]) if needs else ""
+    theta = far if far.config.get("rope_theta") is not None else said
+    base = local if local.config.get("rope_theta") is not None else said
+    name = "rope_theta" if base is local else "rope_local_base_freq"
+    part = far if far.config.get("partial_rotary_factor") is not None else said
+    turned = part.share("partial_rotary_factor", 1.0, most=1.0)
+    if said.config.get("rotary_dim") is not None:
+        dim = said.number("head_dim", said.number("hidden_size") // said.number("num_attention_heads"))
+        if said.number("rotary_dim") != int(dim * turned):
+            raise ConfigError(f"{said.where}: rotary_dim={said.config['rotary_dim']}: partial_rotary_factor={turned:g} "
+                              f"of {dim} units is {int(dim * turned)}")
+    return {"theta": theta.share("rope_theta"), "scaling": text, "window_theta": base.share(name, 1e4),
+            "rotary_share": turned}
 
 
-def _experts(config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
+def _experts(said: _Said) -> dict[str, Any]:
     """Settings of the mixture of experts."""
-    sigmoid = "n_group" in config
-    inner = config["moe_intermediate_size"]
-    shared = config.get("moe_shared_expert_intermediate_size") or inner
-    return {"experts": config["num_experts"], "experts_per_token": config["num_experts_per_tok"],
-            "expert_inner": inner, "shared_inner": shared * (config.get("num_shared_experts") or 0),
-            "dense_blocks": config.get("first_k_dense_replace") or 0, "gate": "sigmoid" if sigmoid else "softmax",
-            "expert_groups": config.get("n_group") or 1, "top_groups": config.get("topk_group") or 1,
-            "normalise": bool(config.get("norm_topk_prob", sigmoid)),
-            "routed_scale": float(config.get("routed_scaling_factor") or 1.0)}
+    sigmoid = said.config.get("n_group") is not None
+    inner = said.number("moe_intermediate_size")
+    shared = said.number("moe_shared_expert_intermediate_size", inner)
+    return {"experts": said.number("num_experts"), "experts_per_token": said.number("num_experts_per_tok"),
+            "expert_inner": inner, "shared_inner": shared * said.number("num_shared_experts", 0, least=0),
+            "dense_blocks": said.number("first_k_dense_replace", 0, least=0),
+            "gate": "sigmoid" if sigmoid else "softmax", "expert_groups": said.number("n_group", 1),
+            "top_groups": said.number("topk_group", 1), "normalise": said.switch("norm_topk_prob", sigmoid),
+            "routed_scale": said.share("routed_scaling_factor", 1.0)}
 
 
 # name in the file -> (place in our parameters, axes: R rows, D width, Q and K all heads of queries and of keys, H one
@@ -251,7 +304,8 @@ _ATTENTION = {
               "attn_out.weight": ("out.kernel.T", "DQ"), "ff_norm.weight": ("norm2.weight", "D")},
     "llada2": {"input_layernorm.weight": ("norm1.weight", "D"), "attention.query.weight": ("q.kernel.T", "QD"),
                "attention.key.weight": ("k.kernel.T", "KD"), "attention.value.weight": ("v.kernel.T", "KD"),
-               "attention.query_layernorm.weight": ("q_norm.weight", "H"),
+               "attention.query.bias": ("q.bias", "Q"), "attention.key.bias": ("k.bias", "K"),
+               "attention.value.bias": ("v.bias", "K"), "attention.query_layernorm.weight": ("q_norm.weight", "H"),
                "attention.key_layernorm.weight": ("k_norm.weight", "H"),
                "attention.dense.weight": ("out.kernel.T", "DQ"),
                "post_attention_layernorm.weight": ("norm2.weight", "D")}}

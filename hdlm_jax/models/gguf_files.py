@@ -1,7 +1,7 @@
 """GGUF files (llama.cpp's): what their metadata says as a config.json would, tensors under the hub's names.
 
 Through the `gguf` package, which dequantises with numpy alone. llama.cpp keeps the rows of q and k of architecture
-llama in another order (neighbouring units are turned together), which is undone; it adds Gemma's 1 to the norms.
+llama in another order (neighbouring units are turned together), and adds Gemma's 1 to the norms; both are undone.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def open_gguf(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     library = package("gguf", "hub", path)
     try:
         reader = library.GGUFReader(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: no GGUF file, or damaged ({error})") from None
+    except Exception as error:  # whatever the reader meets in a damaged file
+        raise ConfigError(f"{path}: no GGUF file, or damaged ({type(error).__name__}: {error})") from None
 
     def said(name: str, default: Any = None) -> Any:
         field = reader.get_field(name)
@@ -47,6 +47,8 @@ def open_gguf(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if kind not in _KINDS:
         raise ConfigError(f"{path}: general.architecture={kind!r}: choose one of {', '.join(_KINDS)}")
     names = {_renamed(tensor.name, kind, path): tensor for tensor in reader.tensors}
+    if "model.embed_tokens.weight" not in names:
+        raise ConfigError(f"{path}: no tensor 'token_embd.weight'; it holds no model, or a part of one")
     config = _config(lambda name, default=None: said(f"{kind}.{name}", default), kind)
     config |= {"vocab_size": int(names["model.embed_tokens.weight"].shape[1]),
                "tie_word_embeddings": "lm_head.weight" not in names}
@@ -55,10 +57,13 @@ def open_gguf(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     def read(name: str) -> np.ndarray:
         tensor = names[name]
-        array = library.dequantize(tensor.data, tensor.tensor_type)
+        try:
+            array = library.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ConfigError(f"{path}: tensor {tensor.name!r} cannot be read ({error})") from None
         found = turn(name)
         if found is None:
-            return array
+            return array - 1 if kind == "gemma3" and "norm." in name else array
         halves = array.reshape(heads[found[1]], -1, 2, *array.shape[1:])
         return halves.swapaxes(1, 2).reshape(array.shape)
 
@@ -82,7 +87,7 @@ def _config(said: Any, kind: str) -> dict[str, Any]:
     config = {"model_type": _KINDS[kind], "hidden_size": said("embedding_length"), "num_attention_heads": heads,
               "num_hidden_layers": said("block_count"), "intermediate_size": said("feed_forward_length"),
               "num_key_value_heads": said("attention.head_count_kv", heads),
-              "rms_norm_eps": float(f"{said('attention.layer_norm_rms_epsilon'):.6g}"),  # it was a float32
+              "rms_norm_eps": float(f"{said('attention.layer_norm_rms_epsilon', 0):.6g}"),  # it was a float32
               "rope_theta": said("rope.freq_base", 1e4), "attention_bias": kind == "qwen2"}
     if (dim := said("attention.key_length", said("rope.dimension_count"))) is not None:
         config["head_dim"] = dim

@@ -116,8 +116,10 @@ class FlatHead:
 
     def logits(self, params: Tree, h: jax.Array) -> jax.Array:
         """float32 [..., V]."""
-        logits = _affine(params, h, self.dtype)[..., : self.hierarchy.vocab_size]
-        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+        logits = product(h, params["kernel"], self.dtype)
+        if self.softcap:  # before the bias: what has no probability keeps none
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        return (logits + wide(params["bias"], h[..., 0]))[..., : self.hierarchy.vocab_size]
 
     def predict(self, params: Tree, h: jax.Array) -> Prediction:
         return LogitsPrediction(self.logits(params, h), self.hierarchy)

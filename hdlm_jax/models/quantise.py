@@ -69,11 +69,13 @@ def quantise(params: Tree, bits: int = 8, kind: str = "plain") -> Tree:
         names = [key.key for key in path]
         if names[0] not in ("stack", "dense") or not LAYERS & set(names) or names[-1] != "kernel":
             return leaf
-        weight = jnp.moveaxis(jnp.asarray(leaf, jnp.float32), 1, -1)  # [blocks, ..., in]
+        inputs = 2 if "experts" in names else 1  # [blocks, in, ...], of experts [blocks, experts, in, out]
+        weight = jnp.moveaxis(jnp.asarray(leaf, jnp.float32), inputs, -1)  # [blocks, ..., in]
         weight = rotate(weight) if kind == "rotated" else weight
         scale = jnp.max(jnp.abs(weight), axis=-1, keepdims=True) / top
         scale = jnp.where(scale > 0, scale, 1.0)
         weight = jnp.clip(jnp.round(weight / scale), -top, top) * scale
-        return jnp.moveaxis(rotate(weight, back=True) if kind == "rotated" else weight, -1, 1)
+        weight = rotate(weight, back=True) if kind == "rotated" else weight
+        return jnp.moveaxis(weight, -1, inputs).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ from hdlm_jax.models.decoder import merged
 from hdlm_jax.models.families import Found
 from hdlm_jax.models.gguf_files import open_gguf
 from hdlm_jax.models.heads import NEVER
-from hdlm_jax.models.weight_files import Layout, Place, Tensor, check, hub_files, hub_sha256, open_safetensors
+from hdlm_jax.models.weight_files import Layout, Place, Tensor, check, hub_files, hub_sha256
 from hdlm_jax.training import param_file
 from hdlm_jax.training.loading import Run, check_writable, load_run, saved_config
 from hdlm_jax.training.param_file import PARAMS
@@ -58,18 +59,18 @@ def import_open(config: Config, workdir: str) -> None:
     processes.on_main_process(lambda: _import(config, workdir))
 
 
-def made_from(config: Config, sha256: str) -> dict[str, Any]:
-    """What an import of weights of this sha256 depends on."""
+def made_from(config: Config, sha256: str, beside: Mapping[str, Any]) -> dict[str, Any]:
+    """What an import of weights of this sha256 depends on; beside: what a folder says beside them."""
     r, m = config.released, config.model
     return {"weights": sha256, "released": [r.mask_id, r.logits, r.context], "tokenizer": config.tokenizer.file,
-            "model": [m.seq_len, m.dtype, m.param_dtype]}
+            "model": [m.seq_len, m.dtype, m.param_dtype]} | dict(beside)
 
 
-def is_there(config: Config, workdir: str, sha256: str) -> bool:
+def is_there(config: Config, workdir: str, sha256: str, beside: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Whether workdir holds the import of weights of this sha256 with these settings; ConfigError where it holds
     something else."""
     marker = os.path.join(workdir, "config.json")
-    if reuse(marker, {"made_from": made_from(config, sha256)}) is not None:
+    if reuse(marker, {"made_from": made_from(config, sha256, beside)}) is not None:
         return True
     if os.path.exists(marker) or os.path.isdir(os.path.join(workdir, "checkpoints")):
         raise ConfigError(f"workdir={workdir!r}: holds a run or another import; give another --workdir")
@@ -77,19 +78,19 @@ def is_there(config: Config, workdir: str, sha256: str) -> bool:
 
 
 def _import(config: Config, workdir: str) -> None:
-    r = config.released
-    path = r.weights.rstrip("/")
-    sha256 = sha256_of(path) if path.endswith(".gguf") else hub_sha256(path)
-    if is_there(config, workdir, sha256):
-        return say(f"import: reusing {workdir}")
-    raw, tensors = open_gguf(path) if path.endswith(".gguf") else _folder(path)
+    r, path = config.released, config.released.weights.rstrip("/")
+    gguf = path.endswith(".gguf")
+    raw, tensors = open_gguf(path) if gguf else _folder(path)
     found = families.understood(raw, path, r.mask_id, r.logits, r.context)
-    if path.endswith(".gguf"):
-        found.decoder["norm_offset"] = 0.0  # it is in the weights
     tokenizer = hub_tokenizer.make(config.tokenizer.file or path)
+    run = settings(config, found, tokenizer, os.path.join(os.path.abspath(workdir), "tokenizer"))
     layout = families.layout_of(found)
     tensors = _checked(tensors, layout, found, path)
-    run = settings(config, found, tokenizer)
+    raw = dict(raw) | ({"mask_token_id": found.mask} if found.masked else {})
+    sha256, beside = (sha256_of(path), {}) if gguf else (
+        hub_sha256(path), {"source": raw, "words": tokenizer.fingerprint})
+    if is_there(config, workdir, sha256, beside):
+        return say(f"import: reusing {workdir}")
     hierarchy = Hierarchy.from_parents([], vocab_size=tokenizer.vocab_size, special=(tokenizer.eot,))
     aside = os.path.join(workdir, "import.tmp")
     shutil.rmtree(aside, ignore_errors=True)  # of an import that was interrupted
@@ -99,7 +100,7 @@ def _import(config: Config, workdir: str) -> None:
     start = found.mask if found.masked else _start(tokenizer)
     count = _write(os.path.join(aside, "params"), run, hierarchy, tensors, layout, start, found)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    write_json(os.path.join(aside, "source.json"), {"config": dict(raw), "dtypes": dtypes})
+    write_json(os.path.join(aside, "source.json"), {"config": raw, "dtypes": dtypes})
     for name in os.listdir(aside):
         here = os.path.join(workdir, name)
         shutil.rmtree(here) if os.path.isdir(here) else None
@@ -108,17 +109,22 @@ def _import(config: Config, workdir: str) -> None:
     fingerprints = {"tokenizer": tokenizer.fingerprint, "hierarchy": hierarchy.fingerprint, "data": ""}
     write_json(os.path.join(workdir, "config.json"), {
         "step": 0, "ema": False, "fingerprints": fingerprints, "config": run.to_save(),
-        "hdlm_jax": hdlm_jax.__version__, "made_from": made_from(config, sha256)})
+        "hdlm_jax": hdlm_jax.__version__, "made_from": made_from(config, sha256, beside)})
     say(f"import: {count:,} parameters of {path}, in {workdir}")
     for name, value in _table(found, run, tokenizer, start):
         say(f"  {name:<11} {value}")
 
 
 def _folder(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, tensors by name) of a hub folder."""
-    tensors = open_safetensors(hub_files(path))
-    return jsons.read_json(os.path.join(path, "config.json")), {
-        name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    """(config.json, tensors by name) of a hub folder; they are mapped, and read where they are used."""
+    tensors: dict[str, Tensor] = {}
+    for file in hub_files(path):
+        for name, array in param_file.open_params(file).items():
+            if name in tensors:
+                raise ValueError(f"{file}: tensor {name!r} is in another shard too")
+            if not name.endswith("rotary_emb.inv_freq"):
+                tensors[name] = Tensor(array.shape, functools.partial(np.asarray, array), param_file.NAMES[array.dtype])
+    return jsons.read_json(os.path.join(path, "config.json")), tensors
 
 
 def _checked(tensors: dict[str, Tensor], layout: Layout, found: Found, path: str) -> dict[str, Tensor]:
@@ -127,18 +133,28 @@ def _checked(tensors: dict[str, Tensor], layout: Layout, found: Found, path: str
     tied = tensors.pop(_HEAD) if found.decoder["tied"] and _HEAD in tensors else None
     check({name: tensor.shape for name, tensor in tensors.items()}, layout, f"{path}: ")
     table = next(name for name, place in layout.items() if place.path == ("embedding",))
-    if tied is not None and not np.array_equal(tied.read(), tensors[table].read()):
+    if tied is not None and not _equal(tied.read(), tensors[table].read()):
         raise ValueError(f"{path}: {_HEAD} is not {table}, though tie_word_embeddings says so")
     return tensors
 
 
-def settings(config: Config, found: Found, tokenizer: Tokenizer) -> Config:
+def _equal(a: np.ndarray, b: np.ndarray, rows: int = 1024) -> bool:
+    """Of two large arrays, some rows at a time."""
+    return a.shape == b.shape and all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows))
+
+
+def settings(config: Config, found: Found, tokenizer: Tokenizer, file: str) -> Config:
     """The config of the run that an import makes: of what is given the sizes of rows, dtypes and how to use it.
+
+    file: where its tokenizer will be, for texts that are prepared later.
 
     Raises:
       ConfigError: broken rules, a tokenizer with ids that the tables have no row for.
     """
     v = tokenizer.vocab_size
+    if config.decoder != DecoderConfig():
+        raise ConfigError("decoder: --mode=import takes these settings from the model's own files; what they may not "
+                          "tell is released.mask_id, released.logits and released.context")
     if v > found.rows:
         raise ConfigError(f"tokenizer.file: {v:,} ids, the tables of {found.path} have {found.rows:,} rows; give the "
                           "tokenizer of this model")
@@ -150,7 +166,8 @@ def settings(config: Config, found: Found, tokenizer: Tokenizer) -> Config:
     run = dataclasses.replace(
         config, diffusion=diffusion, model=dataclasses.replace(config.model, **found.model),
         decoder=DecoderConfig(**found.decoder), hierarchy=dataclasses.replace(config.hierarchy, clusters=(1,)),
-        tokenizer=dataclasses.replace(config.tokenizer, kind="hub", vocab_size=v, file="", sha256="", pattern=""))
+        tokenizer=dataclasses.replace(config.tokenizer, kind="hub", vocab_size=v, file=file, sha256="",
+                                      pattern=""))
     run.check()
     return run
 
@@ -205,7 +222,8 @@ def _table(found: Found, run: Config, tokenizer: Tokenizer, start: int) -> list[
              + (f", {d.experts} experts of {d.expert_inner}, {d.experts_per_token} a token" if d.experts else "")),
             ("attention", f"a token sees {sees}" + (f"; {d.window} back in most blocks" if d.window else "")
              + (", norms of q and k" if d.qk_norm else "") + (", biases of q, k, v" if d.qkv_bias else "")),
-            ("rotary", f"base {d.theta:g}" + (f", {d.scaling}" if d.scaling else "")),
+            ("rotary", f"base {d.theta:g}" + (f", {d.scaling}" if d.scaling else "")
+             + (f", {d.rotary_share:g} of each head" if d.rotary_share < 1 else "")),
             ("norms", f"eps {d.eps:g}"), ("head", "tied to the embedding" if d.tied else "its own"),
             ("tokens", f"{tokenizer.vocab_size:,} of {found.rows:,} rows; end of text {tokenizer.eot} "
              f"{name(tokenizer.eot)!r}")]
@@ -216,12 +234,15 @@ def _table(found: Found, run: Config, tokenizer: Tokenizer, start: int) -> list[
 
 
 def source_of(workdir: str, trained: Config) -> dict[str, Any]:
-    """source.json of the import that a run is or was started from; ConfigError where there is none."""
-    for folder in filter(None, (workdir, trained.train.init_from)):
-        if (found := jsons.read_json(os.path.join(folder, "source.json"), optional=True)) is not None:
-            return found | {"folder": folder}
-    raise ConfigError(f"released.layout='hub': {workdir} is neither an import of an open checkpoint nor trained from "
-                      "one (train.init_from)")
+    """source.json of the import that a run is or was started from, at any distance; ConfigError where there is none."""
+    folder = workdir
+    while (found := jsons.read_json(os.path.join(folder, "source.json"), optional=True)) is None:
+        if not trained.train.init_from:
+            raise ConfigError(f"released.layout='hub': {workdir} is neither an import of an open checkpoint nor "
+                              "trained from one (train.init_from)")
+        folder = trained.train.init_from
+        trained = saved_config(folder)
+    return found | {"folder": folder}
 
 
 def export_hub(config: Config, workdir: str) -> str:
@@ -231,26 +252,49 @@ def export_hub(config: Config, workdir: str) -> str:
     token's. The vector of a start symbol goes to the id it came from. The folder is made aside and renamed.
 
     Raises:
-      ConfigError: no such checkpoint, a run with clusters, of which that layout knows nothing, or many processes.
+      ConfigError: no such checkpoint, a run with clusters or another process, of which that layout knows nothing, a
+        mask id that is a text's token or far behind the tables, or many processes.
     """
     trained = saved_config(workdir)
     source = source_of(workdir, trained)
     if max(trained.hierarchy.clusters, default=1) > 1:
         raise ConfigError(f"released.layout='hub': {workdir} has clusters {trained.hierarchy.clusters}; open layouts "
                           "know tokens and a mask alone")
+    if trained.diffusion.process not in ("hierarchical", "autoregressive"):
+        raise ConfigError(f"released.layout='hub': {workdir} has diffusion.process={trained.diffusion.process!r}; open "
+                          "layouts know masked and autoregressive models alone")
     if jax.process_count() > 1:
         raise ConfigError("released.layout='hub': one process writes it; start without --distributed")
     run = load_run(config, workdir, config.evaluate.checkpoint)
-    folder = os.path.abspath(os.path.join(workdir, "hub"))
-    aside = f"{folder}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)  # of an export that was interrupted
     raw, tensors = _as_source(run, source, config.released.mask_id)
+    folder = os.path.abspath(os.path.join(workdir, "hub"))
+    aside, old = f"{folder}.tmp", f"{folder}.old"
+    shutil.rmtree(aside, ignore_errors=True)  # of an export that was interrupted
     _write_hub(aside, raw, tensors, run.tokenizer)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(folder):
+        os.rename(folder, old)
     os.rename(aside, folder)
-    say(f"export: {len(tensors)} tensors as a hub folder, {raw['model_type']}"
-        + (f", mask {raw['mask_token_id']}" if "mask_token_id" in raw else "") + f", in {folder}")
+    shutil.rmtree(old, ignore_errors=True)
+    d = run.config.decoder
+    use = ("autoregressive" if run.process.exact else f"mask {raw['mask_token_id']}, logits "
+           f"{'shifted' if d.shifted else 'own'}, context {d.context}")
+    say(f"export: {len(tensors)} tensors as a hub folder, {raw['model_type']}, {use}, in {folder}")
     return folder
+
+
+def _place(run: Run, found: Found, mask_id: int) -> int:
+    """The id whose row gets the vector of the mask, or of the start of a text."""
+    if run.process.exact:
+        return _start(run.tokenizer)
+    v, special = run.hierarchy.vocab_size, run.tokenizer.special.values()
+    place = next(i for i in (mask_id, found.mask, v) if i >= 0)
+    if place != found.mask and place < v and place not in special:
+        raise ConfigError(f"released.mask_id={place}: is a token of texts, {run.tokenizer.token_bytes(place)!r}; give "
+                          f"a special one, or {v} or more")
+    if place > max(found.rows, v):
+        raise ConfigError(f"released.mask_id={place}: the tables have {found.rows:,} rows; give at most {found.rows}")
+    return place
 
 
 def _as_source(run: Run, source: Mapping[str, Any], mask_id: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -258,11 +302,13 @@ def _as_source(run: Run, source: Mapping[str, Any], mask_id: int) -> tuple[dict[
     raw, v = dict(source["config"]), run.hierarchy.vocab_size
     found = families.understood(raw, source["folder"])
     rest = param_file.open_params(os.path.join(source["folder"], "params", REST))
-    place = _start(run.tokenizer)
-    if not run.process.exact:
-        place = raw["mask_token_id"] = next(i for i in (mask_id, found.mask, v) if i >= 0)
+    place = _place(run, found, mask_id)
     rows = max(found.rows, place + 1)
-    raw["embedding_size" if "embedding_size" in raw else "vocab_size"] = rows
+    raw["vocab_size" if raw.get("embedding_size") is None else "embedding_size"] = rows
+    if not run.process.exact:
+        raw["mask_token_id"] = place
+        if run.config.decoder.context == "block" and found.decoder.get("block") != run.config.decoder.block:
+            raw["block_size"] = run.config.decoder.block
     params = merged(run.params)
     leaves = {_name(keys): leaf for keys, leaf in jax.tree.leaves_with_path(params)}
 

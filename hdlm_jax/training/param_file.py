@@ -20,9 +20,10 @@ import numpy as np
 from hdlm_jax.common.parallel import Tree
 
 TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_NAMES = {kind: name for name, kind in TYPES.items()}
+NAMES = {kind: name for name, kind in TYPES.items()}
 PARAMS = "model.safetensors"  # in the folder params/ of an import
 _MOST_HEADER = 100_000_000  # bytes, as the format says
+_AT_ONCE = 1 << 24  # numbers that are converted at once
 
 
 class Writer:
@@ -33,7 +34,7 @@ class Writer:
         header = {}
         for name, (shape, kind) in sorted(arrays.items()):
             self._start[name], end = end, end + math.prod(shape) * kind.itemsize
-            header[name] = {"dtype": _NAMES[kind], "shape": list(shape), "data_offsets": [self._start[name], end]}
+            header[name] = {"dtype": NAMES[kind], "shape": list(shape), "data_offsets": [self._start[name], end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         file.write(len(text).to_bytes(8, "little") + text)
@@ -48,7 +49,9 @@ class Writer:
         place += row * math.prod(rest[1:])
         assert values.shape[1:] == rest[1:] and row + len(values) <= rest[0], (name, values.shape, shape)
         self._file.seek(self._data + self._start[name] + place * kind.itemsize)
-        self._file.write(np.ascontiguousarray(values, kind).data.cast("B") if values.size else b"")
+        step = max(1, _AT_ONCE // max(1, math.prod(rest[1:])))
+        for first in range(0, len(values) if values.size else 0, step):
+            self._file.write(np.ascontiguousarray(values[first : first + step], kind).view(np.uint8).data)
 
 
 @contextmanager
@@ -70,19 +73,22 @@ def open_params(path: str) -> dict[str, np.ndarray]:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if 0 < length <= min(size, _MOST_HEADER) else None
+            header = json.loads(file.read(length)) if 0 < length <= min(size, _MOST_HEADER) else {}
+        entries = {name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+                   for name, entry in header.items() if name != "__metadata__"}
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: a damaged file of parameters ({error})") from None
-    whole = isinstance(header, dict) and 8 + length + max(
-        (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0) == size
-    if not isinstance(header, dict) or not whole:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: a damaged file of parameters ({type(error).__name__}: {error})") from None
+    for name, (kind, shape, first, last) in entries.items():
+        if kind not in TYPES:
+            raise ValueError(f"{path}: {name} has dtype {kind}; choose one of {', '.join(TYPES)}")
+        if not 0 <= first <= last or last - first != math.prod(shape) * TYPES[kind].itemsize:
+            raise ValueError(f"{path}: a damaged file of parameters ({name} is not as large as its shape says)")
+    if 8 + length + max((last for *_, last in entries.values()), default=0) != size:
         raise ValueError(f"{path}: a damaged file of parameters (its size is not what its header says)")
-    return {name: np.memmap(path, TYPES[entry["dtype"]], "r", 8 + length + entry["data_offsets"][0],
-                            tuple(entry["shape"])) if math.prod(entry["shape"]) else np.zeros(
-                                entry["shape"], TYPES[entry["dtype"]])
-            for name, entry in header.items() if name != "__metadata__"}
+    return {name: np.memmap(path, TYPES[kind], "r", 8 + length + first, shape) if last > first else np.zeros(
+        shape, TYPES[kind]) for name, (kind, shape, first, last) in entries.items()}
 
 
 def read_params(path: str, abstract: Tree) -> Tree:

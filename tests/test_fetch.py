@@ -47,7 +47,7 @@ def index(tmp_path, monkeypatch):
 
     def imported(config, workdir):
         assert Path(config.released.weights).read_bytes() == WHOLE
-        made_from = open_weights.made_from(config, jsons.sha256_of(config.released.weights))
+        made_from = open_weights.made_from(config, jsons.sha256_of(config.released.weights), {})
         jsons.write_json(os.path.join(workdir, "config.json"), {"made_from": made_from})
 
     monkeypatch.setattr(fetch, "PACKAGES", models)

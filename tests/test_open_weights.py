@@ -54,7 +54,8 @@ def tokenizer_spec() -> dict:
     letters, plain = tokenfiles.letters(), [*range(97, 123), *range(65, 91), *range(32, 65), *range(91, 97)]
     words = ["<|endoftext|>", *(letters[byte] for byte in [0xEF, 0xBF, 0xBD, 10, *plain][: TOKENS - 2])]
     words.insert(START, "<s>")
-    added = [{"id": words.index(name), "content": name, "special": True, "normalized": False}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": words.index(name), "content": name, "special": True, **plain}
              for name in ("<|endoftext|>", "<s>")]
     return tokenfiles.byte_level((), added_tokens=added, truncation=None, pre_tokenizer={
         "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
@@ -400,7 +401,7 @@ def test_what_does_not_go_to_the_hub_s_layout(tmp_path):
     assert not (here / "hub").exists()
     assert json.loads((exported(here, mask_id=96) / "config.json").read_text())["vocab_size"] == 97
     config = json.loads((here / "config.json").read_text())
-    config["config"]["train"]["init_from"] = ""
+    config["config"]["train"] |= {"init_from": "", "adapt": False}
     (here / "config.json").write_text(json.dumps(config))
     assert "neither an import of an open checkpoint nor trained from one" in said(exported, here)
 
@@ -514,7 +515,7 @@ def test_every_method_on_an_imported_model(kind, method):
 def test_other_uses_of_an_imported_model(kind):
     """Blanks, a bound, JSON."""
     model = masked(kind)
-    filled = model.infill("ab{{4}}cd", 2, steps=4)
+    filled = model.infill("ab[MASK:4]cd", 2, steps=4)
     assert all(text.startswith("ab") and text.endswith("cd") for text in filled)
     found = model.nelbo(["abc d", "x"], draws=4)
     assert all(np.isfinite(one["nats"]) and one["nats"] > 0 for one in found)

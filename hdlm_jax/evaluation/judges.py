@@ -12,13 +12,14 @@ import abc
 import functools
 import os
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.common import parallel, processes
+from hdlm_jax.common import jsons, parallel, processes
 from hdlm_jax.common.console import measured, say
 from hdlm_jax.common.jsons import read_json
 from hdlm_jax.config import ConfigError, ParallelConfig
@@ -119,8 +120,8 @@ class GPT2Judge(Judge):
         if self.tokenizer.vocab_size > self.sizes.vocab or self.sizes.positions < 2:
             raise ValueError(f"{folder}: {self.sizes.vocab} words and {self.sizes.positions} positions do not do for "
                              f"the {self.tokenizer.vocab_size} words of its tokenizer (a vocab.json says which)")
-        sha256 = processes.on_main_process(lambda: hub_sha256(folder))
-        self.identity = {"kind": "gpt2", "path": folder, "sha256": sha256, "precision": dtype,
+        weights = processes.on_main_process(lambda: hub_sha256(folder))
+        self.identity = {"kind": "gpt2", "path": folder, "sha256": weights, "precision": dtype,
                          "tokenizer": self.tokenizer.fingerprint}
         self.rule = ("every token given all before it; the first one of a text is not scored (no start symbol); a text "
                      f"of more than {self.sizes.positions} tokens goes on in pieces that begin with the last token of "
@@ -189,12 +190,14 @@ class RunJudge(Judge):
         checkpoints = checkpoints_of(workdir)
         self.step = checkpoints.choose("best")
         meta = checkpoints.meta(self.step)
+        sums = meta.get("checksums")
         checkpoints.close()
         source = read_json(os.path.join(workdir, "source.json"), optional=True)  # of an imported open model
         self.tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
         model, e = self.config.model, self.config.evaluate
         self.identity = {"kind": "run", "path": workdir, "step": self.step, "hierarchy": meta["hierarchy"],
                          "data": meta["data"], "precision": model.dtype, "tokenizer": self.tokenizer.fingerprint,
+                         "weights": sha256(jsons.dumps(sums).encode()).hexdigest() if sums else meta.get("weights", ""),
                          "draws": [e.draws, e.seed, e.cv2]}
         if source is not None:
             facts = read_json(os.path.join(workdir, "config.json"), "made_from")

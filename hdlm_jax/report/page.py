@@ -77,16 +77,23 @@ def _facts(pairs: Iterable[tuple[str, str, str]]) -> str:
     return f"<dl class=facts>{''.join(item(*pair) for pair in pairs)}</dl>"
 
 
+def kind_of(process: str, sizes: Sequence[int]) -> str:
+    """MDLM, HDLM or another process, by the sizes of the levels (words, clusters, 1)."""
+    return ("MDLM" if len(sizes) == 2 else "HDLM") if process == "hierarchical" else process
+
+
+def levels_of(process: str, sizes: Sequence[int]) -> str:
+    """'4,096 words → 64 clusters → mask'; '' where the sizes are not known."""
+    names = [f"{n:,} {'clusters' if i else 'words'}" for i, n in enumerate(sizes[:-1])]
+    return " → ".join(names + ["mask"] * bool(names and process != "autoregressive"))
+
+
 def describe(run: Mapping[str, Any]) -> str:
     """What was trained, in two sentences."""
     c, e = run["config"], run["evaluate"] or {}
     h, m, d, t = run["hierarchy"], c["model"], c["diffusion"], c["train"]
     sizes = h["sizes"] if h else e.get("hierarchy") or []
-    levels = " → ".join([f"{sizes[0]:,} words", *(f"{n:,} clusters" for n in sizes[1:-1]), "mask"]) if sizes else ""
-    if run["process"] == "autoregressive":
-        levels = levels.removesuffix(" → mask")
-    names = {1: "MDLM", 2: "HDLM"}
-    kind = names.get(len(sizes) - 1, "HDLM") if run["process"] == "hierarchical" else run["process"]
+    kind, levels = kind_of(run["process"], sizes), levels_of(run["process"], sizes)
     parts = [f"{kind}: {levels}" if levels else kind, f"ξ = {d['xi']:g}" if d["xi"] != 1 else "",
              f"{c['tokenizer']['kind']} tokenizer", f"{m['blocks']} blocks of width {m['width']}, {m['head']} head",
              f"sequences of {m['seq_len']:,} tokens"]

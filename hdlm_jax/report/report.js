@@ -340,9 +340,63 @@ function viewer(host, film, t) {
   idle();
 }
 
+// ---- the leaderboard ---------------------------------------------------------------------------------------------
+
+// Columns are sorted by what their cells say is their number; cells without one, which give a reason, come last.
+function sortable(table) {
+  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0], names = heads.map(head => head.textContent);
+  const number = cell => cell.dataset.value === undefined ? null : +cell.dataset.value;
+  function sort(column, down) {
+    const by = (a, b) => {
+      const [one, other] = [a, b].map(row => number(row.cells[column]));
+      if (one !== null && other !== null) return down ? other - one : one - other;
+      if (one !== null || other !== null) return one === null ? 1 : -1;
+      const [text, next] = [a, b].map(row => row.cells[column].textContent);
+      return down ? next.localeCompare(text) : text.localeCompare(next);
+    };
+    body.append(...[...body.rows].sort(by));
+    heads.forEach((head, i) => head.setAttribute("aria-sort", i !== column ? "none" : down ? "descending" : "ascending"));
+  }
+  heads.forEach((head, i) => head.replaceChildren(make("button", {
+    onclick: () => sort(i, head.getAttribute("aria-sort") === "ascending")}, names[i])));
+  const pick = make("select", {onchange: () => sort(+pick.value, false)},
+    ...names.map((name, i) => make("option", {value: i}, name)));
+  table.before(make("label", {class: "narrow quiet"}, "Sorted by ", pick));
+}
+
+// A row for every run: its bits per byte with a bar of one standard error; bounds are open circles.
+function board(host, texts) {
+  for (const {text, runs} of texts) {
+    const figure = make("figure", {class: "chart"}), title = make("h3", {}, text);
+    const low = Math.min(...runs.map(r => r.value - (r.se || 0))), high = Math.max(...runs.map(r => r.value + (r.se || 0)));
+    const pad = 0.06 * (high - low) || 0.1, render = () => {
+      const width = Math.max(240, host.firstChild.clientWidth), left = 8, right = width - 12, bottom = 40 * runs.length + 6;
+      const px = x => left + 8 + (right - left - 8) * (x - low + pad) / (high - low + 2 * pad);
+      const root = draw("svg", {viewBox: `0 0 ${width} ${bottom + 34}`, role: "img", "aria-label": `bits per byte of ${text}`});
+      for (const x of ticks(low - pad, high + pad, width < 330 ? 3 : 5)) {
+        root.append(draw("line", {class: "grid", x1: px(x), x2: px(x), y1: 0, y2: bottom}),
+          draw("text", {x: px(x), y: bottom + 15, "text-anchor": "middle"}, `${+x.toPrecision(4)}`));
+      }
+      runs.forEach((r, i) => {
+        const y = 40 * i + 28, se = r.se || 0, exact = r.law.startsWith("exact"), name = draw("text", {x: left, y: y - 13, class: "ink"});
+        name.append(r.name, draw("tspan", {class: "soft"}, `  ${exact ? "" : "≤ "}${r.value.toFixed(4)}, ${r.law}`));
+        root.append(name, draw("path", {d: `M${px(r.value - se)} ${y}H${px(r.value + se)}`, style: "stroke: var(--s0); stroke-width: 2.4"}),
+          draw("circle", {cx: px(r.value), cy: y, r: 4.6, style: `fill: ${exact ? "var(--s0)" : "var(--paper)"}; stroke: var(--s0); stroke-width: 1.8`}));
+      });
+      root.append(draw("text", {x: right, y: bottom + 31, "text-anchor": "end"}, "bits per byte"));
+      figure.replaceChildren(title, runs.length ? root : make("p", {class: "quiet"}, "no run has a number"));
+    };
+    host.append(figure);
+    requestAnimationFrame(render);
+    addEventListener("resize", render);
+  }
+}
+
 // ---- the page ----------------------------------------------------------------------------------------------------
 
 if (DATA.runs) curves(fill(part("curves"), {class: "charts"}, []), DATA.runs, DATA.unigram);
+document.querySelectorAll("table.sortable").forEach(sortable);
+if (DATA.board) board(fill(part("board"), {class: "charts"}, []), DATA.board);
 if (DATA.run) {
   const run = DATA.run, t = run.hierarchy ? tree(run.hierarchy) : null;
   if (part("curves")) curves(fill(part("curves"), {class: "charts"}, []), [run], run.unigram);

@@ -21,18 +21,20 @@ from hdlm_jax.training.loading import check_writable, load_run
 SETTINGS = ("draws", "rows", "cv2", "checkpoint", "ema", "seed")  # of EvaluateConfig: what is measured here
 
 
-def evaluate(config: Config, workdir: str) -> dict[str, Any]:
+def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     """Measures a run's checkpoint on its validation split; writes and returns <workdir>/evaluate.json.
 
     Nats of each sequence go to evaluate_rows.npz, for paired comparisons. Other texts and questions: tasks.py.
+    into: a folder for both files in place of workdir.
     """
+    into = into or workdir
     run = load_run(config, workdir, config.evaluate.checkpoint, config.evaluate.ema)
-    check_writable(workdir)
+    check_writable(into)
     manifest = load_manifest(run.data_dir)
     made_from = {"step": run.step, "data": manifest.fingerprint, "hierarchy_fingerprint": run.hierarchy.fingerprint,
                  "packing": run.trained.data.packing, "padding": run.trained.data.padding, "given": run.given,
                  "settings": {name: getattr(config.evaluate, name) for name in SETTINGS}}
-    path = os.path.join(workdir, "evaluate.json")
+    path = os.path.join(into, "evaluate.json")
     if found := processes.on_main_process(lambda: reuse(path, made_from)):
         bound = measured(found["nelbo"], found["se"], sign="+-")
         say(f"evaluate: reusing {path} of step {run.step}, NELBO {bound} nats/token, given {found['given']}")
@@ -57,7 +59,7 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     } | made_from
     result = jsons.plain(result)  # what is read again from the file
     if processes.is_main_process():
-        with jsons.open_atomic(os.path.join(workdir, "evaluate_rows.npz")) as file:
+        with jsons.open_atomic(os.path.join(into, "evaluate_rows.npz")) as file:
             np.savez(file, nats=nats.mean(0).sum(-1), tokens=rows["tokens"])
         write_json(path, result)
     say(f"evaluate: step {run.step}, {result['tokens']:,} tokens x {result['draws']} draws in {seconds:.0f} s: "

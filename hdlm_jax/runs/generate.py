@@ -27,8 +27,9 @@ FRAMES = 128  # of a trajectory, at most
 MOST_SCHEMA = 1 << 22  # bytes
 
 
-def generate(config: Config, workdir: str) -> dict[str, Any]:
-    """Samples of a run: samples.txt to read, samples.jsonl with ids and costs, generate.json with the summary.
+def generate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
+    """Samples of a run: samples.txt to read, samples.jsonl with ids and costs, generate.json with the summary; in
+    workdir, or in the folder `into`.
 
     Texts are cut before the first end of text behind the prompt (generate.stop="end"; ids keep that end).
 
@@ -36,9 +37,9 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
     config.generate.judge the summary has their generative perplexity (evaluation/judges.py) under "judge"; samples
     that are there are judged as they are.
     """
-    g = config.generate
+    g, into = config.generate, into or workdir
     run = load_run(config, workdir, g.checkpoint)
-    check_writable(workdir)
+    check_writable(into)
     sampler.at_sampling(run.process, g)
     judge: judges.Judge | None = None
     helper = sampler.load_helper(run, g)
@@ -48,13 +49,13 @@ def generate(config: Config, workdir: str) -> dict[str, Any]:
     settings["schema"] = _schema(g)
     made_from = {"step": run.step, "hierarchy_fingerprint": run.hierarchy.fingerprint, "settings": settings}
     made_from |= {"helper": identity(helper)} if helper else {}
-    summary, lines = os.path.join(workdir, "generate.json"), os.path.join(workdir, "samples.jsonl")
+    summary, lines = os.path.join(into, "generate.json"), os.path.join(into, "samples.jsonl")
     if result := processes.on_main_process(lambda: _reuse(summary, lines, made_from)):
-        say(f"generate: reusing {os.path.join(workdir, 'samples.txt')} of step {run.step}")
+        say(f"generate: reusing {os.path.join(into, 'samples.txt')} of step {run.step}")
         with open(lines, encoding="utf-8") as f:
             tokens = [np.array(json.loads(line)["ids"], np.int32) for line in f]
     else:
-        result, tokens = _sample(run, workdir, made_from, helper)
+        result, tokens = _sample(run, into, made_from, helper)
     if judge and (result.get("judge") or {}).get("made_from") != judges.made_from(judge):
         started = time.monotonic()
         given = result["prompt_tokens"]

@@ -28,25 +28,33 @@ from hdlm_jax.evaluation import benchmarks
 from hdlm_jax.evaluation.benchmarks import TASKS, Passage, Question
 from hdlm_jax.evaluation.elbo import summarise
 from hdlm_jax.evaluation.problems import solve
-from hdlm_jax.evaluation.rows import split, split_all
+from hdlm_jax.evaluation.rows import per_text, split, split_all
 from hdlm_jax.evaluation.scorer import Choices, Scorer, encode_pair
 from hdlm_jax.training.loading import check_writable, load_run
 
 
 def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bool) -> dict[str, Any]:
-    """Nats per token, bits per byte and perplexities of documents, with standard errors. words: those by words too."""
+    """Nats per token, bits per byte and perplexities of documents, with standard errors. words: those by words too.
+
+    With the protocol "document" by_document has nats float64, tokens and bytes int64 of each, all [n].
+    """
     tokenizer, started = scorer.run.tokenizer, time.monotonic()
     ids = [np.append(found, np.int32(tokenizer.eot)) for found in tokenizer.encode_batch([p.text for p in passages])]
     run, s = scorer.run, scorer.seq_len
-    pieces = split(np.concatenate(ids), s) if protocol == "packed" else split_all(ids, s, ends=run.ends)[0]
+    packed = protocol == "packed"
+    pieces, owner = (split(np.concatenate(ids), s), None) if packed else split_all(ids, s, ends=run.ends)
     tokens = np.array([len(p.ids) for p in pieces])
     nats, tau, q = scorer.nats(pieces, scorer.settings.draws)
     found = summarise(nats, tokens, tau, q)
-    size = sum(len(p.text.encode()) for p in passages)
+    sizes = np.array([len(p.text.encode()) for p in passages])
+    size = int(sizes.sum())
     per_byte = found["tokens"] / size / math.log(2)
-    found |= {"given": "nothing" if protocol == "packed" else run.given_alone,
+    found |= {"given": "nothing" if packed else run.given_alone,
               "perplexity_se": found["perplexity"] * found["se"], "documents": len(passages), "bytes": size,
               "bits_per_byte": found["nelbo"] * per_byte, "bits_per_byte_se": found["se"] * per_byte}
+    if owner is not None:
+        found["by_document"] = {"nats": per_text(nats.mean(0).sum(-1), owner, len(ids)),
+                                "tokens": per_text(tokens, owner, len(ids)), "bytes": sizes}
     if words:
         count = sum(p.words for p in passages)
         per_word = found["tokens"] / count
@@ -107,20 +115,21 @@ def _read(config: Config, name: str, source: str | list[str]) -> tuple[list, str
     return benchmarks.load(name, source, config.evaluate.limit, reader), reader.detokenize or task.detokenize
 
 
-def run(config: Config, workdir: str) -> dict[str, Any]:
+def run(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     """Runs config.evaluate.tasks; writes and returns <workdir>/tasks.json, and tasks.md, a table of it.
 
     The file grows by one entry a task (a task and protocol for perplexities), so a run that was stopped goes on where
-    it was; an entry made from the same checkpoint, texts and settings is reused, others of the file stay.
+    it was; an entry made from the same checkpoint, texts and settings is reused, others of the file stay. Nats of each
+    document go to tasks_<task>.npz, for paired comparisons. into: a folder for all of it in place of workdir.
 
     Raises:
       ConfigError: no such run, or data that is not there or cannot be read, before anything is computed.
     """
-    e = config.evaluate
+    e, into = config.evaluate, into or workdir
     data = {name: _read(config, name, source) for name, source in sources(config).items()}
     loaded = load_run(config, workdir, e.checkpoint, e.ema)
-    check_writable(workdir)
-    path = os.path.join(workdir, "tasks.json")
+    check_writable(into)
+    path = os.path.join(into, "tasks.json")
     results: dict[str, Any] = processes.on_main_process(lambda: read_json(path, optional=True)) or {}
     scorer = Scorer(loaded, e)
     for name, (items, detokenizer) in data.items():
@@ -147,16 +156,20 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
             about = {"task": name, "kind": kind, "protocol": protocol or None,
                      "detokenizer": detokenizer or None, "limited": bool(e.limit and len(items) == e.limit),
                      "note": task.note, "made_from": made_from}
+            documents = found.pop("by_document", None)
             results[key] = about | jsons.plain(found)
             say(f"tasks: {key}: {_line(results[key])}")
             if processes.is_main_process():
+                if documents:
+                    with jsons.open_atomic(os.path.join(into, f"tasks_{name}.npz")) as file:
+                        np.savez(file, made_from=np.asarray(jsons.dumps(made_from)), **documents)
                 write_json(path, results)
     wanted = [k for k, r in results.items() if r["made_from"]["step"] == loaded.step
               and r["made_from"]["ema"] == loaded.ema]
     text = table({k: results[k] for k in wanted}, loaded.step)
     if processes.is_main_process():
-        write_atomic(os.path.join(workdir, "tasks.md"), text.encode())
-    say(f"tasks: {os.path.join(workdir, 'tasks.md')}\n{text}")
+        write_atomic(os.path.join(into, "tasks.md"), text.encode())
+    say(f"tasks: {os.path.join(into, 'tasks.md')}\n{text}")
     return results
 
 

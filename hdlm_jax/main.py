@@ -219,6 +219,9 @@ def _hush() -> None:
 def command() -> None:
     """hdlm-jax, the console command."""
     _hush()
+    if sys.argv[1:2] == ["leaderboard"]:
+        from hdlm_jax.report import leaderboard
+        return leaderboard.main(sys.argv[2:])
     app.run(run, flags_parser=parse)
 
 

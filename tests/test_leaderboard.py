@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ import tiny
 from test_report import Reader
 from test_tasks import small_data
 
+from hdlm_jax import main
 from hdlm_jax.config import ConfigError
+from hdlm_jax.evaluation.judges import open_judge
 from hdlm_jax.report import leaderboard as pages
 from hdlm_jax.runs import evaluate, generate, leaderboard, tasks
 from hdlm_jax.runs.leaderboard import Protocol, measure, named
+from hdlm_jax.training.checkpoint import checkpoints_of
 from hdlm_jax.training.loading import load_here, saved_config
 
 
@@ -217,9 +221,22 @@ def test_experts_that_do_not_work_are_not_active():
     assert found["model"]["parameters"] == run.num_params + 80 and found["model"]["active"] == run.num_params + 20
 
 
-def test_the_command(place, tmp_path, capsys):
+def test_a_judge_is_told_apart_by_its_weights(place, board, tmp_path):
+    runs = place[0]
+    assert len({open_judge(workdir).identity["weights"] for workdir in runs.values()}) == 2
+    assert board[0]["judge"]["weights"] == rows(board)["ar"]["generation"]["made_from"]["weights"]
+    (tmp_path / "params").mkdir()
+    (tmp_path / "config.json").write_text('{"step": 0, "fingerprints": {"data": ""}, "made_from": {"weights": "abc"}}')
+    assert checkpoints_of(str(tmp_path)).meta(0) == {"data": "", "weights": "abc"}
+
+
+def test_the_command(place, tmp_path, capsys, monkeypatch):
     runs, data, _ = place
-    pages.main([runs["ar"], f"--data={data}", f"--out={tmp_path}", "--texts=ptb", "--questions=", "--limit=2"])
+    argv = ["leaderboard", f"--data={data}", f"--out={tmp_path}", runs["ar"], "--texts=ptb", "--questions=",
+            "--limit=2"]
+    monkeypatch.setattr(sys, "argv", ["hdlm-jax", *argv])
+    monkeypatch.setattr(main, "_hush", lambda: None)
+    main.command()
     assert f"leaderboard: {tmp_path}/leaderboard.html" in capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} == {"leaderboard.json", "leaderboard.md", "leaderboard.html", "results"}
     assert "no judge given (--judge)" in (tmp_path / "leaderboard.md").read_text()

@@ -124,8 +124,7 @@ def _results(board: Board) -> list[Table]:
 
 def _generated(board: Board) -> Table:
     judge, s = board["judge"], board["settings"]
-    who = (f"Judged by {judge['path']} ({judge['kind']}); every text by the same." if judge else
-           "Nobody judged them: give --judge.")
+    who = f"Judged by {os.path.basename(judge['path'])} ({judge['kind']})." if judge else "Nobody judged: give --judge."
     head = ["run", "generative perplexity", "unigram entropy", "method", "calls", "row forwards"]
     rows = []
     for row in board["runs"]:
@@ -301,7 +300,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         board = leaderboard.measure(runs, out, Protocol(**given))
         say(f"leaderboard: {write(board, out, plans(PLANS))}")
     except (ValueError, OSError) as error:
+        if os.environ.get("HDLM_TRACEBACK"):
+            raise
         sys.exit(f"leaderboard: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print("leaderboard: interrupted; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

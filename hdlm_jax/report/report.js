@@ -360,7 +360,7 @@ function sortable(table) {
   heads.forEach((head, i) => head.replaceChildren(make("button", {
     onclick: () => sort(i, head.getAttribute("aria-sort") === "ascending")}, names[i])));
   const pick = make("select", {onchange: () => sort(+pick.value, false)},
-    ...names.map((name, i) => make("option", {value: i}, name)));
+    make("option", {value: "", disabled: true, selected: true}, "the first text"), ...names.map((name, i) => make("option", {value: i}, name)));
   table.before(make("label", {class: "narrow quiet"}, "Sorted by ", pick));
 }
 

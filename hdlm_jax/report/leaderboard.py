@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from absl import logging
+
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import markdown, measured, readable, say
 from hdlm_jax.common.jsons import read_lines, write_atomic
@@ -296,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         given = vars(ask.parse_intermixed_args(argv))
         runs, out = leaderboard.named(given.pop("run")), given.pop("out")
+        logging.set_verbosity(logging.ERROR)
         parallel.keep_compiled()
         board = leaderboard.measure(runs, out, Protocol(**given))
         say(f"leaderboard: {write(board, out, plans(PLANS))}")

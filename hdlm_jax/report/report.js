@@ -396,7 +396,7 @@ function board(host, texts) {
 
 if (DATA.runs) curves(fill(part("curves"), {class: "charts"}, []), DATA.runs, DATA.unigram);
 document.querySelectorAll("table.sortable").forEach(sortable);
-if (DATA.board) board(fill(part("board"), {class: "charts"}, []), DATA.board);
+if (DATA.board) board(fill(part("board"), {class: "charts two"}, []), DATA.board);
 if (DATA.run) {
   const run = DATA.run, t = run.hierarchy ? tree(run.hierarchy) : null;
   if (part("curves")) curves(fill(part("curves"), {class: "charts"}, []), [run], run.unigram);

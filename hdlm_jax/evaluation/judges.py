@@ -190,15 +190,15 @@ class RunJudge(Judge):
         checkpoints = checkpoints_of(workdir)
         self.step = checkpoints.choose("best")
         meta = checkpoints.meta(self.step)
-        sums = meta.get("checksums")
         checkpoints.close()
         source = read_json(os.path.join(workdir, "source.json"), optional=True)  # of an imported open model
         self.tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
         model, e = self.config.model, self.config.evaluate
         self.identity = {"kind": "run", "path": workdir, "step": self.step, "hierarchy": meta["hierarchy"],
                          "data": meta["data"], "precision": model.dtype, "tokenizer": self.tokenizer.fingerprint,
-                         "weights": sha256(jsons.dumps(sums).encode()).hexdigest() if sums else meta.get("weights", ""),
                          "draws": [e.draws, e.seed, e.cv2]}
+        if "checksums" in meta:
+            self.identity["weights"] = sha256(jsons.dumps(meta["checksums"]).encode()).hexdigest()
         if source is not None:
             facts = read_json(os.path.join(workdir, "config.json"), "made_from")
             self.identity |= {"family": source["config"]["model_type"], "sha256": facts["made_from"]["weights"]}

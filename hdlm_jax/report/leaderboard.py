@@ -24,7 +24,7 @@ from hdlm_jax.report import page
 from hdlm_jax.runs import leaderboard
 from hdlm_jax.runs.leaderboard import Board, Protocol
 
-PLANS = "docs/runs/plans.jsonl"  # of tools/plan.py
+PLANS = "docs/runs/open_plans.jsonl"  # of tools/plan.py
 
 
 class Open(NamedTuple):
@@ -118,7 +118,7 @@ def _results(board: Board) -> list[Table]:
                  [[name(r), *(_scored(r["texts"][t], "nelbo", "se") for t in texts),
                    _scored(r["validation"], "nelbo", "se"),
                    _scored(r["validation"], "bits_per_byte", "bits_per_byte_se")] for r in rows])
-    asked = Table("questions", "Questions", "Answered by the likeliest choice, without examples; bounds of choices are "
+    asked = Table("questions", "Questions", "Answered by the likeliest choice (gsm8k: by writing), without examples; bounds of choices are "
                   "compared where the model is no exact one.", ["run", *questions],
                   [[name(r), *(_accuracy(r["questions"][q]) for q in questions)] for r in rows])
     return [bits, pairs, nats, *[asked] * bool(questions), _generated(board)]
@@ -183,7 +183,8 @@ def plans(path: str) -> dict[str, str]:
     out: dict[str, list[str]] = {}
     for plan in read_lines(path, "devices")[0]:
         if plan.get("what") == "sample" and plan.get("bytes"):
-            call = f", {plan['step_s']:.2g} s a call of {plan['batch_size']} rows" if plan.get("step_s") else ""
+            rows = f"{plan['batch_size']} rows of {plan['seq_len']:,}"
+            call = f", {plan['step_s']:.2g} s a call of {rows}" if plan.get("step_s") else ""
             out.setdefault(plan["config"].rpartition(":")[2], []).append(
                 f"{plan['topology']}: {plan['bytes']['peak'] / 2**30:.1f} GiB a chip{call}")
     return {name: "; ".join(lines) for name, lines in out.items()}
@@ -198,7 +199,7 @@ def _elsewhere(board: Board, planned: dict[str, str]) -> Table:
             workdir = f"runs/{model.name.lower()}"
             rows.append([Cell(model.name, model.hub), Cell(
                 f"hdlm-jax --mode=import --config.released.weights=FOLDER --workdir={workdir}\n"
-                f"python -m hdlm_jax.report.leaderboard {workdir}"), Cell(planned.get(model.plan, "not planned yet"))])
+                f"hdlm-jax leaderboard {workdir}"), Cell(planned.get(model.plan, "not planned yet"))])
     return Table("elsewhere", "One command away", "FOLDER: the model's folder of the Hugging Face hub. Memory and time "
                  "are of sampling, from compile plans.", ["model", "commands", "memory and time"], rows)
 
@@ -289,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ask.add_argument("--out", default="leaderboard", help="folder for the page and all results (%(default)s)")
     helps = {"texts": "names, with commas between them", "questions": "the same; may be empty",
              "data": "folder of their files", "limit": "first documents and questions of each; 0: all",
-             "draws": "of the noise, of diffusion models", "judge": "run or GPT-2 folder that judges samples",
+             "draws": "of the noise, of diffusion models", "judge": "run, GPT-2 folder or fetched model",
              "samples": "texts drawn of each run", "length": "tokens of a sample", "steps": "of sampling by diffusion"}
     for name, value in dataclasses.asdict(Protocol()).items():
         shown = ",".join(value) if isinstance(value, tuple) else str(value) or "nobody"

@@ -46,7 +46,7 @@ class Protocol:
     data: str = "$HDLM_DATA"  # folder of their files
     limit: int = 100  # first documents of each text, questions of each set, sequences of a validation split; 0: all
     draws: int = 8  # of the noise for every sequence, where the process is a diffusion
-    judge: str = ""  # workdir of a run, or a folder of GPT-2; "": nothing is sampled
+    judge: str = ""  # as generate.judge; "": nothing is sampled
     samples: int = 16
     length: int = 128  # tokens of a sample
     steps: int = 128  # of sampling, where the process is a diffusion
@@ -55,7 +55,7 @@ class Protocol:
         """ConfigError for what cannot work, data that is not there or a judge that is none."""
         for kind, names in (("texts", self.texts), ("questions", self.questions)):
             for name in names:
-                known = [n for n, task in TASKS.items() if task.path and task.ranks == (kind == "questions")]
+                known = [n for n, task in TASKS.items() if task.path and _asks(n) == (kind == "questions")]
                 choice(f"--{kind}", name, known)
         rule(bool(self.texts), "--texts", "", f"name at least one of {', '.join(TEXTS)}")
         rule(self.length >= 1, "--length", self.length, "must be at least 1 token")
@@ -73,6 +73,11 @@ class Protocol:
         drawn = GenerateConfig(num_samples=self.samples, length=self.length, steps=self.steps, judge=self.judge,
                                trajectories=0)
         return dataclasses.replace(config, evaluate=asked, generate=drawn, parallel=ParallelConfig())
+
+
+def _asks(task: str) -> bool:
+    """Whether it has questions that are answered, in place of texts."""
+    return TASKS[task].ranks or TASKS[task].writes
 
 
 def named(runs: Sequence[str]) -> dict[str, str]:
@@ -137,7 +142,8 @@ def _measured(name: str, workdir: str, out: str, protocol: Protocol) -> dict[str
                 "questions": dict.fromkeys(protocol.questions, why), "generation": why, "seconds": 0.0}
     results = os.path.join("results", f"{name}-{facts.pop('identity')[:12]}")
     folder, exact = os.path.join(out, results), facts["model"]["exact"]
-    found = _tasks(config, workdir, folder)
+    whole = dataclasses.replace(config, generate=dataclasses.replace(config.generate, length=0))
+    found = _tasks(whole, workdir, folder)
     texts = {text: found[text] | ({} if "why" in found[text] else {"exact": exact}) for text in protocol.texts}
     row: dict[str, Any] = {
         "name": name, "workdir": workdir, **facts, "results": results, "texts": texts,
@@ -188,8 +194,8 @@ def _tasks(config: Config, workdir: str, folder: str) -> dict[str, Any]:
             return {names[0]: _why(error)}
         alone = [dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, tasks=(n,))) for n in names]
         return {name: cell for one in alone for name, cell in _tasks(one, workdir, folder).items()}
-    cells = {name: found[name if TASKS[name].ranks else f"{name}/document"] for name in names}
-    return {name: cell if cell.get("accuracy" if TASKS[name].ranks else "nelbo") is not None else
+    cells = {name: found[name if _asks(name) else f"{name}/document"] for name in names}
+    return {name: cell if cell.get("accuracy" if _asks(name) else "nelbo") is not None else
             {"why": "the number is not finite"} for name, cell in cells.items()}
 
 
@@ -210,8 +216,8 @@ def _generation(config: Config, workdir: str, folder: str) -> dict[str, Any]:
         found = generate.generate(config, workdir, folder)
     except _CANNOT as error:
         return _why(error)
-    own = os.path.realpath(config.generate.judge) == os.path.realpath(workdir)
     judged = found["judge"]
+    own = os.path.realpath(judged["made_from"]["path"]) == os.path.realpath(workdir)
     return judged | {"its_own_judge": own, "seconds": found["seconds"] + judged["seconds"]}
 
 

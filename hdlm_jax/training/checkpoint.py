@@ -278,8 +278,7 @@ class Exported:
         return True
 
     def meta(self, step: int) -> dict:
-        """Fingerprints; of an import the sha256 of its weights too."""
-        return self.facts["fingerprints"] | {"weights": self.facts.get("made_from", {}).get("weights", "")}
+        return self.facts["fingerprints"]
 
     def params(self, step: int, abstract_params: Tree, ema: bool) -> Tree:
         if os.path.exists(file := os.path.join(self.folder, "params", PARAMS)):

@@ -119,8 +119,7 @@ def _results(board: Board) -> list[Table]:
                    _scored(r["validation"], "nelbo", "se"),
                    _scored(r["validation"], "bits_per_byte", "bits_per_byte_se")] for r in rows])
     asked = Table("questions", "Questions", "Answered by the likeliest choice (gsm8k: by writing), without examples; "
-                  "bounds of choices are "
-                  "compared where the model is no exact one.", ["run", *questions],
+                  "bounds of choices are compared where the model is no exact one.", ["run", *questions],
                   [[name(r), *(_accuracy(r["questions"][q]) for q in questions)] for r in rows])
     return [bits, pairs, nats, *[asked] * bool(questions), _generated(board)]
 

@@ -102,7 +102,8 @@ def test_auto_takes_the_kernel_of_the_machine(monkeypatch):
         configs.resolve({"model": {"attention": "flash"}})
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 1), (4, 1, 2)])
+@pytest.mark.parametrize("shape", [(2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow)
+                                                for shape in ((1, 4, 1), (4, 1, 2)))])
 def test_splash_on_a_mesh(shape):
     """Rows and heads are divided, inside a shard_map of the batch axes as well, and nothing changes."""
     mesh = jax.make_mesh(shape, parallel.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3,

@@ -82,7 +82,7 @@ def cavity(toy, joint, z, t, position):
     return p / p.sum()
 
 
-@pytest.mark.parametrize("p_uniform", [0.0, 0.3])
+@pytest.mark.parametrize("p_uniform", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_gidd_s_bound_is_the_entropy_for_the_network_that_knows_the_data(p_uniform):
     joint, toy, process = oracle.random_joint(V, 2, seed=5), oracle.Gidd(V, p_uniform), GiddProcess(WORDS, p_uniform)
     # t = sin^2(pi u/2): the square roots at both ends of time become smooth

@@ -241,6 +241,7 @@ def test_sedd_samples_from_ratios_that_do_not_sum_to_one():
     assert_law(tokens, joint, 10_000)
 
 
+@pytest.mark.slow
 def test_gidd_samples_the_data():
     """The network knows, at the t it is told, the law of a token given what the other one shows. The grid is fine, as
     both tokens may change in one step without knowing of each other (with 64 steps the distance was .038)."""

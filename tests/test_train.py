@@ -547,7 +547,7 @@ with interrupt.Stop() as stop:
 """
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_second_ctrl_c_leaves_at_once(root, hearing, first):
     """Also while Python waits for compiled code; a Ctrl-C after SIGTERM is the first one."""
     process = subprocess.Popen([sys.executable, "-c", HEARS], stdout=subprocess.PIPE, text=True,
@@ -664,6 +664,7 @@ def test_steps_that_grow(corpus, tmp_path, alone):
     train.check_resume(constant[0], {"config": jsons.plain(constant[1].as_dict())}, "w/run/checkpoints")
 
 
+@pytest.mark.slow
 def test_one_validation_row_ends_in_words(corpus, tmp_path, capsys, monkeypatch, alone):
     """No error of a single row: '-' where it would stand, null in the files."""
     valid_rows = pipeline.valid_rows

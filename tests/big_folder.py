@@ -72,7 +72,7 @@ LOAD = """
 import sys, jax
 from hdlm_jax.training.loading import load_here
 run = load_here(sys.argv[2])
-print("loaded", sum(a.nbytes for a in jax.tree.leaves(run.params)))
+print("loaded", sum(a.nbytes for a in jax.tree.leaves(jax.block_until_ready(run.params))))
 """
 
 

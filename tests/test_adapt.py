@@ -68,6 +68,7 @@ def weights(workdir):
     return jax.tree.map(np.asarray, loading.load_here(workdir, "latest").params)
 
 
+@pytest.mark.slow
 def test_an_autoregressive_run_becomes_hdlm(base, monkeypatch):
     """Trained, killed and resumed it is what it is without a kill; sampled from and scored as any other."""
     settings, workdir = adapt(base, "hdlm", train__open_steps=2)

@@ -176,7 +176,8 @@ def made(hierarchy=None, seed=0, **kinds):
     return settings, net, jax.tree_util.tree_map_with_path(noise, params)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind if kind in ("block", "gemma") else pytest.param(kind, marks=pytest.mark.slow)
+                                  for kind in KINDS])
 def test_some_positions_given_keys_and_values_of_the_others(kind):
     _, net, params = made(**KINDS[kind])
     z = jax.random.randint(jax.random.key(1), (2, 16), 0, 258)
@@ -190,7 +191,7 @@ def test_some_positions_given_keys_and_values_of_the_others(kind):
     np.testing.assert_allclose(again, want[row, some], atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["grouped", "gemma", "experts"])
+@pytest.mark.parametrize("kind", ["grouped", pytest.param("gemma", marks=pytest.mark.slow), "experts"])
 def test_token_by_token_as_all_at_once(kind):
     _, net, params = made(process="autoregressive", **KINDS[kind])
     z = jax.random.randint(jax.random.key(1), (2, 16), 0, 258)

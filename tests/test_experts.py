@@ -207,7 +207,7 @@ class Blocks(nn.Module):
                        length=3)(self.dims)(x, None)[0]
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_on_a_mesh(shape):
     """Values and gradients on 8 devices, parameters and rows divided as in training, are those of one device."""
     dims = dataclasses.replace(GROUPS, experts=8)

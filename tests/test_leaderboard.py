@@ -56,6 +56,7 @@ def rows(board):
     return {row["name"]: row for row in board[0]["runs"]}
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_jobs(place, board, tmp_path):
     runs, _, protocol = place
     workdir = runs["tiny"]

@@ -370,8 +370,9 @@ def adapted_run(path: Path, base: str, clusters: int = 1, process: str = "hierar
 
 
 @pytest.mark.parametrize("base, how", [
-    ("qwen3", dict(shifted=True)), ("llama", dict(shifted=False, context="block", block=4)),
-    ("qwen2", dict(shifted=True, lora=2)), ("gemma3_text", dict(shifted=True)), ("qwen3_moe", dict(lora=2))])
+    ("qwen2", dict(shifted=True, lora=2)), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("qwen3", dict(shifted=True)), ("llama", dict(shifted=False, context="block", block=4)),
+        ("gemma3_text", dict(shifted=True)), ("qwen3_moe", dict(lora=2))])])
 def test_an_autoregressive_model_made_a_masked_one_goes_out_and_comes_back(base, how, tmp_path):
     """With the mask's vector behind the tokens, and low-rank additions merged."""
     here = adapted_run(tmp_path / "run", base, **how)
@@ -443,7 +444,8 @@ def test_no_setting_reads_an_autoregressive_model_both_ways(tmp_path):
     assert said(import_weights.import_released, forced, str(tmp_path / "no")).startswith("decoder: --mode=import takes")
 
 
-@pytest.mark.parametrize("step", ["tokenizer", "hierarchy.npz", "params", "moved", "config.json"])
+@pytest.mark.parametrize("step", ["params", "config.json", *(pytest.param(step, marks=pytest.mark.slow)
+                                                         for step in ("tokenizer", "hierarchy.npz", "moved"))])
 def test_an_interrupted_import(step, tmp_path, monkeypatch):
     """Wherever it stops nothing is there to load, and the same command starts over."""
     hub, here = folder(tmp_path / "hub", "qwen3"), tmp_path / "run"
@@ -568,6 +570,7 @@ for name in sys.argv[1].split(","):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", ["qwen2,llada", pytest.param("qwen3_moe,gemma3_text", marks=pytest.mark.slow)])
 def test_on_a_mesh_of_eight_devices(names, root, tmp_path):
     flags = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILES}"
@@ -578,9 +581,10 @@ def test_on_a_mesh_of_eight_devices(names, root, tmp_path):
 
 
 @pytest.mark.parametrize("kind, base, shifted", [
-    ("Dream", "qwen2", True), ("sdar", "qwen3", False), ("rnd1", "qwen3_moe", False), *(
+    ("Dream", "qwen2", True), *(
         pytest.param(*case, marks=pytest.mark.slow) for case in [
-            ("Fast_dLLM_Qwen", "qwen2", True), ("a2d-qwen3", "qwen3", False), ("a2d-qwen2", "qwen2", False),
+            ("sdar", "qwen3", False), ("rnd1", "qwen3_moe", False), ("Fast_dLLM_Qwen", "qwen2", True),
+            ("a2d-qwen3", "qwen3", False), ("a2d-qwen2", "qwen2", False),
             ("a2d-llama", "llama", False)])])
 def test_families_of_the_same_network(kind, base, shifted, tmp_path):
     """Their logits are those that the base gives when each token sees all, at their place or one behind."""

@@ -553,6 +553,7 @@ class Shelf:
     """A reader of made-up documents: source s has 3 + 4s training documents, some others, and records that are bad."""
 
     prompt_field: str = ""
+    chat: bool = False
     read_documents: int = 0
     most: int = 0  # documents in memory at once
     texts: list = dataclasses.field(default_factory=list)

@@ -124,7 +124,7 @@ def _folder(folder: Path) -> Found:
     new = [{**token, "id": place} for place, token in more.items() if place not in there and _text(token)]
     if new:  # tokenizer_config.json may know tokens that tokenizer.json does not
         spec["added_tokens"] = sorted([*added, *new], key=lambda token: token["id"])
-        raw = json.dumps(spec).encode()
+        raw = json.dumps(spec, allow_nan=False).encode()
     text = {token["id"]: _text(token) for token in spec.get("added_tokens") or []}
     ends = [_text(config.get("eos_token"))]
     for name in ("generation_config.json", "config.json"):
@@ -212,7 +212,8 @@ def _byte_level(vocabulary: Mapping[str, int], merges: Sequence[str], added: lis
     return json.dumps({
         "version": "1.0", "added_tokens": added, "normalizer": {"type": "NFC"} if composed else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
-        "model": {"type": "BPE", "ignore_merges": whole, "vocab": vocabulary, "merges": merges}}).encode()
+        "model": {"type": "BPE", "ignore_merges": whole, "vocab": vocabulary, "merges": merges}},
+        allow_nan=False).encode()
 
 
 def _sentencepiece(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float],
@@ -235,4 +236,4 @@ def _sentencepiece(tokens: Sequence[str], types: Sequence[int], scores: Sequence
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}, "pre_tokenizer": None,
         "model": {"type": "BPE", "unk_token": unknown, "fuse_unk": True, "byte_fallback": _BYTE in types,
                   "vocab": {token: i for i, token in enumerate(tokens)},
-                  "merges": [merge[1:] for merge in merges]}}).encode()
+                  "merges": [merge[1:] for merge in merges]}}, allow_nan=False).encode()

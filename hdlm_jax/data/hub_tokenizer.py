@@ -102,7 +102,7 @@ class HubTokenizer(Tokenizer):
     def _encoder(self) -> tokenizers.Tokenizer:
         library = package("tokenizers", "hub", "tokenizer.kind='hub'")
         try:
-            encoder = library.Tokenizer.from_str(json.dumps(self._spec))
+            encoder = library.Tokenizer.from_str(json.dumps(self._spec, allow_nan=False))
         except Exception as error:  # of the library, which has no class of its own for them
             raise ValueError(f"the tokenizers library does not take this tokenizer.json ({error})") from None
         encoder.encode_special_tokens = True  # as text
@@ -359,4 +359,4 @@ def _deciding(spec: dict[str, Any], eot: int) -> str:
 
     model = {name: value for name, value in spec["model"].items() if name not in ("vocab", "merges")}
     words = {"vocab": spec["model"]["vocab"], "merges": spec["model"]["merges"]}
-    return json.dumps([said(spec | {"model": model}), words, eot], sort_keys=True)
+    return json.dumps([said(spec | {"model": model}), words, eot], sort_keys=True, allow_nan=False)

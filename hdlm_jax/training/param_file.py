@@ -35,7 +35,7 @@ class Writer:
         for name, (shape, kind) in sorted(arrays.items()):
             self._start[name], end = end, end + math.prod(shape) * kind.itemsize
             header[name] = {"dtype": NAMES[kind], "shape": list(shape), "data_offsets": [self._start[name], end]}
-        text = json.dumps(header).encode()
+        text = json.dumps(header, allow_nan=False).encode()
         text += b" " * (-len(text) % 8)
         file.write(len(text).to_bytes(8, "little") + text)
         self._data = file.tell()

@@ -176,7 +176,7 @@ def made(hierarchy=None, seed=0, **kinds):
     return settings, net, jax.tree_util.tree_map_with_path(noise, params)
 
 
-@pytest.mark.parametrize("kind", [kind if kind in ("block", "gemma") else pytest.param(kind, marks=pytest.mark.slow)
+@pytest.mark.parametrize("kind", [kind if kind == "block" else pytest.param(kind, marks=pytest.mark.slow)
                                   for kind in KINDS])
 def test_some_positions_given_keys_and_values_of_the_others(kind):
     _, net, params = made(**KINDS[kind])

@@ -20,7 +20,8 @@ def frozen(root):
     return json.loads((root / "tests" / "goldens.json").read_text())
 
 
-@pytest.mark.parametrize("case", ["hdlm_k3_xi9_factorised", pytest.param("gidd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["hdlm_k3_xi9_factorised", "gidd"])
 def test_losses_and_bounds_are_those_of_before(case, frozen, tmp_path):
     devices = len(jax.devices())
     name = f"{case}/{devices}" if f"{case}/{devices}" in frozen["cases"] else f"{case}/1"

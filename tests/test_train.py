@@ -623,6 +623,7 @@ def test_minutes_between_checkpoints(monkeypatch):
     assert not timer.due(10**6)
 
 
+@pytest.mark.slow
 def test_saved_by_the_clock_or_asked_to_stop_it_ends_as_if_never_stopped(corpus, tmp_path, monkeypatch, alone):
     """Saved at step 5 by the clock and left at 6, both off log_every=4 and checkpoint.every=7: state and metrics.jsonl
     end as if never stopped."""

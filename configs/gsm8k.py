@@ -15,24 +15,19 @@ from hdlm_jax import config
 
 
 def get_config():
-    c = config.default()
-    c.data.source = "files"
+    c = config.recipe("tuned")
     c.data.files = ("$HDLM_DATA/gsm8k/train.jsonl.xz",)
     c.data.prompt_field = "question"
     c.data.text_field = "answer"
     c.data.chat = True
-    c.data.packing = "crop"
     c.model.seq_len = 256
     c.optimizer.lr = 1e-4
-    c.optimizer.warmup = 50
     c.train.init_from = "runs/adapt_hdlm64-factorised"
     c.train.steps = 1000
     c.train.batch_size = 8
     c.train.log_every = 10
     c.checkpoint.every = 500
-    c.evaluate.rows_in_training = 64
     c.evaluate.checkpoint = "latest"
     c.generate.checkpoint = "latest"
-    c.generate.steps = 64
     c.generate.temperature = 0.5
     return c

@@ -12,6 +12,7 @@ from tiny import RECIPE, write_recipe
 import hdlm_jax
 from hdlm_jax import config
 from hdlm_jax.config import ConfigError, inherit, resolve
+from hdlm_jax.models.decoder import merged
 from hdlm_jax.runs import train
 from hdlm_jax.training import loading
 from hdlm_jax.training.step import make_loss_sums, opened
@@ -42,8 +43,8 @@ def base(tmp_path_factory):
 
 
 def adapt(base, name, **changes):
-    given = recipe(base, train__init_from=str(base / "ar"), train__adapt=True,
-                   **{"decoder__shifted": True, "train__steps": 2} | changes)
+    given = recipe(base, train__adapt=True, **{
+        "train__init_from": str(base / "ar"), "decoder__shifted": True, "train__steps": 2} | changes)
     workdir = str(base / name)
     return resolve(loading.with_base(given, workdir)), workdir
 
@@ -101,6 +102,20 @@ def test_low_rank_training_leaves_the_rest_as_it_was(base, head):
             same, leaf = (a[:257] if names[0] == "embedding" else a for a in (same, leaf))  # rows of tokens
             np.testing.assert_array_equal(same, leaf.astype(same.dtype), ".".join(names))
     assert np.any(new["stack"]["q"]["lora_out"]) and new["stack"]["q"]["lora_in"].dtype == np.float32
+
+
+@pytest.mark.slow
+def test_without_additions_of_its_own_it_starts_from_the_base_s_merged(base):
+    """They would be lost without a word."""
+    settings, workdir = adapt(base, "added", decoder__lora=2)
+    train.train(settings, workdir)
+    changes = dict(train__init_from=workdir, optimizer__lr=1e-12, optimizer__weight_decay=0.0, train__steps=1)
+    settings, there = adapt(base, "plain", **changes)
+    train.train(settings, there)
+    lora, plain = weights(workdir), weights(there)
+    assert "lora_in" not in plain["stack"]["q"]
+    np.testing.assert_allclose(plain["stack"]["q"]["kernel"], merged(lora)["stack"]["q"]["kernel"], atol=1e-7)
+    assert np.abs(plain["stack"]["q"]["kernel"] - lora["stack"]["q"]["kernel"]).max() > 1e-6
 
 
 def test_small_parameters_are_not_trained(base):

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import reprlib
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -143,6 +144,15 @@ def open_atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def move_into(aside: str, folder: str) -> None:
+    """Moves all that lies in the folder `aside` into another of the same disk, in the place of what has its names."""
+    for name in os.listdir(aside):
+        here = os.path.join(folder, name)
+        shutil.rmtree(here) if os.path.isdir(here) else None
+        os.replace(os.path.join(aside, name), here)
+    os.rmdir(aside)
 
 
 def write_atomic(path: str | os.PathLike, raw: bytes) -> None:

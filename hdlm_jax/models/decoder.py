@@ -242,8 +242,8 @@ class Decoder(Transformer):
     def table(self, params: Tree) -> jax.Array:
         return jnp.concatenate([params["embedding"][: self.head.hierarchy.vocab_size], params["states"]])
 
-    def with_head(self, params: Tree, kernel: jax.Array, bias: jax.Array, key: jax.Array) -> Tree:
-        made = self.head.start(kernel, bias, key)
+    def with_head(self, params: Tree, kernel: jax.Array, bias: jax.Array) -> Tree:
+        made = self.head.start(kernel, bias)
         return {**params, "head": {"bias": made["bias"]} if self.dims.tied else made}
 
     def init_params(self, key: jax.Array, seq_len: int) -> Tree:

@@ -38,7 +38,7 @@ class Head(Protocol):
     def init(self, key: jax.Array, width: int) -> Tree:
         """Parameters."""
 
-    def start(self, kernel: jax.Array, bias: jax.Array, key: jax.Array) -> Tree:
+    def start(self, kernel: jax.Array, bias: jax.Array) -> Tree:
         """Parameters from a vector [V, D] and a bias [V] for every token's logit."""
 
     def rows(self, params: Tree) -> tuple[jax.Array, jax.Array]:
@@ -106,7 +106,7 @@ class FlatHead:
         rows = padded(self.hierarchy.vocab_size)
         return {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)}
 
-    def start(self, kernel: jax.Array, bias: jax.Array, key: jax.Array) -> Tree:
+    def start(self, kernel: jax.Array, bias: jax.Array) -> Tree:
         extra = padded(len(bias)) - len(bias)
         return {"kernel": jnp.pad(kernel, ((0, extra), (0, 0))), "bias": jnp.pad(bias, (0, extra))}
 
@@ -179,7 +179,7 @@ class FactorisedHead:
         return {"words": {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)},
                 "clusters": {"kernel": spread * jax.random.normal(key, (n, width)), "bias": jnp.zeros(n)}}
 
-    def start(self, kernel: jax.Array, bias: jax.Array, key: jax.Array) -> Tree:
+    def start(self, kernel: jax.Array, bias: jax.Array) -> Tree:
         """Each cluster's tokens are dealt to its prototypes: one has the mean of its tokens' vectors and, as its bias,
         the logarithm of their summed exponentials, so that at h = 0 clusters are as likely as their tokens were."""
         blocks, (n, p) = self.blocks, (self.hierarchy.sizes[1], self.prototypes)

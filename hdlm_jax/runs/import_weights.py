@@ -87,11 +87,7 @@ def _import(config: Config, workdir: str) -> None:
     with jsons.open_atomic(os.path.join(aside, "released.npz")) as held:
         np.savez(held, about=np.asarray(jsons.dumps(about)), **rest)  # type: ignore[arg-type]
     save_params(os.path.join(aside, "params"), params)
-    for name in os.listdir(aside):
-        here = os.path.join(workdir, name)
-        shutil.rmtree(here) if os.path.isdir(here) else None
-        os.replace(os.path.join(aside, name), here)
-    os.rmdir(aside)
+    jsons.move_into(aside, workdir)
     fingerprints = {"tokenizer": tokenizer.fingerprint, "hierarchy": hierarchy.fingerprint, "data": ""}
     write_json(marker, {"step": file.step, "ema": file.averaged, "fingerprints": fingerprints,
                         "config": config.to_save(), "hdlm_jax": hdlm_jax.__version__, "released": about,

@@ -101,11 +101,7 @@ def _import(config: Config, workdir: str) -> None:
     count = _write(os.path.join(aside, "params"), run, hierarchy, tensors, layout, start, found)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     write_json(os.path.join(aside, "source.json"), {"config": raw, "dtypes": dtypes})
-    for name in os.listdir(aside):
-        here = os.path.join(workdir, name)
-        shutil.rmtree(here) if os.path.isdir(here) else None
-        os.replace(os.path.join(aside, name), here)
-    os.rmdir(aside)
+    jsons.move_into(aside, workdir)
     fingerprints = {"tokenizer": tokenizer.fingerprint, "hierarchy": hierarchy.fingerprint, "data": ""}
     write_json(os.path.join(workdir, "config.json"), {
         "step": 0, "ema": False, "fingerprints": fingerprints, "config": run.to_save(),
@@ -202,7 +198,7 @@ def _write(folder: str, run: Config, hierarchy: Hierarchy, tensors: Mapping[str,
                 if ours == "embedding":
                     out.put("states", array[start][None])
             else:
-                out.put(ours, array.T if place.turned else array, place.at) if array.ndim else None
+                out.put(ours, array.T if place.turned else array, place.at)
     return sum(int(np.prod(shape)) for shape, _ in arrays.values())
 
 

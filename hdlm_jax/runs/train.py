@@ -20,6 +20,7 @@ from hdlm_jax.config import Config, ConfigError, resolve
 from hdlm_jax.data.embeddings import initial_table
 from hdlm_jax.data.pipeline import given, valid_rows, whole_position
 from hdlm_jax.evaluation.elbo import Evaluator, summarise
+from hdlm_jax.models.decoder import merged
 from hdlm_jax.models.make import flops_per_token
 from hdlm_jax.runs.interrupt import RESUME_EXIT, Stop, Timer
 from hdlm_jax.runs.stages import batches_of, cluster, prepare, word_vectors
@@ -272,11 +273,12 @@ class Loop:
     def _adapted(self, found: Run) -> Tree:
         """Weights of another kind of run as this one's (train.adapt)."""
         masked = not found.process.exact
+        params = found.params if self.config.decoder.lora else merged(found.params)
         make = jax.jit(lambda params: adapted(jax.random.key(self.config.train.seed), params, found.network,
                                               self.network, self.config.model.seq_len, masked),
                        out_shardings=self.shardings.params)
         try:
-            return make(found.params)
+            return make(params)
         except (ValueError, NotImplementedError) as error:
             raise ConfigError(f"train.init_from={self.config.train.init_from!r}: {error}") from error
 

@@ -18,19 +18,16 @@ from hdlm_jax.models.trunk import Trunk
 def adapted(key: jax.Array, params: Tree, base: Trunk, network: Trunk, seq_len: int, masked: bool) -> Tree:
     """Parameters of `network` from those of `base`.
 
-    masked: whether base knows a mask. key: of what is new (low-rank additions, what tells prototypes apart).
+    masked: whether base knows a mask. key: of what is new and starts at random (low-rank additions).
 
     Raises:
-      ValueError: a part that both have is of another shape.
+      ValueError: a part that both have is of another shape. NotImplementedError: the head of base is factorised.
     """
-    start, own = network.init_params(key, seq_len), dict(params)
+    start = network.init_params(key, seq_len)
     kernel, bias = base.head.rows(base.head_params(params))
     table = start_table(base.table(params), base.head.hierarchy, network.head.hierarchy, masked)
-    for name in ("embedding", "states", "head"):
-        start.pop(name, None)
-        own.pop(name, None)
-    trunk = _taken(start, own, "")
-    return network.with_head(network.with_table(network.init_params(key, seq_len) | trunk, table), kernel, bias, key)
+    trunk = {name: part for name, part in start.items() if name not in ("embedding", "states", "head")}
+    return network.with_head(network.with_table(start | _taken(trunk, params, ""), table), kernel, bias)
 
 
 def _taken(start: Tree, own: Tree, where: str) -> Tree:

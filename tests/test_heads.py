@@ -127,6 +127,26 @@ def test_new_heads_know_nothing_and_prototypes_differ():
     assert len(np.unique(params[2]["clusters"]["kernel"][:, 0])) == 3 * len(SIZES)
 
 
+@pytest.mark.parametrize("prototypes", [1, 4])
+def test_clusters_that_start_from_a_flat_head_are_fitted_to_it(prototypes):
+    """Within clusters it is the same law; of clusters, means of vectors alone are three times as far from it (KL)."""
+    hierarchy, rng = make().hierarchy, np.random.default_rng(3)
+    head, flat = FactorisedHead(hierarchy, prototypes=prototypes), FlatHead(hierarchy)
+    kernel, bias = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((50, D), (50,)))
+    h, unseen = hidden_of((512,)), hidden_of((256,), seed=2)
+    given = flat.predict(flat.start(kernel, bias), unseen)
+
+    def apart(params):
+        found = head.predict(params, unseen)
+        x = jnp.broadcast_to(jnp.arange(50), (256, 50)).T
+        np.testing.assert_allclose(jax.vmap(found.log_within)(x), jax.vmap(given.log_within)(x), atol=1e-4)
+        wanted = given.log_masses(1)
+        return float(jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - found.log_masses(1)), axis=-1)))
+
+    means, fitted = apart(head.start(kernel, bias)), apart(jax.jit(head.start)(kernel, bias, h))
+    assert 0 <= fitted < means / 3, (fitted, means)
+
+
 @pytest.mark.parametrize("head", [FlatHead(make(3).hierarchy), FactorisedHead(make(3).hierarchy, prototypes=2)],
                          ids=["flat", "factorised"])
 def test_predictions_answer_as_dense_ones(head):

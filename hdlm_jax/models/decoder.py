@@ -242,8 +242,8 @@ class Decoder(Transformer):
     def table(self, params: Tree) -> jax.Array:
         return jnp.concatenate([params["embedding"][: self.head.hierarchy.vocab_size], params["states"]])
 
-    def with_head(self, params: Tree, kernel: jax.Array, bias: jax.Array) -> Tree:
-        made = self.head.start(kernel, bias)
+    def with_head(self, params: Tree, kernel: jax.Array, bias: jax.Array, h: jax.Array | None = None) -> Tree:
+        made = self.head.start(kernel, bias, h)
         return {**params, "head": {"bias": made["bias"]} if self.dims.tied else made}
 
     def init_params(self, key: jax.Array, seq_len: int) -> Tree:

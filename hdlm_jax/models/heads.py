@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import DTypeLike
 
 from hdlm_jax.common import parallel
@@ -38,8 +39,11 @@ class Head(Protocol):
     def init(self, key: jax.Array, width: int) -> Tree:
         """Parameters."""
 
-    def start(self, kernel: jax.Array, bias: jax.Array) -> Tree:
-        """Parameters from a vector [V, D] and a bias [V] for every token's logit."""
+    def start(self, kernel: jax.Array, bias: jax.Array, h: jax.Array | None = None) -> Tree:
+        """Parameters from a vector [V, D] and a bias [V] for every token's logit.
+
+        h: float32 [M, D], hidden vectors at which a head that cannot be the same is fitted to it.
+        """
 
     def rows(self, params: Tree) -> tuple[jax.Array, jax.Array]:
         """The other way round, of a head that is flat; NotImplementedError where it is not."""
@@ -55,6 +59,7 @@ class Head(Protocol):
 
 
 NEVER = -1e6  # logit of what has no probability, in float32 or bfloat16
+FIT_STEPS = 200  # of Adam, for prototypes that start from a flat head
 
 
 def chunk_size() -> int:
@@ -106,7 +111,7 @@ class FlatHead:
         rows = padded(self.hierarchy.vocab_size)
         return {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)}
 
-    def start(self, kernel: jax.Array, bias: jax.Array) -> Tree:
+    def start(self, kernel: jax.Array, bias: jax.Array, h: jax.Array | None = None) -> Tree:
         extra = padded(len(bias)) - len(bias)
         return {"kernel": jnp.pad(kernel, ((0, extra), (0, 0))), "bias": jnp.pad(bias, (0, extra))}
 
@@ -179,9 +184,10 @@ class FactorisedHead:
         return {"words": {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)},
                 "clusters": {"kernel": spread * jax.random.normal(key, (n, width)), "bias": jnp.zeros(n)}}
 
-    def start(self, kernel: jax.Array, bias: jax.Array) -> Tree:
+    def start(self, kernel: jax.Array, bias: jax.Array, h: jax.Array | None = None) -> Tree:
         """Each cluster's tokens are dealt to its prototypes: one has the mean of its tokens' vectors and, as its bias,
-        the logarithm of their summed exponentials, so that at h = 0 clusters are as likely as their tokens were."""
+        the logarithm of their summed exponentials, so that at h = 0 clusters are as likely as their tokens were. Then
+        the prototypes are fitted to the flat head's masses of clusters at h, if given."""
         blocks, (n, p) = self.blocks, (self.hierarchy.sizes[1], self.prototypes)
         words = {"kernel": jnp.zeros((blocks.rows, kernel.shape[1]), kernel.dtype).at[blocks.row].set(kernel),
                  "bias": jnp.zeros(blocks.rows).at[blocks.row].set(bias)}
@@ -190,8 +196,27 @@ class FactorisedHead:
         share = jax.ops.segment_sum(jnp.exp(bias), part, n * p)
         mean = jax.ops.segment_sum(jnp.exp(bias)[:, None] * kernel.astype(jnp.float32), part, n * p)
         some = share > 0  # a small cluster leaves prototypes without tokens: they stay out of it
-        return {"words": words, "clusters": {"kernel": mean / jnp.where(some, share, 1.0)[:, None],
-                                             "bias": jnp.where(some, jnp.log(share), NEVER)}}
+        clusters = {"kernel": mean / jnp.where(some, share, 1.0)[:, None],
+                    "bias": jnp.where(some, jnp.log(share), NEVER)}
+        return {"words": words, "clusters": clusters if h is None else self._fitted(clusters, kernel, bias, h)}
+
+    def _fitted(self, clusters: Tree, kernel: jax.Array, bias: jax.Array, h: jax.Array) -> Tree:
+        """Prototypes whose p(node | h) is closest (KL, summed over h [M, D]) to that of a flat head."""
+        flat = FlatHead(self.hierarchy, self.dtype)
+        given, h = flat.start(kernel, bias), h[: len(h) // chunk_size() * chunk_size() or len(h)]
+        chunks = h.reshape(-1, min(len(h), chunk_size()), h.shape[-1])
+        wanted = jax.lax.map(lambda part: flat.predict(given, part).log_masses(1), chunks).reshape(len(h), -1)
+
+        def cost(clusters: Tree) -> jax.Array:
+            return -jnp.mean(jnp.sum(jnp.exp(wanted) * self.clusters({"clusters": clusters}, h).log_masses(1), axis=-1))
+
+        tx = optax.adam(optax.cosine_decay_schedule(0.01, FIT_STEPS))
+
+        def step(_: jax.Array, state: tuple[Tree, optax.OptState]) -> tuple[Tree, optax.OptState]:
+            updates, kept = tx.update(jax.grad(cost)(state[0]), state[1])
+            return optax.apply_updates(state[0], updates), kept
+
+        return jax.lax.fori_loop(0, FIT_STEPS, step, (clusters, tx.init(clusters)))[0]
 
     def rows(self, params: Tree) -> tuple[jax.Array, jax.Array]:
         raise NotImplementedError("a factorised head has no vector for the logit of a token")

@@ -169,9 +169,9 @@ class Transformer(nn.Module):
         """Embeddings of all states, [at least num_states, D]."""
         return params["embedding"]
 
-    def with_head(self, params: Tree, kernel: jax.Array, bias: jax.Array) -> Tree:
+    def with_head(self, params: Tree, kernel: jax.Array, bias: jax.Array, h: jax.Array | None = None) -> Tree:
         """Parameters with a head that starts from a vector [V, D] and bias [V] for the logit of every token."""
-        return {**params, "head": self.head.start(kernel, bias)}
+        return {**params, "head": self.head.start(kernel, bias, h)}
 
     def init_params(self, key: jax.Array, seq_len: int) -> Tree:
         return self.init(key, jnp.zeros((1, seq_len), jnp.int32), jnp.zeros((1,)))["params"]

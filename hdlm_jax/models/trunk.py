@@ -42,7 +42,7 @@ class Trunk(Protocol):
     def table(self, params: Tree) -> jax.Array:
         """The other way round: float32 [at least N, D]."""
 
-    def with_head(self, params: Tree, kernel: jax.Array, bias: jax.Array) -> Tree:
+    def with_head(self, params: Tree, kernel: jax.Array, bias: jax.Array, h: jax.Array | None = None) -> Tree:
         """Parameters with a head that starts from a vector [V, D] and bias [V] for the logit of every token."""
 
     def init_params(self, key: jax.Array, seq_len: int) -> Tree:

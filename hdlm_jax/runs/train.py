@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -24,7 +25,7 @@ from hdlm_jax.models.decoder import merged
 from hdlm_jax.models.make import flops_per_token
 from hdlm_jax.runs.interrupt import RESUME_EXIT, Stop, Timer
 from hdlm_jax.runs.stages import batches_of, cluster, prepare, word_vectors
-from hdlm_jax.training.adapt import adapted
+from hdlm_jax.training.adapt import FIT_POSITIONS, adapted, fitted
 from hdlm_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from hdlm_jax.training.fitting import fit
 from hdlm_jax.training.loading import Run, check_writable, differences, load_base, upgraded
@@ -274,13 +275,20 @@ class Loop:
         """Weights of another kind of run as this one's (train.adapt)."""
         masked = not found.process.exact
         params = found.params if self.config.decoder.lora else merged(found.params)
-        make = jax.jit(lambda params: adapted(jax.random.key(self.config.train.seed), params, found.network,
-                                              self.network, self.config.model.seq_len, masked),
-                       out_shardings=self.shardings.params)
+        make = jax.jit(lambda params: adapted(self.key, params, found.network, self.network,
+                                              self.config.model.seq_len, masked), out_shardings=self.shardings.params)
         try:
-            return make(params)
+            start = make(params)
         except (ValueError, NotImplementedError) as error:
             raise ConfigError(f"train.init_from={self.config.train.init_from!r}: {error}") from error
+        if self.config.model.head == "flat":
+            return start
+        few = max(1, FIT_POSITIONS // (self.config.train.batch_size * self.config.model.seq_len))
+        batches = [parallel.put_batch(self.mesh, rows) for rows in itertools.islice(self.batches.iterator(None), few)]
+        say(f"train: fitting the factorised head's clusters to the flat head of {self.config.train.init_from}")
+        return jax.jit(lambda start, own, batches: fitted(self.key, start, own, found.network, self.network,
+                                                          self.process, batches),
+                       out_shardings=self.shardings.params)(start, params, batches)
 
     def run(self) -> None:
         """All steps that are left. A step's metrics are read while the next one runs."""

@@ -1,18 +1,24 @@
 """From one model to another (train.adapt): an autoregressive one becomes MDLM, MDLM becomes HDLM.
 
 What both have is taken over. A cluster's vector starts as the mean of its tokens', the mask's as the mean of all tokens
-(as that of a model that has one already); a factorised head starts from the flat one's rows. DiffuLLaMA (arXiv
-2410.17891) and Dream (2508.15487) begin so; that a hierarchy can be begun so is ours.
+(as that of a model that has one already); a factorised head starts from the flat one's rows, its clusters fitted to
+the flat one's at noised texts (`fitted`). DiffuLLaMA (arXiv 2410.17891) and Dream (2508.15487) begin so; that a
+hierarchy can be begun so is ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
-from hdlm_jax.common.parallel import Tree
+from hdlm_jax.common.parallel import Batch, Tree
+from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.trunk import Trunk
+from hdlm_jax.training.step import stratified_tau
 
 
 def adapted(key: jax.Array, params: Tree, base: Trunk, network: Trunk, seq_len: int, masked: bool) -> Tree:
@@ -28,6 +34,26 @@ def adapted(key: jax.Array, params: Tree, base: Trunk, network: Trunk, seq_len: 
     table = start_table(base.table(params), base.head.hierarchy, network.head.hierarchy, masked)
     trunk = {name: part for name, part in start.items() if name not in ("embedding", "states", "head")}
     return network.with_head(network.with_table(start | _taken(trunk, params, ""), table), kernel, bias)
+
+
+FIT_POSITIONS = 8192  # hidden vectors at which a factorised head's clusters are fitted
+
+
+def fitted(key: jax.Array, params: Tree, own: Tree, base: Trunk, network: Trunk, process: Process,
+           batches: Sequence[Batch]) -> Tree:
+    """`adapted` parameters with a head that says of clusters what the flat one of `base` (parameters `own`) would."""
+    h = [noised_hidden(jax.random.fold_in(key, i), params, network, process, batch) for i, batch in enumerate(batches)]
+    return network.with_head(params, *base.head.rows(base.head_params(own)), jnp.concatenate(h))
+
+
+def noised_hidden(key: jax.Array, params: Tree, network: Trunk, process: Process, batch: Batch) -> jax.Array:
+    """Hidden vectors float32 [b S, D] of a batch's rows, noised as in training (t uniform, stratified)."""
+    x, index = batch["x"], batch["index"]
+    keys = fold(jnp.broadcast_to(key, index.shape), index)
+    tau = stratified_tau(fold(keys, 0), index, len(x))
+    z, _ = process.noised(fold(keys, 1), x, tau, batch.get("score", jnp.ones(x.shape, bool)))
+    h = network.hidden(params, z, -jnp.expm1(-tau), batch.get("segment"))
+    return h.reshape(-1, h.shape[-1]).astype(jnp.float32)
 
 
 def _taken(start: Tree, own: Tree, where: str) -> Tree:

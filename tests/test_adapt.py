@@ -72,11 +72,19 @@ def weights(workdir):
 @pytest.mark.slow
 def test_an_autoregressive_run_becomes_hdlm(base, monkeypatch):
     """Trained, killed and resumed it is what it is without a kill; sampled from and scored as any other."""
-    settings, workdir = adapt(base, "hdlm", train__open_steps=2)
+    made, make = [], train.make_train_step  # what steps are made: no mask of what is seen once all is
+
+    def told(config, *rest):
+        made.append(config.train.open_steps)
+        return make(config, *rest)
+
+    monkeypatch.setattr(train, "make_train_step", told)
+    settings, workdir = adapt(base, "hdlm", train__open_steps=1)
     train.train(settings, workdir)
     model = hdlm_jax.load(workdir, "latest")
     assert model.hierarchy.sizes == (257, 8, 1) and len(model.generate(2, steps=4)) == 2
     assert np.isfinite(model.nelbo(["some text"], draws=2)[0]["nats"])
+    assert made == [1, 0]
     first, there = adapt(base, "again", train__open_steps=2, optimizer__schedule="constant", train__steps=1)
     train.train(first, there)
     whole, once = (adapt(base, name, train__open_steps=2, optimizer__schedule="constant")

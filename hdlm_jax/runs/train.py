@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -158,6 +159,7 @@ class Loop:
                       "hierarchy": self.hierarchy.fingerprint}
         self.here = {"devices": jax.device_count(), "processes": jax.process_count(), "mesh": dict(self.mesh.shape)}
         self.start, self.profile = 0, profile
+        self.opened: bool | None = None  # whether `step` is of the time when tokens see all others
         self.key = jax.random.key(config.train.seed)
 
     def begin(self) -> bool:
@@ -166,7 +168,7 @@ class Loop:
         self.stop.listen()
         saved = self._resumed()
         if not saved:
-            self._compile()
+            self._compile(0)
             self.state = self._fresh_state()
         self.traced = [min(self.start + n, steps) if self.profile else -1 for n in (10, 13)]  # first, last
         window = [{k: math.nan if v is None else v for k, v in step.items()} for step in saved.get("window", [])]
@@ -204,8 +206,7 @@ class Loop:
             self.start = step
             try:
                 saved = self._said()
-                if not hasattr(self, "step"):
-                    self._compile()
+                self._compile(self.start)
                 self.state = self.checkpoints.restore(step, self.abstract)
             except DamagedCheckpoint as error:
                 damaged[step] = error.found
@@ -230,18 +231,26 @@ class Loop:
                                   f"trained with {saved[name][:12]}; use another --workdir")
         return saved
 
-    def _compile(self) -> None:
-        """Before the state is made, so that the memory of compiling is free again."""
-        began = time.monotonic()
+    def _compile(self, done: int) -> None:
+        """The step for what comes after `done` steps, where it is another than the one there is (train.open_steps).
+
+        At first before the state is made, so that the memory of compiling is free again.
+        """
+        opened = done >= self.config.train.open_steps
+        if opened == self.opened:
+            return
+        began, self.opened = time.monotonic(), opened
         example = parallel.put_batch(self.mesh, self.batches.example())
 
         def compiled(config: Config) -> parallel.Compiled:
+            if opened:  # from there on without a mask, so that attention kernels serve
+                config = dataclasses.replace(config, train=dataclasses.replace(config.train, open_steps=0))
             network, process = build(config, self.hierarchy)
             step = make_train_step(config, network, process, self.tx, self.mesh)
             return parallel.compile_ahead(parallel.compile_step(step, self.mesh, self.shardings), self.abstract,
                                           example, self.key)
 
-        if self.start < self.config.train.steps:
+        if done < self.config.train.steps:
             found = fit(self.config, parallel.batch_shards(self.mesh), compiled, parallel.free_memory())
             self.step = found.compiled
             if self.config.model.remat == "auto" and jax.default_backend() != "cpu":
@@ -316,6 +325,7 @@ class Loop:
         batch = parallel.put_batch(self.mesh, rows)
         if step == self.traced[0]:
             jax.profiler.start_trace(os.path.join(self.workdir, "profile"))
+        self._compile(step - 1)
         self.state, metrics = self.step(self.state, batch, self.key)
         if step == self.start + 1:
             jax.block_until_ready(metrics)

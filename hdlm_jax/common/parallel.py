@@ -158,12 +158,14 @@ def split_heads(run: Callable[..., jax.Array], heads: Sequence[jax.Array], rows:
                 whole: Sequence[jax.Array] = ()) -> jax.Array:
     """run(*heads, *rows, *whole) on every device of `made_for`'s mesh: kernels are not split by the compiler.
 
+    Nor does it take one where an axis, if only of one device, is left for it to split.
+
     heads: [B, S, H, n], as is the result: rows divided over the batch axes, heads over the tensor axis, where they
     divide. rows: [B, ...]. whole: not divided.
     """
     mesh, context = _mesh.get(), jax.sharding.get_abstract_mesh()
     free = [axis for axis in AXES if axis not in context.manual_axes]
-    if mesh is None or math.prod(mesh.shape[axis] for axis in free) == 1:
+    if mesh is None or mesh.size == 1 or not free:
         return run(*heads, *rows, *whole)
     b, _, h, _ = heads[0].shape
     batch = tuple(axis for axis in BATCH if axis in free)

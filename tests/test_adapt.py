@@ -6,13 +6,14 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import RECIPE, write_recipe
 
 import hdlm_jax
 from hdlm_jax import config
 from hdlm_jax.config import ConfigError, inherit, resolve
-from hdlm_jax.models.decoder import merged
+from hdlm_jax.models.decoder import apart, merged
 from hdlm_jax.runs import train
 from hdlm_jax.training import loading
 from hdlm_jax.training.step import make_loss_sums, opened
@@ -98,7 +99,8 @@ def test_an_autoregressive_run_becomes_hdlm(base, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["flat", "factorised"])
-def test_low_rank_training_leaves_the_rest_as_it_was(base, head):
+def test_low_rank_training_leaves_the_rest_as_it_was(base, head, monkeypatch):
+    monkeypatch.setattr(train, "FIT_POSITIONS", 256)  # eight simulated devices do the fit eight times
     settings, workdir = adapt(base, f"lora-{head}", decoder__lora=2, model__head=head, model__param_dtype="bfloat16")
     train.train(settings, workdir)
     old, new = weights(str(base / "ar")), weights(workdir)
@@ -159,3 +161,32 @@ def test_a_loss_with_everything_open_is_the_plain_one(base):
     np.testing.assert_allclose(loss(params, batch | {"open": jnp.ones(8)}, jax.random.key(2))[0], plain, rtol=1e-6)
     assert abs(loss(params, batch | {"open": jnp.zeros(8)}, jax.random.key(2))[0] - plain) > 1e-4 * abs(plain)
     assert config.resolve(recipe(base)).train.open_steps == 0
+
+
+@pytest.mark.slow
+def test_low_rank_training_makes_no_gradient_of_what_it_keeps(base):
+    """A third of the products are saved, and what is trained takes the very step that it took beside the others'."""
+    from hdlm_jax.diffusion.hierarchy import Hierarchy
+    from hdlm_jax.training.state import build, init_state, make_optimizer
+    from hdlm_jax.training.step import make_train_step
+
+    batch = {"x": jax.random.randint(jax.random.key(1), (8, 16), 0, 257), "index": jnp.arange(8)}
+    hierarchy, steps = Hierarchy.from_parents([np.arange(257) % 8]), {}
+    for rank in (0, 2):
+        settings, _ = adapt(base, "none", decoder__lora=rank, train__microbatches=2)
+        network, process = build(settings, hierarchy)
+        state = init_state(settings, network, make_optimizer(settings)[0], jax.random.key(0))
+        step = jax.jit(make_train_step(settings, network, process, make_optimizer(settings)[0]))
+        steps[rank] = step.lower(state, batch, jax.random.key(2))
+    (full, lora) = (steps[rank].cost_analysis()["flops"] for rank in (0, 2))
+    assert lora < 0.9 * full, (lora, full)
+    new, metrics = steps[2].compile()(state, batch, jax.random.key(2))
+    grads = jax.grad(lambda p: make_loss_sums(settings, network, process)(p, batch, jax.random.fold_in(
+        jax.random.key(2), 0))[0])(state.params)
+    trained, kept = apart(grads)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(trained) / batch["x"].size, rtol=1e-5)
+    assert optax.tree.norm(kept) > 0
+    jax.tree.map(np.testing.assert_array_equal, apart(new.params)[1], apart(state.params)[1])
+    change = [np.abs(a - b).max() for a, b in zip(*(jax.tree.leaves(apart(p)[0]) for p in (new.params, state.params)),
+                                                  strict=True)]
+    assert max(change) > 0

@@ -177,6 +177,12 @@ def split_heads(run: Callable[..., jax.Array], heads: Sequence[jax.Array], rows:
     return over(*heads, *rows, *whole)
 
 
+def whole(tree: Tree) -> Tree:
+    """The same arrays, all of each on every device of `made_for`'s mesh."""
+    mesh = _mesh.get()
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 def _for(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def made(*args: Any) -> Any:

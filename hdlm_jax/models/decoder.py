@@ -341,6 +341,13 @@ def lora_labels(params: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(of, params)
 
 
+def apart(params: Tree) -> tuple[Tree, Tree]:
+    """Parameters that low-rank training changes and those that it keeps, each with None in the others' places."""
+    labels = lora_labels(params)
+    return (jax.tree.map(lambda a, label: a if label == "trained" else None, params, labels),
+            jax.tree.map(lambda a, label: a if label == "kept" else None, params, labels))
+
+
 def merged(params: Tree) -> Tree:
     """Parameters of the same network without low-rank additions: W + A B in the place of W."""
     if not isinstance(params, dict):

@@ -201,11 +201,15 @@ class FactorisedHead:
         return {"words": words, "clusters": clusters if h is None else self._fitted(clusters, kernel, bias, h)}
 
     def _fitted(self, clusters: Tree, kernel: jax.Array, bias: jax.Array, h: jax.Array) -> Tree:
-        """Prototypes whose p(node | h) is closest (KL, summed over h [M, D]) to that of a flat head."""
+        """Prototypes whose p(node | h) is closest (KL, summed over h [M, D]) to that of a flat head.
+
+        Every device does all of it: it is little, and its many small steps would wait for each other.
+        """
         flat = FlatHead(self.hierarchy, self.dtype)
         given, h = flat.start(kernel, bias), h[: len(h) // chunk_size() * chunk_size() or len(h)]
-        chunks = h.reshape(-1, min(len(h), chunk_size()), h.shape[-1])
+        chunks = parallel.whole(h).reshape(-1, min(len(h), chunk_size()), h.shape[-1])
         wanted = jax.lax.map(lambda part: flat.predict(given, part).log_masses(1), chunks).reshape(len(h), -1)
+        h, wanted = parallel.whole((h, wanted))
 
         def cost(clusters: Tree) -> jax.Array:
             return -jnp.mean(jnp.sum(jnp.exp(wanted) * self.clusters({"clusters": clusters}, h).log_masses(1), axis=-1))
@@ -214,9 +218,9 @@ class FactorisedHead:
 
         def step(_: jax.Array, state: tuple[Tree, optax.OptState]) -> tuple[Tree, optax.OptState]:
             updates, kept = tx.update(jax.grad(cost)(state[0]), state[1])
-            return optax.apply_updates(state[0], updates), kept
+            return parallel.whole((optax.apply_updates(state[0], updates), kept))
 
-        return jax.lax.fori_loop(0, FIT_STEPS, step, (clusters, tx.init(clusters)))[0]
+        return jax.lax.fori_loop(0, FIT_STEPS, step, parallel.whole((clusters, tx.init(clusters))))[0]
 
     def rows(self, params: Tree) -> tuple[jax.Array, jax.Array]:
         raise NotImplementedError("a factorised head has no vector for the logit of a token")

@@ -295,9 +295,11 @@ class Loop:
         few = max(1, FIT_POSITIONS // (self.config.train.batch_size * self.config.model.seq_len))
         batches = [parallel.put_batch(self.mesh, rows) for rows in itertools.islice(self.batches.iterator(None), few)]
         say(f"train: fitting the factorised head's clusters to the flat head of {self.config.train.init_from}")
-        return jax.jit(lambda start, own, batches: fitted(self.key, start, own, found.network, self.network,
-                                                          self.process, batches),
-                       out_shardings=self.shardings.params)(start, params, batches)
+        fit_head = jax.jit(lambda start, own, batches: fitted(self.key, start, own, found.network, self.network,
+                                                              self.process, batches),
+                           out_shardings=self.shardings.params)
+        with parallel.made_for(self.mesh):
+            return fit_head(start, params, batches)
 
     def run(self) -> None:
         """All steps that are left. A step's metrics are read while the next one runs."""

@@ -18,6 +18,7 @@ from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.levels import open_uniform
 from hdlm_jax.diffusion.prediction import Prediction
 from hdlm_jax.diffusion.process import Process
+from hdlm_jax.models.decoder import apart
 from hdlm_jax.models.heads import sum_over_noised
 from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.state import TrainState
@@ -97,6 +98,11 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
     return loss_sums
 
 
+def _filled(trained: Tree, kept: Tree) -> Tree:
+    """A tree whose leaves are those of `trained`, or of `kept` where that has None."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, kept, is_leaf=lambda leaf: leaf is None)
+
+
 def make_train_step(config: Config, network: Trunk, process: Process, tx: optax.GradientTransformation,
                     mesh: Mesh | None = None) -> TrainStep:
     """train_step(state, batch, key) -> (state, metrics), pure and global.
@@ -104,25 +110,26 @@ def make_train_step(config: Config, network: Trunk, process: Process, tx: optax.
     Gradients are those of the batch's loss in nats per token of text, whatever the number of microbatches. Where the
     loss or the gradient is not finite parameters, optimizer and average stay as they are.
     metrics: loss, nelbo (nats/token), grad_norm: float32 scalars; skipped: how often that was so up to here.
+    With low-rank additions the gradients, and their norm, are of these alone: the others' are never made.
     """
     loss_sums = make_loss_sums(config, network, process, mesh)
     parts, ema, open_steps = config.train.microbatches, config.optimizer.ema, config.train.open_steps
 
-    def sums(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        loss, nelbo, tokens = loss_sums(params, batch, key)
+    def sums(trained: Tree, kept: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        loss, nelbo, tokens = loss_sums(_filled(trained, kept), batch, key)
         return loss, (nelbo, tokens)
 
-    def gradients(params: Tree, batch: Batch, key: jax.Array) -> Tree:
+    def gradients(trained: Tree, kept: Tree, batch: Batch, key: jax.Array) -> Tree:
         if parts == 1:
-            return jax.value_and_grad(sums, has_aux=True)(params, batch, key)
+            return jax.value_and_grad(sums, has_aux=True)(trained, kept, batch, key)
         # rows i, i + parts, ... make a part: contiguous rows stay on their device
         split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
 
         def add(carry: Tree, part: Batch) -> tuple[Tree, None]:
-            return jax.tree.map(jnp.add, carry, jax.value_and_grad(sums, has_aux=True)(params, part, key)), None
+            return jax.tree.map(jnp.add, carry, jax.value_and_grad(sums, has_aux=True)(trained, kept, part, key)), None
 
         zero = jnp.float32(0)
-        carry, _ = jax.lax.scan(add, ((zero, (zero, zero)), jax.tree.map(jnp.zeros_like, params)), split)
+        carry, _ = jax.lax.scan(add, ((zero, (zero, zero)), jax.tree.map(jnp.zeros_like, trained)), split)
         return carry
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -130,7 +137,9 @@ def make_train_step(config: Config, network: Trunk, process: Process, tx: optax.
         if open_steps:
             share = jnp.minimum(state.step / open_steps, 1.0)
             batch = batch | {"open": jnp.broadcast_to(share, batch["index"].shape)}
-        (loss, (nelbo, tokens)), grads = gradients(state.params, batch, key)
+        trained, fixed = apart(state.params) if config.decoder.lora else (state.params, state.params)
+        (loss, (nelbo, tokens)), grads = gradients(trained, fixed, batch, key)
+        grads = _filled(grads, jax.tree.map(jnp.zeros_like, fixed))
         says, tokens = tokens > 0, jnp.maximum(tokens, 1)  # a batch of prompts alone is no step, nor an accident
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

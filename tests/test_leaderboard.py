@@ -181,9 +181,12 @@ def test_models_on_the_board_are_not_elsewhere(board):
 def test_plans_are_found_by_name(tmp_path):
     plan = {"what": "sample", "config": "released_open:llada_8b", "devices": 8, "topology": "v5e:2x4",
             "bytes": {"peak": 5 * 2**30}, "step_s": 0.25, "batch_size": 8, "seq_len": 1024}
-    (tmp_path / "plans.jsonl").write_text(json.dumps(plan) + "\n" + json.dumps(plan | {"what": "train"}) + "\n")
-    assert pages.plans(str(tmp_path / "plans.jsonl")) == {
-        "llada_8b": "v5e:2x4: 5.0 GiB a chip, 0.25 s a call of 8 rows of 1,024"}
+    copies = plan | {"mesh": {"data": 8, "fsdp": 1, "tensor": 1}, "batch_size": 16, "flops_per_step": 8 * 0.4 * 989e12}
+    lines = [json.dumps(p) + "\n" for p in (plan, plan | {"what": "train"}, copies)]
+    (tmp_path / "plans.jsonl").write_text("".join(lines))
+    assert pages.plans(str(tmp_path / "plans.jsonl")) == {"llada_8b": (
+        "v5e:2x4: 5.0 GiB a chip, 0.25 s a call of 8 rows of 1,024; one H100 of 80 GB: 5.0 GiB, 1 s a call of 2 rows "
+        "of 1,024; two CPU cores: 5.0 GiB, 3,596 s a call of 2 rows of 1,024")}
     assert pages.plans(str(tmp_path / "none")) == {}
 
 

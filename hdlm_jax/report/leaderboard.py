@@ -23,8 +23,11 @@ from hdlm_jax.common.jsons import read_lines, write_atomic
 from hdlm_jax.report import page
 from hdlm_jax.runs import leaderboard
 from hdlm_jax.runs.leaderboard import Board, Protocol
+from hdlm_jax.training.metrics import PEAK_FLOPS
 
 PLANS = "docs/runs/open_plans.jsonl"  # of tools/plan.py
+ONE = {"one H100 of 80 GB": 0.4 * PEAK_FLOPS["NVIDIA H100"],  # FLOP/s: assumed as in the plans
+       "two CPU cores": 0.11e12}  # measured: SmolLM2-135M's training (docs/results.md)
 
 
 class Open(NamedTuple):
@@ -179,14 +182,25 @@ def _identity(board: Board) -> list[Table]:
 
 
 def plans(path: str) -> dict[str, str]:
-    """By the name of a recipe's model what each of its plans of sampling says (tools/plan.py)."""
+    """By the name of a recipe's model what each of its plans of sampling says (tools/plan.py).
+
+    A plan with a copy of the model on every chip tells what one large card and a CPU need as well.
+    """
     out: dict[str, list[str]] = {}
     for plan in read_lines(path, "devices")[0]:
-        if plan.get("what") == "sample" and plan.get("bytes"):
+        if plan.get("what") != "sample" or not plan.get("bytes"):
+            continue
+        shown, gib = out.setdefault(plan["config"].rpartition(":")[2], []), plan["bytes"]["peak"] / 2**30
+        if plan.get("mesh", {}).get("data", 0) < plan["devices"] or plan["devices"] == 1:
             rows = f"{plan['batch_size']} rows of {plan['seq_len']:,}"
             call = f", {plan['step_s']:.2g} s a call of {rows}" if plan.get("step_s") else ""
-            out.setdefault(plan["config"].rpartition(":")[2], []).append(
-                f"{plan['topology']}: {plan['bytes']['peak'] / 2**30:.1f} GiB a chip{call}")
+            shown.append(f"{plan['topology']}: {gib:.1f} GiB a chip{call}")
+            continue
+        rows, flops = plan["batch_size"] // plan["devices"], plan["flops_per_step"] / plan["devices"]
+        for name, speed in ONE.items():
+            seconds = flops / speed
+            took = f"{seconds:.2g}" if seconds < 10 else f"{seconds:,.0f}"
+            shown.append(f"{name}: {gib:.1f} GiB, {took} s a call of {rows} rows of {plan['seq_len']:,}")
     return {name: "; ".join(lines) for name, lines in out.items()}
 
 

@@ -6,7 +6,7 @@
 
 A table stands between two marks, <!-- runs: docs/runs/quickstart/hdlm_tiny docs/runs/quickstart/mdlm_tiny --> and
 <!-- end -->: that of `python -m hdlm_jax.report` of these runs, and their paired differences. --keep copies of runs
-what such a table is made from.
+what such a table is made from. Behind <!-- grid: NAME --> stands a table of tools/grid.py.
 """
 import os
 import re
@@ -16,18 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hdlm_jax.report import compare
-from tools import cli
+from tools import cli, grid
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
-MARK = re.compile(r"(<!-- runs: ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (runs|grid): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def rendered(found: re.Match[str]) -> str:
-    """A mark with the table of its runs behind it."""
-    workdirs = [str(ROOT / name) for name in found[2].split()]
-    lines = [compare.table(workdirs), *compare.differences(workdirs)]
-    return found[1] + "\n" + "\n\n".join(lines) + "\n\n" + found[4]
+    """A mark with the table of its runs, or of the grid, behind it."""
+    if found[2] == "grid":
+        lines = [grid.calls_table() if found[3] == "calls" else grid.table(found[3])]
+    else:
+        workdirs = [str(ROOT / name) for name in found[3].split()]
+        lines = [compare.table(workdirs), *compare.differences(workdirs)]
+    return found[1] + "\n" + "\n\n".join(lines) + "\n\n" + found[5]
 
 
 def keep(folder: Path, workdirs: Sequence[str]) -> None:

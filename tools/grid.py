@@ -1,0 +1,239 @@
+"""What a hierarchy, a head, an optimiser are worth: one corpus, one protocol, cell by cell (docs/findings.md).
+
+    HDLM_DATA=../shared/data python -m tools.grid --list
+    HDLM_DATA=../shared/data python -m tools.grid --priority=1 --seeds=0,1 --judge=runs/smollm2
+
+A cell is a recipe of configs/books.py with some settings changed, at one seed: trained, its bound measured on the same
+rows as every other's, then sampled in a few numbers of steps and judged by the same model. Each writes
+docs/runs/grid/NAME-sSEED.json (and .npz, nats of every row, for paired differences); what is there is not made again,
+what was stopped goes on from its checkpoint. Cells of one priority take turns by seed. Tables stand in the documents
+between <!-- grid: heads --> and <!-- end -->, a name of `QUESTIONS`; python -m tools.tables writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hdlm_jax.common.console import markdown, measured, readable, say
+from hdlm_jax.common.jsons import dumps, read_json, read_lines, write_atomic
+from hdlm_jax.config import expand
+from hdlm_jax.report.run_files import training_speed
+from tools import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "docs" / "runs" / "grid"
+STEPS, ROWS, DRAWS, CALLS = 800, 1000, 4, (8, 16, 32, 64)
+SAMPLES = 64
+
+
+class Cell(NamedTuple):
+    """name: of its files; recipe: argument of configs/books.py; more: further settings; priority: 1 is first."""
+
+    name: str
+    recipe: str
+    priority: int = 1
+    more: tuple[str, ...] = ()
+
+
+NO_TIME = ("--config.model.time_conditioning=False",)
+DYNAMIC = ("--config.diffusion.weighting=dynamic", "--config.diffusion.weight_min=0.0",
+           "--config.diffusion.weight_max=2.0")
+GPT2 = ("--config.tokenizer.kind=gpt2",)
+CELLS = (
+    Cell("ar", "ar-muon"),
+    Cell("mdlm", "mdlm-muon"),
+    Cell("hdlm", "hdlm-muon"),
+    Cell("mdlm-factorised", "mdlm-factorised-muon"),
+    Cell("hdlm-factorised", "hdlm-factorised-muon"),
+    Cell("shuffled", "shuffled-muon"),
+    Cell("hdlm_xi9", "hdlm_xi9-muon"),
+    Cell("mdlm-notime", "mdlm-muon", 1, NO_TIME),
+    Cell("hdlm-notime", "hdlm-muon", 2, NO_TIME),
+    Cell("hdlm_k3", "hdlm_k3-muon", 2),
+    Cell("gidd0", "gidd0-muon", 2),
+    Cell("mdlm-adamw", "mdlm", 2),
+    Cell("hdlm-adamw", "hdlm", 2),
+    Cell("hdlm-factorised-adamw", "hdlm-factorised", 2),
+    Cell("mdlm-warm", "mdlm-warm-muon", 2),
+    Cell("hdlm-warm", "hdlm-warm-muon", 2),
+    Cell("shuffled-factorised", "shuffled-factorised-muon", 2),
+    Cell("mdlm-dynamic", "mdlm-warm", 3, DYNAMIC),
+    Cell("hdlm-dynamic", "hdlm-warm", 3, DYNAMIC),
+    Cell("hdlm16", "hdlm-muon", 3, ("--config.hierarchy.clusters=(16,)",)),
+    Cell("hdlm256", "hdlm-muon", 3, ("--config.hierarchy.clusters=(256,)",)),
+    Cell("mdlm-gpt2", "mdlm-muon", 3, GPT2),
+    Cell("mdlm-factorised-gpt2", "mdlm-factorised-muon", 3, GPT2),
+    Cell("hdlm-factorised-gpt2", "hdlm-factorised-muon", 3, GPT2),
+    Cell("gidd", "gidd-muon", 4),
+    Cell("ar-adamw", "ar", 4),
+)
+QUESTIONS = {  # a table each: the first cell is what the others are compared with
+    "clusters": ("mdlm", "hdlm", "shuffled", "hdlm16", "hdlm256", "hdlm_k3"),
+    "xi": ("hdlm", "hdlm_xi9", "mdlm"),
+    "heads": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "shuffled-factorised"),
+    "time": ("mdlm", "mdlm-notime", "hdlm", "hdlm-notime"),
+    "optimisers": ("mdlm", "mdlm-adamw", "hdlm", "hdlm-adamw", "hdlm-factorised", "hdlm-factorised-adamw", "ar",
+                   "ar-adamw"),
+    "starts": ("mdlm", "mdlm-warm", "hdlm", "hdlm-warm"),
+    "paper": ("mdlm-dynamic", "hdlm-dynamic"),
+    "vocabulary": ("mdlm-gpt2", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2"),
+    "processes": ("mdlm", "ar", "gidd0", "gidd", "hdlm"),
+}
+
+
+def chosen(names: Sequence[str], priority: int) -> list[Cell]:
+    """Cells by name, or all up to a priority, the first first."""
+    known = {cell.name: cell for cell in CELLS}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--cells={','.join(unknown)}: choose among {', '.join(known)}")
+    return [known[name] for name in names] or sorted((c for c in CELLS if c.priority <= priority),
+                                                     key=lambda cell: cell.priority)
+
+
+def commands(cell: Cell, seed: int, runs: Path, steps: int, judge: str) -> list[list[str]]:
+    """What makes a cell, one after the other."""
+    workdir, data = str(runs / f"{cell.name}-s{seed}"), runs / ("data-gpt2" if cell.more == GPT2 else "data")
+    recipe = f"books:{cell.recipe}" + f"-s{seed}" * bool(seed)
+    main = [sys.executable, "-m", "hdlm_jax.main", f"--config={recipe}", f"--workdir={workdir}",
+            f"--config.data.dir={data}", f"--config.train.steps={steps}", f"--config.evaluate.rows={ROWS}",
+            f"--config.evaluate.draws={DRAWS}", *cell.more]
+    sweep = [sys.executable, "-m", "tools.sampling_sweep", workdir, f"--judge={judge}", "--checkpoint=latest",
+             f"--steps={','.join(map(str, CALLS))}", f"--num_samples={SAMPLES}", "--force_transition=cavity",
+             "--clusters=exact"]
+    return [[*main, "--mode=train"], [*main, "--mode=evaluate"], *[sweep] * bool(judge and cell.recipe[:2] != "ar")]
+
+
+def make(cell: Cell, seed: int, runs: Path, out: Path, steps: int, judge: str) -> None:
+    """Trains, measures and keeps one cell; what went wrong is said and leaves the others to go on."""
+    kept = out / f"{cell.name}-s{seed}.json"
+    if kept.exists():
+        say(f"grid: {kept.stem} is there")
+        return
+    for command in commands(cell, seed, runs, steps, judge):
+        say(f"grid: {kept.stem}: {' '.join(command[1:])}")
+        if code := subprocess.run(command, check=False).returncode:
+            say(f"grid: {kept.stem}: exit code {code}, left for the next call")
+            return
+    keep(cell, seed, runs / kept.stem, out)
+
+
+def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
+    """Writes what tables need of a run that is done."""
+    out.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
+                            check=False).stdout.strip()
+    records = read_lines(str(workdir / "metrics.jsonl"))[0]
+    found: dict[str, Any] = {"cell": cell.name, "seed": seed, "recipe": cell.recipe, "more": cell.more,
+                             "commit": commit, "cpus": os.cpu_count(), "tokens": records[-1]["tokens"],
+                             "train_tokens_per_s": training_speed(str(workdir)),
+                             "evaluate": read_json(str(workdir / "evaluate.json")), "calls": []}
+    for line in read_lines(str(workdir / "sampling_sweep.jsonl"))[0]:
+        found["calls"].append({"steps": line["sampling"]["steps"], "network_calls": line["sampling"]["network_calls"],
+                               "judge": line["judge"]})
+    shutil.copyfile(workdir / "evaluate_rows.npz", out / f"{workdir.name}.npz")
+    write_atomic(out / f"{workdir.name}.json", (dumps(found, indent=1) + "\n").encode())
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def load(name: str, out: Path = KEPT) -> list[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+    """Each seed of a cell: its record, nats [rows] and tokens [rows]."""
+    found = []
+    for path in sorted(out.glob(f"{name}-s*.json")):
+        rows = np.load(path.with_suffix(".npz"))
+        found.append((json.loads(path.read_text()), rows["nats"], rows["tokens"]))
+    return [one for one in found if one[0]["cell"] == name]
+
+
+def difference(cell: Sequence[Any], base: Sequence[Any]) -> tuple[float, float, int] | None:
+    """NELBO of a cell minus that of another, in nats a token: mean over the seeds that both have, its standard error
+    over texts and seeds together (over texts alone of one seed), and how many seeds there were."""
+    pairs = [(a, b) for a in cell for b in base if a[0]["seed"] == b[0]["seed"]]
+    if not pairs:
+        return None
+    tokens = pairs[0][0][2]
+    if any(not np.array_equal(tokens, one[2]) for pair in pairs for one in pair):
+        raise ValueError(f"{pairs[0][0][0]['cell']} and {pairs[0][1][0]['cell']} were measured on other texts")
+    apart = np.stack([a[1] - b[1] for a, b in pairs])  # [seeds, rows], nats
+    each = apart.sum(1) / tokens.sum()
+    residual = apart.mean(0) - each.mean() * tokens
+    n = len(residual)
+    error = math.sqrt(n / (n - 1) * np.sum(residual**2)) / tokens.sum()
+    seeds = each.std(ddof=1) / math.sqrt(len(each)) if len(each) > 1 else 0.0
+    return float(each.mean()), math.hypot(error, seeds), len(pairs)
+
+
+def table(question: str, out: Path = KEPT) -> str:
+    """Markdown of one of QUESTIONS, of the cells that are there."""
+    if question not in QUESTIONS:
+        raise ValueError(f"grid: {question}: choose one of {', '.join(QUESTIONS)}, calls")
+    names = QUESTIONS[question]
+    base = load(names[0], out)
+    rows = []
+    for name in names:
+        if not (cell := load(name, out)):
+            continue
+        each = ", ".join(f"{one[0]['evaluate']['nelbo']:.3f}" for one in cell)
+        e = [one[0]["evaluate"] for one in cell]
+        apart = difference(cell, base) if name != names[0] else None
+        rows.append([name, f"{np.mean([a['nelbo'] for a in e]):.4f}", each,
+                     measured(apart[0], apart[1], "+.4f") if apart else "", str(len(cell)),
+                     " → ".join(map(str, e[0]["hierarchy"])), f"{e[0]['params']:,}",
+                     readable(np.mean([one[0]["train_tokens_per_s"] for one in cell]), ",.0f")])
+    return markdown(["", "nats/token", "each seed", f"minus {names[0]}, paired", "seeds", "levels", "parameters",
+                     "train tok/s"], rows)
+
+
+def calls_table(out: Path = KEPT) -> str:
+    """Markdown: generative perplexity and entropy of every cell that was sampled, by calls, seeds averaged."""
+    rows = []
+    for cell in CELLS:
+        lines = [line for one in load(cell.name, out) for line in one[0]["calls"]]
+        if not lines:
+            continue
+        row = [cell.name]
+        for steps in CALLS:
+            here = [line["judge"] for line in lines if line["steps"] == steps]
+            row.append(" / ".join(f"{np.mean([judge[key] for judge in here]):{how}}" for key, how in (
+                ("perplexity", ".0f"), ("unigram_entropy", ".2f"), ("distinct_2", ".2f"))) if here else "")
+        rows.append(row)
+    return markdown(["perplexity / entropy / distinct-2", *(f"{n} steps" for n in CALLS)], rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0."""
+    with cli.one_line("grid"):
+        ask = cli.Parser("grid", __doc__)
+        ask.add_argument("--list", action="store_true", help="say what there is and what is done, and make nothing")
+        ask.add_argument("--cells", type=cli.listed(str), default=[], metavar="LIST", help="these alone")
+        ask.add_argument("--priority", type=cli.at_least(1), default=1, help="cells up to this priority")
+        ask.add_argument("--seeds", type=cli.listed(int), default=[0, 1], metavar="LIST")
+        ask.add_argument("--steps", type=cli.at_least(1), default=STEPS)
+        ask.add_argument("--runs", type=expand, default="runs/grid", help="workdirs")
+        ask.add_argument("--out", type=Path, default=KEPT, help="results")
+        ask.add_argument("--judge", type=expand, default="", help="folder of a GPT-2, or workdir of a run")
+        given = ask.parse_args(argv)
+        todo = [(cell, seed) for seed in given.seeds for cell in chosen(given.cells, given.priority)]
+        for cell, seed in sorted(todo, key=lambda one: (one[0].priority, one[1])):
+            if given.list:
+                done = (given.out / f"{cell.name}-s{seed}.json").exists()
+                print(f"{'done' if done else 'open'}  {cell.priority}  {cell.name}-s{seed}  books:{cell.recipe} "
+                      f"{' '.join(cell.more)}".rstrip())
+            else:
+                make(cell, seed, Path(given.runs), given.out, given.steps, given.judge)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,7 @@
 The argument is hdlm (64 clusters), shuffled (64 clusters of the same sizes with random members), hdlm_xi9 (xi = .9),
 hdlm_k3 (K = 3 levels, 256 and 16 clusters), mdlm, gidd0 (GIDD+ without random words), gidd (p_uniform = .1), sedd, ar;
 `-warm` starts the embedding table from the embeddings the words were clustered by, `-factorised` takes the factorised
-head, `-s1` is another seed: hdlm-factorised-s1.
+head, `-muon` trains the blocks' matrices by Muon, `-s1` is another seed: hdlm-factorised-s1.
 ./launch/books.sh trains and measures them. 8.2M tokens a run, about 10 minutes on 2 CPU cores.
 
 Fits on v5e:2x2: 0.1 of 16 GiB a chip, mesh 4 x 1 x 1, remat=none; a laptop without one (a compile plan,
@@ -20,8 +20,9 @@ def get_config(run="hdlm"):
     clusters = {"hdlm": (64,), "shuffled": (64,), "hdlm_xi9": (64,), "hdlm_k3": (256, 16), "mdlm": (1,), "gidd0": (1,),
                 "gidd": (1,), "sedd": (1,), "ar": (1,)}
     seeds = {f"s{i}" for i in range(10)}
-    if kind not in clusters or not set(options) <= {"warm", "factorised", *seeds}:
-        raise ValueError(f"books.py:{run}: choose one of {', '.join(clusters)}, then -warm, -factorised, -s1 ...")
+    if kind not in clusters or not set(options) <= {"warm", "factorised", "muon", *seeds}:
+        raise ValueError(f"books.py:{run}: choose one of {', '.join(clusters)}, then "
+                         "-warm, -factorised, -muon, -s1 ...")
     c = config.default()
     c.data.source = "files"
     c.data.files = (
@@ -45,6 +46,7 @@ def get_config(run="hdlm"):
     c.model.time_conditioning = kind != "ar"
     c.model.embeddings = "clusters" if "warm" in options else "random"
     c.model.head = "factorised" if "factorised" in options else "flat"
+    c.optimizer.name = "muon" if "muon" in options else "adamw"
     c.optimizer.lr = 2e-3
     c.optimizer.warmup = 100
     c.train.steps = 2000

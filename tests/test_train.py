@@ -88,8 +88,8 @@ def run_steps(config, devices, steps=3):
 
 
 @functools.cache
-def one_device(head):
-    return run_steps(make_config(model__head=head), jax.devices()[:1])
+def one_device(head, optimizer):
+    return run_steps(make_config(model__head=head, optimizer__name=optimizer), jax.devices()[:1])
 
 
 SPLIT = dict(parallel__data=2, parallel__fsdp=2, parallel__tensor=2, train__microbatches=2)
@@ -102,13 +102,14 @@ SPLIT = dict(parallel__data=2, parallel__fsdp=2, parallel__tensor=2, train__micr
         pytest.param("flat", 8, SPLIT, marks=pytest.mark.slow),
         pytest.param("flat", 1, dict(train__microbatches=4), marks=pytest.mark.slow),
         pytest.param("flat", 1, dict(model__remat="all"), marks=pytest.mark.slow),
+        pytest.param("flat", 8, SPLIT | dict(optimizer__name="muon"), marks=pytest.mark.slow),
         ("factorised", 8, SPLIT),
     ],
-    ids=["data8", "data2-fsdp2-tensor2-microbatches2", "microbatches4", "remat", "factorised"],
+    ids=["data8", "data2-fsdp2-tensor2-microbatches2", "microbatches4", "remat", "muon", "factorised"],
 )
 def test_one_path_for_any_mesh_and_microbatches(head, devices, changes):
     losses, state = run_steps(make_config(model__head=head, **changes), jax.devices()[:devices])
-    expected, reference = one_device(head)
+    expected, reference = one_device(head, changes.get("optimizer__name", "adamw"))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, reference.params)
     assert max(jax.tree.leaves(moved)) < 1e-5
@@ -286,25 +287,27 @@ def flat(state):
 
 
 @pytest.mark.slow
-def test_rerun_resumes_and_ends_as_if_never_stopped(corpus, tmp_path, alone):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_rerun_resumes_and_ends_as_if_never_stopped(corpus, tmp_path, alone, optimizer):
     """Stopped at step 6 (checkpoint 4 and 6 saved), then the full run: bit for bit the undisturbed one."""
-    whole = train.train(config_lib.resolve(loop_config(corpus)), str(tmp_path / "whole"))
+    settings = functools.partial(loop_config, optimizer__name=optimizer)
+    whole = train.train(config_lib.resolve(settings(corpus)), str(tmp_path / "whole"))
     workdir = str(tmp_path / "parts")
     # a constant rate, so that the shorter run is a prefix of the longer one
-    train.train(config_lib.resolve(loop_config(corpus, optimizer__schedule="constant", train__steps=6)), workdir)
-    parts = train.train(config_lib.resolve(loop_config(corpus, optimizer__schedule="constant")), workdir)
-    constant = train.train(config_lib.resolve(loop_config(corpus, optimizer__schedule="constant")), str(tmp_path / "c"))
+    train.train(config_lib.resolve(settings(corpus, optimizer__schedule="constant", train__steps=6)), workdir)
+    parts = train.train(config_lib.resolve(settings(corpus, optimizer__schedule="constant")), workdir)
+    constant = train.train(config_lib.resolve(settings(corpus, optimizer__schedule="constant")), str(tmp_path / "c"))
     for a, b in zip(flat(parts), flat(constant), strict=True):
         np.testing.assert_array_equal(a, b)
     assert any(not np.array_equal(a, b) for a, b in zip(flat(whole), flat(constant), strict=True))
     steps = [r["step"] for r in read_metrics(os.path.join(workdir, "metrics.jsonl"))]
     assert steps == list(range(1, 11))
-    again = train.train(config_lib.resolve(loop_config(corpus, optimizer__schedule="constant")), workdir)
+    again = train.train(config_lib.resolve(settings(corpus, optimizer__schedule="constant")), workdir)
     np.testing.assert_array_equal(flat(again)[0], flat(parts)[0])
     with pytest.raises(ConfigError, match="train.steps=12"):
-        train.train(config_lib.resolve(loop_config(corpus, train__steps=12)), str(tmp_path / "whole"))
+        train.train(config_lib.resolve(settings(corpus, train__steps=12)), str(tmp_path / "whole"))
     with pytest.raises(ConfigError, match="optimizer.lr=0.5"):
-        train.train(config_lib.resolve(loop_config(corpus, optimizer__schedule="constant", optimizer__lr=0.5)), workdir)
+        train.train(config_lib.resolve(settings(corpus, optimizer__schedule="constant", optimizer__lr=0.5)), workdir)
 
 
 def front_door(folder, config):

@@ -318,13 +318,16 @@ class DecoderConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(_Section):
-    """AdamW as published."""
+    """AdamW as published; or Muon for the matrices of the blocks (docs/theory.md section 8)."""
 
-    lr: float = 5e-4  # peak learning rate
+    name: str = "adamw"  # adamw | muon: the blocks' matrices by Muon, all else by AdamW
+    lr: float = 5e-4  # peak learning rate, of AdamW
+    muon_lr: float = 0.02  # peak learning rate of Muon; same schedule
+    muon_rms: float = 0.0  # RMS of Muon's updates at rate 1 (.2: as AdamW's, for its rate); 0: their norm is about 1
     b1: float = 0.9  # AdamW
     b2: float = 0.99  # AdamW
     eps: float = 1e-9  # AdamW
-    weight_decay: float = 0.02  # AdamW, of all parameters
+    weight_decay: float = 0.02  # of all parameters, times the rate
     clip: float = 1.0  # global norm of the gradient
     warmup: int = 10_000  # steps
     schedule: str = "cosine"  # to final_lr x lr at the last step | constant
@@ -332,12 +335,12 @@ class OptimizerConfig(_Section):
     ema: float = 0.0  # decay of the average of the weights that evaluation uses; 0: none
 
     def check(self) -> None:
-        self.among(schedule=("cosine", "constant"))
-        self.hold("must be positive", "lr", "clip")
+        self.among(schedule=("cosine", "constant"), name=("adamw", "muon"))
+        self.hold("must be positive", "lr", "muon_lr", "clip")
         self.need(0 <= self.ema < 1, "ema", "must lie in [0, 1); 0 is off")
         self.hold("must not be negative", "warmup")
         self.hold("must lie in [0, 1)", "b1", "b2")
-        self.hold("must not be negative", "eps", "weight_decay", "final_lr")
+        self.hold("must not be negative", "eps", "weight_decay", "final_lr", "muon_rms")
 
 
 @dataclasses.dataclass(frozen=True)

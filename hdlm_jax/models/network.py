@@ -7,7 +7,7 @@ norm in float32 without bias; no bias in qkv and out. Facts from the paper's net
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -30,7 +30,19 @@ PRODUCT = "product"  # name of what remat="cheap" keeps
 # rows of tables; but the width of the factorised head's words, of which blocks of rows are taken
 TENSOR_AXES = {"qkv": -1, "q": -1, "k": -1, "v": -1, "gate": -1, "up": -1, "out": -2, "down": -2,
                "embedding": -2, "head": -2, "words": -1}
+# (axis of inputs, of outputs) of the kernels of the blocks' products, by their names; every other axis is one of many
+# matrices side by side (blocks, experts; q, k and v), which training.state's Muon makes orthogonal one by one
+_ACROSS = (-2, -1)
+MATRICES = {"qkv": (-3, -1), "q": _ACROSS, "k": _ACROSS, "v": _ACROSS, "out": _ACROSS, "gate": _ACROSS, "up": _ACROSS,
+            "down": _ACROSS}
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # uniform(+-1/sqrt(fan_in))
+
+
+def matrix_axes(names: Sequence[str]) -> tuple[int, int] | None:
+    """MATRICES of a parameter, given the names on the way to it; None of all else: tables, head, norms, biases, what
+    time does, the choice of experts, low-rank additions (docs/theory.md section 8)."""
+    within = names[0] in ("stack", "dense") and names[-1] == "kernel"
+    return MATRICES.get(names[-2]) if within else None
 
 
 def rotary(seq_len: int, dim: int) -> tuple[np.ndarray, np.ndarray]:

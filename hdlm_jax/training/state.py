@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jax.sharding import Mesh
 
 from hdlm_jax.common import parallel
@@ -23,7 +24,7 @@ from hdlm_jax.diffusion.process import Process
 from hdlm_jax.diffusion.sedd import SeddProcess
 from hdlm_jax.models.decoder import lora_labels
 from hdlm_jax.models.make import make_network
-from hdlm_jax.models.network import TENSOR_AXES
+from hdlm_jax.models.network import TENSOR_AXES, matrix_axes
 from hdlm_jax.models.trunk import Trunk
 
 
@@ -51,8 +52,28 @@ class TrainState(NamedTuple):
     ema: Tree  # average of params, or {} when off
 
 
+def _matrices(params: Tree) -> Tree:
+    """Muon's axes of every matrix of the blocks, None of all else."""
+    def of(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        axes = matrix_axes([str(key.key) for key in path])
+        return axes and optax.contrib.MuonDimensionNumbers(*axes)
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _optimizer_of(params: Tree) -> Tree:
+    """"muon" or "adamw" for every parameter."""
+    def of(path: tuple[Any, ...], leaf: jax.Array) -> str:
+        return "muon" if matrix_axes([str(key.key) for key in path]) else "adamw"
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW with clipping by the global norm, and its learning-rate schedule (steps -> lr)."""
+    """AdamW with clipping by the global norm, and its learning-rate schedule (steps -> lr).
+
+    With optimizer.name='muon' the matrices of the blocks (models.network.matrix_axes) go by Muon, at its own rate.
+    """
     o, steps = config.optimizer, config.train.steps
     rest = max(1, steps - o.warmup)
     after = optax.constant_schedule(o.lr)
@@ -60,8 +81,12 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
         after = optax.cosine_decay_schedule(o.lr, rest, o.final_lr)
     schedule = optax.join_schedules([optax.linear_schedule(0.0, o.lr, max(1, o.warmup)), after], [o.warmup])
     # the update made from state.step = 0 is the first one, so that its rate is not zero
-    tx = optax.chain(optax.clip_by_global_norm(o.clip),
-                     optax.adamw(lambda n: schedule(n + 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay))
+    tx = optax.adamw(lambda n: schedule(n + 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay)
+    if o.name == "muon":
+        muon = optax.contrib.muon(lambda n: o.muon_lr / o.lr * schedule(n + 1), weight_decay=o.weight_decay,
+                                  muon_weight_dimension_numbers=_matrices, consistent_rms=o.muon_rms or None)
+        tx = optax.multi_transform({"muon": muon, "adamw": tx}, _optimizer_of)
+    tx = optax.chain(optax.clip_by_global_norm(o.clip), tx)
     if config.decoder.lora:
         tx = optax.multi_transform({"trained": tx, "kept": optax.set_to_zero()}, lora_labels)
     return tx, lambda n: schedule(n + 1)

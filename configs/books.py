@@ -5,7 +5,8 @@
 The argument is hdlm (64 clusters), shuffled (64 clusters of the same sizes with random members), hdlm_xi9 (xi = .9),
 hdlm_k3 (K = 3 levels, 256 and 16 clusters), mdlm, gidd0 (GIDD+ without random words), gidd (p_uniform = .1), sedd, ar;
 `-warm` starts the embedding table from the embeddings the words were clustered by, `-factorised` takes the factorised
-head, `-muon` trains the blocks' matrices by Muon, `-s1` is another seed: hdlm-factorised-s1.
+head (over 64 classes of its own where the process has no clusters), `-muon` trains the blocks' matrices by Muon, `-s1`
+is another seed: hdlm-factorised-s1.
 ./launch/books.sh trains and measures them. 8.2M tokens a run, about 10 minutes on 2 CPU cores.
 
 Fits on v5e:2x2: 0.1 of 16 GiB a chip, mesh 4 x 1 x 1, remat=none; a laptop without one (a compile plan,
@@ -33,6 +34,7 @@ def get_config(run="hdlm"):
     c.tokenizer.kind = "bpe"
     c.tokenizer.vocab_size = 4096
     c.hierarchy.clusters = clusters[kind]
+    c.hierarchy.head_clusters = 64 if "factorised" in options and clusters[kind] == (1,) else 0
     c.hierarchy.shuffle = kind == "shuffled"
     processes = {"gidd0": "gidd", "gidd": "gidd", "sedd": "sedd", "ar": "autoregressive"}
     c.diffusion.process = processes.get(kind, "hierarchical")

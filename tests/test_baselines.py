@@ -325,10 +325,12 @@ def test_cached_sampling_equals_a_loop_without_a_cache():
 # -- through the whole house -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "weighting", "p_uniform"), [
-    pytest.param("gidd", "dynamic", 0.2, marks=pytest.mark.slow),
-    pytest.param("sedd", "constant", 0.0, marks=pytest.mark.slow), ("autoregressive", "constant", 0.0)])
-def test_trains_evaluates_and_generates(kind, weighting, p_uniform, tmp_path):
+@pytest.mark.parametrize(("kind", "weighting", "p_uniform", "classes"), [
+    pytest.param("gidd", "dynamic", 0.2, 0, marks=pytest.mark.slow),
+    pytest.param("sedd", "constant", 0.0, 0, marks=pytest.mark.slow), ("autoregressive", "constant", 0.0, 0),
+    *[pytest.param(*kind, 8, marks=pytest.mark.slow) for kind in (
+        ("gidd", "dynamic", 0.2), ("autoregressive", "constant", 0.0), ("hierarchical", "constant", 0.0))]])
+def test_trains_evaluates_and_generates(kind, weighting, p_uniform, classes, tmp_path):
     import dataclasses
 
     import hdlm_jax
@@ -337,9 +339,10 @@ def test_trains_evaluates_and_generates(kind, weighting, p_uniform, tmp_path):
 
     config = tiny.read_recipe(tiny.write_recipe(tmp_path))
     config = dataclasses.replace(
-        config, hierarchy=dataclasses.replace(config.hierarchy, clusters=(1,)),
+        config, hierarchy=dataclasses.replace(config.hierarchy, clusters=(1,), head_clusters=classes),
         diffusion=dataclasses.replace(config.diffusion, process=kind, weighting=weighting, p_uniform=p_uniform),
-        model=dataclasses.replace(config.model, time_conditioning=kind != "autoregressive"))
+        model=dataclasses.replace(config.model, time_conditioning=kind != "autoregressive",
+                                  head="factorised" if classes else "flat"))
     config.check()
     workdir = str(tmp_path / "run")
     train.train(config, workdir)
@@ -347,14 +350,17 @@ def test_trains_evaluates_and_generates(kind, weighting, p_uniform, tmp_path):
     assert 2 < result["nelbo"] < 7 and result["se"] > 0
     assert result["draws"] == (1 if kind == "autoregressive" else 2)
     made = generate.generate(config, workdir)
-    assert made["samples"] == 3 and made["network_calls"] == (16 if kind == "autoregressive" else 6)
+    calls = made["network_calls"]  # where levels drop, calls at which none does are left out
+    assert made["samples"] == 3 and (calls == 16 if kind == "autoregressive" else 3 < calls <= 6)
     model = hdlm_jax.load(workdir)
+    assert model.hierarchy.of_head.sizes == ((257, 8, 1) if classes else (257, 1))
+    assert int(train.train(config, workdir).step) == 3, "its classes are found again"
     assert model.generate(1, prompt="the ", steps=4)[0].startswith("the ")
     found = model.nelbo(["the 3th of forty"])[0]
     assert 5 < found["nats"] < 200 and (found["se"] == 0 or kind != "autoregressive")
     (words,) = Scorer(model.run, config.evaluate).greedy([model.tokenizer.encode("the ")], [2])
     assert words.shape == (2,) and np.all(words < 257)
-    if kind == "autoregressive":  # its own judge, exactly: -log p of what it wrote
+    if kind == "autoregressive" and not classes:  # its own judge, exactly: -log p of what it wrote
         judged = dataclasses.replace(config, generate=dataclasses.replace(config.generate, judge=workdir))
         said = generate.generate(judged, workdir)["judge"]
         ids = [json.loads(line)["ids"] for line in open(f"{workdir}/samples.jsonl")]
@@ -376,6 +382,12 @@ def test_trains_evaluates_and_generates(kind, weighting, p_uniform, tmp_path):
     ({"diffusion.process": "autoregressive", "hierarchy.clusters": (1,)}, "has no time"),
     ({"diffusion.process": "autoregressive", "diffusion.weighting": "clip"}, "choose one of constant"),
     ({"diffusion.process": "gidd", "hierarchy.clusters": (1,), "generate.method": "margin"}, "no levels that drop"),
+    ({"hierarchy.clusters": (1,), "model.head": "factorised"}, "give hierarchy.head_clusters, or choose 'flat'"),
+    ({"hierarchy.head_clusters": 8}, "goes with model.head='factorised'"),
+    ({"hierarchy.head_clusters": 1}, "must be 0, or at least 2"),
+    ({"hierarchy.head_clusters": 8, "model.head": "factorised"}, r"classes are the process's own, .*\(64,\); give 0"),
+    ({"diffusion.process": "sedd", "hierarchy.clusters": (1,), "hierarchy.head_clusters": 8,
+      "model.head": "factorised"}, "scores that are not normalised; choose 'flat'"),
     ({"generate.corrections": 3}, "goes with diffusion.process='gidd'"),
     ({"diffusion.weighting": "dynamic"}, "choose one of none, constant, clip, empirical"),
 ])

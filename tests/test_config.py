@@ -53,7 +53,7 @@ def recipes():
     from pathlib import Path
     files = sorted(p.name for p in (Path(__file__).parent.parent / "configs").glob("*.py"))
     books = [f"books.py:{kind}{options}" for kind in ("mdlm", "hdlm", "shuffled") for options in ("", "-warm-s1")]
-    return files + books
+    return files + books + ["books.py:mdlm-factorised-muon", "books.py:ar-factorised"]
 
 
 @pytest.mark.parametrize("recipe", recipes())
@@ -66,7 +66,9 @@ def test_every_recipe_resolves(root, recipe):
     assert json.loads(json.dumps(resolved.as_dict())), "can be saved"
     assert f"--config={file.removesuffix('.py')}" in module.__doc__, "its docstring gives the command"
     if argument:
-        assert resolved.hierarchy.clusters == ((1,) if "mdlm" in recipe else (64,))
+        assert resolved.hierarchy.clusters == ((64,) if recipe.split(":")[1].startswith(("hdlm", "shuf")) else (1,))
+        assert resolved.hierarchy.head_clusters == (64 if "factorised" in recipe else 0)
+        assert resolved.optimizer.name == ("muon" if "muon" in recipe else "adamw")
         assert resolved.hierarchy.shuffle == ("shuffled" in recipe)
         assert (resolved.model.embeddings, resolved.train.seed) == (("clusters", 1) if "-s1" in recipe
                                                                     else ("random", 0))

@@ -12,7 +12,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hdlm_jax.common import parallel
+from hdlm_jax.diffusion import autoregressive
+from hdlm_jax.diffusion.autoregressive import AutoregressiveProcess
 from hdlm_jax.diffusion.draws import token_keys
+from hdlm_jax.diffusion.gidd import GiddProcess
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
@@ -38,6 +41,9 @@ def make(levels=2, xi=1.0, force="cavity", sizes=SIZES):
     return HierarchicalProcess(hierarchy, LevelChain((1.0,) * levels), xi, force)
 
 
+APART = Hierarchy.from_parents([], sum(SIZES), classes=words_of(SIZES))  # a head's classes that are no states
+
+
 def numbers(head, seed=0, width=D):
     """A head's parameters, at random."""
     rng, like = np.random.default_rng(seed), head.init(jax.random.key(0), width)
@@ -60,8 +66,8 @@ def brute_force(head, params, h):
     words = [table["kernel"][i] @ h + table["bias"][i] for i in range(len(table["bias"]))]
     if isinstance(head, FlatHead):
         return log_softmax(np.array(words[: head.hierarchy.vocab_size]))
-    anc, row, out = head.hierarchy.anc[1], head.blocks.row, np.zeros(head.hierarchy.vocab_size)
-    n, prototypes, c = head.hierarchy.sizes[1], head.prototypes, p["clusters"]
+    anc, row, out = head.own.anc[1], head.blocks.row, np.zeros(head.hierarchy.vocab_size)
+    n, prototypes, c = head.own.sizes[1], head.prototypes, p["clusters"]
     each = [[np.exp(c["kernel"][i] @ h + c["bias"][i]) for i in range(v * prototypes, (v + 1) * prototypes)]
             for v in range(n)]
     clusters = log_softmax(np.log(np.sum(each, axis=1)))
@@ -101,7 +107,8 @@ def test_blocks_hold_every_cluster_in_one_piece(sizes):
 
 
 @pytest.mark.parametrize("head", [FlatHead(make().hierarchy), FactorisedHead(make().hierarchy),
-                                  FactorisedHead(make().hierarchy, prototypes=3)], ids=["flat", "one", "three"])
+                                  FactorisedHead(make().hierarchy, prototypes=3),
+                                  FactorisedHead(APART, prototypes=3)], ids=["flat", "one", "three", "apart"])
 def test_logits_are_brute_force(head):
     """Normalised, and the product of the two factors, word by word."""
     params, h = numbers(head), hidden_of((2, 3))
@@ -285,6 +292,74 @@ def test_without_clusters_the_factorised_head_is_flat(small):
     """MDLM: one block of all words."""
     process = make(1)
     assert_equality(process, FactorisedHead(process.hierarchy))
+
+
+WITHOUT_CLUSTERS = {"mdlm": HierarchicalProcess(APART, LevelChain((1.0,))), "ar": AutoregressiveProcess(APART),
+                    "gidd0": GiddProcess(APART), "gidd": GiddProcess(APART, 0.3)}
+
+
+@pytest.mark.parametrize("name", ["mdlm", "gidd", *[pytest.param(n, marks=pytest.mark.slow) for n in ("ar", "gidd0")]])
+def test_classes_that_are_no_states_are_the_head_s_alone(small, name):
+    """Losses, gradients, nats and draws of a process without clusters: those of a flat head of the same law."""
+    process, head = WITHOUT_CLUSTERS[name], FactorisedHead(APART, prototypes=3)
+    rng, params, hidden = np.random.default_rng(2), numbers(head), hidden_of()
+    x = jnp.asarray(rng.integers(0, sum(SIZES), (B, S)), jnp.int32)
+    tau, weight = jnp.linspace(0.3, 2, B), jnp.asarray(rng.random((B, S)), jnp.float32)
+    z, level = process.noised(jax.random.key(4), x, tau, jnp.ones((B, S), bool))
+    rows = (x, z, jnp.broadcast_to(tau[:, None], x.shape), weight)
+
+    def cost(p, fields, levels=None):
+        return process.token_loss(p, *fields[:2], levels, tau=fields[2])
+
+    def dense(params, hidden):
+        nats = jnp.where(level > 0, cost(LogitsPrediction(head.logits(params, hidden), APART), rows), 0.0)
+        return jnp.sum(weight * nats), nats
+
+    def pieces(params, hidden):
+        fn = lambda p, fields, levels: (fields[3] * cost(p, fields, levels),) * 2  # noqa: E731
+        given = (params, hidden, level, x, rows)
+        loss, _ = sum_over_noised(head, fn, *given, needs=process.needs())
+        return loss, map_over_noised(head, cost, *given, needs=process.needs())
+
+    want, found = (jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(params, hidden) for f in (dense, pieces))
+    close(found, want, name)
+    if name != "gidd":
+        p = np.array([brute_force(head, params, h) for h in np.asarray(hidden[0], float)])
+        scale = np.exp(-0.3) if name == "gidd0" else 1.0  # its nats are 1 - t of a cross-entropy
+        nats = np.where(level[0] > 0, -scale * p[np.arange(S), x[0]], 0)
+        np.testing.assert_allclose(found[0][1][0], nats, rtol=1e-5, atol=1e-5)
+
+
+def test_mdlm_draws_the_law_of_a_head_with_classes_of_its_own():
+    head, h = FactorisedHead(APART), hidden_of((), seed=7)
+    params = numbers(head, seed=6)
+
+    @jit
+    def draw(params, keys):
+        p = head.predict(params, jnp.broadcast_to(h[None], (len(keys), D)))
+        z = jnp.full(len(keys), APART.mask_id)
+        return WITHOUT_CLUSTERS["mdlm"].reverse_step(keys, p, z, jnp.zeros_like(z))
+
+    found = np.bincount(draw(params, jax.random.split(jax.random.key(8), ROWS)), minlength=sum(SIZES))
+    distance, floor, spread = oracle.total_variation(found, np.exp(brute_force(head, params, np.asarray(h, float))))
+    assert distance <= floor + 4.5 * spread
+
+
+@pytest.mark.slow
+def test_samplers_of_all_words_draw_from_such_a_head_as_from_a_flat_one():
+    head = FactorisedHead(APART)
+    params, mask = numbers(head), APART.mask_id
+    table = jnp.asarray(np.random.default_rng(1).standard_normal((APART.num_states, D)), jnp.float32)
+    z = jnp.full((B, 4), mask).at[:, 0].set(2)
+    gidd, ar, key = WITHOUT_CLUSTERS["gidd"], WITHOUT_CLUSTERS["ar"], jax.random.key(3)
+
+    def drawn(of):
+        words, _ = autoregressive.sample(key, lambda cache, z, i: (cache, of(table[z[:, 0]])), ar, z, ())
+        return words, gidd.step(key, of(table[z]), z, 0.5, 1.5)
+
+    both = [drawn(of) for of in (lambda h: head.predict(params, h), lambda h: head.logits(params, h))]
+    for one, other in zip(*both, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def mesh_of(shape):

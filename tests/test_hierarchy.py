@@ -155,6 +155,19 @@ def test_save_and_load(tmp_path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["hierarchy.npz"]  # nothing temporary stays
 
 
+def test_classes_of_a_head_are_kept_and_are_no_states(tmp_path) -> None:
+    path, plain = tmp_path / "hierarchy.npz", Hierarchy.from_parents([], 5)
+    h = Hierarchy.from_parents([], 5, classes=np.array([1, 0, 2, 0, 1]))
+    assert h.sizes == plain.sizes == (5, 1) and h.of_head.sizes == (5, 3, 1) and plain.of_head is plain
+    assert h != plain and h != Hierarchy.from_parents([], 5, classes=np.array([0, 0, 2, 0, 1]))
+    h.save(path, "tok")
+    assert Hierarchy.load(path) == h and Hierarchy.load(path).classes.tolist() == [1, 0, 2, 0, 1]
+    with pytest.raises(ValueError, match="empty cluster: node 1"):
+        Hierarchy.from_parents([], 3, classes=np.array([0, 2, 0]))
+    with pytest.raises(ValueError, match="a head's classes are the nodes of level 1 there"):
+        Hierarchy((np.array([0, 1, 0]), np.zeros(2, int)), classes=np.array([0, 1, 0]))
+
+
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch) -> None:
     path = tmp_path / "hierarchy.npz"
     old, new = Hierarchy.from_parents([[0, 1, 0]]), Hierarchy.from_parents([[0, 1, 1]])

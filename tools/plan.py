@@ -69,7 +69,9 @@ class Collective(NamedTuple):
 def balanced(config: Config) -> Hierarchy:
     """A hierarchy of a config's sizes without data: clusters as equal as can be, at every level."""
     sizes = (config.tokenizer.vocab_size, *config.hierarchy.clusters)
-    maps = [np.arange(n) % m for n, m in zip(sizes, sizes[1:], strict=False)]
+    maps, own = [np.arange(n) % m for n, m in zip(sizes, sizes[1:], strict=False)], config.hierarchy.head_clusters
+    if own:
+        return Hierarchy.from_parents([], sizes[0], classes=np.arange(sizes[0]) % own)
     return Hierarchy.from_parents(maps, vocab_size=sizes[0])
 
 

@@ -135,6 +135,7 @@ class HierarchyConfig(_Section):
 
     clusters: tuple[int, ...] = (0,)  # (0,): one level of about sqrt(V) clusters, a power of two
     embeddings: str = "corpus"  # corpus | FILE.npy | FILE.safetensors:TENSOR | checkpoint:WORKDIR
+    head_clusters: int = 0  # classes of model.head='factorised' where the process has no clusters; they are no states
     shuffle: bool = False  # control: clusters of the same sizes with random members
     seed: int = 0  # of k-means, and of shuffle
 
@@ -142,6 +143,7 @@ class HierarchyConfig(_Section):
         c = self.clusters
         self.need(all(n >= 1 for n in c) and all(a > b for a, b in zip(c, c[1:], strict=False)), "clusters",
                   "cluster numbers must be positive and fall, fine to coarse, as in (256, 16)")
+        self.need(self.head_clusters == 0 or self.head_clusters > 1, "head_clusters", "must be 0, or at least 2")
         check_seed("hierarchy.seed", self.seed, 2**31 - 1)  # faiss adds one, and has 31 bits
         e = self.embeddings
         known = e == "corpus" or e.endswith(".npy") or ".safetensors:" in e or e.startswith("checkpoint:")
@@ -207,7 +209,7 @@ class ModelConfig(_Section):
     seq_len: int = 512  # S, tokens of a row
     dropout: float = 0.0  # in the blocks, as published
     time_conditioning: bool = True  # whether the network is told t
-    head: str = "flat"  # flat: a logit for every word | factorised: p(cluster) p(word | cluster), needs clusters
+    head: str = "flat"  # flat: a logit for every word | factorised: p(cluster) p(word | cluster)
     prototypes: int = 8  # vectors a cluster, factorised head
     embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by
     dtype: str = "float32"  # of the computation; logits are float32

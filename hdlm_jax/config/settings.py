@@ -53,8 +53,9 @@ class Config:
         for field in dataclasses.fields(self):
             getattr(self, field.name).check()
         n = max(self.hierarchy.clusters, default=1)
-        rule(n <= self.tokenizer.vocab_size, "hierarchy.clusters", self.hierarchy.clusters,
-              f"more clusters than the tokenizer.vocab_size={self.tokenizer.vocab_size} words")
+        for name, most in (("clusters", n), ("head_clusters", self.hierarchy.head_clusters)):
+            rule(most <= self.tokenizer.vocab_size, f"hierarchy.{name}", getattr(self.hierarchy, name),
+                 f"more clusters than the tokenizer.vocab_size={self.tokenizer.vocab_size} words")
         levels = 1 + sum(c > 1 for c in self.hierarchy.clusters)
         process = self.diffusion.process
         rule(process == "hierarchical" or levels == 1, "hierarchy.clusters", self.hierarchy.clusters,
@@ -67,8 +68,15 @@ class Config:
         else:
             rule(self.decoder == sections.DecoderConfig(), "model.trunk", self.model.trunk,
                  "the settings of decoder are for model.trunk='decoder'")
-        rule(self.model.head == "flat" or levels > 1, "model.head", self.model.head,
-              "needs clusters of words; MDLM (a single level) has none, choose 'flat'")
+        classes = self.hierarchy.head_clusters
+        rule(self.model.head == "flat" or levels > 1 or classes > 0, "model.head", self.model.head,
+              "needs clusters of words: this process has none, give hierarchy.head_clusters, or choose 'flat'")
+        rule(not classes or self.model.head == "factorised", "hierarchy.head_clusters", classes,
+             "goes with model.head='factorised'")
+        rule(not classes or levels == 1, "hierarchy.head_clusters", classes,
+             f"the head's classes are the process's own, hierarchy.clusters={self.hierarchy.clusters}; give 0")
+        rule(process != "sedd" or self.model.head == "flat", "model.head", self.model.head,
+             "diffusion.process='sedd' needs scores that are not normalised; choose 'flat'")
         rule(self.generate.length <= self.model.seq_len, "generate.length", self.generate.length,
               f"must be at most model.seq_len={self.model.seq_len}")
         rule(process == "gidd" or not self.generate.corrections, "generate.corrections", self.generate.corrections,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import chex
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from hdlm_jax.config import WEIGHTINGS
 from hdlm_jax.diffusion import trajectory
 from hdlm_jax.diffusion.draws import Number, draw_from, fold, row_keys
-from hdlm_jax.diffusion.prediction import LogitsPrediction, Prediction, TripCount
+from hdlm_jax.diffusion.prediction import Prediction, TripCount
 from hdlm_jax.diffusion.process import Process
 
 Cache: TypeAlias = chex.ArrayTree
@@ -106,7 +106,7 @@ def sample(key: jax.Array, decode: Callable[..., tuple[Cache, Prediction]], proc
         (z, sure), cache, before, film = carry
         cache, prediction = decode(cache, before[:, None], i)
         here = jax.lax.dynamic_index_in_dim(z, i, axis=1, keepdims=False)
-        p = cast(LogitsPrediction, process.as_prediction(prediction))
+        p = process.as_prediction(prediction)
         drawn = draw_from(fold(keys, i), p.logits, temperature, top_p)
         law = jnp.where(here == mask, jnp.exp(p.log_prob(drawn)), 0.0)
         here = jnp.where(here == mask, drawn, here)

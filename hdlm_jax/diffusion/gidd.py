@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from types import ModuleType
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import chex
 import jax
@@ -25,7 +25,7 @@ from hdlm_jax.config import WEIGHTINGS
 from hdlm_jax.diffusion import trajectory
 from hdlm_jax.diffusion.draws import Array, Number, categorical, fold, log_probs_of, row_keys, token_keys
 from hdlm_jax.diffusion.levels import Proposal, open_uniform
-from hdlm_jax.diffusion.prediction import LogitsPrediction, Prediction, Predictions, TripCount
+from hdlm_jax.diffusion.prediction import Prediction, Predictions, TripCount
 from hdlm_jax.diffusion.process import Process
 
 Denoise: TypeAlias = Callable[[jax.Array, jax.Array], Predictions]  # (z [B, S], t [B])
@@ -96,6 +96,10 @@ class GiddProcess(Process):
         return np.array([0.0, 1.0]) if self.p_uniform else np.array([0.5, 0.5])
 
     # -- objective -------------------------------------------------------------------------------------------------
+
+    def needs(self, hard_training: bool = False) -> str:
+        """Of random tokens' loss: all tokens (hdlm_jax.models.heads.sum_over_noised)."""
+        return "tokens" if self.p_uniform else "all"
 
     def token_loss(self, prediction: Prediction | jax.Array, x: jax.Array, z: jax.Array,
                    levels: tuple[int, ...] | None = None, hard_training: bool = False, *, tau: jax.Array) -> jax.Array:
@@ -193,7 +197,7 @@ class GiddProcess(Process):
           temperature, top_p: of the tokens' distribution, temperature first.
         """
         keys = token_keys(key, z.shape)
-        log_p = log_probs_of(cast(LogitsPrediction, self.as_prediction(prediction)).logits, temperature, top_p)
+        log_p = log_probs_of(self.as_prediction(prediction).logits, temperature, top_p)
         (s, rest_s, u_s, c_s), (t, rest, u_t, c), _, jumped = self._step(z, tau_s, tau_t)
         masked = z == self.mask_id
         own = jnp.exp(jnp.take_along_axis(log_p, jnp.where(masked, 0, z)[..., None], axis=-1)[..., 0])

@@ -35,10 +35,13 @@ class Hierarchy:
       parents: tuple of K int32 arrays; `parents[l]` has shape [n_l] and gives the node of level l + 1 that a
         node of level l belongs to. The last one is all zeros (everything ends in the mask).
       special: tokens that are exempt from the size limits of clusters (`<|endoftext|>`).
+      classes: int32 [V], the class of each token in a factorised head, which are no states; None where these are the
+        nodes of level 1. Only of tokens and mask alone.
     """
 
     parents: tuple[np.ndarray, ...]
     special: tuple[int, ...] = ()
+    classes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not self.parents:
@@ -64,12 +67,18 @@ class Hierarchy:
                 raise ValueError(f"special token {i} is outside 0..{len(maps[0]) - 1}")
         for parent in maps:
             parent.setflags(write=False)
+        if self.classes is not None:
+            if len(maps) > 1:
+                raise ValueError(f"classes beside levels {(*map(len, maps), 1)}: a head's classes are the nodes of "
+                                 "level 1 there")
+            made = Hierarchy.from_parents([self.classes], len(maps[0]), keep_single=True)  # which checks them
+            object.__setattr__(self, "classes", made.parents[0])
         object.__setattr__(self, "parents", maps)
         object.__setattr__(self, "special", special)
 
     @classmethod
     def from_parents(cls, parents: Sequence[Any], vocab_size: int | None = None, keep_single: bool = False,
-                     special: Sequence[int] = ()) -> Hierarchy:
+                     special: Sequence[int] = (), classes: np.ndarray | None = None) -> Hierarchy:
         """Builds a hierarchy from its maps, fine to coarse; the last map, to the mask, is added.
 
         Args:
@@ -79,6 +88,7 @@ class Hierarchy:
           keep_single: levels are cut at the first one with a single node (that one *is* the mask), unless
             this is True: then a single cluster stays below the mask, as in levels (V, 1, 1).
           special: tokens exempt from the size limits of clusters.
+          classes: of a factorised head, with `[]` (see the attribute).
 
         Raises:
           ValueError: fewer than 2 tokens, an empty cluster, a map of the wrong length or out of range.
@@ -89,7 +99,7 @@ class Hierarchy:
                 raise ValueError("from_parents([]) needs vocab_size (the number of tokens V)")
             if vocab_size < 2:
                 raise ValueError(f"vocab_size = {vocab_size}: a hierarchy needs at least 2 tokens")
-            return cls((np.zeros(vocab_size, np.int32),), tuple(special))
+            return cls((np.zeros(vocab_size, np.int32),), tuple(special), classes)
         if vocab_size is not None and len(maps[0]) != vocab_size:
             raise ValueError(f"parents[0] has {len(maps[0])} tokens, but vocab_size = {vocab_size}")
         for level, parent in enumerate(maps):
@@ -166,6 +176,11 @@ class Hierarchy:
             raise ValueError(f"state {ids.min()}..{ids.max()} is outside 0..{self.num_states - 1}")
         return ids
 
+    @cached_property
+    def of_head(self) -> Hierarchy:
+        """The one whose level 1 are the classes of a factorised head: this one, or tokens, `classes` and the mask."""
+        return self if self.classes is None else Hierarchy.from_parents([self.classes], keep_single=True)
+
     # ---- ancestors and counts ----
 
     @cached_property
@@ -215,7 +230,7 @@ class Hierarchy:
     def fingerprint(self) -> str:
         """sha256 of the maps, hex: the same on every machine."""
         digest = hashlib.sha256(f"hierarchy {self.sizes}".encode())
-        for parent in self.parents:
+        for parent in (*self.parents, *([] if self.classes is None else [self.classes])):
             digest.update(np.ascontiguousarray(parent, dtype="<i4").tobytes())
         return digest.hexdigest()
 
@@ -244,6 +259,8 @@ class Hierarchy:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {f"parents_{level}": parent for level, parent in enumerate(self.parents)}
+        if self.classes is not None:
+            arrays["classes"] = self.classes
         header = {"format": _FORMAT, "levels": self.num_levels, "fingerprint": self.fingerprint,
                   "special": list(self.special), "tokenizer": tokenizer_fingerprint,
                   "extra": dict(extra or {})}
@@ -258,11 +275,11 @@ class Hierarchy:
           FileNotFoundError: no such file.
           ValueError: not such a file, damaged, or made for another tokenizer.
         """
-        header, maps = _read(path)
+        header, maps, classes = _read(path)
         if tokenizer_fingerprint is not None and header["tokenizer"] != tokenizer_fingerprint:
             raise ValueError(f"hierarchy {path} was made for tokenizer {header['tokenizer'][:12]}, but this "
                              f"run's tokenizer is {tokenizer_fingerprint[:12]}: cluster again")
-        out = cls(tuple(maps), tuple(header["special"]))
+        out = cls(tuple(maps), tuple(header["special"]), classes)
         if out.fingerprint != header["fingerprint"]:
             raise ValueError(f"hierarchy {path} is damaged: its maps do not match its fingerprint")
         return out
@@ -273,18 +290,19 @@ def read_extra(path: str | os.PathLike) -> dict[str, Any]:
     return _read(path)[0]["extra"]
 
 
-def _read(path: str | os.PathLike) -> tuple[dict[str, Any], list[np.ndarray]]:
+def _read(path: str | os.PathLike) -> tuple[dict[str, Any], list[np.ndarray], np.ndarray | None]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"hierarchy file {path} does not exist")
     try:
         with np.load(path, allow_pickle=False) as data:
             header = json.loads(str(data["header"]))
             maps = [data[f"parents_{level}"] for level in range(header["levels"])]
+            classes = data["classes"] if "classes" in data else None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no hierarchy file, or damaged ({type(error).__name__})") from error
     if header["format"] != _FORMAT:
         raise ValueError(f"hierarchy {path} has format {header['format']}, this version reads {_FORMAT}")
-    return header, maps
+    return header, maps, classes
 
 
 def _int_map(values: Any, name: str) -> np.ndarray:

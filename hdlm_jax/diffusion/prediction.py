@@ -33,6 +33,10 @@ class Predictions(Protocol):
 class Prediction(Predictions, Protocol):
     """One distribution f over tokens for each position of a shape [...]."""
 
+    @property
+    def logits(self) -> jax.Array:
+        """Numbers [..., V] whose softmax is f."""
+
     def log_prob(self, x: jax.Array) -> jax.Array:
         """log f(x) of tokens x [...]: [...]."""
 

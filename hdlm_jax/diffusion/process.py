@@ -80,7 +80,7 @@ class Process(abc.ABC):
                    (z >= self.hierarchy.offsets[1]).astype(jnp.int32))
 
     def needs(self, hard_training: bool = False) -> str:
-        """What token losses ask of a prediction: "within", "word" or "all" (hdlm_jax.models.heads.sum_over_noised)."""
+        """What token losses ask of a prediction, a name of hdlm_jax.models.heads.sum_over_noised."""
         return "all"
 
     @abc.abstractmethod

@@ -163,7 +163,7 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FactorisedHead:
-    """p(x | h) = p(c(x) | h) p(x | c(x), h), c(x) the token's level-1 node.
+    """p(x | h) = p(c(x) | h) p(x | c(x), h), c(x) the token's level-1 node, or of its hierarchy's `classes`.
 
     Parameters: words.kernel [rows, D] and words.bias [rows], block by block; clusters.kernel [n P, D] and
     clusters.bias [n P]: a node's logit is the log-sum-exp of its P `prototypes` (a flat head's is one over its tokens).
@@ -173,12 +173,17 @@ class FactorisedHead:
     dtype: DTypeLike = jnp.float32
     prototypes: int = 1
 
+    @property
+    def own(self) -> Hierarchy:
+        """The hierarchy whose level 1 are the head's classes."""
+        return self.hierarchy.of_head
+
     @functools.cached_property
     def blocks(self) -> Blocks:
-        return Blocks(self.hierarchy)
+        return Blocks(self.own)
 
     def init(self, key: jax.Array, width: int) -> Tree:
-        rows, n = self.blocks.rows, self.hierarchy.sizes[1] * self.prototypes
+        rows, n = self.blocks.rows, self.own.sizes[1] * self.prototypes
         # prototypes of a node must differ, or they never will
         spread = 0.0 if self.prototypes == 1 else 0.5 / math.sqrt(width)
         return {"words": {"kernel": jnp.zeros((rows, width)), "bias": jnp.zeros(rows)},
@@ -188,10 +193,10 @@ class FactorisedHead:
         """Each cluster's tokens are dealt to its prototypes: one has the mean of its tokens' vectors and, as its bias,
         the logarithm of their summed exponentials, so that at h = 0 clusters are as likely as their tokens were. Then
         the prototypes are fitted to the flat head's masses of clusters at h, if given."""
-        blocks, (n, p) = self.blocks, (self.hierarchy.sizes[1], self.prototypes)
+        blocks, (n, p) = self.blocks, (self.own.sizes[1], self.prototypes)
         words = {"kernel": jnp.zeros((blocks.rows, kernel.shape[1]), kernel.dtype).at[blocks.row].set(kernel),
                  "bias": jnp.zeros(blocks.rows).at[blocks.row].set(bias)}
-        node = np.asarray(self.hierarchy.anc[1])
+        node = np.asarray(self.own.anc[1])
         part = jnp.asarray(node * p + (blocks.row - blocks.start[node]) % p)
         share = jax.ops.segment_sum(jnp.exp(bias), part, n * p)
         mean = jax.ops.segment_sum(jnp.exp(bias)[:, None] * kernel.astype(jnp.float32), part, n * p)
@@ -205,7 +210,7 @@ class FactorisedHead:
 
         Every device does all of it: it is little, and its many small steps would wait for each other.
         """
-        flat = FlatHead(self.hierarchy, self.dtype)
+        flat = FlatHead(self.own, self.dtype)
         given, h = flat.start(kernel, bias), h[: len(h) // chunk_size() * chunk_size() or len(h)]
         chunks = parallel.whole(h).reshape(-1, min(len(h), chunk_size()), h.shape[-1])
         wanted = jax.lax.map(lambda part: flat.predict(given, part).log_masses(1), chunks).reshape(len(h), -1)
@@ -230,11 +235,11 @@ class FactorisedHead:
         logits = _affine(params["clusters"], h, self.dtype)
         if self.prototypes > 1:
             logits = jax.nn.logsumexp(logits.reshape(*logits.shape[:-1], -1, self.prototypes), axis=-1)
-        return LogitsPrediction(logits, self.hierarchy, level=1)
+        return LogitsPrediction(logits, self.own, level=1)
 
     def within(self, params: Tree, h: jax.Array) -> jax.Array:
         """log p(x | c(x), h) of every token: float32 [..., V]."""
-        b, anc = self.blocks, np.asarray(self.hierarchy.anc[1])
+        b, anc = self.blocks, np.asarray(self.own.anc[1])
         column = np.arange(int(b.size.max()))[None]
         index = np.minimum(b.start[:, None] + column, b.rows - 1)
         words = _affine(params["words"], h, self.dtype)[..., index]
@@ -249,9 +254,12 @@ class FactorisedHead:
         return Factorised(self, params, h)
 
     def streams(self, level: jax.Array, x: jax.Array, needs: str) -> list:
-        """Positions that need a token's probability, by cluster; then the rest, which need the clusters' alone."""
+        """Positions that need a token's probability, by cluster; then the rest, which need the clusters' alone. Those
+        that need all tokens' have them put together, as in a flat head."""
+        if needs == "tokens":
+            return [_Chunks(level > 0, None, self.predict, ("words", "clusters"))]
         words = level > 0 if needs == "all" else level == 1
-        node = jnp.asarray(self.hierarchy.anc[1])[x]
+        node = jnp.asarray(self.own.anc[1])[x]
         tiles = _Tiles(self, words, node, None if needs == "all" else (1,), needs != "within")
         if needs == "all":
             return [tiles]
@@ -275,6 +283,12 @@ class Factorised:
         self.head, self.params, self.h, self.block = head, params, h, block
         self.start: Any = start
         self.clusters: Any = head.clusters(params, h) if "clusters" in params else None
+        # levels of the head's own hierarchy that the process's does not have: its classes, where they are no states
+        self.extra = head.own.num_levels - head.hierarchy.num_levels
+
+    @property
+    def logits(self) -> jax.Array:
+        return self.log_probs()
 
     def select(self, index: jax.Array) -> Factorised:
         return Factorised(self.head, self.params, self.h.reshape(-1, self.h.shape[-1])[index])
@@ -282,32 +296,34 @@ class Factorised:
     def tilted(self, bias: Bias) -> Factorised:
         """As LogitsPrediction.tilted; a bias that is one number within a cluster moves the clusters alone."""
         out = copy.copy(self)
-        out.clusters = self.clusters.tilted(bias)
+        out.clusters = self.clusters.tilted(lambda anc: bias(lambda level: anc(level + self.extra)))
         return out
 
     def _node(self, x: jax.Array) -> jax.Array:
-        return jnp.asarray(self.head.hierarchy.anc[1])[x]
+        return jnp.asarray(self.head.own.anc[1])[x]
 
     def log_probs(self) -> jax.Array:
-        return self.head.within(self.params, self.h) + self.clusters.log_probs()[..., np.asarray(
-            self.head.hierarchy.anc[1])]
+        return self.head.within(self.params, self.h) + self.clusters.log_probs()[..., np.asarray(self.head.own.anc[1])]
 
     def log_within(self, x: jax.Array, level: int = 1) -> jax.Array:
         if level > 1:
-            return self.clusters.log_within(self._node(x), level)
+            return self.clusters.log_within(self._node(x), level + self.extra)
+        return self.log_prob(x) if self.extra else self._log_in_class(x)
+
+    def _log_in_class(self, x: jax.Array) -> jax.Array:
         if self.block is None:
             return jnp.take_along_axis(self.head.within(self.params, self.h), x[..., None], axis=-1)[..., 0]
         place = jnp.clip(jnp.asarray(self.head.blocks.row)[x] - self.start, 0, self.block.shape[-1] - 1)
         return jnp.take_along_axis(self.block, place[..., None], axis=-1)[..., 0]
 
     def log_prob(self, x: jax.Array) -> jax.Array:
-        return self.clusters.log_prob(self._node(x)) + self.log_within(x)
+        return self.clusters.log_prob(self._node(x)) + self._log_in_class(x)
 
     def log_mass(self, level: int, node: jax.Array, outside: bool = False) -> jax.Array:
-        return self.clusters.log_mass(level, node, outside)
+        return self.clusters.log_mass(level + self.extra, node, outside)
 
     def log_masses(self, level: int) -> jax.Array:
-        return self.log_probs() if level == 0 else self.clusters.log_masses(level)
+        return self.log_probs() if level == 0 else self.clusters.log_masses(level + self.extra)
 
     def draw(self, keys: jax.Array, wanted: jax.Array, temperature: Scalar = 1.0, top_p: Scalar = 1.0,
              sync_trip_count: TripCount = WHOLE.sync_trip_count) -> jax.Array:
@@ -456,7 +472,7 @@ def sum_over_noised(head: Head, fn: TokenLoss, params: Tree, hidden: jax.Array, 
       hidden: float32 [B, S, D]; level, x: int32 [B, S], level of the state on show and the token; fields: pytree of
         [B, S].
       needs: what fn asks of a prediction: "within", log_within alone at level 1 and masses above; "word", anything
-        about x at level 1; "all", any distribution at any level.
+        about x at level 1; "all", anything about x at any level; "tokens", about all tokens.
       shard: what makes run(params, *rows) -> (sums, rows) work on every batch shard's own rows, the sums then summed
         (parallel.OverBatch): no token moves between devices, and gradients of parameters are summed once.
 

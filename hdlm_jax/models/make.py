@@ -29,7 +29,8 @@ def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> f
     """FLOPs of a forward and backward pass a token, as the algorithm needs them (2 per multiply-add, x3).
 
     Trunk products and attention for every token; the head for those that are noised, t uniform: all words in the flat
-    one; in the factorised one all prototypes where clusters are asked for, at level 1 an average cluster's words.
+    one; in the factorised one all prototypes where clusters are asked for, at level 1 an average cluster's words (all,
+    where the loss is of all).
     """
     m = config.model
     trunk = (_decoder_products(config) if m.trunk == "decoder" else
@@ -37,8 +38,9 @@ def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> f
     share = process.shares()
     rows = (1 - share[0]) * hierarchy.vocab_size
     if m.head == "factorised":
-        nodes, within = hierarchy.sizes[1], config.diffusion.xi == 1 and config.diffusion.force_transition != "none"
-        rows = share[2 if within else 1 :].sum() * nodes * m.prototypes + share[1] * hierarchy.vocab_size / nodes
+        nodes, needs = hierarchy.of_head.sizes[1], process.needs()
+        words = hierarchy.vocab_size / (1 if needs == "tokens" else nodes)
+        rows = share[2 if needs == "within" else 1 :].sum() * nodes * m.prototypes + share[1] * words
     return float(6.0 * (trunk + m.width * rows))
 
 

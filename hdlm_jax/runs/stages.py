@@ -173,19 +173,21 @@ def cluster(config: Config, workdir: str, text: PreparedData) -> Hierarchy:
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config.hierarchy).items()}
     settings |= {"data": text.manifest.fingerprint, "init_from": config.train.init_from}
     if not processes.on_main_process(lambda: _found(config, text, path, settings)):
-        vectors = word_vectors(config, workdir, text) if max(config.hierarchy.clusters, default=1) > 1 else None
+        some = max(*config.hierarchy.clusters, config.hierarchy.head_clusters, 1) > 1
+        vectors = word_vectors(config, workdir, text) if some else None
         processes.on_main_process(lambda: _make(config, text, path, settings, vectors))
     return Hierarchy.load(path, text.tokenizer.fingerprint)
 
 
 def _levels(hierarchy: Hierarchy) -> str:
-    return f"levels {' -> '.join(map(str, hierarchy.sizes))}"
+    own = "" if hierarchy.classes is None else f", {hierarchy.of_head.sizes[1]} classes of the head"
+    return f"levels {' -> '.join(map(str, hierarchy.sizes))}{own}"
 
 
 def _found(config: Config, text: PreparedData, path: str, settings: dict) -> bool:
     """Whether the hierarchy is there, or can be taken over from another run."""
     if os.path.exists(path):
-        made = read_extra(path).get("settings", {})
+        made = {"head_clusters": 0} | read_extra(path).get("settings", {})
         for name, value in settings.items():
             if made.get(name) != value:
                 raise ConfigError(f"hierarchy.{name}={value!r}: {path} was made with {made.get(name)!r}; "
@@ -216,11 +218,13 @@ def _make(config: Config, text: PreparedData, path: str, settings: dict, vectors
         unread = [i for i in text.tokenizer.special.values() if i != text.manifest.eot]
         vectors = vectors.copy()
         vectors[unread] = 0  # no text has them, and open models' rows of them are alike: they would be a cluster
-        hierarchy, report = clustering.build_hierarchy(vectors, h.clusters, special=(text.manifest.eot,), seed=h.seed,
-                                                     shuffle=h.shuffle)
+        hierarchy, report = clustering.build_hierarchy(vectors, (h.head_clusters,) if h.head_clusters else h.clusters,
+                                                       special=(text.manifest.eot,), seed=h.seed, shuffle=h.shuffle)
         readable, counts = os.path.join(os.path.dirname(path), "clusters"), text_prepare.token_counts(text.dir, "train")
         cluster_report.write_report(hierarchy, vectors, text.tokenizer.decode, counts, readable)
         made = f", report in {readable}.txt"
+        if h.head_clusters:
+            hierarchy = Hierarchy.from_parents([], text.manifest.vocab_size, classes=hierarchy.anc[1])
     hierarchy.save(path, text.tokenizer.fingerprint, {"settings": settings, "report": report})
     say(f"hierarchy: {_levels(hierarchy)}{made}")
 

@@ -165,7 +165,7 @@ def split_heads(run: Callable[..., jax.Array], heads: Sequence[jax.Array], rows:
     """
     mesh, context = _mesh.get(), jax.sharding.get_abstract_mesh()
     free = [axis for axis in AXES if axis not in context.manual_axes]
-    if mesh is None or mesh.size == 1 or not free:
+    if mesh is None or math.prod(mesh.shape.values()) == 1 or not free:
         return run(*heads, *rows, *whole)
     b, _, h, _ = heads[0].shape
     batch = tuple(axis for axis in BATCH if axis in free)

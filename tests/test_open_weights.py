@@ -402,6 +402,11 @@ def test_what_does_not_go_to_the_hub_s_layout(tmp_path):
     assert not (here / "hub").exists()
     assert json.loads((exported(here, mask_id=96) / "config.json").read_text())["vocab_size"] == 97
     config = json.loads((here / "config.json").read_text())
+    by_class = config["config"] | {"hierarchy": config["config"]["hierarchy"] | {"head_clusters": 6},
+                                   "model": config["config"]["model"] | {"head": "factorised"},
+                                   "decoder": config["config"]["decoder"] | {"tied": False}}
+    (here / "config.json").write_text(json.dumps(config | {"config": by_class}))
+    assert "has model.head='factorised'; open layouts have a logit for every token" in said(exported, here)
     config["config"]["train"] |= {"init_from": "", "adapt": False}
     (here / "config.json").write_text(json.dumps(config))
     assert "neither an import of an open checkpoint nor trained from one" in said(exported, here)

@@ -256,6 +256,9 @@ def export_hub(config: Config, workdir: str) -> str:
     if max(trained.hierarchy.clusters, default=1) > 1:
         raise ConfigError(f"released.layout='hub': {workdir} has clusters {trained.hierarchy.clusters}; open layouts "
                           "know tokens and a mask alone")
+    if trained.model.head != "flat":
+        raise ConfigError(f"released.layout='hub': {workdir} has model.head={trained.model.head!r}; open layouts have "
+                          "a logit for every token, 'flat'")
     if trained.diffusion.process not in ("hierarchical", "autoregressive"):
         raise ConfigError(f"released.layout='hub': {workdir} has diffusion.process={trained.diffusion.process!r}; open "
                           "layouts know masked and autoregressive models alone")

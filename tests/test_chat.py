@@ -188,7 +188,7 @@ def test_chat_refuses(run):
         model.chat([{"role": "u", "content": "a" * 64}])
     with pytest.raises(ConfigError, match="generate.prompt: is not a setting here"):
         model.chat(SHORT, prompt="x")
-    model.tokenizer = make_tokenizer("bytes")
+    model.run = dataclasses.replace(model.run, tokenizer=make_tokenizer("bytes"))
     with pytest.raises(ValueError, match="no chat template: a tokenizer of kind 'bytes'"):
         model.chat(SHORT)
 

@@ -51,6 +51,7 @@ class Sampling:
     sync_trip_count: trip count of a loop that needs `count` iterations here; where devices that share the batch must
       keep step, the largest count of all (parallel.OverBatch). Changes no result.
     frames: at most so many states are recorded beside the start (see `Trajectory`). Changes no result.
+    sure: the probability of each unmasking is kept in `State.sure`, as it is with frames. Changes no result.
     tools: functions that hooks call, by name.
     """
 
@@ -60,6 +61,7 @@ class Sampling:
     tokens: int | None = None
     sync_trip_count: Callable = lambda count: count  # noqa: E731
     frames: int = 0
+    sure: bool = False
     tools: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
 
 
@@ -219,7 +221,7 @@ class Loop(NamedTuple):
     def reverse_step(self, view: View, prediction, target) -> Drawn:
         """States after unmasking to levels `target` [b, S], drawn."""
         z, to, keys = (a.reshape(-1) for a in (view.z, target, view.keys))
-        counts = self.how.frames > 0 or self.policy.order == "draw_then_choose" or "sure" in self.policy.needs
+        counts = self.how.frames > 0 or self.how.sure or self.policy.order == "draw_then_choose" or "sure" in self.policy.needs
 
         def find(at):
             p = prediction.select(at)

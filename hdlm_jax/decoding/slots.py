@@ -1,7 +1,7 @@
 """A batch whose texts come and go between calls: what serves requests (docs/serving.md).
 
-The loop's rows have their own keys, plans and numbers of calls and do not see each other, so a row may begin while others
-are half written, and what it becomes is what it would have become in any other batch.
+The rows of the loop have their own keys, plans and counts of calls and do not see each other, so a row may begin while
+others are half written, and what it becomes is what it would have become in any other batch.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ def kind_of(draw: Sampler, canvas: np.ndarray | Canvas, g: GenerateConfig) -> tu
     return (program, rows_of(canvas, g)["z"].shape[1], allowed, g.temperature, g.top_p, *sorted(of_method.items()))
 
 
-def _steps(draw: Sampler, program: Program):
+def _steps(draw: Sampler, program: Program, sure: bool):
     """(start, advance), not compiled; what they hold is (cache, state), the rows in front of every array."""
     shard = parallel.OverBatch(draw.mesh)
     process = at_sampling(draw.process, program)
     helper = draw.helper.network if program.method.needs == "ar" else None
 
     def parts(given, batch) -> tuple[loop.Loop, dict[str, Any]]:
-        how = loop.Sampling(sync_trip_count=shard.sync_trip_count)
+        how = loop.Sampling(sync_trip_count=shard.sync_trip_count, sure=sure)
         call: Call = call_of(draw.network, process, program, given, batch, how, helper, draw.classifier)
         return loop_of(process, batch["z"], call)
 
@@ -102,8 +102,8 @@ def _steps(draw: Sampler, program: Program):
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(draw: Sampler, program: Program):
-    start, advance = _steps(draw, program)
+def _compiled(draw: Sampler, program: Program, sure: bool):
+    start, advance = _steps(draw, program, sure)
     return (parallel.compile_row_step(start, draw.mesh, keeps=True),
             parallel.compile_row_step(advance, draw.mesh))
 
@@ -120,10 +120,11 @@ class Slots:
     """`rows` places in which texts of one kind are written.
 
     Args:
-      draw: the run's sampler; g, canvas: of one of the texts (see `kind_of`); its programs are compiled here.
+      draw: the run's sampler; g, canvas: of one of the texts (see `kind_of`); its programs are compiled here. sure: Seen.sure is wanted.
     """
 
-    def __init__(self, draw: Sampler, g: GenerateConfig, canvas: np.ndarray | Canvas, rows: int):
+    def __init__(self, draw: Sampler, g: GenerateConfig, canvas: np.ndarray | Canvas, rows: int,
+                 sure: bool = False):
         program, numbers = draw.prepare(canvas, g)
         if program.constrained:  # a power of two of kinds, so that few programs do
             allowed = numbers["allowed"]
@@ -134,7 +135,7 @@ class Slots:
         self.revises = program.method.policy.revise is not None or program.method.policy.lengths is not None
         self.rows, self.places = rows, rows_of(canvas, g)["z"].shape[1]
         self._mesh, self._given = draw.mesh, (draw.params_of(program.method), numbers)
-        self._start, self._advance = _compiled(draw, program)
+        self._start, self._advance = _compiled(draw, program, sure)
         self._held = self._begun({})
         self.put({0: None})
         self.advance(0)

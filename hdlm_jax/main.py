@@ -74,8 +74,9 @@ def parse(argv: list[str]) -> list[str]:
     if argv[1:2] == ["serve"]:  # hdlm-jax serve RUN [flags]
         names = [f"--workdir={name}" for name in argv[2:3] if not name.startswith("-")]
         sys.argv = argv = [argv[0], "--mode=serve", *names, *argv[2 + len(names):]]
-    if (at := _flag(argv, "port"))[0] >= 0:
-        sys.argv = argv = [*argv[:at[0]], f"--config.serve.port={at[1]}", *argv[at[0] + (1 if "=" in argv[at[0]] else 2):]]
+    at, port = _flag(argv, "port")
+    if at >= 0:
+        sys.argv = argv = [*argv[:at], f"--config.serve.port={port}", *argv[at + (1 if "=" in argv[at] else 2):]]
     given = [a for a in argv[1:] if re.match(r"--?config(=|$)", a)]
     try:
         for arg in argv[1:]:

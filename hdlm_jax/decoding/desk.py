@@ -149,7 +149,7 @@ class _Batch:
     def look(self, seen: slots.Seen) -> None:
         """Tells what was written in the slots, and frees those that are done."""
         revises = self.slots is not None and self.slots.revises
-        self.desk.calls += int((seen.busy.any()))
+        self.desk.calls += int(seen.busy.any())
         freed: dict[int, slots.Text | None] = {}
         for slot, job in list(self.running.items()):
             z, n, busy = seen.z[slot], int(seen.length[slot]), bool(seen.busy[slot])
@@ -224,7 +224,8 @@ def one_row(canvas: np.ndarray | canvases.Canvas, i: int) -> np.ndarray | canvas
     """The i-th text of some canvases."""
     if isinstance(canvas, np.ndarray):
         return canvas[i : i + 1]
-    return canvases.Canvas(*(a[i : i + 1] for a in canvas[:4]), canvas.allowed)  # type: ignore[arg-type]
+    here = slice(i, i + 1)
+    return canvases.Canvas(canvas.z[here], canvas.given[here], canvas.kind[here], canvas.length[here], canvas.allowed)
 
 
 class Desk:

@@ -221,7 +221,8 @@ class Loop(NamedTuple):
     def reverse_step(self, view: View, prediction, target) -> Drawn:
         """States after unmasking to levels `target` [b, S], drawn."""
         z, to, keys = (a.reshape(-1) for a in (view.z, target, view.keys))
-        counts = self.how.frames > 0 or self.how.sure or self.policy.order == "draw_then_choose" or "sure" in self.policy.needs
+        counts = self.how.frames > 0 or self.how.sure
+        counts = counts or self.policy.order == "draw_then_choose" or "sure" in self.policy.needs
 
         def find(at):
             p = prediction.select(at)

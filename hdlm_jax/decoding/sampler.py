@@ -315,7 +315,7 @@ class Sampler:
         step = self._step(program, frames) if frames else self._step(program)
         seeds = [seed for seed, _ in names]
         key = jax.random.key(g.seed) if not names else jax.random.wrap_key_data(
-            np.stack([key_data(seed) for seed in seeds + seeds[:1] * (rows - n)]))
+            jnp.stack([key_data(seed) for seed in seeds + seeds[:1] * (rows - n)]))
         parts = []
         with progress(n, unit="sample", name="generate") as bar:
             for start in range(0, n, rows):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from hdlm_jax.decoding import loop
 from hdlm_jax.decoding.canvas import Canvas
 from hdlm_jax.decoding.sampler import Call, Program, Sampler, at_sampling, call_of, key_data, loop_of, rows_of
 from hdlm_jax.diffusion.draws import fold
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 
 
 class Text(NamedTuple):
@@ -78,7 +79,7 @@ def _steps(draw: Sampler, program: Program, sure: bool):
     def parts(given, batch) -> tuple[loop.Loop, dict[str, Any]]:
         how = loop.Sampling(sync_trip_count=shard.sync_trip_count, sure=sure)
         call: Call = call_of(draw.network, process, program, given, batch, how, helper, draw.classifier)
-        return loop_of(process, batch["z"], call)
+        return loop_of(cast(HierarchicalProcess, process), batch["z"], call)
 
     def turned(cache, axis: int, to: int):
         return jax.tree.map(lambda a: jnp.moveaxis(a, axis, to), cache)
@@ -120,7 +121,8 @@ class Slots:
     """`rows` places in which texts of one kind are written.
 
     Args:
-      draw: the run's sampler; g, canvas: of one of the texts (see `kind_of`); its programs are compiled here. sure: Seen.sure is wanted.
+      draw: the run's sampler; g, canvas: of one of the texts (see `kind_of`); its programs are compiled here.
+      sure: Seen.sure is wanted.
     """
 
     def __init__(self, draw: Sampler, g: GenerateConfig, canvas: np.ndarray | Canvas, rows: int,

@@ -41,7 +41,7 @@ class Asked:
     def text(self, tokenizer: Tokenizer, row: np.ndarray, length: int) -> str:
         """The text of a row that is written."""
         if self.scaffold is not None:
-            return self.scaffold.text(row)
+            return self.scaffold.text(row.tolist())
         return tokenizer.decode(row[self.skip : self.end(row, length)])
 
 
@@ -92,7 +92,7 @@ def filled(run: Any, g: GenerateConfig, text: str) -> Asked:
 
 
 def of_schema(run: Any, g: GenerateConfig, given: Any, prompt: str = "", budget: int = 16,
-              ids: Sequence[int] = ()) -> Asked:
+              ids: Sequence[int] | np.ndarray = ()) -> Asked:
     """g.num_samples documents of a JSON schema (decoding/schema.py) behind a prompt, or behind its ids."""
     seq_len = run.config.model.seq_len
     scaffold = schema.scaffold(given, run.tokenizer, run.hierarchy, budget, prompt=prompt, seq_len=seq_len)

@@ -7,44 +7,31 @@ import contextlib
 import dataclasses
 import hmac
 import ipaddress
-import json
-import reprlib
 import secrets
 import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 
 from hdlm_jax.common import jsons
 from hdlm_jax.common.console import say
 from hdlm_jax.common.extras import package
-from hdlm_jax.config import Config, ConfigError, GenerateConfig, ServeConfig
-from hdlm_jax.config.rules import choice, rule
-from hdlm_jax.data import chat as chats
-from hdlm_jax.decoding import desk, presets, sampler, texts
+from hdlm_jax.config import Config, ServeConfig
+from hdlm_jax.config.rules import rule
+from hdlm_jax.decoding import desk, presets, sampler
+from hdlm_jax.runs import orders
+from hdlm_jax.runs.orders import Json
 from hdlm_jax.training.loading import Run, load_run
 
 MOST_BODY = 1 << 20  # bytes of a request
-MOST_STEPS = 4096
-MOST_STOPS = 8  # texts that end one
-SIZES = {"depth": 16, "kept": 64, "confident": 64, "drafts": 16, "candidates": 16, "top_k": 64}  # options that take memory
 SLOW = 10.0  # seconds that a body may take to come
-CHARACTERS = 64  # a token at the most, before they are counted as tokens
-Json: TypeAlias = dict[str, Any]
 Request: TypeAlias = Any  # starlette's, which need not be installed
 Response: TypeAlias = Any
-
-_SHARED: dict[str, Any] = {"max_tokens": int, "seed": int, "stop": (str, list), "stream": bool, "n": int,
-                           "response_format": dict, "budget": int, "method": str, "options": str, "steps": int,
-                           "temperature": float, "top_p": float, "canvas": bool}
-FIELDS = {False: {"prompt": str, "template": str, "echo": bool, **_SHARED},
-          True: {"messages": list, "max_completion_tokens": int, "chat_template_kwargs": dict, **_SHARED}}
-_IGNORED = ("model", "user", "stream_options")
+STATUS = {"late": 504, "stopping": 503, "broken": 500}
 
 
 class Refused(Exception):
@@ -53,152 +40,6 @@ class Refused(Exception):
     def __init__(self, status: int, message: str):
         super().__init__(message)
         self.status = status
-
-
-class Order(NamedTuple):
-    """A request that was understood."""
-
-    asked: texts.Asked
-    g: GenerateConfig
-    front: str  # of the texts, not shown
-    stops: tuple[str, ...]
-    stream: bool
-    canvas: bool
-    prompt_tokens: int
-
-
-# ---- what is asked ---------------------------------------------------------------------------------------------------
-
-
-def parse(body: bytes) -> Json:
-    """A JSON object; Refused where it is none."""
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
-
-    try:
-        found = json.loads(body, parse_constant=constant)
-    except RecursionError:
-        raise Refused(400, "body: nested too deep") from None
-    except ValueError as error:
-        raise Refused(400, f"body: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise Refused(400, f"body: must be a JSON object, not {type(found).__name__}")
-    return found
-
-
-def typed(body: Json, fields: Mapping[str, Any]) -> Json:
-    """The fields that are given, of the right types; ConfigError for others."""
-    out = {}
-    for name, value in body.items():
-        if name in _IGNORED or value is None:
-            continue
-        if name not in fields and not value:  # penalties of 0, empty lists of tools
-            continue
-        choice("field", name[:64], tuple(fields), f"{name[:64]!r} is no field here;")
-        kind = fields[name]
-        if kind is float and type(value) is int:
-            value = float(value)
-        names = "text or a list of texts" if isinstance(kind, tuple) else kind.__name__
-        ok = isinstance(value, kind) and (kind is bool or type(value) is not bool)
-        if not ok:
-            raise ConfigError(f"{name}={reprlib.repr(value)}: must be of type {names}")
-        out[name] = value
-    return out
-
-
-def _stops(given: str | list[Any]) -> tuple[str, ...]:
-    stops = (given,) if isinstance(given, str) else tuple(given)
-    ok = len(stops) <= MOST_STOPS and all(isinstance(stop, str) and 0 < len(stop) <= 256 for stop in stops)
-    rule(ok, "stop", f"{len(stops)} texts", f"must be at most {MOST_STOPS} texts of 1 to 256 characters")
-    return stops
-
-
-def schema_of(given: Json) -> Any:
-    """The JSON schema of a response_format, None for plain text."""
-    choice("response_format.type", str(given.get("type")), ("text", "json_schema"))
-    if given["type"] == "text":
-        return None
-    inside = given.get("json_schema")
-    found = inside.get("schema") if isinstance(inside, dict) else None
-    rule(isinstance(found, dict), "response_format.json_schema", inside, 'must be {"schema": {...}}')
-    return found
-
-
-def order(run: Run, body: Json, chat: bool) -> Order:
-    """What a request asks for, checked as the command line checks it.
-
-    Raises:
-      ConfigError, ValueError: what cannot be written, in one line.
-    """
-    given = typed(body, FIELDS[chat])
-    most = CHARACTERS * run.config.model.seq_len
-    for name in ("prompt", "template"):
-        rule(len(given.get(name, "")) <= most, name, f"{len(given.get(name, '')):,} characters",
-             f"a text has at most {run.config.model.seq_len} tokens")
-    rule(not ("prompt" in given and "template" in given), "template", given.get("template"), "is in place of a prompt")
-    schema = schema_of(given["response_format"]) if "response_format" in given else None
-    ids, prompt = _front(run, given, chat)
-    stops, n = _stops(given.get("stop", [])), given.get("n", 1)
-    rule(1 <= n <= run.config.serve.batch, "n", n, f"must lie in 1..{run.config.serve.batch}")
-    rule(given.get("steps", 1) <= MOST_STEPS, "steps", given.get("steps"), f"must be at most {MOST_STEPS}")
-    rule(len(given.get("options", "")) <= 256, "options", f"{len(given.get('options', ''))} characters", "are at most 256")
-    length = _length(run, given, len(ids), schema is not None or "template" in given)
-    values = {name: given[name] for name in ("method", "options", "steps", "temperature", "top_p") if name in given}
-    g = texts.settings(run, values, num_samples=n, length=length, prompt="", schema="",
-                       seed=given.get("seed", secrets.randbelow(2**32)))
-    for name, _, value in (part.partition("=") for part in g.options.split()):
-        rule(name not in SIZES or int(value) <= SIZES[name], f"options={name}", value,
-             f"must be at most {SIZES.get(name)} here")
-    if "template" in given:
-        rule(schema is None, "response_format", "json_schema", "goes with a prompt, not with a template")
-        asked = texts.filled(run, g, given["template"])
-    elif schema is not None:
-        if not run.process.unmasks:
-            raise ConfigError("response_format: this process cannot fill blanks between given words")
-        asked = texts.of_schema(run, g, schema, prompt, given.get("budget", 16), ids=ids if chat else ())
-    elif chat:
-        asked = texts.chatted(run, g, given["messages"], **_template(given))
-    else:
-        asked = texts.prompted(run, g, prompt)
-    hidden = not chat and not given.get("echo", False) and schema is None
-    return Order(asked, g, run.tokenizer.decode(ids) if hidden else "", stops, given.get("stream", False),
-                 given.get("canvas", False), len(ids))
-
-
-def _front(run: Run, given: Json, chat: bool) -> tuple[np.ndarray, str]:
-    """(ids, text) of what is in front of an answer."""
-    if not chat:
-        prompt = given.get("prompt", "")
-        return run.tokenizer.encode(prompt), prompt
-    rule("messages" in given, "messages", None, "is missing")
-    rule(len(json.dumps(given["messages"])) <= 2 * CHARACTERS * run.config.model.seq_len, "messages",
-         f"{len(given['messages'])} messages", f"a conversation has at most {run.config.model.seq_len} tokens")
-    return chats.chat_ids(run.tokenizer, given["messages"], **_template(given)), ""
-
-
-def _template(given: Json) -> Json:
-    """Variables of the chat template."""
-    found = given.get("chat_template_kwargs", {})
-    for name, value in found.items():
-        ok = isinstance(value, str | int | float) and name not in ("run", "g", "tokenizer", "messages", "template",
-                                                                   "add_generation_prompt")
-        rule(ok, "chat_template_kwargs", name[:64], "must be a variable of the template, with a text, number or truth value")
-    return found
-
-
-def _length(run: Run, given: Json, prompt: int, fixed: bool) -> int:
-    """generate.length for so many new tokens."""
-    name = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
-    if name not in given:
-        return 0
-    rule(not fixed, name, given[name], "the blanks, or the schema, say how many tokens there are")
-    most = run.config.model.seq_len - prompt
-    rule(1 <= given[name] <= most, name, given[name], f"must be at least 1; behind a prompt of {prompt} tokens a text of "
-         f"{run.config.model.seq_len} has room for {max(most, 0)}")
-    return prompt + int(given[name])
-
-
-# ---- the server ------------------------------------------------------------------------------------------------------
 
 
 def loopback(host: str) -> bool:
@@ -234,9 +75,7 @@ class Server:
     def check(self, request: Request) -> None:
         """Refused unless it comes from where it may and, beyond the page, knows the token."""
         if loopback(self.settings.host):  # else any web page could ask through a name of its own that leads here
-            name = request.headers.get("host", "").rsplit(":", 1)[0] if "]" not in request.headers.get(
-                "host", "") else request.headers["host"].partition("]")[0]
-            if not loopback(name):
+            if not loopback(request.url.hostname or ""):
                 raise Refused(403, "this server is asked at localhost or 127.0.0.1 alone")
         if self.settings.token and request.url.path not in ("/", "/health"):
             given = request.headers.get("authorization", "").encode("latin-1", "replace")
@@ -265,8 +104,8 @@ class Server:
         return call
 
     def error(self, status: int, message: str) -> Response:
-        headers = {"Retry-After": "1"} if status in (429, 503) else {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-        return self.json(failure(status, message), status, headers)
+        headers = dict.fromkeys((429, 503), {"Retry-After": "1"}) | {401: {"WWW-Authenticate": "Bearer"}}
+        return self.json(failure(status, message), status, headers.get(status))
 
     def json(self, content: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
         text = jsons.dumps(content, ensure_ascii=False) + "\n"
@@ -285,14 +124,14 @@ class Server:
                         raise Refused(413, f"body: more than {MOST_BODY:,} bytes")
         except TimeoutError:
             raise Refused(408, f"body: not here after {SLOW:g} seconds") from None
-        return parse(bytes(found))
+        return orders.parse(bytes(found))
 
     # -- texts
 
     async def write(self, request: Request, chat: bool) -> Response:
         """Completions, or chats, whole or as a stream."""
         body, loop, news = await self.body(request), asyncio.get_running_loop(), asyncio.Queue[tuple[int, desk.News]]()
-        found = await asyncio.to_thread(order, self.run, body, chat)
+        found = await asyncio.to_thread(orders.order, self.run, body, chat)
 
         def tell(number: int, what: desk.News) -> None:
             with contextlib.suppress(RuntimeError):  # the server is gone
@@ -421,9 +260,6 @@ class Server:
                                       lifespan=lifespan)
 
 
-STATUS = {"late": 504, "stopping": 503, "broken": 500}
-
-
 def failure(status: int, message: str) -> Json:
     """OpenAI's shape of an error."""
     message = message if len(message) <= 500 else message[:497] + "..."
@@ -442,7 +278,7 @@ class _Shape:
 
     chat: bool
     model: str
-    order: Order
+    order: orders.Order
     id: str
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -485,8 +321,8 @@ def methods(run: Run) -> list[Json]:
 
 def listen(settings: ServeConfig) -> socket.socket:
     """A socket at serve.host and serve.port; ConfigError, or an OSError of one line, where there can be none."""
-    rule(bool(settings.token) or loopback(settings.host), "serve.host", settings.host, "others can come in there, so set "
-         "serve.token (--config.serve.token='$NAME' reads it from the environment), or stay at 127.0.0.1")
+    rule(bool(settings.token) or loopback(settings.host), "serve.host", settings.host, "others can come in there, so "
+         "set serve.token (--config.serve.token='$NAME' reads it from the environment), or stay at 127.0.0.1")
     rule("$" not in settings.token, "serve.token", settings.token, "this variable is not set")
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:

@@ -25,6 +25,7 @@ from hdlm_jax.runs import serve
 from hdlm_jax.training.state import build, placed
 
 testclient = pytest.importorskip("starlette.testclient", reason="no starlette (pip install 'hdlm_jax[serve]')")
+uvicorn = pytest.importorskip("uvicorn", reason="no uvicorn (pip install 'hdlm_jax[serve]')")
 FEW = {"steps": 6, "batch_size": 8}
 SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}}}
 
@@ -233,6 +234,7 @@ def test_others_need_the_token(monkeypatch):
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401
 
 
+@pytest.mark.slow
 def test_methods_of_the_loop_join_a_batch_that_runs():
     """A cache, a canvas that grows and tokens that are taken back: as alone, whenever a row joins."""
     m = model()
@@ -288,6 +290,82 @@ def test_without_starlette_one_line_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ValueError, match=r"--mode=serve: needs the uvicorn package: pip install 'hdlm_jax\[serve\]'"):
         package("uvicorn", "serve", "--mode=serve")
+
+
+@pytest.fixture
+def tab(server, client, browser):
+    """The page of the served run at 400 pixels, whose errors, and requests to elsewhere, fail the test."""
+    with serve.listen(ServeConfig(port=0)) as sock:
+        http = uvicorn.Server(uvicorn.Config(server.app(), log_level="error", lifespan="off"))
+        thread = threading.Thread(target=http.run, args=([sock],))
+        thread.start()
+        home, wrong = f"http://127.0.0.1:{sock.getsockname()[1]}/", []
+        opened = browser.new_page(viewport={"width": 400, "height": 900})
+
+        def note(text, bad):
+            if bad and "status of 400" not in text:
+                wrong.append(text)
+
+        opened.on("console", lambda message: note(message.text, message.type in ("error", "warning")))
+        opened.on("pageerror", lambda error: note(str(error), True))
+        opened.on("request", lambda request: note(request.url, not request.url.startswith((home, "data:"))))
+        try:
+            opened.goto(home)
+            opened.wait_for_selector("html[data-ready]")
+            yield opened
+        finally:
+            opened.close()
+            http.should_exit = True
+            thread.join()
+    assert wrong == []
+
+
+def test_the_page_in_a_browser(client, tab):
+    """By the keyboard alone: a prompt, two methods side by side, the way of a token; then blanks."""
+    def press(*keys):
+        for key in keys:
+            tab.keyboard.press(key)
+
+    def shown(number):
+        tab.wait_for_selector("[data-state=done]")
+        return "".join(tab.locator(f"#text{number} .tok > .on").all_text_contents())
+
+    tab.keyboard.type("The ")
+    press("Tab", "Tab")
+    tab.keyboard.type("3")
+    press("Tab", "Tab", "Space")  # past the button (the second one sleeps): two methods
+    assert tab.locator("#method2").count() == 1
+    tab.locator("#method2").focus()
+    tab.keyboard.type("ancestral")
+    press("Tab")
+    tab.keyboard.type("3")
+    press("Control+Enter")
+    t = model().tokenizer
+    for number, steps in ((1, 6), (2, 3)):
+        found = model().generate(1, steps, "The ", seed=3, batch_size=8)[0]
+        assert len(shown(number)) > 0 and tab.locator(f"#status{number} [data-count='0']").inner_text() == str(SEQ_LEN)
+        letters = [c for c in found if c.isascii() and c.isalnum()]
+        assert [c for c in shown(number) if c in letters and c.isalnum()][:3] == letters[:3] == list("The")
+    tab.locator("#text1").focus()
+    press(*["ArrowDown"] * 7)
+    about = tab.locator(".pane .about").first.inner_text()
+    assert re.search(r"position 7: mask .*at call \d \(p = ", about)
+    press("ArrowLeft", "ArrowLeft")
+    assert int(tab.locator("#status1").get_attribute("data-call")) < 6
+    tab.locator("#text2 .tok").nth(9).hover()
+    assert "position 10: mask" in tab.locator(".pane .about").last.inner_text()
+    for width in (400, 800, 1600):
+        tab.set_viewport_size({"width": width, "height": 900})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tab.locator("#prompt").fill("a[MASK:2]b")
+    assert "2 blanks" not in tab.locator("#what").inner_text() and "1 blank is" in tab.locator("#what").inner_text()
+    press("Control+Enter")
+    tab.wait_for_selector("[data-state=done]")
+    assert shown(1).startswith("a") and shown(1).endswith("b") and tab.locator("#text1 .tok").count() == 4
+    tab.locator("#prompt").fill("a" * 99)
+    press("Control+Enter")
+    tab.wait_for_selector(".wrong")
+    assert t.kind == "bytes" and "99 tokens: must be fewer" in tab.locator(".wrong").first.inner_text()
 
 
 @pytest.mark.slow

@@ -424,7 +424,7 @@ function pane(number, run, t) {
     let add = null, canvas = null, text = "";
     host.replaceChildren();
     said.className = "quiet said";
-    said.textContent = "waiting …";
+    said.textContent = "waiting … (a method is compiled for its first text)";
     const more = {method: method.value, stream: true, canvas: true, ...(steps.disabled ? {} : {steps: +steps.value}),
       ...(options.value && !options.disabled ? {options: options.value} : {})};
     const began = performance.now();
@@ -506,6 +506,7 @@ async function live(host) {
   tell();
   host.replaceChildren(make("header", {}, make("p", {class: "kicker"}, "hdlm_jax, live"), make("h1", {}, run.name),
     make("p", {class: "lead"}, run.description)), form, place);
+  text.focus();
 }
 
 // The token a server asks for.

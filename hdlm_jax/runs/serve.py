@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hmac
 import ipaddress
+import os
 import secrets
 import socket
 import sys
@@ -313,7 +314,7 @@ def methods(run: Run) -> list[Json]:
         if method.needs and not (method.needs == "ar" and run.config.generate.helper):
             continue
         options = presets.options_of(name)
-        about = " ".join((make.__doc__ or "").split()).partition(". ")[0].rstrip(".")
+        about = " ".join((make.__doc__ or "").split()).partition(". ")[0].rstrip(".").replace("`", "")
         out.append({"name": name, "steps": "steps" in options, "about": about,
                     "options": " ".join(f"{k}={v}" for k, v in options.items() if k != "steps")})
     return out
@@ -329,7 +330,7 @@ def listen(settings: ServeConfig) -> socket.socket:
         return socket.create_server((settings.host.strip("[]"), settings.port), family=family, backlog=1024)
     except OSError as error:
         raise OSError(f"serve.host={settings.host!r} serve.port={settings.port}: cannot be listened at "
-                      f"({error.strerror}); give another --port") from error
+                      f"({os.strerror(error.errno or 0)}); give another --port") from error
 
 
 def serve(config: Config, workdir: str, page: str, about: Json) -> None:

@@ -57,8 +57,8 @@ async def ask(port: int, body: bytes, leaves: bool = False) -> tuple[int, bytes]
         answer = await reader.read()
     finally:
         writer.close()
-    head, _, rest = answer.partition(b"\r\n\r\n")
-    return int(head.split()[1]) if head else -1, rest
+    first, _, rest = answer.partition(b"\r\n\r\n")
+    return int(first.split()[1]) if first else -1, rest
 
 
 class Load:
@@ -102,7 +102,7 @@ class Load:
     async def run(self, clients: int, rude: bool) -> float:
         """Texts a second until the last answer."""
         began = time.monotonic()
-        await asyncio.gather(*(self.client(i) for i in range(clients)), *[self.rude()] * rude)
+        await asyncio.gather(*(self.client(i) for i in range(clients)), *([self.rude()] if rude else ()))
         return len(self.texts) / (time.monotonic() - began)
 
 

@@ -149,7 +149,6 @@ class _Batch:
     def look(self, seen: slots.Seen) -> None:
         """Tells what was written in the slots, and frees those that are done."""
         revises = self.slots is not None and self.slots.revises
-        self.desk.calls += int(seen.busy.any())
         freed: dict[int, slots.Text | None] = {}
         for slot, job in list(self.running.items()):
             z, n, busy = seen.z[slot], int(seen.length[slot]), bool(seen.busy[slot])
@@ -210,7 +209,6 @@ class _Batch:
         g = dataclasses.replace(self.g, batch_size=self.desk.rows)
         frames = FRAMES if any(job.watches for job in jobs) else 0
         out = self.desk.draw(canvas, g, frames, names=[(job.text.seed, job.text.number) for job in jobs])
-        self.desk.calls += int(out["calls"].max())
         for i, job in enumerate(jobs):
             n = int(out["length"][i])
             for frame in range(frames + 1 if job.watches else 0):
@@ -231,13 +229,13 @@ def one_row(canvas: np.ndarray | canvases.Canvas, i: int) -> np.ndarray | canvas
 class Desk:
     """Takes jobs, from any thread, and writes them in its own.
 
-    rows: texts of a kind written at once. most: texts that may wait. calls, texts, tokens: made so far.
+    rows: texts of a kind written at once. most: texts that may wait. texts, tokens: written so far.
     """
 
     def __init__(self, draw: Sampler, tokenizer: Any, rows: int, most: int):
         self.draw, self.tokenizer, self.most = draw, tokenizer, most
         self.rows = draw.batch_rows(GenerateConfig(batch_size=rows), rows)
-        self.calls = self.texts = self.tokens = 0
+        self.texts = self.tokens = 0
         self.compiles = concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._new = threading.Condition()
         self._arrived: collections.deque[Job] = collections.deque()

@@ -63,9 +63,10 @@ class Server:
         self.desk = desk.Desk(self.draw, run.tokenizer, self.settings.batch, self.settings.queue)
         self.name = str(about.get("name", "run"))
         g = run.config.generate
-        self.about = about | {"seq_len": run.config.model.seq_len, "step": run.step, "methods": methods(run),
-                              "chats": bool(getattr(run.tokenizer, "chat_template", "")),
-                              "default": {"method": g.method, "options": g.options, "steps": g.steps}}
+        more = {"seq_len": run.config.model.seq_len, "step": run.step, "methods": methods(run),
+                "chats": bool(getattr(run.tokenizer, "chat_template", "")),
+                "default": {"method": g.method, "options": g.options, "steps": g.steps}}
+        self.about = jsons.dumps(about | more, ensure_ascii=False).encode("utf-8", "replace")
         self.statuses: Counter[int] = Counter()
         self.seconds = 0.0
         self.http, self.responses = (package(f"starlette.{name}", "serve", "--mode=serve")
@@ -224,7 +225,7 @@ class Server:
         return self.json({"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "hdlm_jax"}]})
 
     async def tell_run(self, request: Request) -> Response:
-        return self.json(self.about)
+        return self.responses.Response(self.about, media_type="application/json")
 
     async def metrics(self, request: Request) -> Response:
         """In the text format of Prometheus."""
@@ -232,8 +233,8 @@ class Server:
         d = self.desk
         lines += [f"hdlm_{name} {value:g}" for name, value in {
             "request_seconds_sum": self.seconds, "request_seconds_count": self.statuses.total(),
-            "texts_running": d.running, "texts_waiting": d.waiting, "texts_total": d.texts, "tokens_total": d.tokens,
-            "calls_total": d.calls}.items()]
+            "texts_running": d.running, "texts_waiting": d.waiting, "texts_total": d.texts,
+            "tokens_total": d.tokens}.items()]
         return self.responses.PlainTextResponse("\n".join(lines) + "\n")
 
     def app(self) -> Any:

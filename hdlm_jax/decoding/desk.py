@@ -106,6 +106,7 @@ class _Batch:
         self.desk, self.waiting, self.running = desk, collections.deque[Job](), dict[int, Job]()
         self.g, self.level_of = job.g, desk.draw.process.hierarchy.level_of
         self.slots: slots.Slots | None = None
+        self.freed: list[int] = []  # slots that are half written, and whose text is done
         self.ready: concurrent.futures.Future[Any] = desk.compiles.submit(self.prepare, job)
 
     def prepare(self, job: Job) -> None:
@@ -131,7 +132,8 @@ class _Batch:
 
     def turn(self) -> None:
         """Lets jobs in and out, and writes on at all of them."""
-        changed: dict[int, slots.Text | None] = dict.fromkeys(self.drop())
+        changed: dict[int, slots.Text | None] = dict.fromkeys([*self.drop(), *self.freed])
+        self.freed = []
         if self.slots is None:
             return self.together()
         for slot in range(self.slots.rows):
@@ -147,21 +149,18 @@ class _Batch:
         self.look(self.slots.advance(1 if any(job.watches for job in self.running.values()) else CALLS))
 
     def look(self, seen: slots.Seen) -> None:
-        """Tells what was written in the slots, and frees those that are done."""
+        """Tells what was written in the slots; those that are done are free."""
         revises = self.slots is not None and self.slots.revises
-        freed: dict[int, slots.Text | None] = {}
         for slot, job in list(self.running.items()):
             z, n, busy = seen.z[slot], int(seen.length[slot]), bool(seen.busy[slot])
             if job.watches:
                 self.show(job, z[:n], seen.sure[slot], int(seen.call[slot]), float(seen.t[slot]) if busy else 0.0)
             free = np.flatnonzero(self.level_of(z[:n]) > 0)
-            known = n if not busy else 0 if revises else int(free[0])
+            known = 0 if busy and revises else int(free[0]) if busy and len(free) else n
             if self.written(job, z, n, known, busy):
                 del self.running[slot]
                 if busy:
-                    freed[slot] = None
-        if freed:
-            self.slots.put(freed)  # type: ignore[union-attr]
+                    self.freed.append(slot)
 
     def show(self, job: Job, z: np.ndarray, sure: np.ndarray, call: int, t: float) -> None:
         """A frame, where there is anything new."""

@@ -20,6 +20,7 @@ MOST_STEPS = 4096
 MOST_STOPS = 8  # texts that end one
 MOST_OPTIONS = 256  # characters
 SIZES = {"depth": 16, "kept": 64, "confident": 64, "drafts": 16, "candidates": 16, "top_k": 64}  # they take memory
+LEAST_TOKENS = 8  # of a block of sparsed, whose masks take memory as well
 CHARACTERS = 64  # a token at the most, before they are counted as tokens
 Json: TypeAlias = dict[str, Any]
 
@@ -121,9 +122,7 @@ def order(run: Run, body: Json, chat: bool) -> Order:
     values: Json = {name: given[name] for name in _SETTINGS if name in given}
     g = texts.settings(run, values, num_samples=n, length=length, prompt="", schema="",
                        seed=given.get("seed", secrets.randbelow(2**32)))
-    for name, _, value in (part.partition("=") for part in g.options.split()):
-        rule(name not in SIZES or int(value) <= SIZES[name], f"options={name}", value,
-             f"must be at most {SIZES.get(name)} here")
+    _check_memory(g.options)
     if "template" in given:
         rule(schema is None, "response_format", "json_schema", "goes with a prompt, not with a template")
         asked = texts.filled(run, g, given["template"])
@@ -138,6 +137,15 @@ def order(run: Run, body: Json, chat: bool) -> Order:
     hidden = not chat and not given.get("echo", False) and schema is None
     return Order(asked, g, run.tokenizer.decode(ids) if hidden else "", stops, given.get("stream", False),
                  given.get("canvas", False), len(ids))
+
+
+def _check_memory(options: str) -> None:
+    """ConfigError for options of a method that would take much memory."""
+    for name, _, value in (part.partition("=") for part in options.split()):
+        most = SIZES.get(name)
+        rule(most is None or int(value) <= most, f"options={name}", value, f"must be at most {most} here")
+        rule(name != "tokens" or int(value) >= LEAST_TOKENS, f"options={name}", value,
+             f"must be at least {LEAST_TOKENS} here")
 
 
 def _front(run: Run, given: Json, chat: bool) -> tuple[np.ndarray, str]:

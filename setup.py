@@ -31,6 +31,7 @@ EXTRAS = {
     "bert": ["tokenizers>=0.20"],
     "hub": ["gguf>=0.17", "jinja2>=3.1", "tokenizers>=0.20"],  # tokenizers and chat templates of open models
     "safetensors": ["safetensors>=0.5"],
+    "serve": ["starlette>=0.40", "uvicorn>=0.30"],  # --mode=serve
     "lm-eval": ["lm-eval>=0.4.9"],
     "torch": ["torch>=2.4"],  # to read released weights that are not .safetensors
     "mauve": ["mauve-text>=0.4"],
@@ -39,6 +40,7 @@ EXTRAS = {
     "test": [
         "fsspec>=2024.6",
         "gguf>=0.17",
+        "httpx>=0.27",
         "hypothesis>=6.100",
         "jinja2>=3.1",
         "jsonschema>=4.20",
@@ -54,7 +56,9 @@ EXTRAS = {
         "safetensors>=0.5",
         "scipy>=1.14",
         "setuptools>=70.1",
+        "starlette>=0.40",
         "tokenizers>=0.20",
+        "uvicorn>=0.30",
         "zstandard>=0.23",
     ],
 }

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
-from hdlm_jax.config import ConfigError, GenerateConfig, change
+from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.data import chat as chats
 from hdlm_jax.decoding import canvas as canvases
-from hdlm_jax.decoding import presets
-from hdlm_jax.decoding import schema as schemas
-from hdlm_jax.decoding.sampler import ended, load_helper, sampler_of, start_canvas, text_of
+from hdlm_jax.decoding import texts as asking
+from hdlm_jax.decoding.sampler import load_helper, sampler_of
 from hdlm_jax.evaluation.elbo import evaluator_of, text_nats
 from hdlm_jax.training.loading import load_here
 
@@ -71,12 +70,7 @@ class Model:
         g = self._settings(settings, steps=steps, num_samples=num_samples)
         if classifier is not None and not callable(classifier):
             raise ConfigError(f"classifier: must be a function, not {type(classifier).__name__}")
-        parts: list[Any] = [start_canvas(self.run, g, np.tile(self.tokenizer.encode(text), (g.num_samples, 1)))
-                            for text in prompts]
-        if not parts:
-            return []
-        plain = isinstance(parts[0], np.ndarray)
-        return self._texts(np.concatenate(parts) if plain else canvases.together(parts), g, classifier)
+        return self._texts([asking.prompted(self.run, g, text) for text in prompts], g, classifier)
 
     def chat(self, messages: Sequence[chats.Message], num_samples: int = 1, steps: int = 128, *,
              template: Mapping[str, Any] | None = None, **settings: Any) -> list[str]:
@@ -91,13 +85,7 @@ class Model:
           ConfigError: what `generate` refuses. ValueError: no chat template, or what it refuses (data/chat.py).
         """
         g = self._settings(settings, prompt="", schema="", steps=steps, num_samples=num_samples)
-        ids = chats.chat_ids(self.tokenizer, messages, **(template or {}))
-        out = self._draw_with(g)(start_canvas(self.run, g, np.tile(ids, (g.num_samples, 1))), g)
-        answers = [row[len(ids) : n] for row, n in zip(out["tokens"], out["length"], strict=True)]
-        ends = (self.tokenizer.eot, self.tokenizer.turn_end)
-        firsts = [np.flatnonzero(np.isin(answer, ends)) for answer in answers]
-        return [self.tokenizer.decode(answer[: first[0]] if len(first) else answer)
-                for answer, first in zip(answers, firsts, strict=True)]
+        return self._texts([asking.chatted(self.run, g, messages, **(template or {}))], g)
 
     def infill(self, text: str | Sequence[str], num_samples: int = 1, steps: int = 64, **settings: Any) -> list[str]:
         """The text with its blanks filled in; everything else stays. Of several texts num_samples each, text by text.
@@ -107,21 +95,7 @@ class Model:
         [. A single space in front of a blank is left to it, as words of most tokenizers begin with theirs.
         """
         g = self._settings(settings, length=0, prompt="", steps=steps, num_samples=num_samples)
-        parts, keep = [], []
-        for one in _texts_of("infill", text):
-            canvas = canvases.template(one, self.tokenizer, self.hierarchy, g.num_samples, self.seq_len)
-            n, places = int(canvas.length[0]), canvas.z.shape[1]
-            if canvas.given[0, :n].all():
-                raise ValueError(f"infill: no blank in {one!r}; write [MASK], [MASK:5] or [LIKE:word] for what is "
-                                 "missing")
-            if self.run.ends:
-                canvas, places = canvases.closed(canvas, self.seq_len, self.tokenizer.eot), self.seq_len
-            # the rest of the canvas is text the model makes up and nobody reads
-            inside = np.arange(places)[None] < n
-            parts.append(canvas._replace(z=np.where(inside, canvas.z, self.hierarchy.mask_id).astype(np.int32),
-                                         given=canvas.given & inside, length=np.full(g.num_samples, places, np.int32)))
-            keep += [n] * g.num_samples
-        return self._texts(canvases.together(parts), g, keep=keep) if parts else []
+        return self._texts([asking.filled(self.run, g, one) for one in _texts_of("infill", text)], g)
 
     def json(self, schema: Any, num_samples: int = 1, steps: int = 64, prompt: str = "", budget: int = 16,
              **settings: Any) -> list[Any]:
@@ -129,20 +103,11 @@ class Model:
         g = self._settings(settings, length=0, prompt=prompt, steps=steps, num_samples=num_samples)
         if type(budget) is not int:
             raise ConfigError(f"budget={budget!r}: must be of type int")
-        scaffold = schemas.scaffold(schema, self.tokenizer, self.hierarchy, budget, prompt=prompt, seq_len=self.seq_len)
-        canvas = scaffold.canvas(g.num_samples, self.seq_len)
-        if self.run.ends:
-            canvas = canvases.closed(canvas, self.seq_len, self.tokenizer.eot)
-        return [scaffold.read(row) for row in self._draw(canvas, g)["tokens"]]
+        return [json.loads(text) for text in self._texts([asking.of_schema(self.run, g, schema, prompt, budget)], g)]
 
     def _settings(self, settings: dict[str, Any], **own: Any) -> GenerateConfig:
         """GenerateConfig with these settings, checked as those of the command line; own: what the caller decides."""
-        if twice := sorted(own.keys() & settings.keys()):
-            raise ConfigError(f"generate.{twice[0]}: is not a setting here; the text says it")
-        values = {k: v.item() if isinstance(v, np.generic) else v for k, v in (own | settings).items()}
-        g = change("generate", self.run.config.generate, values)
-        dataclasses.replace(self.run.config, generate=g).check()
-        presets.check(g)
+        g = asking.settings(self.run, settings, **own)
         if g.schema:
             raise ConfigError(f"generate.schema={g.schema!r}: here call Model.json(schema)")
         return g
@@ -153,15 +118,15 @@ class Model:
             return sampler_of(self.run, load_helper(self.run, g), classifier)
         return self._draw
 
-    def _texts(self, canvas: Any, g: GenerateConfig, classifier: Classifier | None = None, keep: Sequence[int] = ()
+    def _texts(self, asked: Sequence[asking.Asked], g: GenerateConfig, classifier: Classifier | None = None
                ) -> list[str]:
-        out = self._draw_with(g, classifier)(canvas, g)
-        words = canvas < self.hierarchy.vocab_size if isinstance(canvas, np.ndarray) else canvas.given
-        texts = []
-        for row, given, n in zip(out["tokens"], words, keep or out["length"], strict=True):
-            last = 1 + int(max(np.flatnonzero(given[:n]), default=-1))  # no end of text counts before what is given
-            texts.append(text_of(self.tokenizer, ended(row[:n], last, self.tokenizer.eot, g.stop), g.stop))
-        return texts
+        if not asked:
+            return []
+        parts: list[Any] = [one.canvas for one in asked]
+        plain = isinstance(parts[0], np.ndarray)
+        out = self._draw_with(g, classifier)(np.concatenate(parts) if plain else canvases.together(parts), g)
+        rows = zip([one for one in asked for _ in range(g.num_samples)], out["tokens"], out["length"], strict=True)
+        return [one.text(self.tokenizer, row, n) for one, row, n in rows]
 
     def nelbo(self, texts: str | Sequence[str], draws: int = 16) -> list[dict[str, Any]]:
         """Upper bounds on -log p of each text (one text is a list of one) followed by the end of text, in nats.

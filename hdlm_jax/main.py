@@ -1,7 +1,7 @@
 """The command line: hdlm-jax (python -m hdlm_jax.main) --config=hdlm_base [--workdir=DIR] [--mode=train].
 
 --config is a recipe by name or as a file; a run that is there knows its own: --workdir=RUN --mode=evaluate. An open
-model: hdlm-jax fetch smollm2.
+model: hdlm-jax fetch smollm2. To try a run in a browser, or behind OpenAI's API: hdlm-jax serve RUN --port=8000.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ("prepare", "cluster", "train", "evaluate", "generate", "report", "export", "import", "fetch")
+MODES = ("prepare", "cluster", "train", "evaluate", "generate", "report", "export", "import", "fetch", "serve")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, by name or as a file; settings as "
                                           "--config.train.steps=100. A run in --workdir needs none.")
@@ -71,6 +71,12 @@ def parse(argv: list[str]) -> list[str]:
     if argv[1:2] == ["fetch"]:  # hdlm-jax fetch NAME [flags]
         names = [f"--model={name}" for name in argv[2:3] if not name.startswith("-")]
         sys.argv = argv = [argv[0], "--mode=fetch", *names, *argv[2 + len(names):]]
+    if argv[1:2] == ["serve"]:  # hdlm-jax serve RUN [flags]
+        names = [f"--workdir={name}" for name in argv[2:3] if not name.startswith("-")]
+        sys.argv = argv = [argv[0], "--mode=serve", *names, *argv[2 + len(names):]]
+    at, port = _flag(argv, "port")
+    if at >= 0:
+        sys.argv = argv = [*argv[:at], f"--config.serve.port={port}", *argv[at + (1 if "=" in argv[at] else 2):]]
     given = [a for a in argv[1:] if re.match(r"--?config(=|$)", a)]
     try:
         for arg in argv[1:]:
@@ -133,8 +139,8 @@ def main(argv: list[str]) -> None:
     import jax
 
     from hdlm_jax.common import console, lock, parallel, processes
-    from hdlm_jax.report import page
-    from hdlm_jax.runs import evaluate, export, fetch, generate, import_weights, stages, tasks, train
+    from hdlm_jax.report import live, page
+    from hdlm_jax.runs import evaluate, export, fetch, generate, import_weights, serve, stages, tasks, train
     from hdlm_jax.training import loading
 
     config = stages.checked(loading.with_base(_CONFIG.value, workdir))
@@ -172,6 +178,8 @@ def main(argv: list[str]) -> None:
     elif _MODE.value == "fetch":
         with lock.held(here, "fetch"):
             fetch.fetch(config, workdir, name)
+    elif _MODE.value == "serve":
+        serve.serve(config, workdir, live.page(), live.about(workdir))
     elif _MODE.value == "report":
         page.write_run_page(workdir)
     else:

@@ -55,3 +55,19 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no local data: {folder} is not a folder (set HDLM_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium that is installed already. Skips where there is none, or no playwright."""
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install 'hdlm_jax[browser]')")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    where = next(filter(None, map(shutil.which, names)), None)
+    if where is None:
+        pytest.skip(f"no browser: none of {', '.join(names)} on PATH")
+    with api.sync_playwright() as tool:
+        opened = tool.chromium.launch(executable_path=where, args=[
+            "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync"])
+        yield opened
+        opened.close()

@@ -155,7 +155,8 @@ def test_infill_refuses(monkeypatch):
         model().infill("a[MASK:16]")
     with pytest.raises(ConfigError, match="num_samples=0"):
         model().infill("a[MASK]", num_samples=0)
-    monkeypatch.setattr(model(), "hierarchy", Hierarchy.from_parents([], vocab_size=257))
+    flat = Hierarchy.from_parents([], vocab_size=257)
+    monkeypatch.setattr(model(), "run", dataclasses.replace(model().run, hierarchy=flat))
     with pytest.raises(ValueError, match=r"\[LIKE:x\]' at character 1: level 1 has no clusters; .*none, so use"):
         model().infill("a[LIKE:x]")
 

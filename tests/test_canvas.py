@@ -10,10 +10,9 @@ import oracle
 import pytest
 from oracle import Toy
 
-from hdlm_jax.api import Model
 from hdlm_jax.config import GenerateConfig
 from hdlm_jax.data.tokenizers import make_tokenizer
-from hdlm_jax.decoding import canvas, guide
+from hdlm_jax.decoding import canvas, guide, texts
 from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
@@ -132,10 +131,10 @@ def test_templates_have_typed_blanks():
 def test_templates_are_the_notebook_s_blanks(text):
     """The same symbols as Model.infill starts from."""
     h, t = clusters(bpe().vocab_size, (8,)), bpe()
-    model = types.SimpleNamespace(tokenizer=t, hierarchy=h, seq_len=64, run=types.SimpleNamespace(ends=False),
-                                  _settings=lambda *_, **__: GenerateConfig(num_samples=1),
-                                  _texts=lambda canvas, g, keep: canvas.z[0, : keep[0]])
-    np.testing.assert_array_equal(canvas.template(text, t, h).z[0], Model.infill(model, text))
+    run = types.SimpleNamespace(tokenizer=t, hierarchy=h, ends=False,
+                                config=types.SimpleNamespace(model=types.SimpleNamespace(seq_len=64)))
+    asked = texts.filled(run, GenerateConfig(num_samples=1), text)
+    np.testing.assert_array_equal(canvas.template(text, t, h).z[0], asked.canvas.z[0, : asked.keep])
 
 
 @pytest.mark.parametrize("text, message", [

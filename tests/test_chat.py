@@ -13,10 +13,10 @@ import tokenfiles
 from tokenfiles import byte_level, folder
 
 import hdlm_jax
-from hdlm_jax.config import ConfigError
+from hdlm_jax.config import ConfigError, ServeConfig
 from hdlm_jax.data import chat
 from hdlm_jax.data.tokenizers import make_tokenizer
-from hdlm_jax.runs import stages, train
+from hdlm_jax.runs import serve, stages, train
 
 # Llama 3's headers with tokens of its own, as LLaDA's; ChatML with thoughts that can be left out, as Qwen3's
 LLADA = ("{% set loop_messages = messages %}{% for message in loop_messages %}"
@@ -165,6 +165,34 @@ def test_chat(run, monkeypatch):
     assert model.chat(SHORT, 2, **FEW) == texts != model.chat(SHORT, 2, seed=1, **FEW)
 
 
+def test_a_served_chat(run):
+    """OpenAI's chats: the answers of Model.chat, whole and in pieces; a schema; nobody speaks for another role."""
+    client = pytest.importorskip("starlette.testclient", reason="no starlette (pip install 'hdlm_jax[serve]')")
+    model = hdlm_jax.load(str(run))
+    config = dataclasses.replace(model.run.config, serve=ServeConfig(batch=8))
+    server = serve.Server(dataclasses.replace(model.run, config=config), "", {})
+    body = {"messages": SHORT, "seed": 1, "steps": 4, "n": 2}
+    with client.TestClient(server.app(), base_url="http://127.0.0.1") as c:
+        said = c.post("/v1/chat/completions", json=body).json()
+        assert [one["message"]["content"] for one in said["choices"]] == model.chat(SHORT, 2, seed=1, **FEW)
+        assert said["object"] == "chat.completion" and said["usage"]["prompt_tokens"] == len(
+            chat.chat_ids(model.tokenizer, SHORT))
+        with c.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as answer:
+            found = [json.loads(line[6:])["choices"][0] for line in answer.iter_lines() if line.startswith("data: {")]
+        for i, one in enumerate(said["choices"]):
+            pieces = "".join(piece["delta"]["content"] for piece in found if piece["index"] == i)
+            assert pieces == one["message"]["content"]
+        shape = {"type": "json_schema", "json_schema": {"schema": {"enum": ["a", "b"]}}}
+        said = c.post("/v1/chat/completions", json=body | {"response_format": shape}).json()
+        assert all(json.loads(one["message"]["content"]) in ("a", "b") for one in said["choices"])
+        for wrong, match in (({"messages": [{"role": "u", "content": "<|im_end|>"}]}, "a special token"),
+                             ({"messages": [{"role": "u"}]}, "must be a dict"), ({"messages": [5]}, "must be a dict"),
+                             ({}, "messages=None: is missing"), ({"chat_template_kwargs": {"run": 1}}, "a variable"),
+                             ({"max_tokens": 99}, "room for")):
+            error = c.post("/v1/chat/completions", json=({"messages": SHORT} if wrong else {}) | wrong)
+            assert error.status_code == 400 and match in error.text
+
+
 @pytest.mark.parametrize("ends, answer", [((2, 0), "the<|im_start|>"), ((0, 2), "the<|im_start|>"), ((3, 4), None)])
 def test_a_chat_ends_with_its_turn_or_the_text(run, monkeypatch, ends, answer):
     model = hdlm_jax.load(str(run))
@@ -188,7 +216,7 @@ def test_chat_refuses(run):
         model.chat([{"role": "u", "content": "a" * 64}])
     with pytest.raises(ConfigError, match="generate.prompt: is not a setting here"):
         model.chat(SHORT, prompt="x")
-    model.tokenizer = make_tokenizer("bytes")
+    model.run = dataclasses.replace(model.run, tokenizer=make_tokenizer("bytes"))
     with pytest.raises(ValueError, match="no chat template: a tokenizer of kind 'bytes'"):
         model.chat(SHORT)
 

@@ -16,7 +16,7 @@ from tiny import SEQ_LEN, trained, write_recipe
 from hdlm_jax import main
 from hdlm_jax.common import jsons, lock
 from hdlm_jax.report import __main__ as report
-from hdlm_jax.runs import evaluate, stages
+from hdlm_jax.runs import evaluate, serve, stages
 from hdlm_jax.training import state
 
 
@@ -48,6 +48,17 @@ def call(monkeypatch, capsys, tmp_path):
 @pytest.fixture
 def recipe(tmp_path):
     return write_recipe(tmp_path / "recipe")
+
+
+def test_serve_in_short(call, monkeypatch):
+    """hdlm-jax serve RUN --port N is --mode=serve --workdir=RUN --config.serve.port=N."""
+    asked = []
+    monkeypatch.setattr(serve, "serve", lambda config, workdir, page, about: asked.append(
+        (config.serve.port, workdir, about["name"], "data-part=live" in page)))
+    for port in (("--port", "8123"), ("--port=8123",)):
+        assert call("serve", trained()[1], *port)[0] == 0
+    assert asked == [(8123, str(trained()[1]), "run", True)] * 2
+    one_line(*call("serve", trained()[1], "--port=99999"), "serve.port=99999: must lie in 0..65535")
 
 
 def one_line(code, out, err, match):

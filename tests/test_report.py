@@ -251,21 +251,6 @@ def test_tasks_and_judges_side_by_side(tmp_path):
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install 'hdlm_jax[browser]')")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    where = next(filter(None, map(shutil.which, names)), None)
-    if where is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} on PATH")
-    with api.sync_playwright() as tool:
-        opened = tool.chromium.launch(executable_path=where, args=[
-            "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync"])
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
 def look(browser):
     """look(path, width, scheme) -> a page whose errors fail the test at its end."""

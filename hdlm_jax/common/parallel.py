@@ -309,6 +309,15 @@ def compile_sample_step(step: Callable[..., Any], mesh: Mesh, params: Tree) -> J
                    out_shardings=replicated(mesh))
 
 
+def compile_row_step(step: Callable[..., Any], mesh: Mesh, keeps: bool = False) -> Jitted:
+    """jit of step(given, *trees of rows) -> (rows, arrays): rows stay divided over the devices, arrays are gathered.
+
+    keeps: the first tree of rows may be needed afterwards; else its memory is used again.
+    """
+    return jax.jit(_for(mesh, step), out_shardings=(batch_sharding(mesh), replicated(mesh)),
+                   donate_argnums=() if keeps else 1)
+
+
 def trim_memory() -> None:
     """Gives back to the system what compiling has freed (some hundred MiB that glibc would keep)."""
     if sys.platform == "linux":

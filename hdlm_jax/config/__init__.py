@@ -20,6 +20,7 @@ from hdlm_jax.config.sections import (
     OptimizerConfig,
     ParallelConfig,
     ReleasedConfig,
+    ServeConfig,
     TokenizerConfig,
     TrainConfig,
     default_clusters,

@@ -478,6 +478,24 @@ class GenerateConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class ServeConfig(_Section):
+    """What --mode=serve listens to, and how much it takes on (docs/serving.md)."""
+
+    host: str = "127.0.0.1"  # address to listen at; any but this machine's own needs a token
+    port: int = 8000  # also as --port=8000; 0: any that is free
+    token: str = ""  # what clients send as "Authorization: Bearer TOKEN"; '$NAME' is read from the environment
+    batch: int = 16  # texts of one kind (same method, options, steps) that are written at once
+    queue: int = 256  # texts that may wait; more are refused (429)
+    timeout: float = 120.0  # seconds that a request may take, waiting counted
+
+    def check(self) -> None:
+        self.hold("must be at least 1", "batch", "queue")
+        self.hold("must be positive", "timeout")
+        self.need(bool(self.host), "host", "give an address, as 127.0.0.1")
+        self.need(0 <= self.port < 65536, "port", "must lie in 0..65535")
+
+
+@dataclasses.dataclass(frozen=True)
 class ReleasedConfig(_Section):
     """Weights of others: what --mode=import reads and --mode=export adds (docs/import.md, docs/models.md)."""
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Settings that are paths, or begin with one: `resolve` expands ~ and $VARIABLES in them (and main in --workdir).
 PATHS = ("data.files", "data.validation", "data.dir", "tokenizer.file", "hierarchy.embeddings", "train.init_from",
          "evaluate.tasks_data", "evaluate.files", "evaluate.lm1b", "generate.schema", "generate.helper",
-         "generate.judge", "released.weights", "released.clusters")
+         "generate.judge", "released.weights", "released.clusters", "serve.token")
 RETIRED = ("hierarchy.keep_single",)  # settings of before, which saved configs still have: `resolve` passes them over
 
 Given: TypeAlias = config_dict.ConfigDict | Mapping[str, Any]  # sections of settings: of a recipe, or saved
@@ -47,6 +47,7 @@ class Config:
     parallel: sections.ParallelConfig = sections.ParallelConfig()
     checkpoint: sections.CheckpointConfig = sections.CheckpointConfig()
     released: sections.ReleasedConfig = sections.ReleasedConfig()
+    serve: sections.ServeConfig = sections.ServeConfig()
 
     def check(self) -> None:
         """Raises ConfigError at the first broken rule, cross-field ones last."""

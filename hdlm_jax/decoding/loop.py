@@ -51,6 +51,7 @@ class Sampling:
     sync_trip_count: trip count of a loop that needs `count` iterations here; where devices that share the batch must
       keep step, the largest count of all (parallel.OverBatch). Changes no result.
     frames: at most so many states are recorded beside the start (see `Trajectory`). Changes no result.
+    sure: the probability of each unmasking is kept in `State.sure`, as it is with frames. Changes no result.
     tools: functions that hooks call, by name.
     """
 
@@ -60,6 +61,7 @@ class Sampling:
     tokens: int | None = None
     sync_trip_count: Callable = lambda count: count  # noqa: E731
     frames: int = 0
+    sure: bool = False
     tools: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
 
 
@@ -84,11 +86,18 @@ class Loop(NamedTuple):
             s.memory.update(hook.memory(view))
         return s._replace(film=self.record(s).start((z, s.sure, self.view(s).t)) if self.how.frames else ())
 
-    def run(self, cache: Cache, s: State) -> tuple[State, jax.Array]:
-        """(the state when no row has anything left to do, calls of the row that had most)."""
-        limit = self.bound(s)
-        if self.policy.lengths is not None:
-            limit += s.z.shape[1]  # a row that grows unmasks nothing in that call
+    def begin(self, key, z, given=None, length=None, extra=None) -> tuple[Cache, State]:
+        """(cache, state) before the first call; arguments as those of `sample`."""
+        batch, positions = z.shape
+        length = jnp.broadcast_to(jnp.asarray(positions if length is None else length, jnp.int32), (batch,))
+        given = self.process.level_of(z) == 0 if given is None else given
+        s = self.start(row_keys(key, batch), z, given, length, extra or {})
+        first = self.view(s)
+        return self.denoise.start(first.rows(self.wanted(first))), s
+
+    def run(self, cache: Cache, s: State, most: jax.Array | None = None) -> tuple[Cache, State, jax.Array]:
+        """(cache, state, calls of the row that had most) when no row has anything left to do, or after `most` calls."""
+        limit = self.limit(s)
 
         def anyone(s):
             return self.how.sync_trip_count(jnp.any(self.unfinished(s, limit)).astype(jnp.int32))
@@ -98,9 +107,24 @@ class Loop(NamedTuple):
             cache, s = self.call_rows(cache, s, self.unfinished(s, limit))
             return cache, s, calls + 1, anyone(s)
 
-        start = cache, s, jnp.int32(0), anyone(s)
-        _, s, calls, _ = jax.lax.while_loop(lambda carry: carry[-1] > 0, body, start)
-        return s, calls
+        def goes_on(carry):
+            return carry[-1] > 0 if most is None else (carry[-1] > 0) & (carry[2] < most)
+
+        cache, s, calls, _ = jax.lax.while_loop(goes_on, body, (cache, s, jnp.int32(0), anyone(s)))
+        return cache, s, calls
+
+    def sample(self, key, z, given=None, length=None, extra=None):
+        """See `sample`, the function."""
+        cache, s = self.begin(key, z, given, length, extra)
+        _, s, calls = self.run(cache, s)
+        forwards = s.call * (self.denoise.forwards * self.policy.width)
+        stats = {"calls": calls, "row_forwards": forwards, "length": s.length}
+        return s.z, stats | self.record(s).stats(s.film, s.call)
+
+    def limit(self, s: State):
+        """Calls that a row takes at most, those in which it grows counted."""
+        grows = self.policy.lengths is not None  # such a row unmasks nothing in that call
+        return self.bound(s) + s.z.shape[1] if grows else self.bound(s)
 
     def unfinished(self, s: State, limit):
         """bool [B]: rows with something left to write, or to take back, within `limit` calls."""
@@ -197,7 +221,8 @@ class Loop(NamedTuple):
     def reverse_step(self, view: View, prediction, target) -> Drawn:
         """States after unmasking to levels `target` [b, S], drawn."""
         z, to, keys = (a.reshape(-1) for a in (view.z, target, view.keys))
-        counts = self.how.frames > 0 or self.policy.order == "draw_then_choose" or "sure" in self.policy.needs
+        counts = self.how.frames > 0 or self.how.sure
+        counts = counts or self.policy.order == "draw_then_choose" or "sure" in self.policy.needs
 
         def find(at):
             p = prediction.select(at)
@@ -351,14 +376,13 @@ def sample(key, denoise: Denoiser | Callable, process: HierarchicalProcess, z, p
       frame; time float32 [B, F+1], its t; z int32 and confidence float32 [B, F+1, S], the states and the probability of
       each token's last unmasking (0 before the first).
     """
-    batch, positions = z.shape
+    return loop_of(denoise, process, policy, z.shape, numbers, how).sample(key, z, given, length, extra)
+
+
+def loop_of(denoise: Denoiser | Callable, process: HierarchicalProcess, policy: Policy, shape: tuple[int, ...],
+            numbers: Numbers | None = None, how: Sampling = Sampling()) -> Loop:  # noqa: B008
+    """The loop of a canvas of that shape [B, S]; arguments as those of `sample`."""
+    batch, positions = shape
     rows, tokens = chunks(positions)
     rows = min(how.rows or max(1, rows // policy.width), batch)
-    loop = Loop(as_denoiser(denoise), process, policy, numbers or {}, how, rows, how.tokens or tokens)
-    length = jnp.broadcast_to(jnp.asarray(positions if length is None else length, jnp.int32), (batch,))
-    given = process.level_of(z) == 0 if given is None else given
-    s = loop.start(row_keys(key, batch), z, given, length, extra or {})
-    first = loop.view(s)
-    s, calls = loop.run(loop.denoise.start(first.rows(loop.wanted(first))), s)
-    stats = {"calls": calls, "row_forwards": s.call * (loop.denoise.forwards * policy.width), "length": s.length}
-    return s.z, stats | loop.record(s).stats(s.film, s.call)
+    return Loop(as_denoiser(denoise), process, policy, numbers or {}, how, rows, how.tokens or tokens)

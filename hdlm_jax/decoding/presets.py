@@ -333,6 +333,11 @@ _RANGES = {
     "expand": (2, np.inf), "select": (0, 1), "skip": (0, 1), "remdm eta": (0, 1)}
 
 
+def options_of(name: str) -> dict[str, Any]:
+    """The options of a method and their defaults."""
+    return {p.name: p.default for p in inspect.signature(METHODS[name]).parameters.values()}
+
+
 def make(name: str, options: str = "", steps: int = 128) -> Method:
     """The method of that name with options "name=value name=value".
 
@@ -340,7 +345,7 @@ def make(name: str, options: str = "", steps: int = 128) -> Method:
       ValueError: an unknown method or option (with the choices), or a value of another kind.
     """
     choice("method", name, tuple(METHODS))
-    known = {p.name: p.default for p in inspect.signature(METHODS[name]).parameters.values()}
+    known = options_of(name)
     given: dict[str, Any] = {"steps": steps} if "steps" in known else {}
     for part in options.split():
         key, equals, text = part.partition("=")

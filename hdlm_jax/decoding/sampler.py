@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -102,6 +103,20 @@ class Call(NamedTuple):
     how: loop.Sampling
 
 
+def call_of(network: Trunk, process, program: Program, given, batch, how: loop.Sampling, helper=None,
+            classifier=None) -> Call:
+    """A step's arguments as what samples takes them; given: (params, numbers), of a helper too (make_sample_step)."""
+    (params, numbers), tools = given, {}
+    if helper is not None:
+        params, theirs = params
+        tools["ar"] = reads(helper, theirs)
+        tools["energy"] = guide.ar_energy(tools["ar"], process)
+    heat, nucleus = (numbers[name] if fixed is None else fixed for name, fixed in (
+        ("temperature", program.temperature), ("top_p", program.top_p)))
+    how = dataclasses.replace(how, tools=tools, temperature=heat, top_p=nucleus)
+    return Call(network, params, program, numbers, batch, batch.get("length", numbers["length"]), classifier, how)
+
+
 @functools.singledispatch
 def sample_canvas(process: Process, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
     """Tokens int32 [b, S] from canvases z, and what `hdlm_jax.decoding.loop.sample` tells; keys [b].
@@ -111,8 +126,8 @@ def sample_canvas(process: Process, keys: jax.Array, z: jax.Array, call: Call) -
     raise TypeError(f"{type(process).__name__}: no sampler is registered for this process")
 
 
-@sample_canvas.register
-def _(process: HierarchicalProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
+def loop_of(process: HierarchicalProcess, z: jax.Array, call: Call) -> tuple[loop.Loop, dict[str, Any]]:
+    """(the loop of a compiled step, what its rows begin with beside keys and canvas)."""
     policy, numbers, length = call.program.method.policy, call.numbers, call.length
     if policy.lengths is not None:
         prompt = jnp.argmax(process.level_of(z) > 0, axis=1).astype(jnp.int32)
@@ -120,9 +135,15 @@ def _(process: HierarchicalProcess, keys: jax.Array, z: jax.Array, call: Call) -
     denoise = denoiser(call.program, call.network, call.params, process, numbers, call.classifier,
                        call.how.sync_trip_count)
     extra = {"kind": call.batch["kind"]} if call.program.constrained else {}
-    tokens, stats = loop.sample(keys, denoise, process, z, policy, numbers["method"], given=call.batch.get("given"),
-                                length=length, extra=extra, how=call.how)
-    return tokens, {"length": length} | stats
+    rows = {"given": call.batch.get("given"), "length": length, "extra": extra}
+    return loop.loop_of(denoise, process, policy, z.shape, numbers["method"], call.how), rows
+
+
+@sample_canvas.register
+def _(process: HierarchicalProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
+    found, rows = loop_of(process, z, call)
+    tokens, stats = found.sample(keys, z, **rows)
+    return tokens, {"length": rows["length"]} | stats
 
 
 @sample_canvas.register
@@ -157,17 +178,8 @@ def make_sample_step(network: Trunk, process, program: Program, mesh=None, frame
     process = at_sampling(process, program)
 
     def run(given, batch, keys):
-        (params, numbers), z = given, batch["z"]
-        tools = {}
-        if helper is not None:
-            params, theirs = params
-            tools["ar"] = reads(helper, theirs)
-            tools["energy"] = guide.ar_energy(tools["ar"], process)
-        heat, nucleus = (numbers[name] if fixed is None else fixed for name, fixed in (
-            ("temperature", program.temperature), ("top_p", program.top_p)))
-        how = loop.Sampling(tools=tools, temperature=heat, top_p=nucleus, sync_trip_count=shard.sync_trip_count,
-                            frames=frames)
-        call = Call(network, params, program, numbers, batch, batch.get("length", numbers["length"]), classifier, how)
+        z, how = batch["z"], loop.Sampling(sync_trip_count=shard.sync_trip_count, frames=frames)
+        call = call_of(network, process, program, given, batch, how, helper, classifier)
         tokens, stats = sample_canvas(process, fold(keys, 1), z, call)
         each = {"calls": jnp.broadcast_to(stats["calls"], z.shape[:1]),
                 "length": jnp.broadcast_to(stats.get("length", call.length), z.shape[:1])}
@@ -211,6 +223,12 @@ def exactness(process: Process, g: GenerateConfig) -> str:
     return f"inexact: {', '.join(reasons)}" if reasons else "exact"
 
 
+@functools.lru_cache(maxsize=4096)
+def key_data(seed: int) -> np.ndarray:
+    """What jax.random.key(seed) is made of."""
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+
 class Sampler:
     """Compiled sampling of canvases [n, S] in batches; every sample has its own random numbers.
 
@@ -228,13 +246,13 @@ class Sampler:
     def _compile(self, program: Program, frames: int = 0):
         helper = self.helper.network if program.method.needs == "ar" else None
         step = make_sample_step(self.network, self.process, program, self.mesh, frames, helper, self.classifier)
-        return parallel.compile_sample_step(step, self.mesh, self._params(program.method))
+        return parallel.compile_sample_step(step, self.mesh, self.params_of(program.method))
 
     def _quantised(self, weights: tuple):
         return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding),
                             quantise.quantise(self.params, *weights), self.params)
 
-    def _params(self, method: presets.Method) -> Any:
+    def params_of(self, method: presets.Method) -> Any:
         params = self._weights(method.weights) if method.weights else self.params
         return (params, self.helper.params) if method.needs == "ar" else params
 
@@ -262,47 +280,67 @@ class Sampler:
         if method.needs == "classifier" and self.classifier is None:
             raise ConfigError("generate.method='classifier' needs a function: Model.generate(classifier=...)")
 
-    def __call__(self, canvas: np.ndarray | canvases.Canvas, g: GenerateConfig,
-                 frames: int = 0) -> dict[str, np.ndarray]:
+    def prepare(self, canvas: np.ndarray | canvases.Canvas, g: GenerateConfig) -> tuple[Program, dict[str, Any]]:
+        """(program, its numbers) of a canvas; ConfigError where this run, or this canvas, cannot be sampled so."""
+        rows = rows_of(canvas, g)
+        z, inside = rows["z"], np.arange(rows["z"].shape[1])[None] < rows["length"][:, None]
+        blank = (z == self.process.hierarchy.mask_id) & inside
+        behind = bool(np.any(blank[:, :-1] & ~blank[:, 1:] & inside[:, 1:]))
+        program, numbers = program_of(g), numbers_of(g, z.shape[1], self.eos)
+        if not isinstance(canvas, np.ndarray):
+            program = dataclasses.replace(program, cut=True, constrained=len(canvas.allowed) > 1)
+            numbers["allowed"] = canvas.allowed
+        self._check(program.method, g, behind, program.constrained)
+        return program, numbers
+
+    def batch_rows(self, g: GenerateConfig, n: int) -> int:
+        """Rows of a batch for n samples: a power of two, at most g.batch_size, that divides over the devices."""
+        shards = math.lcm(parallel.batch_shards(self.mesh), jax.process_count())
+        return -(-parallel.bucket(min(g.batch_size, n), g.batch_size) // shards) * shards
+
+    def __call__(self, canvas: np.ndarray | canvases.Canvas, g: GenerateConfig, frames: int = 0,
+                 names: Sequence[tuple[int, int]] = ()) -> dict[str, np.ndarray]:
         """tokens int32 [n, S], length [n], calls [n] (of the batch shard a sample was in), row_forwards [n].
 
         With frames also call [n, F+1], time [n, F+1], z and confidence [n, F+1, S] of `loop.sample`.
+
+        names: (seed, number) of each of at most one batch's samples; (): g.seed, 0..n-1.
         """
-        rows_of: dict[str, np.ndarray] = {"z": canvas} if isinstance(canvas, np.ndarray) else {
-            "z": canvas.z, "given": canvas.given, "kind": canvas.kind, "length": canvas.length}
-        z = rows_of["z"]
-        n = len(z)
-        length = rows_of.get("length", np.full(n, g.length or z.shape[1]))
-        inside = np.arange(z.shape[1])[None] < length[:, None]
-        blank = (z == self.process.hierarchy.mask_id) & inside
-        behind = bool(np.any(blank[:, :-1] & ~blank[:, 1:] & inside[:, 1:]))
-        program = program_of(g)
-        constrained = not isinstance(canvas, np.ndarray) and len(canvas.allowed) > 1
-        self._check(program.method, g, behind, constrained)
-        shards = math.lcm(parallel.batch_shards(self.mesh), jax.process_count())
-        rows = -(-parallel.bucket(min(g.batch_size, n), g.batch_size) // shards) * shards
-        numbers = numbers_of(g, z.shape[1], self.eos)
-        if not isinstance(canvas, np.ndarray):
-            program = dataclasses.replace(program, cut=True, constrained=constrained)
-            numbers["allowed"] = canvas.allowed
+        whole = rows_of(canvas, g)
+        n, length = len(whole["z"]), whole["length"]
+        if isinstance(canvas, np.ndarray):
+            whole = {"z": canvas}
+        program, numbers = self.prepare(canvas, g)
+        rows = self.batch_rows(g, n)
         step = self._step(program, frames) if frames else self._step(program)
+        seeds = [seed for seed, _ in names]
+        key = jax.random.key(g.seed) if not names else jax.random.wrap_key_data(
+            jnp.stack([key_data(seed) for seed in seeds + seeds[:1] * (rows - n)]))
         parts = []
         with progress(n, unit="sample", name="generate") as bar:
             for start in range(0, n, rows):
                 count = min(rows, n - start)
-                batch = {k: v[start : start + count] for k, v in rows_of.items()}
-                batch["index"] = np.arange(start, start + count, dtype=np.int32)
+                batch = {k: v[start : start + count] for k, v in whole.items()}
+                numbered = [number for _, number in names] or range(start, start + count)
+                batch["index"] = np.asarray(numbered, np.int32)
                 batch = parallel.pad_rows(batch, rows)  # padding has no masks: nothing to do there
                 mine = parallel.local_rows(rows)
                 placed = parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
-                found = step((self._params(program.method), numbers), placed, jax.random.key(g.seed))
+                found = step((self.params_of(program.method), numbers), placed, key)
                 parts.append({k: np.asarray(v)[:count] for k, v in found.items()})
                 bar.update(count)
         out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-        inside = np.arange(z.shape[1])[None] < out.get("length", length)[:, None]
+        inside = np.arange(out["tokens"].shape[1])[None] < out.get("length", length)[:, None]
         if np.any(out["tokens"][inside] >= self.process.hierarchy.vocab_size):
             raise RuntimeError("generate: a cluster or mask symbol is left in a sample; a bug, please report it")
         return out
+
+
+def rows_of(canvas: np.ndarray | canvases.Canvas, g: GenerateConfig) -> dict[str, np.ndarray]:
+    """z [n, S] and length [n] of a canvas; of a Canvas also given and kind [n, S]."""
+    if isinstance(canvas, np.ndarray):
+        return {"z": canvas, "length": np.full(len(canvas), g.length or canvas.shape[1], np.int32)}
+    return {"z": canvas.z, "given": canvas.given, "kind": canvas.kind, "length": canvas.length}
 
 
 def prompt_canvas(prompt_ids: np.ndarray, num_samples: int, seq_len: int, mask_id: int, length: int = 0) -> np.ndarray:

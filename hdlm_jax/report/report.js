@@ -223,15 +223,19 @@ function clusters(host, t) {
 
 // ---- the viewer --------------------------------------------------------------------------------------------------
 
-function viewer(host, film, t) {
-  const frames = film.call.length, last = frames - 1, calls = film.call[last];
-  const slider = make("input", {type: "range", min: 0, max: last, value: 0, "aria-label": "network calls done", id: "frame"});
-  const play = make("button", {type: "button", id: "play", "aria-pressed": "false"}, "▶ Play");
-  const status = make("div", {class: "status", id: "status"}), text = make("div", {class: "text", id: "text"});
-  const about = make("p", {class: "about"}), strip = make("div", {class: "strip"});
+// film: {call, t, samples: [{start, frames}]}. name: behind its elements' ids, where a page has several. The first sample
+// may grow: what is given back adds a frame, (call, t, position symbol confidence, ...).
+function viewer(host, film, t, name = "") {
+  const last = () => film.call.length - 1, calls = () => film.call[last()];
+  const slider = make("input", {type: "range", min: 0, max: last(), value: 0, "aria-label": "network calls done", id: `frame${name}`});
+  const play = make("button", {type: "button", id: `play${name}`, "aria-pressed": "false"}, "▶ Play");
+  const status = make("div", {class: "status", id: `status${name}`}), strip = make("div", {class: "strip"});
+  const text = make("div", {class: "text", id: `text${name}`, tabindex: 0, role: "group",
+    "aria-label": "the text; up and down go from token to token, left and right from call to call"});
+  const about = make("p", {class: "about", "aria-live": "polite"});
   const choices = film.samples.map((_, i) => make("button", {type: "button", "aria-pressed": "false", "data-sample": i,
     onclick: () => load(i)}, `Sample ${i + 1}`));
-  let steps = [], cells = [], frame = 0, timer = null, counts = [];
+  let steps = [], cells = [], frame = 0, timer = null, counts = [], picked = null;
 
   // of every position what it shows: [frame, symbol, confidence], the first one from frame 0
   function load(which) {
@@ -242,27 +246,46 @@ function viewer(host, film, t) {
     });
     counts = film.call.map(() => t.sizes.map(() => 0));
     for (const way of steps) way.forEach(([from, symbol], i) => {
-      const until = i + 1 < way.length ? way[i + 1][0] : frames, k = t.levelOf(symbol);
+      const until = i + 1 < way.length ? way[i + 1][0] : film.call.length, k = t.levelOf(symbol);
       for (let f = from; f < until; f++) counts[f][k]++;
     });
-    cells = steps.map((way, place) => {
-      const end = way[way.length - 1][1], spaced = t.levelOf(end) > 0 || /^[ ↵]/.test(t.words[end]);
-      const parts = way.map(([, symbol]) => {
-        const k = t.levelOf(symbol), node = symbol - t.offsets[k];
-        return k === t.top ? make("span", {}, " ") : k === 0 ? make("span", {}, t.bare(node))
-          : make("span", {class: "name"}, t.name(k, node, 2));
-      });
-      return make("span", {class: "tok", "data-place": place, "data-space": spaced || null}, ...parts);
-    });
+    cells = steps.map((_, place) => cell(place));
     text.replaceChildren(...cells);
     choices.forEach((b, i) => b.setAttribute("aria-pressed", String(i === which)));
     fillStrip();
     show(frame);
   }
+  function part(symbol) {
+    const k = t.levelOf(symbol), node = symbol - t.offsets[k];
+    return k === t.top ? make("span", {}, " ") : k === 0 ? make("span", {}, t.bare(node))
+      : make("span", {class: "name"}, t.name(k, node, 2));
+  }
+  function cell(place) {
+    const way = steps[place], end = way[way.length - 1][1], spaced = t.levelOf(end) > 0 || /^[ ↵]/.test(t.words[end]);
+    return make("span", {class: "tok", "data-place": place, "data-space": spaced || null}, ...way.map(([, symbol]) => part(symbol)));
+  }
+  function add(call, time, flat) {
+    film.call.push(call);
+    film.t.push(time);
+    film.samples[0].frames.push(flat);
+    counts.push([...counts[counts.length - 1]]);
+    for (let j = 0; j < flat.length; j += 3) {
+      const place = flat[j], way = steps[place], now = counts[last()];
+      now[t.levelOf(way[way.length - 1][1])]--;
+      now[t.levelOf(flat[j + 1])]++;
+      way.push([last(), flat[j + 1], flat[j + 2] / 1000]);
+      const other = cell(place);
+      cells[place].replaceWith(other);
+      cells[place] = other;
+    }
+    slider.max = last();
+    fillStrip();
+    show(last());
+  }
   const at = (way, f) => { let i = way.length - 1; while (way[i][0] > f) i--; return i; };
 
   function fillStrip() {
-    const total = steps.length, root = draw("svg", {viewBox: `0 0 ${Math.max(last, 1)} 1`, preserveAspectRatio: "none", "aria-hidden": "true"});
+    const total = steps.length, root = draw("svg", {viewBox: `0 0 ${Math.max(last(), 1)} 1`, preserveAspectRatio: "none", "aria-hidden": "true"});
     let below = counts.map(() => 0);
     for (let k = 0; k <= t.top; k++) {
       const above = counts.map((c, f) => below[f] + c[k] / total);
@@ -274,13 +297,13 @@ function viewer(host, film, t) {
   }
 
   function show(f) {
-    frame = Math.max(0, Math.min(last, f));
+    frame = Math.max(0, Math.min(last(), f));
     slider.value = frame;
     steps.forEach((way, place) => {
       const i = at(way, frame), k = t.levelOf(way[i][1]), cell = cells[place];
       [...cell.children].forEach((part, j) => part.classList.toggle("on", j === i));
       cell.className = ["tok", cell.dataset.space !== undefined ? "space" : "", k === t.top ? "top" : k ? "l" : "word",
-        way.length === 1 && k === 0 ? "given" : "", frame && way[i][0] === frame ? "fresh" : ""].join(" ");
+        way.length === 1 && k === 0 ? "given" : "", place === picked ? "picked" : "", frame && way[i][0] === frame ? "fresh" : ""].join(" ");
       cell.style.setProperty("--c", t.colours[k]);
       cell.dataset.level = k;
       cell.title = tell(place);
@@ -292,9 +315,9 @@ function viewer(host, film, t) {
     status.dataset.frame = frame;
     status.dataset.call = film.call[frame];
     status.dataset.counts = counts[frame].join(",");
-    slider.setAttribute("aria-valuetext", `call ${film.call[frame]} of ${calls}: `
+    slider.setAttribute("aria-valuetext", `call ${film.call[frame]} of ${calls()}: `
       + [...t.sizes.keys()].reverse().map(k => `${t.labels[k]} ${counts[frame][k]}`).join(", "));
-    status.replaceChildren(make("span", {}, "call ", make("b", {}, whole(film.call[frame])), ` of ${whole(calls)}`),
+    status.replaceChildren(make("span", {}, "call ", make("b", {}, whole(film.call[frame])), ` of ${whole(calls())}`),
       make("span", {}, "t = ", make("b", {}, film.t[frame].toFixed(2))),
       ...[...t.sizes.keys()].reverse().map(k => make("span", {class: "key", style: `--c: ${t.colours[k]}`}, `${t.labels[k]} `,
         make("b", {"data-count": k}, whole(counts[frame][k])))));
@@ -314,18 +337,28 @@ function viewer(host, film, t) {
     if (cell) about.textContent = tell(+cell.dataset.place); else idle();
   });
   text.addEventListener("pointerleave", idle);
+  text.addEventListener("keydown", event => {
+    const step = {ArrowUp: -1, ArrowDown: 1}[event.key];
+    if (!step) return;
+    picked = picked === null ? 0 : Math.max(0, Math.min(steps.length - 1, picked + step));
+    show(frame);
+    about.textContent = tell(picked);
+    event.preventDefault();
+  });
+  text.addEventListener("blur", () => { picked = null; show(frame); idle(); });
 
   function stop() { clearInterval(timer); timer = null; play.textContent = "▶ Play"; play.setAttribute("aria-pressed", "false"); }
   function toggle() {
     if (timer !== null) return stop();
-    if (frame === last) show(0);
+    if (frame === last()) show(0);
     play.textContent = "❚❚ Pause";
     play.setAttribute("aria-pressed", "true");
-    timer = setInterval(() => { show(frame + 1); if (frame === last) stop(); }, Math.max(60, Math.min(400, 15000 / frames)));
+    timer = setInterval(() => { show(frame + 1); if (frame === last()) stop(); }, Math.max(60, Math.min(400, 15000 / film.call.length)));
   }
   play.addEventListener("click", toggle);
   slider.addEventListener("input", () => { stop(); show(+slider.value); });
-  document.addEventListener("keydown", event => {
+  document.addEventListener("keydown", function keys(event) {
+    if (!text.isConnected) return document.removeEventListener("keydown", keys);
     const step = {ArrowLeft: -1, ArrowRight: 1}[event.key], box = host.getBoundingClientRect();
     if (!step || event.target.closest("input, select, textarea") || event.altKey || event.ctrlKey || event.metaKey) return;
     if (box.bottom < 0 || box.top > innerHeight) return;
@@ -333,11 +366,159 @@ function viewer(host, film, t) {
     show(frame + step);
     event.preventDefault();
   });
-  host.append(make("div", {class: "viewer"}, make("div", {class: "row", style: "margin-bottom: .9rem"}, play, ...choices), strip,
+  host.append(make("div", {class: "viewer"}, make("div", {class: "row", style: "margin-bottom: .9rem"}, play, ...(choices.length > 1 ? choices : [])), strip,
     slider, status, text, about));
-  frame = Math.round(last * 0.55);
+  frame = Math.round(last() * 0.55);
   load(0);
   idle();
+  return add;
+}
+
+// ---- the page of a served run ------------------------------------------------------------------------------------
+
+// Server-sent events of a request as objects; throws what the server says is wrong.
+async function* events(path, body, key, signal) {
+  const answer = await fetch(path, {method: "POST", body: JSON.stringify(body), signal,
+    headers: {"Content-Type": "application/json", ...(key ? {Authorization: `Bearer ${key}`} : {})}});
+  if (!answer.ok) throw new Error((await answer.json()).error.message);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      if (part === "data: [DONE]") return;
+      const found = JSON.parse(part.slice(6));
+      if (found.error) throw new Error(found.error.message);
+      yield found;
+    }
+  }
+}
+
+const BLANK = /\[(MASK(:\d+)?|LIKE(@\d+)?:[^[\]]+)\]/g;
+
+// One method: its choices, and the text it writes.
+function pane(number, run, t) {
+  const of = name => run.methods.find(m => m.name === name);
+  const method = make("select", {id: `method${number}`}, ...run.methods.map(m => make("option", {value: m.name}, m.name)));
+  const steps = make("input", {type: "number", id: `steps${number}`, min: 1, max: 4096, value: Math.min(run.default.steps, 64)});
+  const options = make("input", {type: "text", id: `options${number}`, spellcheck: "false", autocomplete: "off"});
+  const hint = make("p", {class: "quiet hint"}), host = make("div", {}), said = make("p", {class: "quiet said", role: "status"});
+  function chosen() {
+    const m = of(method.value);
+    steps.disabled = !m.steps;
+    options.disabled = !m.options;
+    options.placeholder = m.options || "none";
+    hint.textContent = m.about && `${m.about}.`;
+  }
+  method.value = number === 1 || !of("fast_dllm") ? run.default.method : "fast_dllm";
+  if (number === 1) options.value = run.default.options;
+  if (number === 2 && method.value === "fast_dllm") options.value = "threshold=.5 draw=sample";
+  method.addEventListener("change", () => { options.value = ""; chosen(); });
+  chosen();
+  const field = (label, input) => make("div", {class: "field"}, make("label", {for: input.id}, label), input);
+
+  async function write(path, body, key, signal) {
+    let add = null, canvas = null, text = "";
+    host.replaceChildren();
+    said.className = "quiet said";
+    said.textContent = "waiting … (a method is compiled for its first text)";
+    const more = {method: method.value, stream: true, canvas: true, ...(steps.disabled ? {} : {steps: +steps.value}),
+      ...(options.value && !options.disabled ? {options: options.value} : {})};
+    const began = performance.now();
+    try {
+      for await (const {choices: [choice]} of events(path, {...body, ...more}, key, signal)) {
+        const seen = choice.canvas;
+        text += choice.text ?? choice.delta?.content ?? "";
+        if (seen && (!add || seen.start && seen.start.length !== canvas.length)) {  // a canvas that grows begins anew
+          canvas = seen.start;
+          host.replaceChildren();
+          add = viewer(host, {call: [seen.call], t: [seen.t], samples: [{start: seen.start, frames: []}]}, t, number);
+        } else if (seen) add(seen.call, seen.t, seen.changes);
+        if (seen) said.textContent = `writing: ${whole(seen.call)} calls`;
+      }
+      said.textContent = `done in ${((performance.now() - began) / 1000).toFixed(1)} s`;
+    } catch (error) {
+      said.textContent = error.name === "AbortError" ? "stopped" : error.message;
+      if (error.name !== "AbortError") said.className = "said wrong";
+    }
+    return text;
+  }
+  const node = make("div", {class: "pane", role: "group", "aria-label": `method ${number}`}, make("div", {class: "fields"},
+    field("Method", method), field("Steps", steps), field("Options", options)), hint, said, host);
+  return {node, write};
+}
+
+async function live(host) {
+  let key = sessionStorage.getItem("token") || "", answer;
+  for (;;) {
+    answer = await fetch("/v1/run", key ? {headers: {Authorization: `Bearer ${key}`}} : {});
+    if (answer.status !== 401) break;
+    key = await ask(host, key);
+    sessionStorage.setItem("token", key);
+  }
+  const run = await answer.json(), t = tree(run.hierarchy);
+  document.title = `${run.name} – hdlm_jax`;
+  const text = make("textarea", {id: "prompt", rows: 3, spellcheck: "false"});
+  const tokens = make("input", {type: "number", id: "tokens", min: 1, max: run.seq_len, placeholder: "all"});
+  const seed = make("input", {type: "number", id: "seed", min: 0, max: 4294967295, placeholder: "random"});
+  const both = make("input", {type: "checkbox", id: "both"}), chat = make("input", {type: "checkbox", id: "chat"});
+  const go = make("button", {type: "submit", class: "main", id: "write"}, "Write"), stop = make("button", {type: "button", id: "stop", disabled: true}, "Stop");
+  const what = make("p", {class: "quiet", id: "what"}), panes = [pane(1, run, t), pane(2, run, t)];
+  const place = make("div", {class: "panes"}, panes[0].node);
+  let abort = null;
+  const blanks = () => chat.checked ? 0 : (text.value.match(BLANK) || []).length;
+  function tell() {
+    const n = blanks();
+    tokens.disabled = n > 0;
+    what.textContent = n ? `${n} ${n === 1 ? "blank is" : "blanks are"} filled in; the rest stays.` : chat.checked
+      ? "The model answers this." : "The text goes on from here. Blanks: [MASK], [MASK:5] for five tokens"
+        + (t.top > 1 ? ", [LIKE:word] for one of that word's cluster." : ".");
+  }
+  const field = (label, input) => make("div", {class: "field"}, make("label", {for: input.id}, label), input);
+  const check = (label, input) => make("label", {class: "check", for: input.id}, input, label);
+  const form = make("form", {class: "ask", onsubmit: event => { event.preventDefault(); write(); }},
+    field("Prompt, or a text with blanks", text), what,
+    make("div", {class: "fields"}, field("New tokens", tokens), field("Seed", seed)),
+    make("div", {class: "row"}, go, stop, check("two methods side by side", both), ...(run.chats ? [check("as a chat", chat)] : []),
+      make("span", {class: "quiet"}, "Ctrl+Enter writes, Esc stops")));
+  async function write() {
+    if (abort) abort.abort();
+    const mine = abort = new AbortController(), n = blanks();
+    const body = {seed: seed.value === "" ? Math.floor(Math.random() * 2 ** 32) : +seed.value,
+      ...(tokens.value && !n ? {max_tokens: +tokens.value} : {}),
+      ...(chat.checked ? {messages: [{role: "user", content: text.value}]} : n ? {template: text.value} : {prompt: text.value})};
+    stop.disabled = false;
+    host.dataset.state = "writing";
+    const path = chat.checked ? "/v1/chat/completions" : "/v1/completions";
+    await Promise.all(panes.slice(0, both.checked ? 2 : 1).map(p => p.write(path, body, key, mine.signal)));
+    if (abort === mine) { stop.disabled = true; host.dataset.state = "done"; abort = null; }
+  }
+  stop.addEventListener("click", () => abort && abort.abort());
+  both.addEventListener("change", () => both.checked ? place.append(panes[1].node) : panes[1].node.remove());
+  for (const input of [text, chat]) input.addEventListener("input", tell);
+  document.addEventListener("keydown", event => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); write(); }
+    if (event.key === "Escape" && abort) abort.abort();
+  });
+  tell();
+  host.replaceChildren(make("header", {}, make("p", {class: "kicker"}, "hdlm_jax, live"), make("h1", {}, run.name),
+    make("p", {class: "lead"}, run.description)), form, place);
+  text.focus();
+}
+
+// The token a server asks for.
+function ask(host, wrong) {
+  return new Promise(done => {
+    const input = make("input", {type: "password", id: "token", autocomplete: "off"});
+    host.replaceChildren(make("form", {class: "ask", onsubmit: event => { event.preventDefault(); done(input.value); }},
+      make("p", {}, wrong ? "That was not it." : "This server asks for its token (serve.token)."),
+      make("div", {class: "field"}, make("label", {for: "token"}, "Token"), input),
+      make("button", {type: "submit", class: "main"}, "Go on")));
+    input.focus();
+  });
 }
 
 // ---- the leaderboard ---------------------------------------------------------------------------------------------
@@ -404,4 +585,4 @@ if (DATA.run) {
   if (part("levels")) levels(part("levels"), run.occupancy, t.labels, t.colours);
   if (part("clusters")) clusters(part("clusters"), t);
 }
-document.documentElement.dataset.ready = "yes";
+Promise.resolve(DATA.live ? live(part("live")) : null).then(() => { document.documentElement.dataset.ready = "yes"; });

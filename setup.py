@@ -25,6 +25,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "plots": ["matplotlib>=3.9"],
     "tensorboard": ["tensorboardX>=2.6.5"],
+    "wandb": ["wandb>=0.19"],
     "zstd": ["zstandard>=0.23"],
     "parquet": ["pyarrow>=18"],
     "remote": ["fsspec[http]>=2024.6", "gcsfs>=2024.6", "s3fs>=2024.6"],  # data.files may be https, gs or s3 URLs

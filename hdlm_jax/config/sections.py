@@ -24,6 +24,7 @@ FORMATS = ("auto", "txt", "jsonl", "json", "parquet", "tar")
 PACKINGS = ("concat", "documents", "crop")
 PADDINGS = ("end", "hidden")
 PROTOCOLS = ("document", "packed")
+WRITERS = ("tensorboard", "wandb")
 
 
 _LIMITS: dict[str, Callable[[float], bool]] = {
@@ -351,7 +352,8 @@ class TrainConfig(_Section):
     batch_size: int = 512  # sequences a step, over all devices
     microbatches: int = 1  # gradients are summed over as many parts of the batch
     seed: int = 0  # of weights, noise and order of the rows
-    log_every: int = 100  # steps between records of metrics.jsonl
+    log_every: int = 100  # steps between records of metrics.jsonl and lines of the log
+    writers: tuple[str, ...] = ()  # of the records, beside metrics.jsonl: tensorboard, wandb (Weights & Biases)
     nonfinite_limit: int = 10  # steps whose loss or gradient is not finite are skipped; stop after more than so many
     evaluate_every: int = 0  # steps between measurements on `evaluate.rows_in_training`; 0: at the end alone
     init_from: str = ""  # workdir of a run whose weights to start from
@@ -359,6 +361,7 @@ class TrainConfig(_Section):
     open_steps: int = 0  # adapt: steps over which tokens come to see those behind them; 0: at once
 
     def check(self) -> None:
+        self.among(writers=WRITERS)
         self.hold("must be at least 1", "steps", "batch_size", "microbatches", "log_every")
         check_seed("train.seed", self.seed)
         self.hold("must not be negative", "nonfinite_limit", "evaluate_every", "open_steps")

@@ -222,6 +222,9 @@ def command() -> None:
     if sys.argv[1:2] == ["leaderboard"]:
         from hdlm_jax.report import leaderboard
         return leaderboard.main(sys.argv[2:])
+    if sys.argv[1:2] == ["watch"]:
+        from hdlm_jax.report import watch
+        return watch.main(sys.argv[2:])
     app.run(run, flags_parser=parse)
 
 

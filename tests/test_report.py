@@ -5,6 +5,9 @@ import json
 import math
 import re
 import shutil
+import threading
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from tiny import model, read_recipe, trained
 from hdlm_jax.config import ConfigError
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.report import __main__ as report
-from hdlm_jax.report import compare, page, run_files
+from hdlm_jax.report import compare, page, run_files, watch
 from hdlm_jax.runs import generate
 
 EVALUATED = {"nelbo": 5.5, "se": 0.0123, "perplexity": 244.7, "perplexity_se": 3.0, "whole_split": True,
@@ -248,6 +251,72 @@ def test_tasks_and_judges_side_by_side(tmp_path):
     assert compare._judged({"judge": bound}) == ["≤ 87.7", "-", "-"]
 
 
+@pytest.fixture
+def watched(tmp_path):
+    """(a folder without a run yet, ask(path, host) -> (status, text) of the server that watches it)."""
+    folder = tmp_path / "watched"
+    folder.mkdir()
+    server = watch.serve(str(folder), 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+
+    def ask(path, host=""):
+        asked = urllib.request.Request(address + path, headers={"Host": host} if host else {})
+        try:
+            with urllib.request.urlopen(asked) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    ask.address = address
+    yield folder, ask
+    server.shutdown()
+    server.server_close()
+
+
+def record(folder, step, **more):
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "tokens": 128 * step, "loss": 1.5, "nelbo": 6.25, "tokens_per_s": 64.0}
+                              | more) + "\n")
+
+
+def test_a_run_is_watched(run, watched, capsys):
+    folder, ask = watched
+    assert json.loads(ask("/state.json")[1]) == {"mark": "", "count": 0, "curves": None, "facts": []}
+    assert "No run there yet" in ask("/")[1]
+    shutil.copytree(run, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
+    begun = json.loads(ask("/state.json")[1])
+    assert begun["mark"] and "compiling" in begun["facts"][0][2]
+    record(folder, 1)
+    record(folder, 2, valid_nelbo=5.5, valid_se=0.25)
+    status, text = ask("/")
+    data = Reader(text).data()
+    assert status == 200 and data["live"]["count"] == 2 and data["run"]["curves"]["train"]["tokens"] == [128, 256]
+    first = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])["text"]
+    assert f"<pre>{page.html.escape(first)}</pre>" in text and "fetch(" in text
+    record(folder, 3, nelbo=6.0)
+    new = json.loads(ask("/state.json?since=2")[1])
+    assert new["mark"] == data["live"]["mark"] and new["count"] == 3
+    assert new["curves"]["train"] == {"tokens": [384], "loss": [1.5], "nelbo": [6.0]}
+    assert new["curves"]["valid"] == {"tokens": [], "nelbo": []}
+    told = {name: (value, unit) for value, unit, name in new["facts"]}
+    assert told["step"] == ("3", "of 3, 100 %") and told["weighted loss"] == ("1.5000", "nats/token")
+    assert told["NELBO, validation, step 2"] == ("5.5000", "± 0.2500 nats/token")
+    assert told["NELBO, training batches (noisy)"] == ("6.0000", "nats/token")
+    (folder / "samples.jsonl").unlink()
+    assert json.loads(ask("/state.json?since=3")[1])["mark"] != new["mark"], "the page is to be loaded again"
+    assert "--mode=generate" in ask("/")[1]
+    assert ask("/../recipe.py")[0] == 404 and ask("/", "evil.example:80")[0] == 403
+    halfway = watch.facts([{"step": 50, "tokens": 5000, "loss": 1.0, "tokens_per_s": 10.0, "mfu": 0.5}], 200, 70, 60)
+    assert ("25:00", "", "left") in halfway
+    assert halfway[-2:] == [("50.0", "%", "MFU"), ("10 s", "ago", "newest record")]
+    with pytest.raises(SystemExit, match="watch: 'nowhere': no such folder; give the --workdir of a run"):
+        watch.main(["nowhere"])
+    port = ask.address.rpartition(":")[2]
+    with pytest.raises(SystemExit, match=f"watch: --port={port}: .*in use; give another one, or 0"):
+        watch.main([str(folder), f"--port={port}"])
+
+
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 
@@ -352,6 +421,24 @@ def test_clusters_in_a_browser(run, look):
     first = card.locator("[data-word]").first
     first.click()
     assert card.get_attribute("data-cluster") == "5"
+
+
+@pytest.mark.slow  # the page asks every two seconds
+def test_a_watched_page_grows_in_a_browser(run, watched, browser):
+    folder, ask = watched
+    tab, wrong = browser.new_page(), []
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.goto(ask.address)
+    shutil.copytree(run, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
+    record(folder, 1)
+    record(folder, 2)
+    tab.wait_for_selector("[data-part=curves] path", state="attached")  # loaded again by itself
+    before = tab.locator("[data-part=curves] path").first.get_attribute("d")
+    record(folder, 3, nelbo=4.0, valid_nelbo=4.5, valid_se=0.1)
+    tab.wait_for_selector("text=NELBO, validation, step 3")
+    assert tab.locator("[data-part=curves] path").first.get_attribute("d") != before
+    assert tab.locator("[data-part=live] b").first.inner_text() == "3" and wrong == []
+    tab.close()
 
 
 @pytest.mark.parametrize("width", [1280, 400])

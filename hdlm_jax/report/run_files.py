@@ -38,8 +38,12 @@ def show_word(raw: bytes, pieces: bool = False) -> str:
 
 
 def curves(workdir: str) -> dict[str, Any] | None:
-    """metrics.jsonl as columns: train (tokens, loss, nelbo) and valid (tokens, nelbo)."""
-    records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+    """metrics.jsonl as `curves_of` gives it."""
+    return curves_of(read_metrics(os.path.join(workdir, "metrics.jsonl")))
+
+
+def curves_of(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Records as columns: train (tokens, loss, nelbo) and valid (tokens, nelbo); None where there are none."""
     train = [r for r in records if r.get("loss") is not None]
     valid = [r for r in records if r.get("valid_nelbo") is not None]
     if not train and not valid:

@@ -149,14 +149,16 @@ def test_numbers_of_others_are_shown(run, tmp_path):
             "made_from": {"step": 3}, "nelbo": 5.0, "se": 0.1, "perplexity": 148.41, "perplexity_se": 14.8,
             "tokens": 1200, "documents": 7, "draws": 2}
     asked = {"kind": "ranking", "task": "quiz", "made_from": {"step": 3}, "limited": False, "accuracy": 0.5,
-             "accuracy_se": 0.05, "questions": 100, "draws": 8.0, "reached": 0.9, "cut": 0}
+             "accuracy_se": 0.05, "questions": 100, "draws": 8.0, "reached": 0.9, "cut": 0, "chance": 0.25}
     (workdir / "tasks.json").write_text(json.dumps({"a&b/packed": text, "quiz": asked}))
     page.write_run_page(str(workdir))
     text, _ = read(workdir / "report.html")
     for said in ("5.5000", "± 0.0123 nats/token", "244.7", "2.2500", "12,345", "87.7", "under big &lt;model&gt;",
-                 "5.43", '<td data-name="text">a&amp;b*</td>', '<td class=n data-name="accuracy %">50.00 ± 5.00</td>',
-                 '<td class=n data-name="tokens">1,200</td>', "148.41 ± 14.80"):
-        assert said in text, said
+                 "5.43", '<td data-name="text">a&amp;b*</td>',
+                 '<td class=n data-name="accuracy %">50.00 [40.38, 59.62]</td>',
+                 '<td class=n data-name="chance %">25.0</td>', '<td class=n data-name="tokens">1,200</td>',
+                 "148.41 ± 14.80"):
+        assert said in text.replace("\xa0", " "), said
     assert "Not evaluated" not in text
     other = shutil.copytree(workdir, tmp_path / "other")  # as many tokens, another corpus
     (other / "evaluate.json").write_text(json.dumps(EVALUATED | {"data": "another"}))
@@ -219,8 +221,15 @@ def test_runs_side_by_side(run, tmp_path, capsys):
     report.main([f"--html={tmp_path / 'all.html'}", *(str(tmp_path / name) for name in "abcd")])
     text, reader = read(tmp_path / "all.html")
     assert [r["name"] for r in reader.data()["runs"]] == list("abcd")
+    text = text.replace("\xa0", " ")
     assert "5.5000 ± 0.0123" in text and "other sequences" in text
     assert "{:+.4f} ± {:.4f}".format(*compare.paired_difference(str(tmp_path / "a"), str(tmp_path / "b"))) in text
+    last = json.loads((tmp_path / "d" / "metrics.jsonl").read_text().splitlines()[-1])  # not evaluated
+    rate = run_files.bits_per_nat(read_recipe(trained()[0]), str(tmp_path / "d")) * last["valid_nelbo"]
+    for said in (f"{last['valid_nelbo']:.4f} ± {last['valid_se']:.4f} †", f"≈ {rate:.4f} ± ", "2.2500 ± 0.0100",
+                 "† measured in training"):
+        assert said in text, said
+    assert "generative perplexity" not in text, "nobody judged"
     assert f"--workdir={tmp_path / 'd'} --mode=generate" in text and reader.data()["unigram"] == 6.5
     assert reader.data()["runs"][0]["curves"] == run_files.curves(str(run))
     for wrong in (["--html=x"], ["--html=", "a"], ["--page=x", "a"]):
@@ -233,7 +242,8 @@ def test_runs_side_by_side(run, tmp_path, capsys):
 
 def test_tasks_and_judges_side_by_side(tmp_path):
     text = {"kind": "perplexity", "perplexity": 100.04, "perplexity_se": 2.0, "limited": True, "made_from": {"step": 9}}
-    asked = {"kind": "ranking", "accuracy": 0.25, "accuracy_se": 0.01, "limited": False, "made_from": {"step": 9}}
+    asked = {"kind": "ranking", "accuracy": 0.0, "questions": 10, "chance": 0.5, "limited": False,
+             "made_from": {"step": 9}}
     old = text | {"made_from": {"step": 5}}  # of an earlier checkpoint
     for name, tasks in (("a", {"old": old, "ptb/packed": text, "piqa": asked}),
                         ("b", {"ptb/packed": text | {"limited": False}})):
@@ -243,8 +253,9 @@ def test_tasks_and_judges_side_by_side(tmp_path):
     assert compare.task_table([str(tmp_path / "c")]) == ""
     lines = compare.task_table([str(tmp_path / name) for name in "abc"]).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["", "ptb/packed (limited)", "piqa"] and cells[2] == ["a", "100.0 ± 2.0", "25.0 ± 1.0 %"]
+    assert cells[0] == ["", "ptb/packed (limited)", "piqa"] and cells[2] == ["a", "100.0 ± 2.0", "0.0 [0.0, 27.8] %"]
     assert cells[3] == ["b", "100.0 ± 2.0", "-"] and cells[4] == ["c", "-", "-"]
+    assert cells[5] == ["chance", "-", "50.0 %"]
     exact = {"perplexity": 87.65, "perplexity_se": 1.5, "unigram_entropy": 5.4321, "distinct_2": 0.5}
     assert compare._judged({"judge": exact}) == ["87.7 ± 1.5", "5.432", "0.500"] and compare._judged({}) == ["-"] * 3
     bound = {"perplexity_bound": 87.65, "perplexity_se_bound": None, "unigram_entropy": None}
@@ -449,7 +460,12 @@ def test_pages_fit_and_say_no_error(run, look, tmp_path, width):
     found["hierarchy"]["words"][len(NASTY) : 120] = ["long" * 100] * (120 - len(NASTY))
     found["trajectories"] = run_files.changes(film | {k: np.tile(film[k], 20) for k in ("z", "confidence")})
     (tmp_path / "nasty.html").write_text(page.run_page(found), encoding="utf-8")
-    report.main([f"--html={tmp_path / 'all.html'}", str(run), str(run)])
+    judged = shutil.copytree(run, tmp_path / "a_name_of_a_run_that_is_long")  # with all columns that there are
+    large = {"params": 134637888, "hierarchy": [49152, 256, 16, 1]}
+    (judged / "evaluate.json").write_text(json.dumps(EVALUATED | large))
+    made, judge = json.loads((judged / "generate.json").read_text()), {"perplexity": 3485.04, "perplexity_se": 521.94}
+    (judged / "generate.json").write_text(json.dumps(made | {"judge": judge | {"judge": "x", "unigram_entropy": 5.4}}))
+    report.main([f"--html={tmp_path / 'all.html'}", str(run), str(judged)])
     lacking = shutil.copytree(run, tmp_path / "lacking")
     for name in ("trajectories.npz", "metrics.jsonl", "generate.json"):
         (lacking / name).unlink()
@@ -457,6 +473,8 @@ def test_pages_fit_and_say_no_error(run, look, tmp_path, width):
     for path in (run / "report.html", tmp_path / "nasty.html", tmp_path / "all.html", lacking / "report.html"):
         scheme = "dark" if path.parent == tmp_path else "light"
         tab = look(path, width, scheme)
+        for table in tab.locator(".wide").all():
+            assert table.evaluate("t => t.scrollWidth <= t.clientWidth") or path.name != "all.html", "no column is cut"
         assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
         charts = tab.locator(".chart")
         for chart in charts.all():

@@ -33,10 +33,11 @@ def html_table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
         if value is None:
             return "–"
         counted = isinstance(value, int) and not isinstance(value, bool)
-        return f"{value:,}" if counted else f"{value:,.4g}" if isinstance(value, float) else str(value)
+        text = f"{value:,}" if counted else f"{value:,.4g}" if isinstance(value, float) else str(value)
+        return re.sub("([±≤≈→]) ", "\\1\u00a0", text)  # lines break before the error
 
     texts = [[show(value) for value in row] for row in rows]
-    number = [all(re.fullmatch(r"(–|[-+]?[\d,.]+(e[-+]\d+)?( ± .*)?)?", text) for text in column)
+    number = [all(re.fullmatch(r"([–-]|([≤≈]\u00a0)?[-+]?[\d,.]+(e[-+]\d+)?( ±.*| \[.*)?)?", text) for text in column)
               for column in zip(*texts, strict=True)]
     sides = [" class=n" if right else "" for right in number]
     names = [html.escape(name) for name in head]
@@ -55,7 +56,7 @@ def section(name: str, title: str, intro: str, body: str) -> str:
 
 def missing(what: str, workdir: str, mode: str) -> str:
     """A line in place of what is not there: the command that makes it."""
-    command = f"python -m hdlm_jax.main --config=… --workdir={workdir} --mode={mode}"
+    command = f"hdlm-jax --workdir={workdir} --mode={mode}"
     return f"<p class=missing>{html.escape(what)} <code>{html.escape(command)}</code></p>"
 
 
@@ -185,7 +186,7 @@ def run_page(run: Mapping[str, Any], first: str = "", then: str = "", data: Mapp
     parts.append(section("clusters", "Clusters", said, body))
     measured = tasks.rows(tasks.newest(run["tasks"] or {}))
     if shown := "".join(html_table(cells, head) for head, *cells in measured):
-        parts.append(section("tasks", "Zero-shot tasks", "± is one standard error; * the first items alone.", shown))
+        parts.append(section("tasks", "Zero-shot tasks", f"{tasks.HOW}.", shown))
     small = {k: run[k] for k in ("name", "curves", "hierarchy", "occupancy", "trajectories", "unigram")}
     parts.append("<section><details><summary>The whole configuration</summary>"
                  f"<pre>{html.escape(jsons.dumps(run['config'], indent=1))}</pre></details></section>")

@@ -138,6 +138,20 @@ def test_what_is_missing_is_named_with_its_command(run, tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_earlier_samples_are_kept_with_a_number(run, tmp_path):
+    for name in generate.FILES:
+        shutil.copy(run / name, tmp_path / name)
+    before = {name: (tmp_path / name).read_bytes() for name in generate.FILES}
+    generate.keep_earlier(str(tmp_path))
+    generate.keep_earlier(str(tmp_path))  # there is nothing more to keep
+    kept = ("generate-1.json", "samples-1.jsonl", "trajectories-1.npz", "samples-1.txt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
+    assert [(tmp_path / name).read_bytes() for name in kept] == list(before.values())
+    (tmp_path / "samples.txt").write_text("others")
+    generate.keep_earlier(str(tmp_path))
+    assert (tmp_path / "samples-2.txt").read_text() == "others" and (tmp_path / "samples-1.txt").exists()
+
+
 def test_numbers_of_others_are_shown(run, tmp_path):
     """evaluate.json, what a judge says in generate.json, and the rows of tasks.json."""
     workdir = shutil.copytree(run, tmp_path / "run")

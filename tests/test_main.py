@@ -328,7 +328,7 @@ def test_what_settings_imply(call, tmp_path):
                           "--config.tokenizer.kind=bytes")
     assert code == 0 and "V=257 (bytes)" in out and "embedded" not in out, err
     kind = ("--config.tokenizer.kind=bytes", "--config.tokenizer.vocab_size=300")
-    one_line(*call("--config=mdlm_tiny", "--mode=prepare", *kind), "tokenizer.vocab_size=300: tokenizer.kind='bytes' ha")
+    one_line(*call("--config=mdlm_tiny", "--mode=prepare", *kind), "tokenizer.vocab_size=300: tokenizer.kind='bytes'")
     given = default()
     given.tokenizer.kind, given.data.files = "bytes", (str(text),)
     assert resolve(given).tokenizer.vocab_size == 257 and resolve(given).data.source == "files"

@@ -9,9 +9,10 @@ import shutil
 import struct
 import sys
 
+import jax
 import numpy as np
 import pytest
-from tiny import read_recipe, trained, write_recipe
+from tiny import SEQ_LEN, model, read_recipe, trained, write_recipe
 
 from hdlm_jax.common.console import lasts, progress, say
 from hdlm_jax.config import Config, ConfigError, TrainConfig
@@ -19,6 +20,7 @@ from hdlm_jax.report import __main__ as report
 from hdlm_jax.report import compare
 from hdlm_jax.runs import train
 from hdlm_jax.training.metrics import MetricsFile, line_of, peak_flops, plot_curves, read_metrics, writers
+from hdlm_jax.training.step import make_loss_sums
 
 
 def write(path, steps, resume=0):
@@ -127,6 +129,19 @@ def test_a_line_of_the_log():
     unknown = RECORD | {"tokens_per_s": None, "mfu": None, "nelbo": math.nan}
     assert line_of(unknown, 200, None) == "step 50 of 200 (25 %): NELBO -, weighted loss 1.5000"
     assert [lasts(s) for s in (0.2, 59.4, 61, 3600)] == ["0 s", "59 s", "1:01", "1:00:00"]
+
+
+def test_the_nelbo_of_a_step_does_not_depend_on_what_it_trains_on():
+    """The loss is as diffusion.weighting says; the bound beside it is that of the same noise, whatever is weighted."""
+    run, found = model().run, {}
+    x = np.arange(8 * SEQ_LEN, dtype=np.int32).reshape(8, SEQ_LEN)
+    batch = {"x": x, "index": np.arange(8, dtype=np.int32)}
+    for weighting in ("constant", "none"):
+        config = dataclasses.replace(run.config, diffusion=dataclasses.replace(run.config.diffusion, weighting=weighting))
+        sums = jax.jit(make_loss_sums(config, run.network, run.process))
+        found[weighting] = [float(v) for v in sums(run.params, batch, jax.random.key(0))]
+    (loss, nelbo, tokens), (other, again, _) = found["constant"], found["none"]
+    assert nelbo == pytest.approx(again, rel=1e-6) and abs(loss - other) > 0.1 * loss and 0 < nelbo / tokens < 20
 
 
 @pytest.mark.slow  # it trains

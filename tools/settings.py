@@ -29,10 +29,10 @@ def page() -> str:
     for field in dataclasses.fields(Config):
         doc = command.meaning_of(field.name)
         parts.append(f"\n## {field.name}\n" + (f"\n{doc}\n" if doc else ""))
-        parts.append("\n| setting | default | | range |\n| --- | --- | --- | --- |\n")
+        parts.append("\n| setting | default | range | |\n| --- | --- | --- | --- |\n")
         for one in command.settings_of(field.name):
             text, asked = (value.replace("|", "\\|") for value in (one.meaning, one.rules))
-            parts.append(f"| `{one.name}` | `{one.default!r}` | {text} | {asked} |\n")
+            parts.append(f"| `{one.name}` | `{one.default!r}` | {asked} | {text} |\n")
     return "".join(parts)
 
 

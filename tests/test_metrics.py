@@ -137,7 +137,8 @@ def test_the_nelbo_of_a_step_does_not_depend_on_what_it_trains_on():
     x = np.arange(8 * SEQ_LEN, dtype=np.int32).reshape(8, SEQ_LEN)
     batch = {"x": x, "index": np.arange(8, dtype=np.int32)}
     for weighting in ("constant", "none"):
-        config = dataclasses.replace(run.config, diffusion=dataclasses.replace(run.config.diffusion, weighting=weighting))
+        diffusion = dataclasses.replace(run.config.diffusion, weighting=weighting)
+        config = dataclasses.replace(run.config, diffusion=diffusion)
         sums = jax.jit(make_loss_sums(config, run.network, run.process))
         found[weighting] = [float(v) for v in sums(run.params, batch, jax.random.key(0))]
     (loss, nelbo, tokens), (other, again, _) = found["constant"], found["none"]

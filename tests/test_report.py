@@ -169,7 +169,7 @@ def test_numbers_of_others_are_shown(run, tmp_path):
     text, _ = read(workdir / "report.html")
     for said in ("5.5000", "± 0.0123 nats/token", "244.7", "2.2500", "12,345", "87.7", "under big &lt;model&gt;",
                  "5.43", '<td data-name="text">a&amp;b*</td>',
-                 '<td class=n data-name="accuracy %">50.00 [40.38, 59.62]</td>',
+                 '<td class=n data-name="accuracy %">50.0 [40.4, 59.6]</td>',
                  '<td class=n data-name="chance %">25.0</td>', '<td class=n data-name="tokens">1,200</td>',
                  "148.41 ± 14.80"):
         assert said in text.replace("\xa0", " "), said

@@ -191,7 +191,7 @@ def _with_se(found: dict[str, Any], name: str, digits: int) -> str:
 
 def _accuracy(found: dict[str, Any], by: str = "") -> str:
     share = found.get(f"accuracy{by}")
-    return "" if share is None else in_percent(share, found["questions"], 2)
+    return "" if share is None else in_percent(share, found["questions"])
 
 
 def _line(found: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "plots": ["matplotlib>=3.9"],
     "tensorboard": ["tensorboardX>=2.6.5"],
+    "wandb": ["wandb>=0.19"],
     "zstd": ["zstandard>=0.23"],
     "parquet": ["pyarrow>=18"],
     "remote": ["fsspec[http]>=2024.6", "gcsfs>=2024.6", "s3fs>=2024.6"],  # data.files may be https, gs or s3 URLs
@@ -75,7 +76,7 @@ setup(
     packages=[*find_packages(where=str(ROOT), include=["hdlm_jax", "hdlm_jax.*"]), "hdlm_jax.configs"],
     package_dir={"hdlm_jax.configs": "configs"},  # recipes by name, from any folder
     entry_points={"console_scripts": ["hdlm-jax = hdlm_jax.main:command"]},
-    package_data={"hdlm_jax.report": ["report.html", "report.js"]},
+    package_data={"hdlm_jax.report": ["report.html", "report.js", "watch.js"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.3.1",

@@ -18,13 +18,27 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ("prepare", "cluster", "train", "evaluate", "generate", "report", "export", "import", "fetch", "serve")
+MODES = {"prepare": "text to tokens, in the workdir or data.dir",
+         "cluster": "tokens to the hierarchy of clusters",
+         "train": "the default; first makes what is missing, and goes on where it was stopped",
+         "evaluate": "the exact NELBO of the validation split; with evaluate.tasks other texts and questions",
+         "generate": "texts, to samples.txt",
+         "report": "one page of the run, report.html",
+         "export": "the weights as files for other programs",
+         "import": "released weights (released.weights) as a run",
+         "fetch": "an open model, downloaded and imported: hdlm-jax fetch smollm2",
+         "serve": "OpenAI's API, and a page to watch texts being written in"}
+COMMANDS = {"hdlm-jax fetch MODEL": "as --mode=fetch",
+            "hdlm-jax serve RUN": "as --mode=serve",
+            "hdlm-jax watch RUN": "its page in a browser, new while it trains",
+            "hdlm-jax leaderboard RUN...": "runs and open models by one protocol",
+            "python -m hdlm_jax.report RUN...": "runs side by side; --html=runs.html with curves"}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, by name or as a file; settings as "
                                           "--config.train.steps=100. A run in --workdir needs none.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run lies; default runs/<config name>, of "
                                "--mode=fetch runs/<model>.")
-_MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}; train first makes what is missing.")
+_MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
 _MODEL = flags.DEFINE_string("model", None, "The open model that --mode=fetch downloads and imports.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a profiler trace of a few training steps.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run (see processes.join).")
@@ -67,7 +81,9 @@ def with_recipe(argv: list[str]) -> list[str]:
 def parse(argv: list[str]) -> list[str]:
     """absl's flags; what is wrong with them, or in the config file, as one line and exit code 1."""
     from hdlm_jax.config import ConfigError, check_name
+    from hdlm_jax.config.command import written_out
 
+    _help(argv)
     if argv[1:2] == ["fetch"]:  # hdlm-jax fetch NAME [flags]
         names = [f"--model={name}" for name in argv[2:3] if not name.startswith("-")]
         sys.argv = argv = [argv[0], "--mode=fetch", *names, *argv[2 + len(names):]]
@@ -82,8 +98,8 @@ def parse(argv: list[str]) -> list[str]:
         for arg in argv[1:]:
             if found := re.match(r"--?config\.([^=\[]+)", arg):
                 check_name(found[1])
-        if not any(arg.lstrip("-").partition("=")[0] in ("help", "helpfull", "helpshort") for arg in argv[1:]):
-            sys.argv = argv = with_recipe(argv)  # ml_collections finds the settings to override in sys.argv
+        if not any(arg.lstrip("-").partition("=")[0] == "helpfull" for arg in argv[1:]):
+            sys.argv = argv = written_out(with_recipe(argv))  # ml_collections finds the settings in sys.argv
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise ConfigError(f"unexpected argument {rest[1]!r}; flags begin with --")
@@ -98,6 +114,24 @@ def parse(argv: list[str]) -> list[str]:
         text = lines[-1] if kind == "" else " ".join(lines)
         _stop(ConfigError(f"{name}: {kind}{text}" if in_file or not given else " ".join(lines)), error)
     return rest
+
+
+def _help(argv: list[str]) -> None:
+    """Prints what --help or --config.help[=SECTION] asks for, and ends."""
+    from hdlm_jax.config import ConfigError, command
+
+    at, section = _flag(argv, r"config\.help")
+    try:
+        if at >= 0:
+            print(command.settings_help(section))
+        elif any(arg in ("-h", "-help", "--help", "--helpshort") for arg in argv[1:]):
+            more = {f"--{name}": flags.FLAGS[name].help or "" for name in ("profile", "distributed")}
+            print(command.front_help(MODES, COMMANDS, more))
+        else:
+            return
+    except ConfigError as error:
+        _stop(error)
+    sys.exit(0)
 
 
 def _stop(error: Exception, cause: BaseException | None = None) -> NoReturn:
@@ -122,7 +156,7 @@ def _place() -> tuple[str, str]:
     from hdlm_jax.config.rules import choice, rule
     from hdlm_jax.models.packages import PACKAGES
 
-    choice("--mode", _MODE.value, MODES)
+    choice("--mode", _MODE.value, tuple(MODES))
     name = os.path.splitext(os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]))[0]
     if _MODE.value == "fetch":
         name = _MODEL.value or ""
@@ -230,6 +264,9 @@ def command() -> None:
     if sys.argv[1:2] == ["leaderboard"]:
         from hdlm_jax.report import leaderboard
         return leaderboard.main(sys.argv[2:])
+    if sys.argv[1:2] == ["watch"]:
+        from hdlm_jax.report import watch
+        return watch.main(sys.argv[2:])
     app.run(run, flags_parser=parse)
 
 

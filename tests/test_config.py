@@ -186,7 +186,7 @@ def test_names_of_choices(section, name, wrong, meant):
 @pytest.mark.parametrize("section, name, wrong, rule", [
     ("model", "heads", 5, "must divide model.width=768"), ("model", "heads", 256, "must be even"),
     ("model", "width", 0, "at least 1"), ("model", "seq_len", 0, "at least 1"), ("model", "dropout", 1.0, r"\[0, 1\)"),
-    ("tokenizer", "vocab_size", 256, "257"), ("data", "files", ("a.txt",), "data.source='files'"),
+    ("tokenizer", "vocab_size", 256, "257"),
     ("data", "source", "files", "data.source='files'"), ("data", "validation_fraction", 0.0, r"\(0, 1\)"),
     ("hierarchy", "clusters", (16, 64), "fall, fine to coarse"), ("hierarchy", "clusters", (64, 64), "fall"),
     ("hierarchy", "clusters", (8, 0), "positive"), ("hierarchy", "clusters", (300,), "more clusters than .*257 words"),

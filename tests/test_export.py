@@ -41,6 +41,14 @@ def flat(params):
     return {".".join(str(p.key) for p in path): np.asarray(a) for path, a in jax.tree.leaves_with_path(params)}
 
 
+def test_whoever_may_read_a_file_may_read_an_export(exported):
+    """As the umask says, not its owner alone."""
+    made = {path: path.stat().st_mode for path in exported.rglob("*") if path.is_file()}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert len(made) > 5 and {mode & 0o777 for mode in made.values()} == {0o666 & ~umask}, made
+
+
 def test_what_it_holds(exported):
     assert exported.name == "export" and set(os.listdir(exported)) == FILES
     arrays, params = load_file(exported / "model.safetensors"), flat(model().run.params)

@@ -78,6 +78,14 @@ def test_statistics_by_hand():
     assert set(text_statistics.statistics([]).values()) == {None}
 
 
+def test_wilsons_interval():
+    stats = pytest.importorskip("scipy.stats")
+    for right, n in ((0, 10), (10, 10), (1, 3), (412, 1838)):
+        want = stats.binomtest(right, n).proportion_ci(method="wilson")
+        assert text_statistics.wilson(right / n, n) == pytest.approx((want.low, want.high), abs=1e-7)
+    assert text_statistics.in_percent(0, 10) == "0.0 [0.0, 27.8]"
+
+
 def test_summary_by_hand():
     found = text_statistics.perplexities(np.array([6.0, 2.0]), np.array([2, 1]))
     assert found["nats_per_token"] == pytest.approx(8 / 3)

@@ -15,6 +15,7 @@ from tiny import SEQ_LEN, trained, write_recipe
 
 from hdlm_jax import main
 from hdlm_jax.common import jsons, lock
+from hdlm_jax.config import command, default, recipes, resolve
 from hdlm_jax.report import __main__ as report
 from hdlm_jax.runs import evaluate, serve, stages
 from hdlm_jax.training import state
@@ -296,6 +297,54 @@ def test_real_processes(recipe, root, tmp_path):
     one_line(*real(f"--config={recipe}", "--config.train.stpes=5"), "no such setting; .*did you mean 'steps'")
     one_line(*real(f"--config={recipe}", "--config.data.files=('nowhere/*.txt',)"), "nowhere/.*.txt")
     assert "--config" in real("--help")[1]
+
+
+def test_help_says_what_there_is(call):
+    """--help: each mode in a line, the recipes, where settings are explained; --config.help: a section."""
+    code, out, err = call("--help")
+    assert code == 0 and err == "" and command.PAGE in out and (recipes.folder().parent / command.PAGE).exists()
+    for name in (*main.MODES, *recipes.names()):
+        assert re.search(rf"^  {name} +\S.*\S$", out, re.MULTILINE), name
+    assert max(map(len, out.splitlines())) <= 150
+    code, out, _ = call("--config.help=generate")
+    for one in command.settings_of("generate"):
+        assert code == 0 and f"--config.{one.name}={one.default!r}\n" in out and one.meaning, one
+    assert "of the methods that have a number of steps\n      (int; at least 1; at most 2147483647)" in out
+    assert "(str; one of best, latest)" in out and "(int; in 0..4294967295)" in out and "(float; in (0, 1])" in out
+    code, out, _ = call("--config.help")
+    assert code == 0 and all(f"  {name} " in out for name in ("data", "generate", "released"))
+    one_line(*call("--config.help=genrate"), "--config.help='genrate': choose one of data, .*did you mean 'generate'")
+
+
+@pytest.mark.parametrize("given, meant", [
+    ("evaluate.tasks=arc_easy,piqa", "evaluate.tasks=('arc_easy', 'piqa')"),
+    ("evaluate.tasks=piqa", "evaluate.tasks=('piqa',)"),
+    ("evaluate.tasks=('piqa',)", None), ("evaluate.tasks='piqa',", None), ("train.writers=", "train.writers=()"),
+    ("data.validation=[ab]*.txt", "data.validation=('[ab]*.txt',)"), ("data.validation=['a,b.txt']", None),
+    ("hierarchy.clusters=256,16", None), ("generate.prompt=a,b", None)])
+def test_plain_lists(given, meant):
+    argv = ["x", f"--config.{given}", "--mode=train"]
+    assert command.written_out(argv) == [argv[0], f"--config.{meant or given}", argv[2]]
+    if meant and "=(" in meant:
+        name, _, value = given.partition("=")
+        assert command.written_out(["x", f"--config.{name}", value]) == ["x", f"--config.{meant}"]
+
+
+def test_what_settings_imply(call, tmp_path):
+    """kind=bytes its number of words, files= the source, on the command line and in Python; what is given stays."""
+    text = tmp_path / "my.txt"
+    text.write_text("".join(f"document {i}\n\n" for i in range(120)))
+    code, out, err = call("--config=mdlm_tiny", f"--workdir={tmp_path / 'run'}", "--mode=prepare",
+                          f"--config.data.files={text}", "--config.data.txt_documents=blank_line",
+                          "--config.tokenizer.kind=bytes")
+    assert code == 0 and "V=257 (bytes)" in out and "embedded" not in out, err
+    kind = ("--config.tokenizer.kind=bytes", "--config.tokenizer.vocab_size=300")
+    one_line(*call("--config=mdlm_tiny", "--mode=prepare", *kind), "tokenizer.vocab_size=300: tokenizer.kind='bytes'")
+    given = default()
+    given.tokenizer.kind, given.data.files = "bytes", (str(text),)
+    assert resolve(given).tokenizer.vocab_size == 257 and resolve(given).data.source == "files"
+    one_line(*call("--config=mdlm_tiny", "--mode=prepare", "--config.data.source=files"),
+             r"data.files=\(\): needed with data.source='files'")
 
 
 def test_paths_from_home(call, recipe, tmp_path, monkeypatch):

@@ -1,15 +1,26 @@
 """metrics.jsonl across kills and resumes, curves, and the table over runs."""
+import dataclasses
+import io
 import json
 import math
+import os
+import re
+import shutil
 import struct
+import sys
 
+import jax
 import numpy as np
 import pytest
+from tiny import SEQ_LEN, model, read_recipe, trained, write_recipe
 
-from hdlm_jax.common.console import progress
+from hdlm_jax.common.console import lasts, progress, say
+from hdlm_jax.config import Config, ConfigError, TrainConfig
 from hdlm_jax.report import __main__ as report
 from hdlm_jax.report import compare
-from hdlm_jax.training.metrics import MetricsFile, peak_flops, plot_curves, read_metrics
+from hdlm_jax.runs import train
+from hdlm_jax.training.metrics import MetricsFile, line_of, peak_flops, plot_curves, read_metrics, writers
+from hdlm_jax.training.step import make_loss_sums
 
 
 def write(path, steps, resume=0):
@@ -73,6 +84,150 @@ def test_bar_is_silent_under_ci(monkeypatch, capsys):
     with progress(3, name="x") as bar:
         bar.update(3)
     assert capsys.readouterr() == ("", "")
+
+
+class Terminal(io.StringIO):
+    """What stands in a terminal after what is written to it: a carriage return goes back, ESC [A one line up."""
+
+    def isatty(self):
+        return True
+
+    def lines(self):
+        rows, row, column = [""], 0, 0
+        for part in re.findall(r"\x1b\[A|[\r\n]|[^\r\n\x1b]+", self.getvalue()):
+            if part in ("\r", "\n", "\x1b[A"):
+                row, column = row + (part == "\n") - (part == "\x1b[A"), column if part == "\x1b[A" else 0
+                rows += [""] * (row + 1 - len(rows))
+            else:
+                rows[row] = rows[row].ljust(column)[:column] + part + rows[row][column + len(part) :]
+                column += len(part)
+        return [text.rstrip() for text in rows if text.strip()]
+
+
+def test_nothing_is_said_into_a_bar(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress(3, name="x") as bar:
+        for i in range(3):
+            bar.update()
+            bar.refresh()
+            say(f"line {i}")
+            with progress(2, name="inner") as inner:
+                inner.update(2)
+    shown = terminal.lines()
+    assert shown[:3] == ["line 0", "line 1", "line 2"] and "x: 100%" in shown[3] and "inner" not in "".join(shown)
+
+
+RECORD = {"step": 50, "tokens": 1, "loss": 1.5, "nelbo": 6.25, "tokens_per_s": 1234.5, "mfu": 0.125}
+
+
+def test_a_line_of_the_log():
+    assert line_of(RECORD, 200, 0.5) == ("step 50 of 200 (25 %): NELBO 6.2500, weighted loss 1.5000, 1,234 tokens/s, "
+                                         "MFU 12.5 %, 1:15 left")
+    unknown = RECORD | {"tokens_per_s": None, "mfu": None, "nelbo": math.nan}
+    assert line_of(unknown, 200, None) == "step 50 of 200 (25 %): NELBO -, weighted loss 1.5000"
+    assert [lasts(s) for s in (0.2, 59.4, 61, 3600)] == ["0 s", "59 s", "1:01", "1:00:00"]
+
+
+def test_the_nelbo_of_a_step_does_not_depend_on_what_it_trains_on():
+    """The loss is as diffusion.weighting says; the bound beside it is that of the same noise, whatever is weighted."""
+    run, found = model().run, {}
+    x = np.arange(8 * SEQ_LEN, dtype=np.int32).reshape(8, SEQ_LEN)
+    batch = {"x": x, "index": np.arange(8, dtype=np.int32)}
+    for weighting in ("constant", "none"):
+        diffusion = dataclasses.replace(run.config.diffusion, weighting=weighting)
+        config = dataclasses.replace(run.config, diffusion=diffusion)
+        sums = jax.jit(make_loss_sums(config, run.network, run.process))
+        found[weighting] = [float(v) for v in sums(run.params, batch, jax.random.key(0))]
+    (loss, nelbo, tokens), (other, again, _) = found["constant"], found["none"]
+    assert nelbo == pytest.approx(again, rel=1e-6) and abs(loss - other) > 0.1 * loss and 0 < nelbo / tokens < 20
+
+
+@pytest.mark.slow  # it trains
+def test_what_a_training_says(tmp_path, monkeypatch):
+    """The bar of a terminal and the lines of a log, both at once, as of `hdlm-jax ... | tee log`."""
+    recipe, run = trained()
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
+    terminal, log = Terminal(), io.StringIO()
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(sys, "stdout", log)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    train.train(read_recipe(recipe), str(tmp_path / "run"))
+    record = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))[-1]
+    numbers = f"NELBO {record['nelbo']:.4f}, weighted loss {record['loss']:.4f}"
+    (bar,) = terminal.lines()
+    assert bar.startswith("run: 100%") and numbers in bar
+    said = log.getvalue().splitlines()
+    steps = [line for line in said if " of 3 (" in line]
+    assert [s.split(":")[1] for s in steps] == [" step 1 of 3 (33 %)", " step 2 of 3 (67 %)", " step 3 of 3 (100 %)"]
+    assert numbers in steps[2] and " tokens/s" in steps[2] and steps[1].endswith(" left")
+    waits = [line for line in said if line.startswith("train: compil")]
+    assert waits[0] == "train: compiling (usually 10-60 s)" and waits[1].startswith("train: compiled in ")
+    valid = f"validation NELBO {record['valid_nelbo']:.4f} +- {record['valid_se']:.4f} nats/token"
+    assert f"train: step 3, {valid}" in said and "\r" not in log.getvalue()
+
+
+def records_to(tmp_path, name):
+    """Two records, and after a resume a third, by one of train.writers."""
+    config = Config(train=TrainConfig(writers=(name,)))
+    for resume, steps in ((0, (10, 20)), (20, (30,))):
+        both = writers(str(tmp_path), resume, config)
+        assert len(both) == 2
+        for step in steps:
+            for writer in both:
+                writer.write(RECORD | {"step": step, "nelbo": step / 8, "mfu": None})
+        for writer in both:
+            writer.close()
+    assert [r["nelbo"] for r in read_metrics(str(tmp_path / "metrics.jsonl"))] == [1.25, 2.5, 3.75]
+
+
+def test_records_in_tensorboard(tmp_path):
+    board = pytest.importorskip("tensorboardX", reason="needs pip install 'hdlm_jax[tensorboard]'")
+    records_to(tmp_path, "tensorboard")
+    found = {}
+    for path in sorted((tmp_path / "tensorboard").iterdir()):
+        raw, at = path.read_bytes(), 0
+        while at < len(raw):  # length, its checksum, an event, its checksum
+            size = struct.unpack("<Q", raw[at : at + 8])[0]
+            event = board.proto.event_pb2.Event.FromString(raw[at + 12 : at + 12 + size])
+            found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+            at += size + 16
+    assert {step: v for (step, tag), v in found.items() if tag == "nelbo"} == {10: 1.25, 20: 2.5, 30: 3.75}
+    assert (10, "tokens_per_s") in found and (10, "mfu") not in found
+
+
+@pytest.mark.slow  # it starts a program of its own
+def test_records_in_weights_and_biases_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs pip install 'hdlm_jax[wandb]'")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    records_to(tmp_path, "wandb")
+    found, ids = {}, set()
+    for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb"):
+        raw, at = path.read_bytes(), 7  # behind the header: checksum, size, kind of a record and the record
+        while at < len(raw):
+            size = struct.unpack("<H", raw[at + 4 : at + 6])[0]
+            record = wandb_internal_pb2.Record.FromString(raw[at + 7 : at + 7 + size])
+            at += 7 + size
+            ids |= {record.run.run_id} - {""}
+            if record.WhichOneof("record_type") == "history":
+                row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                found[row["_step"]] = row["nelbo"]
+    assert found == {10: 1.25, 20: 2.5, 30: 3.75} and len(ids) == 1, "one run, before and behind the resume"
+
+
+def test_writers_that_are_not_installed_are_said_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = read_recipe(write_recipe(tmp_path / "recipe"))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, writers=("wandb",)))
+    with pytest.raises(ValueError, match=r"train.writers='wandb': needs the wandb package: pip install 'hdlm_jax\[wan"):
+        train.train(config, str(tmp_path / "run"))
+    assert os.listdir(tmp_path / "run") == ["lock"]
+    with pytest.raises(ConfigError, match="train.writers='wandbb': choose one of tensorboard, wandb; did you mean"):
+        TrainConfig(writers=("wandbb",)).check()
 
 
 def test_curves(tmp_path):

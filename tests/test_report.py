@@ -5,6 +5,9 @@ import json
 import math
 import re
 import shutil
+import threading
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from tiny import model, read_recipe, trained
 from hdlm_jax.config import ConfigError
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.report import __main__ as report
-from hdlm_jax.report import compare, page, run_files
+from hdlm_jax.report import compare, page, run_files, watch
 from hdlm_jax.runs import generate
 
 EVALUATED = {"nelbo": 5.5, "se": 0.0123, "perplexity": 244.7, "perplexity_se": 3.0, "whole_split": True,
@@ -135,6 +138,20 @@ def test_what_is_missing_is_named_with_its_command(run, tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_earlier_samples_are_kept_with_a_number(run, tmp_path):
+    for name in generate.FILES:
+        shutil.copy(run / name, tmp_path / name)
+    before = {name: (tmp_path / name).read_bytes() for name in generate.FILES}
+    generate.keep_earlier(str(tmp_path))
+    generate.keep_earlier(str(tmp_path))  # there is nothing more to keep
+    kept = ("generate-1.json", "samples-1.jsonl", "trajectories-1.npz", "samples-1.txt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
+    assert [(tmp_path / name).read_bytes() for name in kept] == list(before.values())
+    (tmp_path / "samples.txt").write_text("others")
+    generate.keep_earlier(str(tmp_path))
+    assert (tmp_path / "samples-2.txt").read_text() == "others" and (tmp_path / "samples-1.txt").exists()
+
+
 def test_numbers_of_others_are_shown(run, tmp_path):
     """evaluate.json, what a judge says in generate.json, and the rows of tasks.json."""
     workdir = shutil.copytree(run, tmp_path / "run")
@@ -146,14 +163,16 @@ def test_numbers_of_others_are_shown(run, tmp_path):
             "made_from": {"step": 3}, "nelbo": 5.0, "se": 0.1, "perplexity": 148.41, "perplexity_se": 14.8,
             "tokens": 1200, "documents": 7, "draws": 2}
     asked = {"kind": "ranking", "task": "quiz", "made_from": {"step": 3}, "limited": False, "accuracy": 0.5,
-             "accuracy_se": 0.05, "questions": 100, "draws": 8.0, "reached": 0.9, "cut": 0}
+             "accuracy_se": 0.05, "questions": 100, "draws": 8.0, "reached": 0.9, "cut": 0, "chance": 0.25}
     (workdir / "tasks.json").write_text(json.dumps({"a&b/packed": text, "quiz": asked}))
     page.write_run_page(str(workdir))
     text, _ = read(workdir / "report.html")
     for said in ("5.5000", "± 0.0123 nats/token", "244.7", "2.2500", "12,345", "87.7", "under big &lt;model&gt;",
-                 "5.43", '<td data-name="text">a&amp;b*</td>', '<td class=n data-name="accuracy %">50.00 ± 5.00</td>',
-                 '<td class=n data-name="tokens">1,200</td>', "148.41 ± 14.80"):
-        assert said in text, said
+                 "5.43", '<td data-name="text">a&amp;b*</td>',
+                 '<td class=n data-name="accuracy %">50.0 [40.4, 59.6]</td>',
+                 '<td class=n data-name="chance %">25.0</td>', '<td class=n data-name="tokens">1,200</td>',
+                 "148.41 ± 14.80"):
+        assert said in text.replace("\xa0", " "), said
     assert "Not evaluated" not in text
     other = shutil.copytree(workdir, tmp_path / "other")  # as many tokens, another corpus
     (other / "evaluate.json").write_text(json.dumps(EVALUATED | {"data": "another"}))
@@ -216,8 +235,15 @@ def test_runs_side_by_side(run, tmp_path, capsys):
     report.main([f"--html={tmp_path / 'all.html'}", *(str(tmp_path / name) for name in "abcd")])
     text, reader = read(tmp_path / "all.html")
     assert [r["name"] for r in reader.data()["runs"]] == list("abcd")
+    text = text.replace("\xa0", " ")
     assert "5.5000 ± 0.0123" in text and "other sequences" in text
     assert "{:+.4f} ± {:.4f}".format(*compare.paired_difference(str(tmp_path / "a"), str(tmp_path / "b"))) in text
+    last = json.loads((tmp_path / "d" / "metrics.jsonl").read_text().splitlines()[-1])  # not evaluated
+    rate = run_files.bits_per_nat(read_recipe(trained()[0]), str(tmp_path / "d")) * last["valid_nelbo"]
+    for said in (f"{last['valid_nelbo']:.4f} ± {last['valid_se']:.4f} †", f"≈ {rate:.4f} ± ", "2.2500 ± 0.0100",
+                 "† measured in training"):
+        assert said in text, said
+    assert "generative perplexity" not in text, "nobody judged"
     assert f"--workdir={tmp_path / 'd'} --mode=generate" in text and reader.data()["unigram"] == 6.5
     assert reader.data()["runs"][0]["curves"] == run_files.curves(str(run))
     for wrong in (["--html=x"], ["--html=", "a"], ["--page=x", "a"]):
@@ -230,7 +256,8 @@ def test_runs_side_by_side(run, tmp_path, capsys):
 
 def test_tasks_and_judges_side_by_side(tmp_path):
     text = {"kind": "perplexity", "perplexity": 100.04, "perplexity_se": 2.0, "limited": True, "made_from": {"step": 9}}
-    asked = {"kind": "ranking", "accuracy": 0.25, "accuracy_se": 0.01, "limited": False, "made_from": {"step": 9}}
+    asked = {"kind": "ranking", "accuracy": 0.0, "questions": 10, "chance": 0.5, "limited": False,
+             "made_from": {"step": 9}}
     old = text | {"made_from": {"step": 5}}  # of an earlier checkpoint
     for name, tasks in (("a", {"old": old, "ptb/packed": text, "piqa": asked}),
                         ("b", {"ptb/packed": text | {"limited": False}})):
@@ -240,12 +267,79 @@ def test_tasks_and_judges_side_by_side(tmp_path):
     assert compare.task_table([str(tmp_path / "c")]) == ""
     lines = compare.task_table([str(tmp_path / name) for name in "abc"]).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["", "ptb/packed (limited)", "piqa"] and cells[2] == ["a", "100.0 ± 2.0", "25.0 ± 1.0 %"]
+    assert cells[0] == ["", "ptb/packed (limited)", "piqa"] and cells[2] == ["a", "100.0 ± 2.0", "0.0 [0.0, 27.8] %"]
     assert cells[3] == ["b", "100.0 ± 2.0", "-"] and cells[4] == ["c", "-", "-"]
+    assert cells[5] == ["chance", "-", "50.0 %"]
     exact = {"perplexity": 87.65, "perplexity_se": 1.5, "unigram_entropy": 5.4321, "distinct_2": 0.5}
     assert compare._judged({"judge": exact}) == ["87.7 ± 1.5", "5.432", "0.500"] and compare._judged({}) == ["-"] * 3
     bound = {"perplexity_bound": 87.65, "perplexity_se_bound": None, "unigram_entropy": None}
     assert compare._judged({"judge": bound}) == ["≤ 87.7", "-", "-"]
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """(a folder without a run yet, ask(path, host) -> (status, text) of the server that watches it)."""
+    folder = tmp_path / "watched"
+    folder.mkdir()
+    server = watch.serve(str(folder), 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+
+    def ask(path, host=""):
+        asked = urllib.request.Request(address + path, headers={"Host": host} if host else {})
+        try:
+            with urllib.request.urlopen(asked) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    ask.address = address
+    yield folder, ask
+    server.shutdown()
+    server.server_close()
+
+
+def record(folder, step, **more):
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "tokens": 128 * step, "loss": 1.5, "nelbo": 6.25, "tokens_per_s": 64.0}
+                              | more) + "\n")
+
+
+def test_a_run_is_watched(run, watched, capsys):
+    folder, ask = watched
+    assert json.loads(ask("/state.json")[1]) == {"mark": "", "count": 0, "curves": None, "facts": []}
+    assert "No run there yet" in ask("/")[1]
+    shutil.copytree(run, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
+    begun = json.loads(ask("/state.json")[1])
+    assert begun["mark"] and "compiling" in begun["facts"][0][2]
+    record(folder, 1)
+    record(folder, 2, valid_nelbo=5.5, valid_se=0.25)
+    status, text = ask("/")
+    data = Reader(text).data()
+    assert status == 200 and data["live"]["count"] == 2 and data["run"]["curves"]["train"]["tokens"] == [128, 256]
+    first = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])["text"]
+    assert f"<pre>{page.html.escape(first)}</pre>" in text and "fetch(" in text
+    record(folder, 3, nelbo=6.0)
+    new = json.loads(ask("/state.json?since=2")[1])
+    assert new["mark"] == data["live"]["mark"] and new["count"] == 3
+    assert new["curves"]["train"] == {"tokens": [384], "loss": [1.5], "nelbo": [6.0]}
+    assert new["curves"]["valid"] == {"tokens": [], "nelbo": []}
+    told = {name: (value, unit) for value, unit, name in new["facts"]}
+    assert told["step"] == ("3", "of 3, 100 %") and told["weighted loss"] == ("1.5000", "nats/token")
+    assert told["NELBO, validation, step 2"] == ("5.5000", "± 0.2500 nats/token")
+    assert told["NELBO, training batches (noisy)"] == ("6.0000", "nats/token")
+    (folder / "samples.jsonl").unlink()
+    assert json.loads(ask("/state.json?since=3")[1])["mark"] != new["mark"], "the page is to be loaded again"
+    assert "--mode=generate" in ask("/")[1]
+    assert ask("/../recipe.py")[0] == 404 and ask("/", "evil.example:80")[0] == 403
+    halfway = watch.facts([{"step": 50, "tokens": 5000, "loss": 1.0, "tokens_per_s": 10.0, "mfu": 0.5}], 200, 70, 60)
+    assert ("25:00", "", "left") in halfway
+    assert halfway[-2:] == [("50.0", "%", "MFU"), ("10 s", "ago", "newest record")]
+    with pytest.raises(SystemExit, match="watch: 'nowhere': no such folder; give the --workdir of a run"):
+        watch.main(["nowhere"])
+    port = ask.address.rpartition(":")[2]
+    with pytest.raises(SystemExit, match=f"watch: --port={port}: .*in use; give another one, or 0"):
+        watch.main([str(folder), f"--port={port}"])
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
@@ -339,6 +433,24 @@ def test_clusters_in_a_browser(run, look):
     assert card.get_attribute("data-cluster") == "5"
 
 
+@pytest.mark.slow  # the page asks every two seconds
+def test_a_watched_page_grows_in_a_browser(run, watched, browser):
+    folder, ask = watched
+    tab, wrong = browser.new_page(), []
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.goto(ask.address)
+    shutil.copytree(run, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
+    record(folder, 1)
+    record(folder, 2)
+    tab.wait_for_selector("[data-part=curves] path", state="attached")  # loaded again by itself
+    before = tab.locator("[data-part=curves] path").first.get_attribute("d")
+    record(folder, 3, nelbo=4.0, valid_nelbo=4.5, valid_se=0.1)
+    tab.wait_for_selector("text=NELBO, validation, step 3")
+    assert tab.locator("[data-part=curves] path").first.get_attribute("d") != before
+    assert tab.locator("[data-part=live] b").first.inner_text() == "3" and wrong == []
+    tab.close()
+
+
 @pytest.mark.parametrize("width", [1280, 400])
 def test_pages_fit_and_say_no_error(run, look, tmp_path, width):
     page.write_run_page(str(run))
@@ -347,7 +459,12 @@ def test_pages_fit_and_say_no_error(run, look, tmp_path, width):
     found["hierarchy"]["words"][len(NASTY) : 120] = ["long" * 100] * (120 - len(NASTY))
     found["trajectories"] = run_files.changes(film | {k: np.tile(film[k], 20) for k in ("z", "confidence")})
     (tmp_path / "nasty.html").write_text(page.run_page(found), encoding="utf-8")
-    report.main([f"--html={tmp_path / 'all.html'}", str(run), str(run)])
+    judged = shutil.copytree(run, tmp_path / "a_name_of_a_run_that_is_long")  # with all columns that there are
+    large = {"params": 134637888, "hierarchy": [49152, 256, 16, 1]}
+    (judged / "evaluate.json").write_text(json.dumps(EVALUATED | large))
+    made, judge = json.loads((judged / "generate.json").read_text()), {"perplexity": 3485.04, "perplexity_se": 521.94}
+    (judged / "generate.json").write_text(json.dumps(made | {"judge": judge | {"judge": "x", "unigram_entropy": 5.4}}))
+    report.main([f"--html={tmp_path / 'all.html'}", str(run), str(judged)])
     lacking = shutil.copytree(run, tmp_path / "lacking")
     for name in ("trajectories.npz", "metrics.jsonl", "generate.json"):
         (lacking / name).unlink()
@@ -355,6 +472,8 @@ def test_pages_fit_and_say_no_error(run, look, tmp_path, width):
     for path in (run / "report.html", tmp_path / "nasty.html", tmp_path / "all.html", lacking / "report.html"):
         scheme = "dark" if path.parent == tmp_path else "light"
         tab = look(path, width, scheme)
+        for table in tab.locator(".wide").all():
+            assert table.evaluate("t => t.scrollWidth <= t.clientWidth") or path.name != "all.html", "no column is cut"
         assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
         charts = tab.locator(".chart")
         for chart in charts.all():

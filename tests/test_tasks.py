@@ -426,10 +426,12 @@ def test_results_are_written_reused_and_gone_on_with(tmp_path, workdir, monkeypa
     assert {name: found[name]["given"] for name in ("ptb/document", "ptb/packed", "piqa")} == {
         "ptb/document": "lengths", "ptb/packed": "nothing", "piqa": "lengths"}
     assert found["piqa"]["limited"] and found["piqa"]["questions"] == 3 and not found["ptb/packed"]["limited"]
+    assert found["piqa"]["chance"] == 0.5 and found["lambada_last_word"]["chance"] is None
     assert found["piqa"]["made_from"]["step"] == 3 and found["lambada_last_word"]["word_perplexity"] > 1
     text = (workdir / "tasks.md").read_text()
     cells = re.sub(" +", " ", text)
-    assert "| piqa* |" in cells and "| ptb | packed | nothing | ptb |" in cells and text in capsys.readouterr().out
+    assert re.search(r"\| piqa\* \| lengths \| [\d.]+ \[[\d.]+, [\d.]+\] \|.* \| 50.0 \|", cells)
+    assert "| ptb | packed | nothing | ptb |" in cells and text in capsys.readouterr().out
     calls.clear()
     assert tasks.run(config, str(workdir)) == found and not calls
     other = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, limit=0, tasks=("piqa", "ptb")))

@@ -1,4 +1,4 @@
-"""docs/settings.md from the dataclasses of hdlm_jax/config: every setting, its default and what it is.
+"""docs/settings.md from the dataclasses of hdlm_jax/config: every setting, its default, its range and what it is.
 
     python -m tools.settings             # rewrites the page
     python -m tools.settings --check     # exit code 1 where the page is not what the code says
@@ -7,48 +7,32 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import inspect
 import sys
 from pathlib import Path
 
-from hdlm_jax.config import Config
+from hdlm_jax.config import Config, command
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
+PAGE = Path(__file__).resolve().parent.parent / command.PAGE
 HEAD = """# All settings
 
-Made from hdlm_jax/config by `python -m tools.settings`. Set one on the command line, `--config.train.steps=100`, or in
-a recipe, `c.train.steps = 100`; tuples as `--config.hierarchy.clusters='(256, 16)'`. A name that does not exist, a
-wrong type or a broken rule is one line, before any compute.
+Made from hdlm_jax/config by `python -m tools.settings`; `hdlm-jax --config.help=generate` prints a section. Set one on
+the command line, `--config.train.steps=100`, or in a recipe, `c.train.steps = 100`; lists as
+`--config.hierarchy.clusters='(256, 16)'` or `--config.evaluate.tasks=arc_easy,piqa` (a file with a comma in its name as
+`--config.data.files='("a,b.txt",)'`). A name that does not exist, a wrong type or a broken rule is one line, before any
+compute.
 """
-
-
-def comments(section: type) -> dict[str, str]:
-    """Field -> the comment behind it in the source."""
-    lines = inspect.getsource(section).splitlines()
-    tree = ast.parse("\n".join(lines))
-    found = {}
-    for node in tree.body[0].body:  # type: ignore[attr-defined]
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            last = node.end_lineno or node.lineno
-            found[node.target.id] = lines[last - 1][node.end_col_offset or 0:].partition("#")[2].strip()
-    return found
 
 
 def page() -> str:
     parts = [HEAD]
     for field in dataclasses.fields(Config):
-        section: type = type(field.default)
-        said = comments(section)
-        doc = " ".join((section.__doc__ or "").split())
-        if doc.startswith(f"{section.__name__}("):  # dataclasses' own
-            doc = ""
+        doc = command.meaning_of(field.name)
         parts.append(f"\n## {field.name}\n" + (f"\n{doc}\n" if doc else ""))
-        parts.append("\n| setting | default | |\n| --- | --- | --- |\n")
-        for setting in dataclasses.fields(section):  # type: ignore[arg-type]
-            text = said[setting.name].replace("|", "\\|")
-            parts.append(f"| `{field.name}.{setting.name}` | `{setting.default!r}` | {text} |\n")
+        parts.append("\n| setting | default | range | |\n| --- | --- | --- | --- |\n")
+        for one in command.settings_of(field.name):
+            text, asked = (value.replace("|", "\\|") for value in (one.meaning, one.rules))
+            parts.append(f"| `{one.name}` | `{one.default!r}` | {asked} | {text} |\n")
     return "".join(parts)
 
 

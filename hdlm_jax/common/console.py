@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -19,9 +21,19 @@ def mute() -> None:
 
 
 def say(text: str) -> None:
-    """A line for people; logs go elsewhere."""
+    """A line for people, above a bar that is shown; logs go elsewhere."""
     if _speaks:
-        print(text, flush=True)
+        with tqdm.external_write_mode(sys.stdout):
+            print(text, flush=True)
+
+
+@contextlib.contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """Says that a wait begins, and at its end how long it was."""
+    began = time.monotonic()
+    say(f"{what}: compiling (usually 10-60 s)")
+    yield
+    say(f"{what}: compiled in {time.monotonic() - began:.1f} s")
 
 
 def readable(value: float | None, spec: str = ".4f") -> str:
@@ -49,7 +61,17 @@ def perplexity(nats: float) -> float:
     return math.inf if nats > 700 else math.exp(nats)
 
 
+def shows_bars() -> bool:
+    """Whether progress is a bar: in a terminal, but not under CI."""
+    return _speaks and not os.environ.get("CI") and sys.stderr.isatty()
+
+
+def lasts(seconds: float) -> str:
+    """A time to read: 42 s, 3:07, 1:02:00."""
+    return tqdm.format_interval(seconds).lstrip("0") if seconds >= 60 else f"{seconds:.0f} s"
+
+
 def progress(total: int, initial: int = 0, unit: str = "step", name: str = "") -> tqdm:
-    """A tqdm bar with speed and time left; silent under CI and when the output is not a terminal."""
-    quiet = not _speaks or bool(os.environ.get("CI")) or not sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, unit=unit, desc=name, disable=quiet, dynamic_ncols=True)
+    """A tqdm bar with speed and time left, silent where `shows_bars` is false; inside another one it goes when done."""
+    return tqdm(total=total, initial=initial, unit=unit, desc=name, disable=not shows_bars(), dynamic_ncols=True,
+                leave=None)

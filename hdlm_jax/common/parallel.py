@@ -22,7 +22,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hdlm_jax.common.console import progress
+from hdlm_jax.common.console import compiling, progress
 from hdlm_jax.config import Config, ConfigError
 
 Tree: TypeAlias = Any  # a pytree of arrays: parameters, a state, a batch
@@ -288,8 +288,9 @@ class RowProgram:
         example, asked = make(np.arange(1)), bucket(n, most)
         size = (asked, *(v.shape[1:] for v in example.values()))
         if size not in self._compiled:
-            self._compiled[size] = fitting(self._jitted, params, functools.partial(self._put, example), asked,
-                                           self._shards, key)
+            with contextlib.nullcontext() if self._compiled else compiling(name):  # once is enough to be told
+                self._compiled[size] = fitting(self._jitted, params, functools.partial(self._put, example), asked,
+                                               self._shards, key)
         step, at_once = self._compiled[size]
         with progress(n, unit=unit, name=name) as bar:
             for start in range(0, n, at_once):

@@ -34,11 +34,6 @@ def check_local(name: str, folder: str) -> None:
          "driver); only data.files and data.validation take URLs")
 
 
-def check_seed(name: str, value: int, below: int = 2**32) -> None:
-    """ConfigError for a seed outside 0..below-1: of a larger one JAX would keep the lowest 32 bits, and say nothing."""
-    rule(0 <= value < below, name, value, f"must lie in 0..{below - 1}")
-
-
 def expand(path: Path) -> Path:
     """`path` (or a tuple of paths) with ~ and $VARIABLES expanded, behind `checkpoint:` too; unset ones stay."""
     if isinstance(path, tuple):

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from hdlm_jax.config.rules import check_local, check_seed, choice, rule
+from hdlm_jax.config.rules import check_local, choice, rule
 
 # the names that settings choose among; tests/test_config.py holds them to what the rooms above can do
 PROCESSES = ("hierarchical", "gidd", "sedd", "autoregressive")
@@ -24,6 +24,8 @@ FORMATS = ("auto", "txt", "jsonl", "json", "parquet", "tar")
 PACKINGS = ("concat", "documents", "crop")
 PADDINGS = ("end", "hidden")
 PROTOCOLS = ("document", "packed")
+WRITERS = ("tensorboard", "wandb")
+FIXED_WORDS = {"gpt2": 50257, "bytes": 257}  # of tokenizers that have no other number of them
 
 
 _LIMITS: dict[str, Callable[[float], bool]] = {
@@ -43,6 +45,10 @@ class _Section:
         for name in names:
             self.need(_LIMITS[text](getattr(self, name)), name, text)
 
+    def hold_seed(self, name: str, below: int = 2**32) -> None:
+        """A seed that keeps all of its bits (JAX would keep the lowest 32, and say nothing)."""
+        self.need(0 <= getattr(self, name) < below, name, f"must lie in 0..{below - 1}")
+
     def among(self, **choices: Sequence[str]) -> None:
         """Settings that are one of these names, or a tuple of them."""
         for name, known in choices.items():
@@ -55,7 +61,7 @@ class _Section:
 class DataConfig(_Section):
     """Where text comes from, how it is split, and how sequences are made of it (hdlm_jax.data)."""
 
-    source: str = "embedded"  # embedded: the documentation inside Python itself; files: `files`
+    source: str = "embedded"  # embedded: the documentation inside Python itself; files: `files`, where there are some
     files: tuple[str, ...] = ()  # paths, folders, globs, URLs: text, json(l), parquet, (nested) tar, plain or packed
     format: str = "auto"  # of the files: auto, by their names; or txt, jsonl, json, parquet, tar
     validation: tuple[str, ...] = ()  # held-out files; empty: by `split`
@@ -87,8 +93,7 @@ class DataConfig(_Section):
         self.need(not self.chat or bool(self.prompt_field), "chat",
                   "needs data.prompt_field, the user's turn; data.text_field is the assistant's")
         check_local("data.dir", self.dir)
-        self.need(bool(self.files) == (self.source == "files"), "files",
-                  "needed with data.source='files', and only there")
+        self.need(bool(self.files) == (self.source == "files"), "files", "needed with data.source='files'")
         self.need(0 < self.validation_fraction < 1, "validation_fraction", "must lie in (0, 1)")
         self.hold("must lie in [0, 1)", "bad_share")
         self.need(0 <= self.variable_share <= 1, "variable_share", "must lie in [0, 1]")
@@ -120,7 +125,7 @@ class TokenizerConfig(_Section):
         self.among(kind=("gpt2", "bpe", "bytes", "bert", "hub"))
         self.need(self.kind != "bert" or bool(self.file), "file",
                   "tokenizer.kind='bert' needs a local vocab.txt (one word a line)")
-        fixed = {"gpt2": 50257, "bytes": 257}.get(self.kind)
+        fixed = FIXED_WORDS.get(self.kind)
         self.need(fixed is None or self.vocab_size == fixed, "vocab_size",
                   f"tokenizer.kind={self.kind!r} has {fixed} words")
         self.need(not self.pattern or self.kind == "bpe", "pattern",
@@ -144,7 +149,7 @@ class HierarchyConfig(_Section):
         self.need(all(n >= 1 for n in c) and all(a > b for a, b in zip(c, c[1:], strict=False)), "clusters",
                   "cluster numbers must be positive and fall, fine to coarse, as in (256, 16)")
         self.need(self.head_clusters == 0 or self.head_clusters > 1, "head_clusters", "must be 0, or at least 2")
-        check_seed("hierarchy.seed", self.seed, 2**31 - 1)  # faiss adds one, and has 31 bits
+        self.hold_seed("seed", 2**31 - 1)  # faiss adds one, and has 31 bits
         e = self.embeddings
         known = e == "corpus" or e.endswith(".npy") or ".safetensors:" in e or e.startswith("checkpoint:")
         self.need(known, "embeddings", "choose corpus, a FILE.npy, a FILE.safetensors:TENSOR or checkpoint:WORKDIR")
@@ -347,11 +352,14 @@ class OptimizerConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(_Section):
+    """How long to train, on which batches, from where, and what is told meanwhile."""
+
     steps: int = 500_000  # optimizer steps
     batch_size: int = 512  # sequences a step, over all devices
     microbatches: int = 1  # gradients are summed over as many parts of the batch
     seed: int = 0  # of weights, noise and order of the rows
-    log_every: int = 100  # steps between records of metrics.jsonl
+    log_every: int = 100  # steps between records of metrics.jsonl and lines of the log
+    writers: tuple[str, ...] = ()  # of the records, beside metrics.jsonl: tensorboard, wandb (Weights & Biases)
     nonfinite_limit: int = 10  # steps whose loss or gradient is not finite are skipped; stop after more than so many
     evaluate_every: int = 0  # steps between measurements on `evaluate.rows_in_training`; 0: at the end alone
     init_from: str = ""  # workdir of a run whose weights to start from
@@ -359,8 +367,9 @@ class TrainConfig(_Section):
     open_steps: int = 0  # adapt: steps over which tokens come to see those behind them; 0: at once
 
     def check(self) -> None:
+        self.among(writers=WRITERS)
         self.hold("must be at least 1", "steps", "batch_size", "microbatches", "log_every")
-        check_seed("train.seed", self.seed)
+        self.hold_seed("seed")
         self.hold("must not be negative", "nonfinite_limit", "evaluate_every", "open_steps")
         self.need(not self.adapt or bool(self.init_from), "adapt", "goes with train.init_from, the run to start from")
         self.need(not self.open_steps or self.adapt, "open_steps", "goes with train.adapt")
@@ -393,6 +402,8 @@ class ParallelConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(_Section):
+    """When the state of a training is saved."""
+
     every: int = 5000  # steps; measured on validation text as well, which tells the best
     minutes: float = 10.0  # since the last one: saved as it is, nothing measured; 0: by steps alone
 
@@ -424,7 +435,7 @@ class EvaluateConfig(_Section):
 
     def check(self) -> None:
         self.among(checkpoint=("best", "latest"), tasks=TASKS, protocols=PROTOCOLS)
-        check_seed("evaluate.seed", self.seed)
+        self.hold_seed("seed")
         self.need(self.draws >= 2, "draws", "must be at least 2 (for a standard error)")
         self.need(self.batch_size >= 0, "batch_size", "must not be negative; 0 is what fits")
         self.hold("must not be negative", "rows")
@@ -439,6 +450,8 @@ class EvaluateConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig(_Section):
+    """Which texts to draw, how, and who judges them."""
+
     num_samples: int = 16  # texts to draw
     length: int = 0  # tokens of a text, prompt and all; 0: model.seq_len, or drawn where training tells lengths
     method: str = "ancestral"  # how to decode: any name of hdlm_jax/decoding/presets.py (docs/decoding.md)
@@ -466,7 +479,7 @@ class GenerateConfig(_Section):
                    checkpoint=("best", "latest"))
         if self.force_transition:
             self.among(force_transition=FORCE_TRANSITIONS)
-        check_seed("generate.seed", self.seed)
+        self.hold_seed("seed")
         self.hold("must be at least 1", "num_samples", "steps", "batch_size")
         for name in ("num_samples", "steps", "batch_size", "corrections"):  # the sampler counts in int32
             self.need(getattr(self, name) < 2**31, name, f"must be at most {2**31 - 1}")

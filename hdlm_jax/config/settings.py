@@ -121,6 +121,11 @@ def resolve(given: Given) -> Config:
         section = change(name, section, {k: v for k, v in values.items() if f"{name}.{k}" not in RETIRED})
         paths = [key for whole, _, key in (path.partition(".") for path in PATHS) if whole == name]
         built[name] = dataclasses.replace(section, **{key: expand(getattr(section, key)) for key in paths})
+    if built["data"].files:
+        built["data"] = dataclasses.replace(built["data"], source="files")
+    if built["tokenizer"].vocab_size == sections.TokenizerConfig.vocab_size:  # the default is gpt2's
+        words = sections.FIXED_WORDS.get(built["tokenizer"].kind, sections.TokenizerConfig.vocab_size)
+        built["tokenizer"] = dataclasses.replace(built["tokenizer"], vocab_size=words)
     if built["hierarchy"].clusters == (0,):
         clusters = sections.default_clusters(built["tokenizer"].vocab_size)
         built["hierarchy"] = dataclasses.replace(built["hierarchy"], clusters=clusters)

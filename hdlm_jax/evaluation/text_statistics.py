@@ -1,4 +1,7 @@
-"""Numbers of sampled texts: how varied they are, perplexities from a judge's nats, MAUVE. Units: nats and tokens."""
+"""Numbers of sampled texts: how varied they are, perplexities from a judge's nats, MAUVE; intervals of shares.
+
+Units: nats and tokens.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,18 @@ def ratio(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
     mean = values.sum() / total
     se = math.sqrt(n / (n - 1) * np.sum((values - mean * tokens) ** 2)) / total if n > 1 else math.nan
     return float(mean), float(se)
+
+
+def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share of n, for 95 % unless z says otherwise; 0 of 10 is (0, .28), not (0, 0)."""
+    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
+
+
+def in_percent(share: float, n: int, digits: int = 1) -> str:
+    """'25.0 [21.3, 29.1]': a share of n in percent with its Wilson interval."""
+    low, high = (f"{100 * end:.{digits}f}" for end in wilson(share, n))
+    return f"{100 * share:.{digits}f} [{low}, {high}]"
 
 
 def perplexities(nats: np.ndarray, tokens: np.ndarray, bound: bool = False) -> dict[str, float | None]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any
 
 import numpy as np
 
-from hdlm_jax.common.console import markdown, measured, readable, say
+from hdlm_jax.common.console import markdown, measured, perplexity, readable, say
 from hdlm_jax.common.jsons import write_atomic
-from hdlm_jax.evaluation.text_statistics import ratio
+from hdlm_jax.evaluation.text_statistics import in_percent, ratio
 from hdlm_jax.report import page, run_files
 from hdlm_jax.runs.tasks import newest
+from hdlm_jax.training.loading import saved_config
 from hdlm_jax.training.metrics import read_metrics
 
 
@@ -64,17 +66,38 @@ def name_of(workdir: str) -> str:
     return os.path.basename(os.path.normpath(workdir))
 
 
+IN_TRAINING = " †"  # behind what was measured in training, on some validation sequences and with one draw
+
+
+def _bound(workdir: str, e: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, str | None]:
+    """nats/token, bits/byte and perplexity: as evaluated, else as measured last in training, else nothing."""
+    mark = "" if e else IN_TRAINING
+    if not e:
+        valid = next((r for r in reversed(records) if r.get("valid_nelbo") is not None), None)
+        if valid is None:
+            return {}
+        nats, se = valid["valid_nelbo"], valid.get("valid_se") or math.nan
+        e = {"nelbo": nats, "se": se, "perplexity": perplexity(nats), "perplexity_se": perplexity(nats) * se}
+    bits = measured(e["bits_per_byte"], e["bits_per_byte_se"]) if e.get("whole_split") else None
+    if bits is None and e["nelbo"] and os.path.exists(os.path.join(workdir, "config.json")):
+        if rate := run_files.bits_per_nat(saved_config(workdir), workdir):
+            bits = f"≈ {measured(e['nelbo'] * rate, (e['se'] or math.nan) * rate)}"
+    return {"nats/token": measured(e["nelbo"], e["se"]) + mark, "bits/byte": bits and bits + mark,
+            "perplexity": measured(e["perplexity"], e["perplexity_se"], ".1f") + mark}
+
+
 def _cells(workdir: str) -> dict[str, str | None]:
     """What tables say of a run, by the name of the column; None for what it has not."""
-    e, g = (run_files.read_optional(workdir, name) or {} for name in ("evaluate.json", "generate.json"))
-    trained = max((r.get("tokens", 0) for r in read_metrics(os.path.join(workdir, "metrics.jsonl"))), default=0)
+    e, g, c = (run_files.read_optional(workdir, f"{name}.json") or {} for name in ("evaluate", "generate", "config"))
+    records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+    trained = max((r.get("tokens", 0) for r in records), default=0)
+    sizes = e.get("hierarchy") or (
+        [c["tokenizer"]["vocab_size"], *(n for n in c["hierarchy"]["clusters"] if n > 1), 1] if c else [])
+    step = e.get("step") or max((r["step"] for r in records), default=0)
     count = lambda n: f"{n:,.0f}" if n else None  # noqa: E731
-    return {
-        "levels": " → ".join(map(str, e["hierarchy"])) if e else None, "step": str(e["step"]) if e else None,
-        "parameters": count(e.get("params")), "training tokens": count(trained),
-        "nats/token": measured(e["nelbo"], e["se"]) if e else None,
-        "bits/byte": measured(e["bits_per_byte"], e["bits_per_byte_se"]) if e.get("whole_split") else None,
-        "perplexity": measured(e["perplexity"], e["perplexity_se"], ".1f") if e else None,
+    return dict.fromkeys(("nats/token", "bits/byte", "perplexity")) | {
+        "levels": " → ".join(map(str, sizes)) or None, "step": str(step) if step else None,
+        "parameters": count(e.get("params")), "training tokens": count(trained), **_bound(workdir, e, records),
         **dict(zip(JUDGED, _judged(g), strict=True)), "train tok/s": count(run_files.training_speed(workdir)),
         "sample tok/s": count(g.get("tokens_per_s")),
         "network calls": f"{g['network_calls']:.0f}" if g else None}
@@ -113,7 +136,8 @@ def _judged(g: dict[str, Any]) -> list[str]:
 def task_table(workdirs: list[str]) -> str:
     """Markdown: each run's tasks.json side by side, a column a task and protocol; "" where there is none.
 
-    Perplexities by the models' own tokens, accuracies in percent; with a standard error each.
+    Perplexities by the models' own tokens, with a standard error; accuracies in percent, with their Wilson interval,
+    and what guessing would give.
     """
     found = {w: newest(run_files.read_optional(w, "tasks.json") or {}) for w in workdirs}
     names = list(dict.fromkeys(name for tasks in found.values() for name in tasks))
@@ -125,12 +149,14 @@ def task_table(workdirs: list[str]) -> str:
         if not result:
             return "-"
         if result["kind"] in ("ranking", "writing"):
-            return measured(100 * result["accuracy"], 100 * result["accuracy_se"], ".1f") + " %"
+            return in_percent(result["accuracy"], result["questions"]) + " %"
         return measured(result["perplexity"], result["perplexity_se"], ".1f")
 
     head = ["", *(name + " (limited)" * any(t.get(name, {}).get("limited", False) for t in found.values())
                   for name in names)]
     rows = [[name_of(w), *(cell(found[w].get(name)) for name in names)] for w in workdirs]
+    chance = [next(filter(None, (found[w].get(name, {}).get("chance") for w in workdirs)), None) for name in names]
+    rows += [["chance", *(f"{100 * c:.1f} %" if c else "-" for c in chance)]] * any(chance)
     return markdown(head, rows) if names else ""
 
 
@@ -140,9 +166,9 @@ def write_page(path: str, workdirs: list[str]) -> None:
     evaluated = [(w, r["evaluate"]) for w, r in zip(workdirs, runs, strict=True) if r["evaluate"]]
     told = same_given(*map(list, zip(*evaluated, strict=True))) if evaluated else "nothing"
     paired = "minus the first run, paired"
-    head = ["levels", "parameters", "training tokens", "nats/token", "perplexity", paired, *JUDGED[:2], "train tok/s",
-            "sample tok/s", "network calls"]
-    rows: list[list[Any]] = []
+    head = ["levels", "parameters", "training tokens", "nats/token", "bits/byte", "perplexity", paired, *JUDGED[:2],
+            "train tok/s", "sample tok/s", "network calls"]
+    cells_of = []
     for workdir, run in zip(workdirs, runs, strict=True):
         cells = _cells(workdir) | {paired: ""}
         if workdir != workdirs[0] and run["evaluate"]:
@@ -150,14 +176,20 @@ def write_page(path: str, workdirs: list[str]) -> None:
                 cells[paired] = measured(*paired_difference(workdirs[0], workdir), spec="+.4f")
             except (ValueError, OSError):
                 cells[paired] = "other sequences"
-        rows.append([run["name"], *(cells[column] for column in head)])
+        cells_of.append(cells)
+    head = [column for column in head if any(cells[column] not in (None, "", "-") for cells in cells_of)]
+    rows = [[run["name"], *(cells[column] for column in head)] for run, cells in zip(runs, cells_of, strict=True)]
     lacks = [page.missing(f"{r['name']}: no {name}.json.", r["workdir"], name) for r in runs
              for name in ("evaluate", "generate") if not r[name]]
+    shown = "".join(cell or "" for cells in cells_of for cell in cells.values())
+    marks = " † measured in training, on some of the sequences, with one draw." * (IN_TRAINING in shown)
+    marks += " ≈ of a part of the split, at the bytes a token of the whole." * ("≈" in shown)
     unigrams = {(r["evaluate"] or {}).get("unigram_nelbo") for r in runs} - {None}
     body = ["<header><p class=kicker>hdlm_jax</p><h1>Runs side by side</h1>"
             "<p class=lead>± is one standard error, of the data and of the noise times together; that of a paired "
             f"difference is over the same sequences of both runs. NELBO and perplexity are given {told}. Entropy: of "
-            "the words within a sample.</p></header>",
+            "the words within a sample. Tokens differ between tokenizers, bytes do not: compare bits/byte where they "
+            f"do.{marks}</p></header>",
             page.section("table", "Results", "", page.html_table(rows, ["run", *head]) + "".join(lacks))]
     drawn = any(r["curves"] for r in runs)
     if drawn:

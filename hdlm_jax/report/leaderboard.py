@@ -20,6 +20,7 @@ from absl import logging
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import markdown, measured, readable, say
 from hdlm_jax.common.jsons import read_lines, write_atomic
+from hdlm_jax.evaluation.text_statistics import in_percent
 from hdlm_jax.report import page
 from hdlm_jax.runs import leaderboard
 from hdlm_jax.runs.leaderboard import Board, Protocol
@@ -92,8 +93,9 @@ def _difference(found: dict[str, Any]) -> Cell:
 def _accuracy(found: dict[str, Any]) -> Cell:
     if "why" in found:
         return Cell(note=found["why"])
-    value = 100 * found["accuracy"]
-    return Cell(measured(value, 100 * found["accuracy_se"], ".1f") + " %", f"{found['questions']:,} questions", value)
+    chance = f", chance {100 * found['chance']:.1f} %" if found.get("chance") else ""
+    return Cell(in_percent(found["accuracy"], found["questions"]) + " %", f"{found['questions']:,} questions{chance}",
+                100 * found["accuracy"])
 
 
 def _model(row: dict[str, Any]) -> Cell:

@@ -33,10 +33,11 @@ def html_table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
         if value is None:
             return "–"
         counted = isinstance(value, int) and not isinstance(value, bool)
-        return f"{value:,}" if counted else f"{value:,.4g}" if isinstance(value, float) else str(value)
+        text = f"{value:,}" if counted else f"{value:,.4g}" if isinstance(value, float) else str(value)
+        return re.sub("([±≤≈→]) ", "\\1\u00a0", text)  # lines break before the error
 
     texts = [[show(value) for value in row] for row in rows]
-    number = [all(re.fullmatch(r"(–|[-+]?[\d,.]+(e[-+]\d+)?( ± .*)?)?", text) for text in column)
+    number = [all(re.fullmatch(r"([–-]|([≤≈]\u00a0)?[-+]?[\d,.]+(e[-+]\d+)?( ±.*| \[.*)?)?", text) for text in column)
               for column in zip(*texts, strict=True)]
     sides = [" class=n" if right else "" for right in number]
     names = [html.escape(name) for name in head]
@@ -55,20 +56,20 @@ def section(name: str, title: str, intro: str, body: str) -> str:
 
 def missing(what: str, workdir: str, mode: str) -> str:
     """A line in place of what is not there: the command that makes it."""
-    command = f"python -m hdlm_jax.main --config=… --workdir={workdir} --mode={mode}"
+    command = f"hdlm-jax --workdir={workdir} --mode={mode}"
     return f"<p class=missing>{html.escape(what)} <code>{html.escape(command)}</code></p>"
 
 
-def document(title: str, body: str, data: Any) -> str:
-    """One self-contained page of sections in HTML and the data that report.js draws."""
+def document(title: str, body: str, data: Any, more: str = "") -> str:
+    """One self-contained page of sections in HTML and the data that report.js draws; more: a program behind it."""
     here = importlib.resources.files("hdlm_jax.report")
     parts = {"title": html.escape(title), "body": body, "data": embed(data),
-             "program": (here / "report.js").read_text("utf-8")}
+             "program": (here / "report.js").read_text("utf-8") + more}
     template = (here / "report.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 
 
-def _facts(pairs: Iterable[tuple[str, str, str]]) -> str:
+def facts(pairs: Iterable[tuple[str, str, str]]) -> str:
     """Numbers to read at a glance: (value, unit or ± part, what it is)."""
     def item(value: str, rest: str, name: str) -> str:
         value, rest, name = map(html.escape, (value, rest, name))
@@ -134,7 +135,7 @@ def headline(run: Mapping[str, Any]) -> str:
                             "generative perplexity"))
         if judge.get("unigram_entropy") is not None:
             out.append((f"{judge['unigram_entropy']:.2f}", "nats", "entropy of the samples"))
-    return _facts(out) if out else ""
+    return facts(out) if out else ""
 
 
 _WAYS = {
@@ -144,8 +145,12 @@ _WAYS = {
 }
 
 
-def run_page(run: Mapping[str, Any]) -> str:
-    """The page of one run from what `gather` found."""
+def run_page(run: Mapping[str, Any], first: str = "", then: str = "", data: Mapping[str, Any] | None = None,
+             program: str = "") -> str:
+    """The page of one run from what `gather` found.
+
+    Of hdlm-jax watch: sections before and behind the curves, which come first there, more data, and a program.
+    """
     name, workdir, film, levels = html.escape(run["name"]), run["workdir"], run["trajectories"], run["occupancy"]
     hierarchical = run["process"] == "hierarchical"
     lack = lambda what, mode: missing(what, workdir, mode)  # noqa: E731
@@ -156,10 +161,11 @@ def run_page(run: Mapping[str, Any]) -> str:
               "gave to what was drawn.")
     training = ("Weighted loss of the training batches, and the bound (NELBO) and perplexity on validation text, over "
                 "training tokens.")
-    parts = [head, section("viewer", "How a text is written", viewer if film else "",
-                           _part("viewer") if film else lack("No recorded samples yet:", "generate")),
-             section("curves", "Training", training if run["curves"] else "",
-                     _part("curves") if run["curves"] else lack("Not trained yet:", "train"))]
+    written = section("viewer", "How a text is written", viewer if film else "",
+                      _part("viewer") if film else lack("No recorded samples yet:", "generate"))
+    curves = section("curves", "Training", training if run["curves"] else "",
+                     _part("curves") if run["curves"] else lack("Not trained yet:", "train"))
+    parts = [head, first, curves, then, written] if first else [head, written, curves]
     if levels:
         said = "Lines: the forward process, β<sub>l</sub>(t)."
         if levels["points"]:
@@ -180,11 +186,11 @@ def run_page(run: Mapping[str, Any]) -> str:
     parts.append(section("clusters", "Clusters", said, body))
     measured = tasks.rows(tasks.newest(run["tasks"] or {}))
     if shown := "".join(html_table(cells, head) for head, *cells in measured):
-        parts.append(section("tasks", "Zero-shot tasks", "± is one standard error; * the first items alone.", shown))
+        parts.append(section("tasks", "Zero-shot tasks", f"{tasks.HOW}.", shown))
     small = {k: run[k] for k in ("name", "curves", "hierarchy", "occupancy", "trajectories", "unigram")}
     parts.append("<section><details><summary>The whole configuration</summary>"
                  f"<pre>{html.escape(jsons.dumps(run['config'], indent=1))}</pre></details></section>")
-    return document(f"{run['name']} – hdlm_jax", "\n".join(parts), {"run": small})
+    return document(f"{run['name']} – hdlm_jax", "\n".join(parts), {"run": small, **(data or {})}, program)
 
 
 def _part(name: str) -> str:

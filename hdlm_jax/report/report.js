@@ -112,7 +112,7 @@ function curves(host, runs, unigram) {
   const valid = of("valid", c => c.nelbo, {name: "validation", dots: true});
   const batches = one ? of("train", c => c.nelbo, {name: "training batches", colour: "var(--mask)", width: 1}) : [];
   const ys = [...valid, ...batches].flatMap(s => s.y.filter(v => v !== null).slice(s.y.length > 12 ? 2 : 0));
-  const loss = of("train", c => c.loss, {name: "loss", width: 1.4});
+  const loss = of("train", c => c.loss, {name: "weighted loss", width: 1.4});
   const base = unigram ? [flat(unigram, "unigram")] : [];
   const top = Math.max(...ys, unigram || -Infinity), bottom = Math.min(...ys);
   if (loss.length) host.append(chart(loss, {title: "Loss (weighted), nats per token", x: "tokens", xs: null}));

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hdlm_jax.common import jsons
+from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest, token_counts
 from hdlm_jax.data.tokenizers import load_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy
@@ -38,14 +39,30 @@ def show_word(raw: bytes, pieces: bool = False) -> str:
 
 
 def curves(workdir: str) -> dict[str, Any] | None:
-    """metrics.jsonl as columns: train (tokens, loss, nelbo) and valid (tokens, nelbo)."""
-    records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+    """metrics.jsonl as `curves_of` gives it."""
+    return curves_of(read_metrics(os.path.join(workdir, "metrics.jsonl")))
+
+
+def curves_of(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Records as columns: train (tokens, loss, nelbo) and valid (tokens, nelbo); None where there are none."""
     train = [r for r in records if r.get("loss") is not None]
     valid = [r for r in records if r.get("valid_nelbo") is not None]
     if not train and not valid:
         return None
     return {"train": {name: [r[name] for r in train] for name in ("tokens", "loss", "nelbo")},
             "valid": {"tokens": [r["tokens"] for r in valid], "nelbo": [r["valid_nelbo"] for r in valid]}}
+
+
+def bits_per_nat(config: Config, workdir: str) -> float | None:
+    """What turns nats a token of the validation split into bits a byte; None where the data is not there.
+
+    Of the whole split: of a part of it an estimate, as its tokens may be longer or shorter.
+    """
+    try:
+        manifest = load_manifest(data_dir(config, workdir))
+    except (OSError, ValueError):
+        return None
+    return manifest.unigram_bits_per_byte / manifest.unigram_nats
 
 
 def training_speed(workdir: str) -> float | None:
@@ -124,7 +141,7 @@ def gather(workdir: str, film: bool = True) -> dict[str, Any]:
     process = config.diffusion.process
     out: dict[str, Any] = {"name": os.path.basename(os.path.abspath(workdir)), "workdir": workdir,
                            "config": jsons.plain(config.as_dict()), "process": process, "curves": curves(workdir),
-                           "train_speed": training_speed(workdir)}
+                           "train_speed": training_speed(workdir), "bits_per_nat": bits_per_nat(config, workdir)}
     for name in ("evaluate", "generate", "tasks"):
         out[name] = read_optional(workdir, f"{name}.json")
     out |= {"hierarchy": None, "trajectories": None, "occupancy": None, "unigram": None}

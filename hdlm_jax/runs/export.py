@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -83,6 +84,8 @@ def export(config: Config, workdir: str) -> str:
         shutil.copyfile(os.path.join(workdir, "hierarchy.npz"), os.path.join(aside, "hierarchy.npz"))
         shapes = {name: list(array.shape) for name, array in arrays.items()}
         write_json(os.path.join(aside, "config.json"), facts | {"shapes": shapes})
+        for path in Path(aside).glob("*.safetensors"):  # which their library makes readable by their owner alone
+            shutil.copymode(os.path.join(aside, "config.json"), path)
         shutil.rmtree(old, ignore_errors=True)
         if os.path.exists(folder):
             os.rename(folder, old)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.common import jsons, processes
-from hdlm_jax.common.console import say
+from hdlm_jax.common.console import compiling, say
 from hdlm_jax.common.jsons import open_atomic, reuse, sha256_of, write_atomic, write_json
 from hdlm_jax.config import Config, ConfigError, GenerateConfig
 from hdlm_jax.decoding import canvas as canvases
@@ -24,12 +25,13 @@ from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.training.loading import Run, check_writable, load_run
 
 FRAMES = 128  # of a trajectory, at most
+FILES = ("generate.json", "samples.jsonl", "trajectories.npz", "samples.txt")  # of a set of samples
 MOST_SCHEMA = 1 << 22  # bytes
 
 
 def generate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     """Samples of a run: samples.txt to read, samples.jsonl with ids and costs, generate.json with the summary; in
-    workdir, or in the folder `into`.
+    workdir, or in the folder `into`. Others that are there are kept, numbered.
 
     Texts are cut before the first end of text behind the prompt (generate.stop="end"; ids keep that end).
 
@@ -115,7 +117,8 @@ def _sample(run: Run, workdir: str, made_from: dict, helper: Run) -> tuple[dict[
     canvas, length, scaffold = _canvas(run, g, ids)
     draw = sampler.sampler_of(run, helper)
     started = time.monotonic()
-    sampler.compile_for(draw, canvas, g)
+    with compiling("generate"):
+        sampler.compile_for(draw, canvas, g)
     compiled = time.monotonic()
     out = draw(canvas, g)
     seconds = time.monotonic() - compiled
@@ -136,6 +139,7 @@ def _sample(run: Run, workdir: str, made_from: dict, helper: Run) -> tuple[dict[
     } | made_from
     path = os.path.join(workdir, "samples.txt")
     if processes.is_main_process():
+        keep_earlier(workdir)
         read = "".join(f"--- sample {i} ---\n{text}\n\n" for i, text in enumerate(texts))
         write_atomic(path, read.encode())
         rows = zip(texts, tokens, out["row_forwards"], strict=True)
@@ -148,6 +152,19 @@ def _sample(run: Run, workdir: str, made_from: dict, helper: Run) -> tuple[dict[
     say(f"generate: {len(texts)} samples, {result['network_calls']:.0f} network calls a batch, "
         f"{result['tokens_per_s']:,.0f} tokens/s, in {path}; the first one:\n{texts[0]}")
     return result, tokens
+
+
+def keep_earlier(workdir: str) -> None:
+    """Gives samples that are there a number: samples-1.txt, generate-1.json, ..., the latest the highest."""
+    there = [name for name in FILES if os.path.exists(os.path.join(workdir, name))]
+    if not there:
+        return
+    taken = [int(found[1]) for name in os.listdir(workdir) if (found := re.fullmatch(r"samples-(\d+)\.txt", name))]
+    number = max(taken, default=0) + 1
+    for name in there:  # samples.txt is the last: a number that was begun is used again
+        stem, end = os.path.splitext(name)
+        os.replace(os.path.join(workdir, name), os.path.join(workdir, f"{stem}-{number}{end}"))
+    say(f"generate: the samples before are kept as {os.path.join(workdir, f'samples-{number}.txt')}")
 
 
 def _schema(g: GenerateConfig) -> str:

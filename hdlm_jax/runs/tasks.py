@@ -30,6 +30,7 @@ from hdlm_jax.evaluation.elbo import summarise
 from hdlm_jax.evaluation.problems import solve
 from hdlm_jax.evaluation.rows import per_text, split, split_all
 from hdlm_jax.evaluation.scorer import Choices, Scorer, encode_pair
+from hdlm_jax.evaluation.text_statistics import in_percent
 from hdlm_jax.training.loading import check_writable, load_run
 
 
@@ -67,6 +68,12 @@ def _share(right: np.ndarray) -> tuple[float, float]:
     """A proportion and its binomial standard error."""
     p = float(np.mean(right))
     return p, math.sqrt(p * (1 - p) / len(right))
+
+
+def _chance(questions: list[Question]) -> float | None:
+    """What guessing would give; None where there is nothing to choose from."""
+    choices = [len(q.choices) for q in questions]
+    return float(np.mean(1 / np.array(choices))) if max(choices) > 1 else None
 
 
 def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
@@ -146,6 +153,7 @@ def run(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
         for protocol in ("",) if task.ranks or task.writes else e.protocols:
             key = f"{name}/{protocol}" if protocol else name
             if (old := results.get(key)) and old["made_from"] == made_from and "given" in old:
+                old.setdefault("chance", _chance(items) if task.ranks else None)
                 say(f"tasks: reusing {key} of step {loaded.step}: {_line(old)}")
                 continue
             if task.writes:
@@ -155,7 +163,7 @@ def run(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
             kind = "ranking" if task.ranks else "writing" if task.writes else "perplexity"
             about = {"task": name, "kind": kind, "protocol": protocol or None,
                      "detokenizer": detokenizer or None, "limited": bool(e.limit and len(items) == e.limit),
-                     "note": task.note, "made_from": made_from}
+                     "note": task.note, "made_from": made_from, "chance": _chance(items) if task.ranks else None}
             documents = found.pop("by_document", None)
             results[key] = about | jsons.plain(found)
             say(f"tasks: {key}: {_line(results[key])}")
@@ -173,12 +181,17 @@ def run(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     return results
 
 
-def _with_se(found: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
+def _with_se(found: dict[str, Any], name: str, digits: int) -> str:
     value, se = found.get(name), found.get(f"{name}_se" if name != "nelbo" else "se")
     if value is None:
         return ""
     shown = f",.{digits}f" if value < 1e6 else ".3g"
-    return f"{scale * value:{shown}}" + (f" ± {scale * se:{shown}}" if se is not None else "")
+    return f"{value:{shown}}" + (f" ± {se:{shown}}" if se is not None else "")
+
+
+def _accuracy(found: dict[str, Any], by: str = "") -> str:
+    share = found.get(f"accuracy{by}")
+    return "" if share is None else in_percent(share, found["questions"])
 
 
 def _line(found: dict[str, Any]) -> str:
@@ -189,9 +202,10 @@ def _line(found: dict[str, Any]) -> str:
         return (f"{nats} nats/token, {bits} bits/byte, perplexity {per_token}, {found['tokens']:,} tokens x "
                 f"{found['draws']}, {seconds}")
     if found["kind"] == "writing":
-        return (f"accuracy {_with_se(found, 'accuracy', 2, 100)} %, {found['questions']:,} problems, "
+        return (f"accuracy {_accuracy(found)} %, {found['questions']:,} problems, "
                 f"{100 * found['answered']:.0f} % answered with a number, {found['calls']:.0f} calls each, {seconds}")
-    return (f"accuracy {_with_se(found, 'accuracy', 2, 100)} %, {found['questions']:,} questions x "
+    chance = f" (chance {100 * found['chance']:.1f})" if found.get("chance") else ""
+    return (f"accuracy {_accuracy(found)} %{chance}, {found['questions']:,} questions x "
             f"{found['draws']:.1f} draws, {seconds}")
 
 
@@ -210,23 +224,27 @@ def rows(results: dict[str, Any]) -> list[list[list[str]]]:
                _with_se(r, "bits_per_byte", 4), _with_se(r, "perplexity", 2), _with_se(r, "word_perplexity", 1),
                f"{r['tokens']:,}", f"{r['documents']:,}", str(r["draws"])]
               for r in results.values() if r["kind"] == "perplexity"]
-    asked = [["questions", "given", "accuracy %", "per token", "per character", "perplexity", "number", "draws",
-              "reached", "cut"]]
-    asked += [[r["task"] + "*" * r["limited"], r.get("given", "?"), *(_with_se(r, f"accuracy{by}", 2, 100)
-                                                 for by in ("", "_per_token", "_per_character")),
+    asked = [["questions", "given", "accuracy %", "per token", "per character", "chance %", "perplexity", "number",
+              "draws", "reached", "cut"]]
+    asked += [[r["task"] + "*" * r["limited"], r.get("given", "?"),
+               *(_accuracy(r, by) for by in ("", "_per_token", "_per_character")),
+               f"{100 * r['chance']:.1f}" if r.get("chance") else "",
                _with_se(r, "word_perplexity", 1), f"{r['questions']:,}", f"{r['draws']:.1f}",
                f"{100 * r['reached']:.0f} %", str(r["cut"])] for r in results.values() if r["kind"] == "ranking"]
     written = [["problems", "accuracy %", "answered", "number", "method", "calls"]]
-    written += [[r["task"] + "*" * r["limited"], _with_se(r, "accuracy", 2, 100), f"{100 * r['answered']:.0f} %",
+    written += [[r["task"] + "*" * r["limited"], _accuracy(r), f"{100 * r['answered']:.0f} %",
                  f"{r['questions']:,}", r["method"], f"{r['calls']:.0f}"]
                 for r in results.values() if r["kind"] == "writing"]
     return [t for t in (texts, asked, written) if len(t) > 1]
 
 
+HOW = ("± is one standard error, [ , ] the 95 % Wilson interval of an accuracy, chance what guessing among the choices "
+       "would give; * the first documents or questions alone (evaluate.limit)")
+
+
 def table(results: dict[str, Any], step: int) -> str:
-    """Markdown of the results, ± one standard error; a star marks those limited to the first items of their data."""
-    lines = [f"Step {step:,}; ± is one standard error; * the first documents or questions alone (evaluate.limit). "
-             "Given: what the bound is conditional on, the lengths of texts or nothing."]
+    """Markdown of the results, each with its error or interval, as HOW says."""
+    lines = [f"Step {step:,}; {HOW}. Given: what the bound is conditional on, the lengths of texts or nothing."]
     for head, *cells in rows(results):
         lines += ["", markdown(head, cells)]
     notes = {f"{r['task']}: {r['note']}." for r in results.values() if r["note"]}

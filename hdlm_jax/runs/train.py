@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 
 from hdlm_jax.common import jsons, lock, parallel, processes
-from hdlm_jax.common.console import measured, progress, say
+from hdlm_jax.common.console import compiling, measured, progress, say
 from hdlm_jax.common.jsons import write_json
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import Config, ConfigError, resolve
@@ -30,7 +31,16 @@ from hdlm_jax.training.adapt import FIT_POSITIONS, adapted, fitted
 from hdlm_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from hdlm_jax.training.fitting import fit
 from hdlm_jax.training.loading import Run, check_writable, differences, load_base, upgraded
-from hdlm_jax.training.metrics import MetricsFile, peak_flops, plot_curves, read_metrics
+from hdlm_jax.training.metrics import (
+    Writer,
+    check_writers,
+    line_of,
+    numbers_of,
+    peak_flops,
+    plot_curves,
+    read_metrics,
+    writers,
+)
 from hdlm_jax.training.state import TrainState, abstract_state, build, init_state, make_optimizer
 from hdlm_jax.training.step import make_train_step
 
@@ -100,7 +110,8 @@ class Recorder:
         self.config, self.schedule, self.flops, self.window = config, schedule, flops, window
         self.peak = peak_flops(jax.devices()[0].device_kind)
         self.tokens_a_step = config.train.batch_size * config.model.seq_len
-        self.file: MetricsFile | None = None  # of the process that writes
+        self.writers: list[Writer] = []  # of the process that writes
+        self.pace: float | None = None  # seconds a step, before the last record
         self.last_finite: dict[str, float] = {}
         self.once: dict[str, float] = {}  # goes with the next record alone
         self.steps = -1  # timed since the last record; the first step compiles and is not
@@ -125,14 +136,19 @@ class Recorder:
                   "lr": float(self.schedule(step - 1 - skipped)),
                   "mfu": rate * self.flops / self.peak / jax.device_count() if self.peak and rate else None,
                   "input_wait": self.waited / seconds}
+        self.pace = seconds / self.steps if self.steps > 0 else None
         self.window.clear()
         self.steps, self.since, self.waited = 0, time.monotonic(), 0.0
         return record
 
     def write(self, record: dict[str, Any]) -> None:
-        if self.file:
-            self.file.write(record | self.once)
+        for writer in self.writers:
+            writer.write(record | self.once)
         self.once = {}
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
 
 
 class Loop:
@@ -148,6 +164,7 @@ class Loop:
         if config.model.param_dtype != "float32" and not config.decoder.lora:
             raise ConfigError(f"model.param_dtype={config.model.param_dtype!r}: small steps would be rounded away; "
                               "give float32 (model.dtype='bfloat16' computes in 16 bits all the same), or decoder.lora")
+        check_writers(config.train.writers)
         self.text = prepare(config, workdir)
         self.batches = batches_of(config, self.text)
         self.hierarchy = cluster(config, workdir, self.text)
@@ -191,8 +208,7 @@ class Loop:
         self.rows = valid_rows(self.text.dir, config.model.seq_len, e.rows_in_training, config.data.packing,
                                config.data.padding)
         if processes.is_main_process():
-            self.recorder.file = MetricsFile(os.path.join(self.workdir, "metrics.jsonl"), self.start,
-                                             os.path.join(self.workdir, "tensorboard"))
+            self.recorder.writers = writers(self.workdir, self.start, config)
         self.iterator = self.batches.iterator(saved.get("position"))
         return True
 
@@ -251,7 +267,8 @@ class Loop:
                                           example, self.key)
 
         if done < self.config.train.steps:
-            found = fit(self.config, parallel.batch_shards(self.mesh), compiled, parallel.free_memory())
+            with compiling("train"):
+                found = fit(self.config, parallel.batch_shards(self.mesh), compiled, parallel.free_memory())
             self.step = found.compiled
             if self.config.model.remat == "auto" and jax.default_backend() != "cpu":
                 say(f"train: model.remat=auto takes the first that fits a device: {found.why}")
@@ -316,8 +333,7 @@ class Loop:
         finally:
             self.bar.close()
             self.checkpoints.close()
-            if self.recorder.file:
-                self.recorder.file.close()
+            self.recorder.close()
 
     def _dispatch(self, step: int) -> Dispatched:
         waited = time.monotonic()
@@ -352,9 +368,9 @@ class Loop:
         if done.step % self.config.train.log_every and not force:
             return None
         record = self.recorder.record(done.step, int(values["skipped"]))
-        speed = f" {record['tokens_per_s']:,.0f} tok/s" if record["tokens_per_s"] else ""
-        mfu = f" mfu={record['mfu']:.1%}" if record["mfu"] else ""
-        self.bar.set_postfix_str(f"loss={record['loss']:.3f}{speed}{mfu}", refresh=False)
+        self.bar.set_postfix_str(numbers_of(record), refresh=False)
+        if self.bar.disable or not sys.stdout.isatty():
+            say(f"train: {line_of(record, self.config.train.steps, self.recorder.pace)}")
         return record
 
     def _after(self, step: int, dispatched: Dispatched, due: dict[str, Any] | None) -> Dispatched | None:
@@ -368,7 +384,7 @@ class Loop:
         records, left = [due], dispatched if not (measures or now) else None
         if measures or now:
             record = self._read(dispatched, force=measures) or {}
-            valid = self._measure() if measures and not leave else {}
+            valid = self._measure(step) if measures and not leave else {}
             records.append(record | valid)
         for record in filter(None, records):
             self.recorder.write(record)
@@ -399,12 +415,13 @@ class Loop:
             f"{self.config.train.seed}), {done.step - 1}); "
             + (f"checkpoint to go back to: step {back} in {path}" if back else "no checkpoint yet"))
 
-    def _measure(self) -> dict[str, float]:
+    def _measure(self, step: int) -> dict[str, float]:
         """The bound of the first validation rows, one draw; its time is not the training's."""
         pause = time.monotonic()
         nats, tau, q = self.evaluator.nats(self.state.ema or self.state.params, self.rows, 1, "validation")
         result = summarise(nats, self.rows["tokens"], tau, q)
         self.recorder.since += time.monotonic() - pause
+        say(f"train: step {step:,}, validation NELBO {measured(result['nelbo'], result['se'], sign='+-')} nats/token")
         return {"valid_nelbo": float(result["nelbo"]), "valid_se": float(result["se"])}
 
     def _save(self, step: int, valid: dict[str, float]) -> None:

@@ -1,13 +1,17 @@
-"""What a training keeps of its steps: metrics.jsonl, TensorBoard, curves."""
+"""What a training tells of its steps: lines of a log, metrics.jsonl, TensorBoard, Weights & Biases, curves."""
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
+import os
 import shutil
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from hdlm_jax.common import jsons
-from hdlm_jax.common.console import say
+from hdlm_jax.common.console import lasts, readable, say
+from hdlm_jax.common.extras import package
+from hdlm_jax.config import Config, ConfigError
 
 # bf16 matrix peak of one device, FLOP/s, by jax's device_kind (vendors' data sheets, dense)
 PEAK_FLOPS = {
@@ -22,14 +26,21 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
+class Writer(Protocol):
+    """Where the records of a training go: step (an int), tokens, loss, nelbo, ...: numbers, None where unknown."""
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, each step once, also after a resume.
 
     A file with damaged lines is kept beside it as metrics.damaged.jsonl; its other records count on.
-    tensorboard: folder for the same scalars, where its extra is installed (hdlm_jax[tensorboard]).
     """
 
-    def __init__(self, path: str, resume_step: int, tensorboard: str = ""):
+    def __init__(self, path: str, resume_step: int):
         records, damaged = jsons.read_lines(path, "step")
         if damaged:
             aside = path.removesuffix(".jsonl") + ".damaged.jsonl"
@@ -38,23 +49,93 @@ class MetricsFile:
                 f"kept, and the file as it was in {aside}")
         kept = [r for r in records if r["step"] <= resume_step]
         jsons.write_atomic(path, "".join(jsons.dumps(r) + "\n" for r in kept).encode())
-        self.path, self.file, self.board = path, open(path, "a"), None
-        if tensorboard and importlib.util.find_spec("tensorboardX"):
-            self.board = importlib.import_module("tensorboardX").SummaryWriter(tensorboard)
+        self.path, self.file = path, open(path, "a")
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         with jsons.named(self.path):
             self.file.write(jsons.dumps(record) + "\n")
             self.file.flush()
-        for name, value in record.items():
-            if self.board and name != "step" and value is not None:
-                self.board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         with jsons.named(self.path):
             self.file.close()
-        if self.board:
-            self.board.close()
+
+
+class TensorBoard:
+    """The same numbers as scalars in <workdir>/tensorboard."""
+
+    def __init__(self, workdir: str, resume_step: int, config: Config):
+        self.board = _module("tensorboard").SummaryWriter(  # a file each, and what was behind the checkpoint is hidden
+            os.path.join(workdir, "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".{resume_step}")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        for name, value in _numbers(record).items():
+            self.board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class WeightsAndBiases:
+    """The same numbers in a run of Weights & Biases, which goes on when the training does.
+
+    Its files are in <workdir>/wandb. WANDB_MODE=offline sends nothing, WANDB_PROJECT and others are its own.
+    """
+
+    def __init__(self, workdir: str, resume_step: int, config: Config):
+        wandb, place = _module("wandb"), os.path.abspath(workdir)
+        try:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "hdlm_jax"), name=os.path.basename(place), dir=place,
+                id=hashlib.sha256(place.encode()).hexdigest()[:16], resume="allow",
+                config=jsons.plain(config.as_dict()), settings=wandb.Settings(console="off", silent=True))
+        except wandb.Error as error:
+            raise ConfigError(f"train.writers='wandb': {error}; log in with `wandb login`, or set "
+                              "WANDB_MODE=offline") from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self.run.log(_numbers(record), step=record["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+_MORE: dict[str, tuple[Callable[[str, int, Config], Writer], str]] = {  # what makes it, the package it needs
+    "tensorboard": (TensorBoard, "tensorboardX"), "wandb": (WeightsAndBiases, "wandb")}
+
+
+def _module(name: str) -> Any:
+    return package(_MORE[name][1], name, f"train.writers={name!r}")
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "step" and value is not None}
+
+
+def check_writers(names: Sequence[str]) -> None:
+    """ValueError where a package that these of train.writers need is not installed."""
+    for name in names:
+        _module(name)
+
+
+def writers(workdir: str, resume_step: int, config: Config) -> list[Writer]:
+    """metrics.jsonl, and what config.train.writers names beside it, of a training that goes on behind resume_step."""
+    return [MetricsFile(os.path.join(workdir, "metrics.jsonl"), resume_step),
+            *(_MORE[name][0](workdir, resume_step, config) for name in config.train.writers)]
+
+
+def numbers_of(record: Mapping[str, Any]) -> str:
+    """NELBO and weighted loss in nats a token, tokens/s, MFU of a record, to read; what is not known is left out."""
+    speed, mfu = record["tokens_per_s"], record["mfu"]
+    return (f"NELBO {readable(record['nelbo'])}, weighted loss {readable(record['loss'])}"
+            + (f", {speed:,.0f} tokens/s" if speed else "") + (f", MFU {100 * mfu:.1f} %" if mfu else ""))
+
+
+def line_of(record: Mapping[str, Any], steps: int, pace: float | None) -> str:
+    """A record as a line of a log; pace: seconds a step, where they are known."""
+    step = record["step"]
+    left = f", {lasts((steps - step) * pace)} left" if pace else ""
+    return f"step {step:,} of {steps:,} ({100 * step / steps:.0f} %): {numbers_of(record)}{left}"
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:

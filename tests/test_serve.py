@@ -257,6 +257,7 @@ def test_methods_of_the_loop_join_a_batch_that_runs():
             np.testing.assert_array_equal(seen.z[2 * slot, :n], out["tokens"][0, :n], method)
 
 
+@pytest.mark.slow
 def test_what_has_no_levels_is_drawn_together():
     """An autoregressive run: what waits is one batch, and each text is its seed's."""
     run = model().run

@@ -1,5 +1,6 @@
 """metrics.jsonl across kills and resumes, curves, and the table over runs."""
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -169,10 +170,10 @@ def test_what_a_training_says(tmp_path, monkeypatch):
     assert f"train: step 3, {valid}" in said and "\r" not in log.getvalue()
 
 
-def records_to(tmp_path, name):
-    """Two records, and after a resume a third, by one of train.writers."""
+def records_to(tmp_path, name, parts):
+    """Records of some steps by one of train.writers; parts: (where it resumes, steps) of each session."""
     config = Config(train=TrainConfig(writers=(name,)))
-    for resume, steps in ((0, (10, 20)), (20, (30,))):
+    for resume, steps in parts:
         both = writers(str(tmp_path), resume, config)
         assert len(both) == 2
         for step in steps:
@@ -185,7 +186,7 @@ def records_to(tmp_path, name):
 
 def test_records_in_tensorboard(tmp_path):
     board = pytest.importorskip("tensorboardX", reason="needs pip install 'hdlm_jax[tensorboard]'")
-    records_to(tmp_path, "tensorboard")
+    records_to(tmp_path, "tensorboard", ((0, (10, 20)), (20, (30,))))
     found = {}
     for path in sorted((tmp_path / "tensorboard").iterdir()):
         raw, at = path.read_bytes(), 0
@@ -204,7 +205,7 @@ def test_records_in_weights_and_biases_offline(tmp_path, monkeypatch):
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    records_to(tmp_path, "wandb")
+    records_to(tmp_path, "wandb", ((0, (10, 20, 30)),))
     found, ids = {}, set()
     for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb"):
         raw, at = path.read_bytes(), 7  # behind the header: checksum, size, kind of a record and the record
@@ -216,7 +217,8 @@ def test_records_in_weights_and_biases_offline(tmp_path, monkeypatch):
             if record.WhichOneof("record_type") == "history":
                 row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
                 found[row["_step"]] = row["nelbo"]
-    assert found == {10: 1.25, 20: 2.5, 30: 3.75} and len(ids) == 1, "one run, before and behind the resume"
+    assert found == {10: 1.25, 20: 2.5, 30: 3.75}
+    assert ids == {hashlib.sha256(str(tmp_path).encode()).hexdigest()[:16]}, "the workdir's, so a resume goes on in it"
 
 
 def test_writers_that_are_not_installed_are_said_before_anything_is_made(tmp_path, monkeypatch):

@@ -4,8 +4,8 @@
 
 Draws batches with the sampler alone, then starts `--mode=serve` on the run and lets the clients ask on loopback, each
 again as soon as it has its answer, some of them leaving or sending nonsense in between (--rude). One JSON line: texts a
-second of both, their share, p50 and p95 of the seconds an answer takes, requests lost, texts that are not those of
-`Model.generate` with the same seeds.
+second of both, their share, also by CPU time (which others on the machine do not change), p50 and p95 of the seconds an
+answer takes, requests lost, texts that are not those of `Model.generate` with the same seeds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,17 +32,23 @@ from hdlm_jax.decoding.sampler import sampler_of, start_canvas
 PROMPTS = ("The ", "", "Return", "If the first argument")
 
 
-def sampler_speed(where: str, steps: int, batch: int, seconds: float) -> float:
-    """Texts a second of the sampler alone, in batches of `batch`, after a first one that compiles."""
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def sampler_speed(where: str, steps: int, batch: int, seconds: float) -> np.ndarray:
+    """Texts a second of the sampler alone, in batches of `batch`, after a first one that compiles; and a CPU second."""
     run = hdlm_jax.load(where).run
     g = change("generate", run.config.generate, {"steps": steps, "batch_size": batch, "num_samples": batch})
     draw, canvas = sampler_of(run), start_canvas(run, g, np.zeros((batch, 0), np.int32))
     draw(canvas, g)
-    made, began = 0, time.monotonic()
+    made, began, used = 0, time.monotonic(), time.process_time()
     while time.monotonic() - began < seconds:
         draw(canvas, change("generate", g, {"seed": made}))
         made += batch
-    return made / (time.monotonic() - began)
+    return np.array([made / (time.monotonic() - began), made / (time.process_time() - used)])
 
 
 async def ask(port: int, body: bytes, leaves: bool = False) -> tuple[int, bytes]:
@@ -129,8 +136,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         line = next(line for line in server.stdout or () if line.startswith("serve: "))
         port = int(re.findall(r":(\d+) ", line)[0])
         asyncio.run(Load(port, a.steps, 1.0).run(a.clients, False))  # compiles
-        load = Load(port, a.steps, a.seconds)
+        load, used = Load(port, a.steps, a.seconds), cpu_seconds(server.pid)
         speed = asyncio.run(load.run(a.clients, a.rude))
+        per_cpu = len(load.texts) / (cpu_seconds(server.pid) - used)
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
@@ -139,7 +147,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return {"clients": a.clients, "seconds": a.seconds, "steps": a.steps, "batch": a.batch, "requests": len(load.texts),
             "lost": len(load.lost), "why": load.lost[:3], "checked": a.check, "differ": differing(a.run, load, a.check),
             "p50_s": round(float(p50), 3), "p95_s": round(float(p95), 3), "texts_per_s": round(speed, 3),
-            "sampler_texts_per_s": [round(x, 3) for x in alone], "share": round(speed / float(np.mean(alone)), 3)}
+            "sampler_texts_per_s": [round(float(x[0]), 3) for x in alone],
+            "share": round(speed / float(np.mean(alone, axis=0)[0]), 3),
+            "share_per_cpu_second": round(per_cpu / float(np.mean(alone, axis=0)[1]), 3)}
 
 
 if __name__ == "__main__":

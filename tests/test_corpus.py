@@ -75,6 +75,7 @@ def texts(records: list[Document | Bad]) -> list[str]:
 # --------------------------------------------------------------------------------------------------- embedded
 
 
+@pytest.mark.slow
 def test_embedded_corpus_is_the_documentation_of_python():
     found, unreadable = embedded_corpus()
     names = [document.name for document in found]

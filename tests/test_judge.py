@@ -237,6 +237,7 @@ def test_what_cannot_judge_is_one_line(tmp_path, folder):
 # ------------------------------------------------------------------------------------------------ runs as judges
 
 
+@pytest.mark.slow
 def test_a_diffusion_run_gives_a_bound():
     run_judge = judges.open_judge(str(trained()[1]))
     texts = [np.frombuffer(t, np.uint8).astype(np.int32)

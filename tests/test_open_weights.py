@@ -185,6 +185,7 @@ def test_rows_behind_the_tokens(tmp_path):
     assert stored(tmp_path / "run" / "hub") == stored(tmp_path / "hub")
 
 
+@pytest.mark.slow
 def test_the_memory_of_an_import(tmp_path):
     """Anonymous memory stays far below the folder's size, and a load holds it once (8B: docs/models.md)."""
     shard = big_folder.write(tmp_path / "hub", 4, 1024, 30_000, 120_000_000)

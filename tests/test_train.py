@@ -505,6 +505,7 @@ def test_batch_must_divide_over_devices(corpus, tmp_path):
         train.train(config_lib.resolve(loop_config(corpus, train__batch_size=12)), str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_one_job_trains_others_read_and_ctrl_c_saves(corpus, tmp_path, hearing):
     """In real processes: the second job is told who trains, evaluation works beside it, Ctrl-C saves and leaves."""
     from hdlm_jax.runs import evaluate
@@ -626,6 +627,7 @@ def test_minutes_between_checkpoints(monkeypatch):
     assert not timer.due(10**6)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_saved_by_the_clock_or_asked_to_stop_it_ends_as_if_never_stopped(corpus, tmp_path, monkeypatch, alone):
     """Saved at step 5 by the clock and left at 6, both off log_every=4 and checkpoint.every=7: state and metrics.jsonl

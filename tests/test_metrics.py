@@ -201,11 +201,12 @@ def test_records_in_tensorboard(tmp_path):
 
 @pytest.mark.slow  # it starts a program of its own
 def test_records_in_weights_and_biases_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="needs pip install 'hdlm_jax[wandb]'")
+    wandb = pytest.importorskip("wandb", reason="needs pip install 'hdlm_jax[wandb]'")
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     records_to(tmp_path, "wandb", ((0, (10, 20, 30)),))
+    wandb.teardown()  # its program has written all once it has ended
     found, ids = {}, set()
     for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb"):
         raw, at = path.read_bytes(), 7  # behind the header: checksum, size, kind of a record and the record

@@ -253,7 +253,7 @@ class Loop:
         At first before the state is made, so that the memory of compiling is free again.
         """
         opened = done >= self.config.train.open_steps
-        if opened == self.opened:
+        if opened == self.opened or done >= self.config.train.steps:
             return
         began, self.opened = time.monotonic(), opened
         example = parallel.put_batch(self.mesh, self.batches.example())
@@ -266,12 +266,11 @@ class Loop:
             return parallel.compile_ahead(parallel.compile_step(step, self.mesh, self.shardings), self.abstract,
                                           example, self.key)
 
-        if done < self.config.train.steps:
-            with compiling("train"):
-                found = fit(self.config, parallel.batch_shards(self.mesh), compiled, parallel.free_memory())
-            self.step = found.compiled
-            if self.config.model.remat == "auto" and jax.default_backend() != "cpu":
-                say(f"train: model.remat=auto takes the first that fits a device: {found.why}")
+        with compiling("train"):
+            found = fit(self.config, parallel.batch_shards(self.mesh), compiled, parallel.free_memory())
+        self.step = found.compiled
+        if self.config.model.remat == "auto" and jax.default_backend() != "cpu":
+            say(f"train: model.remat=auto takes the first that fits a device: {found.why}")
         self.compile_s = time.monotonic() - began
 
     def _fresh_state(self) -> TrainState:

@@ -4,6 +4,7 @@
 
 The argument is hdlm (64 clusters), shuffled (64 clusters of the same sizes with random members), hdlm_xi9 (xi = .9),
 hdlm_k3 (K = 3 levels, 256 and 16 clusters), mdlm, gidd0 (GIDD+ without random words), gidd (p_uniform = .1), sedd, ar;
+`-frequency` and `-brown` are clusters by counts of words and of bigrams, `-learned` makes them anew every 250 steps;
 `-warm` starts the embedding table from the embeddings the words were clustered by, `-factorised` takes the factorised
 head (over 64 classes of its own where the process has no clusters), `-muon` trains the blocks' matrices by Muon, `-s1`
 is another seed: hdlm-factorised-s1.
@@ -21,9 +22,10 @@ def get_config(run="hdlm"):
     clusters = {"hdlm": (64,), "shuffled": (64,), "hdlm_xi9": (64,), "hdlm_k3": (256, 16), "mdlm": (1,), "gidd0": (1,),
                 "gidd": (1,), "sedd": (1,), "ar": (1,)}
     seeds = {f"s{i}" for i in range(10)}
-    if kind not in clusters or not set(options) <= {"warm", "factorised", "muon", *seeds}:
+    known = {"warm", "factorised", "muon", "learned", "frequency", "brown", *seeds}
+    if kind not in clusters or not set(options) <= known:
         raise ValueError(f"books.py:{run}: choose one of {', '.join(clusters)}, then "
-                         "-warm, -factorised, -muon, -s1 ...")
+                         "-warm, -factorised, -muon, -learned, -frequency, -brown, -s1 ...")
     c = config.default()
     c.data.source = "files"
     c.data.files = (
@@ -35,6 +37,7 @@ def get_config(run="hdlm"):
     c.tokenizer.vocab_size = 4096
     c.hierarchy.clusters = clusters[kind]
     c.hierarchy.head_clusters = 64 if "factorised" in options and clusters[kind] == (1,) else 0
+    c.hierarchy.embeddings = next((o for o in options if o in ("frequency", "brown")), "corpus")
     c.hierarchy.shuffle = kind == "shuffled"
     processes = {"gidd0": "gidd", "gidd": "gidd", "sedd": "sedd", "ar": "autoregressive"}
     c.diffusion.process = processes.get(kind, "hierarchical")
@@ -53,6 +56,7 @@ def get_config(run="hdlm"):
     c.optimizer.warmup = 100
     c.train.steps = 2000
     c.train.batch_size = 32
+    c.train.recluster_every = 250 if "learned" in options else 0
     c.train.seed = max([int(o[1:]) for o in options if o in seeds], default=0)
     c.train.log_every = 50
     c.train.evaluate_every = 250

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hdlm_jax.data.prepare import token_counts
 from hdlm_jax.data.tokenizers import load_tokenizer
-from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of
 from hdlm_jax.report.run_files import read_trajectories, show_word
 
 WIDTH, LINE, CELL, SIZE = 860, 34, 10, 17  # pixels; CELL is the width of a monospaced character of SIZE
@@ -38,7 +38,7 @@ class Film:
         found = read_trajectories(workdir)
         if found is None:
             raise ValueError(f"{workdir}: no trajectories.npz; run --mode=generate first")
-        self.hierarchy = Hierarchy.load(os.path.join(workdir, "hierarchy.npz"))
+        self.hierarchy = Hierarchy.load(file_of(workdir, found["about"]["hierarchy_fingerprint"]))
         self.tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
         counts = token_counts(os.path.join(workdir, "data"))
         self.frequent = [np.arange(self.hierarchy.vocab_size)]  # the most frequent token under every node, by level

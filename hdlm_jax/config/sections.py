@@ -139,7 +139,7 @@ class HierarchyConfig(_Section):
     """Clusters of words: sizes fine to coarse, (64,) or (256, 16); (1,) or () is MDLM."""
 
     clusters: tuple[int, ...] = (0,)  # (0,): one level of about sqrt(V) clusters, a power of two
-    embeddings: str = "corpus"  # corpus | FILE.npy | FILE.safetensors:TENSOR | checkpoint:WORKDIR
+    embeddings: str = "corpus"  # corpus | FILE.npy | FILE.safetensors:TENSOR | checkpoint:WORKDIR | frequency | brown
     head_clusters: int = 0  # classes of model.head='factorised' where the process has no clusters; they are no states
     shuffle: bool = False  # control: clusters of the same sizes with random members
     seed: int = 0  # of k-means, and of shuffle
@@ -151,8 +151,10 @@ class HierarchyConfig(_Section):
         self.need(self.head_clusters == 0 or self.head_clusters > 1, "head_clusters", "must be 0, or at least 2")
         self.hold_seed("seed", 2**31 - 1)  # faiss adds one, and has 31 bits
         e = self.embeddings
-        known = e == "corpus" or e.endswith(".npy") or ".safetensors:" in e or e.startswith("checkpoint:")
-        self.need(known, "embeddings", "choose corpus, a FILE.npy, a FILE.safetensors:TENSOR or checkpoint:WORKDIR")
+        known = (e in ("corpus", "frequency", "brown") or e.endswith(".npy") or ".safetensors:" in e
+                 or e.startswith("checkpoint:"))
+        self.need(known, "embeddings", "choose corpus, a FILE.npy, a FILE.safetensors:TENSOR, checkpoint:WORKDIR, "
+                                       "frequency or brown")
 
 
 def default_clusters(vocab_size: int) -> tuple[int, ...]:
@@ -365,12 +367,22 @@ class TrainConfig(_Section):
     init_from: str = ""  # workdir of a run whose weights to start from
     adapt: bool = False  # and become another model: process, clusters, head and what a token sees are as given here
     open_steps: int = 0  # adapt: steps over which tokens come to see those behind them; 0: at once
+    recluster_every: int = 0  # steps between clusterings of the words anew, by what the model has learned; 0: never
+    recluster_until: int = 0  # the last step that is followed by one; 0: half of all steps
+
+    def reclusters(self, done: int) -> bool:
+        """Whether words are clustered anew between `done` steps and the next one."""
+        return (self.recluster_every > 0 and 0 < done <= (self.recluster_until or self.steps // 2)
+                and done % self.recluster_every == 0)
 
     def check(self) -> None:
         self.among(writers=WRITERS)
         self.hold("must be at least 1", "steps", "batch_size", "microbatches", "log_every")
         self.hold_seed("seed")
-        self.hold("must not be negative", "nonfinite_limit", "evaluate_every", "open_steps")
+        self.hold("must not be negative", "nonfinite_limit", "evaluate_every", "open_steps", "recluster_every",
+                  "recluster_until")
+        self.need(not self.recluster_until or self.recluster_every > 0, "recluster_until",
+                  "goes with train.recluster_every")
         self.need(not self.adapt or bool(self.init_from), "adapt", "goes with train.init_from, the run to start from")
         self.need(not self.open_steps or self.adapt, "open_steps", "goes with train.adapt")
         self.need(self.batch_size % self.microbatches == 0, "microbatches",

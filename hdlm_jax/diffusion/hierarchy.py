@@ -285,6 +285,18 @@ class Hierarchy:
         return out
 
 
+def file_of(folder: str | os.PathLike, fingerprint: str) -> str:
+    """The file in a workdir of the hierarchy with this fingerprint: one learned in training (train.recluster_every),
+    else hierarchy.npz, which need not be it."""
+    learned = learned_file(folder, fingerprint)
+    return learned if os.path.exists(learned) else os.path.join(folder, "hierarchy.npz")
+
+
+def learned_file(folder: str | os.PathLike, fingerprint: str) -> str:
+    """Where a training keeps a hierarchy that it has learned."""
+    return os.path.join(folder, f"hierarchy-{fingerprint[:12]}.npz")
+
+
 def read_extra(path: str | os.PathLike) -> dict[str, Any]:
     """The `extra` dictionary that `Hierarchy.save` was given."""
     return _read(path)[0]["extra"]

@@ -48,6 +48,15 @@ class Head(Protocol):
     def rows(self, params: Tree) -> tuple[jax.Array, jax.Array]:
         """The other way round, of a head that is flat; NotImplementedError where it is not."""
 
+    def vectors(self, params: Tree) -> jax.Array:
+        """What tokens can be clustered by: float32 [V, D], what h does to their logits."""
+
+    def moved(self, params: Tree, there: Hierarchy) -> Tree:
+        """Parameters from those of this head over another hierarchy of the same sizes."""
+
+    def reordered(self, tree: Tree, there: Hierarchy) -> Tree:
+        """What goes with such parameters number by number, in their new order."""
+
     def logits(self, params: Tree, h: jax.Array) -> jax.Array:
         """float32 [..., V]."""
 
@@ -118,6 +127,15 @@ class FlatHead:
     def rows(self, params: Tree) -> tuple[jax.Array, jax.Array]:
         v = self.hierarchy.vocab_size
         return params["kernel"][:v], params["bias"][:v]
+
+    def vectors(self, params: Tree) -> jax.Array:
+        return params["kernel"][: self.hierarchy.vocab_size].astype(jnp.float32)
+
+    def moved(self, params: Tree, there: Hierarchy) -> Tree:
+        return params
+
+    def reordered(self, tree: Tree, there: Hierarchy) -> Tree:
+        return tree
 
     def logits(self, params: Tree, h: jax.Array) -> jax.Array:
         """float32 [..., V]."""
@@ -229,6 +247,38 @@ class FactorisedHead:
 
     def rows(self, params: Tree) -> tuple[jax.Array, jax.Array]:
         raise NotImplementedError("a factorised head has no vector for the logit of a token")
+
+    def _offsets(self, params: Tree) -> tuple[jax.Array, jax.Array]:
+        """Vectors [n, D] and biases [n] that make words' rows those of a flat head: log p(x | h) is the same at h = 0,
+        and to first order in h up to what all tokens share."""
+        n, p, node = self.own.sizes[1], self.prototypes, np.asarray(self.own.anc[1])
+        kernel, bias = (params["words"][name][self.blocks.row].astype(jnp.float32) for name in ("kernel", "bias"))
+        top = jax.ops.segment_max(bias, node, n)
+        total = top + jnp.log(jax.ops.segment_sum(jnp.exp(bias - top[node]), node, n))
+        mean = jax.ops.segment_sum(jnp.exp(bias - total[node])[:, None] * kernel, node, n)
+        own, each = (params["clusters"][name].astype(jnp.float32).reshape(n, p, -1) for name in ("kernel", "bias"))
+        return (jnp.sum(jax.nn.softmax(each, axis=1) * own, axis=1) - mean,
+                jax.nn.logsumexp(each, axis=1)[:, 0] - total)
+
+    def vectors(self, params: Tree) -> jax.Array:
+        words = params["words"]["kernel"][self.blocks.row].astype(jnp.float32)
+        return words + self._offsets(params)[0][np.asarray(self.own.anc[1])]
+
+    def moved(self, params: Tree, there: Hierarchy) -> Tree:
+        """A node's prototypes stay with it. A token that changes its node takes its row with it, less what the new
+        node says and more what the old one said (`_offsets`); those that stay keep their p(x | c, h) among each other.
+        """
+        before, now = dataclasses.replace(self, hierarchy=there), self.reordered(params, there)
+        was, node = np.asarray(before.own.anc[1]), np.asarray(self.own.anc[1])
+        some = np.flatnonzero(was != node)
+        more = dict(zip(("kernel", "bias"), before._offsets(params), strict=True))
+        return now | {"words": {name: rows.at[self.blocks.row[some]].add((more[name][was] - more[name][node])[some])
+                                for name, rows in now["words"].items()}}
+
+    def reordered(self, tree: Tree, there: Hierarchy) -> Tree:
+        old, new = Blocks(there.of_head), self.blocks
+        put = lambda a: jnp.zeros((new.rows, *a.shape[1:]), a.dtype).at[new.row].set(a[old.row])  # noqa: E731
+        return tree | {"words": jax.tree.map(put, tree["words"])}
 
     def clusters(self, params: Tree, h: jax.Array) -> LogitsPrediction:
         """p(node | h) of the level-1 nodes, from float32 logits [..., n]."""

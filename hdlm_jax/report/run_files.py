@@ -14,7 +14,7 @@ from hdlm_jax.common import jsons
 from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest, token_counts
 from hdlm_jax.data.tokenizers import load_tokenizer
-from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.training.loading import data_dir, saved_config
 from hdlm_jax.training.metrics import read_metrics
@@ -145,13 +145,14 @@ def gather(workdir: str, film: bool = True) -> dict[str, Any]:
     for name in ("evaluate", "generate", "tasks"):
         out[name] = read_optional(workdir, f"{name}.json")
     out |= {"hierarchy": None, "trajectories": None, "occupancy": None, "unigram": None}
-    path = os.path.join(workdir, "hierarchy.npz")
+    recorded = read_trajectories(workdir) if film else None
+    shown = recorded["about"] if recorded else out["evaluate"] or {}
+    path = file_of(workdir, shown.get("hierarchy_fingerprint", ""))
     if not film or not os.path.exists(path):
         return out
     tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
     hierarchy = Hierarchy.load(path, tokenizer.fingerprint)
     counts, out["unigram"] = _of_data(data_dir(config, workdir))
-    recorded = read_trajectories(workdir)
     if recorded and recorded["about"]["hierarchy_fingerprint"] != hierarchy.fingerprint:
         recorded = None  # of another run
     words = [show_word(tokenizer.token_bytes(i), tokenizer.kind == "bert") for i in range(hierarchy.vocab_size)]

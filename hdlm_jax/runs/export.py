@@ -27,6 +27,7 @@ from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import reuse, write_json
 from hdlm_jax.config import Config, ConfigError
+from hdlm_jax.diffusion.hierarchy import file_of
 from hdlm_jax.runs import import_weights, open_weights
 from hdlm_jax.training.checkpoint import checkpoints_of, save_params
 from hdlm_jax.training.loading import load_run, saved_config
@@ -81,7 +82,7 @@ def export(config: Config, workdir: str) -> str:
             published = import_weights.published(config, trained, workdir, run.hierarchy, tree)
             save(published, os.path.join(aside, f"{layout}.safetensors"))
         run.tokenizer.save(os.path.join(aside, "tokenizer"))
-        shutil.copyfile(os.path.join(workdir, "hierarchy.npz"), os.path.join(aside, "hierarchy.npz"))
+        shutil.copyfile(file_of(workdir, run.hierarchy.fingerprint), os.path.join(aside, "hierarchy.npz"))
         shapes = {name: list(array.shape) for name, array in arrays.items()}
         write_json(os.path.join(aside, "config.json"), facts | {"shapes": shapes})
         for path in Path(aside).glob("*.safetensors"):  # which their library makes readable by their owner alone

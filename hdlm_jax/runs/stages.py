@@ -18,12 +18,12 @@ from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import open_atomic
 from hdlm_jax.config import Config, ConfigError, TokenizerConfig, resolve
 from hdlm_jax.config.settings import Given
-from hdlm_jax.data import cluster_report, clustering, embeddings, pipeline, tokenizers
+from hdlm_jax.data import cluster_report, clustering, embeddings, groups, pipeline, tokenizers
 from hdlm_jax.data import prepare as text_prepare
 from hdlm_jax.data.records import Document, digest, is_validation
 from hdlm_jax.decoding import presets
-from hdlm_jax.diffusion.hierarchy import Hierarchy, read_extra
-from hdlm_jax.training.loading import checkpoint_embedding, data_dir
+from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of, learned_file, read_extra
+from hdlm_jax.training.loading import checkpoint_embedding, data_dir, hierarchy_file
 
 
 def checked(given: Given) -> Config:
@@ -132,8 +132,8 @@ def prepare(config: Config, workdir: str) -> PreparedData:
 
 
 def word_vectors(config: Config, workdir: str, text: PreparedData) -> np.ndarray:
-    """Embeddings the words are clustered by, float32 [V, E]; those of the corpus are kept beside its tokens, or in the
-    workdir where these cannot be written.
+    """Embeddings the words are clustered by, float32 [V, E]; those of the corpus (of which there are none else for
+    clusters by frequency or bigrams) are kept beside its tokens, or in the workdir where these cannot be written.
 
     All processes have to ask for them together.
     """
@@ -158,7 +158,7 @@ def word_vectors(config: Config, workdir: str, text: PreparedData) -> np.ndarray
                 say(f"embeddings: {place} cannot be written ({error.strerror}), so they are in {places[-1]}")
         return place
 
-    if h.embeddings != "corpus":
+    if h.embeddings != "corpus" and h.embeddings not in groups.GROUPINGS:
         return embeddings.given_embeddings(h.embeddings, text.manifest.vocab_size, checkpoint_embedding)
     return np.load(processes.on_main_process(keep), allow_pickle=False)
 
@@ -196,7 +196,7 @@ def _found(config: Config, text: PreparedData, path: str, settings: dict) -> boo
         return True
     if config.train.init_from and not config.train.adapt:  # its cluster ids are what the weights mean
         check_base(config)
-        theirs = os.path.join(config.train.init_from, "hierarchy.npz")
+        theirs = hierarchy_file(config.train.init_from)
         hierarchy = Hierarchy.load(theirs, text.tokenizer.fingerprint)
         hierarchy.save(path, text.tokenizer.fingerprint, {"settings": settings})
         say(f"hierarchy: that of {theirs}, {_levels(hierarchy)}")
@@ -215,18 +215,45 @@ def _make(config: Config, text: PreparedData, path: str, settings: dict, vectors
     if vectors is None:
         hierarchy = Hierarchy.from_parents([], vocab_size=text.manifest.vocab_size)
     else:
-        unread = [i for i in text.tokenizer.special.values() if i != text.manifest.eot]
-        vectors = vectors.copy()
-        vectors[unread] = 0  # no text has them, and open models' rows of them are alike: they would be a cluster
-        hierarchy, report = clustering.build_hierarchy(vectors, (h.head_clusters,) if h.head_clusters else h.clusters,
-                                                       special=(text.manifest.eot,), seed=h.seed, shuffle=h.shuffle)
-        readable, counts = os.path.join(os.path.dirname(path), "clusters"), text_prepare.token_counts(text.dir, "train")
+        vectors = _read_ones(vectors, text)
+        counts = text_prepare.token_counts(text.dir, "train")
+        group, known = groups.GROUPINGS.get(h.embeddings), vectors
+        if h.embeddings == "frequency":
+            known = counts[:, None]
+        elif h.embeddings == "brown":
+            tokens = pipeline.Split(text.dir, text.manifest, "train")
+            known = embeddings.cooccurrence(tokens, text.manifest.vocab_size, eot=text.manifest.eot, window=1)
+        hierarchy, report = clustering.build_hierarchy(known, (h.head_clusters,) if h.head_clusters else h.clusters,
+                                                       special=(text.manifest.eot,), seed=h.seed, shuffle=h.shuffle,
+                                                       group=group)
+        readable = os.path.join(os.path.dirname(path), "clusters")
         cluster_report.write_report(hierarchy, vectors, text.tokenizer.decode, counts, readable)
         made = f", report in {readable}.txt"
         if h.head_clusters:
             hierarchy = Hierarchy.from_parents([], text.manifest.vocab_size, classes=hierarchy.anc[1])
     hierarchy.save(path, text.tokenizer.fingerprint, {"settings": settings, "report": report})
     say(f"hierarchy: {_levels(hierarchy)}{made}")
+
+
+def _read_ones(vectors: np.ndarray, text: PreparedData) -> np.ndarray:
+    """Vectors with zeros for what no text has: open models' rows of such tokens are alike, and would be a cluster."""
+    vectors = vectors.copy()
+    vectors[[i for i in text.tokenizer.special.values() if i != text.manifest.eot]] = 0
+    return vectors
+
+
+def recluster(config: Config, workdir: str, text: PreparedData, hierarchy: Hierarchy, vectors: np.ndarray,
+              step: int) -> Hierarchy:
+    """The hierarchy with words clustered anew (made by process 0) by the vectors [V, E] of a model of `step` steps; in
+    a file of its own beside the first one, before any checkpoint that needs it."""
+    def make() -> str:
+        found = clustering.reclustered(_read_ones(vectors, text), hierarchy, seed=config.hierarchy.seed)
+        if found != hierarchy:
+            found.save(learned_file(workdir, found.fingerprint), text.tokenizer.fingerprint,
+                       {"step": step, "from": hierarchy.fingerprint})
+        return file_of(workdir, found.fingerprint)
+
+    return Hierarchy.load(processes.on_main_process(make), text.tokenizer.fingerprint)
 
 
 def batches_of(config: Config, text: PreparedData) -> Any:

@@ -22,12 +22,13 @@ from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import Config, ConfigError, resolve
 from hdlm_jax.data.embeddings import initial_table
 from hdlm_jax.data.pipeline import given, valid_rows, whole_position
+from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of
 from hdlm_jax.evaluation.elbo import Evaluator, summarise
 from hdlm_jax.models.decoder import merged
 from hdlm_jax.models.make import flops_per_token
 from hdlm_jax.runs.interrupt import RESUME_EXIT, Stop, Timer
-from hdlm_jax.runs.stages import batches_of, cluster, prepare, word_vectors
-from hdlm_jax.training.adapt import FIT_POSITIONS, adapted, fitted
+from hdlm_jax.runs.stages import batches_of, cluster, prepare, recluster, word_vectors
+from hdlm_jax.training.adapt import FIT_POSITIONS, adapted, fitted, regrouped
 from hdlm_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from hdlm_jax.training.fitting import fit
 from hdlm_jax.training.loading import Run, check_writable, differences, load_base, upgraded
@@ -58,7 +59,7 @@ class Dispatched(NamedTuple):
     """A step whose metrics are not read yet."""
 
     step: int
-    metrics: dict[str, jax.Array]
+    metrics: dict[str, jax.Array | float]
     rows: dict[str, np.ndarray]  # of its batch, this process's
     place: dict[str, Any]  # of the batch in the data
 
@@ -136,6 +137,8 @@ class Recorder:
                   "lr": float(self.schedule(step - 1 - skipped)),
                   "mfu": rate * self.flops / self.peak / jax.device_count() if self.peak and rate else None,
                   "input_wait": self.waited / seconds}
+        if moved := [values["moved"] for values in self.window if "moved" in values]:
+            record["moved"] = moved[-1]
         self.pace = seconds / self.steps if self.steps > 0 else None
         self.window.clear()
         self.steps, self.since, self.waited = 0, time.monotonic(), 0.0
@@ -167,17 +170,21 @@ class Loop:
         check_writers(config.train.writers)
         self.text = prepare(config, workdir)
         self.batches = batches_of(config, self.text)
-        self.hierarchy = cluster(config, workdir, self.text)
-        self.network, self.process = build(config, self.hierarchy)
         self.tx, self.schedule = make_optimizer(config)
-        self.abstract, self.shardings = abstract_state(config, self.network, self.tx, self.mesh)
+        self.facts = {"data": self.text.manifest.fingerprint, "tokenizer": self.text.tokenizer.fingerprint}
+        self._use(cluster(config, workdir, self.text))
         self.checkpoints = Checkpoints(workdir)
-        self.facts = {"data": self.text.manifest.fingerprint, "tokenizer": self.text.tokenizer.fingerprint,
-                      "hierarchy": self.hierarchy.fingerprint}
         self.here = {"devices": jax.device_count(), "processes": jax.process_count(), "mesh": dict(self.mesh.shape)}
         self.start, self.profile = 0, profile
-        self.opened: bool | None = None  # whether `step` is of the time when tokens see all others
         self.key = jax.random.key(config.train.seed)
+
+    def _use(self, hierarchy: Hierarchy) -> None:
+        """Makes all that follows from a hierarchy, but for what `_compile` compiles."""
+        self.hierarchy = hierarchy
+        self.network, self.process = build(self.config, hierarchy)
+        self.abstract, self.shardings = abstract_state(self.config, self.network, self.tx, self.mesh)
+        self.facts["hierarchy"] = hierarchy.fingerprint
+        self.opened: bool | None = None  # whether `step` is of the time when tokens see all others
 
     def begin(self) -> bool:
         """Compiles, and restores or makes the state; whether there are steps to go."""
@@ -189,8 +196,7 @@ class Loop:
             self.state = self._fresh_state()
         self.traced = [min(self.start + n, steps) if self.profile else -1 for n in (10, 13)]  # first, last
         window = [{k: math.nan if v is None else v for k, v in step.items()} for step in saved.get("window", [])]
-        flops = flops_per_token(config, self.hierarchy, self.process)
-        self.recorder = Recorder(config, self.schedule, flops, window)
+        self.recorder = Recorder(config, self.schedule, flops_per_token(config, self.hierarchy, self.process), window)
         if processes.is_main_process():
             self.text.tokenizer.save(os.path.join(self.workdir, "tokenizer"))
             write_json(os.path.join(self.workdir, "config.json"), config.to_save())
@@ -202,15 +208,18 @@ class Loop:
             say(f"train: nothing to do, step {self.start:,} is there")
             self.checkpoints.close()
             return False
-        e = config.evaluate
-        self.evaluator = Evaluator(self.network, self.process, self.mesh, self.abstract.params,
-                                   seq_len=config.model.seq_len, seed=e.seed, cv2=e.cv2, batch_size=e.batch_size)
-        self.rows = valid_rows(self.text.dir, config.model.seq_len, e.rows_in_training, config.data.packing,
-                               config.data.padding)
+        self.evaluator = self._evaluator()
+        self.rows = valid_rows(self.text.dir, config.model.seq_len, config.evaluate.rows_in_training,
+                               config.data.packing, config.data.padding)
         if processes.is_main_process():
             self.recorder.writers = writers(self.workdir, self.start, config)
         self.iterator = self.batches.iterator(saved.get("position"))
         return True
+
+    def _evaluator(self) -> Evaluator:
+        e = self.config.evaluate
+        return Evaluator(self.network, self.process, self.mesh, self.abstract.params,
+                         seq_len=self.config.model.seq_len, seed=e.seed, cv2=e.cv2, batch_size=e.batch_size)
 
     def _resumed(self) -> dict[str, Any]:
         """Restores the newest checkpoint that is whole; what it says about itself, nothing where there is none.
@@ -238,9 +247,11 @@ class Loop:
         return {}
 
     def _said(self) -> dict[str, Any]:
-        """What the checkpoint says about itself, once it is known to belong to this training."""
+        """What the checkpoint says about itself, once it is known to belong to this training; its hierarchy is used."""
         saved = self.checkpoints.meta(self.start)
         check_resume(self.config, saved, self.checkpoints.path)
+        if saved["hierarchy"] != self.hierarchy.fingerprint:
+            self._use(Hierarchy.load(file_of(self.workdir, saved["hierarchy"]), self.text.tokenizer.fingerprint))
         for name, fact in self.facts.items():
             if saved[name] != fact:
                 raise ConfigError(f"{name} fingerprint {fact[:12]}: the checkpoint in {self.checkpoints.path} was "
@@ -248,7 +259,8 @@ class Loop:
         return saved
 
     def _compile(self, done: int) -> None:
-        """The step for what comes after `done` steps, where it is another than the one there is (train.open_steps).
+        """The step for what comes after `done` steps, where it is another than the one there is (train.open_steps, or
+        another hierarchy).
 
         At first before the state is made, so that the memory of compiling is free again.
         """
@@ -273,6 +285,24 @@ class Loop:
             say(f"train: model.remat=auto takes the first that fits a device: {found.why}")
         self.compile_s = time.monotonic() - began
 
+    def _recluster(self, done: int) -> dict[str, float]:
+        """Clusters words anew where that is due behind `done` steps (train.recluster_every); the share that moved."""
+        if not self.config.train.reclusters(done):
+            return {}
+        pause, there, head = time.monotonic(), self.hierarchy, self.network.head
+        vectors = processes.to_host(head.vectors(self.network.head_params(self.state.params)))
+        found = recluster(self.config, self.workdir, self.text, there, vectors, done)
+        moved = float(np.mean(found.parents[0] != there.parents[0]))
+        say(f"train: step {done:,}, clusters anew, {100 * moved:.1f} % of the words in another one")
+        if found != there:
+            self._use(found)
+            self.state = jax.tree.map(jax.device_put, regrouped(self.state, self.network, there), self.shardings)
+            self.evaluator = self._evaluator()
+            self.recorder.flops = flops_per_token(self.config, found, self.process)
+            self._compile(done)
+        self.recorder.since += time.monotonic() - pause
+        return {"moved": moved}
+
     def _fresh_state(self) -> TrainState:
         """A state at step 0: random, from the clustering embeddings, or from another run's weights."""
         config, table, base = self.config, None, self.config.train.init_from
@@ -288,6 +318,9 @@ class Loop:
         if config.train.adapt:
             params = self._adapted(found)
         else:
+            if found.hierarchy != self.hierarchy:
+                raise ConfigError(f"train.init_from={base!r}: its best checkpoint has learned other clusters since its "
+                                  f"hierarchy was taken over into {self.workdir}; use another --workdir")
             want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, found.params))
             if want != got:
                 raise ConfigError(f"train.init_from={base!r}: its weights have other shapes than this model; model and "
@@ -342,6 +375,7 @@ class Loop:
         batch = parallel.put_batch(self.mesh, rows)
         if step == self.traced[0]:
             jax.profiler.start_trace(os.path.join(self.workdir, "profile"))
+        moved = self._recluster(step - 1)
         self._compile(step - 1)
         self.state, metrics = self.step(self.state, batch, self.key)
         if step == self.start + 1:
@@ -357,7 +391,7 @@ class Loop:
             say(f"train: profile of {self.traced[1] - self.traced[0] + 1} steps in "
                 f"{os.path.join(self.workdir, 'profile')}")
         self.bar.update()
-        return Dispatched(step, metrics, rows, place)
+        return Dispatched(step, metrics | moved, rows, place)
 
     def _read(self, done: Dispatched, force: bool = False) -> dict[str, Any] | None:
         """Reads the metrics of a dispatched step; a record where one is due or forced."""

@@ -18,6 +18,7 @@ from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.trunk import Trunk
+from hdlm_jax.training.state import TrainState
 from hdlm_jax.training.step import stratified_tau
 
 
@@ -34,6 +35,24 @@ def adapted(key: jax.Array, params: Tree, base: Trunk, network: Trunk, seq_len: 
     table = start_table(base.table(params), base.head.hierarchy, network.head.hierarchy, masked)
     trunk = {name: part for name, part in start.items() if name not in ("embedding", "states", "head")}
     return network.with_head(network.with_table(start | _taken(trunk, params, ""), table), kernel, bias)
+
+
+def regrouped(state: TrainState, network: Trunk, there: Hierarchy) -> TrainState:
+    """A state for a network with other clusters of the same sizes, from one with those `there`: a token's and a
+    cluster's rows stay theirs in parameters, optimizer and average (models.heads: `moved`)."""
+    head = network.head
+
+    def of_params(tree: Tree) -> Tree:
+        return {**tree, "head": head.moved(tree["head"], there)} if tree else tree
+
+    def has_head(part: object) -> bool:
+        return isinstance(part, dict) and "head" in part
+
+    def moments(part: Tree) -> Tree:
+        return {**part, "head": head.reordered(part["head"], there)} if has_head(part) else part
+
+    return state._replace(params=of_params(state.params), ema=of_params(state.ema),
+                          opt_state=jax.tree.map(moments, state.opt_state, is_leaf=has_head))
 
 
 FIT_POSITIONS = 8192  # hidden vectors at which a factorised head's clusters are fitted

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -19,8 +20,9 @@ from hdlm_jax.config.settings import Given
 from hdlm_jax.data import pipeline
 from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.data.tokenizers import Tokenizer, load_tokenizer
-from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of, learned_file
 from hdlm_jax.diffusion.process import Process
+from hdlm_jax.models.make import make_network
 from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.checkpoint import checkpoints_of
 from hdlm_jax.training.state import build, placed
@@ -166,33 +168,50 @@ def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True
                           "settings are taken")
     folder = config.data.dir or trained.data.dir or data_dir(config, workdir)
     tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
-    hierarchy = Hierarchy.load(os.path.join(workdir, "hierarchy.npz"), tokenizer.fingerprint)
     mesh = parallel.make_mesh(config)
-    network, process = build(config, hierarchy)
-    abstract, _ = placed(lambda: network.init_params(jax.random.key(0), config.model.seq_len), mesh)
     if os.path.isdir(os.path.join(workdir, "params")) and trained.optimizer.ema and not ema:
         raise ConfigError(f"evaluate.ema=False: {workdir} is an export, which holds the average of the weights alone")
     ema = bool(trained.optimizer.ema) and ema
-    step, params = _weights(workdir, which, hierarchy, abstract, ema)
+
+    def abstract(hierarchy: Hierarchy) -> Tree:
+        made = make_network(config, hierarchy)
+        return placed(lambda: made.init_params(jax.random.key(0), config.model.seq_len), mesh)[0]
+
+    step, hierarchy, params = _weights(workdir, which, tokenizer, abstract, ema)
+    network, process = build(config, hierarchy)
     return Run(config, trained, folder, tokenizer, hierarchy, network, process, mesh, params, step, ema)
 
 
-def _weights(workdir: str, which: str, hierarchy: Hierarchy, abstract: Tree, ema: bool) -> tuple[int, Tree]:
-    """(step, parameters) of the best or latest checkpoint."""
+def hierarchy_file(workdir: str) -> str:
+    """The file of the hierarchy that the best checkpoint of a run goes with."""
+    if not glob.glob(learned_file(glob.escape(workdir), "*")):
+        return file_of(workdir, "")
+    checkpoints = checkpoints_of(workdir)
+    try:
+        return file_of(workdir, checkpoints.meta(checkpoints.choose("best"))["hierarchy"])
+    finally:
+        checkpoints.close()
+
+
+def _weights(workdir: str, which: str, tokenizer: Tokenizer, abstract: Callable[[Hierarchy], Tree], ema: bool
+             ) -> tuple[int, Hierarchy, Tree]:
+    """(step, hierarchy, parameters) of the best or latest checkpoint; abstract: of a hierarchy, the parameters."""
     checkpoints = checkpoints_of(workdir)
     step = checkpoints.choose(which)
     try:
-        saved = checkpoints.meta(step)
-        if saved["hierarchy"] != hierarchy.fingerprint:
-            raise ConfigError(f"{workdir}: hierarchy.npz {hierarchy.fingerprint[:12]} is not the checkpoint's "
-                              f"{saved['hierarchy'][:12]}")
-        return step, checkpoints.params(step, abstract, ema)
+        wanted = checkpoints.meta(step)["hierarchy"]
+        path = file_of(workdir, wanted)
+        hierarchy = Hierarchy.load(path, tokenizer.fingerprint)
+        if hierarchy.fingerprint != wanted:
+            raise ConfigError(f"{workdir}: {os.path.basename(path)} {hierarchy.fingerprint[:12]} is not the "
+                              f"checkpoint's {wanted[:12]}")
+        return step, hierarchy, checkpoints.params(step, abstract(hierarchy), ema)
     except OSError:
         if checkpoints.has(step) or jax.process_count() > 1:  # many must not choose differently
             raise
     finally:
         checkpoints.close()
-    return _weights(workdir, which, hierarchy, abstract, ema)  # a training beside us has gone on to another one
+    return _weights(workdir, which, tokenizer, abstract, ema)  # a training beside us has gone on to another one
 
 
 def load_here(workdir: str, which: str = "best", mesh: ParallelConfig = ParallelConfig(),  # noqa: B008 (it is frozen)

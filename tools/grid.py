@@ -67,6 +67,10 @@ CELLS = (
     Cell("mdlm-warm", "mdlm-warm-muon", 2),
     Cell("hdlm-warm", "hdlm-warm-muon", 2),
     Cell("shuffled-factorised", "shuffled-factorised-muon", 2),
+    Cell("frequency", "hdlm-frequency-muon", 2),
+    Cell("brown", "hdlm-brown-muon", 2),
+    Cell("learned", "hdlm-learned-muon", 1),
+    Cell("learned-factorised", "hdlm-learned-factorised-muon", 2),
     Cell("mdlm-dynamic", "mdlm-warm", 3, DYNAMIC),
     Cell("hdlm-dynamic", "hdlm-warm", 3, DYNAMIC),
     Cell("hdlm16", "hdlm-muon", 3, ("--config.hierarchy.clusters=(16,)",)),
@@ -78,7 +82,8 @@ CELLS = (
     Cell("ar-adamw", "ar", 4),
 )
 QUESTIONS = {  # a table each: the first cell is what the others are compared with
-    "clusters": ("mdlm", "hdlm", "shuffled", "hdlm16", "hdlm256", "hdlm_k3"),
+    "clusters": ("mdlm", "hdlm", "shuffled", "learned", "frequency", "brown", "hdlm16", "hdlm256", "hdlm_k3",
+                 "hdlm-factorised", "learned-factorised"),
     "xi": ("hdlm", "hdlm_xi9", "mdlm"),
     "heads": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "shuffled-factorised"),
     "time": ("mdlm", "mdlm-notime", "hdlm", "hdlm-notime"),

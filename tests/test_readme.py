@@ -12,7 +12,7 @@ def test_tables_are_what_their_runs_say(root, capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
     marks = [found for path in (root / "README.md", root / "docs" / "results.md")
              for found in tables.MARK.findall(path.read_text(encoding="utf-8"))]
-    assert len(marks) >= 2 and all("± " in found[3] for found in marks)
+    assert len(marks) >= 2 and all("± " in found[3] for found in marks if found[1] == "runs")
 
 
 def test_a_table_that_differs_is_found_and_rewritten(root, tmp_path, monkeypatch, capsys):

@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "runs" / "grid"
 STEPS, ROWS, DRAWS, CALLS = 800, 1000, 4, (8, 16, 32, 64)
 SAMPLES = 64
+JUDGED = ("judge", "kind", "retokenised", "texts", "tokens", "perplexity", "perplexity_se", "nats_per_token",
+          "unigram_entropy", "distinct_2")  # what a cell keeps of a judge's words
 
 
 class Cell(NamedTuple):
@@ -144,7 +146,7 @@ def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
                              "evaluate": read_json(str(workdir / "evaluate.json")), "calls": []}
     for line in read_lines(str(workdir / "sampling_sweep.jsonl"))[0]:
         found["calls"].append({"steps": line["sampling"]["steps"], "network_calls": line["sampling"]["network_calls"],
-                               "judge": line["judge"]})
+                               "judge": {name: line["judge"].get(name) for name in JUDGED}})
     shutil.copyfile(workdir / "evaluate_rows.npz", out / f"{workdir.name}.npz")
     write_atomic(out / f"{workdir.name}.json", (dumps(found, indent=1) + "\n").encode())
 

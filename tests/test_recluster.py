@@ -52,12 +52,14 @@ def test_clusters_that_fit_stay_and_moved_words_find_back():
     parent = names[np.arange(V) % 5]
     parent[59] = 2
     h = Hierarchy.from_parents([parent, np.arange(6) % 2], special=(59,))
-    vectors = blobs()
-    assert reclustered(vectors, h) == h and reclustered(0 * vectors, h) == h
+    vectors, counts = blobs(), np.random.default_rng(5).zipf(1.3, V)
+    assert reclustered(vectors, h, counts) == h and reclustered(0 * vectors, h, counts) == h
+    often = np.log1p(counts)[:, None] * np.random.default_rng(6).standard_normal(16)
+    assert reclustered((vectors + 5 * often).astype(np.float32), h, counts) == h, "frequency tells nothing"
     wrong, unknown = parent.copy(), vectors.copy()
     wrong[:12] = parent[1:13]
     unknown[3] = 0
-    found = reclustered(unknown, Hierarchy.from_parents([wrong, np.arange(6) % 2], special=(59,)))
+    found = reclustered(unknown, Hierarchy.from_parents([wrong, np.arange(6) % 2], special=(59,)), counts)
     np.testing.assert_array_equal(np.delete(found.parents[0], 3), np.delete(parent, 3))
     assert found.parents[0][3] == wrong[3] and found.special == (59,)
     np.testing.assert_array_equal(found.parents[1], h.parents[1])
@@ -69,9 +71,9 @@ def test_sizes_keep_their_limits(case):
     if case == "blob":
         vectors = np.where(np.arange(400)[:, None] < 390, 1 + 1e-3 * vectors, -vectors)
     h = Hierarchy.from_parents([np.arange(400) % 20], special=(399,))
-    found = reclustered(vectors, h)
+    found = reclustered(vectors, h, np.ones(400, int))
     assert found != h and found.token_count[1].min() >= 2 and found.token_count[1].max() <= 100
-    assert found == reclustered(vectors, h), "the same again"
+    assert found == reclustered(vectors, h, np.ones(400, int)), "the same again"
 
 
 # -- parameters --------------------------------------------------------------------------------------------------------

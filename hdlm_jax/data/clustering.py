@@ -58,15 +58,16 @@ def build_hierarchy(vectors: Any, clusters: Sequence[int], *, special: Sequence[
     return Hierarchy.from_parents(parents, vocab_size=vocab_size, special=own), report
 
 
-def reclustered(vectors: np.ndarray, hierarchy: Hierarchy, *, seed: int = 0) -> Hierarchy:
+def reclustered(vectors: np.ndarray, hierarchy: Hierarchy, counts: np.ndarray, *, seed: int = 0) -> Hierarchy:
     """The same hierarchy with its words clustered anew: k-means as in `build_hierarchy`, from the clusters there are.
 
     A cluster has the id of that whose words it shares (as many as can be, over all clusters), and with it the same
     place in the levels above. Special words in clusters of their own stay there.
 
     Args:
-      vectors: finite floats [V, E]; their common mean is taken off. A word whose row is zero stays where it is, unless
-        its cluster is too large.
+      vectors: finite floats [V, E]. A word whose row is zero stays where it is, unless its cluster is too large.
+      counts: int [V], how often each word occurs. What a quadratic in log(1 + count) tells of the vectors is taken off:
+        frequency is the first thing that a model learns of words, and clusters would be groups by it.
     """
     vectors, old = np.array(vectors, np.float32), hierarchy.parents[0]
     own = [i for i in hierarchy.special if hierarchy.token_count[1][old[i]] == 1]
@@ -74,7 +75,8 @@ def reclustered(vectors: np.ndarray, hierarchy: Hierarchy, *, seed: int = 0) -> 
     known = np.any(vectors != 0, axis=1)
     if known[words].sum() < len(nodes):
         return hierarchy
-    vectors[known] -= vectors[known].mean(0)
+    often = np.vander(np.log1p(counts.astype(np.float64)), 3)[known]
+    vectors[known] -= (often @ np.linalg.lstsq(often, vectors[known], rcond=None)[0]).astype(np.float32)
     was = np.searchsorted(nodes, old[words])
     limits = size_limits(len(old), hierarchy.sizes[1], len(own))
     label, _ = _balanced_clusters(unit_rows(vectors[words]), len(nodes), *limits, seed, was)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,11 @@ class PreparedData:
     dir: str
     manifest: text_prepare.Manifest
     tokenizer: tokenizers.Tokenizer
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """How often each word is a scored token of the training split, int64 [V]."""
+        return text_prepare.token_counts(self.dir, "train")
 
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -216,10 +222,9 @@ def _make(config: Config, text: PreparedData, path: str, settings: dict, vectors
         hierarchy = Hierarchy.from_parents([], vocab_size=text.manifest.vocab_size)
     else:
         vectors = _read_ones(vectors, text)
-        counts = text_prepare.token_counts(text.dir, "train")
         group, known = groups.GROUPINGS.get(h.embeddings), vectors
         if h.embeddings == "frequency":
-            known = counts[:, None]
+            known = text.counts[:, None]
         elif h.embeddings == "brown":
             tokens = pipeline.Split(text.dir, text.manifest, "train")
             known = embeddings.cooccurrence(tokens, text.manifest.vocab_size, eot=text.manifest.eot, window=1)
@@ -227,7 +232,7 @@ def _make(config: Config, text: PreparedData, path: str, settings: dict, vectors
                                                        special=(text.manifest.eot,), seed=h.seed, shuffle=h.shuffle,
                                                        group=group)
         readable = os.path.join(os.path.dirname(path), "clusters")
-        cluster_report.write_report(hierarchy, vectors, text.tokenizer.decode, counts, readable)
+        cluster_report.write_report(hierarchy, vectors, text.tokenizer.decode, text.counts, readable)
         made = f", report in {readable}.txt"
         if h.head_clusters:
             hierarchy = Hierarchy.from_parents([], text.manifest.vocab_size, classes=hierarchy.anc[1])
@@ -247,7 +252,7 @@ def recluster(config: Config, workdir: str, text: PreparedData, hierarchy: Hiera
     """The hierarchy with words clustered anew (made by process 0) by the vectors [V, E] of a model of `step` steps; in
     a file of its own beside the first one, before any checkpoint that needs it."""
     def make() -> str:
-        found = clustering.reclustered(_read_ones(vectors, text), hierarchy, seed=config.hierarchy.seed)
+        found = clustering.reclustered(_read_ones(vectors, text), hierarchy, text.counts, seed=config.hierarchy.seed)
         if found != hierarchy:
             found.save(learned_file(workdir, found.fingerprint), text.tokenizer.fingerprint,
                        {"step": step, "from": hierarchy.fingerprint})

@@ -76,7 +76,7 @@ setup(
     packages=[*find_packages(where=str(ROOT), include=["hdlm_jax", "hdlm_jax.*"]), "hdlm_jax.configs"],
     package_dir={"hdlm_jax.configs": "configs"},  # recipes by name, from any folder
     entry_points={"console_scripts": ["hdlm-jax = hdlm_jax.main:command"]},
-    package_data={"hdlm_jax.report": ["report.html", "report.js", "watch.js"]},
+    package_data={"hdlm_jax.report": ["report.html", "report.js", "serve.js", "watch.js"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.3.1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 from typing import Any
 
 from hdlm_jax.report.page import describe, document
@@ -16,4 +17,5 @@ def about(workdir: str) -> dict[str, Any]:
 
 def page() -> str:
     """The page of any run; what it shows it asks the server for."""
-    return document("hdlm_jax", "<div data-part=live></div>", {"live": True})
+    program = (importlib.resources.files("hdlm_jax.report") / "serve.js").read_text("utf-8")
+    return document("hdlm_jax", "<div data-part=live></div>", {}, program)

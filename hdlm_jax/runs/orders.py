@@ -154,7 +154,7 @@ def _front(run: Run, given: Json, chat: bool) -> tuple[np.ndarray, str]:
         prompt = given.get("prompt", "")
         return run.tokenizer.encode(prompt), prompt
     rule("messages" in given, "messages", None, "is missing")
-    rule(len(json.dumps(given["messages"])) <= 2 * CHARACTERS * run.config.model.seq_len, "messages",
+    rule(len(json.dumps(given["messages"], allow_nan=False)) <= 2 * CHARACTERS * run.config.model.seq_len, "messages",
          f"{len(given['messages'])} messages", f"a conversation has at most {run.config.model.seq_len} tokens")
     return chats.chat_ids(run.tokenizer, given["messages"], **_template(given)), ""
 

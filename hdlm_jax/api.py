@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -13,9 +13,11 @@ import numpy as np
 from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.data import chat as chats
 from hdlm_jax.decoding import canvas as canvases
+from hdlm_jax.decoding import desk
 from hdlm_jax.decoding import texts as asking
 from hdlm_jax.decoding.sampler import load_helper, sampler_of
 from hdlm_jax.evaluation.elbo import evaluator_of, text_nats
+from hdlm_jax.report.page import kind_of, levels_of
 from hdlm_jax.training.loading import load_here
 
 Classifier: TypeAlias = Callable[[jax.Array], jax.Array]  # one-hot states float32 [b, S, N] -> log p(y) [b]
@@ -47,6 +49,19 @@ class Model:
         self.hierarchy, self.tokenizer = self.run.hierarchy, self.run.tokenizer
         self._draw = sampler_of(self.run)
         self._evaluator = functools.cache(lambda: evaluator_of(self.run))
+
+    def __repr__(self) -> str:
+        """What was trained, and what it can do."""
+        run, h = self.run, self.hierarchy
+        process = run.config.diffusion.process
+        can = ["generate", *["infill", "json"] * run.process.unmasks, *["chat"] * self._chats, "stream", "nelbo"]
+        return (f"<hdlm_jax.Model {kind_of(process, h.sizes)}: {levels_of(process, h.sizes)}; "
+                f"{run.num_params:,} parameters, step {run.step:,}; {run.config.tokenizer.kind} tokenizer, "
+                f"texts of up to {self.seq_len:,} tokens; can {', '.join(can)}>")
+
+    @property
+    def _chats(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", ""))
 
     @property
     def seq_len(self) -> int:
@@ -86,6 +101,21 @@ class Model:
         """
         g = self._settings(settings, prompt="", schema="", steps=steps, num_samples=num_samples)
         return self._texts([asking.chatted(self.run, g, messages, **(template or {}))], g)
+
+    def stream(self, prompt: str | Sequence[chats.Message] = "", steps: int = 128, **settings: Any
+               ) -> Iterator[desk.Moment]:
+        """The text of `generate(1, prompt=prompt)`, or of `chat(messages)`, while it is written, call by call.
+
+        Each moment has call, t and the states z int32 [n] (`hierarchy.level_of(z)`: 0 is a token); the last one has
+        the text as well, and in `done` why it ends. Leaving the loop stops the writing.
+
+        Raises:
+          ConfigError: what `generate` refuses. ValueError: what `chat` refuses.
+        """
+        g = self._settings(settings, steps=steps, num_samples=1)
+        asked = (asking.prompted(self.run, g, prompt) if isinstance(prompt, str)
+                 else asking.chatted(self.run, g, prompt))
+        return desk.moments(self._draw_with(g), self.tokenizer, asked, g)
 
     def infill(self, text: str | Sequence[str], num_samples: int = 1, steps: int = 64, **settings: Any) -> list[str]:
         """The text with its blanks filled in; everything else stays. Of several texts num_samples each, text by text.

@@ -264,3 +264,21 @@ def test_few_and_many_texts_are_scored_in_batches_of_their_own():
     scores = [model().nelbo(texts, draws=2) for texts in (["hi"], ["hi"] * 40, ["hi"])]
     assert {2, 128} <= {size[0] for size in model()._evaluator().program._compiled}
     assert scores[0] == scores[2]
+
+
+def test_stream_shows_the_text_of_generate_while_it_is_written():
+    seen = list(model().stream("The ", **FEW))
+    masked = [int((model().hierarchy.level_of(one.z) > 0).sum()) for one in seen]
+    assert masked[0] == SEQ_LEN - 4 and masked[-1] == 0 and masked == sorted(masked, reverse=True)
+    assert not any(one.done or one.text for one in seen[:-1]) and seen[-1].done in ("stop", "length")
+    assert seen[-1].text == model().generate(1, prompt="The ", **FEW)[0]
+    next(left := model().stream("The ", **FEW))
+    left.close()  # stops the writing
+    with pytest.raises(ConfigError, match="method='first_hiting': choose one of"):
+        model().stream("The ", method="first_hiting")
+
+
+def test_repr_says_what_it_is():
+    said = repr(model())
+    assert f"{model().run.num_params:,} parameters, step {model().run.step}" in said and "bytes tokenizer" in said
+    assert "HDLM: 257 words → " in said and "→ mask" in said and "infill" in said and "chat" not in said

@@ -10,9 +10,10 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import queue
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -54,6 +55,17 @@ class Failed(NamedTuple):
 
 
 News: TypeAlias = "str | Frame | Written | Failed"  # a str is a piece of the text, in order
+
+
+class Moment(NamedTuple):
+    """A text after `call` calls, at time t: its states z int32 [n]. done: "", in the last one why it ends, "stop" or
+    "length"; text: in the last one the text, "" before."""
+
+    call: int
+    t: float
+    z: np.ndarray
+    text: str = ""
+    done: str = ""
 
 
 class Busy(Exception):
@@ -332,3 +344,40 @@ class Desk:
             job.tell(Failed("stopping", "the server is stopping"))
         for batch in self._batches.values():
             batch.fail("stopping", "the server is stopping")
+
+
+def moments(draw: Sampler, tokenizer: Any, asked: Asked, g: GenerateConfig) -> Iterator[Moment]:
+    """One text while it is written, call by call; it becomes what `draw` makes of it.
+
+    Leaving the iteration early stops the writing. Of a process without levels all comes once it is written.
+
+    Raises:
+      ConfigError: what this run cannot write so, before the first one. RuntimeError: the batch failed.
+    """
+    news = queue.SimpleQueue[News]()
+    jobs = jobs_of(draw, asked, g, tell=lambda _, what: news.put(what), watches=True)
+
+    def follow() -> Iterator[Moment]:
+        desk = Desk(draw, tokenizer, 1, 1)
+        try:
+            desk.put(jobs)
+            now = Moment(0, 1.0, np.zeros(0, np.int32))
+            while not now.done:
+                what = news.get()
+                if isinstance(what, Failed):
+                    raise RuntimeError(what.message)
+                if isinstance(what, Frame):
+                    z = now.z.copy() if what.start is None else np.array(what.start, np.int32)
+                    z[what.changes[::3]] = what.changes[1::3]
+                    now = Moment(what.call, what.t, z)
+                elif isinstance(what, Written):
+                    now = now._replace(text=what.text, done=what.reason)
+                else:
+                    continue
+                yield now
+        finally:
+            for job in jobs:
+                job.left = True
+            desk.close()
+
+    return follow()

@@ -33,6 +33,7 @@ EXTRAS = {
     "hub": ["gguf>=0.17", "jinja2>=3.1", "tokenizers>=0.20"],  # tokenizers and chat templates of open models
     "safetensors": ["safetensors>=0.5"],
     "serve": ["starlette>=0.40", "uvicorn>=0.30"],  # --mode=serve
+    "chat": ["rich>=13"],  # --mode=chat in a terminal
     "lm-eval": ["lm-eval>=0.4.9"],
     "torch": ["torch>=2.4"],  # to read released weights that are not .safetensors
     "mauve": ["mauve-text>=0.4"],
@@ -53,6 +54,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "pyyaml>=6.0",
+        "rich>=13",
         "ruff>=0.12",
         "safetensors>=0.5",
         "scipy>=1.14",

@@ -27,9 +27,11 @@ MODES = {"prepare": "text to tokens, in the workdir or data.dir",
          "export": "the weights as files for other programs",
          "import": "released weights (released.weights) as a run",
          "fetch": "an open model, downloaded and imported: hdlm-jax fetch smollm2",
-         "serve": "OpenAI's API, and a page to watch texts being written in"}
+         "serve": "OpenAI's API, and a page to watch texts being written in",
+         "chat": "lines in a terminal, answered or gone on from while one looks"}
 COMMANDS = {"hdlm-jax fetch MODEL": "as --mode=fetch",
             "hdlm-jax serve RUN": "as --mode=serve",
+            "hdlm-jax chat RUN": "as --mode=chat",
             "hdlm-jax watch RUN": "its page in a browser, new while it trains",
             "hdlm-jax leaderboard RUN...": "runs and open models by one protocol",
             "python -m hdlm_jax.report RUN...": "runs side by side; --html=runs.html with curves"}
@@ -87,9 +89,9 @@ def parse(argv: list[str]) -> list[str]:
     if argv[1:2] == ["fetch"]:  # hdlm-jax fetch NAME [flags]
         names = [f"--model={name}" for name in argv[2:3] if not name.startswith("-")]
         sys.argv = argv = [argv[0], "--mode=fetch", *names, *argv[2 + len(names):]]
-    if argv[1:2] == ["serve"]:  # hdlm-jax serve RUN [flags]
+    if argv[1:2] in (["serve"], ["chat"]):  # hdlm-jax serve RUN [flags]
         names = [f"--workdir={name}" for name in argv[2:3] if not name.startswith("-")]
-        sys.argv = argv = [argv[0], "--mode=serve", *names, *argv[2 + len(names):]]
+        sys.argv = argv = [argv[0], f"--mode={argv[1]}", *names, *argv[2 + len(names):]]
     at, port = _flag(argv, "port")
     if at >= 0:
         sys.argv = argv = [*argv[:at], f"--config.serve.port={port}", *argv[at + (1 if "=" in argv[at] else 2):]]
@@ -174,7 +176,7 @@ def main(argv: list[str]) -> None:
 
     from hdlm_jax.common import console, lock, parallel, processes
     from hdlm_jax.report import live, page
-    from hdlm_jax.runs import evaluate, export, fetch, generate, import_weights, serve, stages, tasks, train
+    from hdlm_jax.runs import chat, evaluate, export, fetch, generate, import_weights, serve, stages, tasks, train
     from hdlm_jax.training import loading
 
     config = stages.checked(loading.with_base(_CONFIG.value, workdir))
@@ -214,6 +216,8 @@ def main(argv: list[str]) -> None:
             fetch.fetch(config, workdir, name)
     elif _MODE.value == "serve":
         serve.serve(config, workdir, live.page(), live.about(workdir))
+    elif _MODE.value == "chat":
+        chat.chat(config, workdir)
     elif _MODE.value == "report":
         page.write_run_page(workdir)
     else:

@@ -17,7 +17,7 @@ from hdlm_jax import main
 from hdlm_jax.common import jsons, lock
 from hdlm_jax.config import command, default, recipes, resolve
 from hdlm_jax.report import __main__ as report
-from hdlm_jax.runs import evaluate, serve, stages
+from hdlm_jax.runs import chat, evaluate, serve, stages
 from hdlm_jax.training import state
 
 
@@ -60,6 +60,13 @@ def test_serve_in_short(call, monkeypatch):
         assert call("serve", trained()[1], *port)[0] == 0
     assert asked == [(8123, str(trained()[1]), "run", True)] * 2
     one_line(*call("serve", trained()[1], "--port=99999"), "serve.port=99999: must lie in 0..65535")
+
+
+def test_chat_in_short(call, monkeypatch):
+    """hdlm-jax chat RUN is --mode=chat --workdir=RUN."""
+    asked = []
+    monkeypatch.setattr(chat, "chat", lambda config, workdir: asked.append(workdir))
+    assert call("chat", trained()[1])[0] == 0 and asked == [str(trained()[1])]
 
 
 def one_line(code, out, err, match):

@@ -327,7 +327,8 @@ def test_cached_sampling_equals_a_loop_without_a_cache():
 
 @pytest.mark.parametrize(("kind", "weighting", "p_uniform", "classes"), [
     pytest.param("gidd", "dynamic", 0.2, 0, marks=pytest.mark.slow),
-    pytest.param("sedd", "constant", 0.0, 0, marks=pytest.mark.slow), ("autoregressive", "constant", 0.0, 0),
+    pytest.param("sedd", "constant", 0.0, 0, marks=pytest.mark.slow),
+    pytest.param("autoregressive", "constant", 0.0, 0, marks=pytest.mark.slow),
     *[pytest.param(*kind, 8, marks=pytest.mark.slow) for kind in (
         ("gidd", "dynamic", 0.2), ("autoregressive", "constant", 0.0), ("hierarchical", "constant", 0.0))]])
 def test_trains_evaluates_and_generates(kind, weighting, p_uniform, classes, tmp_path):

@@ -73,7 +73,11 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("what", DAMAGES)
+SOON = ("a bit of the largest file", "no state", "half of meta")  # one of each part; the others are slow
+
+
+@pytest.mark.parametrize("what", [what if what in SOON else pytest.param(what, marks=pytest.mark.slow)
+                                  for what in DAMAGES])
 def test_a_resume_goes_back_to_the_checkpoint_before(two, tmp_path, capsys, what):
     """Whatever is damaged of the latest: one line, its folder put aside, and the end of an undisturbed run."""
     config, there, want = two

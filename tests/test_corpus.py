@@ -92,6 +92,7 @@ def test_embedded_corpus_is_the_documentation_of_python():
     assert text.startswith("Text wrapping and filling.\n\n") and "Remove any common leading" in text
 
 
+@pytest.mark.slow
 def test_embedded_corpus_imports_nothing_of_what_it_reads():
     code = ("import sys; from hdlm_jax.data.embedded import embedded_corpus; before = set(sys.modules); "
             "n = len(embedded_corpus()[0]); print(n, sorted(set(sys.modules) - before))")

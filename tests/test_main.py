@@ -51,6 +51,7 @@ def recipe(tmp_path):
     return write_recipe(tmp_path / "recipe")
 
 
+@pytest.mark.slow
 def test_serve_in_short(call, monkeypatch):
     """hdlm-jax serve RUN --port N is --mode=serve --workdir=RUN --config.serve.port=N."""
     asked = []

@@ -103,7 +103,7 @@ SPLIT = dict(parallel__data=2, parallel__fsdp=2, parallel__tensor=2, train__micr
         pytest.param("flat", 1, dict(train__microbatches=4), marks=pytest.mark.slow),
         pytest.param("flat", 1, dict(model__remat="all"), marks=pytest.mark.slow),
         pytest.param("flat", 8, SPLIT | dict(optimizer__name="muon"), marks=pytest.mark.slow),
-        ("factorised", 8, SPLIT),
+        pytest.param("factorised", 8, SPLIT, marks=pytest.mark.slow),
     ],
     ids=["data8", "data2-fsdp2-tensor2-microbatches2", "microbatches4", "remat", "muon", "factorised"],
 )
@@ -399,7 +399,8 @@ def _tokenizer(corpus):
 @pytest.mark.parametrize("data", [
     pytest.param(dict(packing="documents"), marks=pytest.mark.slow),
     pytest.param(dict(packing="crop", prompt_field="text", text_field="more"), marks=pytest.mark.slow),
-    dict(stream=True, shuffle_documents=7, sample_bytes=5000, variable_share=0.5),
+    pytest.param(dict(stream=True, shuffle_documents=7, sample_bytes=5000, variable_share=0.5),
+                 marks=pytest.mark.slow),
     pytest.param(dict(stream=True, packing="crop", shuffle_documents=7), marks=pytest.mark.slow)],
     ids=["documents", "crop-prompts", "stream-variable", "stream-crop"])
 def test_every_kind_of_sequence_resumes_where_it_was(corpus, tmp_path, monkeypatch, alone, data):

@@ -295,7 +295,8 @@ def test_a_mask_that_is_known_stays():
     (dict(rotary_share=0.0), "must lie in"),
     (dict(head_dim=5), "must be even"), (dict(experts=4, experts_per_token=8), "there are 4 experts"),
     (dict(experts=4, dense_blocks=3, experts_per_token=2), "must be fewer than model.blocks=3"),
-    (dict(context="half"), "choose one of full, block")])
+    (dict(context="half"), "choose one of full, block"),
+    (dict(softcap=30.0, head="factorised", clusters=(8,)), "softcap=30.0: is of a flat head's logits")])
 def test_wrong_settings_are_one_line(wrong, says):
     with pytest.raises(ConfigError, match=says):
         tiny(**wrong)

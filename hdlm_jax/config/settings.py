@@ -78,6 +78,8 @@ class Config:
              f"the head's classes are the process's own, hierarchy.clusters={self.hierarchy.clusters}; give 0")
         rule(not self.train.recluster_every or levels > 1, "train.recluster_every", self.train.recluster_every,
              f"hierarchy.clusters={self.hierarchy.clusters} has no clusters to make anew; give 0")
+        rule(not self.decoder.softcap or self.model.head == "flat", "decoder.softcap", self.decoder.softcap,
+             "is of a flat head's logits; give 0, or model.head='flat'")
         rule(process != "sedd" or self.model.head == "flat", "model.head", self.model.head,
              "diffusion.process='sedd' needs scores that are not normalised; choose 'flat'")
         rule(self.generate.length <= self.model.seq_len, "generate.length", self.generate.length,

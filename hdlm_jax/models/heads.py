@@ -224,7 +224,7 @@ class FactorisedHead:
         return {"words": words, "clusters": clusters if h is None else self._fitted(clusters, kernel, bias, h)}
 
     def _fitted(self, clusters: Tree, kernel: jax.Array, bias: jax.Array, h: jax.Array) -> Tree:
-        """Prototypes whose p(node | h) is closest (KL, summed over h [M, D]) to that of a flat head.
+        """Prototypes whose p(node | h) is closest (mean KL over h [M, D]) to that of a flat head.
 
         Every device does all of it: it is little, and its many small steps would wait for each other.
         """

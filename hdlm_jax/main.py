@@ -131,8 +131,11 @@ def _help(argv: list[str]) -> None:
             print(command.front_help(MODES, COMMANDS, more))
         else:
             return
+        sys.stdout.flush()
     except ConfigError as error:
         _stop(error)
+    except BrokenPipeError:  # as in `--help | head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
 
 

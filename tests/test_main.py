@@ -305,6 +305,12 @@ def test_real_processes(recipe, root, tmp_path):
     one_line(*real(f"--config={recipe}", "--config.train.stpes=5"), "no such setting; .*did you mean 'steps'")
     one_line(*real(f"--config={recipe}", "--config.data.files=('nowhere/*.txt',)"), "nowhere/.*.txt")
     assert "--config" in real("--help")[1]
+    reader, writer = os.pipe()
+    os.close(reader)  # as of `--help | head`
+    done = subprocess.run([sys.executable, "-m", "hdlm_jax.main", "--help"], stdout=writer, stderr=subprocess.PIPE,
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, timeout=300)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_help_says_what_there_is(call):

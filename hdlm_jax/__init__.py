@@ -7,7 +7,7 @@ import importlib
 
 __version__ = "0.1.0"
 _LIBRARY = ("hierarchical", "masked", "gidd", "sedd", "autoregressive", "corrupt", "loss", "nelbo", "sample",
-            "ancestral", "presets")
+            "log_likelihood", "ancestral", "presets")
 
 
 def load(workdir: str, checkpoint: str = "best"):

@@ -7,6 +7,7 @@ States are ids below `process.num_states`: tokens 0..V-1, then the clusters of e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from hdlm_jax.config import DiffusionConfig, EvaluateConfig
 from hdlm_jax.decoding import presets
+from hdlm_jax.decoding.loop import loop_of
 from hdlm_jax.decoding.presets import Method
 from hdlm_jax.decoding.sampler import Program, make_sample_step
 from hdlm_jax.diffusion.autoregressive import AutoregressiveProcess
@@ -28,6 +30,7 @@ from hdlm_jax.diffusion.prediction import Prediction
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.diffusion.sedd import SeddProcess
 from hdlm_jax.evaluation.elbo import stratified_pairs
+from hdlm_jax.evaluation.likelihood import teacher_forced
 from hdlm_jax.training.step import stratified_tau
 
 Denoise: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
@@ -211,6 +214,36 @@ def sample(process: Process, denoise: Denoise, key: jax.Array, shape: tuple[int,
     step = jax.jit(make_sample_step(_Asked(process, denoise), process, program))  # type: ignore[arg-type]
     info = step(({}, numbers), {"z": z, "index": jnp.arange(len(z))}, _key(key))
     return info.pop("tokens"), info
+
+
+def log_likelihood(process: Process, denoise: Denoise, x: ArrayLike, method: Method, key: jax.Array, *,
+                   score: ArrayLike | None = None, eos: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """log p of tokens x int [B, S] under `sample` with that method, the loop walked with x in place of draws: float32
+    [B], in nats, and int32 [B], the calls it took (docs/evaluation.md "Likelihood of a sampler").
+
+    Exact where the method's choices are not random (max_prob, entropy, a fixed order, thresholds). Else it is of one
+    choice a row, by `key`: its mean over keys is a lower bound on log p.
+
+    Args:
+      score: bool [B, S], False at tokens that are given; eos: the end of text, for the methods that treat it apart.
+
+    Raises:
+      ValueError: a process or a method under which a text's likelihood is not known, and why.
+    """
+    x, method = _tokens(process, x), _method(process, method, eos)
+    policy = teacher_forced(method, process)
+    numbers: dict[str, Any] = presets.numbers(method, -1 if eos is None else eos)
+    asked = _Asked(process, denoise)
+
+    @jax.jit
+    def walk(x: jax.Array, score: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hierarchical = cast(HierarchicalProcess, process)
+        loop = loop_of(functools.partial(asked.denoise, {}), hierarchical, policy, x.shape, numbers)
+        cache, s = loop.begin(key, jnp.where(score, process.mask_id, x), ~score, extra={"text": x})
+        _, s, _ = loop.run(cache, s)
+        return -s.memory["nats"].sum(-1), s.call
+
+    return walk(x, _score(score, x), _key(key))
 
 
 def _method(process: Process, method: Method | None, eos: int | None) -> Method:

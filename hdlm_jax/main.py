@@ -21,7 +21,8 @@ from ml_collections import config_flags
 MODES = {"prepare": "text to tokens, in the workdir or data.dir",
          "cluster": "tokens to the hierarchy of clusters",
          "train": "the default; first makes what is missing, and goes on where it was stopped",
-         "evaluate": "the exact NELBO of the validation split; with evaluate.tasks other texts and questions",
+         "evaluate": "the exact NELBO of the validation split; with evaluate.tasks other texts and questions, with "
+                     "evaluate.decodings the likelihood that samplers have",
          "generate": "texts, to samples.txt",
          "report": "one page of the run, report.html",
          "export": "the weights as files for other programs",
@@ -179,7 +180,7 @@ def main(argv: list[str]) -> None:
 
     from hdlm_jax.common import console, lock, parallel, processes
     from hdlm_jax.report import live, page
-    from hdlm_jax.runs import chat, evaluate, export, fetch, generate, import_weights, serve, stages, tasks, train
+    from hdlm_jax.runs import chat, evaluate, export, fetch, generate, import_weights, serve, stages, train
     from hdlm_jax.training import loading
 
     config = stages.checked(loading.with_base(_CONFIG.value, workdir))
@@ -208,7 +209,7 @@ def main(argv: list[str]) -> None:
         import_weights.check_trainable(workdir)
         train.train(config, workdir, _PROFILE.value)
     elif _MODE.value == "evaluate":
-        (tasks.run if config.evaluate.tasks else evaluate.evaluate)(config, workdir)
+        evaluate.run(config, workdir)
     elif _MODE.value == "generate":
         generate.generate(config, workdir)
     elif _MODE.value == "import":

@@ -444,6 +444,7 @@ class EvaluateConfig(_Section):
     limit: int = 0  # only the first so many documents or questions of a task; 0: all
     target_se: float = 0.25  # nats; a pilot tells how many draws make the best two answers' difference so well known
     most_draws: int = 128  # a question's draws at the most, the pilot's (16, or `draws` if more) not counted
+    decodings: tuple[str, ...] = ()  # in place of the bound: likelihoods under methods, as in 'max_prob steps=16'
 
     def check(self) -> None:
         self.among(checkpoint=("best", "latest"), tasks=TASKS, protocols=PROTOCOLS)
@@ -453,6 +454,7 @@ class EvaluateConfig(_Section):
         self.hold("must not be negative", "rows")
         self.need(self.rows_in_training >= 2, "rows_in_training", "must be at least 2")
         self.need(bool(self.protocols), "protocols", f"choose of {', '.join(PROTOCOLS)}")
+        self.need(not (self.tasks and self.decodings), "decodings", "are of the validation split: leave out the tasks")
         for name in ("files", "lm1b"):
             self.need(name not in self.tasks or bool(getattr(self, name)), name, f"the task {name!r} needs its files")
         self.need(self.limit >= 0, "limit", "must not be negative; 0 is all")

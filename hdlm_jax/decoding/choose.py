@@ -30,6 +30,7 @@ class Planned(Choice):
 
     kind: str = "grid"
     jumps = True
+    random = True
 
     def memory(self, view):
         level = jnp.where(view.free, view.level, 0)
@@ -70,6 +71,8 @@ def settled(score):
 class Uniform(Score):
     """A random order, drawn anew in each call."""
 
+    random = True
+
     def __call__(self, view):
         keys = fold(view.keys, 7).reshape(-1)
         return jax.vmap(jax.random.uniform)(keys).reshape(view.z.shape)
@@ -84,6 +87,10 @@ class Order(Score):
 
     order: str = "left"
     choices = {"order": ("left", "random")}
+
+    @property
+    def random(self):  # type: ignore[override]
+        return self.order == "random"
 
     def memory(self, view):
         rank = jnp.broadcast_to(jnp.arange(view.z.shape[1])[None], view.z.shape)

@@ -85,6 +85,7 @@ class Hook:
     top_k: m, how many of the likeliest states it needs (ids, logs).
     whole: needs predictions at all tokens not written yet, not only in the current block.
     jumps: may unmask a token by more than one level in a call.
+    random: what it chooses depends on the row's key, not on the states alone.
     choices: the values that its fields of texts may have.
     """
 
@@ -93,6 +94,7 @@ class Hook:
     top_k: ClassVar[int] = 0
     whole: ClassVar[bool] = False
     jumps: ClassVar[bool] = False
+    random: ClassVar[bool] = False
 
     def __post_init__(self):
         for name, values in self.choices.items():

@@ -229,6 +229,11 @@ def key_data(seed: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
+def quantised(params, weights: tuple):
+    """Parameters rounded as Method.weights says, where they lay."""
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), quantise.quantise(params, *weights), params)
+
+
 class Sampler:
     """Compiled sampling of canvases [n, S] in batches; every sample has its own random numbers.
 
@@ -249,8 +254,7 @@ class Sampler:
         return parallel.compile_sample_step(step, self.mesh, self.params_of(program.method))
 
     def _quantised(self, weights: tuple):
-        return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding),
-                            quantise.quantise(self.params, *weights), self.params)
+        return quantised(self.params, weights)
 
     def params_of(self, method: presets.Method) -> Any:
         params = self._weights(method.weights) if method.weights else self.params

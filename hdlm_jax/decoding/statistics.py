@@ -14,21 +14,27 @@ def chunks(tokens: int) -> tuple[int, int]:
     return max(1, here // tokens), many
 
 
-def probability_of(process, prediction, z, new, clusters: str = "exact"):
-    """Probability of unmasking z to `new` among the states of new's level: float32 of z's shape, 0 where new is z.
+def log_probability_of(process, prediction, z, new, clusters: str = "exact"):
+    """log of the probability of unmasking z to `new` among the states of new's level: float32 of z's shape, -inf where
+    new is z.
 
     Before temperature and top_p, after the force transition: p(x | z) of a token x, of a node the mass that
     `HierarchicalProcess.posterior` gives it.
     """
     p, level, below = process.as_prediction(prediction), process.level_of(z), process.level_of(new)
     token = process.forced(p, z).log_prob(jnp.where(below == 0, new, 0))
-    out = jnp.where((level > 0) & (below == 0), jnp.exp(token), 0.0)
+    out = jnp.where((level > 0) & (below == 0), token, -jnp.inf)
     for k in range(2, process.num_levels + 1):
         for j in range(1, k):
             nodes = process.log_probs_below(p, z, k, j, clusters)
             node = jnp.take_along_axis(nodes, process.node_of(new, j)[..., None], axis=-1)[..., 0]
-            out = jnp.where((level == k) & (below == j), jnp.exp(node), out)
+            out = jnp.where((level == k) & (below == j), node, out)
     return out
+
+
+def probability_of(process, prediction, z, new, clusters: str = "exact"):
+    """exp of log_probability_of: 0 where new is z."""
+    return jnp.exp(log_probability_of(process, prediction, z, new, clusters))
 
 
 def statistics(process, p, z, needs, top_k: int, straight: bool, clusters: str) -> dict[str, jax.Array]:

@@ -1,4 +1,7 @@
-"""--mode=evaluate on the whole validation split: nats, tokens and bytes are summed and divided once."""
+"""--mode=evaluate: tasks, likelihoods under samplers, or the bound of the whole validation split.
+
+Nats, tokens and bytes of the split are summed and divided once.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,20 @@ from hdlm_jax.common.parallel import MEASURED_PRECISION
 from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.evaluation.elbo import evaluator_of, summarise
+from hdlm_jax.runs import likelihoods, tasks
 from hdlm_jax.training.loading import check_writable, load_run
 
 SETTINGS = ("draws", "rows", "cv2", "checkpoint", "ema", "seed")  # of EvaluateConfig: what is measured here
+
+
+def run(config: Config, workdir: str) -> None:
+    """What evaluate.tasks and evaluate.decodings ask for; without them the bound."""
+    if config.evaluate.tasks:
+        tasks.run(config, workdir)
+    elif config.evaluate.decodings:
+        likelihoods.evaluate(config, workdir)
+    else:
+        evaluate(config, workdir)
 
 
 def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:

@@ -24,6 +24,7 @@ from hdlm_jax.data import prepare as text_prepare
 from hdlm_jax.data.records import Document, digest, is_validation
 from hdlm_jax.decoding import presets
 from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of, learned_file, read_extra
+from hdlm_jax.evaluation import likelihood
 from hdlm_jax.training.loading import checkpoint_embedding, data_dir, hierarchy_file
 
 
@@ -35,6 +36,7 @@ def checked(given: Given) -> Config:
     """
     found = resolve(given)
     presets.check(found.generate)
+    likelihood.check(found.evaluate)
     try:
         tokenizers.cutting_pattern(found.tokenizer.pattern)
     except ValueError as error:

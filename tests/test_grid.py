@@ -49,3 +49,33 @@ def test_differences_are_paired_over_texts_and_seeds(tmp_path):
     with pytest.raises(ValueError, match="other texts"):
         grid.difference(cell, [(base[0][0], base[0][1], tokens + 1)])
     assert grid.difference(cell[:1], base[1:]) is None
+
+
+def test_a_cell_made_before_gets_its_likelihoods(tmp_path, monkeypatch):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    workdir = runs / "mdlm-s0"
+    for folder in (workdir, out):
+        folder.mkdir(parents=True)
+    nats, tokens = np.full(4, 20.0), np.full(4, 10)
+    write(out, "mdlm", 0, nats, tokens)
+    monkeypatch.setattr(grid, "training_speed", lambda workdir: 1.0)
+    (workdir / "metrics.jsonl").write_text('{"tokens": 40}\n')
+    (workdir / "evaluate.json").write_text(json.dumps({"nelbo": 2.0}))
+    np.savez(workdir / "evaluate_rows.npz", nats=nats, tokens=tokens)
+    told = {name: {"nats": 2.5 + len(name) / 100, "se": 0.1} for name in grid.DECODINGS}
+    asked = []
+
+    def run(command, check):
+        asked.append(command)
+        (workdir / "likelihoods.json").write_text(json.dumps({"decodings": told}))
+        np.savez(workdir / "likelihoods.npz", tokens=tokens, **{name: nats for name in told})
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(grid.subprocess, "run", lambda command, **kw: run(command, kw) if "--mode=evaluate" in command
+                        else type("Done", (), {"stdout": "abc"}))
+    for _ in range(2):
+        grid.make(grid.chosen(["mdlm"], 1)[0], 0, runs, out, 800, "")
+    assert len(asked) == 1 and "max_prob steps=4,ancestral steps=4," in asked[0][-1]
+    record, kept, _ = grid.load("mdlm", out)[0]
+    assert record["likelihoods"] == told and (kept == nats).all()
+    assert "2.660" in grid.likelihoods_table(out)  # of 'max_prob steps=4'

@@ -4,10 +4,11 @@
     HDLM_DATA=../shared/data python -m tools.grid --priority=1 --seeds=0,1 --judge=runs/smollm2
 
 A cell is a recipe of configs/books.py with some settings changed, at one seed: trained, its bound measured on the same
-rows as every other's, then sampled in a few numbers of steps and judged by the same model. Each writes
-docs/runs/grid/NAME-sSEED.json (and .npz, nats of every row, for paired differences); what is there is not made again,
-what was stopped goes on from its checkpoint. Cells of one priority take turns by seed. Tables stand in the documents
-between <!-- grid: heads --> and <!-- end -->, a name of `QUESTIONS`; python -m tools.tables writes them.
+rows as every other's, then the likelihood that samplers have in a few numbers of calls (evaluate.decodings), and
+samples judged by the same model. Each writes docs/runs/grid/NAME-sSEED.json (and .npz, nats of every row, for paired
+differences); what is there is not made again, what was stopped goes on from its checkpoint, and what a cell that was
+made earlier lacks is added while its run is there. Cells of one priority take turns by seed. Tables stand in the
+documents between <!-- grid: heads --> and <!-- end -->, a name of `QUESTIONS`; python -m tools.tables writes them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hdlm_jax.common.console import markdown, measured, readable, say
-from hdlm_jax.common.jsons import dumps, read_json, read_lines, write_atomic
+from hdlm_jax.common.jsons import dumps, open_atomic, read_json, read_lines, write_atomic
 from hdlm_jax.config import expand
 from hdlm_jax.report.run_files import training_speed
 from tools import cli
@@ -34,6 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "runs" / "grid"
 STEPS, ROWS, DRAWS, CALLS = 800, 1000, 4, (8, 16, 32, 64)
 SAMPLES = 64
+TOLD = (4, 8, 16, 32, 64, 128)  # calls of the likelihoods
+DECODINGS = (*(f"{name} steps={n}" for n in TOLD for name in ("max_prob", "ancestral")), "any_order order=left")
+TOLD_ROWS, TOLD_DRAWS = 128, 2
 JUDGED = ("judge", "kind", "retokenised", "texts", "tokens", "perplexity", "perplexity_se", "nats_per_token",
           "unigram_entropy", "distinct_2")  # what a cell keeps of a judge's words
 
@@ -117,21 +120,34 @@ def commands(cell: Cell, seed: int, runs: Path, steps: int, judge: str) -> list[
     sweep = [sys.executable, "-m", "tools.sampling_sweep", workdir, f"--judge={judge}", "--checkpoint=latest",
              f"--steps={','.join(map(str, CALLS))}", f"--num_samples={SAMPLES}", "--force_transition=cavity",
              "--clusters=exact"]
-    return [[*main, "--mode=train"], [*main, "--mode=evaluate"], *[sweep] * bool(judge and cell.recipe[:2] != "ar")]
+    return [[*main, "--mode=train"], [*main, "--mode=evaluate"], *[sweep] * bool(judge and cell.recipe[:2] != "ar"),
+            *likelihood_commands(cell, workdir)]
+
+
+def likelihood_commands(cell: Cell, workdir: str) -> list[list[str]]:
+    """What measures a trained cell under samplers; nothing where that is not known (it does not unmask, xi < 1)."""
+    if cell.recipe.split("-")[0] in ("ar", "gidd", "gidd0", "hdlm_xi9"):
+        return []
+    return [[sys.executable, "-m", "hdlm_jax.main", f"--workdir={workdir}", "--mode=evaluate",
+             f"--config.evaluate.rows={TOLD_ROWS}", f"--config.evaluate.draws={TOLD_DRAWS}",
+             f"--config.evaluate.decodings={','.join(DECODINGS)}"]]
 
 
 def make(cell: Cell, seed: int, runs: Path, out: Path, steps: int, judge: str) -> None:
     """Trains, measures and keeps one cell; what went wrong is said and leaves the others to go on."""
     kept = out / f"{cell.name}-s{seed}.json"
+    todo = commands(cell, seed, runs, steps, judge)
     if kept.exists():
-        say(f"grid: {kept.stem} is there")
-        return
-    for command in commands(cell, seed, runs, steps, judge):
+        lacks = "likelihoods" not in json.loads(kept.read_text()) and (runs / kept.stem).exists()
+        todo = likelihood_commands(cell, str(runs / kept.stem)) if lacks else []
+        say(f"grid: {kept.stem} is there" + ", but for its likelihoods" * bool(todo))
+    for command in todo:
         say(f"grid: {kept.stem}: {' '.join(command[1:])}")
         if code := subprocess.run(command, check=False).returncode:
             say(f"grid: {kept.stem}: exit code {code}, left for the next call")
             return
-    keep(cell, seed, runs / kept.stem, out)
+    if todo:
+        keep(cell, seed, runs / kept.stem, out)
 
 
 def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
@@ -147,7 +163,11 @@ def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
     for line in read_lines(str(workdir / "sampling_sweep.jsonl"))[0]:
         found["calls"].append({"steps": line["sampling"]["steps"], "network_calls": line["sampling"]["network_calls"],
                                "judge": {name: line["judge"].get(name) for name in JUDGED}})
-    shutil.copyfile(workdir / "evaluate_rows.npz", out / f"{workdir.name}.npz")
+    if (told := workdir / "likelihoods.json").exists():
+        found["likelihoods"] = read_json(str(told))["decodings"]
+    with np.load(workdir / "evaluate_rows.npz") as rows, open_atomic(out / f"{workdir.name}.npz") as file:
+        each = np.load(told.with_suffix(".npz")) if told.exists() else {}
+        np.savez(file, **rows, **{f"told {name}": values for name, values in each.items()})
     write_atomic(out / f"{workdir.name}.json", (dumps(found, indent=1) + "\n").encode())
 
 
@@ -184,7 +204,7 @@ def difference(cell: Sequence[Any], base: Sequence[Any]) -> tuple[float, float, 
 def table(question: str, out: Path = KEPT) -> str:
     """Markdown of one of QUESTIONS, of the cells that are there."""
     if question not in QUESTIONS:
-        raise ValueError(f"grid: {question}: choose one of {', '.join(QUESTIONS)}, calls")
+        raise ValueError(f"grid: {question}: choose one of {', '.join(QUESTIONS)}, calls, likelihoods")
     names = QUESTIONS[question]
     base = load(names[0], out)
     rows = []
@@ -216,6 +236,20 @@ def calls_table(out: Path = KEPT) -> str:
                 ("perplexity", ".0f"), ("unigram_entropy", ".2f"), ("distinct_2", ".2f"))) if here else "")
         rows.append(row)
     return markdown(["perplexity / entropy / distinct-2", *(f"{n} steps" for n in CALLS)], rows)
+
+
+def likelihoods_table(out: Path = KEPT) -> str:
+    """Markdown: nats a token that samplers have, by calls, seeds averaged; ± is of the first seed's texts."""
+    rows = []
+    for cell in CELLS:
+        told = [one[0]["likelihoods"] for one in load(cell.name, out) if "likelihoods" in one[0]]
+        for name in ("max_prob", "ancestral") if told else ():
+            row = [cell.name, name + " (≤)" * (name == "ancestral")]
+            for calls in TOLD:
+                here = [one[f"{name} steps={calls}"] for one in told]
+                row.append(measured(np.mean([one["nats"] for one in here]), here[0]["se"], ".3f"))
+            rows.append(row)
+    return markdown(["", "-log p under", *(f"{n} calls" for n in TOLD)], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,8 @@
 
 A table stands between two marks, <!-- runs: docs/runs/quickstart/hdlm_tiny docs/runs/quickstart/mdlm_tiny --> and
 <!-- end -->: that of `python -m hdlm_jax.report` of these runs, and their paired differences. --keep copies of runs
-what such a table is made from. Behind <!-- grid: NAME --> stands a table of tools/grid.py.
+what such a table is made from. Behind <!-- grid: NAME --> stands a table of tools/grid.py, behind <!-- toy: FILE -->
+one of tools/toy_calls.py.
 """
 import os
 import re
@@ -15,18 +16,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hdlm_jax.common.jsons import read_json
 from hdlm_jax.report import compare
-from tools import cli, grid
+from tools import cli, grid, toy_calls
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
-MARK = re.compile(r"(<!-- (runs|grid): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (runs|grid|toy): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def rendered(found: re.Match[str]) -> str:
     """A mark with the table of its runs, or of the grid, behind it."""
     if found[2] == "grid":
-        lines = [grid.calls_table() if found[3] == "calls" else grid.table(found[3])]
+        own = {"calls": grid.calls_table, "likelihoods": grid.likelihoods_table}
+        lines = [own[found[3]]() if found[3] in own else grid.table(found[3])]
+    elif found[2] == "toy":
+        lines = [toy_calls.table(read_json(str(ROOT / found[3])))]
     else:
         workdirs = [str(ROOT / name) for name in found[3].split()]
         lines = [compare.table(workdirs), *compare.differences(workdirs)]

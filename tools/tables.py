@@ -9,6 +9,7 @@ A table stands between two marks, <!-- runs: docs/runs/quickstart/hdlm_tiny docs
 what such a table is made from. Behind <!-- grid: NAME --> stands a table of tools/grid.py, behind <!-- toy: FILE -->
 one of tools/toy_calls.py.
 """
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hdlm_jax.common.jsons import read_json
 from hdlm_jax.report import compare
 from tools import cli, grid, toy_calls
 
@@ -31,7 +31,7 @@ def rendered(found: re.Match[str]) -> str:
         own = {"calls": grid.calls_table, "likelihoods": grid.likelihoods_table}
         lines = [own[found[3]]() if found[3] in own else grid.table(found[3])]
     elif found[2] == "toy":
-        lines = [toy_calls.table(read_json(str(ROOT / found[3])))]
+        lines = [toy_calls.table(json.loads((ROOT / found[3]).read_text()))]
     else:
         workdirs = [str(ROOT / name) for name in found[3].split()]
         lines = [compare.table(workdirs), *compare.differences(workdirs)]

@@ -33,7 +33,8 @@ from hdlm_jax.runs import interrupt, train
 from hdlm_jax.training import step as step_lib
 from hdlm_jax.training.metrics import read_metrics
 from hdlm_jax.training.state import abstract_state, build, init_state, make_optimizer
-from hdlm_jax.training.step import make_loss_sums, make_train_step, stratified_tau
+from hdlm_jax.training.step import make_loss_sums, make_train_step
+from hdlm_jax.training.views import stratified_tau
 
 V, S, B = 40, 8, 16
 HIERARCHY = Hierarchy.from_parents([np.arange(V) % 6, np.arange(6) % 2])

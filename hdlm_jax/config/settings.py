@@ -64,6 +64,7 @@ class Config:
         rule(process != "autoregressive" or not self.model.time_conditioning, "model.time_conditioning", True,
               "diffusion.process='autoregressive' has no time; give False")
         self.diffusion.level_rates(levels)
+        self._check_objective(levels)
         if self.model.trunk == "decoder":
             self.decoder.check_with(self.model)
         else:
@@ -93,6 +94,16 @@ class Config:
         rule(self.diffusion.xi == 1 or low < self.diffusion.xi, "diffusion.xi", self.diffusion.xi,
               f"must lie in (1/n, 1] = ({low:.4g}, 1] for n = {n} clusters"
               if n > 1 else "must be 1 when there is a single cluster (MDLM)")
+
+    def _check_objective(self, levels: int) -> None:
+        """train.objective beside the process and the weights."""
+        objective, d = self.train.objective, self.diffusion
+        rule(objective == "nelbo" or d.process == "hierarchical", "train.objective", objective,
+             f"is of masks and clusters; with diffusion.process={d.process!r} choose 'nelbo'")
+        rule(objective != "rate" or levels == 1, "train.objective", objective,
+             f"knows no clusters, and hierarchy.clusters={self.hierarchy.clusters} has some; choose 'count'")
+        rule(objective != "rate" or d.weighting == "none", "diffusion.weighting", d.weighting,
+             "train.objective='rate' has the bound's own weights; give 'none', or choose train.objective='nelbo'")
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

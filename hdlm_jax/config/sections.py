@@ -216,6 +216,7 @@ class ModelConfig(_Section):
     heads: int = 12  # of attention
     seq_len: int = 512  # S, tokens of a row
     dropout: float = 0.0  # in the blocks, as published
+    block: int = 0  # block diffusion: a block of so many tokens is noised, those before it are clean; 0: none
     time_conditioning: bool = True  # whether the network is told t
     head: str = "flat"  # flat: a logit for every word | factorised: p(cluster) p(word | cluster)
     prototypes: int = 8  # vectors a cluster, factorised head
@@ -230,6 +231,11 @@ class ModelConfig(_Section):
                    remat=("auto", "none", "cheap", "all"), embeddings=("random", "clusters"),
                    dtype=("float32", "bfloat16"), param_dtype=("float32", "bfloat16"), trunk=("dit", "decoder"))
         self.hold("must be at least 1", "width", "blocks", "heads", "seq_len", "prototypes")
+        self.hold("must not be negative", "block")
+        self.need(not self.block or self.seq_len % self.block == 0, "block",
+                  f"must divide model.seq_len={self.seq_len}")
+        self.need(not self.block or not self.time_conditioning, "time_conditioning",
+                  f"a network of model.block={self.block} is not told t, as each block has a noise time: give False")
         if self.trunk == "dit":
             self.need(self.width % self.heads == 0, "heads", f"must divide model.width={self.width}")
             self.need(self.width // self.heads % 2 == 0, "heads",

@@ -269,6 +269,9 @@ class Sampler:
             raise ConfigError("an autoregressive model goes on from a prompt; it cannot fill blanks before given words")
         if not self.process.unmasks and g.method != "ancestral":
             raise ConfigError(f"generate.method={g.method!r}: this process has no levels that drop; choose 'ancestral'")
+        if (size := self.network.block) and method.policy.block != size:
+            raise ConfigError(f"generate.method={g.method!r}: a network of model.block={size} writes blocks in turn; "
+                              f"choose bd3lm with generate.options='block={size}'")
         if method.policy.lengths is not None and behind:
             raise ConfigError(f"generate.method={g.method!r}: its canvas grows, so nothing can be given behind a blank")
         if constrained and not self.process.unmasks:
@@ -291,6 +294,9 @@ class Sampler:
         blank = (z == self.process.hierarchy.mask_id) & inside
         behind = bool(np.any(blank[:, :-1] & ~blank[:, 1:] & inside[:, 1:]))
         program, numbers = program_of(g), numbers_of(g, z.shape[1], self.eos)
+        if self.network.block:
+            policy = dataclasses.replace(program.method.policy, aligned=True)
+            program = dataclasses.replace(program, method=program.method._replace(policy=policy))
         if not isinstance(canvas, np.ndarray):
             program = dataclasses.replace(program, cut=True, constrained=len(canvas.allowed) > 1)
             numbers["allowed"] = canvas.allowed

@@ -39,17 +39,19 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
     d, m = config.diffusion, config.model
     shard, view = parallel.OverBatch(mesh), make_view(config, process)
 
-    def hidden(params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None, keys: jax.Array) -> Any:
+    def hidden(params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None, x: jax.Array, keys: jax.Array
+               ) -> Any:
+        clean = x if m.block else None
         if not m.dropout:
-            return network.hidden(params, z, t, segment)
+            return network.hidden(params, z, t, segment, None, clean)
 
-        def row(z: jax.Array, t: jax.Array, segment: jax.Array | None, key: jax.Array) -> jax.Array:
+        def row(key: jax.Array, *given: jax.Array | None) -> jax.Array:
             # a row's own key, so that its dropout does not depend on its batch mates
-            z, t, segment = jax.tree.map(lambda a: a[None], (z, t, segment))
-            return network.hidden(params, z, t, segment, key)[0]
+            z, t, segment, clean = jax.tree.map(lambda a: a[None], given)
+            return network.hidden(params, z, t, segment, key, clean)[0]
 
         over = parallel.BATCH if mesh is not None and mesh.size > 1 else None  # how the rows lie on the devices
-        return jax.vmap(row, spmd_axis_name=over)(z, t, segment, keys)
+        return jax.vmap(row, spmd_axis_name=over)(keys, z, t, segment, clean)
 
     def loss_sums(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, index = batch["x"], batch["index"]
@@ -59,7 +61,7 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
         seen = batch.get("segment")
         if "open" in batch:
             seen = opened(fold(keys, 3), batch["open"], x.shape[1], seen)
-        h = hidden(params, z, t, seen, fold(keys, 2))
+        h = hidden(params, z, t, seen, x, fold(keys, 2))
 
         def token_loss(p: Prediction, fields: Sequence[jax.Array], levels: tuple[int, ...]) -> tuple[jax.Array, ...]:
             x, z, tau, weight, nelbo_weight = fields

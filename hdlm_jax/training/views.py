@@ -146,6 +146,20 @@ _DRAWS: dict[str, Callable[[HierarchicalProcess, _Rows], Drawn]] = {
     "count": functools.partial(_at_crossings, False), "any_order": functools.partial(_at_crossings, True)}
 
 
+def _blocks(rows: _Rows, block: int) -> _Rows:
+    """The rows' blocks as rows of their own: each has a noise time or crossing to itself.
+
+    Those at one place of the rows take a stratum each, as rows do; those of one row lie far apart.
+    """
+    each = jnp.arange(rows.x.shape[1] // block)[None]
+    shape = (len(rows.x), each.size)
+    keys = fold(jnp.broadcast_to(rows.keys[:, None], shape), 4 + each)
+    place = (rows.place[:, None] + each * rows.strata // each.size) % rows.strata
+    second = jnp.broadcast_to(rows.second[:, None], shape)
+    return _Rows(keys.reshape(-1), place.reshape(-1), rows.strata, second.reshape(-1), rows.x.reshape(-1, block),
+                 rows.score.reshape(-1, block))
+
+
 # ---- a step's view ---------------------------------------------------------------------------------------------------
 
 
@@ -153,11 +167,12 @@ def make_view(config: Config, process: Process) -> Callable[[jax.Array, jax.Arra
     """view(key, index, x, score) -> View of train.objective, for rows `index` int32 [b] of the batch.
 
     x: int32 [b, S], score: bool [b, S]. Each row draws from fold_in(key, index) alone, the two of a pair from
-    fold_in(key, index // 2).
+    fold_in(key, index // 2). With model.block each block of a row is drawn as a row would be; t is then 0, as the
+    network is not told.
     """
     d, objective, partners = config.diffusion, config.train.objective, config.train.partners
     draw = functools.partial(_DRAWS[objective], cast(HierarchicalProcess, process))  # nelbo's takes any process
-    strata = config.train.batch_size // partners
+    strata, block = config.train.batch_size // partners, config.model.block
 
     def weight(z: jax.Array, tau: jax.Array, x: jax.Array, bound: jax.Array) -> jax.Array:
         """Of the loss: what diffusion.weighting is to the bound's own weights, times those of the draw."""
@@ -167,11 +182,17 @@ def make_view(config: Config, process: Process) -> Callable[[jax.Array, jax.Arra
         own = process.nelbo_weight(z, tau, x) * jnp.exp(tau)[:, None]
         return bound if d.weighting == "none" else bound * jnp.where(bound > 0, loss / own, 0.0)
 
+    def drawn(rows: _Rows) -> View:
+        z, level, tau, bound = draw(rows)
+        return View(z, level, -jnp.expm1(-tau), jnp.broadcast_to(tau[:, None], z.shape), weight(z, tau, rows.x, bound),
+                    bound)
+
     def view(key: jax.Array, index: jax.Array, x: jax.Array, score: jax.Array) -> View:
         place = index // partners
-        keys = fold(jnp.broadcast_to(key, index.shape), place)
-        z, level, tau, bound = draw(_Rows(keys, place, strata, index % partners == 1, x, score))
-        return View(z, level, -jnp.expm1(-tau), jnp.broadcast_to(tau[:, None], x.shape), weight(z, tau, x, bound),
-                    bound)
+        rows = _Rows(fold(jnp.broadcast_to(key, index.shape), place), place, strata, index % partners == 1, x, score)
+        if not block:
+            return drawn(rows)
+        found = drawn(_blocks(rows, block))
+        return View(*(a if a.ndim == 1 else a.reshape(x.shape) for a in found))._replace(t=jnp.zeros(len(x)))
 
     return view

@@ -6,8 +6,8 @@ The argument is hdlm (64 clusters), shuffled (64 clusters of the same sizes with
 hdlm_k3 (K = 3 levels, 256 and 16 clusters), mdlm, gidd0 (GIDD+ without random words), gidd (p_uniform = .1), sedd, ar;
 `-frequency` and `-brown` are clusters by counts of words and of bigrams, `-learned` makes them anew every 250 steps;
 `-warm` starts the embedding table from the embeddings the words were clustered by, `-factorised` takes the factorised
-head (over 64 classes of its own where the process has no clusters), `-muon` trains the blocks' matrices by Muon, `-s1`
-is another seed: hdlm-factorised-s1.
+head (over 64 classes of its own where the process has no clusters), `-muon` trains the blocks' matrices by Muon,
+`-block16` is block diffusion in blocks of 16 tokens (docs/training.md), `-s1` is another seed: hdlm-factorised-s1.
 ./launch/books.sh trains and measures them. 8.2M tokens a run, about 10 minutes on 2 CPU cores.
 
 Fits on v5e:2x2: 0.1 of 16 GiB a chip, mesh 4 x 1 x 1, remat=none; a laptop without one (a compile plan,
@@ -22,10 +22,11 @@ def get_config(run="hdlm"):
     clusters = {"hdlm": (64,), "shuffled": (64,), "hdlm_xi9": (64,), "hdlm_k3": (256, 16), "mdlm": (1,), "gidd0": (1,),
                 "gidd": (1,), "sedd": (1,), "ar": (1,)}
     seeds = {f"s{i}" for i in range(10)}
-    known = {"warm", "factorised", "muon", "learned", "frequency", "brown", *seeds}
+    sizes = {f"block{n}": n for n in (1, 4, 16, 64)}
+    known = {"warm", "factorised", "muon", "learned", "frequency", "brown", *sizes, *seeds}
     if kind not in clusters or not set(options) <= known:
         raise ValueError(f"books.py:{run}: choose one of {', '.join(clusters)}, then "
-                         "-warm, -factorised, -muon, -learned, -frequency, -brown, -s1 ...")
+                         "-warm, -factorised, -muon, -learned, -frequency, -brown, -block1 (4, 16, 64), -s1 ...")
     c = config.default()
     c.data.source = "files"
     c.data.files = (
@@ -48,7 +49,8 @@ def get_config(run="hdlm"):
     c.model.blocks = 4
     c.model.heads = 4
     c.model.seq_len = 128
-    c.model.time_conditioning = kind != "ar"
+    c.model.block = max((sizes.get(o, 0) for o in options), default=0)
+    c.model.time_conditioning = kind != "ar" and not c.model.block
     c.model.embeddings = "clusters" if "warm" in options else "random"
     c.model.head = "factorised" if "factorised" in options else "flat"
     c.optimizer.name = "muon" if "muon" in options else "adamw"
@@ -67,4 +69,6 @@ def get_config(run="hdlm"):
     c.generate.checkpoint = "latest"
     c.generate.stop = ""  # all 128 tokens are judged, as the field does
     c.generate.steps = 128
+    if c.model.block:
+        c.generate.method, c.generate.options = "bd3lm", f"block={c.model.block}"
     return c

@@ -31,7 +31,7 @@ from hdlm_jax.diffusion.process import Process
 from hdlm_jax.diffusion.sedd import SeddProcess
 from hdlm_jax.evaluation.elbo import stratified_pairs
 from hdlm_jax.evaluation.likelihood import teacher_forced
-from hdlm_jax.training.step import stratified_tau
+from hdlm_jax.training.views import stratified_tau
 
 Denoise: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 ArrayLike: TypeAlias = jax.Array | np.ndarray | Sequence

@@ -16,7 +16,8 @@ from hdlm_jax.config import ConfigError, inherit, resolve
 from hdlm_jax.models.decoder import apart, merged
 from hdlm_jax.runs import train
 from hdlm_jax.training import loading
-from hdlm_jax.training.step import make_loss_sums, opened
+from hdlm_jax.training.step import make_loss_sums
+from hdlm_jax.training.views import opened
 
 
 def recipe(folder, **changes):

@@ -18,7 +18,7 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.diffusion.prediction import LogitsPrediction
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
-from hdlm_jax.training.step import stratified_tau
+from hdlm_jax.training.views import stratified_tau
 
 V = 6
 PARENTS = {1: [], 2: [[0, 1, 0, 1, 2, 2]], 3: [[0, 0, 1, 1, 2, 2], [0, 0, 1]],

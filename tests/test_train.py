@@ -33,7 +33,8 @@ from hdlm_jax.runs import interrupt, train
 from hdlm_jax.training import step as step_lib
 from hdlm_jax.training.metrics import read_metrics
 from hdlm_jax.training.state import abstract_state, build, init_state, make_optimizer
-from hdlm_jax.training.step import make_loss_sums, make_train_step, stratified_tau
+from hdlm_jax.training.step import make_loss_sums, make_train_step
+from hdlm_jax.training.views import stratified_tau
 
 V, S, B = 40, 8, 16
 HIERARCHY = Hierarchy.from_parents([np.arange(V) % 6, np.arange(6) % 2])
@@ -88,10 +89,11 @@ def run_steps(config, devices, steps=3):
 
 
 @functools.cache
-def one_device(head, optimizer):
-    return run_steps(make_config(model__head=head, optimizer__name=optimizer), jax.devices()[:1])
+def one_device(**changes):
+    return run_steps(make_config(**changes), jax.devices()[:1])
 
 
+BLOCKS = dict(train__objective="count", model__block=4, model__time_conditioning=False)
 SPLIT = dict(parallel__data=2, parallel__fsdp=2, parallel__tensor=2, train__microbatches=2)
 
 
@@ -104,12 +106,14 @@ SPLIT = dict(parallel__data=2, parallel__fsdp=2, parallel__tensor=2, train__micr
         pytest.param("flat", 1, dict(model__remat="all"), marks=pytest.mark.slow),
         pytest.param("flat", 8, SPLIT | dict(optimizer__name="muon"), marks=pytest.mark.slow),
         pytest.param("factorised", 8, SPLIT, marks=pytest.mark.slow),
+        pytest.param("factorised", 8, SPLIT | BLOCKS, marks=pytest.mark.slow),
     ],
-    ids=["data8", "data2-fsdp2-tensor2-microbatches2", "microbatches4", "remat", "muon", "factorised"],
+    ids=["data8", "data2-fsdp2-tensor2-microbatches2", "microbatches4", "remat", "muon", "factorised", "blocks"],
 )
 def test_one_path_for_any_mesh_and_microbatches(head, devices, changes):
     losses, state = run_steps(make_config(model__head=head, **changes), jax.devices()[:devices])
-    expected, reference = one_device(head, changes.get("optimizer__name", "adamw"))
+    same = {name: value for name, value in changes.items() if name == "optimizer__name" or name in BLOCKS}
+    expected, reference = one_device(model__head=head, **same)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, reference.params)
     assert max(jax.tree.leaves(moved)) < 1e-5
@@ -196,10 +200,11 @@ def test_shards_with_more_and_less_to_do_keep_step(head):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("changes", [dict(), BLOCKS], ids=["rows", "blocks"])
 @pytest.mark.slow
-def test_sums_over_parts_of_a_batch_add_up():
+def test_sums_over_parts_of_a_batch_add_up(changes):
     """Randomness belongs to the row: halves of a batch give the sums of the whole, with dropout as well."""
-    config = make_config(model__dropout=0.3)
+    config = make_config(model__dropout=0.3, **changes)
     network, process = build(config, HIERARCHY)
     sums = jax.jit(make_loss_sums(config, network, process))
     params, batch, key = warm_params(config), make_batch(), jax.random.key(5)

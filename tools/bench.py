@@ -32,7 +32,8 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.make import flops_per_token
 from hdlm_jax.training.metrics import peak_flops
 from hdlm_jax.training.state import abstract_state, build, init_state, make_optimizer
-from hdlm_jax.training.step import make_loss_sums, make_train_step, stratified_tau
+from hdlm_jax.training.step import make_loss_sums, make_train_step
+from hdlm_jax.training.views import stratified_tau
 from tools import cli
 
 

@@ -16,6 +16,7 @@ WEIGHTINGS = {"hierarchical": ("none", "constant", "clip", "empirical"),  # trai
               "sedd": ("none", "constant", "clip", "empirical"),
               "gidd": ("none", "constant", "clip", "dynamic"),
               "autoregressive": ("constant",)}
+OBJECTIVES = ("nelbo", "rate", "count", "any_order", "complementary")
 DETOKENIZERS = ("", "lm1b", "ptb", "wikitext", "lambada", "ag_news")
 TASKS = ("ptb", "wikitext2", "lambada", "ag_news", "openwebtext", "lm1b", "files", "hellaswag", "arc_easy",
          "arc_challenge", "piqa", "openbookqa", "winogrande", "lambada_last_word", "gsm8k")
@@ -215,6 +216,7 @@ class ModelConfig(_Section):
     heads: int = 12  # of attention
     seq_len: int = 512  # S, tokens of a row
     dropout: float = 0.0  # in the blocks, as published
+    block: int = 0  # block diffusion: a block of so many tokens is noised, those before it are clean; 0: none
     time_conditioning: bool = True  # whether the network is told t
     head: str = "flat"  # flat: a logit for every word | factorised: p(cluster) p(word | cluster)
     prototypes: int = 8  # vectors a cluster, factorised head
@@ -229,6 +231,11 @@ class ModelConfig(_Section):
                    remat=("auto", "none", "cheap", "all"), embeddings=("random", "clusters"),
                    dtype=("float32", "bfloat16"), param_dtype=("float32", "bfloat16"), trunk=("dit", "decoder"))
         self.hold("must be at least 1", "width", "blocks", "heads", "seq_len", "prototypes")
+        self.hold("must not be negative", "block")
+        self.need(not self.block or self.seq_len % self.block == 0, "block",
+                  f"must divide model.seq_len={self.seq_len}")
+        self.need(not self.block or not self.time_conditioning, "time_conditioning",
+                  f"a network of model.block={self.block} is not told t, as each block has a noise time: give False")
         if self.trunk == "dit":
             self.need(self.width % self.heads == 0, "heads", f"must divide model.width={self.width}")
             self.need(self.width // self.heads % 2 == 0, "heads",
@@ -358,6 +365,7 @@ class TrainConfig(_Section):
 
     steps: int = 500_000  # optimizer steps
     batch_size: int = 512  # sequences a step, over all devices
+    objective: str = "nelbo"  # how states are drawn: nelbo | rate | count | any_order | complementary, docs/training.md
     microbatches: int = 1  # gradients are summed over as many parts of the batch
     seed: int = 0  # of weights, noise and order of the rows
     log_every: int = 100  # steps between records of metrics.jsonl and lines of the log
@@ -370,14 +378,21 @@ class TrainConfig(_Section):
     recluster_every: int = 0  # steps between clusterings of the words anew, by what the model has learned; 0: never
     recluster_until: int = 0  # the last step that is followed by one; 0: half of all steps
 
+    @property
+    def partners(self) -> int:
+        """Rows of a batch that show one text."""
+        return 2 if self.objective == "complementary" else 1
+
     def reclusters(self, done: int) -> bool:
         """Whether words are clustered anew between `done` steps and the next one."""
         return (self.recluster_every > 0 and 0 < done <= (self.recluster_until or self.steps // 2)
                 and done % self.recluster_every == 0)
 
     def check(self) -> None:
-        self.among(writers=WRITERS)
+        self.among(writers=WRITERS, objective=OBJECTIVES)
         self.hold("must be at least 1", "steps", "batch_size", "microbatches", "log_every")
+        self.need(self.batch_size % self.partners == 0, "batch_size",
+                  "train.objective='complementary' makes two rows of each text; give an even number")
         self.hold_seed("seed")
         self.hold("must not be negative", "nonfinite_limit", "evaluate_every", "open_steps", "recluster_every",
                   "recluster_until")

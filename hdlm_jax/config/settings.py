@@ -64,6 +64,9 @@ class Config:
         rule(process != "autoregressive" or not self.model.time_conditioning, "model.time_conditioning", True,
               "diffusion.process='autoregressive' has no time; give False")
         self.diffusion.level_rates(levels)
+        self._check_objective(levels)
+        if self.model.block:
+            self._check_blocks()
         if self.model.trunk == "decoder":
             self.decoder.check_with(self.model)
         else:
@@ -93,6 +96,27 @@ class Config:
         rule(self.diffusion.xi == 1 or low < self.diffusion.xi, "diffusion.xi", self.diffusion.xi,
               f"must lie in (1/n, 1] = ({low:.4g}, 1] for n = {n} clusters"
               if n > 1 else "must be 1 when there is a single cluster (MDLM)")
+
+    def _check_objective(self, levels: int) -> None:
+        """train.objective beside the process and the weights."""
+        objective, d = self.train.objective, self.diffusion
+        rule(objective == "nelbo" or d.process == "hierarchical", "train.objective", objective,
+             f"is of masks and clusters; with diffusion.process={d.process!r} choose 'nelbo'")
+        rule(objective != "rate" or levels == 1, "train.objective", objective,
+             f"knows no clusters, and hierarchy.clusters={self.hierarchy.clusters} has some; choose 'count'")
+        rule(objective != "rate" or d.weighting == "none", "diffusion.weighting", d.weighting,
+             "train.objective='rate' has the bound's own weights; give 'none', or choose train.objective='nelbo'")
+
+    def _check_blocks(self) -> None:
+        """model.block beside what does not know two copies of a text."""
+        block, n = self.model.block, self.decoder
+        rule(self.diffusion.process == "hierarchical", "model.block", block,
+             f"is of masks and clusters; diffusion.process={self.diffusion.process!r} has no blocks, give 0")
+        for name, none in (("window", 0), ("shifted", False), ("context", "full")):
+            rule(getattr(n, name) == none, f"decoder.{name}", getattr(n, name),
+                 f"is not built for model.block={block}; give {none!r}, or model.block=0")
+        rule(not self.train.open_steps, "train.open_steps", self.train.open_steps,
+             f"is not built for model.block={block}; give 0")
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -141,7 +165,7 @@ def resolve(given: Given) -> Config:
 _SECTIONS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}  # at their defaults
 _INHERITED = ("tokenizer", "hierarchy", "diffusion", "model", "decoder")
 _MAY_DIFFER = ("diffusion.", "model.seq_len", "model.dropout", "model.embeddings", "model.dtype", "model.remat",
-               "model.attention")
+               "model.attention", "model.block")
 _ADAPTED = ("hierarchy", "diffusion", "model.head", "model.prototypes", "model.seq_len", "model.dtype",
             "model.param_dtype", "model.remat", "model.attention", "decoder.context", "decoder.block",
             "decoder.shifted", "decoder.lora")  # as given with train.adapt

@@ -185,15 +185,17 @@ class _Batches:
     seq_len: S. batch_size: B, of all processes together: process p of them gets rows p*b .. (p+1)*b - 1, b = B / count.
     variable_share: of the rows, cut to a length uniform in 1..S ('crop': the window is drawn with that length); behind
     it is padding.
+    partners: rows of a batch for each of the B texts, one behind the other.
     """
 
     def __init__(self, prompts: bool, eot: int, seq_len: int, batch_size: int, seed: int = 0, process_index: int = 0,
-                 process_count: int = 1, *, packing: str = "concat", padding: str = "end", variable_share: float = 0.0):
+                 process_count: int = 1, *, packing: str = "concat", padding: str = "end", variable_share: float = 0.0,
+                 partners: int = 1):
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(f"train.batch_size is {batch_size}; must be a positive multiple of the "
                              f"{process_count} processes")
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        self.packing, self.variable_share, self._eot = packing, variable_share, eot
+        self.packing, self.variable_share, self._eot, self._partners = packing, variable_share, eot, partners
         rows, self.process_count = batch_size // process_count, process_count
         self._index = np.arange(process_index * rows, (process_index + 1) * rows, dtype=np.int32)
         self._ends = packing == "crop" and padding == "end"
@@ -227,6 +229,9 @@ class _Batches:
             shown = limits if self._ends else lengths
             fields = _fields(x, score, lengths, shown, self.packing, self._eot)
             batch |= {name: fields[name] for name in self._names}
+        if (n := self._partners) > 1:
+            batch = {name: np.repeat(array, n, axis=0) for name, array in batch.items()}
+            batch["index"] = n * batch["index"] + np.arange(len(x) * n, dtype=np.int32) % n
         return batch
 
 

@@ -197,6 +197,8 @@ class Policy:
       first and the choice sees it (view.drawn, view.log_drawn): not exact.
     block: so many free tokens are written before the next ones; 0: all are one block.
     clusters: see HierarchicalProcess.reverse_step.
+    aligned: blocks are counted from the beginning of the row, as a network of model.block sees them, not from the first
+      free token.
     """
 
     choose: Choice
@@ -208,6 +210,7 @@ class Policy:
     lengths: Lengths | None = None
     verify: Verify | None = None
     clusters: str = "exact"
+    aligned: bool = False
 
     def __post_init__(self):
         if isinstance(self.draw, str) and self.draw not in ("sample", "argmax"):
@@ -334,6 +337,8 @@ def view_of(process: HierarchicalProcess, policy: Policy, numbers: Numbers, s: S
     active = jnp.arange(s.z.shape[1])[None] < s.length[:, None]
     level, free = process.level_of(s.z), active & ~s.given
     before = jnp.cumsum(free, axis=1) - 1  # free tokens before this one; -1 in front of the first
+    if policy.aligned:
+        before = jnp.broadcast_to(jnp.arange(s.z.shape[1])[None], before.shape)
     block = before // policy.block if policy.block else jnp.minimum(before, 0)
     current = jnp.min(jnp.where(free & (level > 0), block, s.z.shape[1]), axis=1)
     due = jnp.sum(jnp.where(free, process.level_of(s.canvas), 0), axis=1)

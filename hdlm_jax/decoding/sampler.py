@@ -52,6 +52,20 @@ def program_of(g: GenerateConfig) -> Program:
                    g.length > 0 or policy.lengths is not None, g.force_transition)
 
 
+def in_blocks(program: Program, size: int) -> Program:
+    """The program for a network of model.block=size, which counts blocks from a row's beginning; 0: as it is.
+
+    Raises:
+      ValueError: it does not write blocks of that size.
+    """
+    policy = program.method.policy
+    if size and policy.block != size:
+        raise ValueError(f"a network of model.block={size} writes blocks in turn; choose bd3lm with the options "
+                         f"'block={size}'")
+    method = program.method._replace(policy=dataclasses.replace(policy, aligned=size > 0))
+    return dataclasses.replace(program, method=method)
+
+
 def method_of(g: GenerateConfig) -> presets.Method:
     return presets.make(g.method, g.options, g.steps)
 
@@ -291,6 +305,10 @@ class Sampler:
         blank = (z == self.process.hierarchy.mask_id) & inside
         behind = bool(np.any(blank[:, :-1] & ~blank[:, 1:] & inside[:, 1:]))
         program, numbers = program_of(g), numbers_of(g, z.shape[1], self.eos)
+        try:
+            program = in_blocks(program, self.network.block)
+        except ValueError as error:
+            raise ConfigError(f"generate.method={g.method!r}: {error}") from error
         if not isinstance(canvas, np.ndarray):
             program = dataclasses.replace(program, cut=True, constrained=len(canvas.allowed) > 1)
             numbers["allowed"] = canvas.allowed

@@ -104,9 +104,11 @@ class HierarchicalProcess(Process):
         chex.assert_rank([x, tau], [2, 1])
         keys = row_keys(key, x.shape[0])
         times = jax.vmap(lambda k: self.chain.crossing_times(k, x.shape[1:]))(fold(keys, 0))
-        level = jnp.sum(times <= tau[:, None, None], axis=-1)
-        z = x
-        first = self._anc(1, x)
+        return self.shown(keys, x, jnp.sum(times <= tau[:, None, None], axis=-1))
+
+    def shown(self, keys: jax.Array, x: jax.Array, level: jax.Array) -> jax.Array:
+        """States int32 [B, S] of tokens x that have climbed to `level` int32 [B, S]; keys [B], of wrong clusters."""
+        z, first = x, self._anc(1, x)
         if self.xi < 1:
             n1 = self.hierarchy.sizes[1]
             own = jax.vmap(lambda k: open_uniform(k, x.shape[1:]))(fold(keys, 1)) < self.xi

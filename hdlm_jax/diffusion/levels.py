@@ -167,8 +167,11 @@ class LevelChain:
 
     def crossing_times(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Noise times at which positions reach levels 1..K: float32 [*shape, K], increasing along the last axis."""
-        waits = -jnp.log1p(-open_uniform(key, (*shape, self.num_levels)))
-        return jnp.cumsum(waits / np.asarray(self.rates, np.float32).reshape((1,) * len(shape) + (-1,)), axis=-1)
+        return self.times_of(open_uniform(key, (*shape, self.num_levels)))
+
+    def times_of(self, u: jax.Array) -> jax.Array:
+        """The same from uniforms u in (0, 1), [..., K]."""
+        return jnp.cumsum(-jnp.log1p(-u) / _wide(np.asarray(self.rates, np.float32), u[..., 0]), axis=-1)
 
 
 def _wide(table: Array, x: Array) -> Array:

@@ -226,9 +226,10 @@ class Scorer:
 
         GIDD's words come on its grid of generate.steps, an autoregressive run's from left to right.
         """
-        g = self.run.config.generate
-        method = "first_hitting" if self.run.process.unmasks else "ancestral"
-        g = dataclasses.replace(g, method=method, options="", temperature=0.0, top_p=1.0, corrections=0)
+        g, block = self.run.config.generate, self.run.network.block
+        method = "bd3lm" if block else "first_hitting" if self.run.process.unmasks else "ancestral"
+        options = f"block={block} steps={self.seq_len * self.run.process.num_levels}" if block else ""
+        g = dataclasses.replace(g, method=method, options=options, temperature=0.0, top_p=1.0, corrections=0)
         return self.fill(contexts, counts, g)
 
     def hits(self, pairs: Sequence[tuple[Ids, Ids]]) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 
@@ -64,6 +65,18 @@ class Seen:
             before = jnp.tri(queries, keys, dtype=bool)[None, None]
             mask = before if mask is None else mask & before
         return mask
+
+
+def two_copies(seq_len: int, block: int, segment: jax.Array | None = None) -> jax.Array:
+    """bool [1 or B, 2 S, 2 S]: what [noised; clean] copies of a text see (BD3-LM, arXiv 2503.09573): a noised block
+    itself and the clean ones before it, a clean one itself and those before; of their own segment, int32 [B, S]."""
+    clean, place = np.divmod(np.arange(2 * seq_len), seq_len)
+    q, k = (place // block)[:, None], (place // block)[None]
+    seen = jnp.asarray(np.where(clean[None] > 0, k < q + clean[:, None], (k == q) & (clean[:, None] == 0)))[None]
+    if segment is None:
+        return seen
+    both = jnp.concatenate([segment, segment], axis=1)
+    return seen & (both[:, :, None] == both[:, None])
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen | None = None, kernel: str = "xla") -> jax.Array:

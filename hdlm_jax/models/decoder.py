@@ -256,7 +256,7 @@ class Decoder(Transformer):
 
     def trunk(self, z: jax.Array, t: jax.Array, segment: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Hidden states float32 [B, S, D] before the head; segment: see models.network.Network.trunk."""
-        place = jnp.arange(z.shape[1])[None]
+        place = jnp.arange(z.shape[1])[None] % (z.shape[1] // self.copies)
         seen = self._context(Seen.of(segment, self.causal), place, z.shape[1])
         h = self._through(self._embed(z), self._places(place, z.shape[1]), seen, None)
         if not self.shift:
@@ -311,10 +311,7 @@ class Decoder(Transformer):
         return Places(angles(False), (angles(True), near[:, None]))
 
     def _context(self, seen: Seen, place: jax.Array, keys: int) -> Seen:
-        if self.causal or self.dims.context == "full":
-            return seen
-        size = self.dims.block
-        return seen.within((jnp.arange(keys)[None, None] // size <= place[:, :, None] // size)[:, None])
+        return self._sees(seen, place, keys, self.block or (self.dims.block if self.dims.context == "block" else 0))
 
     def _through(self, x: Any, places: Places, seen: Seen, position: jax.Array | None) -> Any:
         layers, first = jnp.arange(self.blocks), self.dims.dense_blocks if self.dims.experts else 0

@@ -21,8 +21,8 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     causal = config.diffusion.process == "autoregressive"
     sizes = (head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dtype, m.remat, causal, m.attention)
     if m.trunk == "decoder":
-        return Decoder(*sizes, dims=config.decoder, param_dtype=m.param_dtype)
-    return Network(*sizes, dropout=m.dropout, time_conditioning=m.time_conditioning)
+        return Decoder(*sizes, block=m.block, dims=config.decoder, param_dtype=m.param_dtype)
+    return Network(*sizes, block=m.block, dropout=m.dropout, time_conditioning=m.time_conditioning)
 
 
 def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> float:
@@ -35,6 +35,7 @@ def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> f
     m = config.model
     trunk = (_decoder_products(config) if m.trunk == "decoder" else
              m.blocks * (12 * m.width**2 + 2 * m.seq_len * m.width))
+    trunk *= 2 if m.block else 1  # a clean copy beside the noised one
     share = process.shares()
     rows = (1 - share[0]) * hierarchy.vocab_size
     if m.head == "factorised":

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.diffusion.prediction import Prediction
-from hdlm_jax.models.attention import SAVED, Seen, attention
+from hdlm_jax.models.attention import SAVED, Seen, attention, two_copies
 from hdlm_jax.models.heads import At, Head
 from hdlm_jax.models.trunk import Cache
 
@@ -104,6 +104,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     attention: str
     attend: Attend | None = None
+    copies: int = 1
 
     @nn.compact
     def __call__(self, x: Any, cond: jax.Array | None, seen: Seen, train: bool,
@@ -123,7 +124,8 @@ class Block(nn.Module):
         h = Norm(name="norm1")(x) * (1 + scale1) + shift1
         # kernel [D, 3, D], so that a tensor shard of its last axis holds whole heads of each of q, k and v
         q, k, v = jnp.moveaxis(dense((3, d), "qkv", False)(h).reshape(b, s, 3, self.heads, -1), 2, 0)
-        angles: Any = rotary(s if position is None else cache[0].shape[2], d // self.heads)
+        places = s // self.copies if position is None else cache[0].shape[2]
+        angles: Any = [np.tile(a, (1, self.copies, 1, 1)) for a in rotary(places, d // self.heads)]
         if position is not None:
             angles = [jnp.asarray(a)[0].at[position].get(mode="clip") for a in angles]  # [B, Q, 1, D/H]
         cos, sin = angles
@@ -155,6 +157,8 @@ class Transformer(nn.Module):
       attention: the kernel, see `models.attention`.
       attend: stands in for attention: (block, q, k, v, mask) -> [B, Q, H, D/H]; hashable. What is a block's own it
         may keep in the collection "patch" ([blocks, ...] outside).
+      block: tokens of a block, which sees itself and those before it alone (model.block); 0: none.
+      copies: of the text side by side, each at the same places (`hidden` with clean tokens).
     """
 
     head: Head
@@ -167,6 +171,8 @@ class Transformer(nn.Module):
     causal: bool = False
     attention: str = "xla"
     attend: Attend | None = None
+    block: int = 0
+    copies: int = 1
 
     def head_params(self, params: Tree) -> Tree:
         """The head's parameters."""
@@ -189,7 +195,10 @@ class Transformer(nn.Module):
         return self.init(key, jnp.zeros((1, seq_len), jnp.int32), jnp.zeros((1,)))["params"]
 
     def hidden(self, params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None = None,
-               dropout: jax.Array | None = None) -> jax.Array:
+               dropout: jax.Array | None = None, clean: jax.Array | None = None) -> jax.Array:
+        if clean is not None:
+            both, s = jnp.concatenate([z, clean], axis=1), z.shape[1]
+            return self.clone(copies=2).hidden(params, both, t, two_copies(s, self.block, segment), dropout)[:, :s]
         noise: Any = {} if dropout is None else {"rngs": {"dropout": dropout}}
         found: Any = self.apply({"params": params}, z, t, segment, dropout is not None, method="trunk", **noise)
         return found
@@ -207,6 +216,12 @@ class Transformer(nn.Module):
         seen = jnp.arange(cache[0].shape[2])[None, None] <= position[..., None]
         hidden, cache = self.hidden_at(params, z, jnp.zeros(z.shape[:1]), cache, position, seen)
         return cache, self.head.predict(self.head_params(params), hidden[:, -1])
+
+    def _sees(self, seen: Seen, place: jax.Array, keys: int, size: int) -> Seen:
+        """Of `seen`, for tokens at `place` int32 [1 or B, Q], blocks of `size` up to their own (0: all)."""
+        if self.causal or self.copies > 1 or not size:
+            return seen
+        return seen.within((jnp.arange(keys)[None, None] // size <= place[:, :, None] // size)[:, None])
 
     def stacked(self, block: type[nn.Module], in_axes: tuple[Any, ...], length: int) -> Callable[..., nn.Module]:
         """The block `length` times over, its parameters stacked along axis 0, with what `remat` says.
@@ -240,7 +255,7 @@ class Network(Transformer):
             self.time_out = nn.Dense(self.cond, kernel_init=_uniform)
         each = (nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast)
         self.stack = self.stacked(Block, each, self.blocks)(
-            self.width, self.heads, self.dropout, jnp.dtype(self.dtype), self.attention, self.attend)
+            self.width, self.heads, self.dropout, jnp.dtype(self.dtype), self.attention, self.attend, self.copies)
         self.norm = Norm()
         self.modulation = Modulation(2, self.width)
         self.own_head = self.param("head", self.head.init, self.width)
@@ -253,7 +268,8 @@ class Network(Transformer):
         """
         x = self.embedding[z]
         cond = self._time(t) if self.time_conditioning else None
-        x, _ = self.stack(x, cond, Seen.of(segment, self.causal), train, None, None)
+        seen = self._sees(Seen.of(segment, self.causal), jnp.arange(z.shape[1])[None], z.shape[1], self.block)
+        x, _ = self.stack(x, cond, seen, train, None, None)
         return self._out(x, cond)
 
     def _out(self, x: jax.Array, cond: jax.Array | None) -> jax.Array:
@@ -269,14 +285,15 @@ class Network(Transformer):
           cache: (k, v), see `empty_cache`.
           position: int32 [B, Q], where they stand, each in [0, S) at most once a row; S for an empty place, of which
             nothing is kept.
-          seen: bool [B, Q or 1, S], what they attend to; nothing is added to it, in a causal network either.
+          seen: bool [B, Q or 1, S], what they attend to; in a causal network too it is all, with blocks those up to
+            a token's own.
 
         Returns:
           (hidden float32 [B, Q, D], the cache with their keys and values in it).
         """
         cond = self._time(t) if self.time_conditioning else None
-        (x, k, v), _ = self.stack((self.embedding[z], *cache), cond, Seen.of(seen), False, jnp.arange(self.blocks),
-                                  position)
+        far = self._sees(Seen.of(seen), position, cache[0].shape[2], self.block)
+        (x, k, v), _ = self.stack((self.embedding[z], *cache), cond, far, False, jnp.arange(self.blocks), position)
         return self._out(x, cond), (k, v)
 
     def empty_cache(self, rows: int, seq_len: int) -> tuple[jax.Array, jax.Array]:

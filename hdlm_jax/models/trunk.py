@@ -33,6 +33,10 @@ class Trunk(Protocol):
     def causal(self) -> bool:
         """Whether a position sees those before it alone."""
 
+    @property
+    def block(self) -> int:
+        """Tokens of a block of block diffusion (model.block); 0: none."""
+
     def head_params(self, params: Tree) -> Tree:
         """Those of the head."""
 
@@ -49,11 +53,12 @@ class Trunk(Protocol):
         """Random parameters."""
 
     def hidden(self, params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None = None,
-               dropout: jax.Array | None = None) -> jax.Array:
+               dropout: jax.Array | None = None, clean: jax.Array | None = None) -> jax.Array:
         """Hidden states of all positions.
 
         segment: int32 [B, S], positions see those of the same number alone; or bool [B, S or 1, S], what each sees.
-        dropout: a key; None: no dropout.
+        dropout: a key; None: no dropout. clean: int32 [B, S], the tokens themselves, for a network with blocks: each
+        block of z then sees itself and the clean ones before it (segment: numbers alone).
         """
 
     def hidden_at(self, params: Tree, z: jax.Array, t: jax.Array, cache: Cache, position: jax.Array,

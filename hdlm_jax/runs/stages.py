@@ -265,11 +265,11 @@ def recluster(config: Config, workdir: str, text: PreparedData, hierarchy: Hiera
 
 def batches_of(config: Config, text: PreparedData) -> Any:
     """Training batches of this process: of the prepared tokens, or of the raw documents with data.stream."""
-    d = config.data
+    d, partners = config.data, config.train.partners
     how: dict[str, Any] = dict(
-        seq_len=config.model.seq_len, batch_size=config.train.batch_size, seed=config.train.seed,
+        seq_len=config.model.seq_len, batch_size=config.train.batch_size // partners, seed=config.train.seed,
         process_index=jax.process_index(), process_count=jax.process_count(), packing=d.packing,
-        padding=d.padding, variable_share=d.variable_share)
+        padding=d.padding, variable_share=d.variable_share, partners=partners)
     if not d.stream:
         return pipeline.TrainBatches(text.dir, read_threads=d.read_threads, **how)
     reader, train, valid = text_prepare.what_to_read(d)

@@ -19,7 +19,7 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.state import TrainState
-from hdlm_jax.training.step import stratified_tau
+from hdlm_jax.training.views import stratified_tau
 
 
 def adapted(key: jax.Array, params: Tree, base: Trunk, network: Trunk, seq_len: int, masked: bool) -> Tree:

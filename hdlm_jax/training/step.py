@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -15,34 +14,16 @@ from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import Batch, Tree
 from hdlm_jax.config import Config
 from hdlm_jax.diffusion.draws import fold
-from hdlm_jax.diffusion.levels import open_uniform
 from hdlm_jax.diffusion.prediction import Prediction
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.decoder import apart
 from hdlm_jax.models.heads import sum_over_noised
 from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.state import TrainState
+from hdlm_jax.training.views import make_view, opened
 
 LossSums: TypeAlias = Callable[[Tree, Batch, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 TrainStep: TypeAlias = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-
-
-def stratified_tau(keys: jax.Array, index: jax.Array, batch: int) -> jax.Array:
-    """Noise times [b] of rows `index` of a batch: t = (index + u)/batch uniform, one stratum a row, in (0, 1).
-
-    1 - t is formed by itself, so that neither end of time is cut off or rounded.
-    """
-    u = jax.vmap(open_uniform)(keys)
-    i = index.astype(jnp.float32)
-    t, rest = (i + u) / batch, ((batch - 1 - i) + (1 - u)) / batch
-    return jnp.where(t < 0.5, -jnp.log1p(-t), -jnp.log(rest))
-
-
-def opened(keys: jax.Array, share: jax.Array, seq_len: int, segment: jax.Array | None) -> jax.Array:
-    """bool [b, S, S]: tokens see those before them, and of those behind a random `share` [b] (arXiv 2410.17891)."""
-    behind = jax.vmap(lambda key, p: jax.random.uniform(key, (seq_len, seq_len)) < p)(keys, share)
-    seen = behind | jnp.tri(seq_len, dtype=bool)[None]
-    return seen if segment is None else seen & (segment[:, :, None] == segment[:, None])
 
 
 def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh | None = None
@@ -52,36 +33,35 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
     batch: x int32 [b, S], index int32 [b] (rows of the global batch), optionally score bool [b, S] (False where the
     text is given, not modelled), segment int32 [b, S] (tokens see their own segment alone), tokens int32 [b] (of a
     row, where ends of text behind them are scored as well) and open float32 [b] (see `opened`). Each row draws from
-    fold_in(key, index) alone, so any split of a batch adds up to it.
-    nelbo is the unweighted estimate for t uniform; only loss has gradients.
+    fold_in(key, index) alone (views.make_view), so any split of a batch adds up to it.
+    nelbo is an unbiased estimate of the unweighted bound; only loss has gradients.
     """
     d, m = config.diffusion, config.model
-    shard = parallel.OverBatch(mesh)
-    weigh = functools.partial(process.loss_weight, weighting=d.weighting, weight_min=d.weight_min,
-                              weight_max=d.weight_max)
+    shard, view = parallel.OverBatch(mesh), make_view(config, process)
 
-    def hidden(params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None, keys: jax.Array) -> Any:
+    def hidden(params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None, x: jax.Array, keys: jax.Array
+               ) -> Any:
+        clean = x if m.block else None
         if not m.dropout:
-            return network.hidden(params, z, t, segment)
+            return network.hidden(params, z, t, segment, None, clean)
 
-        def row(z: jax.Array, t: jax.Array, segment: jax.Array | None, key: jax.Array) -> jax.Array:
+        def row(key: jax.Array, *given: jax.Array | None) -> jax.Array:
             # a row's own key, so that its dropout does not depend on its batch mates
-            z, t, segment = jax.tree.map(lambda a: a[None], (z, t, segment))
-            return network.hidden(params, z, t, segment, key)[0]
+            z, t, segment, clean = jax.tree.map(lambda a: a[None], given)
+            return network.hidden(params, z, t, segment, key, clean)[0]
 
         over = parallel.BATCH if mesh is not None and mesh.size > 1 else None  # how the rows lie on the devices
-        return jax.vmap(row, spmd_axis_name=over)(z, t, segment, keys)
+        return jax.vmap(row, spmd_axis_name=over)(keys, z, t, segment, clean)
 
     def loss_sums(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, index = batch["x"], batch["index"]
         keys = fold(jnp.broadcast_to(key, index.shape), index)
-        tau = stratified_tau(fold(keys, 0), index, config.train.batch_size)
         score = batch.get("score", jnp.ones(x.shape, bool))
-        z, level = process.noised(fold(keys, 1), x, tau, score)
+        z, level, t, tau, weight, bound = view(key, index, x, score)
         seen = batch.get("segment")
         if "open" in batch:
             seen = opened(fold(keys, 3), batch["open"], x.shape[1], seen)
-        h = hidden(params, z, -jnp.expm1(-tau), seen, fold(keys, 2))
+        h = hidden(params, z, t, seen, x, fold(keys, 2))
 
         def token_loss(p: Prediction, fields: Sequence[jax.Array], levels: tuple[int, ...]) -> tuple[jax.Array, ...]:
             x, z, tau, weight, nelbo_weight = fields
@@ -89,8 +69,7 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
             hard = process.token_loss(p, x, z, levels, True, tau=tau) if d.hard_training else cost
             return weight * hard, jax.lax.stop_gradient(nelbo_weight * cost)
 
-        fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape), weigh(z, tau, x=x),
-                  process.nelbo_weight(z, tau, x) * jnp.exp(tau)[:, None])
+        fields = (x, z, tau, weight, bound)
         loss, nelbo = sum_over_noised(network.head, token_loss, network.head_params(params), h, level, x, fields,
                                       needs=process.needs(d.hard_training), shard=shard)
         return loss, nelbo, jnp.sum(batch.get("tokens", score)).astype(jnp.float32)

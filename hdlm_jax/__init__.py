@@ -1,6 +1,6 @@
 """hdlm_jax: hierarchical diffusion language models in pure JAX/Flax.
 
-load: a trained run. The rest, for a network of your own: hdlm_jax.library (docs/library.md), read when first asked for.
+train, load: a run. The rest, for a network of your own: hdlm_jax.library (docs/library.md), read when first asked for.
 """
 
 import importlib
@@ -15,6 +15,13 @@ def load(workdir: str, checkpoint: str = "best"):
     from hdlm_jax.api import Model
 
     return Model(workdir, checkpoint)
+
+
+def train(config, workdir: str = "", **settings):
+    """Trains a recipe (or goes on): train("hdlm_tiny", **{"train.steps": 100}); the run, loaded; see hdlm_jax.api."""
+    from hdlm_jax.api import train
+
+    return train(config, workdir, **settings)
 
 
 def __getattr__(name: str):

@@ -1,24 +1,33 @@
-"""A trained run in Python: load it, generate, chat, fill in blanks, score texts."""
+"""A run in Python: train it, load it, generate, chat, fill in blanks, score texts, see a text being written."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
-from hdlm_jax.config import ConfigError, GenerateConfig
+from hdlm_jax.common import parallel
+from hdlm_jax.config import ConfigError, GenerateConfig, check_local, check_name, expand, recipe
 from hdlm_jax.data import chat as chats
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import desk
 from hdlm_jax.decoding import texts as asking
 from hdlm_jax.decoding.sampler import load_helper, sampler_of
 from hdlm_jax.evaluation.elbo import evaluator_of, text_nats
+from hdlm_jax.report import notebook
 from hdlm_jax.report.page import kind_of, levels_of
-from hdlm_jax.training.loading import load_here
+from hdlm_jax.report.run_files import counted
+from hdlm_jax.runs import import_weights, stages
+from hdlm_jax.runs import train as training
+from hdlm_jax.runs.interrupt import RESUME_EXIT
+from hdlm_jax.training.loading import load_here, with_base
 
 Classifier: TypeAlias = Callable[[jax.Array], jax.Array]  # one-hot states float32 [b, S, N] -> log p(y) [b]
 
@@ -49,12 +58,14 @@ class Model:
         self.hierarchy, self.tokenizer = self.run.hierarchy, self.run.tokenizer
         self._draw = sampler_of(self.run)
         self._evaluator = functools.cache(lambda: evaluator_of(self.run))
+        self._counts = functools.cache(lambda: counted(self.run.data_dir)[0])
 
     def __repr__(self) -> str:
         """What was trained, and what it can do."""
         run, h = self.run, self.hierarchy
         process = run.config.diffusion.process
-        can = ["generate", *["infill", "json"] * run.process.unmasks, *["chat"] * self._chats, "stream", "nelbo"]
+        can = ["generate", *["infill", "json"] * run.process.unmasks, *["chat"] * self._chats, "stream", "show",
+               "nelbo"]
         return (f"<hdlm_jax.Model {kind_of(process, h.sizes)}: {levels_of(process, h.sizes)}; "
                 f"{run.num_params:,} parameters, step {run.step:,}; {run.config.tokenizer.kind} tokenizer, "
                 f"texts of up to {self.seq_len:,} tokens; can {', '.join(can)}>")
@@ -106,16 +117,34 @@ class Model:
                ) -> Iterator[desk.Moment]:
         """The text of `generate(1, prompt=prompt)`, or of `chat(messages)`, while it is written, call by call.
 
-        Each moment has call, t and the states z int32 [n] (`hierarchy.level_of(z)`: 0 is a token); the last one has
-        the text as well, and in `done` why it ends. Leaving the loop stops the writing.
+        Each moment has call, t and the states z int32 [n] (`hierarchy.level_of(z)`: 0 is a token), and in sure what
+        probability the model gave to them; the last one has the text as well, and in `done` why it ends. Leaving the
+        loop stops the writing.
+
+        Raises:
+          ConfigError: what `generate` refuses. ValueError: what `chat` refuses.
+        """
+        return self._moments(prompt, self._settings(settings, steps=steps, num_samples=1))[0]
+
+    def show(self, prompt: str | Sequence[chats.Message] = "", steps: int = 64, **settings: Any) -> notebook.Film:
+        """The text of `stream`, to see how it was written: in Jupyter and VS Code it falls into place below the cell.
+
+        What comes back has `text`, and `html`, a page that needs nothing else.
 
         Raises:
           ConfigError: what `generate` refuses. ValueError: what `chat` refuses.
         """
         g = self._settings(settings, steps=steps, num_samples=1)
+        moments, given = self._moments(prompt, g)
+        about = {"prompt_tokens": given, "settings": dataclasses.asdict(g), "step": self.run.step}
+        counts = self._counts() if self.hierarchy.num_levels > 1 else None
+        return notebook.film_of(list(moments), self.hierarchy, self.tokenizer, counts, about)
+
+    def _moments(self, prompt: str | Sequence[chats.Message], g: GenerateConfig) -> tuple[Iterator[desk.Moment], int]:
+        """(the moments of a text, how many of its tokens were given)."""
         asked = (asking.prompted(self.run, g, prompt) if isinstance(prompt, str)
                  else asking.chatted(self.run, g, prompt))
-        return desk.moments(self._draw_with(g), self.tokenizer, asked, g)
+        return desk.moments(self._draw_with(g), self.tokenizer, asked, g), asked.given
 
     def infill(self, text: str | Sequence[str], num_samples: int = 1, steps: int = 64, **settings: Any) -> list[str]:
         """The text with its blanks filled in; everything else stays. Of several texts num_samples each, text by text.
@@ -180,3 +209,45 @@ class Model:
         return [{"nats": float(values.mean()), "se": float(values.std(ddof=1) / np.sqrt(draws)), "tokens": len(tokens),
                  "bits_per_byte": float(values.mean() / np.log(2) / max(1, len(text.encode()))),
                  "given": self.run.given_alone} for text, tokens, values in zip(texts, ids, per_draw.T, strict=True)]
+
+
+def train(config: str | config_dict.ConfigDict, workdir: str = "", **settings: Any) -> Model:
+    """Trains as `hdlm-jax --config=... --workdir=...` does, goes on where it was stopped, and loads the run.
+
+    In a notebook its curves are drawn while it trains; interrupting the kernel saves, and the same call goes on.
+
+    Args:
+      config: a recipe by name or as a file, or what one gives (hdlm_jax.config.default(), changed).
+      workdir: default runs/<recipe>.
+      settings: any setting, as **{"train.steps": 100}.
+
+    Raises:
+      ConfigError: what the command line would refuse, in its words. KeyboardInterrupt: it was stopped, and has saved.
+    """
+    if not isinstance(config, str | config_dict.ConfigDict):
+        raise ConfigError(f"config: must be the name of a recipe or a ConfigDict, not {type(config).__name__}")
+    if isinstance(config, str):
+        name, colon, argument = config.partition(":")
+        workdir = workdir or os.path.join("runs", os.path.splitext(os.path.basename(name))[0])
+        config = recipe(name, *[argument] * bool(colon))
+    workdir, values = expand(os.fspath(workdir)), config.to_dict()
+    check_local("workdir", workdir)
+    if not workdir:
+        raise ConfigError("workdir='': give the folder of the run")
+    for name, value in settings.items():
+        section, dot, key = name.partition(".")
+        check_name(name)
+        if not dot:
+            raise ConfigError(f"{name}: is a section; write its settings as in **{{'train.steps': 100}}")
+        values[section][key] = value
+    given = stages.checked(with_base(values, workdir))
+    given.parallel.shape(jax.device_count())
+    parallel.keep_compiled()
+    import_weights.check_trainable(workdir)
+    try:
+        training.train(given, workdir, shown=notebook.Plot(workdir, given.train.steps) if notebook.here() else None)
+    except SystemExit as stopped:
+        if stopped.code != RESUME_EXIT:
+            raise
+        raise KeyboardInterrupt("asked to stop, saved; the same call goes on") from None
+    return Model(workdir)

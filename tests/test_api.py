@@ -4,14 +4,20 @@ import json
 import math
 import re
 import shutil
+import sys
+import types
+from collections import Counter
 
 import numpy as np
 import pytest
 from tiny import SEQ_LEN, model, read_recipe, trained
 
 import hdlm_jax
+from hdlm_jax.common import console
 from hdlm_jax.config import ConfigError
 from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.report.run_files import gather
+from hdlm_jax.runs.interrupt import RESUME_EXIT
 from hdlm_jax.training import loading
 
 FEW = {"steps": 6, "batch_size": 8}  # the settings that are compiled already
@@ -270,6 +276,8 @@ def test_stream_shows_the_text_of_generate_while_it_is_written():
     seen = list(model().stream("The ", **FEW))
     masked = [int((model().hierarchy.level_of(one.z) > 0).sum()) for one in seen]
     assert masked[0] == SEQ_LEN - 4 and masked[-1] == 0 and masked == sorted(masked, reverse=True)
+    for before, now in zip(seen, seen[1:], strict=False):
+        assert ((now.sure > 0) >= (now.z != before.z)).all() and (now.sure[:4] == 0).all(), "of what was drawn"
     assert not any(one.done or one.text for one in seen[:-1]) and seen[-1].done in ("stop", "length")
     assert seen[-1].text == model().generate(1, prompt="The ", **FEW)[0]
     next(left := model().stream("The ", **FEW))
@@ -282,3 +290,69 @@ def test_repr_says_what_it_is():
     said = repr(model())
     assert f"{model().run.num_params:,} parameters, step {model().run.step}" in said and "bytes tokenizer" in said
     assert "HDLM: 257 words → " in said and "→ mask" in said and "infill" in said and "chat" not in said
+
+
+def test_a_compile_is_said_once_for_a_setting(monkeypatch, capsys):
+    monkeypatch.setattr(console, "SHORT", -1)  # whatever is compiled is said
+    said = []
+    for seed in (0, 1):
+        model().generate(1, length=9, seed=seed, **FEW)
+        said.append([line for line in capsys.readouterr().err.splitlines() if "compiled in" in line])
+    assert len(said[0]) == 1 and said[0][0].startswith("generate: compiled in ") and said[1] == []
+
+
+def test_a_text_is_seen_falling():
+    film = model().show("The ", **FEW)
+    assert film.text == model().generate(1, prompt="The ", **FEW)[0] and repr(film.text) in repr(film)
+    block = re.search(r'(?s)<script type="application/json" id="data">(.*?)</script>', film.html)[1]
+    run = json.loads(block)["run"]
+    tree, shown, whole = run["hierarchy"], run["trajectories"], gather(str(trained()[1]))["hierarchy"]
+    z = np.array(shown["samples"][0]["start"])
+    assert shown["prompt"] == 4 and [tree["words"][w] for w in z[:4]] == list("The ")
+    assert (z[4:] == sum(tree["sizes"]) - 1).all() and tree["sizes"][-1] == 1
+    for frame in shown["samples"][0]["frames"]:
+        for place, state, sure in np.reshape(frame, (-1, 3)):
+            z[place] = state
+            assert 0 < sure <= 1000
+    assert "".join(tree["words"][w] for w in z).replace("↵", "\n")[:4] == "The " and z.max() < tree["sizes"][0]
+    named = Counter(tree["parents"][0])
+    assert len(tree["words"]) < 257 == len(whole["words"]) and len(named) == tree["sizes"][1]
+    for node in named:  # a cluster is named by the same words as on the run's page
+        of = [w for w in range(tree["sizes"][0]) if tree["parents"][0][w] == node]
+        first = max(of, key=lambda w: tree["counts"][w])
+        there = whole["parents"][0][whole["words"].index(tree["words"][first])]
+        assert tree["counts"][first] <= max(c for c, p in zip(whole["counts"], whole["parents"][0], strict=True)
+                                            if p == there)
+    assert film._repr_html_().count("<") == 2, "all of the page is inside the frame's attribute"
+
+
+def test_training_from_python(copied, monkeypatch, capsys):
+    """Goes on in a run as the command does, with a plot where this is a notebook; what is wrong is one line."""
+    shown, recipe = [], str(trained()[0])
+    page = types.SimpleNamespace(HTML=str, display=lambda *_, display_id: types.SimpleNamespace(update=shown.append))
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(
+        display=page, get_ipython=lambda: types.SimpleNamespace(config={"IPKernelApp": {}})))
+    shutil.rmtree(copied / "checkpoints")
+    found = hdlm_jax.train(recipe, workdir=copied, **{"generate.steps": 5})
+    assert found.run.step == 3 and json.loads((copied / "config.json").read_text())["generate"]["steps"] == 5
+    assert "step 3 of 3 (100 %)" in shown[-1] and shown[-1].count("<polyline") == 2 and "step 3 of 3" not in (
+        capsys.readouterr().out), "in place of the log's lines"
+    for given, settings, match in [
+            ("hdlm_tinny", {}, "--config='hdlm_tinny': choose one of .*mean 'hdlm_tiny'"),
+            (5, {}, "config: must be the name of a recipe or a ConfigDict, not int"),
+            (recipe, {"train": 5}, "train: is a section"), (recipe, {"train.stepps": 5}, "mean 'steps'"),
+            (recipe, {"train.steps": "5"}, "train.steps='5': must be of type int"),
+            (recipe, {"train.steps": 5}, "train.steps=5 .there 3.: the checkpoint"),
+            (hdlm_jax.config.default(), {"workdir": ""}, "workdir='': give the folder of the run")]:
+        with pytest.raises(ConfigError, match=match) as error:
+            hdlm_jax.train(given, **({"workdir": str(copied)} | settings))
+        assert "\n" not in str(error.value)
+
+
+def test_a_training_that_is_stopped_has_saved(copied, monkeypatch):
+    def stopped(*_, **__):
+        raise SystemExit(RESUME_EXIT)
+
+    monkeypatch.setattr("hdlm_jax.runs.train.train", stopped)
+    with pytest.raises(KeyboardInterrupt, match="the same call goes on"):
+        hdlm_jax.train(str(trained()[0]), str(copied))

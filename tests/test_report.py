@@ -319,6 +319,7 @@ def test_a_run_is_watched(run, watched, capsys):
     assert status == 200 and data["live"]["count"] == 2 and data["run"]["curves"]["train"]["tokens"] == [128, 256]
     first = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])["text"]
     assert f"<pre>{page.html.escape(first)}</pre>" in text and "fetch(" in text
+    assert "Weighted loss of the training batches" in text and '"Loss (weighted), nats per token"' in text
     record(folder, 3, nelbo=6.0)
     new = json.loads(ask("/state.json?since=2")[1])
     assert new["mark"] == data["live"]["mark"] and new["count"] == 3
@@ -446,6 +447,8 @@ def test_a_watched_page_grows_in_a_browser(run, watched, browser):
     before = tab.locator("[data-part=curves] path").first.get_attribute("d")
     record(folder, 3, nelbo=4.0, valid_nelbo=4.5, valid_se=0.1)
     tab.wait_for_selector("text=NELBO, validation, step 3")
+    assert tab.locator(".chart h3").first.inner_text() == "Loss (weighted), nats per token"
+    assert tab.locator(".legend").first.inner_text() == "weighted loss"
     assert tab.locator("[data-part=curves] path").first.get_attribute("d") != before
     assert tab.locator("[data-part=live] b").first.inner_text() == "3" and wrong == []
     tab.close()
@@ -476,6 +479,9 @@ def test_pages_fit_and_say_no_error(run, look, tmp_path, width):
             assert table.evaluate("t => t.scrollWidth <= t.clientWidth") or path.name != "all.html", "no column is cut"
         assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
         charts = tab.locator(".chart")
+        if "lacking" not in str(path):
+            assert charts.first.locator("h3").inner_text() == "Loss (weighted), nats per token"
+            assert path.name == "all.html" or charts.first.locator(".legend").inner_text() == "weighted loss"
         for chart in charts.all():
             chart.locator("svg").hover()
             assert re.search(r"at (tokens|t) [\d.]+", chart.locator(".legend").inner_text())

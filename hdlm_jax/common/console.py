@@ -6,11 +6,13 @@ import contextlib
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
+SHORT = 1.0  # seconds that nobody needs to be told of
 _speaks = True
 
 
@@ -20,20 +22,26 @@ def mute() -> None:
     _speaks = False
 
 
-def say(text: str) -> None:
-    """A line for people, above a bar that is shown; logs go elsewhere."""
+def say(text: str, aside: bool = False) -> None:
+    """A line for people, above a bar that is shown; aside: to stderr, where stdout is for texts. Logs go elsewhere."""
     if _speaks:
         with tqdm.external_write_mode(sys.stdout):
-            print(text, flush=True)
+            print(text, flush=True, file=sys.stderr if aside else None)
 
 
 @contextlib.contextmanager
-def compiling(what: str) -> Iterator[None]:
-    """Says that a wait begins, and at its end how long it was."""
+def compiling(what: str, aside: bool = False) -> Iterator[None]:
+    """Says of a wait of more than SHORT seconds that it is one, and at its end how long it was."""
     began = time.monotonic()
-    say(f"{what}: compiling (usually 10-60 s)")
-    yield
-    say(f"{what}: compiled in {time.monotonic() - began:.1f} s")
+    late = threading.Timer(SHORT, say, (f"{what}: compiling (usually 10-60 s)", aside))
+    late.daemon = True
+    late.start()
+    try:
+        yield
+    finally:
+        late.cancel()
+    if (lasted := time.monotonic() - began) > SHORT:
+        say(f"{what}: compiled in {lasted:.1f} s", aside)
 
 
 def readable(value: float | None, spec: str = ".4f") -> str:

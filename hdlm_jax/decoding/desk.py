@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from hdlm_jax.common.console import compiling
 from hdlm_jax.config import GenerateConfig
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import slots
@@ -58,12 +59,14 @@ News: TypeAlias = "str | Frame | Written | Failed"  # a str is a piece of the te
 
 
 class Moment(NamedTuple):
-    """A text after `call` calls, at time t: its states z int32 [n]. done: "", in the last one why it ends, "stop" or
-    "length"; text: in the last one the text, "" before."""
+    """A text after `call` calls, at time t: its states z int32 [n], and in sure float32 [n] the probability the model
+    gave to each when it was drawn (0: not drawn). done: "", in the last one why it ends, "stop" or "length"; text: in
+    the last one the text, "" before."""
 
     call: int
     t: float
     z: np.ndarray
+    sure: np.ndarray
     text: str = ""
     done: str = ""
 
@@ -123,7 +126,8 @@ class _Batch:
 
     def prepare(self, job: Job) -> None:
         if self.desk.draw.process.unmasks:
-            self.slots = slots.Slots(self.desk.draw, job.g, job.asked.canvas, self.desk.rows, job.watches)
+            with compiling("generate", aside=True):
+                self.slots = slots.Slots(self.desk.draw, job.g, job.asked.canvas, self.desk.rows, job.watches)
 
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
@@ -361,15 +365,18 @@ def moments(draw: Sampler, tokenizer: Any, asked: Asked, g: GenerateConfig) -> I
         desk = Desk(draw, tokenizer, 1, 1)
         try:
             desk.put(jobs)
-            now = Moment(0, 1.0, np.zeros(0, np.int32))
+            now = Moment(0, 1.0, np.zeros(0, np.int32), np.zeros(0, np.float32))
             while not now.done:
                 what = news.get()
                 if isinstance(what, Failed):
                     raise RuntimeError(what.message)
                 if isinstance(what, Frame):
-                    z = now.z.copy() if what.start is None else np.array(what.start, np.int32)
+                    z, sure = now.z.copy(), now.sure.copy()
+                    if what.start is not None:
+                        z, sure = np.array(what.start, np.int32), np.zeros(len(what.start), np.float32)
                     z[what.changes[::3]] = what.changes[1::3]
-                    now = Moment(what.call, what.t, z)
+                    sure[what.changes[::3]] = np.array(what.changes[2::3], np.float32) / 1000
+                    now = Moment(what.call, what.t, z, sure)
                 elif isinstance(what, Written):
                     now = now._replace(text=what.text, done=what.reason)
                 else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.common import parallel
-from hdlm_jax.common.console import progress
+from hdlm_jax.common.console import compiling, progress
 from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding import caches, choose, drafts, guide, loop, presets
@@ -259,6 +260,7 @@ class Sampler:
     def __init__(self, network: Trunk, process, mesh, params, *, eos: int = 0, helper: Any = None, classifier=None):
         self.network, self.process, self.mesh, self.params, self.eos = network, process, mesh, params, eos
         self.helper, self.classifier = helper, classifier
+        self._made: set[tuple[Any, ...]] = set()  # programs and shapes that are compiled
         self._step = functools.lru_cache(maxsize=8)(self._compile)
         self._weights = functools.lru_cache(maxsize=2)(self._quantised)
 
@@ -348,7 +350,11 @@ class Sampler:
                 batch = parallel.pad_rows(batch, rows)  # padding has no masks: nothing to do there
                 mine = parallel.local_rows(rows)
                 placed = parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
-                found = step((self.params_of(program.method), numbers), placed, key)
+                # the first call of its kind compiles
+                made = program, frames, *(v.shape for v in (*placed.values(), numbers.get("allowed", key)))
+                with contextlib.nullcontext() if made in self._made else compiling("generate", aside=True):
+                    found = step((self.params_of(program.method), numbers), placed, key)
+                self._made.add(made)
                 parts.append({k: np.asarray(v)[:count] for k, v in found.items()})
                 bar.update(count)
         out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}

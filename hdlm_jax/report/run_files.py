@@ -13,12 +13,13 @@ import numpy as np
 from hdlm_jax.common import jsons
 from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest, token_counts
-from hdlm_jax.data.tokenizers import load_tokenizer
+from hdlm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.training.loading import data_dir, saved_config
 from hdlm_jax.training.metrics import read_metrics
 
+NAMED = 4  # words of a cluster that name it
 _VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 
 
@@ -120,13 +121,41 @@ def occupancy(rates: Sequence[float], film: Mapping[str, Any] | None, offsets: S
     return out
 
 
-def _of_data(folder: str) -> tuple[np.ndarray | None, float | None]:
+def counted(folder: str) -> tuple[np.ndarray | None, float | None]:
     """How often each word occurs in the training tokens, and the unigram's nats; None where the data is not there."""
     try:
         manifest = load_manifest(folder)
         return token_counts(folder, "train", manifest), manifest.unigram_nats
     except (OSError, ValueError):
         return None, None
+
+
+def tree_of(h: Hierarchy, tokenizer: Tokenizer, counts: np.ndarray | None, nodes: Sequence[np.ndarray]
+            ) -> dict[str, Any]:
+    """A hierarchy of these nodes of each level alone, as a page has it; the nodes sorted, their parents among them."""
+    sizes = [len(some) for some in nodes]
+    parents = [np.searchsorted(above, parent[some]).tolist()
+               for some, above, parent in zip(nodes, nodes[1:], h.parents[:-1], strict=False)]
+    return {"sizes": sizes, "offsets": [0, *np.cumsum(sizes[:-1]).tolist()], "parents": parents,
+            "words": [show_word(tokenizer.token_bytes(int(i)), tokenizer.kind == "bert") for i in nodes[0]],
+            "counts": None if counts is None else counts[nodes[0]].tolist()}
+
+
+def tree_shown(h: Hierarchy, tokenizer: Tokenizer, counts: np.ndarray | None, z: np.ndarray
+               ) -> tuple[dict[str, Any], np.ndarray]:
+    """(tree_of what states z int32 show, z as its states): them, their parents, and the words that name clusters."""
+    level = np.searchsorted(h.offsets, z, side="right") - 1
+    nodes = [np.unique(z[level == k]) - h.offsets[k] for k in range(h.num_levels + 1)]
+    frequent = np.arange(h.vocab_size) if counts is None else np.argsort(-counts, kind="stable")
+    names = [frequent[h.anc[k][frequent] == node][:NAMED] for k in range(1, h.num_levels) for node in nodes[k]]
+    nodes[0] = np.unique(np.concatenate([nodes[0], *names]))
+    for k, parent in enumerate(h.parents):
+        nodes[k + 1] = np.union1d(nodes[k + 1], parent[nodes[k]])
+    tree = tree_of(h, tokenizer, counts, nodes)
+    new = np.zeros(h.offsets[-1] + 1, np.int32)
+    for some, old, now in zip(nodes, h.offsets, tree["offsets"], strict=False):
+        new[old + some] = now + np.arange(len(some))
+    return tree, new[z]
 
 
 def gather(workdir: str, film: bool = True) -> dict[str, Any]:
@@ -152,13 +181,10 @@ def gather(workdir: str, film: bool = True) -> dict[str, Any]:
         return out
     tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
     hierarchy = Hierarchy.load(path, tokenizer.fingerprint)
-    counts, out["unigram"] = _of_data(data_dir(config, workdir))
+    counts, out["unigram"] = counted(data_dir(config, workdir))
     if recorded and recorded["about"]["hierarchy_fingerprint"] != hierarchy.fingerprint:
         recorded = None  # of another run
-    words = [show_word(tokenizer.token_bytes(i), tokenizer.kind == "bert") for i in range(hierarchy.vocab_size)]
-    out["hierarchy"] = {"sizes": list(hierarchy.sizes), "offsets": list(hierarchy.offsets), "words": words,
-                        "parents": [p.tolist() for p in hierarchy.parents[:-1]],
-                        "counts": None if counts is None else counts.tolist()}
+    out["hierarchy"] = tree_of(hierarchy, tokenizer, counts, [np.arange(n) for n in hierarchy.sizes])
     out["trajectories"] = changes(recorded) if recorded else None
     if process == "hierarchical":
         out["occupancy"] = occupancy(config.diffusion.level_rates(hierarchy.num_levels), recorded, hierarchy.offsets)

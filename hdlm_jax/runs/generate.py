@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.common import jsons, processes
-from hdlm_jax.common.console import compiling, say
+from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import open_atomic, reuse, sha256_of, write_atomic, write_json
 from hdlm_jax.config import Config, ConfigError, GenerateConfig
 from hdlm_jax.decoding import canvas as canvases
@@ -117,8 +117,7 @@ def _sample(run: Run, workdir: str, made_from: dict, helper: Run) -> tuple[dict[
     canvas, length, scaffold = _canvas(run, g, ids)
     draw = sampler.sampler_of(run, helper)
     started = time.monotonic()
-    with compiling("generate"):
-        sampler.compile_for(draw, canvas, g)
+    sampler.compile_for(draw, canvas, g)
     compiled = time.monotonic()
     out = draw(canvas, g)
     seconds = time.monotonic() - compiled

@@ -81,8 +81,10 @@ def check_resume(config: Config, meta: dict, path: str) -> None:
     raise ConfigError(f"{'; '.join(differ)}: the checkpoint in {path} was trained otherwise; {remedy}")
 
 
-def train(config: Config, workdir: str, profile: bool = False) -> TrainState:
+def train(config: Config, workdir: str, profile: bool = False, shown: Writer | None = None) -> TrainState:
     """Trains (or goes on training) to config.train.steps; returns the final TrainState.
+
+    shown: gets the records as well, and shows them in place of the log's lines.
 
     Under workdir: config.json, checkpoints/, metrics.jsonl, curves.png, and what prepare and cluster make. Of many
     processes the first writes; all of them need the workdir and data.dir.
@@ -94,7 +96,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> TrainState:
     """
     check_writable(workdir)
     with lock.held(os.path.join(workdir, "lock"), "train"), Stop() as stop:
-        loop = Loop(config, workdir, stop, profile)
+        loop = Loop(config, workdir, stop, profile, shown)
         if loop.begin():
             loop.run()
             loop.conclude()
@@ -157,7 +159,8 @@ class Recorder:
 class Loop:
     """One training: its parts, made once; then `begin`, `run` and `conclude`."""
 
-    def __init__(self, config: Config, workdir: str, stop: Stop, profile: bool = False):
+    def __init__(self, config: Config, workdir: str, stop: Stop, profile: bool = False, shown: Writer | None = None):
+        self.shown = [shown] if shown else []
         self.config, self.workdir, self.stop, self.began = config, workdir, stop, time.monotonic()
         self.mesh = parallel.make_mesh(config)
         shards = parallel.batch_shards(self.mesh)
@@ -212,7 +215,7 @@ class Loop:
         self.rows = valid_rows(self.text.dir, config.model.seq_len, config.evaluate.rows_in_training,
                                config.data.packing, config.data.padding)
         if processes.is_main_process():
-            self.recorder.writers = writers(self.workdir, self.start, config)
+            self.recorder.writers = [*writers(self.workdir, self.start, config), *self.shown]
         self.iterator = self.batches.iterator(saved.get("position"))
         return True
 
@@ -402,7 +405,7 @@ class Loop:
             return None
         record = self.recorder.record(done.step, int(values["skipped"]))
         self.bar.set_postfix_str(numbers_of(record), refresh=False)
-        if self.bar.disable or not sys.stdout.isatty():
+        if not self.shown and (self.bar.disable or not sys.stdout.isatty()):
             say(f"train: {line_of(record, self.config.train.steps, self.recorder.pace)}")
         return record
 

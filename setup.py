@@ -34,6 +34,7 @@ EXTRAS = {
     "safetensors": ["safetensors>=0.5"],
     "serve": ["starlette>=0.40", "uvicorn>=0.30"],  # --mode=serve
     "chat": ["rich>=13"],  # --mode=chat in a terminal
+    "notebook": ["ipykernel>=6.29", "nbclient>=0.10"],  # to run docs/tour.ipynb
     "lm-eval": ["lm-eval>=0.4.9"],
     "torch": ["torch>=2.4"],  # to read released weights that are not .safetensors
     "mauve": ["mauve-text>=0.4"],

@@ -68,6 +68,10 @@ def test_turns_of_a_conversation(talk, monkeypatch):
     found.answer("two")
     answer = model().generate(1, prompt="The ", steps=6)[0].removeprefix("The ")
     assert asked == [["one"], ["one", answer, "two"]]
+    monkeypatch.setattr(chat.texts, "chatted", lambda run, g, turns: chat.texts.prompted(run, g, "a" * SEQ_LEN))
+    with pytest.raises(ValueError, match="has 16 tokens: must be fewer than the 16 .*; /new forgets what was said"):
+        found.answer("a long one")
+    monkeypatch.setattr(chat.texts, "chatted", chatted)
     found.answer("/new")
     found.answer("three")
     assert asked[-1] == ["three"]

@@ -2,6 +2,7 @@
 
     python -m hdlm_jax.main --config=hdlm_tiny --mode=generate --config.generate.length=48   # records trajectories
     python -m tools.falling runs/hdlm_tiny docs/pictures/falling.gif [--sample=0]
+    python -m tools.falling runs/hdlm_tiny docs/pictures/falling.png --frames=4           # one below the other
 
 A cluster is shown by its most frequent token; grey boxes are masks. A blank at a token's start is shown as a gap.
 """
@@ -19,6 +20,7 @@ from hdlm_jax.data.prepare import token_counts
 from hdlm_jax.data.tokenizers import load_tokenizer
 from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of
 from hdlm_jax.report.run_files import read_trajectories, show_word
+from hdlm_jax.training.loading import data_dir, saved_config
 
 WIDTH, LINE, CELL, SIZE = 860, 34, 10, 17  # pixels; CELL is the width of a monospaced character of SIZE
 INK, CLUSTER, BOX, MASK, PAPER, PALE = "#16222e", "#0b62a8", "#d9ebf9", "#d4d8dc", "white", "#6b7782"
@@ -40,7 +42,7 @@ class Film:
             raise ValueError(f"{workdir}: no trajectories.npz; run --mode=generate first")
         self.hierarchy = Hierarchy.load(file_of(workdir, found["about"]["hierarchy_fingerprint"]))
         self.tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
-        counts = token_counts(os.path.join(workdir, "data"))
+        counts = token_counts(data_dir(saved_config(workdir), workdir))
         self.frequent = [np.arange(self.hierarchy.vocab_size)]  # the most frequent token under every node, by level
         for level in range(1, self.hierarchy.num_levels):
             best = np.zeros(self.hierarchy.sizes[level], int)
@@ -95,13 +97,19 @@ class Film:
 def main(argv: list[str]) -> None:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("workdir")
-    ask.add_argument("out", help="a .gif; its last frame alone as .png beside it")
+    ask.add_argument("out", help="a .gif that moves, or a .png of all frames, one below the other")
     ask.add_argument("--sample", type=int, default=0)
     ask.add_argument("--frames", type=int, default=32, help="of the way, evenly spread")
     given = ask.parse_args(argv)
     film = Film(given.workdir, given.sample)
     pick = np.unique(np.linspace(0, len(film.z) - 1, given.frames).round().astype(int))
     frames = [film.draw(int(i)).quantize(32) for i in pick]
+    if given.out.endswith(".png"):
+        strip = Image.new("RGB", (WIDTH, sum(frame.height for frame in frames)), PAPER)
+        for i, frame in enumerate(frames):
+            strip.paste(frame, (0, i * frame.height))
+        strip.quantize(32).save(given.out, optimize=True)
+        return print(f"falling: {len(frames)} frames in {given.out} ({os.path.getsize(given.out) / 1024:.0f} KiB)")
     times = [900, *[160] * (len(frames) - 2), 3500]
     frames[0].save(given.out, save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True)
     print(f"falling: {len(frames)} frames in {given.out} ({os.path.getsize(given.out) / 1024:.0f} KiB)")

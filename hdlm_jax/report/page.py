@@ -155,7 +155,8 @@ def run_page(run: Mapping[str, Any], first: str = "", then: str = "", data: Mapp
     hierarchical = run["process"] == "hierarchical"
     lack = lambda what, mode: missing(what, workdir, mode)  # noqa: E731
     head = (f"<header><p class=kicker>hdlm_jax run report</p><h1>{name}</h1><p class=lead>{html.escape(describe(run))}"
-            f"</p>{headline(run)}" + ("" if run["evaluate"] else lack("Not evaluated yet:", "evaluate")) + "</header>")
+            f"</p>{headline(run)}" + ("" if run["evaluate"] or first else lack("Not evaluated yet:", "evaluate"))
+            + "</header>")
     viewer = (f"{_WAYS.get(run['process'], _WAYS['hierarchical'])} Move through the network's calls with the slider, "
               "the arrow keys or the play button; point at a token for its history and the probability that the model "
               "gave to what was drawn.")

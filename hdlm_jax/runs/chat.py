@@ -10,14 +10,14 @@ from typing import Any
 
 from hdlm_jax.common.console import say
 from hdlm_jax.common.extras import package
-from hdlm_jax.config import Config
+from hdlm_jax.config import Config, ConfigError, GenerateConfig
 from hdlm_jax.config.rules import choice, rule
 from hdlm_jax.data import chat as chats
 from hdlm_jax.decoding import desk, presets, sampler, texts
 from hdlm_jax.training.loading import Run, load_run
 
-HELP = ("/method NAME [OPTION=VALUE ...]   /steps N   /seed N   /length N (0: as long as the model's texts)   "
-        "/new (forgets the conversation)   /help   /quit; anything else is a line for the model")
+HELP = ("/method NAME [OPTION=VALUE ...]   /steps N   /seed N   /length N (what is there counts; 0: all there is "
+        "room for)   /new (forgets the conversation)   /help   /quit; anything else is a line for the model")
 COMMANDS = ("method", "steps", "seed", "length", "new", "help", "quit")
 Part = tuple[str, int]  # text and its level: 0 is a word
 
@@ -73,11 +73,17 @@ class Talk:
         self.g = texts.settings(self.run, now | values)
         return f"method {self.g.method} {self.g.options}".rstrip() + f", steps {self.g.steps}, seed {self.g.seed}"
 
+    def asked(self, g: GenerateConfig, turns: list[chats.Message]) -> texts.Asked:
+        try:
+            return texts.chatted(self.run, g, turns)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; /new forgets what was said before" if self.turns else str(error)) from None
+
     def write(self, line: str) -> None:
         """The text after a line, shown while it is written; one that is stopped is no turn."""
         g = dataclasses.replace(self.g, num_samples=1, prompt="", schema="")
         turns = [*self.turns, {"role": "user", "content": line}]
-        asked = texts.chatted(self.run, g, turns) if self.chats else texts.prompted(self.run, g, line)
+        asked = self.asked(g, turns) if self.chats else texts.prompted(self.run, g, line)
         for now in desk.moments(self.draw, self.run.tokenizer, asked, g):
             parts = [(now.text, 0)] if now.done else list(drawn(self.run, now.z[asked.skip:].tolist()))
             self.show(parts, bool(now.done))

@@ -333,7 +333,11 @@ def test_training_from_python(copied, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(
         display=page, get_ipython=lambda: types.SimpleNamespace(config={"IPKernelApp": {}})))
     shutil.rmtree(copied / "checkpoints")
-    found = hdlm_jax.train(recipe, workdir=copied, **{"generate.steps": 5})
+    found = hdlm_jax.train(recipe, workdir=copied, **{"generate.steps": 5, "train.sample_every": 3})
+    latest = json.loads((copied / "latest_samples.json").read_text())
+    assert latest == {"step": 3, "texts": found.generate(2, steps=32)}, "by the weights as they are"
+    for ours, there in zip(_leaves(found.run.params), _leaves(model().run.params), strict=True):
+        np.testing.assert_array_equal(ours, there, "as without it")
     assert found.run.step == 3 and json.loads((copied / "config.json").read_text())["generate"]["steps"] == 5
     assert "step 3 of 3 (100 %)" in shown[-1] and shown[-1].count("<polyline") == 2 and "step 3 of 3" not in (
         capsys.readouterr().out), "in place of the log's lines"

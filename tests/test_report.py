@@ -329,6 +329,12 @@ def test_a_run_is_watched(run, watched, capsys):
     assert told["step"] == ("3", "of 3, 100 %") and told["weighted loss"] == ("1.5000", "nats/token")
     assert told["NELBO, validation, step 2"] == ("5.5000", "± 0.2500 nats/token")
     assert told["NELBO, training batches (noisy)"] == ("6.0000", "nats/token")
+    (folder / "latest_samples.json").write_text('{"step": 4, "texts": ["<new>"]}')
+    assert json.loads(ask("/state.json?since=3")[1])["mark"] != new["mark"], "the page is to be loaded again"
+    assert "<p>Of step 4.</p><pre>&lt;new&gt;</pre>" in ask("/")[1], "while it trains, of its own weights"
+    (folder / "latest_samples.json").write_text('{"step": 3, "texts": ["<new>"]}')
+    assert "&lt;new&gt;" not in ask("/")[1], "--mode=generate has been asked since"
+    (folder / "latest_samples.json").unlink()
     (folder / "samples.jsonl").unlink()
     assert json.loads(ask("/state.json?since=3")[1])["mark"] != new["mark"], "the page is to be loaded again"
     assert "--mode=generate" in ask("/")[1]

@@ -372,6 +372,7 @@ class TrainConfig(_Section):
     writers: tuple[str, ...] = ()  # of the records, beside metrics.jsonl: tensorboard, wandb (Weights & Biases)
     nonfinite_limit: int = 10  # steps whose loss or gradient is not finite are skipped; stop after more than so many
     evaluate_every: int = 0  # steps between measurements on `evaluate.rows_in_training`; 0: at the end alone
+    sample_every: int = 0  # steps between two short texts for `hdlm-jax watch` (latest_samples.json); 0: never
     init_from: str = ""  # workdir of a run whose weights to start from
     adapt: bool = False  # and become another model: process, clusters, head and what a token sees are as given here
     open_steps: int = 0  # adapt: steps over which tokens come to see those behind them; 0: at once
@@ -394,8 +395,8 @@ class TrainConfig(_Section):
         self.need(self.batch_size % self.partners == 0, "batch_size",
                   "train.objective='complementary' makes two rows of each text; give an even number")
         self.hold_seed("seed")
-        self.hold("must not be negative", "nonfinite_limit", "evaluate_every", "open_steps", "recluster_every",
-                  "recluster_until")
+        self.hold("must not be negative", "nonfinite_limit", "evaluate_every", "sample_every", "open_steps",
+                  "recluster_every", "recluster_until")
         self.need(not self.recluster_until or self.recluster_every > 0, "recluster_until",
                   "goes with train.recluster_every")
         self.need(not self.adapt or bool(self.init_from), "adapt", "goes with train.init_from, the run to start from")

@@ -22,11 +22,12 @@ from hdlm_jax.common import jsons
 from hdlm_jax.common.console import lasts, readable, say
 from hdlm_jax.config import expand
 from hdlm_jax.report import page, run_files
+from hdlm_jax.runs.train import LATEST
 from hdlm_jax.training.metrics import read_metrics
 
 SAMPLES = 4  # shown, at most
 _FILES = ("config.json", "hierarchy.npz", "evaluate.json", "generate.json", "samples.jsonl", "trajectories.npz",
-          "tasks.json")
+          "tasks.json", LATEST)
 
 
 def mark(workdir: str) -> str:
@@ -80,12 +81,15 @@ def state(workdir: str, since: int = 0) -> dict[str, Any]:
 
 
 def _samples(workdir: str) -> str:
+    made = run_files.read_optional(workdir, "generate.json") or {}
     texts = [r["text"] for r in jsons.read_lines(os.path.join(workdir, "samples.jsonl"))[0] if "text" in r][:SAMPLES]
+    latest = run_files.read_optional(workdir, LATEST)
+    if latest and latest["step"] > made.get("step", -1):
+        made, texts = latest, latest["texts"]
     if not texts:
         return page.section("samples", "Samples", "", page.missing(
-            "No samples yet; beside the training, from its newest checkpoint:", workdir,
+            "No samples yet; --config.train.sample_every=500 draws some, or beside the training:", workdir,
             "generate --config.generate.checkpoint=latest"))
-    made = run_files.read_optional(workdir, "generate.json") or {}
     return page.section("samples", "Latest samples", f"Of step {made['step']:,}." if "step" in made else "", "".join(
         f"<pre>{html.escape(text)}</pre>" for text in texts))
 

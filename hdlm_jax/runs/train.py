@@ -19,9 +19,10 @@ from hdlm_jax.common import jsons, lock, parallel, processes
 from hdlm_jax.common.console import compiling, measured, progress, say
 from hdlm_jax.common.jsons import write_json
 from hdlm_jax.common.parallel import Tree
-from hdlm_jax.config import Config, ConfigError, resolve
+from hdlm_jax.config import Config, ConfigError, GenerateConfig, resolve
 from hdlm_jax.data.embeddings import initial_table
 from hdlm_jax.data.pipeline import given, valid_rows, whole_position
+from hdlm_jax.decoding.sampler import Sampler, ended, sampler_of, start_canvas, text_of
 from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of
 from hdlm_jax.evaluation.elbo import Evaluator, summarise
 from hdlm_jax.models.decoder import merged
@@ -48,6 +49,7 @@ from hdlm_jax.training.step import make_train_step
 # sections in which a resumed run must not differ, and the settings in them that may; of data its fingerprint counts
 # and how sequences are made of it
 _FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "decoder", "optimizer", "train")
+LATEST = "latest_samples.json"  # of train.sample_every: step, texts
 _FIXED_DATA = ("data.packing", "data.padding", "data.variable_share", "data.stream", "data.shuffle_documents")
 
 
@@ -187,6 +189,7 @@ class Loop:
         self.network, self.process = build(self.config, hierarchy)
         self.abstract, self.shardings = abstract_state(self.config, self.network, self.tx, self.mesh)
         self.facts["hierarchy"] = hierarchy.fingerprint
+        self.sampler: Sampler | None = None
         self.opened: bool | None = None  # whether `step` is of the time when tokens see all others
 
     def begin(self) -> bool:
@@ -426,6 +429,8 @@ class Loop:
             self.recorder.write(record)
         if saves or now:
             self._save(step, valid)
+        if self.config.train.sample_every and step % self.config.train.sample_every == 0:
+            self._draw(step)
         if leave:
             self.checkpoints.wait()
             say(f"train: asked to stop, saved step {step:,}; the same command resumes")
@@ -459,6 +464,22 @@ class Loop:
         self.recorder.since += time.monotonic() - pause
         say(f"train: step {step:,}, validation NELBO {measured(result['nelbo'], result['se'], sign='+-')} nats/token")
         return {"valid_nelbo": float(result["nelbo"]), "valid_se": float(result["se"])}
+
+    def _draw(self, step: int) -> None:
+        """Writes two texts of the weights as they are, in 32 steps; their time is not the training's."""
+        jax.block_until_ready(self.state.params)
+        pause, eot = time.monotonic(), self.text.tokenizer.eot
+        g = GenerateConfig(num_samples=2, steps=32, seed=self.config.train.seed)
+        run = Run(self.config, self.config, self.text.dir, self.text.tokenizer, self.hierarchy, self.network,
+                  self.process, self.mesh, self.state.ema or self.state.params, step, bool(self.state.ema))
+        self.sampler = self.sampler or sampler_of(run)
+        self.sampler.params = run.params
+        found = self.sampler(start_canvas(run, g, np.zeros((g.num_samples, 0), np.int32)), g)
+        rows = [ended(row[:n], 0, eot, g.stop) for row, n in zip(found["tokens"], found["length"], strict=True)]
+        texts = [text_of(run.tokenizer, row, g.stop) for row in rows]
+        if processes.is_main_process():
+            write_json(os.path.join(self.workdir, LATEST), {"step": step, "texts": texts})
+        self.recorder.since += time.monotonic() - pause
 
     def _save(self, step: int, valid: dict[str, float]) -> None:
         meta = self.facts | {"config": self.config.as_dict(), "position": whole_position(self.iterator.get_state()),

@@ -29,8 +29,8 @@ from hdlm_jax.training.state import build, placed
 
 # settings in which a use of a run, or its resume, may differ from how it was trained (what the tokenizer's file holds
 # is in its fingerprint)
-FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "train.nonfinite_limit", "train.writers",
-        "model.remat", "model.attention", "tokenizer.file", "tokenizer.sha256")
+FREE = ("train.log_every", "train.microbatches", "train.evaluate_every", "train.sample_every", "train.nonfinite_limit",
+        "train.writers", "model.remat", "model.attention", "tokenizer.file", "tokenizer.sha256")
 
 
 def data_dir(config: Config, workdir: str) -> str:

@@ -1,6 +1,6 @@
 """Many clients at a served run: what is lost, how long they wait, and how near its texts a second are to the sampler's.
 
-    python -m tools.serve_load RUN --clients=64 --seconds=60 [--steps=32]
+    python -m tools.serve_load RUN --clients=64 --seconds=60 [--steps=32] [--about=TEXT] >> docs/runs/serve_load.jsonl
 
 Draws batches with the sampler alone, then starts `--mode=serve` on the run and lets the clients ask on loopback, each
 again as soon as it has its answer, some of them leaving or sending nonsense in between (--rude). One JSON line: texts a
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 import hdlm_jax
+from hdlm_jax.common.console import markdown
 from hdlm_jax.config import change
 from hdlm_jax.decoding.sampler import sampler_of, start_canvas
 
@@ -122,11 +123,23 @@ def differing(where: str, load: Load, check: int) -> int:
     return wrong
 
 
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown of what `main` gave, a row each."""
+    head = ["", "clients", "requests", "lost", "not `generate`'s", "p50", "p95", "texts/s",
+            "the sampler alone, before and after", "share", "share a CPU second"]
+    return markdown(head, [[
+        x["about"], str(x["clients"]), f"{x['requests']:,}", str(x["lost"]), f"{x['differ']} of {x['checked']}",
+        f"{x['p50_s']:.1f} s", f"{x['p95_s']:.1f} s", f"{x['texts_per_s']:.2f}",
+        ", ".join(f"{speed:.2f}" for speed in x["sampler_texts_per_s"]), f"{x['share']:.2f}",
+        f"{x['share_per_cpu_second']:.3f}"] for x in lines])
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     for name, value in (("clients", 64), ("seconds", 60), ("steps", 32), ("batch", 16), ("check", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--about", default="", help="what the table says of run and machine")
     parser.add_argument("--rude", action="store_true")
     a = parser.parse_args(argv)
     alone = [sampler_speed(a.run, a.steps, a.batch, a.seconds / 2)]
@@ -144,7 +157,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         server.wait(60)
     alone.append(sampler_speed(a.run, a.steps, a.batch, a.seconds / 2))  # before and after: machines are not quiet
     p50, p95 = np.percentile(load.seconds, (50, 95))
-    return {"clients": a.clients, "seconds": a.seconds, "steps": a.steps, "batch": a.batch, "requests": len(load.texts),
+    return {"about": a.about,
+            "clients": a.clients, "seconds": a.seconds, "steps": a.steps, "batch": a.batch, "requests": len(load.texts),
             "lost": len(load.lost), "why": load.lost[:3], "checked": a.check, "differ": differing(a.run, load, a.check),
             "p50_s": round(float(p50), 3), "p95_s": round(float(p95), 3), "texts_per_s": round(speed, 3),
             "sampler_texts_per_s": [round(float(x[0]), 3) for x in alone],

@@ -7,7 +7,7 @@
 A table stands between two marks, <!-- runs: docs/runs/quickstart/hdlm_tiny docs/runs/quickstart/mdlm_tiny --> and
 <!-- end -->: that of `python -m hdlm_jax.report` of these runs, and their paired differences. --keep copies of runs
 what such a table is made from. Behind <!-- grid: NAME --> stands a table of tools/grid.py, behind <!-- toy: FILE -->
-one of tools/toy_calls.py.
+one of tools/toy_calls.py, behind <!-- load: FILE --> one of what tools/serve_load.py wrote to FILE.
 """
 import json
 import os
@@ -17,12 +17,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hdlm_jax.common import jsons
 from hdlm_jax.report import compare
-from tools import cli, grid, toy_calls
+from tools import cli, grid, serve_load, toy_calls
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
-MARK = re.compile(r"(<!-- (runs|grid|toy): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (runs|grid|toy|load): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def rendered(found: re.Match[str]) -> str:
@@ -32,6 +33,8 @@ def rendered(found: re.Match[str]) -> str:
         lines = [own[found[3]]() if found[3] in own else grid.table(found[3])]
     elif found[2] == "toy":
         lines = [toy_calls.table(json.loads((ROOT / found[3]).read_text()))]
+    elif found[2] == "load":
+        lines = [serve_load.table(jsons.read_lines(str(ROOT / found[3]))[0])]
     else:
         workdirs = [str(ROOT / name) for name in found[3].split()]
         lines = [compare.table(workdirs), *compare.differences(workdirs)]

@@ -492,3 +492,17 @@ def test_pages_fit_and_say_no_error(run, look, tmp_path, width):
             chart.locator("svg").hover()
             assert re.search(r"at (tokens|t) [\d.]+", chart.locator(".legend").inner_text())
         assert charts.count() == {"all.html": 3}.get(path.name, 1 if "lacking" in str(path) else 4)
+
+
+def test_a_text_plays_in_a_frame_of_its_own(look, tmp_path):
+    """As in a notebook: from the first call to the last, as high as it is, its names and styles not the notebook's."""
+    film = model().show("The ", steps=6, batch_size=8)
+    (tmp_path / "cell.html").write_text("<html data-ready=yes><body><p id=play>mine</p>" + film._repr_html_(), "utf-8")
+    tab = look(tmp_path / "cell.html", 400)
+    inside = tab.frame_locator("iframe")
+    inside.locator(f"#status[data-call='{film.calls}']").wait_for(timeout=20_000)
+    assert inside.locator("#play").inner_text() == "▶ Play" and tab.locator("#play").inner_text() == "mine"
+    height, wide = inside.locator("body").evaluate("b => [b.offsetHeight, b.scrollWidth <= innerWidth]")
+    assert wide and abs(tab.locator("iframe").evaluate("f => f.clientHeight") - height) <= 1
+    written = "".join(inside.locator("#text .tok > .on").all_inner_texts())
+    assert written.startswith("The") and inside.locator("#text").get_attribute("class") == "text settled"

@@ -244,10 +244,14 @@ def train(config: str | config_dict.ConfigDict, workdir: str = "", **settings: A
     given.parallel.shape(jax.device_count())
     parallel.keep_compiled()
     import_weights.check_trainable(workdir)
+    plot = notebook.Plot(workdir, given.train.steps) if notebook.here() else None
     try:
-        training.train(given, workdir, shown=notebook.Plot(workdir, given.train.steps) if notebook.here() else None)
+        training.train(given, workdir, shown=plot)
     except SystemExit as stopped:
         if stopped.code != RESUME_EXIT:
             raise
         raise KeyboardInterrupt("asked to stop, saved; the same call goes on") from None
+    finally:
+        if plot:
+            plot.close()  # also where there was nothing to do
     return Model(workdir)

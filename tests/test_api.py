@@ -341,6 +341,9 @@ def test_training_from_python(copied, monkeypatch, capsys):
     assert found.run.step == 3 and json.loads((copied / "config.json").read_text())["generate"]["steps"] == 5
     assert "step 3 of 3 (100 %)" in shown[-1] and shown[-1].count("<polyline") == 2 and "step 3 of 3" not in (
         capsys.readouterr().out), "in place of the log's lines"
+    shown.clear()
+    hdlm_jax.train(recipe, workdir=str(copied))
+    assert "step 3 of 3 (100 %)" in shown[-1], "also where there is nothing to do"
     for given, settings, match in [
             ("hdlm_tinny", {}, "--config='hdlm_tinny': choose one of .*mean 'hdlm_tiny'"),
             (5, {}, "config: must be the name of a recipe or a ConfigDict, not int"),

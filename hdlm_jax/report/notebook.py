@@ -141,4 +141,5 @@ class Plot:
         self.drawn = time.monotonic()
 
     def close(self) -> None:
+        self.records = self.records or read_metrics(self.path)
         self.draw()

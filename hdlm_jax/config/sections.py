@@ -427,8 +427,9 @@ class TuneConfig(_Section):
                    ratio=("call", "token"))
         self.need(not self.objective or bool(self.task), "task", f"tune.objective={self.objective!r} needs one: choose "
                   f"{', '.join(REWARDS)}")
-        self.hold("must be at least 1", "updates", "rows")
-        self.need(self.group >= 2, "group", "must be at least 2")
+        self.hold("must be at least 1", "updates")
+        for name in ("group", "rows"):
+            self.need(getattr(self, name) >= 2, name, "must be at least 2")
         self.hold("must not be negative", "views", "kl")
         self.hold("must be positive", "clip")
 

@@ -116,7 +116,7 @@ def test_it_resumes_between_steps_bit_for_bit(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["elbo", "one_pass", "coupled"])
+@pytest.mark.parametrize("objective", ["elbo", "nodes", "one_pass", "coupled"])
 def test_surrogates_run(base, tmp_path, objective):
     state = tune.tune(settings(objective, base, 2), str(tmp_path))
     assert int(state.step) == 2 and int(state.skipped) == 0

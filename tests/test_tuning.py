@@ -14,7 +14,7 @@ from hdlm_jax.decoding import loop, presets
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.models.heads import FlatHead
 from hdlm_jax.tuning import record
-from hdlm_jax.tuning.update import Gradients, chosen_calls
+from hdlm_jax.tuning.update import OBJECTIVES, Gradients, chosen_calls
 
 
 def network_of(process, seed=0, scale=2.0):
@@ -254,3 +254,20 @@ def test_clipped_ratios_and_the_reference_as_omega(ratio):
         np.testing.assert_allclose(found, wanted, atol=1e-6)
         free = np.asarray(summed(process, ratio=ratio, kl=0.3, clip=1e6)(rows, table, old, reference))
         assert np.abs(free - wanted).max() > 1e-2  # some ratios were clipped
+
+
+def test_nodes_integrate_the_bound():
+    """One level: weights at masks are share / t at the nodes of the rule, so that a cost of one nat a token sums to S
+    in the mean; given tokens are never noised."""
+    process = make(MDLM, (1.0,))[1]
+    rows = {"x": jnp.zeros((400, 6), jnp.int32), "fell": jnp.zeros((400, 6, 1), jnp.int32).at[:, 0].set(-1)}
+    view, count = OBJECTIVES["nodes"](process, 0)
+    keys, total = fold(jnp.broadcast_to(jax.random.key(0), (400,)), jnp.arange(400)), 0.0
+    for number in range(int(count(rows))):
+        found = view(rows, keys, number)
+        hidden = np.asarray(found.level > found.to)
+        assert (np.asarray(found.z)[:, 0] == 0).all() and not hidden[:, 0].any() and hidden[:, 1:].any()
+        share = float(found.weight[hidden][0] * found.t[0])
+        assert share == pytest.approx((5 / 18, 8 / 18, 5 / 18)[number], rel=1e-5)
+        total += np.where(hidden, np.asarray(found.weight), 0).sum(1).mean()
+    assert total == pytest.approx(5, abs=0.3)

@@ -27,7 +27,7 @@ PADDINGS = ("end", "hidden")
 PROTOCOLS = ("document", "packed")
 WRITERS = ("tensorboard", "wandb")
 REWARDS = ("permutations", "sorting", "parity", "sums", "countdown", "sudoku")  # tasks of tuning/tasks.py
-TUNINGS = ("score", "elbo", "one_pass", "coupled")  # objectives of tuning/update.py
+TUNINGS = ("score", "elbo", "nodes", "coupled", "one_pass")  # objectives of tuning/update.py
 FIXED_WORDS = {"gpt2": 50257, "bytes": 257}  # of tokenizers that have no other number of them
 
 
@@ -411,11 +411,11 @@ class TrainConfig(_Section):
 class TuneConfig(_Section):
     """Training by rewards in place of texts: rollouts by the method of `generate`, judged (docs/training.md)."""
 
-    objective: str = ""  # score: the exact policy gradient | elbo, one_pass, coupled: surrogates | empty: learn texts
+    objective: str = ""  # score: the exact policy gradient | elbo, nodes, coupled, one_pass: surrogates | "": none
     task: str = ""  # whose answers are judged
     group: int = 8  # rollouts of a prompt, a baseline for each other; train.batch_size is all of a step
     advantage: str = "mean"  # reward less the group's mean | leave_one_out | std, divided by the group's spread
-    views: int = 0  # score: calls of a rollout that count, drawn anew; 0: all. elbo: noise draws; 0: one
+    views: int = 0  # score: calls of a rollout that count, drawn anew; 0: all. elbo, nodes: noise draws; 0: 1, 3
     updates: int = 1  # of the weights by the same rollouts; from the second on importance ratios, clipped
     ratio: str = "call"  # of: call, all that a call drew | token, each token by itself
     clip: float = 0.2  # ratios further from 1 than this, to the better side, have no gradient

@@ -42,7 +42,7 @@ def get_config(objective=""):
     c.tune.rows = 512
     if objective:
         c.tune.objective = objective
-        c.optimizer.lr = 1e-3
+        c.optimizer.lr = 3e-4
         c.optimizer.warmup = 0
         c.optimizer.schedule = "constant"
         c.train.steps = 200

@@ -1,16 +1,22 @@
 """Training by rewards: tasks that are verified, advantages, and the loop that resumes bit for bit."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from hdlm_jax.common import parallel
 from hdlm_jax.config import REWARDS, TUNINGS, ConfigError, default, recipe, resolve
+from hdlm_jax.decoding import sampler
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.runs import train, tune
+from hdlm_jax.training.state import abstract_state, build, init_state, make_optimizer
 from hdlm_jax.tuning import tasks
 from hdlm_jax.tuning.advantage import advantages
-from hdlm_jax.tuning.update import OBJECTIVES
+from hdlm_jax.tuning.record import make_rollout
+from hdlm_jax.tuning.update import OBJECTIVES, make_update
 
 
 def test_names_are_those_of_the_settings():
@@ -26,7 +32,7 @@ def test_examples_are_functions_of_their_number_and_right(name, tmp_path):
     reward = task.reward([e.answer for e in some], [e.facts for e in some])
     assert reward.dtype == np.float32 and (reward == 1).all() and all(e.prompt for e in some)
     assert (task.reward(["", "?"], [some[0].facts] * 2) == 0).all()
-    few = tasks.dataclasses.replace(task, texts=200)
+    few = dataclasses.replace(task, texts=200)
     path = tasks.write_texts(few, str(tmp_path))
     records = [json.loads(line) for line in open(path, encoding="utf-8")]
     assert records == few.records() and len(records) == 200
@@ -69,7 +75,7 @@ def test_settings_that_do_not_go_together_are_one_line(changes, words):
 
 def settings(objective="", base="", steps=4, **more):
     c = recipe("permutations", *[objective] * bool(objective))
-    c.model.width, c.train.batch_size, c.tune.group, c.tune.rows, c.train.steps = 8, 8, 4, 8, steps
+    c.model.width, c.train.batch_size, c.tune.group, c.tune.rows, c.train.steps = 8, 16, 4, 8, steps
     c.train.init_from, c.train.log_every, c.checkpoint.every = base, 1, 2
     c.evaluate.rows_in_training, c.evaluate.rows, c.evaluate.draws = 4, 4, 2
     for name, value in more.items():
@@ -120,3 +126,33 @@ def test_it_resumes_between_steps_bit_for_bit(base, tmp_path, monkeypatch):
 def test_surrogates_run(base, tmp_path, objective):
     state = tune.tune(settings(objective, base, 2), str(tmp_path))
     assert int(state.step) == 2 and int(state.skipped) == 0
+
+
+@pytest.mark.slow
+def test_eight_devices_are_one():
+    """Rollouts and the update, divided over rows and over fsdp, against one device."""
+    config = settings("score", "somewhere", tune__updates=2)
+    hierarchy = Hierarchy.from_parents([], 257)
+    network, process = build(config, hierarchy)
+    z = np.full((16, 8), hierarchy.mask_id, np.int32)
+    z[:, 0] = ord("=")
+    numbers, key = sampler.numbers_of(config.generate, 8), jax.random.key(0)
+    found = []
+    for devices in (1, 8):
+        given = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, fsdp=min(devices, 2)))
+        mesh = parallel.make_mesh(given, jax.devices()[:devices])
+        tx, _ = make_optimizer(config)
+        abstract, where = abstract_state(config, network, tx, mesh)
+        state = jax.jit(lambda k: init_state(config, network, tx, k), out_shardings=where)(key)  # noqa: B023
+        index = np.arange(16, dtype=np.int32)
+        rollout = make_rollout(network, process, config.generate, mesh)
+        roll = parallel.compile_sample_step(rollout, mesh, abstract.params)
+        rows = roll((state.params, numbers), parallel.put_batch(mesh, {"z": z, "index": index}), key)
+        rows = {name: np.asarray(value) for name, value in rows._asdict().items()}
+        rows |= {"advantage": np.linspace(-1, 1, 16).astype(np.float32), "index": index}
+        update = parallel.compile_step(make_update(config, network, process, tx, mesh), mesh, where)
+        state, metrics = update(state, parallel.put_batch(mesh, rows), (key, {}))
+        found.append((rows, float(metrics["loss"]), jax.tree.map(np.asarray, state.params)))
+    (rows, loss, params), (others, other, moved) = found
+    assert all((rows[name] == others[name]).all() for name in rows) and other == pytest.approx(loss, rel=1e-4)
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), params, moved))) < 1e-5

@@ -16,7 +16,7 @@ from hdlm_jax.common import lock, parallel, processes
 from hdlm_jax.common.console import compiling, measured, say
 from hdlm_jax.common.jsons import write_json
 from hdlm_jax.common.parallel import Batch, Rows, Tree
-from hdlm_jax.config import Config, ConfigError, GenerateConfig
+from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding import sampler
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
@@ -200,7 +200,8 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
 
 
 def rewards(run: Run, workdir: str) -> list[dict[str, Any]]:
-    """Rewards of a run on fixed prompts at its number of calls T (generate.steps), at T/2 and 2T; to rewards.json.
+    """Rewards of a run on fixed prompts at its number of calls T (generate.steps; of methods that have one), at T/2 and
+    2T; to rewards.json.
 
     How a run writes at other numbers of calls than it was tuned at tells whether it has learnt the task or the plan.
     """
@@ -208,12 +209,13 @@ def rewards(run: Run, workdir: str) -> list[dict[str, Any]]:
     prompts = Prompts(config, run.tokenizer, run.hierarchy.mask_id, "valid")
     examples, draw = prompts.examples(0, config.tune.rows), sampler.sampler_of(run)
     canvas, out = prompts.canvas(examples), []
-    for steps in (max(1, g.steps // 2), g.steps, 2 * g.steps):
-        at: GenerateConfig = dataclasses.replace(g, steps=steps)
-        found = draw(canvas, at)
+    steps = int(sampler.method_of(g).numbers.get("steps", 0))
+    options = " ".join(part for part in g.options.split() if not part.startswith("steps="))
+    for many in (max(1, steps // 2), steps, 2 * steps) if steps else (g.steps,):
+        found = draw(canvas, dataclasses.replace(g, steps=many, options=options))
         reward, facts = prompts.judged(found["tokens"], examples)
-        out.append({"steps": steps, "calls": float(found["row_forwards"].mean()), "prompts": len(examples)} | facts)
-        say(f"evaluate: {config.tune.task} in {steps} steps ({out[-1]['calls']:.1f} calls): reward "
+        out.append({"steps": many, "calls": float(found["row_forwards"].mean()), "prompts": len(examples)} | facts)
+        say(f"evaluate: {config.tune.task} in {many} steps ({out[-1]['calls']:.1f} calls): reward "
             f"{measured(facts['reward'], facts['reward_se'], sign='+-')}, {100 * facts['distinct']:.0f} % of the "
             "answers different")
     if processes.is_main_process():

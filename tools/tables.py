@@ -6,36 +6,64 @@
 
 A table stands between two marks, <!-- runs: docs/runs/quickstart/hdlm_tiny docs/runs/quickstart/mdlm_tiny --> and
 <!-- end -->: that of `python -m hdlm_jax.report` of these runs, and their paired differences. --keep copies of runs
+<<<<<<< HEAD
 what such a table is made from. Behind <!-- grid: NAME --> stands a table of tools/grid.py, behind <!-- toy: FILE -->
 one of tools/toy_calls.py.
+=======
+what such a table is made from. Behind <!-- grid: NAME --> stands a table of tools/grid.py; <!-- rewards: FILE.json -->:
+of runs trained by rewards, {"runs": [{"run", "nelbo", "se", "rewards"}]}, of evaluate.json and rewards.json.
+>>>>>>> 79e072f (Results: permutations by rewards (wip))
 """
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from hdlm_jax.common import jsons
+from hdlm_jax.common.console import markdown, measured
 from hdlm_jax.report import compare
 from tools import cli, grid, toy_calls
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
+<<<<<<< HEAD
 MARK = re.compile(r"(<!-- (runs|grid|toy): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+=======
+MARK = re.compile(r"(<!-- (runs|grid|rewards): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+>>>>>>> 79e072f (Results: permutations by rewards (wip))
 
 
 def rendered(found: re.Match[str]) -> str:
     """A mark with the table of its runs, or of the grid, behind it."""
+<<<<<<< HEAD
     if found[2] == "grid":
         own = {"calls": grid.calls_table, "likelihoods": grid.likelihoods_table}
         lines = [own[found[3]]() if found[3] in own else grid.table(found[3])]
     elif found[2] == "toy":
         lines = [toy_calls.table(json.loads((ROOT / found[3]).read_text()))]
+=======
+    if found[2] == "rewards":
+        lines = [rewards_table(jsons.read_json(ROOT / found[3], "runs")["runs"])]
+    elif found[2] == "grid":
+        lines = [grid.calls_table() if found[3] == "calls" else grid.table(found[3])]
+>>>>>>> 79e072f (Results: permutations by rewards (wip))
     else:
         workdirs = [str(ROOT / name) for name in found[3].split()]
         lines = [compare.table(workdirs), *compare.differences(workdirs)]
     return found[1] + "\n" + "\n\n".join(lines) + "\n\n" + found[5]
+
+
+def rewards_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Rewards at each number of calls there is, shares of different answers, and NELBO, of runs."""
+    calls = [f"reward, {one['calls']:.0f} calls" for one in runs[0]["rewards"]]
+    rows = [[run["run"], *(measured(one["reward"], one["reward_se"], ".3f") for one in run["rewards"]),
+             ", ".join(f"{100 * one['distinct']:.0f} %" for one in run["rewards"]), measured(run["nelbo"], run["se"])]
+            for run in runs]
+    return markdown(["run", *calls, "different answers", "NELBO, nats/token"], rows)
 
 
 def keep(folder: Path, workdirs: Sequence[str]) -> None:

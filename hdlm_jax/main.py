@@ -180,7 +180,7 @@ def main(argv: list[str]) -> None:
 
     from hdlm_jax.common import console, lock, parallel, processes
     from hdlm_jax.report import live, page
-    from hdlm_jax.runs import chat, evaluate, export, fetch, generate, import_weights, serve, stages, train
+    from hdlm_jax.runs import chat, evaluate, export, fetch, generate, import_weights, serve, stages, train, tune
     from hdlm_jax.training import loading
 
     config = stages.checked(loading.with_base(_CONFIG.value, workdir))
@@ -207,9 +207,12 @@ def main(argv: list[str]) -> None:
             stages.cluster(config, workdir, stages.prepare(config, workdir))
     elif _MODE.value == "train":
         import_weights.check_trainable(workdir)
-        train.train(config, workdir, _PROFILE.value)
+        (tune.tune if config.tune.objective else train.train)(config, workdir, _PROFILE.value)
     elif _MODE.value == "evaluate":
-        evaluate.run(config, workdir)
+        if config.tune.task and not config.evaluate.tasks:
+            tune.evaluate(config, workdir)
+        else:
+            evaluate.run(config, workdir)
     elif _MODE.value == "generate":
         generate.generate(config, workdir)
     elif _MODE.value == "import":

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 PACKAGE = "hdlm_jax"
 # from the ground up: a room imports from itself and from those before it
-ROOMS = ("config", "common", "diffusion", "models", "data", "training", "decoding", "evaluation", "runs", "report",
-         "library", "api", "main")
+ROOMS = ("config", "common", "diffusion", "models", "data", "training", "decoding", "evaluation", "tuning", "runs",
+         "report", "library", "api", "main")
 WIDTH, COLUMNS = 1.62, 7  # of a file's box, in inches; boxes in a row
 Place = tuple[float, float]
 

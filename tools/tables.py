@@ -7,23 +7,36 @@
 A table stands between two marks, <!-- runs: docs/runs/quickstart/hdlm_tiny docs/runs/quickstart/mdlm_tiny --> and
 <!-- end -->: that of `python -m hdlm_jax.report` of these runs, and their paired differences. --keep copies of runs
 what such a table is made from. Behind <!-- grid: NAME --> stands a table of tools/grid.py, behind <!-- toy: FILE -->
-one of tools/toy_calls.py, behind <!-- load: FILE --> one of what tools/serve_load.py wrote to FILE.
+one of tools/toy_calls.py, behind <!-- load: FILE --> one of what tools/serve_load.py wrote to FILE, behind
+<!-- rewards: FILE --> one of runs trained by rewards, {"runs": [{"run", "nelbo", "se", "rewards"}]}, of their
+evaluate.json and rewards.json.
 """
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hdlm_jax.common import jsons
+from hdlm_jax.common.console import markdown, measured
 from hdlm_jax.report import compare
 from tools import cli, grid, serve_load, toy_calls
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
-MARK = re.compile(r"(<!-- (runs|grid|toy|load): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (runs|grid|toy|load|rewards): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def rewards_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Rewards at each number of calls there is, shares of different answers, and NELBO, of runs."""
+    calls = [f"reward, {one['calls']:.0f} calls" for one in runs[0]["rewards"]]
+    rows = [[run["run"], *(measured(one["reward"], one["reward_se"], ".3f") for one in run["rewards"]),
+             ", ".join(f"{100 * one['distinct']:.0f} %" for one in run["rewards"]), measured(run["nelbo"], run["se"])]
+            for run in runs]
+    return markdown(["run", *calls, "different answers", "NELBO, nats/token"], rows)
 
 
 def rendered(found: re.Match[str]) -> str:
@@ -35,6 +48,8 @@ def rendered(found: re.Match[str]) -> str:
         lines = [toy_calls.table(json.loads((ROOT / found[3]).read_text()))]
     elif found[2] == "load":
         lines = [serve_load.table(jsons.read_lines(str(ROOT / found[3]))[0])]
+    elif found[2] == "rewards":
+        lines = [rewards_table(jsons.read_json(ROOT / found[3], "runs")["runs"])]
     else:
         workdirs = [str(ROOT / name) for name in found[3].split()]
         lines = [compare.table(workdirs), *compare.differences(workdirs)]

@@ -8,6 +8,8 @@ from hdlm_jax.config.sections import (
     FORCE_TRANSITIONS,
     PACKINGS,
     PADDINGS,
+    REWARDS,
+    TUNINGS,
     WEIGHTINGS,
     CheckpointConfig,
     DataConfig,
@@ -23,6 +25,7 @@ from hdlm_jax.config.sections import (
     ServeConfig,
     TokenizerConfig,
     TrainConfig,
+    TuneConfig,
     default_clusters,
 )
 from hdlm_jax.config.settings import PATHS, Config, change, check_name, default, inherit, resolve

@@ -26,6 +26,8 @@ PACKINGS = ("concat", "documents", "crop")
 PADDINGS = ("end", "hidden")
 PROTOCOLS = ("document", "packed")
 WRITERS = ("tensorboard", "wandb")
+REWARDS = ("permutations", "sorting", "parity", "sums", "countdown", "sudoku")  # tasks of tuning/tasks.py
+TUNINGS = ("score", "elbo", "nodes", "coupled", "one_pass")  # objectives of tuning/update.py
 FIXED_WORDS = {"gpt2": 50257, "bytes": 257}  # of tokenizers that have no other number of them
 
 
@@ -62,7 +64,7 @@ class _Section:
 class DataConfig(_Section):
     """Where text comes from, how it is split, and how sequences are made of it (hdlm_jax.data)."""
 
-    source: str = "embedded"  # embedded: the documentation inside Python itself; files: `files`, where there are some
+    source: str = "embedded"  # embedded: the documentation inside Python itself; files: `files`; task: of tune.task
     files: tuple[str, ...] = ()  # paths, folders, globs, URLs: text, json(l), parquet, (nested) tar, plain or packed
     format: str = "auto"  # of the files: auto, by their names; or txt, jsonl, json, parquet, tar
     validation: tuple[str, ...] = ()  # held-out files; empty: by `split`
@@ -86,8 +88,8 @@ class DataConfig(_Section):
     variable_share: float = 0.0  # of the sequences cut to a random length in 1..seq_len
 
     def check(self) -> None:
-        self.among(source=("embedded", "files"), format=FORMATS, split=("hash", "last"), txt_documents=TXT_DOCUMENTS,
-                   detokenize=DETOKENIZERS, packing=PACKINGS, padding=PADDINGS)
+        self.among(source=("embedded", "files", "task"), format=FORMATS, split=("hash", "last"),
+                   txt_documents=TXT_DOCUMENTS, detokenize=DETOKENIZERS, packing=PACKINGS, padding=PADDINGS)
         self.need(not self.prompt_field or self.packing == "crop" or self.padding == "hidden", "packing",
                   "with data.prompt_field a record needs a row of its own, or the next prompt tells where a response "
                   "ends: choose crop")
@@ -95,6 +97,7 @@ class DataConfig(_Section):
                   "needs data.prompt_field, the user's turn; data.text_field is the assistant's")
         check_local("data.dir", self.dir)
         self.need(bool(self.files) == (self.source == "files"), "files", "needed with data.source='files'")
+        self.need(self.source != "task" or not self.stream, "stream", "does not go with data.source='task'")
         self.need(0 < self.validation_fraction < 1, "validation_fraction", "must lie in (0, 1)")
         self.hold("must lie in [0, 1)", "bad_share")
         self.need(0 <= self.variable_share <= 1, "variable_share", "must lie in [0, 1]")
@@ -403,6 +406,45 @@ class TrainConfig(_Section):
         self.need(not self.open_steps or self.adapt, "open_steps", "goes with train.adapt")
         self.need(self.batch_size % self.microbatches == 0, "microbatches",
                   f"must divide train.batch_size={self.batch_size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig(_Section):
+    """Training by rewards in place of texts: rollouts by the method of `generate`, judged (docs/training.md)."""
+
+    objective: str = ""  # score: the exact policy gradient | elbo, nodes, coupled, one_pass: surrogates | "": none
+    task: str = ""  # whose answers are judged
+    group: int = 8  # rollouts of a prompt, a baseline for each other; train.batch_size is all of a step
+    advantage: str = "mean"  # reward less the group's mean | leave_one_out | std, divided by the group's spread
+    views: int = 0  # score: calls of a rollout that count, drawn anew; 0: all. elbo, nodes: noise draws; 0: 1, 3
+    updates: int = 1  # of the weights by the same rollouts; from the second on importance ratios, clipped
+    ratio: str = "call"  # of: call, all that a call drew | token, each token by itself
+    clip: float = 0.2  # ratios further from 1 than this, to the better side, have no gradient
+    kl: float = 0.0  # weight of the divergence from the run in train.init_from
+    rows: int = 256  # rollouts on fixed prompts, whose mean reward tells the best checkpoint
+
+    def check(self) -> None:
+        self.among(objective=("", *TUNINGS), task=("", *REWARDS), advantage=("mean", "leave_one_out", "std"),
+                   ratio=("call", "token"))
+        self.need(not self.objective or bool(self.task), "task", f"tune.objective={self.objective!r} needs one: choose "
+                  f"{', '.join(REWARDS)}")
+        self.hold("must be at least 1", "updates")
+        for name in ("group", "rows"):
+            self.need(getattr(self, name) >= 2, name, "must be at least 2")
+        self.hold("must not be negative", "views", "kl")
+        self.hold("must be positive", "clip")
+
+    def check_with(self, train: TrainConfig, data: DataConfig, optimizer: OptimizerConfig) -> None:
+        """The rules between this section and others."""
+        self.need(data.source != "task" or bool(self.task), "task", "data.source='task' needs one")
+        if not self.objective:
+            return
+        self.need(bool(train.init_from), "objective", "needs train.init_from, the run to start from")
+        self.need(train.batch_size % self.group == 0, "group", f"must divide train.batch_size={train.batch_size}")
+        self.need(not (train.adapt or train.recluster_every or data.stream), "objective",
+                  "does not go with train.adapt, train.recluster_every or data.stream")
+        self.need(self.updates == 1 or optimizer.schedule == "constant", "updates",
+                  "needs optimizer.schedule='constant', as schedules count steps")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,7 @@ class Config:
     checkpoint: sections.CheckpointConfig = sections.CheckpointConfig()
     released: sections.ReleasedConfig = sections.ReleasedConfig()
     serve: sections.ServeConfig = sections.ServeConfig()
+    tune: sections.TuneConfig = sections.TuneConfig()
 
     def check(self) -> None:
         """Raises ConfigError at the first broken rule, cross-field ones last."""
@@ -64,6 +65,7 @@ class Config:
         rule(process != "autoregressive" or not self.model.time_conditioning, "model.time_conditioning", True,
               "diffusion.process='autoregressive' has no time; give False")
         self.diffusion.level_rates(levels)
+        self.tune.check_with(self.train, self.data, self.optimizer)
         self._check_objective(levels)
         if self.model.block:
             self._check_blocks()

@@ -17,7 +17,7 @@ import numpy as np
 from hdlm_jax.common import processes
 from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import open_atomic
-from hdlm_jax.config import Config, ConfigError, TokenizerConfig, resolve
+from hdlm_jax.config import Config, ConfigError, DataConfig, TokenizerConfig, resolve
 from hdlm_jax.config.settings import Given
 from hdlm_jax.data import cluster_report, clustering, embeddings, groups, pipeline, tokenizers
 from hdlm_jax.data import prepare as text_prepare
@@ -26,6 +26,7 @@ from hdlm_jax.decoding import presets
 from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of, learned_file, read_extra
 from hdlm_jax.evaluation import likelihood
 from hdlm_jax.training.loading import checkpoint_embedding, data_dir, hierarchy_file
+from hdlm_jax.tuning.tasks import PROMPT, TASKS, TEXT, write_texts
 
 
 def checked(given: Given) -> Config:
@@ -85,10 +86,21 @@ def make_tokens(config: Config, workdir: str) -> str | None:
         if not os.path.exists(os.path.join(folder, text_prepare.MANIFEST)):
             check_base(config)
         with writing(config, workdir):
-            manifest = text_prepare.prepare(folder, config.data, _tokenizer_of(config, folder), say=say)
+            manifest = text_prepare.prepare(folder, _data_of(config, folder), _tokenizer_of(config, folder), say=say)
         return manifest.fingerprint if manifest else None
 
     return processes.on_main_process(make)
+
+
+def _data_of(config: Config, folder: str) -> DataConfig:
+    """The settings of the texts; with data.source='task' those that the task writes into the folder."""
+    if config.data.source != "task":
+        return config.data
+    if config.data.prompt_field != PROMPT:
+        raise ConfigError(f"data.prompt_field={config.data.prompt_field!r}: texts of data.source='task' have their "
+                          f"prompt in {PROMPT!r}")
+    task = TASKS[config.tune.task]
+    return dataclasses.replace(config.data, source="files", files=(write_texts(task, folder),), text_field=TEXT)
 
 
 def check_base(config: Config) -> None:

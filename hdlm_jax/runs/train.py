@@ -48,7 +48,8 @@ from hdlm_jax.training.step import make_train_step
 
 # sections in which a resumed run must not differ, and the settings in them that may; of data its fingerprint counts
 # and how sequences are made of it
-_FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "decoder", "optimizer", "train")
+_FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "decoder", "optimizer", "train", "tune")
+_FIXED_ROLLOUTS = tuple(f"generate.{name}" for name in ("method", "options", "steps", "temperature"))
 LATEST = "latest_samples.json"  # of train.sample_every: step, texts
 _FIXED_DATA = ("data.packing", "data.padding", "data.variable_share", "data.stream", "data.shuffle_documents")
 
@@ -74,6 +75,8 @@ def check_resume(config: Config, meta: dict, path: str) -> None:
         differ = [text for text in differ if not text.startswith("train.steps=")]
     rows = _FIXED_DATA[: None if config.data.stream else 4]
     differ += [text for text in differences(config, then, ("data",)) if text.partition("=")[0] in rows]
+    rolled = differences(config, then, ("generate",)) if config.tune.objective else []
+    differ += [text for text in rolled if text.partition("=")[0] in _FIXED_ROLLOUTS]
     if not differ:
         return
     remedy = "use another --workdir or the old settings"
@@ -135,8 +138,9 @@ class Recorder:
         seconds = max(time.monotonic() - self.since, 1e-9)
         timed = self.steps >= self.config.train.log_every  # else too short: step and read-out overlap by one
         rate = self.steps * self.tokens_a_step / seconds if timed else None
+        names = {name: None for values in self.window for name in values if name not in ("moved", "skipped")}
         mean = {name: float(np.mean([v[name] for v in self.window])) if self.window else math.nan
-                for name in ("loss", "nelbo", "grad_norm")}
+                for name in ("loss", "nelbo", "grad_norm", *names)}
         record = {"step": step, "tokens": step * self.tokens_a_step, **mean, "tokens_per_s": rate, "skipped": skipped,
                   "lr": float(self.schedule(step - 1 - skipped)),
                   "mfu": rate * self.flops / self.peak / jax.device_count() if self.peak and rate else None,
@@ -484,7 +488,8 @@ class Loop:
     def _save(self, step: int, valid: dict[str, float]) -> None:
         meta = self.facts | {"config": self.config.as_dict(), "position": whole_position(self.iterator.get_state()),
                              "trained_on": self.here, "window": self.recorder.window}
-        self.checkpoints.save(step, self.state, meta, {"nelbo": valid.get("valid_nelbo", math.inf)})
+        told = {name: valid.get(f"valid_{name}", math.inf) for name in ("nelbo", "reward")}
+        self.checkpoints.save(step, self.state, meta, told)
         self.timer.restart()
 
     def conclude(self) -> None:

@@ -125,10 +125,13 @@ def writers(workdir: str, resume_step: int, config: Config) -> list[Writer]:
 
 
 def numbers_of(record: Mapping[str, Any]) -> str:
-    """NELBO and weighted loss in nats a token, tokens/s, MFU of a record, to read; what is not known is left out."""
+    """NELBO and weighted loss in nats a token, or reward, and tokens/s, MFU of a record, to read; what is not known is
+    left out."""
     speed, mfu = record["tokens_per_s"], record["mfu"]
-    return (f"NELBO {readable(record['nelbo'])}, weighted loss {readable(record['loss'])}"
-            + (f", {speed:,.0f} tokens/s" if speed else "") + (f", MFU {100 * mfu:.1f} %" if mfu else ""))
+    told = f"NELBO {readable(record['nelbo'])}, weighted loss {readable(record['loss'])}"
+    if record.get("reward") is not None:
+        told = f"reward {readable(record['reward'])}, {100 * record['distinct']:.0f} % of the answers different"
+    return told + (f", {speed:,.0f} tokens/s" if speed else "") + (f", MFU {100 * mfu:.1f} %" if mfu else "")
 
 
 def line_of(record: Mapping[str, Any], steps: int, pace: float | None) -> str:

@@ -82,6 +82,23 @@ def _filled(trained: Tree, kept: Tree) -> Tree:
     return jax.tree.map(lambda a, b: b if a is None else a, trained, kept, is_leaf=lambda leaf: leaf is None)
 
 
+def advanced(state: TrainState, loss: jax.Array, grads: Tree, tx: optax.GradientTransformation, ema: float,
+             says: jax.Array | bool = True) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after a step by these gradients, and its metrics loss, grad_norm and skipped.
+
+    Nothing moves where the loss or a gradient is not finite, or where the batch `says` nothing.
+    """
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params) if ema else {}
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    kept = (state.params, state.opt_state, state.ema)
+    after = jax.tree.map(lambda new, old: jnp.where(finite & says, new, old), (params, opt_state, average), kept)
+    skipped = state.skipped + ~finite
+    return TrainState(state.step + 1, skipped, *after), {"loss": loss, "grad_norm": norm, "skipped": skipped}
+
+
 def make_train_step(config: Config, network: Trunk, process: Process, tx: optax.GradientTransformation,
                     mesh: Mesh | None = None) -> TrainStep:
     """train_step(state, batch, key) -> (state, metrics), pure and global.
@@ -120,16 +137,7 @@ def make_train_step(config: Config, network: Trunk, process: Process, tx: optax.
         (loss, (nelbo, tokens)), grads = gradients(trained, fixed, batch, key)
         grads = _filled(grads, jax.tree.map(jnp.zeros_like, fixed))
         says, tokens = tokens > 0, jnp.maximum(tokens, 1)  # a batch of prompts alone is no step, nor an accident
-        grads = jax.tree.map(lambda g: g / tokens, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params) if ema else {}
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        kept = (state.params, state.opt_state, state.ema)
-        after = jax.tree.map(lambda new, old: jnp.where(finite & says, new, old), (params, opt_state, average), kept)
-        skipped = state.skipped + ~finite
-        metrics = {"loss": loss / tokens, "nelbo": nelbo / tokens, "grad_norm": norm, "skipped": skipped}
-        return TrainState(state.step + 1, skipped, *after), metrics
+        state, metrics = advanced(state, loss / tokens, jax.tree.map(lambda g: g / tokens, grads), tx, ema, says)
+        return state, metrics | {"nelbo": nelbo / tokens}
 
     return train_step

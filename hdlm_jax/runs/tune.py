@@ -1,0 +1,224 @@
+"""--mode=train with tune.objective: rollouts of the run itself, their rewards, an update of the weights; and again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from hdlm_jax.common import lock, parallel, processes
+from hdlm_jax.common.console import compiling, measured, say
+from hdlm_jax.common.jsons import write_json
+from hdlm_jax.common.parallel import Batch, Rows, Tree
+from hdlm_jax.config import Config, ConfigError
+from hdlm_jax.data.tokenizers import Tokenizer
+from hdlm_jax.decoding import sampler
+from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.runs import evaluate as bound
+from hdlm_jax.runs.interrupt import Stop
+from hdlm_jax.runs.train import Loop
+from hdlm_jax.training.loading import Run, check_writable, load_base, load_run
+from hdlm_jax.training.state import TrainState, build
+from hdlm_jax.tuning.advantage import advantages
+from hdlm_jax.tuning.record import check_law, make_rollout
+from hdlm_jax.tuning.tasks import TASKS, Example
+from hdlm_jax.tuning.update import make_update
+
+
+def tune(config: Config, workdir: str, profile: bool = False) -> TrainState:
+    """Trains (or goes on training) by rewards to config.train.steps; files and errors as those of `train.train`.
+
+    metrics.jsonl has reward and its standard error, the share of different answers and solved ones, seconds of
+    rollouts and updates; where it measures also valid_reward (fixed prompts, which tells the best) beside the NELBO.
+    """
+    check_writable(workdir)
+    with lock.held(os.path.join(workdir, "lock"), "train"), Stop() as stop:
+        loop = Tuning(config, workdir, stop, profile)
+        if loop.begin():
+            loop.run()
+            loop.conclude()
+        return loop.state
+
+
+class Prompts:
+    """Canvases of a task's prompts: `batch(step)` has the same rows whenever it is asked for, `group` of a prompt.
+
+    Raises:
+      ConfigError: a prompt that leaves no room for its answer.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, mask_id: int, split: str = "train") -> None:
+        self.config, self.tokenizer, self.mask_id, self.split = config, tokenizer, mask_id, split
+        self.task, self.group = TASKS[config.tune.task], config.tune.group if split == "train" else 1
+
+    def examples(self, step: int, rows: int) -> list[Example]:
+        """Of each row of a step."""
+        first = step * rows // self.group
+        found = [self.task.example(first + i, self.split) for i in range(rows // self.group)]
+        return [example for example in found for _ in range(self.group)]
+
+    def canvas(self, examples: list[Example]) -> np.ndarray:
+        """int32 [n, S]: prompts, and masks behind."""
+        seq_len = self.config.model.seq_len
+        z = np.full((len(examples), seq_len), self.mask_id, np.int32)
+        for row, example in zip(z, examples, strict=True):
+            ids = self.tokenizer.encode(example.prompt)
+            need = len(ids) + len(self.tokenizer.encode(example.answer))
+            if need > seq_len:
+                raise ConfigError(f"model.seq_len={seq_len}: the task {self.task.name!r} needs {need} tokens for "
+                                  f"{example.prompt!r} and its answer")
+            row[: len(ids)] = ids
+        return z
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This process's rows: z int32 [b, S]; index int32 [b], numbers within the step."""
+        mine = parallel.local_rows(self.config.train.batch_size)
+        rows = self.examples(step, self.config.train.batch_size)
+        return {"z": self.canvas(rows[mine]), "index": np.arange(mine.start, mine.stop, dtype=np.int32)}
+
+    def example(self) -> dict[str, np.ndarray]:
+        return self.batch(0)
+
+    def iterator(self, position: dict | None = None) -> _Walk:
+        return _Walk(self, position["next_index"] if position else 0)
+
+    def answers(self, x: np.ndarray, examples: list[Example]) -> list[str]:
+        """Texts of rows [n, S] behind their prompts, up to the end of text."""
+        out = []
+        for row, example in zip(x, examples, strict=True):
+            given = len(self.tokenizer.encode(example.prompt))
+            ids = sampler.ended(row, given, self.tokenizer.eot, "end")
+            out.append(sampler.text_of(self.tokenizer, ids[given:], "end"))
+        return out
+
+    def judged(self, x: np.ndarray, examples: list[Example]) -> tuple[np.ndarray, dict[str, float]]:
+        """(rewards float32 [n], their mean, standard error, share solved and share of different rows)."""
+        reward = self.task.reward(self.answers(x, examples), [example.facts for example in examples])
+        return reward, {"reward": float(reward.mean()),
+                        "reward_se": float(reward.std(ddof=1) / math.sqrt(len(reward))),
+                        "solved": float(np.mean(reward == 1)), "distinct": len(np.unique(x, axis=0)) / len(x)}
+
+
+class _Walk:
+    """Batches from a step on; `get_state` is the position after those handed out."""
+
+    def __init__(self, prompts: Prompts, step: int) -> None:
+        self.prompts, self.step = prompts, step
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self.step += 1
+        return self.prompts.batch(self.step - 1)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self.step}
+
+
+class Tuning(Loop):
+    """The loop of training, whose step is rollouts, rewards and an update."""
+
+    def __init__(self, config: Config, workdir: str, stop: Stop, profile: bool = False) -> None:
+        super().__init__(config, workdir, stop, profile)
+        self.method = check_law(self.process, config.generate)
+        self.prompts = Prompts(config, self.text.tokenizer, self.hierarchy.mask_id)
+        self.fixed = Prompts(config, self.text.tokenizer, self.hierarchy.mask_id, "valid")
+        self.batches = self.prompts
+        self.reference: Tree = {}
+
+    def _compile(self, done: int) -> None:
+        """Rollouts and updates; `step` is both, with the rewards between them."""
+        if self.opened or done >= self.config.train.steps:
+            return
+        began, self.opened, config = time.monotonic(), True, self.config
+        if config.model.remat == "auto":
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+        network, built = build(config, self.hierarchy)
+        process = cast(HierarchicalProcess, built)  # check_law has seen it
+        if self.config.tune.kl:
+            self.reference = load_base(self.config, self.text.tokenizer.fingerprint).params
+        with compiling("train"):
+            rollout = make_rollout(network, process, config.generate, self.mesh)
+            self.numbers = sampler.numbers_of(config.generate, config.model.seq_len, self.text.tokenizer.eot)
+            self.rollout = parallel.compile_sample_step(rollout, self.mesh, self.abstract.params)
+            update = make_update(config, network, process, self.tx, self.mesh)
+            self.update = parallel.compile_step(update, self.mesh, self.shardings)
+        self.step = self._step  # type: ignore[assignment]
+        self.compile_s = time.monotonic() - began
+
+    def _rolled(self, params: Tree, batch: Batch, key: jax.Array) -> dict[str, np.ndarray]:
+        """The fields of rollouts, all rows on every host."""
+        found = self.rollout((params, self.numbers), batch, key)
+        return {name: np.asarray(value) for name, value in found._asdict().items()}
+
+    def _step(self, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array | float]]:
+        """A step: what it does depends on the weights, the seed and the number of the step alone."""
+        began, rows, number = time.monotonic(), self.config.train.batch_size, int(state.step)
+        key = jax.random.fold_in(key, number)
+        rollout = self._rolled(state.params, batch, jax.random.fold_in(key, 0))
+        reward, found = self.prompts.judged(rollout["x"], self.prompts.examples(number, rows))
+        t = self.config.tune
+        fields = rollout | {"advantage": advantages(reward, t.group, t.advantage),
+                                      "index": np.arange(rows, dtype=np.int32)}
+        rolled, mine = time.monotonic(), parallel.local_rows(rows)
+        placed = parallel.put_batch(self.mesh, {name: value[mine] for name, value in fields.items()})
+        state, metrics = self.update(state, placed, (jax.random.fold_in(key, 1), self.reference))
+        jax.block_until_ready(metrics)  # what is next needs the new weights
+        seconds = {"rollout_s": rolled - began, "update_s": time.monotonic() - rolled}
+        return state, metrics | found | seconds | {"nelbo": math.nan, "calls": float(rollout["calls"].mean())}
+
+    def _measure(self, step: int) -> dict[str, float]:
+        """Beside the bound the reward of rollouts on fixed prompts, always by the same random numbers."""
+        pause, rows = time.monotonic(), self.config.train.batch_size
+        params = self.state.ema or self.state.params
+        x, examples = [], []
+        for number in range(-(-self.config.tune.rows // rows)):
+            batch: Rows = self.fixed.batch(number)
+            key = jax.random.fold_in(jax.random.key(self.config.train.seed), number)
+            x.append(self._rolled(params, parallel.put_batch(self.mesh, batch), key)["x"])
+            examples += self.fixed.examples(number, rows)
+        _, found = self.fixed.judged(np.concatenate(x), examples)
+        self.recorder.since += time.monotonic() - pause
+        told = measured(found["reward"], found["reward_se"], sign="+-")
+        say(f"train: step {step:,}, reward {told} on {len(examples)} fixed prompts, "
+            f"{100 * found['distinct']:.0f} % of the answers different")
+        return super()._measure(step) | {f"valid_{name}": value for name, value in found.items()}
+
+
+def evaluate(config: Config, workdir: str) -> dict[str, Any]:
+    """--mode=evaluate of a run with a task: the bound of its texts (evaluate.json), and its rewards."""
+    found = bound.evaluate(config, workdir)
+    rewards(load_run(config, workdir, config.evaluate.checkpoint, config.evaluate.ema), workdir)
+    return found
+
+
+def rewards(run: Run, workdir: str) -> list[dict[str, Any]]:
+    """Rewards of a run on fixed prompts at its number of calls T (generate.steps; of methods that have one), at T/2 and
+    2T; to rewards.json.
+
+    How a run writes at other numbers of calls than it was tuned at tells whether it has learnt the task or the plan.
+    """
+    config, g = run.config, run.config.generate
+    prompts = Prompts(config, run.tokenizer, run.hierarchy.mask_id, "valid")
+    examples, draw = prompts.examples(0, config.tune.rows), sampler.sampler_of(run)
+    canvas, out = prompts.canvas(examples), []
+    steps = int(sampler.method_of(g).numbers.get("steps", 0))
+    options = " ".join(part for part in g.options.split() if not part.startswith("steps="))
+    for many in (max(1, steps // 2), steps, 2 * steps) if steps else (g.steps,):
+        found = draw(canvas, dataclasses.replace(g, steps=many, options=options))
+        reward, facts = prompts.judged(found["tokens"], examples)
+        out.append({"steps": many, "calls": float(found["row_forwards"].mean()), "prompts": len(examples)} | facts)
+        say(f"evaluate: {config.tune.task} in {many} steps ({out[-1]['calls']:.1f} calls): reward "
+            f"{measured(facts['reward'], facts['reward_se'], sign='+-')}, {100 * facts['distinct']:.0f} % of the "
+            "answers different")
+    if processes.is_main_process():
+        write_json(os.path.join(workdir, "rewards.json"), {"step": run.step, "task": config.tune.task,
+                                                           "method": g.method, "options": g.options, "rewards": out})
+    return out

@@ -1,0 +1,158 @@
+"""Training by rewards: tasks that are verified, advantages, and the loop that resumes bit for bit."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from hdlm_jax.common import parallel
+from hdlm_jax.config import REWARDS, TUNINGS, ConfigError, default, recipe, resolve
+from hdlm_jax.decoding import sampler
+from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.runs import train, tune
+from hdlm_jax.training.state import abstract_state, build, init_state, make_optimizer
+from hdlm_jax.tuning import tasks
+from hdlm_jax.tuning.advantage import advantages
+from hdlm_jax.tuning.record import make_rollout
+from hdlm_jax.tuning.update import OBJECTIVES, make_update
+
+
+def test_names_are_those_of_the_settings():
+    assert tuple(tasks.TASKS) == REWARDS and tuple(OBJECTIVES) == TUNINGS
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_examples_are_functions_of_their_number_and_right(name, tmp_path):
+    task = tasks.TASKS[name]
+    some = [task.example(i) for i in range(20)]
+    assert some == [task.example(i) for i in range(20)] and len(set(some)) > 10
+    assert some != [task.example(i, "valid") for i in range(20)]
+    reward = task.reward([e.answer for e in some], [e.facts for e in some])
+    assert reward.dtype == np.float32 and (reward == 1).all() and all(e.prompt for e in some)
+    assert (task.reward(["", "?"], [some[0].facts] * 2) == 0).all()
+    few = dataclasses.replace(task, texts=200)
+    path = tasks.write_texts(few, str(tmp_path))
+    records = [json.loads(line) for line in open(path, encoding="utf-8")]
+    assert records == few.records() and len(records) == 200
+    right = task.reward([r["text"] for r in records], [few.example(i).facts for i in range(200)])
+    assert right.mean() == 1 if name != "permutations" else 0.4 < right.mean() < 0.6
+
+
+@pytest.mark.parametrize("name, facts, rewards", [
+    ("permutations", "012345", {"543210": 1, "543211": 0, "54321": 0, "5432100": 0}),
+    ("countdown", "3 7 12:33", {"3*7+12": 1, "12+3*7": 1, "7*3-12": .1, "3*7+11": 0, "3*7": 0, "7+12*3": .1, "": 0}),
+    ("sudoku", "1...............", {"1234341221434321": 1, "2134341221434321": 0, "123434122143432": 0,
+                                    "1243341221434321": 10 / 12})])
+def test_rewards(name, facts, rewards):
+    found = tasks.TASKS[name].reward(list(rewards), [facts] * len(rewards))
+    np.testing.assert_allclose(found, list(rewards.values()), atol=1e-6)
+    assert len(tasks.sudoku_grids()) == 288
+
+
+def test_advantages_are_of_their_group():
+    reward = np.array([1, 0, 0, 0, 1, 1, 1, 1], np.float32)
+    np.testing.assert_allclose(advantages(reward, 4), [.75, -.25, -.25, -.25, 0, 0, 0, 0])
+    np.testing.assert_allclose(advantages(reward, 4, "leave_one_out"), [1, *[-1 / 3] * 3, 0, 0, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(advantages(reward, 4, "std"), np.array([3, -1, -1, -1, 0, 0, 0, 0]) / 3**.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"tune.objective": "score"}, "tune.task"), ({"tune.objective": "score", "tune.task": "sums"}, "train.init_from"),
+    ({"data.source": "task"}, "tune.task"), ({"tune.group": 1}, "at least 2"),
+    ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.group": 7}, "must divide"),
+    ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.updates": 2}, "constant")])
+def test_settings_that_do_not_go_together_are_one_line(changes, words):
+    given = default()
+    given.tokenizer.kind = "bytes"
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        given[section][key] = value
+    with pytest.raises(ConfigError, match=words):
+        resolve(given)
+
+
+def settings(objective="", base="", steps=4, **more):
+    c = recipe("permutations", *[objective] * bool(objective))
+    c.model.width, c.train.batch_size, c.tune.group, c.tune.rows, c.train.steps = 8, 16, 4, 8, steps
+    c.train.init_from, c.train.log_every, c.checkpoint.every = base, 1, 2
+    c.evaluate.rows_in_training, c.evaluate.rows, c.evaluate.draws = 4, 4, 2
+    for name, value in more.items():
+        section, _, key = name.partition("__")
+        c[section][key] = value
+    return resolve(c)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    train.train(settings(), str(folder))
+    return str(folder)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_it_resumes_between_steps_bit_for_bit(base, tmp_path, monkeypatch):
+    """Killed at its third step and gone on with; inner updates, ratios, the reference and one call of each rollout."""
+    more = dict(tune__updates=2, tune__kl=0.1, tune__views=1, train__microbatches=2, tune__advantage="leave_one_out")
+    config = settings("score", base, **more)
+    whole = tune.tune(config, str(tmp_path / "whole"))
+    step = tune.Tuning._step
+    monkeypatch.setattr(tune.Tuning, "_step", lambda self, state, *rest: (
+        step(self, state, *rest) if int(state.step) < 3 else (_ for _ in ()).throw(Stop())))
+    with pytest.raises(Stop):
+        tune.tune(config, str(tmp_path / "cut"))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="generate.steps=3"):
+        tune.tune(settings("score", base, generate__steps=3, **more), str(tmp_path / "cut"))
+    again = tune.tune(config, str(tmp_path / "cut"))
+    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(
+        jax.tree.leaves(whole), jax.tree.leaves(again), strict=True))
+    records = train.read_metrics(str(tmp_path / "cut" / "metrics.jsonl"))
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert all(0 <= r["reward"] <= 1 and 0 < r["distinct"] <= 1 and r["rollout_s"] > 0 for r in records)
+    assert "valid_reward" in records[-1] and "valid_nelbo" in records[-1]
+    tune.evaluate(config, str(tmp_path / "cut"))
+    told = json.loads((tmp_path / "cut" / "rewards.json").read_text())
+    assert [r["steps"] for r in told["rewards"]] == [3, 6, 12] and [r["calls"] for r in told["rewards"]] == [3, 6, 7]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["elbo", "nodes", "one_pass", "coupled"])
+def test_surrogates_run(base, tmp_path, objective):
+    state = tune.tune(settings(objective, base, 2), str(tmp_path))
+    assert int(state.step) == 2 and int(state.skipped) == 0
+
+
+@pytest.mark.slow
+def test_eight_devices_are_one():
+    """Rollouts and the update, divided over rows and over fsdp, against one device."""
+    config = settings("score", "somewhere", tune__updates=2)
+    hierarchy = Hierarchy.from_parents([], 257)
+    network, process = build(config, hierarchy)
+    z = np.full((16, 8), hierarchy.mask_id, np.int32)
+    z[:, 0] = ord("=")
+    numbers, key = sampler.numbers_of(config.generate, 8), jax.random.key(0)
+    found = []
+    for devices in (1, 8):
+        given = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, fsdp=min(devices, 2)))
+        mesh = parallel.make_mesh(given, jax.devices()[:devices])
+        tx, _ = make_optimizer(config)
+        abstract, where = abstract_state(config, network, tx, mesh)
+        state = jax.jit(lambda k: init_state(config, network, tx, k), out_shardings=where)(key)  # noqa: B023
+        index = np.arange(16, dtype=np.int32)
+        rollout = make_rollout(network, process, config.generate, mesh)
+        roll = parallel.compile_sample_step(rollout, mesh, abstract.params)
+        rows = roll((state.params, numbers), parallel.put_batch(mesh, {"z": z, "index": index}), key)
+        rows = {name: np.asarray(value) for name, value in rows._asdict().items()}
+        rows |= {"advantage": np.linspace(-1, 1, 16).astype(np.float32), "index": index}
+        update = parallel.compile_step(make_update(config, network, process, tx, mesh), mesh, where)
+        state, metrics = update(state, parallel.put_batch(mesh, rows), (key, {}))
+        found.append((rows, float(metrics["loss"]), jax.tree.map(np.asarray, state.params)))
+    (rows, loss, params), (others, other, moved) = found
+    assert all((rows[name] == others[name]).all() for name in rows) and other == pytest.approx(loss, rel=1e-4)
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), params, moved))) < 1e-5

@@ -155,6 +155,8 @@ def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
                             check=False).stdout.strip()
+    if (there := out / f"{workdir.name}.json").exists():
+        commit = json.loads(there.read_text()).get("commit", commit)  # of its training
     records = read_lines(str(workdir / "metrics.jsonl"))[0]
     found: dict[str, Any] = {"cell": cell.name, "seed": seed, "recipe": cell.recipe, "more": cell.more,
                              "commit": commit, "cpus": os.cpu_count(), "tokens": records[-1]["tokens"],

@@ -100,13 +100,15 @@ def test_it_resumes_between_steps_bit_for_bit(base, tmp_path, monkeypatch):
     """Killed at its third step and gone on with; inner updates, ratios, the reference and one call of each rollout."""
     more = dict(tune__updates=2, tune__kl=0.1, tune__views=1, train__microbatches=2, tune__advantage="leave_one_out")
     config = settings("score", base, **more)
+    uneven = dataclasses.replace(tasks.TASKS["permutations"], judge=lambda answer, facts: len(answer.encode()) % 2)
+    monkeypatch.setitem(tune.TASKS, "permutations", uneven)  # a base of four steps writes no permutation
     whole = tune.tune(config, str(tmp_path / "whole"))
     step = tune.Tuning._step
-    monkeypatch.setattr(tune.Tuning, "_step", lambda self, state, *rest: (
-        step(self, state, *rest) if int(state.step) < 3 else (_ for _ in ()).throw(Stop())))
-    with pytest.raises(Stop):
-        tune.tune(config, str(tmp_path / "cut"))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(tune.Tuning, "_step", lambda self, state, *rest: (
+            step(self, state, *rest) if int(state.step) < 3 else (_ for _ in ()).throw(Stop())))
+        with pytest.raises(Stop):
+            tune.tune(config, str(tmp_path / "cut"))
     with pytest.raises(ConfigError, match="generate.steps=3"):
         tune.tune(settings("score", base, generate__steps=3, **more), str(tmp_path / "cut"))
     again = tune.tune(config, str(tmp_path / "cut"))
@@ -114,6 +116,7 @@ def test_it_resumes_between_steps_bit_for_bit(base, tmp_path, monkeypatch):
         jax.tree.leaves(whole), jax.tree.leaves(again), strict=True))
     records = train.read_metrics(str(tmp_path / "cut" / "metrics.jsonl"))
     assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert 0 < records[0]["reward"] < 1 and records[0]["grad_norm"] > 0
     assert all(0 <= r["reward"] <= 1 and 0 < r["distinct"] <= 1 and r["rollout_s"] > 0 for r in records)
     assert "valid_reward" in records[-1] and "valid_nelbo" in records[-1]
     tune.evaluate(config, str(tmp_path / "cut"))
@@ -131,7 +134,7 @@ def test_surrogates_run(base, tmp_path, objective):
 @pytest.mark.slow
 def test_eight_devices_are_one():
     """Rollouts and the update, divided over rows and over fsdp, against one device."""
-    config = settings("score", "somewhere", tune__updates=2)
+    config = settings("score", "somewhere", tune__updates=2, optimizer__eps=1e-3)  # Adam does not blow rounding up
     hierarchy = Hierarchy.from_parents([], 257)
     network, process = build(config, hierarchy)
     z = np.full((16, 8), hierarchy.mask_id, np.int32)
@@ -154,5 +157,5 @@ def test_eight_devices_are_one():
         state, metrics = update(state, parallel.put_batch(mesh, rows), (key, {}))
         found.append((rows, float(metrics["loss"]), jax.tree.map(np.asarray, state.params)))
     (rows, loss, params), (others, other, moved) = found
-    assert all((rows[name] == others[name]).all() for name in rows) and other == pytest.approx(loss, rel=1e-4)
+    assert all((rows[name] == others[name]).all() for name in rows) and other == pytest.approx(loss, abs=1e-4)
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), params, moved))) < 1e-5

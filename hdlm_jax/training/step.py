@@ -84,17 +84,14 @@ def _filled(trained: Tree, kept: Tree) -> Tree:
 
 def advanced(state: TrainState, loss: jax.Array, grads: Tree, tx: optax.GradientTransformation, ema: float,
              says: jax.Array | bool = True) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state after a step by these gradients, and its metrics loss, grad_norm and skipped.
-
-    Nothing moves where the loss or a gradient is not finite, or where the batch `says` nothing.
-    """
+    """(the state after a step by these gradients, metrics loss, grad_norm, skipped); nothing moves where the loss or
+    a gradient is not finite, or where the batch `says` nothing."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params) if ema else {}
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    kept = (state.params, state.opt_state, state.ema)
-    after = jax.tree.map(lambda new, old: jnp.where(finite & says, new, old), (params, opt_state, average), kept)
+    after = jax.tree.map(lambda new, old: jnp.where(finite & says, new, old), (params, opt_state, average), state[2:])
     skipped = state.skipped + ~finite
     return TrainState(state.step + 1, skipped, *after), {"loss": loss, "grad_norm": norm, "skipped": skipped}
 

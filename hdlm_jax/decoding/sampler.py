@@ -260,6 +260,7 @@ class Sampler:
     def __init__(self, network: Trunk, process, mesh, params, *, eos: int = 0, helper: Any = None, classifier=None):
         self.network, self.process, self.mesh, self.params, self.eos = network, process, mesh, params, eos
         self.helper, self.classifier = helper, classifier
+        self.aside = True  # compiling is told on stderr, as stdout may be for texts
         self._made: set[tuple[Any, ...]] = set()  # programs and shapes that are compiled
         self._step = functools.lru_cache(maxsize=8)(self._compile)
         self._weights = functools.lru_cache(maxsize=2)(self._quantised)
@@ -352,7 +353,7 @@ class Sampler:
                 placed = parallel.put_batch(self.mesh, {k: v[mine] for k, v in batch.items()})
                 # the first call of its kind compiles
                 made = program, frames, *(v.shape for v in (*placed.values(), numbers.get("allowed", key)))
-                with contextlib.nullcontext() if made in self._made else compiling("generate", aside=True):
+                with contextlib.nullcontext() if made in self._made else compiling("generate", self.aside):
                     found = step((self.params_of(program.method), numbers), placed, key)
                 self._made.add(made)
                 parts.append({k: np.asarray(v)[:count] for k, v in found.items()})

@@ -116,6 +116,7 @@ def _sample(run: Run, workdir: str, made_from: dict, helper: Run) -> tuple[dict[
     ids = run.tokenizer.encode(g.prompt) if g.prompt else np.zeros(0, np.int32)
     canvas, length, scaffold = _canvas(run, g, ids)
     draw = sampler.sampler_of(run, helper)
+    draw.aside = False  # here stdout is the log
     started = time.monotonic()
     sampler.compile_for(draw, canvas, g)
     compiled = time.monotonic()

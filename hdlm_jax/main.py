@@ -21,8 +21,8 @@ from ml_collections import config_flags
 MODES = {"prepare": "text to tokens, in the workdir or data.dir",
          "cluster": "tokens to the hierarchy of clusters",
          "train": "the default; first makes what is missing, and goes on where it was stopped",
-         "evaluate": "the exact NELBO of the validation split; with evaluate.tasks other texts and questions, with "
-                     "evaluate.decodings the likelihood that samplers have",
+         "evaluate": "the exact NELBO of the validation split; or evaluate.tasks; or likelihoods of samplers, "
+                     "evaluate.decodings",
          "generate": "texts, to samples.txt",
          "report": "one page of the run, report.html",
          "export": "the weights as files for other programs",

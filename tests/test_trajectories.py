@@ -22,9 +22,9 @@ from hdlm_jax.runs import generate
 
 @pytest.mark.parametrize("shape, xi, force, clusters", [
     (MDLM, 1.0, "none", "exact"),
-    (TWO, 1.0, "cavity", "exact"),
+    pytest.param(TWO, 1.0, "cavity", "exact", marks=pytest.mark.slow),
     (TWO, 0.8, "between", "exact"),
-    (THREE, 1.0, "none", "exact"),  # an unforced word may lie off the node on show
+    pytest.param(THREE, 1.0, "none", "exact", marks=pytest.mark.slow),  # an unforced word may lie off the node on show
     (THREE, 0.8, "none", "exact"),
     (THREE, 0.8, "cavity", "clean"),
 ])

@@ -2,7 +2,8 @@
 
     HDLM_DATA=../shared/data ./launch/speedrun.sh      # or: python -m hdlm_jax.main --config=speedrun
 
-The best recipe so far, which misses the bound yet (docs/speedrun.md); --config=speedrun:adamw is where it began. The corpus, the tokenizer and what is measured never change: they are those of configs/books.py.
+The best recipe so far, which misses the bound yet (docs/speedrun.md); --config=speedrun:adamw is where it began. The
+corpus, the tokenizer and what is measured never change: they are those of configs/books.py.
 
 Fits on: a laptop (2.3M parameters, under 2 GB).
 """

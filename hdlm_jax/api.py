@@ -24,7 +24,7 @@ from hdlm_jax.evaluation.elbo import evaluator_of, text_nats
 from hdlm_jax.report import notebook
 from hdlm_jax.report.page import kind_of, levels_of
 from hdlm_jax.report.run_files import counted
-from hdlm_jax.runs import import_weights, stages
+from hdlm_jax.runs import import_weights, stages, tune
 from hdlm_jax.runs import train as training
 from hdlm_jax.runs.interrupt import RESUME_EXIT
 from hdlm_jax.training.loading import load_here, with_base
@@ -246,7 +246,7 @@ def train(config: str | config_dict.ConfigDict, workdir: str = "", **settings: A
     import_weights.check_trainable(workdir)
     plot = notebook.Plot(workdir, given.train.steps) if notebook.here() else None
     try:
-        training.train(given, workdir, shown=plot)
+        (tune.tune if given.tune.objective else training.train)(given, workdir, shown=plot)
     except SystemExit as stopped:
         if stopped.code != RESUME_EXIT:
             raise

@@ -209,7 +209,7 @@ def main(argv: list[str]) -> None:
         import_weights.check_trainable(workdir)
         (tune.tune if config.tune.objective else train.train)(config, workdir, _PROFILE.value)
     elif _MODE.value == "evaluate":
-        if config.tune.task and not config.evaluate.tasks:
+        if config.tune.task and not (config.evaluate.tasks or config.evaluate.decodings):
             tune.evaluate(config, workdir)
         else:
             evaluate.run(config, workdir)

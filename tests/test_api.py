@@ -363,3 +363,12 @@ def test_a_training_that_is_stopped_has_saved(copied, monkeypatch):
     monkeypatch.setattr("hdlm_jax.runs.train.train", stopped)
     with pytest.raises(KeyboardInterrupt, match="the same call goes on"):
         hdlm_jax.train(str(trained()[0]), str(copied))
+
+
+def test_rewards_are_trained_by_as_on_the_command_line(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("hdlm_jax.runs.tune.tune", lambda config, workdir, shown: asked.append(config.tune.objective))
+    monkeypatch.setattr("hdlm_jax.api.Model", lambda workdir: workdir)
+    settings = {"train.init_from": str(trained()[1]), "hierarchy.clusters": (8,), "model.time_conditioning": True}
+    assert hdlm_jax.train("permutations:score", str(tmp_path / "run"), **settings) == str(tmp_path / "run")
+    assert asked == ["score"]

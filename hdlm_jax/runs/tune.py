@@ -24,6 +24,7 @@ from hdlm_jax.runs import evaluate as bound
 from hdlm_jax.runs.interrupt import Stop
 from hdlm_jax.runs.train import Loop
 from hdlm_jax.training.loading import Run, check_writable, load_base, load_run
+from hdlm_jax.training.metrics import Writer
 from hdlm_jax.training.state import TrainState, build
 from hdlm_jax.tuning.advantage import advantages
 from hdlm_jax.tuning.record import check_law, make_rollout
@@ -31,15 +32,15 @@ from hdlm_jax.tuning.tasks import TASKS, Example
 from hdlm_jax.tuning.update import make_update
 
 
-def tune(config: Config, workdir: str, profile: bool = False) -> TrainState:
-    """Trains (or goes on training) by rewards to config.train.steps; files and errors as those of `train.train`.
+def tune(config: Config, workdir: str, profile: bool = False, shown: Writer | None = None) -> TrainState:
+    """Trains (or goes on) by rewards to config.train.steps; arguments, files and errors as those of `train.train`.
 
     metrics.jsonl has reward and its standard error, the share of different answers and solved ones, seconds of
     rollouts and updates; where it measures also valid_reward (fixed prompts, which tells the best) beside the NELBO.
     """
     check_writable(workdir)
     with lock.held(os.path.join(workdir, "lock"), "train"), Stop() as stop:
-        loop = Tuning(config, workdir, stop, profile)
+        loop = Tuning(config, workdir, stop, profile, shown)
         if loop.begin():
             loop.run()
             loop.conclude()
@@ -125,8 +126,9 @@ class _Walk:
 class Tuning(Loop):
     """The loop of training, whose step is rollouts, rewards and an update."""
 
-    def __init__(self, config: Config, workdir: str, stop: Stop, profile: bool = False) -> None:
-        super().__init__(config, workdir, stop, profile)
+    def __init__(self, config: Config, workdir: str, stop: Stop, profile: bool = False, shown: Writer | None = None
+                 ) -> None:
+        super().__init__(config, workdir, stop, profile, shown)
         self.method = check_law(self.process, config.generate)
         self.prompts = Prompts(config, self.text.tokenizer, self.hierarchy.mask_id)
         self.fixed = Prompts(config, self.text.tokenizer, self.hierarchy.mask_id, "valid")
@@ -166,7 +168,7 @@ class Tuning(Loop):
         reward, found = self.prompts.judged(rollout["x"], self.prompts.examples(number, rows))
         t = self.config.tune
         fields = rollout | {"advantage": advantages(reward, t.group, t.advantage),
-                                      "index": np.arange(rows, dtype=np.int32)}
+                            "index": np.arange(rows, dtype=np.int32)}
         rolled, mine = time.monotonic(), parallel.local_rows(rows)
         placed = parallel.put_batch(self.mesh, {name: value[mine] for name, value in fields.items()})
         state, metrics = self.update(state, placed, (jax.random.fold_in(key, 1), self.reference))

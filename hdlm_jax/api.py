@@ -16,10 +16,12 @@ from ml_collections import config_dict
 from hdlm_jax.common import parallel
 from hdlm_jax.config import ConfigError, GenerateConfig, check_local, check_name, expand, recipe
 from hdlm_jax.data import chat as chats
+from hdlm_jax.data import features as vectors
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import desk
 from hdlm_jax.decoding import texts as asking
 from hdlm_jax.decoding.sampler import load_helper, sampler_of
+from hdlm_jax.evaluation.conditional import rows_behind
 from hdlm_jax.evaluation.elbo import evaluator_of, text_nats
 from hdlm_jax.report import notebook
 from hdlm_jax.report.page import kind_of, levels_of
@@ -64,8 +66,8 @@ class Model:
         """What was trained, and what it can do."""
         run, h = self.run, self.hierarchy
         process = run.config.diffusion.process
-        can = ["generate", *["infill", "json"] * run.process.unmasks, *["chat"] * self._chats, "stream", "show",
-               "nelbo"]
+        more = [*["infill", "json"] * run.process.unmasks, *["chat"] * self._chats, "stream", "show"]
+        can = ["generate", *more * (not run.config.data.feature_places), "nelbo"]
         return (f"<hdlm_jax.Model {kind_of(process, h.sizes)}: {levels_of(process, h.sizes)}; "
                 f"{run.num_params:,} parameters, step {run.step:,}; {run.config.tokenizer.kind} tokenizer, "
                 f"texts of up to {self.seq_len:,} tokens; can {', '.join(can)}>")
@@ -79,12 +81,15 @@ class Model:
         return self.run.config.model.seq_len
 
     def generate(self, num_samples: int = 4, steps: int = 128, prompt: str | Sequence[str] = "", *,
-                 classifier: Classifier | None = None, **settings: Any) -> list[str]:
+                 features: Sequence[Any] | np.ndarray | None = None, classifier: Classifier | None = None,
+                 **settings: Any) -> list[str]:
         """Texts after a prompt if there is one, up to their first end of text; at most seq_len (or `length`) tokens.
 
         Of several prompts, of any lengths, num_samples texts each: prompt by prompt, in batches of all of them.
 
         Args:
+          features: of a run that writes for images, sound or the like (docs/conditioning.md): an array [n, P, F], or n
+            arrays [<= P, F]; num_samples texts for each, behind one prompt for all or n prompts.
           steps: of the methods that have some; classifier: function of one-hot states float32 [b, S, N] ->
             log p(y) [b], for method="classifier".
           settings: any other of config.GenerateConfig (method, options, helper, temperature, top_p, seed, ...).
@@ -93,10 +98,25 @@ class Model:
           ConfigError: what the command line would not take either, in its words.
         """
         prompts = _texts_of("generate.prompt", prompt)
+        rows: Sequence[np.ndarray | None] = [None] * len(prompts)
+        if features is not None:
+            rows = self._features(features)
+            prompts = prompts * len(rows) if len(prompts) == 1 else prompts
+            if len(prompts) != len(rows):
+                raise ConfigError(f"features of {len(rows)} texts, and {len(prompts)} prompts: give one prompt, or as "
+                                  "many")
         g = self._settings(settings, steps=steps, num_samples=num_samples)
         if classifier is not None and not callable(classifier):
             raise ConfigError(f"classifier: must be a function, not {type(classifier).__name__}")
-        return self._texts([asking.prompted(self.run, g, text) for text in prompts], g, classifier)
+        asked = [asking.prompted(self.run, g, text, row) for text, row in zip(prompts, rows, strict=True)]
+        return self._texts(asked, g, classifier)
+
+    def _features(self, given: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """Features as rows float32 [n, P, F]; ConfigError where they are none, or where this run knows none."""
+        d = self.run.config.data
+        if not d.feature_places:
+            raise ConfigError("features: this run knows none (data.features_field)")
+        return vectors.rows_of(given, (d.feature_places, d.feature_width), "features")
 
     def chat(self, messages: Sequence[chats.Message], num_samples: int = 1, steps: int = 128, *,
              template: Mapping[str, Any] | None = None, **settings: Any) -> list[str]:
@@ -187,10 +207,12 @@ class Model:
         rows = zip([one for one in asked for _ in range(g.num_samples)], out["tokens"], out["length"], strict=True)
         return [one.text(self.tokenizer, row, n) for one, row, n in rows]
 
-    def nelbo(self, texts: str | Sequence[str], draws: int = 16) -> list[dict[str, Any]]:
+    def nelbo(self, texts: str | Sequence[str], draws: int = 16, *,
+              features: Sequence[Any] | np.ndarray | None = None) -> list[dict[str, Any]]:
         """Upper bounds on -log p of each text (one text is a list of one) followed by the end of text, in nats.
 
-        Texts longer than seq_len are scored in pieces that do not see each other.
+        Texts longer than seq_len are scored in pieces that do not see each other. features: as in `generate`, of each
+        text those that it stands behind; such a text has to fit into seq_len with them.
 
         Returns:
           per text: nats, se (of the noise), tokens (end of text counted), bits_per_byte, given: "nothing", or "lengths"
@@ -204,7 +226,14 @@ class Model:
         if not texts:
             return []
         ids = [np.append(self.tokenizer.encode(text), self.tokenizer.eot) for text in texts]
-        nats = text_nats(self._evaluator(), self.run, ids, draws, "nelbo")[0]
+        if features is None:
+            nats = text_nats(self._evaluator(), self.run, ids, draws, "nelbo")[0]
+        else:
+            given = self._features(features)
+            if len(given) != len(ids):
+                raise ConfigError(f"features of {len(given)} texts, and {len(ids)} texts: give one for each")
+            rows = rows_behind(self.run, ids, given)
+            nats = self._evaluator().nats(self.run.params, rows, draws, "nelbo")[0].sum(-1)
         per_draw = np.broadcast_to(nats, (draws, len(texts)))  # an exact process has one
         return [{"nats": float(values.mean()), "se": float(values.std(ddof=1) / np.sqrt(draws)), "tokens": len(tokens),
                  "bits_per_byte": float(values.mean() / np.log(2) / max(1, len(text.encode()))),

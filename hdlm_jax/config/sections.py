@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from hdlm_jax.config.rules import check_local, choice, rule
 
 # the names that settings choose among; tests/test_config.py holds them to what the rooms above can do
+EXAMPLES = ("digits",)  # data sets of data/examples.py
 PROCESSES = ("hierarchical", "gidd", "sedd", "autoregressive")
 FORCE_TRANSITIONS = ("none", "within", "between", "cavity")
 CLUSTERS = ("exact", "clean")
@@ -64,7 +65,7 @@ class _Section:
 class DataConfig(_Section):
     """Where text comes from, how it is split, and how sequences are made of it (hdlm_jax.data)."""
 
-    source: str = "embedded"  # embedded: the documentation inside Python itself; files: `files`; task: of tune.task
+    source: str = "embedded"  # embedded: Python's own documentation; files: `files`; task: of tune.task; digits: images
     files: tuple[str, ...] = ()  # paths, folders, globs, URLs: text, json(l), parquet, (nested) tar, plain or packed
     format: str = "auto"  # of the files: auto, by their names; or txt, jsonl, json, parquet, tar
     validation: tuple[str, ...] = ()  # held-out files; empty: by `split`
@@ -74,6 +75,9 @@ class DataConfig(_Section):
     text_field: str = "text"  # field of a jsonl record or parquet row
     prompt_field: str = ""  # fine-tuning: this field is given, only text_field is noised and scored
     chat: bool = False  # prompt and text are turns of a chat, written in the template of tokenizer.kind='hub'
+    features_field: str = ""  # vectors in front of a text: images, sound, anything (docs/conditioning.md); given
+    feature_places: int = 0  # P: the first places of a row, which show them; a record has at most so many
+    feature_width: int = 0  # F: numbers of a vector
     txt_documents: str = "file"  # a document of a text file: the file, all between blank lines (blank_line), a line
     detokenize: str = ""  # undo a corpus's own tokenisation: lm1b, ptb, wikitext, lambada, ag_news
     bad_share: float = 0.001  # stop when more of the records than this cannot be read
@@ -88,13 +92,14 @@ class DataConfig(_Section):
     variable_share: float = 0.0  # of the sequences cut to a random length in 1..seq_len
 
     def check(self) -> None:
-        self.among(source=("embedded", "files", "task"), format=FORMATS, split=("hash", "last"),
+        self.among(source=("embedded", "files", "task", *EXAMPLES), format=FORMATS, split=("hash", "last"),
                    txt_documents=TXT_DOCUMENTS, detokenize=DETOKENIZERS, packing=PACKINGS, padding=PADDINGS)
         self.need(not self.prompt_field or self.packing == "crop" or self.padding == "hidden", "packing",
                   "with data.prompt_field a record needs a row of its own, or the next prompt tells where a response "
                   "ends: choose crop")
         self.need(not self.chat or bool(self.prompt_field), "chat",
                   "needs data.prompt_field, the user's turn; data.text_field is the assistant's")
+        self._check_features()
         check_local("data.dir", self.dir)
         self.need(bool(self.files) == (self.source == "files"), "files", "needed with data.source='files'")
         self.need(self.source != "task" or not self.stream, "stream", "does not go with data.source='task'")
@@ -105,6 +110,18 @@ class DataConfig(_Section):
         self.need(not self.stream or bool(self.validation) or self.split == "hash", "split",
                   "data.stream does not know which documents are the last: choose hash, or give data.validation")
         self.worker()
+
+    def _check_features(self) -> None:
+        self.hold("must not be negative", "feature_places", "feature_width")
+        named = bool(self.features_field)
+        for name in ("feature_places", "feature_width"):
+            self.need((getattr(self, name) > 0) == named, name, "goes with data.features_field: a record's field, its "
+                      "most vectors (feature_places) and their numbers (feature_width) are given together")
+        if named:
+            self.need(self.packing == "crop", "packing", "with data.features_field a record needs a row of its own: "
+                      "choose crop")
+            for name in ("chat", "stream", "variable_share"):
+                self.need(not getattr(self, name), name, "does not go with data.features_field")
 
     def worker(self) -> tuple[int, int]:
         """(i, n) of data.prepare_shard; (0, 1) where it is not given."""
@@ -502,6 +519,7 @@ class EvaluateConfig(_Section):
     limit: int = 0  # only the first so many documents or questions of a task; 0: all
     target_se: float = 0.25  # nats; a pilot tells how many draws make the best two answers' difference so well known
     most_draws: int = 128  # a question's draws at the most, the pilot's (16, or `draws` if more) not counted
+    exact_match: int = 0  # so many validation records are written anew, behind their prompts or features; 0: none
     decodings: tuple[str, ...] = ()  # in place of the bound: likelihoods under methods, as in 'max_prob steps=16'
 
     def check(self) -> None:
@@ -509,7 +527,7 @@ class EvaluateConfig(_Section):
         self.hold_seed("seed")
         self.need(self.draws >= 2, "draws", "must be at least 2 (for a standard error)")
         self.need(self.batch_size >= 0, "batch_size", "must not be negative; 0 is what fits")
-        self.hold("must not be negative", "rows")
+        self.hold("must not be negative", "rows", "exact_match")
         self.need(self.rows_in_training >= 2, "rows_in_training", "must be at least 2")
         self.need(bool(self.protocols), "protocols", f"choose of {', '.join(PROTOCOLS)}")
         self.need(not (self.tasks and self.decodings), "decodings", "are of the validation split: leave out the tasks")
@@ -535,6 +553,7 @@ class GenerateConfig(_Section):
     correction_temperature: float = 0.1  # of those calls
     clusters: str = "exact"  # xi < 1: exact shows wrong clusters as the process does, clean never does
     prompt: str = ""  # text that every sample begins with
+    features: str = ""  # .npy file [n, P, F] of what samples are written for; empty: the validation split's, in order
     stop: str = "end"  # texts are cut before the first end of text behind the prompt; "": they are not
     schema: str = ""  # file with a JSON schema: every sample is a document of it (docs/decoding.md)
     helper: str = ""  # workdir of an autoregressive run, for the methods that need one: guided, edlm

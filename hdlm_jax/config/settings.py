@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # Settings that are paths, or begin with one: `resolve` expands ~ and $VARIABLES in them (and main in --workdir).
 PATHS = ("data.files", "data.validation", "data.dir", "tokenizer.file", "hierarchy.embeddings", "train.init_from",
-         "evaluate.tasks_data", "evaluate.files", "evaluate.lm1b", "generate.schema", "generate.helper",
-         "generate.judge", "released.weights", "released.clusters", "serve.token")
+         "evaluate.tasks_data", "evaluate.files", "evaluate.lm1b", "generate.schema", "generate.features",
+         "generate.helper", "generate.judge", "released.weights", "released.clusters", "serve.token")
 RETIRED = ("hierarchy.keep_single",)  # settings of before, which saved configs still have: `resolve` passes them over
 
 Given: TypeAlias = config_dict.ConfigDict | Mapping[str, Any]  # sections of settings: of a recipe, or saved
@@ -64,6 +64,13 @@ class Config:
               f"diffusion.process={process!r} knows no clusters; give (1,)")
         rule(process != "autoregressive" or not self.model.time_conditioning, "model.time_conditioning", True,
               "diffusion.process='autoregressive' has no time; give False")
+        rule(self.data.feature_places < self.model.seq_len, "data.feature_places", self.data.feature_places,
+             f"must be fewer than the model.seq_len={self.model.seq_len} places of a row")
+        rule(not (self.data.feature_places and self.decoder.shifted), "decoder.shifted", True,
+             "the first token behind features would be predicted by one of them: does not go with data.features_field")
+        rule(not self.evaluate.exact_match or bool(self.data.prompt_field or self.data.features_field),
+             "evaluate.exact_match", self.evaluate.exact_match,
+             "is of texts behind something given: needs data.prompt_field or data.features_field")
         self.diffusion.level_rates(levels)
         self.tune.check_with(self.train, self.data, self.optimizer)
         self._check_objective(levels)

@@ -20,10 +20,11 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from hdlm_jax.common.extras import package
 from hdlm_jax.data import detokenize
+from hdlm_jax.data import features as vectors
 from hdlm_jax.data.archives import MOST_LAYERS, content, decompressor, file_of, tar_members, unpacked
 from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
 from hdlm_jax.data.records import Bad, Document
@@ -63,6 +64,8 @@ class Reader:
     format: str = "auto"  # by the name of the file; else its kind, whatever the name
     detokenize: str = ""  # prompt and text go through this function of `hdlm_jax.data.detokenize`
     chat: bool = False  # prompt and text become turns of a chat, when they are tokenised
+    features_field: str = ""  # '': no features
+    feature_shape: tuple[int, int] = (0, 0)  # (P, F): the most vectors of a record, and their numbers
 
     def check(self, source: str) -> str:
         """The kind of a source: 'embedded', 'txt', 'jsonl', 'json', 'parquet' or 'tar'.
@@ -95,8 +98,9 @@ class Reader:
         return kind
 
     def _no_prompts(self, name: str, kind: str) -> None:
-        if self.prompt_field:
-            raise ValueError(f"{name}: data.prompt_field={self.prompt_field!r} needs jsonl or parquet, not {kind}")
+        for setting in ("prompt_field", "features_field"):
+            if field := getattr(self, setting):
+                raise ValueError(f"{name}: data.{setting}={field!r} needs jsonl or parquet, not {kind}")
 
     def read(self, source: str) -> Iterator[Document | Bad]:
         """The documents of a source in a fixed order, and what of it cannot be read; empty documents are left out.
@@ -157,21 +161,21 @@ class Reader:
                     held = inside.bad("", reason(error))
 
     def _parquet(self, file: BinaryIO, place: _Place, seekable: bool) -> Iterator[Document | Bad]:
-        fields = self._fields()
+        fields = [*self._fields(), *filter(None, [self.features_field])]
         with contextlib.ExitStack() as stack:
             if not seekable:  # a parquet file is read from its end
                 spool = stack.enter_context(tempfile.TemporaryFile())
                 shutil.copyfileobj(file, spool)
                 file = spool
-            for number, values in enumerate(_rows(file, fields, place), 1):
+            for number, values in enumerate(_rows(file, fields, place, self.features_field), 1):
                 try:
-                    yield _document(dict(zip(fields, values, strict=True)), fields, place.name(number))
+                    yield self._document(dict(zip(fields, values, strict=True)), place.name(number))
                 except _Unreadable as error:
                     yield place.bad(f"row {number}", str(error))
 
     def _records(self, records: Iterable[tuple[int, object]], place: _Place) -> Iterator[Document | Bad]:
         """Documents of numbered records: lines of JSON, or what was read of a JSON file."""
-        fields, first = self._fields(), True
+        fields, first = [*self._fields(), *filter(None, [self.features_field])], True
         for number, record in records:
             if isinstance(record, Bad):
                 yield record
@@ -184,12 +188,23 @@ class Reader:
                     if first:
                         _need(fields, row, place)
                         first = False
-                    yield _document(row, fields, place.name(number))
+                    yield self._document(row, place.name(number))
                 except _Unreadable as error:
                     yield place.bad(f"{at} {number}", str(error))
 
     def _fields(self) -> list[str]:
         return [self.text_field, self.prompt_field] if self.prompt_field else [self.text_field]
+
+    def _document(self, row: Mapping[str, object], name: str) -> Document:
+        document, field = _document(row, self._fields(), name), self.features_field
+        if not field:
+            return document
+        if row.get(field) is None:
+            raise _Unreadable(f"no field {field!r}; fields here: {', '.join(map(repr, row)) or 'none'}")
+        try:
+            return document._replace(features=vectors.read(row[field], self.feature_shape))
+        except ValueError as error:
+            raise _Unreadable(f"field {field!r} {error}") from None
 
 
 class _Unreadable(Exception):
@@ -200,7 +215,8 @@ def _need(fields: Iterable[str], there: Iterable[str], place: _Place) -> None:
     for field in fields:
         if field not in there:
             raise ValueError(f"{place.name()}: no field {field!r} in its first record; fields there: "
-                             f"{', '.join(map(repr, there)) or 'none'} (data.text_field, data.prompt_field)")
+                             f"{', '.join(map(repr, there)) or 'none'} (data.text_field, data.prompt_field, "
+                             "data.features_field)")
 
 
 def _document(row: Mapping[str, object], fields: list[str], name: str) -> Document:
@@ -228,15 +244,16 @@ def _blank(text: str) -> bool:
     return not text or text.isspace()  # unlike strip() this copies nothing
 
 
-def _rows(file: BinaryIO, fields: list[str], place: _Place) -> Iterator[tuple[bytes | None, ...]]:
-    """The values of `fields` in the rows of a parquet file; as bytes, for no row to spoil the others."""
+def _rows(file: BinaryIO, fields: list[str], place: _Place, features: str) -> Iterator[tuple[Any, ...]]:
+    """The values of `fields` in the rows of a parquet file; of texts as bytes, for no row to spoil the others."""
     arrow, parquet = (package(name, "parquet", place.source) for name in ("pyarrow", "pyarrow.parquet"))
     try:
         table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # else it reads whole row groups
         _need(fields, table.schema_arrow.names, place)
         for batch in table.iter_batches(256, columns=fields, use_threads=False):
             try:
-                columns = [batch.column(field).cast(arrow.large_binary()) for field in fields]
+                columns = [batch.column(field) if field == features else
+                           batch.column(field).cast(arrow.large_binary()) for field in fields]
             except arrow.ArrowNotImplementedError as error:
                 raise ValueError(f"{place.name()}: {', '.join(fields)} must be text ({reason(error)})") from None
             yield from zip(*[column.to_pylist() for column in columns], strict=True)

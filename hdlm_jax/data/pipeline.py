@@ -25,6 +25,7 @@ import numpy as np
 from hdlm_jax.common import processes
 from hdlm_jax.data import tokenizers
 from hdlm_jax.data.documents import Reader
+from hdlm_jax.data.features import map_file
 from hdlm_jax.data.prepare import Manifest, load_manifest
 from hdlm_jax.data.records import MANY, Bad, Document, check_bad
 from hdlm_jax.data.shards import ahead, batches, core_count, encode_documents, read_index
@@ -41,7 +42,8 @@ _AHEAD_TOKENS = 1 << 22  # streamed batches are made ahead up to about so many t
 class Split:
     """The T tokens of a split ('train' or 'valid'): its ranges of shards, one after the other, closed to a ring.
 
-    Shards are mapped when they are read, and the least recently used are given back. `tokens` is T.
+    Shards are mapped when they are read, and the least recently used are given back. `tokens` is T; feature_shape:
+    (P, F) of documents with features, else (0, 0).
     """
 
     def __init__(self, folder: str | os.PathLike, manifest: Manifest, split: str):
@@ -51,6 +53,10 @@ class Split:
         self._ends = list(itertools.accumulate(end - first for _, first, end, _, _ in self._ranges))
         self.tokens = self._ends[-1] if self._ends else 0
         self._flat = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._map)
+        places, width = manifest.features or (0, 0)
+        self.feature_shape: tuple[int, int] = places, width
+        self._documents = list(itertools.accumulate(entry[4] - entry[3] for entry in self._ranges))
+        self._vectors = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._map_features)
 
     def _map(self, number: int) -> np.ndarray:
         stem, first, end, _, _ = self._ranges[number]
@@ -61,6 +67,26 @@ class Split:
             return np.frombuffer(raw, self._dtype, end - first, first * self._dtype.itemsize)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read up to token {end:,} ({error}); run --mode=prepare") from None
+
+    def _map_features(self, number: int) -> np.ndarray:
+        stem, _, _, first, end = self._ranges[number]
+        return map_file(self._folder / f"{stem}.feat", self.feature_shape, first, end - first)
+
+    def features(self, documents: np.ndarray) -> np.ndarray:
+        """Features of documents int [b] of the split: float32 [b, P, F], NaN behind a document's own."""
+        out = np.empty((len(documents), *self.feature_shape), np.float32)
+        for row, document in zip(out, documents.tolist(), strict=True):
+            number = bisect.bisect_right(self._documents, document)
+            there = self._vectors(number)
+            row[:] = there[document - self._documents[number] + len(there)]
+        return out
+
+    def check_rows(self, seq_len: int) -> None:
+        """ValueError where a document with features does not fit a row, as their places are in front of all of it."""
+        longest = int(np.diff(self.documents[0]).max(initial=0)) if self.feature_shape[0] else 0
+        if longest > seq_len:
+            raise ValueError(f"model.seq_len is {seq_len}; a document of {self._folder} has {longest} tokens, the "
+                             f"{self.feature_shape[0]} places of its features counted, and must fit a row")
 
     def __len__(self) -> int:
         return self.tokens
@@ -185,17 +211,18 @@ class _Batches:
     seq_len: S. batch_size: B, of all processes together: process p of them gets rows p*b .. (p+1)*b - 1, b = B / count.
     variable_share: of the rows, cut to a length uniform in 1..S ('crop': the window is drawn with that length); behind
     it is padding.
-    partners: rows of a batch for each of the B texts, one behind the other.
+    partners: rows of a batch for each of the B texts, one behind the other. features: (P, F), or (0, 0) for none.
     """
 
     def __init__(self, prompts: bool, eot: int, seq_len: int, batch_size: int, seed: int = 0, process_index: int = 0,
                  process_count: int = 1, *, packing: str = "concat", padding: str = "end", variable_share: float = 0.0,
-                 partners: int = 1):
+                 partners: int = 1, features: tuple[int, int] = (0, 0)):
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(f"train.batch_size is {batch_size}; must be a positive multiple of the "
                              f"{process_count} processes")
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.packing, self.variable_share, self._eot, self._partners = packing, variable_share, eot, partners
+        self._features = features
         rows, self.process_count = batch_size // process_count, process_count
         self._index = np.arange(process_index * rows, (process_index + 1) * rows, dtype=np.int32)
         self._ends = packing == "crop" and padding == "end"
@@ -206,7 +233,7 @@ class _Batches:
     def example(self) -> dict[str, np.ndarray]:
         """A batch of zeros: the names, shapes and dtypes that every batch of this process has."""
         x, none = np.zeros((len(self._index), self.seq_len), np.int32), np.zeros(len(self._index))
-        batch = self._batch(x, np.ones(x.shape, np.bool_), none, none)
+        batch = self._batch(x, np.ones(x.shape, np.bool_), none, none, np.zeros((len(x), *self._features), np.float32))
         return {name: np.zeros_like(array) for name, array in batch.items()}
 
     def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -221,14 +248,16 @@ class _Batches:
         limits = np.where(cut, raw[:, 1] % np.uint64(self.seq_len) + np.uint64(1), np.uint64(self.seq_len))
         return limits.astype(np.int64), raw[:, 2]
 
-    def _batch(self, x: np.ndarray, score: np.ndarray, lengths: np.ndarray,
-               limits: np.ndarray) -> dict[str, np.ndarray]:
+    def _batch(self, x: np.ndarray, score: np.ndarray, lengths: np.ndarray, limits: np.ndarray,
+               features: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """lengths, limits: [b], tokens of text in each row, and the most that it may show."""
         batch = {"x": x, "index": self._index.copy()}
         if self._names:
             shown = limits if self._ends else lengths
             fields = _fields(x, score, lengths, shown, self.packing, self._eot)
             batch |= {name: fields[name] for name in self._names}
+        if features is not None and features.size:
+            batch["features"] = features
         if (n := self._partners) > 1:
             batch = {name: np.repeat(array, n, axis=0) for name, array in batch.items()}
             batch["index"] = n * batch["index"] + np.arange(len(x) * n, dtype=np.int32) % n
@@ -272,8 +301,8 @@ class TrainBatches(_Batches):
 
     def __init__(self, folder: str | os.PathLike, *rows: int, read_threads: int = 2, **how: Any):
         manifest = load_manifest(folder)
-        super().__init__(manifest.prompts, manifest.eot, *rows, **how)
         self._split, self._read_threads = Split(folder, manifest, "train"), read_threads
+        super().__init__(manifest.prompts, manifest.eot, *rows, features=self._split.feature_shape, **how)
         self.num_tokens = self._split.tokens
         crop = self.packing == "crop"
         if not crop and self.seq_len > self.num_tokens:
@@ -281,6 +310,7 @@ class TrainBatches(_Batches):
                              f"{self.num_tokens} training tokens in {folder}")
         if manifest.prompts or crop:
             _ = self._split.documents  # read once, before prefetch threads ask for it
+        self._split.check_rows(self.seq_len)
         self.windows = len(self._split.documents[1]) if crop else self.num_tokens // self.seq_len
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
         self._lock = threading.Lock()  # prefetch threads ask at once; one of them draws
@@ -299,7 +329,7 @@ class TrainBatches(_Batches):
         x int32 [b, S], padded with end of text, and index int32 [b], the row numbers in 0..B-1; where some tokens are
         not scored (prompts, hidden padding) score bool [b, S]; where attention is limited segment int32 [b, S]: tokens
         attend to those of the same segment, hidden padding has -1; where padding is scored tokens int32 [b], the
-        number of scored tokens without it.
+        number of scored tokens without it; of documents with features features float32 [b, P, F], NaN behind them.
         """
         epochs, places = np.divmod(step * self.batch_size + self._index.astype(np.int64), self.windows)
         starts, chosen = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
@@ -316,7 +346,7 @@ class TrainBatches(_Batches):
             first, lengths = _window(bounds[chosen + 1] - bounds[chosen], prompts[chosen], limits, draws)
             starts = bounds[chosen] + first
         x, score = self._split.gather(starts, self.seq_len), self._split.scored(starts, self.seq_len)
-        return self._batch(x, score, lengths, limits)
+        return self._batch(x, score, lengths, limits, self._split.features(chosen) if self._features[0] else None)
 
     def iterator(self, position: dict | None = None) -> grain.DatasetIterator:
         """An endless Grain iterator over `batch(0)`, `batch(1)`, ..., from `position` on, read ahead on threads.
@@ -348,10 +378,12 @@ def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0, packing:
 
     Returns: x int32 [n, S], padded with end of text; score bool [n, S], False on hidden padding and prompts; segment
       int32 [n, S], -1 on hidden padding, else 0, with packing="documents" the number of the document in its row;
-      tokens int32 [n], scored tokens without any padding: what nats are divided by.
+      tokens int32 [n], scored tokens without any padding: what nats are divided by; of documents with features
+      features float32 [n, P, F], NaN behind them.
     """
     manifest = load_manifest(folder)
     split = Split(folder, manifest, "valid")
+    split.check_rows(seq_len)
     bounds = split.documents[0] if packing == "crop" else np.array([0, split.tokens])
     rows = -(-np.diff(bounds) // seq_len)  # of each part: a document, or all
     number = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows)  # of a row in its part
@@ -365,7 +397,8 @@ def valid_rows(folder: str | os.PathLike, seq_len: int, limit: int = 0, packing:
     if not manifest.prompts:
         return fields
     says = np.flatnonzero(fields["tokens"])[: limit or None]  # not rows of prompt alone
-    return {name: field[says] for name, field in fields.items()}
+    fields = {name: field[says] for name, field in fields.items()}
+    return fields | {"features": split.features(says)} if split.feature_shape[0] else fields
 
 
 class StreamBatches(_Batches):

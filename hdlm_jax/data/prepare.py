@@ -75,6 +75,7 @@ class Manifest:
     shards: dict  # file name -> {"bytes", "sha256"}
     lengths: list  # [tokens, documents], rising: so many training documents have so many scored tokens (or LONGEST)
     adopted: list = dataclasses.field(default_factory=list)  # of version 2: the settings, sources a sample is named by
+    features: list = dataclasses.field(default_factory=list)  # [P, F] where documents have features (stem.feat)
 
     @property
     def unigram_bits_per_byte(self) -> float:
@@ -108,7 +109,8 @@ def load_manifest(folder: str | os.PathLike) -> Manifest:
     if facts.get("version") not in (2, VERSION):
         raise ValueError(f"{path}: version is {facts.get('version')}, this code reads 2 and {VERSION}; "
                          "delete the folder and prepare again")
-    jsons.read_json(path, *(f.name for f in dataclasses.fields(Manifest) if f.name not in ("lengths", "adopted")))
+    jsons.read_json(path, *(f.name for f in dataclasses.fields(Manifest)
+                           if f.name not in ("lengths", "adopted", "features")))
     jsons.of_types(path, facts, typing.get_type_hints(Manifest))
     if "lengths" not in facts:  # made before they were kept
         facts["lengths"] = document_lengths(Path(folder), facts["splits"]["train"])
@@ -169,7 +171,8 @@ def prepare(out_dir: str | os.PathLike, data: DataConfig, tokenizer: TokenizerCo
 
 def _job(folder: Path, data: DataConfig, reader: Reader, train: list[str], valid: list[str]) -> shards.Job:
     return shards.Job(
-        folder=folder, id="", reader=reader, held=held_out(reader, valid), prompts=bool(data.prompt_field),
+        folder=folder, id="", reader=reader, held=held_out(reader, valid),
+        prompts=bool(data.prompt_field or data.features_field),
         units=tuple((source, "train") for source in train) + tuple((source, "valid") for source in valid),
         fraction=data.validation_fraction if data.split == "hash" and not valid else 0.0,
         sample=max(1, data.sample_bytes // len(train)) if data.stream else 0,
@@ -234,7 +237,9 @@ def _settings(data: DataConfig, tokenizer: TokenizerConfig, validation: int) -> 
         "data.format": data.format if files else None,
         "data.text_field": data.text_field if files else None,
         "data.prompt_field": data.prompt_field,
-        **({"data.chat": True} if data.chat else {}),  # folders of before do not know it
+        **({"data.chat": True} if data.chat else {}),  # folders of before know neither
+        **({"data.features_field": [data.features_field, data.feature_places, data.feature_width]}
+           if data.features_field else {}),
         "data.txt_documents": data.txt_documents if files else None,
         "data.detokenize": data.detokenize,
         _VALIDATION: validation,
@@ -256,7 +261,8 @@ _VALIDATION = "files of data.validation"  # in settings: how many
 def what_to_read(data: DataConfig, say: Callable[[str], None] = lambda line: None
                  ) -> tuple[Reader, list[str], list[str]]:
     """How documents are read, the training sources and the validation files; say: gets what folders hold."""
-    reader = Reader(data.text_field, data.prompt_field, data.txt_documents, data.format, data.detokenize, data.chat)
+    reader = Reader(data.text_field, data.prompt_field, data.txt_documents, data.format, data.detokenize, data.chat,
+                    data.features_field, (data.feature_places, data.feature_width))
     train = [EMBEDDED] if data.source == "embedded" else resolve(data.files, "data.files", data.format, say)
     valid = resolve(data.validation, "data.validation", data.format, say) if data.validation else []
     return reader, train, valid
@@ -409,7 +415,8 @@ def _merge(job: shards.Job, words: tokenizers.Tokenizer, begun: dict, last: int,
         unreadable=embedded_corpus()[1] if job.units[0][0] == EMBEDDED else 0,
         sampled=job.sample > 0, python=platform.python_version(),
         splits={split: [list(shard[:5]) for shard in ranges] for split, ranges in splits.items()},
-        shards={name: facts for name, facts in made.items() if not name.startswith("bad-")}, lengths=[])
+        shards={name: facts for name, facts in made.items() if not name.startswith("bad-")}, lengths=[],
+        features=list(job.reader.feature_shape) if job.reader.features_field else [])
     if verify and (damage := _damage(job.folder, manifest, _Seen(job.folder, say))):
         name, what = damage[0]
         raise ValueError(f"{job.folder / name} is {what}: delete it and run --mode=prepare, which makes it again")

@@ -6,15 +6,21 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 MANY = 10_000  # a share of fewer records says little
 
 
 class Document(NamedTuple):
-    """One document: `prompt` (never scored, usually empty), then `text`; `name` says where it is from."""
+    """One document: `prompt` (never scored, usually empty), then `text`; `name` says where it is from.
+
+    features: float32 [n, F], vectors in front of both (data/features.py).
+    """
 
     text: str
     name: str
     prompt: str = ""
+    features: np.ndarray | None = None
 
 
 class Bad(NamedTuple):
@@ -40,13 +46,14 @@ def check_bad(share: float, bad: int, records: int, first: Sequence[str], folder
 
 
 def digest(document: Document) -> bytes:
-    """sha256 of the document's raw UTF-8 bytes (prompt, then text)."""
-    return hashlib.sha256((document.prompt + document.text).encode("utf-8")).digest()
+    """sha256 of the document's raw UTF-8 bytes (prompt, then text), and of its features."""
+    features = b"" if document.features is None else document.features.astype("<f4").tobytes()
+    return hashlib.sha256((document.prompt + document.text).encode("utf-8") + features).digest()
 
 
 def is_validation(document: Document, fraction: float) -> bool:
     """Whether the document is validation: its sha256, read as a number in [0, 1), is below `fraction`.
 
-    Depends on the text alone, so equal documents fall on the same side and the order of files is irrelevant.
+    Depends on text and features alone, so equal documents fall on the same side and the order of files is irrelevant.
     """
     return int.from_bytes(digest(document)[:8], "big") < fraction * 2.0**64

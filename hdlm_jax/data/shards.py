@@ -1,7 +1,8 @@
 """One source file -> shards of tokens, on all cores; killed at any moment, the next call goes on.
 
 A *unit* is one source file. Its shards `{split}-{unit}-{part}.bin` hold tokens, each document closed by the end of
-text; the `.idx` beside each has four uint32 a document: its tokens and bytes, and how many of each are its prompt's.
+text; the `.idx` beside each has four uint32 a document: its tokens and bytes, and how many of each are its prompt's;
+where records have features, `.feat` has those of each document (data/features.py).
 Whenever shards are closed, `unit-{unit}.json` says how far the unit is. Its bytes depend on neither the cores nor the
 number of calls.
 """
@@ -32,6 +33,7 @@ from hdlm_jax.common import jsons
 from hdlm_jax.data import tokenizers
 from hdlm_jax.data.chat import turns_ids
 from hdlm_jax.data.documents import Reader
+from hdlm_jax.data.features import padded
 from hdlm_jax.data.records import MANY, Bad, Document, check_bad, digest, is_validation
 
 T = TypeVar("T")
@@ -213,18 +215,23 @@ def unfinished(job: Job) -> list[int]:
 
 
 class _Encoded(NamedTuple):
-    """A batch of records, encoded. digests: sum of sha256. shards: split -> tokens [n], index [documents, 4]."""
+    """A batch of records, encoded. digests: sum of sha256. shards: split -> tokens [n], index [documents, 4],
+    features."""
 
     records: int
     bad: list[Bad]
     left_out: int
     digests: int
-    shards: dict[str, tuple[np.ndarray, np.ndarray]]
+    shards: dict[str, tuple[np.ndarray, np.ndarray, bytes]]
 
 
 def encode_documents(words: tokenizers.Tokenizer, documents: list[Document],
                      reader: Reader) -> list[tuple[np.ndarray, int]]:
-    """Tokens int32 of each document (prompt, text, end of text), and how many of them are its prompt."""
+    """Tokens int32 of each document (prompt, text, end of text), and how many of them are its prompt.
+
+    In front of it are ends of text in the places of features, which count as prompt.
+    """
+    places = reader.feature_shape[0]
     end, prompts = np.array([words.eot], np.int32), bool(reader.prompt_field)
     if reader.chat:
         turns = [turns_ids(words, [{"role": "user", "content": document.prompt},
@@ -232,7 +239,8 @@ def encode_documents(words: tokenizers.Tokenizer, documents: list[Document],
         return [(np.concatenate([ids, end]), prompt) for ids, prompt in turns]
     texts = words.encode_batch([document.text for document in documents])
     heads = words.encode_batch([document.prompt for document in documents]) if prompts else [end[:0]] * len(documents)
-    return [(np.concatenate([head, text, end]), len(head)) for head, text in zip(heads, texts, strict=True)]
+    return [(np.concatenate([np.repeat(end, places), head, text, end]), places + len(head))
+            for head, text in zip(heads, texts, strict=True)]
 
 
 def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[Document | Bad]) -> _Encoded:
@@ -251,7 +259,9 @@ def _encode(job: Job, words: tokenizers.Tokenizer, unit: int, batch: list[Docume
                 index.append((len(tokens), prompt_bytes + text_bytes, prompt, prompt_bytes))
                 digests += int.from_bytes(digest(document), "big")
             flat = np.concatenate(pieces, dtype=np.dtype(job.dtype).newbyteorder("<"), casting="unsafe")
-            shards[split] = flat, np.array(index, "<u4")
+            features = [padded(document.features, job.reader.feature_shape[0]).astype("<f4").tobytes()
+                        for document in documents if document.features is not None]
+            shards[split] = flat, np.array(index, "<u4"), b"".join(features)
     return _Encoded(len(batch), [record for record in batch if isinstance(record, Bad)], left_out, digests, shards)
 
 
@@ -275,6 +285,7 @@ def batches(records: Iterable[T], chars: int) -> Iterator[list[T]]:
         size += 100  # of a tiny document, the object is what takes the memory
         if isinstance(record, Document):
             size += len(record.prompt) + len(record.text)
+            size += 0 if record.features is None else record.features.nbytes
         if size >= chars:
             yield held
             held, size = [], 0
@@ -325,10 +336,12 @@ def _make(job: Job, words: tokenizers.Tokenizer, unit: int, threads: int, tick: 
 
         for batch in ahead(encode, batches(records, BATCH_CHARS), threads):
             place = f"{unit:05d}-{record.parts:03d}"
-            for split, (flat, index) in batch.shards.items():
+            for split, (flat, index, features) in batch.shards.items():
                 stem = f"{split}-{place}"
                 files.write(job.folder / f"{stem}.bin", flat.tobytes())
                 files.write(job.folder / f"{stem}.idx", index.tobytes())
+                if features:
+                    files.write(job.folder / f"{stem}.feat", features)
                 open_shards[stem] += totals(index)
                 tick(int(index[:, 1].sum(dtype=np.int64)))
             for bad in batch.bad:

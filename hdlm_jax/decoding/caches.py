@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hdlm_jax.decoding.policy import Rows
+from hdlm_jax.models.features import given
 from hdlm_jax.models.heads import At
 from hdlm_jax.models.trunk import Trunk
 
@@ -124,7 +125,8 @@ class Uncached:
         return ()
 
     def __call__(self, cache, rows: Rows):
-        return self.network.denoise(self.params, rows.z, rows.t, rows.active[:, None] if self.cut else None), cache
+        params = given(self.params, rows.extra.get("features"))
+        return self.network.denoise(params, rows.z, rows.t, rows.active[:, None] if self.cut else None), cache
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,7 +160,7 @@ class Cached:
         b, s = rows.z.shape
         stale = self.stale(memory, rows)
         count, order = jnp.sum(stale, axis=-1), jnp.argsort(~stale, stable=True)
-        row = jnp.arange(b)[:, None]
+        row, params = jnp.arange(b)[:, None], given(self.params, rows.extra.get("features"))
 
         def compute(size, hidden, kept):
             at = order[:, :size]
@@ -166,7 +168,7 @@ class Cached:
             seen = rows.active[:, None]
             if self.spec.block_causal:
                 seen = seen & (rows.block[:, None] <= rows.block[row, at][..., None])
-            new, kept = self.network.hidden_at(self.params, rows.z[row, at], rows.t, kept, place, seen)
+            new, kept = self.network.hidden_at(params, rows.z[row, at], rows.t, kept, place, seen)
             return hidden.at[0, row, place].set(new, mode="drop"), kept
 
         halves = [n for i in range(5, 0, -1) if (n := -(-s // 2**i)) >= 16]

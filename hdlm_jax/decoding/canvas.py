@@ -20,7 +20,8 @@ class Canvas(NamedTuple):
 
     z: int32 [n, S], states (behind the end a token nobody looks at); given: bool [n, S], tokens that stay;
     kind: int32 [n, S], which set of tokens a position may take, 0: any; length: int32 [n];
-    allowed: bool [kinds, V], the sets; its row 0 is all True.
+    allowed: bool [kinds, V], the sets; its row 0 is all True; features: float32 [n, P, F] in front of the texts
+    (models/features.py), whose places z gives tokens that nobody reads.
     """
 
     z: np.ndarray
@@ -28,6 +29,7 @@ class Canvas(NamedTuple):
     kind: np.ndarray
     length: np.ndarray
     allowed: np.ndarray
+    features: np.ndarray | None = None
 
 
 def make(states: Sequence[int] | np.ndarray, hierarchy, rows: int = 1, seq_len: int = 0,
@@ -62,7 +64,7 @@ def closed(canvas: Canvas, seq_len: int, eot: int) -> Canvas:
     z, given, kind = (np.pad(a, wide) for a in (canvas.z, canvas.given, canvas.kind))
     behind = np.arange(seq_len) >= canvas.length[:, None]
     z[behind], given[behind], kind[behind] = eot, True, 0
-    return Canvas(z, given, kind, np.full(n, seq_len, np.int32), canvas.allowed)
+    return canvas._replace(z=z, given=given, kind=kind, length=np.full(n, seq_len, np.int32))
 
 
 def together(parts: Sequence[Canvas]) -> Canvas:
@@ -76,7 +78,8 @@ def together(parts: Sequence[Canvas]) -> Canvas:
 
     return Canvas(rows(part.z for part in parts), rows(part.given for part in parts), rows(kinds),
                   np.concatenate([part.length for part in parts]),
-                  np.concatenate([parts[0].allowed[:1], *(part.allowed[1:] for part in parts)]))
+                  np.concatenate([parts[0].allowed[:1], *(part.allowed[1:] for part in parts)]),
+                  None if parts[0].features is None else np.concatenate([part.features for part in parts]))
 
 
 def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -> Canvas:

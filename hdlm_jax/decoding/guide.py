@@ -82,8 +82,8 @@ class CFG(Guide):
     """Unsupervised classifier-free guidance (SMDM): log p = c + weight (c - u), normalised, over the vocabulary.
 
     c: log p of the inner denoiser; u: the same without the prompt, the tokens in rows.given, which are replaced by
-    masks (without="mask") or by their clusters ("cluster"), a milder contrast. A token that either finds impossible
-    keeps c. Both passes are one call of twice the rows; a denoiser with a cache has two.
+    masks (without="mask") or by their clusters ("cluster"), a milder contrast, and without features. A token that
+    either finds impossible keeps c. Both passes are one call of twice the rows; a denoiser with a cache has two.
 
     Args:
       weight: float, traced or not; 0: no guidance. SMDM uses .1 to 2.
@@ -98,7 +98,8 @@ class CFG(Guide):
         if self.without == "cluster":
             hidden = self.process.state_above(0, jnp.where(rows.level == 0, rows.z, 0), 1)
         z = jnp.where(rows.given & (rows.level == 0), hidden, rows.z)
-        return rows._replace(z=z, level=self.process.level_of(z))
+        extra = {name: jnp.full_like(a, jnp.nan) if name == "features" else a for name, a in rows.extra.items()}
+        return rows._replace(z=z, level=self.process.level_of(z), extra=extra)
 
     def start(self, rows: Rows):
         return self.inner.start(rows), self.inner.start(self.unprompted(rows))

@@ -28,6 +28,7 @@ from hdlm_jax.diffusion.gidd import GiddProcess
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models import quantise
+from hdlm_jax.models.features import given as given_features
 from hdlm_jax.models.network import Network
 from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.loading import load_here
@@ -149,7 +150,8 @@ def loop_of(process: HierarchicalProcess, z: jax.Array, call: Call) -> tuple[loo
         length = jnp.minimum(prompt + numbers["method"]["start"], length)
     denoise = denoiser(call.program, call.network, call.params, process, numbers, call.classifier,
                        call.how.sync_trip_count)
-    extra = {"kind": call.batch["kind"]} if call.program.constrained else {}
+    extra = {name: call.batch[name] for name in ["kind"] * call.program.constrained + ["features"]
+             if name in call.batch}
     rows = {"given": call.batch.get("given"), "length": length, "extra": extra}
     return loop.loop_of(denoise, process, policy, z.shape, numbers["method"], call.how), rows
 
@@ -165,14 +167,15 @@ def _(process: HierarchicalProcess, keys: jax.Array, z: jax.Array, call: Call) -
 def _(process: GiddProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
     behind = (jnp.arange(z.shape[1])[None] >= jnp.reshape(call.length, (-1, 1))).astype(jnp.int32)
     segment = jnp.broadcast_to(behind, z.shape) if call.program.cut else None
-    denoise = functools.partial(call.network.denoise, call.params, segment=segment)
+    params = given_features(call.params, call.batch.get("features"))
+    denoise = functools.partial(call.network.denoise, params, segment=segment)
     numbers = {name: call.numbers[name] for name in ("steps", "corrections", "correction_temperature")}
     return gidd.sample(keys, denoise, process, z, **numbers, **_draws(call.how))
 
 
 @sample_canvas.register
 def _(process: AutoregressiveProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
-    decode = functools.partial(call.network.next_token, call.params)
+    decode = functools.partial(call.network.next_token, given_features(call.params, call.batch.get("features")))
     return autoregressive.sample(keys, decode, process, z, call.network.empty_cache(*z.shape),
                                  length=jnp.max(call.length), **_draws(call.how))
 
@@ -186,8 +189,8 @@ def make_sample_step(network: Trunk, process, program: Program, mesh=None, frame
     """step((params, numbers), batch, key) -> {tokens int32 [b, S], calls int32 [b], row_forwards int32 [b], ...}.
 
     batch: z int32 [b, S], the canvas (masks where free, tokens and clusters where given), index int32 [b]; of a Canvas
-    also given, kind and length. numbers: see `numbers_of`, with a Canvas's table `allowed`. helper: network of an
-    autoregressive run, params then being a pair. The rest is what `hdlm_jax.decoding.loop.sample` gives.
+    also given, kind, length and features. numbers: see `numbers_of`, with a Canvas's table `allowed`. helper: network
+    of an autoregressive run, params then being a pair. The rest is what `hdlm_jax.decoding.loop.sample` gives.
     """
     shard = parallel.OverBatch(mesh)
     process = at_sampling(process, program)
@@ -366,10 +369,11 @@ class Sampler:
 
 
 def rows_of(canvas: np.ndarray | canvases.Canvas, g: GenerateConfig) -> dict[str, np.ndarray]:
-    """z [n, S] and length [n] of a canvas; of a Canvas also given and kind [n, S]."""
+    """z [n, S] and length [n] of a canvas; of a Canvas also given and kind [n, S], and features where it has some."""
     if isinstance(canvas, np.ndarray):
         return {"z": canvas, "length": np.full(len(canvas), g.length or canvas.shape[1], np.int32)}
-    return {"z": canvas.z, "given": canvas.given, "kind": canvas.kind, "length": canvas.length}
+    rows = {"z": canvas.z, "given": canvas.given, "kind": canvas.kind, "length": canvas.length}
+    return rows if canvas.features is None else rows | {"features": canvas.features}
 
 
 def prompt_canvas(prompt_ids: np.ndarray, num_samples: int, seq_len: int, mask_id: int, length: int = 0) -> np.ndarray:
@@ -402,31 +406,52 @@ def lengths_are(run: Any, g: GenerateConfig) -> str:
     return "training" if told else "canvas"
 
 
-def start_canvas(run: Any, g: GenerateConfig, prompts: np.ndarray) -> np.ndarray | canvases.Canvas:
-    """Canvases that begin with prompts int32 [n, P] and are free behind, as long as `lengths_are` says.
+def start_canvas(run: Any, g: GenerateConfig, prompts: np.ndarray, features: np.ndarray | None = None
+                 ) -> np.ndarray | canvases.Canvas:
+    """Canvases that begin with prompts int32 [n, L] and are free behind, as long as `lengths_are` says.
+
+    features: float32 [n, P, F] in front of the prompts, which a run that learnt from some needs.
 
     Raises:
-      ConfigError: the prompts do not fit; lengths are to be drawn, and the training tokens that tell them are gone.
+      ConfigError: the prompts do not fit; lengths are to be drawn, and the training tokens that tell them are gone; no
+        features, or some that the run does not know.
     """
+    check_features(run, features)
     seq_len, mask = run.config.model.seq_len, run.hierarchy.mask_id
+    if features is not None:
+        prompts = np.concatenate([np.full((len(prompts), features.shape[1]), run.tokenizer.eot), prompts], axis=1)
     n, given = len(prompts), len(prompts[0])
     canvas = prompt_canvas(prompts[0], n, seq_len, mask, g.length)
     canvas[:, :given] = prompts
+    allowed = np.ones((1, run.hierarchy.vocab_size), bool)
     if lengths_are(run, g) != "training":
-        return canvas
+        if features is None:
+            return canvas
+        length = np.full(n, g.length or canvas.shape[1], np.int32)
+        return canvases.Canvas(canvas, canvas != mask, np.zeros_like(canvas), length, allowed, features)
     seen = run.training_lengths()
     if seen is None:
         raise ConfigError(f"generate.length=0: this run was told how long texts are, and the training lengths are not "
                           f"in {run.data_dir}; give generate.length")
-    sizes = np.minimum(seen[:, 0] + (given if run.trained.data.prompt_field else 0), seq_len)
+    sizes = np.minimum(seen[:, 0] + given * bool(run.trained.data.prompt_field or features is not None), seq_len)
     fits = sizes > given
     share = np.where(fits, seen[:, 1], 0) if fits.any() else np.ones(len(sizes))
     length = np.maximum(np.random.default_rng([g.seed, n]).choice(sizes, n, p=share / share.sum()), given + 1)
     places = np.arange(seq_len)
     z = np.where((places >= given) & (places < length[:, None]), mask, canvas).astype(np.int32)
     z[places >= length[:, None]] = run.tokenizer.eot  # tokens that nobody looks at
-    allowed = np.ones((1, run.hierarchy.vocab_size), bool)
-    return canvases.Canvas(z, z != mask, np.zeros_like(z), length.astype(np.int32), allowed)
+    return canvases.Canvas(z, z != mask, np.zeros_like(z), length.astype(np.int32), allowed, features)
+
+
+def check_features(run: Any, features: np.ndarray | None) -> None:
+    """ConfigError where a run needs features [n, P, F] and is given none, or others, or where it knows none."""
+    shape = run.config.data.feature_places, run.config.data.feature_width
+    if features is None and shape[0]:
+        raise ConfigError(f"features: this run writes behind {shape[0]} vectors of {shape[1]} numbers "
+                          f"(data.features_field={run.trained.data.features_field!r}) and was given none")
+    if features is not None and features.shape[1:] != shape:
+        raise ConfigError(f"features of shape {list(features.shape)}: must be [texts, {shape[0]}, {shape[1]}]"
+                          if shape[0] else "features: this run knows none (data.features_field)")
 
 
 def compile_for(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: GenerateConfig) -> None:
@@ -442,7 +467,8 @@ def first_rows(canvas: np.ndarray | canvases.Canvas, n: int) -> np.ndarray | can
     """The first n of some canvases."""
     if isinstance(canvas, np.ndarray):
         return canvas[:n]
-    return canvases.Canvas(canvas.z[:n], canvas.given[:n], canvas.kind[:n], canvas.length[:n], canvas.allowed)
+    features = None if canvas.features is None else canvas.features[:n]
+    return canvases.Canvas(canvas.z[:n], canvas.given[:n], canvas.kind[:n], canvas.length[:n], canvas.allowed, features)
 
 
 def ended(row: np.ndarray, given: int, eot: int, stop: str) -> np.ndarray:

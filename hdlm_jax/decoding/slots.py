@@ -26,8 +26,8 @@ from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 
 
 class Text(NamedTuple):
-    """A text to write: a row of a canvas, z int32 [S], given bool [S], kind int32 [S] and length, and what names its
-    random numbers: the seed, and its number among those of that seed."""
+    """A text to write: a row of a canvas, z int32 [S], given bool [S], kind int32 [S] and length, what names its
+    random numbers (the seed, and its number among those of that seed), and features float32 [P, F] in front of it."""
 
     z: np.ndarray
     given: np.ndarray
@@ -35,6 +35,7 @@ class Text(NamedTuple):
     length: int
     number: int
     seed: int
+    features: np.ndarray | None = None
 
 
 class Seen(NamedTuple):
@@ -54,7 +55,9 @@ def texts_of(draw: Sampler, canvas: np.ndarray | Canvas, g: GenerateConfig) -> l
     rows = rows_of(canvas, g)
     z = rows["z"]
     given, kind = rows.get("given", draw.process.hierarchy.level_of(z) == 0), rows.get("kind", np.zeros_like(z))
-    return [Text(*row, number, g.seed) for number, row in enumerate(zip(z, given, kind, rows["length"], strict=True))]
+    features = rows.get("features", [None] * len(z))
+    return [Text(*row, number, g.seed, features[number])
+            for number, row in enumerate(zip(z, given, kind, rows["length"], strict=True))]
 
 
 def kind_of(draw: Sampler, canvas: np.ndarray | Canvas, g: GenerateConfig) -> tuple[Hashable, ...]:
@@ -135,7 +138,8 @@ class Slots:
         else:
             numbers.pop("allowed", None)
         self.revises = program.method.policy.revise is not None or program.method.policy.lengths is not None
-        self.rows, self.places = rows, rows_of(canvas, g)["z"].shape[1]
+        self.rows, first = rows, rows_of(canvas, g)
+        self.places, self._features = first["z"].shape[1], first["features"][0] if "features" in first else None
         self._mesh, self._given = draw.mesh, (draw.params_of(program.method), numbers)
         self._start, self._advance = _compiled(draw, program, sure)
         self._held = self._begun({})
@@ -148,6 +152,8 @@ class Slots:
         batch = {"z": np.zeros(shape, np.int32), "given": np.ones(shape, bool), "kind": np.zeros(shape, np.int32),
                  "length": np.full(self.rows, self.places, np.int32), "number": np.zeros(self.rows, np.int32),
                  "key": np.stack([key_data(0)] * self.rows)}
+        if self._features is not None:
+            batch["features"] = np.zeros((self.rows, *self._features.shape), np.float32)
         for slot, text in texts.items():
             if text is not None:
                 row = {**text._asdict(), "key": key_data(text.seed)}

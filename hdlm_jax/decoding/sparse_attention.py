@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from hdlm_jax.decoding.policy import Rows
 from hdlm_jax.models.attention import Seen, attention
+from hdlm_jax.models.features import given
 from hdlm_jax.models.heads import At
 from hdlm_jax.models.network import Transformer
 
@@ -102,8 +103,8 @@ class Sparse:
         due = ~cache.made[0] & (total - _levels_left(rows) + 1e-3 >= self.spec.skip * total)
         each = {"made": cache.made[0], "due": due, "active": rows.active, "prompt": rows.given & (rows.block < 0)}
         patch = {name: jnp.broadcast_to(a[None], (self.network.blocks, *a.shape)) for name, a in each.items()}
-        network = self.network.clone(attend=self.spec.attend)
-        hidden, new = network.apply({"params": self.params, "patch": {"stack": patch | {"kept": cache.kept}}}, rows.z,
+        network, params = self.network.clone(attend=self.spec.attend), given(self.params, rows.extra.get("features"))
+        hidden, new = network.apply({"params": params, "patch": {"stack": patch | {"kept": cache.kept}}}, rows.z,
                                     rows.t, rows.active.astype(jnp.int32), method="trunk", mutable=["patch"])
         cache = SparseCache(new["patch"]["stack"]["kept"], cache.made | due[None], cache.total)
         return At(network.head, network.head_params(self.params), hidden), cache

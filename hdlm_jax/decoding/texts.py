@@ -60,11 +60,12 @@ def settings(run: Any, values: Mapping[str, Any], **own: Any) -> GenerateConfig:
     return g
 
 
-def prompted(run: Any, g: GenerateConfig, prompt: str) -> Asked:
-    """g.num_samples texts that begin with the prompt."""
-    ids = run.tokenizer.encode(prompt)
-    canvas = start_canvas(run, g, np.tile(ids, (g.num_samples, 1)))
-    return Asked(canvas, len(ids), (run.tokenizer.eot,) if g.stop == "end" else ())
+def prompted(run: Any, g: GenerateConfig, prompt: str, features: np.ndarray | None = None) -> Asked:
+    """g.num_samples texts that begin with the prompt; features: float32 [P, F] in front of it."""
+    ids, n = run.tokenizer.encode(prompt), g.num_samples
+    canvas = start_canvas(run, g, np.tile(ids, (n, 1)), None if features is None else np.tile(features, (n, 1, 1)))
+    places = 0 if features is None else len(features)
+    return Asked(canvas, places + len(ids), (run.tokenizer.eot,) if g.stop == "end" else (), places)
 
 
 def chatted(run: Any, g: GenerateConfig, messages: Sequence[chats.Message], **template: Any) -> Asked:

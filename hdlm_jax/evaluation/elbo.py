@@ -22,18 +22,20 @@ from hdlm_jax.config import EvaluateConfig
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.process import NoiseTimes, Process
 from hdlm_jax.evaluation.rows import per_text, split_all, to_rows
+from hdlm_jax.models.features import given
 from hdlm_jax.models.heads import map_over_noised
 from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.loading import Run
 
-_FIELDS = ("x", "segment", "score")  # of rows, what the network and the process see
+_FIELDS = ("x", "segment", "score", "features")  # of rows, what the network and the process see
 
 
 def make_nelbo_step(network: Trunk, process: Process, mesh: Mesh | None = None
                     ) -> Callable[[Tree, Batch, jax.Array], jax.Array]:
     """step(params, batch, key) -> float32 [b, K]: nats of each row at each level, as an estimate w C / q.
 
-    batch: x and segment int32 [b, S], score bool [b, S], tau and inv_q float32 [b], pair int32 [b] (its randomness).
+    batch: x, segment int32 [b, S], score bool [b, S], tau, inv_q float32 [b], pair int32 [b] (its randomness) and, for
+    a network that is given some, features float32 [b, P, F].
     """
 
     shard = parallel.OverBatch(mesh)
@@ -41,7 +43,8 @@ def make_nelbo_step(network: Trunk, process: Process, mesh: Mesh | None = None
     def step(params: Tree, batch: Batch, key: jax.Array) -> jax.Array:
         x, tau = batch["x"], batch["tau"]
         z, level = process.noised(fold(jnp.broadcast_to(key, tau.shape), batch["pair"]), x, tau, batch["score"])
-        h = network.hidden(params, z, -jnp.expm1(-tau), batch["segment"], None, x if network.block else None)
+        told = given(params, batch.get("features"))
+        h = network.hidden(told, z, -jnp.expm1(-tau), batch["segment"], None, x if network.block else None)
         cost_of = lambda p, f, levels: process.token_loss(p, f[0], f[1], levels, tau=f[2])  # noqa: E731
         fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape))
         cost = map_over_noised(network.head, cost_of, network.head_params(params), h, level, x, fields,
@@ -99,14 +102,14 @@ class Evaluator:
         """Estimates [n, K] in nats for n pairs of a row and a noise time.
 
         Args:
-          rows: x, segment int32 [rows, S], score bool [rows, S]; which: int [n], the pairs' rows.
+          rows: x, segment int32 [rows, S], score bool [rows, S], perhaps features; which: int [n], the pairs' rows.
           tau, q: float [n], noise times and the densities they come from.
           pair: int [n], a pair's random numbers: the same one for common random numbers; None: all different.
         """
         n, pair = len(which), np.arange(len(which)) if pair is None else pair
 
         def batch(pick: np.ndarray) -> dict[str, np.ndarray]:
-            return {field: rows[field][which[pick]] for field in _FIELDS} | {
+            return {field: rows[field][which[pick]] for field in _FIELDS if field in rows} | {
                 "tau": tau[pick].astype(np.float32), "inv_q": (1 / q[pick]).astype(np.float32),
                 "pair": pair[pick].astype(np.int32)}
 

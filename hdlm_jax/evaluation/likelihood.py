@@ -103,7 +103,8 @@ def make_likelihood_step(network: Trunk, process: HierarchicalProcess, program: 
         x, score, sync = batch["x"], batch["score"], shard.sync_trip_count
         denoise = denoiser(program, network, params, process, {"method": numbers}, None, sync)
         loop = loop_of(denoise, process, program.method.policy, x.shape, numbers, Sampling(sync_trip_count=sync))
-        cache, s = loop.begin(fold(keys, 1), jnp.where(score, mask, x), ~score, batch["length"], {"text": x})
+        extra = {"text": x} | {name: batch[name] for name in ["features"] if name in batch}
+        cache, s = loop.begin(fold(keys, 1), jnp.where(score, mask, x), ~score, batch["length"], extra)
         _, s, _ = loop.run(cache, s)
         return (), (s.memory["nats"], s.call)
 
@@ -150,15 +151,16 @@ def policies(run: Run) -> dict[str, tuple[Program, dict[str, Any], bool]]:
 
 
 def canvases_of(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """x, score and length of rows as a sampler writes them; ConfigError where a row holds documents that do not see
-    each other, which no canvas does."""
+    """x, score, length and features of rows as a sampler writes them; ConfigError where a row holds documents that do
+    not see each other, which no canvas does."""
     segment = rows["segment"]
     inside = segment >= 0
     if np.any(inside & (segment != segment[:, :1])):
         raise ConfigError("evaluate.decodings: rows hold several documents that do not see each other "
                           "(data.packing='documents'), a canvas holds one; it is known for the other packings")
     length = np.where(rows["score"], np.arange(1, segment.shape[1] + 1), 0).max(1)
-    return {"x": rows["x"], "score": rows["score"], "length": length.astype(np.int32)}
+    canvases = {"x": rows["x"], "score": rows["score"], "length": length.astype(np.int32)}
+    return canvases | {name: rows[name] for name in ["features"] if name in rows}
 
 
 def likelihoods(run: Run, rows: dict[str, np.ndarray], program: Program, numbers: dict[str, Any], draws: int,

@@ -21,6 +21,7 @@ from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import DecoderConfig
 from hdlm_jax.models.attention import Seen, attention
 from hdlm_jax.models.experts import Experts
+from hdlm_jax.models.features import FeaturePlaces
 from hdlm_jax.models.heads import padded
 from hdlm_jax.models.network import PRODUCT, Attend, Transformer, rotate
 
@@ -204,6 +205,7 @@ class Decoder(Transformer):
 
     def setup(self) -> None:
         tokens = self.head.hierarchy.vocab_size
+        self.first = FeaturePlaces(self.features, self.copies, name="features")
         self.embedding = self.param("embedding", _normal, (padded(tokens), self.width))
         self.states = self.param("states", _normal, (padded(self.num_states - tokens), self.width))
         self.stack = self._blocks(dense=not self.dims.experts)
@@ -257,8 +259,9 @@ class Decoder(Transformer):
     def trunk(self, z: jax.Array, t: jax.Array, segment: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Hidden states float32 [B, S, D] before the head; segment: see models.network.Network.trunk."""
         place = jnp.arange(z.shape[1])[None] % (z.shape[1] // self.copies)
+        x, segment = self.first(self._embed(z), segment, place)
         seen = self._context(Seen.of(segment, self.causal), place, z.shape[1])
-        h = self._through(self._embed(z), self._places(place, z.shape[1]), seen, None)
+        h = self._through(x, self._places(place, z.shape[1]), seen, None)
         if not self.shift:
             return self.norm(h)
         h = self.norm(h)
@@ -272,8 +275,9 @@ class Decoder(Transformer):
                 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """As models.network.Network.partial; of `seen` a token attends to what its context lets it see."""
         s = cache[0].shape[2]
+        shown, seen = self.first(self._embed(z), seen, position)
         far = self._context(Seen.of(seen), position, s)
-        x, k, v = self._through((self._embed(z), *cache[:2]), self._places(position, s), far, position)
+        x, k, v = self._through((shown, *cache[:2]), self._places(position, s), far, position)
         h = self.norm(x)
         if not self.shift:
             return h, (k, v)
@@ -326,8 +330,9 @@ class Decoder(Transformer):
 
 
 def _is_trained(names: Sequence[str]) -> bool:
-    """Whether low-rank training changes it: the additions, vectors of clusters and mask, a head over clusters."""
-    return names[-1].startswith("lora") or names[0] == "states" or "clusters" in names
+    """Whether low-rank training changes it: the additions, vectors of clusters and mask, a head over clusters, the
+    projection of features."""
+    return names[-1].startswith("lora") or names[0] in ("states", "features") or "clusters" in names
 
 
 def lora_labels(params: Tree) -> Tree:

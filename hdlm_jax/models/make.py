@@ -19,10 +19,11 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     head = (FlatHead(hierarchy, dtype, config.decoder.softcap) if m.head == "flat" else
             FactorisedHead(hierarchy, dtype, m.prototypes))
     causal = config.diffusion.process == "autoregressive"
+    features = config.data.feature_places, config.data.feature_width
     sizes = (head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dtype, m.remat, causal, m.attention)
     if m.trunk == "decoder":
-        return Decoder(*sizes, block=m.block, dims=config.decoder, param_dtype=m.param_dtype)
-    return Network(*sizes, block=m.block, dropout=m.dropout, time_conditioning=m.time_conditioning)
+        return Decoder(*sizes, block=m.block, features=features, dims=config.decoder, param_dtype=m.param_dtype)
+    return Network(*sizes, block=m.block, features=features, dropout=m.dropout, time_conditioning=m.time_conditioning)
 
 
 def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> float:

@@ -20,6 +20,7 @@ from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.diffusion.prediction import Prediction
 from hdlm_jax.models.attention import SAVED, Seen, attention, two_copies
+from hdlm_jax.models.features import FeaturePlaces
 from hdlm_jax.models.heads import At, Head
 from hdlm_jax.models.trunk import Cache
 
@@ -158,6 +159,7 @@ class Transformer(nn.Module):
       attend: stands in for attention: (block, q, k, v, mask) -> [B, Q, H, D/H]; hashable. What is a block's own it
         may keep in the collection "patch" ([blocks, ...] outside).
       block: tokens of a block, which sees itself and those before it alone (model.block); 0: none.
+      features: (P, F), vectors that the first places show, and their numbers (`models.features`).
       copies: of the text side by side, each at the same places (`hidden` with clean tokens).
     """
 
@@ -172,6 +174,7 @@ class Transformer(nn.Module):
     attention: str = "xla"
     attend: Attend | None = None
     block: int = 0
+    features: tuple[int, int] = (0, 0)
     copies: int = 1
 
     def head_params(self, params: Tree) -> Tree:
@@ -250,6 +253,7 @@ class Network(Transformer):
         limit = 1 / math.sqrt(self.width)
         init = lambda key, shape: jax.random.uniform(key, shape, minval=-limit, maxval=limit)  # noqa: E731
         self.embedding = self.param("embedding", init, (self.num_states, self.width))
+        self.first = FeaturePlaces(self.features, self.copies, name="features")
         if self.time_conditioning:
             self.time_in = nn.Dense(self.cond, kernel_init=_uniform)
             self.time_out = nn.Dense(self.cond, kernel_init=_uniform)
@@ -266,9 +270,10 @@ class Network(Transformer):
         segment: int32 [B, S]; positions see those of the same number alone (documents of a packed row, padding). Or
           bool [B, S or 1, S], what each position sees.
         """
-        x = self.embedding[z]
+        place = jnp.arange(z.shape[1])[None] % (z.shape[1] // self.copies)
+        x, segment = self.first(self.embedding[z], segment, place)
         cond = self._time(t) if self.time_conditioning else None
-        seen = self._sees(Seen.of(segment, self.causal), jnp.arange(z.shape[1])[None], z.shape[1], self.block)
+        seen = self._sees(Seen.of(segment, self.causal), place, z.shape[1], self.block)
         x, _ = self.stack(x, cond, seen, train, None, None)
         return self._out(x, cond)
 
@@ -292,8 +297,9 @@ class Network(Transformer):
           (hidden float32 [B, Q, D], the cache with their keys and values in it).
         """
         cond = self._time(t) if self.time_conditioning else None
+        shown, seen = self.first(self.embedding[z], seen, position)
         far = self._sees(Seen.of(seen), position, cache[0].shape[2], self.block)
-        (x, k, v), _ = self.stack((self.embedding[z], *cache), cond, far, False, jnp.arange(self.blocks), position)
+        (x, k, v), _ = self.stack((shown, *cache), cond, far, False, jnp.arange(self.blocks), position)
         return self._out(x, cond), (k, v)
 
     def empty_cache(self, rows: int, seq_len: int) -> tuple[jax.Array, jax.Array]:

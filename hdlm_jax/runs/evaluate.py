@@ -18,9 +18,10 @@ from hdlm_jax.common.jsons import reuse, write_json
 from hdlm_jax.common.parallel import MEASURED_PRECISION
 from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest
+from hdlm_jax.evaluation import conditional
 from hdlm_jax.evaluation.elbo import evaluator_of, summarise
 from hdlm_jax.runs import likelihoods, tasks
-from hdlm_jax.training.loading import check_writable, load_run
+from hdlm_jax.training.loading import Run, check_writable, load_run
 
 SETTINGS = ("draws", "rows", "cv2", "checkpoint", "ema", "seed")  # of EvaluateConfig: what is measured here
 
@@ -38,8 +39,9 @@ def run(config: Config, workdir: str) -> None:
 def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     """Measures a run's checkpoint on its validation split; writes and returns <workdir>/evaluate.json.
 
-    Nats of each sequence go to evaluate_rows.npz, for paired comparisons. Other texts and questions: tasks.py.
-    into: a folder for both files in place of workdir.
+    Nats of each sequence go to evaluate_rows.npz, for paired comparisons. With evaluate.exact_match texts are written
+    anew as well: exact_match.jsonl. Other texts and questions: tasks.py.
+    into: a folder for the files in place of workdir.
     """
     into = into or workdir
     run = load_run(config, workdir, config.evaluate.checkpoint, config.evaluate.ema)
@@ -48,6 +50,8 @@ def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     made_from = {"step": run.step, "data": manifest.fingerprint, "hierarchy_fingerprint": run.hierarchy.fingerprint,
                  "packing": run.trained.data.packing, "padding": run.trained.data.padding, "given": run.given,
                  "settings": {name: getattr(config.evaluate, name) for name in SETTINGS}}
+    if config.evaluate.exact_match:
+        made_from |= {"exact_match_records": config.evaluate.exact_match} | conditional.how(config.generate)
     path = os.path.join(into, "evaluate.json")
     if found := processes.on_main_process(lambda: reuse(path, made_from)):
         bound = measured(found["nelbo"], found["se"], sign="+-")
@@ -70,7 +74,7 @@ def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
         "whole_split": whole, "ema": run.ema, "dtype": config.model.dtype, "matmul_precision": MEASURED_PRECISION,
         "seconds": seconds, "tokens_per_s": result["tokens"] * result["draws"] / seconds,
         "corpus": manifest.corpus_fingerprint, "hierarchy": list(run.hierarchy.sizes), "params": run.num_params,
-    } | made_from
+    } | made_from | _exact_match(run, config, into)
     result = jsons.plain(result)  # what is read again from the file
     if processes.is_main_process():
         with jsons.open_atomic(os.path.join(into, "evaluate_rows.npz")) as file:
@@ -81,4 +85,21 @@ def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
         f"time {readable(result['se_time'])}), perplexity {readable(result['perplexity'], '.2f')}, "
         f"given {result['given']}; "
         f"unigram {manifest.unigram_nats:.4f}")
+    return result
+
+
+def _exact_match(run: Run, config: Config, into: str) -> dict[str, Any]:
+    """What `evaluation.conditional.measured` says of the first evaluate.exact_match validation records; they are kept
+    beside what was written for them in exact_match.jsonl."""
+    if not config.evaluate.exact_match:
+        return {}
+    rows = run.valid_rows(config.model.seq_len, config.evaluate.exact_match)
+    found = conditional.write(run, rows, config.generate)
+    result = conditional.measured(found, config.generate)
+    lines = [jsons.dumps({"text": text, "written": written}) + "\n"
+             for text, written in zip(found.text, found.written, strict=True)]
+    if processes.is_main_process():
+        jsons.write_atomic(os.path.join(into, "exact_match.jsonl"), "".join(lines).encode())
+    say(f"evaluate: {len(lines):,} texts written anew, exact match {100 * result['exact_match']:.1f} +- "
+        f"{100 * result['exact_match_se']:.1f} %, character error {100 * result['character_error']:.1f} %")
     return result

@@ -19,6 +19,7 @@ from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import open_atomic, reuse, sha256_of, write_atomic, write_json
 from hdlm_jax.config import Config, ConfigError, GenerateConfig
+from hdlm_jax.data import features as vectors
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import sampler, schema
 from hdlm_jax.evaluation import judges, text_statistics
@@ -50,14 +51,16 @@ def generate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     settings = {k: v for k, v in dataclasses.asdict(g).items() if k not in ("judge", "judge_dtype")}
     settings["schema"] = _schema(g)
     made_from = {"step": run.step, "hierarchy_fingerprint": run.hierarchy.fingerprint, "settings": settings}
+    features = _features(run, g)
     made_from |= {"helper": identity(helper)} if helper else {}
+    made_from |= {} if features is None else {"features": hashlib.sha256(features.tobytes()).hexdigest()}
     summary, lines = os.path.join(into, "generate.json"), os.path.join(into, "samples.jsonl")
     if result := processes.on_main_process(lambda: _reuse(summary, lines, made_from)):
         say(f"generate: reusing {os.path.join(into, 'samples.txt')} of step {run.step}")
         with open(lines, encoding="utf-8") as f:
             tokens = [np.array(json.loads(line)["ids"], np.int32) for line in f]
     else:
-        result, tokens = _sample(run, into, made_from, helper)
+        result, tokens = _sample(run, into, made_from, helper, features)
     if judge and (result.get("judge") or {}).get("made_from") != judges.made_from(judge):
         started = time.monotonic()
         given = result["prompt_tokens"]
@@ -110,11 +113,32 @@ def real_texts(run: Run, count: int, length: int) -> list[np.ndarray] | str:
             for x, segment in zip(rows["x"], rows["segment"], strict=True)]
 
 
-def _sample(run: Run, workdir: str, made_from: dict, helper: Run) -> tuple[dict[str, Any], list[np.ndarray]]:
+def _features(run: Run, g: GenerateConfig) -> np.ndarray | None:
+    """Features of the samples, float32 [n, P, F], of a run that is given some: of g.features, or of the validation
+    split; where there are fewer they come again. ConfigError where there are none, or where the run knows none."""
+    d = run.config.data
+    if not g.features and not d.feature_places:
+        return None
+    shape = d.feature_places, d.feature_width
+    try:
+        found = (vectors.read_file(g.features, shape, "generate.features") if g.features else
+                 run.valid_rows(run.config.model.seq_len, g.num_samples)["features"])
+    except (ValueError, OSError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"generate.features='': the validation split cannot be read ({error}); give a .npy file"
+                          ) from error
+    sampler.check_features(run, found)
+    return found[np.arange(g.num_samples) % len(found)]
+
+
+def _sample(run: Run, workdir: str, made_from: dict, helper: Run, features: np.ndarray | None
+            ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Draws the samples and writes them: the summary, and the tokens of each."""
     g = run.config.generate
     ids = run.tokenizer.encode(g.prompt) if g.prompt else np.zeros(0, np.int32)
-    canvas, length, scaffold = _canvas(run, g, ids)
+    canvas, length, scaffold = _canvas(run, g, ids, features)
+    places = run.config.data.feature_places  # of the canvas, whose tokens nobody reads
     draw = sampler.sampler_of(run, helper)
     draw.aside = False  # here stdout is the log
     started = time.monotonic()
@@ -122,11 +146,11 @@ def _sample(run: Run, workdir: str, made_from: dict, helper: Run) -> tuple[dict[
     compiled = time.monotonic()
     out = draw(canvas, g)
     seconds = time.monotonic() - compiled
-    whole = [row[: min(n, length)] for row, n in zip(out["tokens"], out["length"], strict=True)]
+    whole = [row[places : min(n, length)] for row, n in zip(out["tokens"], out["length"], strict=True)]
     tokens = whole if scaffold else [sampler.ended(row, len(ids), run.tokenizer.eot, g.stop) for row in whole]
     texts = [scaffold.text(row) if scaffold else sampler.text_of(run.tokenizer, row, g.stop) for row in tokens]
     words = sum(len(row) for row in whole) - len(whole) * len(ids)
-    film = _trajectories(draw, sampler.first_rows(canvas, g.trajectories), g, out["tokens"][:, :length]) if (
+    film = _trajectories(draw, sampler.first_rows(canvas, g.trajectories), g, out["tokens"][:, :length], places) if (
         g.trajectories and not scaffold and sampler.method_of(g).policy.lengths is None) else {}
     result = {
         "samples": len(texts), "seq_len": length, "prompt_tokens": len(ids), "lengths": sampler.lengths_are(run, g),
@@ -177,11 +201,14 @@ def _schema(g: GenerateConfig) -> str:
         raise ConfigError(f"generate.schema={g.schema!r}: {error}") from error
 
 
-def _canvas(run: Run, g: GenerateConfig, ids: np.ndarray) -> tuple[Any, int, Any]:
+def _canvas(run: Run, g: GenerateConfig, ids: np.ndarray, features: np.ndarray | None) -> tuple[Any, int, Any]:
     """(canvas, most tokens of a text, scaffold or None)."""
     seq_len, h = run.config.model.seq_len, run.hierarchy
     if not g.schema:
-        return sampler.start_canvas(run, g, np.tile(ids, (g.num_samples, 1))), g.length or seq_len, None
+        canvas = sampler.start_canvas(run, g, np.tile(ids, (g.num_samples, 1)), features)
+        return canvas, g.length or seq_len, None
+    if features is not None:
+        raise ConfigError(f"generate.schema={g.schema!r}: does not go with data.features_field")
     if not run.process.unmasks:
         raise ConfigError(f"generate.schema={g.schema!r}: this process cannot fill blanks between given words")
     try:
@@ -193,11 +220,11 @@ def _canvas(run: Run, g: GenerateConfig, ids: np.ndarray) -> tuple[Any, int, Any
 
 
 def _trajectories(draw: sampler.Sampler, canvas: np.ndarray | canvases.Canvas, g: GenerateConfig,
-                  tokens: np.ndarray) -> dict[str, np.ndarray]:
+                  tokens: np.ndarray, places: int) -> dict[str, np.ndarray]:
     """The first samples once more, step by step: so that recording costs the samples' own time nothing.
 
-    Returns call int32 [F+1], time float32 [n, F+1], z int32 and confidence float32 [n, F+1, S] (loop.sample), up to
-    the first frame in which all is written.
+    Returns call int32 [F+1], time float32 [n, F+1], z int32 and confidence float32 [n, F+1, S] (loop.sample) without
+    the first `places`, up to the first frame in which all is written.
     """
     found = draw(canvas, g, FRAMES)
     length = tokens.shape[1]
@@ -205,7 +232,7 @@ def _trajectories(draw: sampler.Sampler, canvas: np.ndarray | canvases.Canvas, g
     if differ := int((ends != tokens[: len(ends)]).any(1).sum()):  # other batches are rounded otherwise on some devices
         say(f"generate: {differ} of {len(ends)} recorded samples differ from the same ones unrecorded, by rounding")
     last = int(np.flatnonzero((call == call[-1]) | (z == ends[:, None]).all((0, 2)))[0])
-    film = {"time": found["time"], "z": z, "confidence": found["confidence"][:, :, :length]}
+    film = {"time": found["time"], "z": z[:, :, places:], "confidence": found["confidence"][:, :, places:length]}
     return {"call": call[: last + 1]} | {name: a[:, : last + 1] for name, a in film.items()}
 
 

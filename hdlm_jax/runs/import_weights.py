@@ -143,6 +143,8 @@ def check_trainable(workdir: str) -> None:
 
 def check_exportable(trained: Config) -> None:
     """ConfigError for a run whose network is not the published one."""
+    if trained.data.features_field:
+        raise ConfigError("released.layout: this run is given features; the published network knows none")
     if trained.model.head != "flat":
         raise ConfigError(f"released.layout: this run has model.head={trained.model.head!r}; the published network has "
                           "a logit for every word, 'flat'")

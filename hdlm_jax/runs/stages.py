@@ -19,7 +19,7 @@ from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import open_atomic
 from hdlm_jax.config import Config, ConfigError, DataConfig, TokenizerConfig, resolve
 from hdlm_jax.config.settings import Given
-from hdlm_jax.data import cluster_report, clustering, embeddings, groups, pipeline, tokenizers
+from hdlm_jax.data import cluster_report, clustering, embeddings, examples, groups, pipeline, tokenizers
 from hdlm_jax.data import prepare as text_prepare
 from hdlm_jax.data.records import Document, digest, is_validation
 from hdlm_jax.decoding import presets
@@ -93,7 +93,14 @@ def make_tokens(config: Config, workdir: str) -> str | None:
 
 
 def _data_of(config: Config, folder: str) -> DataConfig:
-    """The settings of the texts; with data.source='task' those that the task writes into the folder."""
+    """The settings of the texts; with data.source='task' or an example those that are written into the folder."""
+    if config.data.source in examples.EXAMPLES:
+        if config.data.features_field != examples.FEATURES:
+            raise ConfigError(f"data.features_field={config.data.features_field!r}: records of data.source="
+                              f"{config.data.source!r} have theirs in {examples.FEATURES!r}")
+        train, valid = examples.write(config.data.source, folder)
+        return dataclasses.replace(config.data, source="files", files=(train,), validation=(valid,),
+                                   text_field=examples.TEXT)
     if config.data.source != "task":
         return config.data
     if config.data.prompt_field != PROMPT:

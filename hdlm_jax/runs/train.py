@@ -331,11 +331,12 @@ class Loop:
             if found.hierarchy != self.hierarchy:
                 raise ConfigError(f"train.init_from={base!r}: its best checkpoint has learned other clusters since its "
                                   f"hierarchy was taken over into {self.workdir}; use another --workdir")
-            want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, found.params))
+            known = {name: state.params[name] for name in ["features"] if name in state.params} | found.params
+            want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, known))
             if want != got:
                 raise ConfigError(f"train.init_from={base!r}: its weights have other shapes than this model; model and "
                                   "hierarchy sizes must agree, or give train.adapt")
-            params = jax.tree.map(lambda a, s: jax.device_put(a, s), found.params, self.shardings.params)
+            params = jax.tree.map(lambda a, s: jax.device_put(a, s), known, self.shardings.params)
         say(f"train: starting from the weights of {base}")
         return state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {})
 
@@ -478,8 +479,10 @@ class Loop:
                   self.process, self.mesh, self.state.ema or self.state.params, step, bool(self.state.ema))
         self.sampler = self.sampler or sampler_of(run)
         self.sampler.params = run.params
-        found = self.sampler(start_canvas(run, g, np.zeros((g.num_samples, 0), np.int32)), g)
-        rows = [ended(row[:n], 0, eot, g.stop) for row, n in zip(found["tokens"], found["length"], strict=True)]
+        features, places = self.rows.get("features"), self.config.data.feature_places
+        features = None if features is None else np.resize(features, (g.num_samples, *features.shape[1:]))
+        found = self.sampler(start_canvas(run, g, np.zeros((g.num_samples, 0), np.int32), features), g)
+        rows = [ended(row[places:n], 0, eot, g.stop) for row, n in zip(found["tokens"], found["length"], strict=True)]
         texts = [text_of(run.tokenizer, row, g.stop) for row in rows]
         if processes.is_main_process():
             write_json(os.path.join(self.workdir, LATEST), {"step": step, "texts": texts})

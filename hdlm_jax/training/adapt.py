@@ -17,6 +17,7 @@ from hdlm_jax.common.parallel import Batch, Tree
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.process import Process
+from hdlm_jax.models.features import given
 from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.state import TrainState
 from hdlm_jax.training.views import stratified_tau
@@ -71,7 +72,7 @@ def noised_hidden(key: jax.Array, params: Tree, network: Trunk, process: Process
     keys = fold(jnp.broadcast_to(key, index.shape), index)
     tau = stratified_tau(fold(keys, 0), index, len(x))
     z, _ = process.noised(fold(keys, 1), x, tau, batch.get("score", jnp.ones(x.shape, bool)))
-    h = network.hidden(params, z, -jnp.expm1(-tau), batch.get("segment"))
+    h = network.hidden(given(params, batch.get("features")), z, -jnp.expm1(-tau), batch.get("segment"))
     return h.reshape(-1, h.shape[-1]).astype(jnp.float32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,21 +53,9 @@ class TrainState(NamedTuple):
     ema: Tree  # average of params, or {} when off
 
 
-def _matrices(params: Tree) -> Tree:
-    """Muon's axes of every matrix of the blocks, None of all else."""
-    def of(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        axes = matrix_axes([str(key.key) for key in path])
-        return axes and optax.contrib.MuonDimensionNumbers(*axes)
-
-    return jax.tree_util.tree_map_with_path(of, params)
-
-
-def _optimizer_of(params: Tree) -> Tree:
-    """"muon" or "adamw" for every parameter."""
-    def of(path: tuple[Any, ...], leaf: jax.Array) -> str:
-        return "muon" if matrix_axes([str(key.key) for key in path]) else "adamw"
-
-    return jax.tree_util.tree_map_with_path(of, params)
+def _by_axes(of: Callable[[tuple[int, int] | None], Any], params: Tree) -> Tree:
+    """of(models.network.matrix_axes) for every parameter."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: of(matrix_axes([str(key.key) for key in path])), params)
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -83,9 +72,11 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
     # the update made from state.step = 0 is the first one, so that its rate is not zero
     tx = optax.adamw(lambda n: schedule(n + 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay)
     if o.name == "muon":
+        sizes = functools.partial(_by_axes, lambda axes: axes and optax.contrib.MuonDimensionNumbers(*axes))
         muon = optax.contrib.muon(lambda n: o.muon_lr / o.lr * schedule(n + 1), weight_decay=o.weight_decay,
-                                  muon_weight_dimension_numbers=_matrices, consistent_rms=o.muon_rms or None)
-        tx = optax.multi_transform({"muon": muon, "adamw": tx}, _optimizer_of)
+                                  muon_weight_dimension_numbers=sizes, consistent_rms=o.muon_rms or None)
+        which = functools.partial(_by_axes, lambda axes: "muon" if axes else "adamw")
+        tx = optax.multi_transform({"muon": muon, "adamw": tx}, which)
     tx = optax.chain(optax.clip_by_global_norm(o.clip), tx)
     if config.decoder.lora:
         tx = optax.multi_transform({"trained": tx, "kept": optax.set_to_zero()}, lora_labels)

@@ -17,6 +17,7 @@ from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.prediction import Prediction
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.decoder import apart
+from hdlm_jax.models.features import given
 from hdlm_jax.models.heads import sum_over_noised
 from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.state import TrainState
@@ -32,26 +33,25 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
 
     batch: x int32 [b, S], index int32 [b] (rows of the global batch), optionally score bool [b, S] (False where the
     text is given, not modelled), segment int32 [b, S] (tokens see their own segment alone), tokens int32 [b] (of a
-    row, where ends of text behind them are scored as well) and open float32 [b] (see `opened`). Each row draws from
-    fold_in(key, index) alone (views.make_view), so any split of a batch adds up to it.
+    row, where ends of text behind them are scored as well), features float32 [b, P, F] (models.features) and open
+    float32 [b] (see `opened`). Each row draws from fold_in(key, index) alone (views.make_view), so any split of a batch
+    adds up to it.
     nelbo is an unbiased estimate of the unweighted bound; only loss has gradients.
     """
     d, m = config.diffusion, config.model
     shard, view = parallel.OverBatch(mesh), make_view(config, process)
 
-    def hidden(params: Tree, z: jax.Array, t: jax.Array, segment: jax.Array | None, x: jax.Array, keys: jax.Array
-               ) -> Any:
-        clean = x if m.block else None
+    def hidden(params: Tree, keys: jax.Array, *rows: jax.Array | None) -> Any:
+        def of(key: jax.Array | None, z: Any, t: Any, *rest: jax.Array | None) -> jax.Array:
+            segment, clean, features = rest
+            return network.hidden(given(params, features), z, t, segment, key, clean)
+
         if not m.dropout:
-            return network.hidden(params, z, t, segment, None, clean)
-
-        def row(key: jax.Array, *given: jax.Array | None) -> jax.Array:
-            # a row's own key, so that its dropout does not depend on its batch mates
-            z, t, segment, clean = jax.tree.map(lambda a: a[None], given)
-            return network.hidden(params, z, t, segment, key, clean)[0]
-
+            return of(None, *rows)
+        # a row's own key, so that its dropout does not depend on its batch mates
+        row = lambda key, *one: of(key, *jax.tree.map(lambda a: a[None], one))[0]  # noqa: E731
         over = parallel.BATCH if mesh is not None and mesh.size > 1 else None  # how the rows lie on the devices
-        return jax.vmap(row, spmd_axis_name=over)(keys, z, t, segment, clean)
+        return jax.vmap(row, spmd_axis_name=over)(keys, *rows)
 
     def loss_sums(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, index = batch["x"], batch["index"]
@@ -61,7 +61,7 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
         seen = batch.get("segment")
         if "open" in batch:
             seen = opened(fold(keys, 3), batch["open"], x.shape[1], seen)
-        h = hidden(params, z, t, seen, x, fold(keys, 2))
+        h = hidden(params, fold(keys, 2), z, t, seen, x if m.block else None, batch.get("features"))
 
         def token_loss(p: Prediction, fields: Sequence[jax.Array], levels: tuple[int, ...]) -> tuple[jax.Array, ...]:
             x, z, tau, weight, nelbo_weight = fields

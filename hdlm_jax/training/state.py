@@ -25,6 +25,7 @@ from hdlm_jax.diffusion.sedd import SeddProcess
 from hdlm_jax.models.decoder import lora_labels
 from hdlm_jax.models.make import make_network
 from hdlm_jax.models.network import TENSOR_AXES, matrix_axes
+from hdlm_jax.models.soft import SoftProcess, with_map
 from hdlm_jax.models.trunk import Trunk
 
 
@@ -36,7 +37,8 @@ def make_process(config: Config, hierarchy: Hierarchy) -> Process:
     if d.process == "gidd":
         return GiddProcess(hierarchy, d.p_uniform)
     chain = LevelChain(d.level_rates(hierarchy.num_levels))
-    return (SeddProcess if d.process == "sedd" else HierarchicalProcess)(hierarchy, chain, d.xi, d.force_transition)
+    hierarchical = SoftProcess if config.hierarchy.map == "learned" else HierarchicalProcess
+    return (SeddProcess if d.process == "sedd" else hierarchical)(hierarchy, chain, d.xi, d.force_transition)
 
 
 def build(config: Config, hierarchy: Hierarchy) -> tuple[Trunk, Process]:
@@ -52,21 +54,10 @@ class TrainState(NamedTuple):
     ema: Tree  # average of params, or {} when off
 
 
-def _matrices(params: Tree) -> Tree:
-    """Muon's axes of every matrix of the blocks, None of all else."""
-    def of(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        axes = matrix_axes([str(key.key) for key in path])
-        return axes and optax.contrib.MuonDimensionNumbers(*axes)
-
-    return jax.tree_util.tree_map_with_path(of, params)
-
-
-def _optimizer_of(params: Tree) -> Tree:
-    """"muon" or "adamw" for every parameter."""
-    def of(path: tuple[Any, ...], leaf: jax.Array) -> str:
-        return "muon" if matrix_axes([str(key.key) for key in path]) else "adamw"
-
-    return jax.tree_util.tree_map_with_path(of, params)
+def _of_axes(of: Callable[[Any], Any]) -> Callable[[Tree], Tree]:
+    """params -> a tree of of(Muon's axes of every matrix of the blocks, None of all else)."""
+    return lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, leaf: of(matrix_axes([str(key.key) for key in path])), params)
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -83,9 +74,12 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
     # the update made from state.step = 0 is the first one, so that its rate is not zero
     tx = optax.adamw(lambda n: schedule(n + 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay)
     if o.name == "muon":
+        dimensions = _of_axes(lambda axes: axes and optax.contrib.MuonDimensionNumbers(*axes))
         muon = optax.contrib.muon(lambda n: o.muon_lr / o.lr * schedule(n + 1), weight_decay=o.weight_decay,
-                                  muon_weight_dimension_numbers=_matrices, consistent_rms=o.muon_rms or None)
-        tx = optax.multi_transform({"muon": muon, "adamw": tx}, _optimizer_of)
+                                  muon_weight_dimension_numbers=dimensions, consistent_rms=o.muon_rms or None)
+        tx = optax.multi_transform({"muon": muon, "adamw": tx}, _of_axes(lambda axes: "muon" if axes else "adamw"))
+    if config.hierarchy.map == "learned":
+        tx = with_map(tx, lambda n: config.hierarchy.map_rate * schedule(n + 1))
     tx = optax.chain(optax.clip_by_global_norm(o.clip), tx)
     if config.decoder.lora:
         tx = optax.multi_transform({"trained": tx, "kept": optax.set_to_zero()}, lora_labels)

@@ -167,7 +167,8 @@ def test_the_optimal_network_has_no_gradient_left_for_the_map():
 
 def tiny_config(clusters=(2,), **changes):
     values = {"hierarchy": dict(map="learned", clusters=clusters),
-              "train": dict(objective="paired", batch_size=1 << 13), "diffusion": dict(xi=0.9, weighting="none"), "generate": dict(length=0, num_samples=4),
+              "train": dict(objective="paired", batch_size=1 << 13),
+              "diffusion": dict(xi=0.9, weighting="none"), "generate": dict(length=0, num_samples=4),
               "model": dict(width=8, blocks=1, heads=2, seq_len=2, time_conditioning=False)}
     for name, value in changes.items():
         section, _, key = name.partition("__")

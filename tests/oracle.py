@@ -93,9 +93,11 @@ class Toy:
       rates: r_1 .. r_K, K = len(parents) + 1.
       xi: probability that the first crossing goes to the word's own cluster.
       vocab_size: V where parents is empty.
+      soft: [V, n_1], where a word goes when it first crosses, in place of xi's law.
     """
 
-    def __init__(self, parents, rates, xi=1.0, vocab_size=None):
+    def __init__(self, parents, rates, xi=1.0, vocab_size=None, soft=None):
+        self.soft = soft
         self.given = [np.asarray(p) for p in parents]
         sizes = [len(p) for p in self.given] or [vocab_size]
         if self.given:
@@ -118,6 +120,8 @@ class Toy:
 
     def kernel(self):
         """[V, n_1] where a word goes when it first crosses."""
+        if self.soft is not None:
+            return self.soft
         k = np.zeros((self.V, self.sizes[1]))
         for x in range(self.V):
             for c in range(self.sizes[1]):

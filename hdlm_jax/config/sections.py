@@ -17,7 +17,7 @@ WEIGHTINGS = {"hierarchical": ("none", "constant", "clip", "empirical"),  # trai
               "sedd": ("none", "constant", "clip", "empirical"),
               "gidd": ("none", "constant", "clip", "dynamic"),
               "autoregressive": ("constant",)}
-OBJECTIVES = ("nelbo", "rate", "count", "any_order", "complementary")
+OBJECTIVES = ("nelbo", "rate", "count", "any_order", "complementary", "paired")
 DETOKENIZERS = ("", "lm1b", "ptb", "wikitext", "lambada", "ag_news")
 TASKS = ("ptb", "wikitext2", "lambada", "ag_news", "openwebtext", "lm1b", "files", "hellaswag", "arc_easy",
          "arc_challenge", "piqa", "openbookqa", "winogrande", "lambada_last_word", "gsm8k")
@@ -163,12 +163,16 @@ class HierarchyConfig(_Section):
     embeddings: str = "corpus"  # corpus | FILE.npy | FILE.safetensors:TENSOR | checkpoint:WORKDIR | frequency | brown
     head_clusters: int = 0  # classes of model.head='factorised' where the process has no clusters; they are no states
     shuffle: bool = False  # control: clusters of the same sizes with random members
+    map: str = "hard"  # of a word to clusters: hard | learned, its probabilities, from those of diffusion.xi on
+    map_rate: float = 10.0  # of map='learned': its learning rate, times optimizer.lr
     seed: int = 0  # of k-means, and of shuffle
 
     def check(self) -> None:
         c = self.clusters
         self.need(all(n >= 1 for n in c) and all(a > b for a, b in zip(c, c[1:], strict=False)), "clusters",
                   "cluster numbers must be positive and fall, fine to coarse, as in (256, 16)")
+        self.among(map=("hard", "learned"))
+        self.hold("must be positive", "map_rate")
         self.need(self.head_clusters == 0 or self.head_clusters > 1, "head_clusters", "must be 0, or at least 2")
         self.hold_seed("seed", 2**31 - 1)  # faiss adds one, and has 31 bits
         e = self.embeddings
@@ -385,7 +389,7 @@ class TrainConfig(_Section):
 
     steps: int = 500_000  # optimizer steps
     batch_size: int = 512  # sequences a step, over all devices
-    objective: str = "nelbo"  # how states are drawn: nelbo | rate | count | any_order | complementary, docs/training.md
+    objective: str = "nelbo"  # nelbo | rate | count | any_order | complementary | paired: how states are drawn
     microbatches: int = 1  # gradients are summed over as many parts of the batch
     seed: int = 0  # of weights, noise and order of the rows
     log_every: int = 100  # steps between records of metrics.jsonl and lines of the log
@@ -402,7 +406,7 @@ class TrainConfig(_Section):
     @property
     def partners(self) -> int:
         """Rows of a batch that show one text."""
-        return 2 if self.objective == "complementary" else 1
+        return 2 if self.objective in ("complementary", "paired") else 1
 
     def reclusters(self, done: int) -> bool:
         """Whether words are clustered anew between `done` steps and the next one."""
@@ -413,7 +417,7 @@ class TrainConfig(_Section):
         self.among(writers=WRITERS, objective=OBJECTIVES)
         self.hold("must be at least 1", "steps", "batch_size", "microbatches", "log_every")
         self.need(self.batch_size % self.partners == 0, "batch_size",
-                  "train.objective='complementary' makes two rows of each text; give an even number")
+                  f"train.objective={self.objective!r} makes two rows of each text; give an even number")
         self.hold_seed("seed")
         self.hold("must not be negative", "nonfinite_limit", "evaluate_every", "sample_every", "open_steps",
                   "recluster_every", "recluster_until")
@@ -421,7 +425,8 @@ class TrainConfig(_Section):
                   "goes with train.recluster_every")
         self.need(not self.adapt or bool(self.init_from), "adapt", "goes with train.init_from, the run to start from")
         self.need(not self.open_steps or self.adapt, "open_steps", "goes with train.adapt")
-        self.need(self.batch_size % self.microbatches == 0, "microbatches",
+        self.need(self.batch_size % (self.microbatches * self.partners) == 0, "microbatches",
+                  f"must divide the texts of train.batch_size={self.batch_size}" if self.partners > 1 else
                   f"must divide train.batch_size={self.batch_size}")
 
 

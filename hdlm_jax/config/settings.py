@@ -74,6 +74,7 @@ class Config:
         self.diffusion.level_rates(levels)
         self.tune.check_with(self.train, self.data, self.optimizer)
         self._check_objective(levels)
+        self._check_map(levels)
         if self.model.block:
             self._check_blocks()
         if self.model.trunk == "decoder":
@@ -115,6 +116,27 @@ class Config:
              f"knows no clusters, and hierarchy.clusters={self.hierarchy.clusters} has some; choose 'count'")
         rule(objective != "rate" or d.weighting == "none", "diffusion.weighting", d.weighting,
              "train.objective='rate' has the bound's own weights; give 'none', or choose train.objective='nelbo'")
+
+    def _check_map(self, levels: int) -> None:
+        """hierarchy.map beside what it needs, and what is not built for it."""
+        learned, d, m, t, g = self.hierarchy.map == "learned", self.diffusion, self.model, self.train, self.generate
+        rule(learned or t.objective != "paired", "train.objective", t.objective, "goes with hierarchy.map='learned'")
+        if not learned:
+            return
+        rule(levels > 1 and d.process == "hierarchical", "hierarchy.map", "learned",
+             f"is of words to clusters; diffusion.process={d.process!r} with hierarchy.clusters="
+             f"{self.hierarchy.clusters} has none, give 'hard'")
+        rule(d.xi <= 0.999, "diffusion.xi", d.xi, "a learned map starts from it; give less than 1, as .9")
+        for name, value, only in (
+                ("train.objective", t.objective, "paired"), ("diffusion.weighting", d.weighting, "none"),
+                ("diffusion.force_transition", d.force_transition, "cavity"),
+                ("diffusion.hard_training", d.hard_training, False), ("model.head", m.head, "flat"),
+                ("model.trunk", m.trunk, "dit"), ("model.block", m.block, 0),
+                ("train.recluster_every", t.recluster_every, 0), ("train.adapt", t.adapt, False),
+                ("tune.objective", self.tune.objective, ""), ("generate.clusters", g.clusters, "exact")):
+            rule(value == only, name, value, f"hierarchy.map='learned' is for {only!r} alone")
+        rule(g.force_transition in ("", "cavity"), "generate.force_transition", g.force_transition,
+             "hierarchy.map='learned' is for 'cavity' alone")
 
     def _check_blocks(self) -> None:
         """model.block beside what does not know two copies of a text."""

@@ -198,7 +198,7 @@ def make_sample_step(network: Trunk, process, program: Program, mesh=None, frame
     def run(given, batch, keys):
         z, how = batch["z"], loop.Sampling(sync_trip_count=shard.sync_trip_count, frames=frames)
         call = call_of(network, process, program, given, batch, how, helper, classifier)
-        tokens, stats = sample_canvas(process, fold(keys, 1), z, call)
+        tokens, stats = sample_canvas(process.with_params(call.params), fold(keys, 1), z, call)
         each = {"calls": jnp.broadcast_to(stats["calls"], z.shape[:1]),
                 "length": jnp.broadcast_to(stats.get("length", call.length), z.shape[:1])}
         if frames:
@@ -289,6 +289,9 @@ class Sampler:
             raise ConfigError("an autoregressive model goes on from a prompt; it cannot fill blanks before given words")
         if not self.process.unmasks and g.method != "ancestral":
             raise ConfigError(f"generate.method={g.method!r}: this process has no levels that drop; choose 'ancestral'")
+        if self.process.methods and g.method not in self.process.methods:
+            raise ConfigError(f"generate.method={g.method!r}: is not built for hierarchy.map='learned'; choose one of "
+                              f"{', '.join(self.process.methods)}")
         if method.policy.lengths is not None and behind:
             raise ConfigError(f"generate.method={g.method!r}: its canvas grows, so nothing can be given behind a blank")
         if constrained and not self.process.unmasks:

@@ -82,7 +82,7 @@ def _steps(draw: Sampler, program: Program, sure: bool):
     def parts(given, batch) -> tuple[loop.Loop, dict[str, Any]]:
         how = loop.Sampling(sync_trip_count=shard.sync_trip_count, sure=sure)
         call: Call = call_of(draw.network, process, program, given, batch, how, helper, draw.classifier)
-        return loop_of(cast(HierarchicalProcess, process), batch["z"], call)
+        return loop_of(cast(HierarchicalProcess, process.with_params(call.params)), batch["z"], call)
 
     def turned(cache, axis: int, to: int):
         return jax.tree.map(lambda a: jnp.moveaxis(a, axis, to), cache)

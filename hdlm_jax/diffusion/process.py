@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hdlm_jax.common.parallel import Tree
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.prediction import LogitsPrediction, Prediction
 
@@ -37,6 +38,7 @@ class Process(abc.ABC):
     exact: ClassVar[bool] = False  # whether one draw of the NELBO has no noise
     causal: ClassVar[bool] = False  # whether a token is predicted from those before it alone
     unmasks: ClassVar[bool] = False  # whether tokens are unmasked level by level, so that every decoding method applies
+    methods: ClassVar[tuple[str, ...]] = ()  # the only ones that do, where not every one does
 
     @property
     def num_levels(self) -> int:
@@ -78,6 +80,14 @@ class Process(abc.ABC):
         """Level of each state, int32 of z's shape: 0 at tokens, K at the mask."""
         return sum(((z >= o).astype(jnp.int32) for o in self.hierarchy.offsets[2:]),
                    (z >= self.hierarchy.offsets[1]).astype(jnp.int32))
+
+    def with_params(self, params: Tree) -> Process:
+        """This process with its own parameters, where it has some among a network's (hdlm_jax.models.soft)."""
+        return self
+
+    def draw_loss(self, x: jax.Array, z: jax.Array, nats: jax.Array) -> jax.Array:
+        """What a loss of nats float32 [B, S] lacks in gradients, where the draw of z depends on parameters."""
+        return jnp.float32(0)
 
     def needs(self, hard_training: bool = False) -> str:
         """What token losses ask of a prediction, a name of hdlm_jax.models.heads.sum_over_noised."""

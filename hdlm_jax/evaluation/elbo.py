@@ -42,7 +42,8 @@ def make_nelbo_step(network: Trunk, process: Process, mesh: Mesh | None = None
 
     def step(params: Tree, batch: Batch, key: jax.Array) -> jax.Array:
         x, tau = batch["x"], batch["tau"]
-        z, level = process.noised(fold(jnp.broadcast_to(key, tau.shape), batch["pair"]), x, tau, batch["score"])
+        keys = fold(jnp.broadcast_to(key, tau.shape), batch["pair"])
+        z, level = process.with_params(params).noised(keys, x, tau, batch["score"])
         told = given(params, batch.get("features"))
         h = network.hidden(told, z, -jnp.expm1(-tau), batch["segment"], None, x if network.block else None)
         cost_of = lambda p, f, levels: process.token_loss(p, f[0], f[1], levels, tau=f[2])  # noqa: E731

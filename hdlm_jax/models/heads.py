@@ -22,11 +22,10 @@ from jax.typing import DTypeLike
 
 from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import WHOLE, OverBatch, Tree
-from hdlm_jax.diffusion.draws import categorical, draw_from, fold, is_off, wide
+from hdlm_jax.diffusion.draws import Number, categorical, draw_from, fold, is_off, wide
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.prediction import Bias, LogitsPrediction, Prediction, TripCount
 
-Scalar: TypeAlias = float | jax.Array
 TokenLoss: TypeAlias = Callable[..., Any]  # (prediction, fields [c], levels) -> arrays [c]
 
 
@@ -293,7 +292,8 @@ class FactorisedHead:
         column = np.arange(int(b.size.max()))[None]
         index = np.minimum(b.start[:, None] + column, b.rows - 1)
         words = _affine(params["words"], h, self.dtype)[..., index]
-        words = jax.nn.log_softmax(jnp.where(_like(column < b.size[:, None], h), words, -jnp.inf), axis=-1)
+        there = np.expand_dims(column < b.size[:, None], tuple(range(h.ndim - 1)))
+        words = jax.nn.log_softmax(jnp.where(there, words, -jnp.inf), axis=-1)
         return words.reshape(*words.shape[:-2], -1)[..., anc * column.size + (b.row - b.start[anc])]
 
     def logits(self, params: Tree, h: jax.Array) -> jax.Array:
@@ -315,10 +315,6 @@ class FactorisedHead:
             return [tiles]
         above = tuple(range(2, self.hierarchy.num_levels + 1))
         return [tiles, _Chunks(level > 1, above, self.predict, ("clusters",))]
-
-
-def _like(mask: np.ndarray | jax.Array, h: jax.Array) -> jax.Array:
-    return jnp.asarray(mask.reshape((1,) * (h.ndim - 1) + mask.shape))
 
 
 class Factorised:
@@ -375,7 +371,7 @@ class Factorised:
     def log_masses(self, level: int) -> jax.Array:
         return self.log_probs() if level == 0 else self.clusters.log_masses(level + self.extra)
 
-    def draw(self, keys: jax.Array, wanted: jax.Array, temperature: Scalar = 1.0, top_p: Scalar = 1.0,
+    def draw(self, keys: jax.Array, wanted: jax.Array, temperature: Number = 1.0, top_p: Number = 1.0,
              sync_trip_count: TripCount = WHOLE.sync_trip_count) -> jax.Array:
         """As LogitsPrediction.draw: the node first, then a token of its block where one is wanted, else any of them."""
         if not (is_off(temperature) and is_off(top_p)):  # these act on tokens: put the tokens together
@@ -510,7 +506,7 @@ def _tokens(tree: Tree) -> Tree:
 
 def sum_over_noised(head: Head, fn: TokenLoss, params: Tree, hidden: jax.Array, level: jax.Array, x: jax.Array,
                     fields: Tree, *, needs: str = "all", shard: OverBatch = WHOLE) -> tuple[jax.Array, jax.Array]:
-    """Sums of fn over the noised tokens, and their gradients, without logits of all tokens at once.
+    """fn at the noised tokens, without logits of all tokens at once: the sum of its loss, with gradients, and its aux.
 
     The loss is a sum, so its gradients are made piece by piece in the forward pass (a custom_vjp) and merely scaled
     in the backward one. What fn gives at tokens that are not noised (they fill up a piece) is dropped.
@@ -527,11 +523,12 @@ def sum_over_noised(head: Head, fn: TokenLoss, params: Tree, hidden: jax.Array, 
         (parallel.OverBatch): no token moves between devices, and gradients of parameters are summed once.
 
     Returns:
-      (sum of loss, sum of aux), float32 scalars; gradients flow through the first alone.
+      (sum of loss, float32 scalar; aux of every token, float32 [B, S], zero where it is not noised); gradients flow
+      through the first alone.
     """
     def pieces(params: Tree, hidden: jax.Array, level: jax.Array, x: jax.Array, fields: Tree, gradients: bool) -> tuple:
         shape, (hidden, level, x, fields) = hidden.shape, _tokens((hidden, level, x, fields))
-        carry: Any = (jnp.float32(0), jnp.float32(0))
+        carry: Any = (jnp.float32(0), jnp.zeros(level.shape, jnp.float32))
         if gradients:
             carry += (jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(hidden))
         for stream in head.streams(level, x, needs):
@@ -541,27 +538,31 @@ def sum_over_noised(head: Head, fn: TokenLoss, params: Tree, hidden: jax.Array, 
 
                 def sums(part: Tree, h: jax.Array) -> tuple[jax.Array, jax.Array]:
                     loss, aux = fn(piece.predict(part, h), some, levels)
-                    return jnp.sum(jnp.where(piece.keep, loss, 0.0)), jnp.sum(jnp.where(piece.keep, aux, 0.0))
+                    return jnp.sum(jnp.where(piece.keep, loss, 0.0)), jnp.where(piece.keep, aux, 0.0)
 
                 part, h = piece.take(params), hidden[piece.index]
                 if not gradients:
-                    return jax.tree.map(jnp.add, carry, sums(part, h))
-                loss, aux, d_params, d_hidden = carry
-                (more, more_aux), (d_part, d_h) = jax.value_and_grad(sums, argnums=(0, 1), has_aux=True)(part, h)
+                    more, aux = sums(part, h)
+                    return carry[0] + more, carry[1].at[piece.index].add(aux)
+                loss, each, d_params, d_hidden = carry
+                (more, aux), (d_part, d_h) = jax.value_and_grad(sums, argnums=(0, 1), has_aux=True)(part, h)
                 d_hidden = d_hidden.at[piece.index].add(jnp.where(piece.keep[:, None], d_h, 0.0))
-                return loss + more, aux + more_aux, piece.add(d_params, d_part), d_hidden
+                return loss + more, each.at[piece.index].add(aux), piece.add(d_params, d_part), d_hidden
 
             carry = stream.loop(body, carry, shard.sync_trip_count)
-        return (carry[:-1], carry[-1].reshape(shape)) if gradients else (carry, ())
+        loss, each, *found = carry
+        each = each.reshape(shape[:2])
+        return ((loss, found[0]), (each, found[1].reshape(shape))) if gradients else ((loss,), (each,))
 
     @jax.custom_vjp
     def total(params: Tree, hidden: jax.Array, level: jax.Array, x: jax.Array, fields: Tree) -> tuple[jax.Array,
               jax.Array]:
-        return shard(functools.partial(pieces, gradients=False))(params, hidden, level, x, fields)[0]
+        (loss,), (aux,) = shard(functools.partial(pieces, gradients=False))(params, hidden, level, x, fields)
+        return loss, aux
 
     def forward(params: Tree, hidden: jax.Array, level: jax.Array, x: jax.Array, fields: Tree) -> tuple:
         run = shard(functools.partial(pieces, gradients=True))
-        (loss, aux, d_params), d_hidden = run(params, hidden, level, x, fields)
+        (loss, d_params), (aux, d_hidden) = run(params, hidden, level, x, fields)
         return (loss, aux), (d_params, d_hidden)
 
     def backward(gradients: Tree, cotangent: tuple[jax.Array, jax.Array]) -> tuple:
@@ -574,21 +575,9 @@ def sum_over_noised(head: Head, fn: TokenLoss, params: Tree, hidden: jax.Array, 
 
 def map_over_noised(head: Head, fn: TokenLoss, params: Tree, hidden: jax.Array, level: jax.Array, x: jax.Array,
                     fields: Tree, *, needs: str = "all", shard: OverBatch = WHOLE) -> jax.Array:
-    """fn(prediction, fields [c], levels) -> float32 [c] at every noised token, zero elsewhere: [B, S].
+    """fn(prediction, fields [c], levels) -> float32 [c] at every noised token, zero elsewhere: [B, S], no gradients.
 
     Arguments as in sum_over_noised.
     """
-    def pieces(params: Tree, hidden: jax.Array, level: jax.Array, x: jax.Array, fields: Tree) -> tuple:
-        shape, (hidden, level, x, fields) = level.shape, _tokens((hidden, level, x, fields))
-        out = jnp.zeros(level.shape, jnp.float32)
-        for stream in head.streams(level, x, needs):
-
-            def body(out: jax.Array, piece: Piece, levels: tuple[int, ...] | None = stream.levels) -> Tree:
-                prediction = piece.predict(piece.take(params), hidden[piece.index])
-                values = fn(prediction, jax.tree.map(lambda a: a[piece.index], fields), levels)
-                return out.at[piece.index].add(jnp.where(piece.keep, values, 0.0))
-
-            out = stream.loop(body, out, shard.sync_trip_count)
-        return (), out.reshape(shape)
-
-    return shard(pieces)(params, hidden, level, x, fields)[1]
+    both = lambda p, fields, levels: (jnp.float32(0), fn(p, fields, levels))  # noqa: E731
+    return sum_over_noised(head, both, params, hidden, level, x, fields, needs=needs, shard=shard)[1]

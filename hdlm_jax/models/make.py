@@ -10,13 +10,15 @@ from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.decoder import Decoder
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
 from hdlm_jax.models.network import Network, Transformer
+from hdlm_jax.models.soft import SoftHead
 
 
 def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     """The network of config.model for a hierarchy's tokens and states."""
     m = config.model
     dtype = jnp.dtype(m.dtype)
-    head = (FlatHead(hierarchy, dtype, config.decoder.softcap) if m.head == "flat" else
+    head = (SoftHead(hierarchy, dtype, xi=config.diffusion.xi) if config.hierarchy.map == "learned" else
+            FlatHead(hierarchy, dtype, config.decoder.softcap) if m.head == "flat" else
             FactorisedHead(hierarchy, dtype, m.prototypes))
     causal = config.diffusion.process == "autoregressive"
     features = config.data.feature_places, config.data.feature_width

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from hdlm_jax.diffusion.sedd import SeddProcess
 from hdlm_jax.models.decoder import lora_labels
 from hdlm_jax.models.make import make_network
 from hdlm_jax.models.network import TENSOR_AXES, matrix_axes
+from hdlm_jax.models.soft import SoftProcess, with_map
 from hdlm_jax.models.trunk import Trunk
 
 
@@ -37,7 +37,8 @@ def make_process(config: Config, hierarchy: Hierarchy) -> Process:
     if d.process == "gidd":
         return GiddProcess(hierarchy, d.p_uniform)
     chain = LevelChain(d.level_rates(hierarchy.num_levels))
-    return (SeddProcess if d.process == "sedd" else HierarchicalProcess)(hierarchy, chain, d.xi, d.force_transition)
+    hierarchical = SoftProcess if config.hierarchy.map == "learned" else HierarchicalProcess
+    return (SeddProcess if d.process == "sedd" else hierarchical)(hierarchy, chain, d.xi, d.force_transition)
 
 
 def build(config: Config, hierarchy: Hierarchy) -> tuple[Trunk, Process]:
@@ -53,9 +54,10 @@ class TrainState(NamedTuple):
     ema: Tree  # average of params, or {} when off
 
 
-def _by_axes(of: Callable[[tuple[int, int] | None], Any], params: Tree) -> Tree:
-    """of(models.network.matrix_axes) for every parameter."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: of(matrix_axes([str(key.key) for key in path])), params)
+def _of_axes(of: Callable[[Any], Any]) -> Callable[[Tree], Tree]:
+    """params -> a tree of of(Muon's axes of every matrix of the blocks, None of all else)."""
+    return lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, leaf: of(matrix_axes([str(key.key) for key in path])), params)
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -72,11 +74,12 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
     # the update made from state.step = 0 is the first one, so that its rate is not zero
     tx = optax.adamw(lambda n: schedule(n + 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay)
     if o.name == "muon":
-        sizes = functools.partial(_by_axes, lambda axes: axes and optax.contrib.MuonDimensionNumbers(*axes))
+        dimensions = _of_axes(lambda axes: axes and optax.contrib.MuonDimensionNumbers(*axes))
         muon = optax.contrib.muon(lambda n: o.muon_lr / o.lr * schedule(n + 1), weight_decay=o.weight_decay,
-                                  muon_weight_dimension_numbers=sizes, consistent_rms=o.muon_rms or None)
-        which = functools.partial(_by_axes, lambda axes: "muon" if axes else "adamw")
-        tx = optax.multi_transform({"muon": muon, "adamw": tx}, which)
+                                  muon_weight_dimension_numbers=dimensions, consistent_rms=o.muon_rms or None)
+        tx = optax.multi_transform({"muon": muon, "adamw": tx}, _of_axes(lambda axes: "muon" if axes else "adamw"))
+    if config.hierarchy.map == "learned":
+        tx = with_map(tx, lambda n: config.hierarchy.map_rate * schedule(n + 1))
     tx = optax.chain(optax.clip_by_global_norm(o.clip), tx)
     if config.decoder.lora:
         tx = optax.multi_transform({"trained": tx, "kept": optax.set_to_zero()}, lora_labels)

@@ -39,7 +39,7 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
     nelbo is an unbiased estimate of the unweighted bound; only loss has gradients.
     """
     d, m = config.diffusion, config.model
-    shard, view = parallel.OverBatch(mesh), make_view(config, process)
+    shard = parallel.OverBatch(mesh)
 
     def hidden(params: Tree, keys: jax.Array, *rows: jax.Array | None) -> Any:
         def of(key: jax.Array | None, z: Any, t: Any, *rest: jax.Array | None) -> jax.Array:
@@ -57,7 +57,8 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
         x, index = batch["x"], batch["index"]
         keys = fold(jnp.broadcast_to(key, index.shape), index)
         score = batch.get("score", jnp.ones(x.shape, bool))
-        z, level, t, tau, weight, bound = view(key, index, x, score)
+        drawn = process.with_params(params)
+        z, level, t, tau, weight, bound = make_view(config, drawn)(key, index, x, score)
         seen = batch.get("segment")
         if "open" in batch:
             seen = opened(fold(keys, 3), batch["open"], x.shape[1], seen)
@@ -72,7 +73,8 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
         fields = (x, z, tau, weight, bound)
         loss, nelbo = sum_over_noised(network.head, token_loss, network.head_params(params), h, level, x, fields,
                                       needs=process.needs(d.hard_training), shard=shard)
-        return loss, nelbo, jnp.sum(batch.get("tokens", score)).astype(jnp.float32)
+        loss += drawn.draw_loss(x, z, nelbo)
+        return loss, jnp.sum(nelbo), jnp.sum(batch.get("tokens", score)).astype(jnp.float32)
 
     return loss_sums
 
@@ -107,6 +109,7 @@ def make_train_step(config: Config, network: Trunk, process: Process, tx: optax.
     """
     loss_sums = make_loss_sums(config, network, process, mesh)
     parts, ema, open_steps = config.train.microbatches, config.optimizer.ema, config.train.open_steps
+    partners = config.train.partners
 
     def sums(trained: Tree, kept: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         loss, nelbo, tokens = loss_sums(_filled(trained, kept), batch, key)
@@ -115,8 +118,9 @@ def make_train_step(config: Config, network: Trunk, process: Process, tx: optax.
     def gradients(trained: Tree, kept: Tree, batch: Batch, key: jax.Array) -> Tree:
         if parts == 1:
             return jax.value_and_grad(sums, has_aux=True)(trained, kept, batch, key)
-        # rows i, i + parts, ... make a part: contiguous rows stay on their device
-        split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
+        # texts i, i + parts, ... make a part: contiguous rows stay on their device
+        split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, partners, *a.shape[1:]), 1, 0).reshape(
+            parts, -1, *a.shape[1:]), batch)
 
         def add(carry: Tree, part: Batch) -> tuple[Tree, None]:
             return jax.tree.map(jnp.add, carry, jax.value_and_grad(sums, has_aux=True)(trained, kept, part, key)), None

@@ -132,18 +132,25 @@ def after(times: jax.Array, k: jax.Array, r: jax.Array, score: jax.Array, alone:
     return tau, level, jnp.where(share, each[:, None], 0.0)
 
 
-def _at_crossings(alone: bool, process: HierarchicalProcess, rows: _Rows) -> Drawn:
-    """count, any_order: at a crossing, the levels and ranks of a batch's rows in strata."""
+def _at_crossings(alone: bool, process: HierarchicalProcess, rows: _Rows, own: jax.Array | None = None) -> Drawn:
+    """count, any_order: at a crossing, the levels and ranks of a batch's rows in strata; own: keys [b] of clusters."""
     u, keys = jax.vmap(open_uniform)(fold(rows.keys, 0)), fold(rows.keys, 1)
     k, r = crossing(rows.place, u, rows.strata, process.num_levels, jnp.sum(rows.score, axis=-1))
     times = jax.vmap(lambda key: process.chain.crossing_times(key, rows.x.shape[1:]))(fold(keys, 0))
     tau, level, bound = after(times, k, r, rows.score, alone)
-    return process.shown(keys, rows.x, level), jnp.where(bound > 0, level, 0), tau, bound
+    return process.shown(keys if own is None else own, rows.x, level), jnp.where(bound > 0, level, 0), tau, bound
+
+
+def _paired(process: HierarchicalProcess, rows: _Rows) -> Drawn:
+    """Two rows of one text at the same crossing, as count draws it, whose tokens go to clusters drawn for each row."""
+    own = fold(rows.keys, 5 + rows.second)
+    return _at_crossings(False, process, rows, own)
 
 
 _DRAWS: dict[str, Callable[[HierarchicalProcess, _Rows], Drawn]] = {
     "nelbo": _at_times, "rate": _at_times, "complementary": _complementary,
-    "count": functools.partial(_at_crossings, False), "any_order": functools.partial(_at_crossings, True)}
+    "count": functools.partial(_at_crossings, False), "any_order": functools.partial(_at_crossings, True),
+    "paired": _paired}
 
 
 def _blocks(rows: _Rows, block: int) -> _Rows:

@@ -206,9 +206,10 @@ class Gradients:
 
         x, omega = rows["x"], jax.lax.stop_gradient(self.omega(params, old, reference, rows, view))
         h = self.network.hidden(params, view.z, view.t)
-        return sum_over_noised(self.network.head, cost, self.network.head_params(params), h,
-                               jnp.where(view.to < view.level, view.level, 0), x,
-                               (x, view.level, view.to, omega, view.weight), needs=self.needs, shard=self.shard)
+        loss, each = sum_over_noised(self.network.head, cost, self.network.head_params(params), h,
+                                     jnp.where(view.to < view.level, view.level, 0), x,
+                                     (x, view.level, view.to, omega, view.weight), needs=self.needs, shard=self.shard)
+        return loss, jnp.sum(each)
 
     def __call__(self, params: Tree, old: Tree | None, reference: Tree, rows: Batch, key: jax.Array
                  ) -> tuple[tuple[jax.Array, jax.Array], Tree]:

@@ -24,6 +24,8 @@ from hdlm_jax.models import soft
 from hdlm_jax.models.soft import SoftHead, SoftProcess
 from hdlm_jax.training.state import TrainState, build, make_optimizer
 from hdlm_jax.training.step import make_loss_sums, make_train_step
+from tools.toy_calls import joint as toy_joint
+from tools.toy_map import bound as toy_bound
 
 TWO, THREE = dict(parents=[[0, 1, 0, 1]]), dict(parents=[[0, 1, 2, 0, 2], [0, 1, 1]])
 CASES = {"K=2": (TWO, (1.0, 2.0)), "K=3": (THREE, (1.5, 1.0, 4.0))}
@@ -163,6 +165,23 @@ def test_the_optimal_network_has_no_gradient_left_for_the_map():
     joint = oracle.random_joint(4, 2, seed=3)
     found = differences(*CASES["K=2"], toy.bayes(joint, cavity=True), joint, np.log(toy.soft), step=1e-3)
     assert np.abs(found).max() < 1e-6
+
+
+def test_the_toy_s_bound_is_the_enumerated_one():
+    """tools/toy_map.py: the best network that sees the tokens beside its own alone, for a map that is soft."""
+    joint, k = toy_joint("classes").sum(-1), random_map(4, 2)
+    toy = Toy(rates=(1.0, 1.0), soft=k, **TWO)
+    shows, network = toy.q(0.7), np.zeros((toy.N**3, 3, 4))
+    for row, z in enumerate(toy.sequences(3)):
+        seen = [shows[:, s] for s in z]
+        network[row] = (np.einsum("abc,b->a", joint, seen[1]), np.einsum("abc,a,c->b", joint, seen[0], seen[2]),
+                        np.einsum("abc,b->c", joint, seen[1]))
+    network /= np.maximum(network.sum(-1, keepdims=True), 1e-300)
+    network = np.where(network.sum(-1, keepdims=True) > 0, network, 0.25)
+    want = (joint * toy.nelbo(toy.force(network, "cavity"), nodes=NODES)).sum()
+    with jax.enable_x64(True):
+        found = float(toy_bound(joint)(jnp.asarray(np.log(k))))
+    assert found == pytest.approx(want, abs=1e-4) and found > oracle.entropy(joint) + 1e-3
 
 
 def tiny_config(clusters=(2,), **changes):

@@ -54,6 +54,7 @@ NO_TIME = ("--config.model.time_conditioning=False",)
 DYNAMIC = ("--config.diffusion.weighting=dynamic", "--config.diffusion.weight_min=0.0",
            "--config.diffusion.weight_max=2.0")
 GPT2 = ("--config.tokenizer.kind=gpt2",)
+COUNT = ("--config.train.objective=count", "--config.diffusion.weighting=none")
 CELLS = (
     Cell("ar", "ar-muon"),
     Cell("mdlm", "mdlm-muon"),
@@ -76,6 +77,9 @@ CELLS = (
     Cell("brown", "hdlm-brown-muon", 2),
     Cell("learned", "hdlm-learned-muon", 1),
     Cell("learned-factorised", "hdlm-learned-factorised-muon", 2),
+    Cell("soft", "hdlm-soft-muon", 3),
+    Cell("soft-random", "shuffled-soft-muon", 3),
+    Cell("hdlm_xi9-count", "hdlm_xi9-muon", 3, COUNT),
     Cell("mdlm-dynamic", "mdlm-warm", 3, DYNAMIC),
     Cell("hdlm-dynamic", "hdlm-warm", 3, DYNAMIC),
     Cell("hdlm16", "hdlm-muon", 3, ("--config.hierarchy.clusters=(16,)",)),
@@ -90,6 +94,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "clusters": ("mdlm", "hdlm", "shuffled", "learned", "frequency", "brown", "hdlm16", "hdlm256", "hdlm_k3",
                  "hdlm-factorised", "learned-factorised"),
     "xi": ("hdlm", "hdlm_xi9", "mdlm"),
+    "maps": ("hdlm_xi9-count", "soft", "soft-random", "hdlm_xi9", "hdlm"),
     "heads": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "shuffled-factorised"),
     "time": ("mdlm", "mdlm-notime", "hdlm", "hdlm-notime"),
     "optimisers": ("mdlm", "mdlm-adamw", "hdlm", "hdlm-adamw", "hdlm-factorised", "hdlm-factorised-adamw", "ar",
@@ -126,7 +131,7 @@ def commands(cell: Cell, seed: int, runs: Path, steps: int, judge: str) -> list[
 
 def likelihood_commands(cell: Cell, workdir: str) -> list[list[str]]:
     """What measures a trained cell under samplers; nothing where that is not known (it does not unmask, xi < 1)."""
-    if cell.recipe.split("-")[0] in ("ar", "gidd", "gidd0", "hdlm_xi9"):
+    if {"ar", "gidd", "gidd0", "hdlm_xi9", "soft"} & set(cell.recipe.split("-")):
         return []
     return [[sys.executable, "-m", "hdlm_jax.main", f"--workdir={workdir}", "--mode=evaluate",
              f"--config.evaluate.rows={TOLD_ROWS}", f"--config.evaluate.draws={TOLD_DRAWS}",

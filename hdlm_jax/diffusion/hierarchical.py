@@ -6,7 +6,6 @@ A token becomes its cluster, that its own cluster, and so on to the mask. MDLM i
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable
 
@@ -78,7 +77,6 @@ class HierarchicalProcess(Process):
         """[..., n_of]: is node u of level `of` under the node of level `level` that z shows?"""
         return wide(self.ancestors(of, level), z) == self.node_of(z, level)[..., None]
 
-    @functools.cache  # noqa: B019  (a process lives as long as its run)
     def ancestors(self, low: int, high: int) -> np.ndarray:
         """[n_low] ancestors at level `high` of the nodes of level `low`."""
         up = np.arange(self.hierarchy.sizes[low], dtype=np.int32)

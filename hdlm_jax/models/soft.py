@@ -9,7 +9,6 @@ it to the process, for draws.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -125,9 +124,6 @@ class SoftProcess(HierarchicalProcess):
         f, m = jnp.exp(p.log_probs()), jnp.exp(self.log_shown(level))
         return _log(jnp.matmul(f, m.astype(f.dtype), precision="highest"))
 
-    def ancestors(self, low: int, high: int) -> np.ndarray:  # by hierarchy: nothing traced is kept in a cache
-        return _ancestors(self.hierarchy, low, high)
-
     def state_above(self, low: int, node: jax.Array, high: int) -> jax.Array:
         """As of HierarchicalProcess; above a word its likeliest node."""
         if low or not high or self.log_k is None:
@@ -219,14 +215,6 @@ class SoftProcess(HierarchicalProcess):
         for k in range(j + 1, self.num_levels):
             logs = jnp.where((level == k)[..., None] & ~self._under(z, k, j), -jnp.inf, logs)
         return categorical(keys, logs)
-
-
-@functools.lru_cache(maxsize=256)
-def _ancestors(hierarchy: Hierarchy, low: int, high: int) -> np.ndarray:
-    up = np.arange(hierarchy.sizes[low], dtype=np.int32)
-    for level in range(low, high):
-        up = np.asarray(hierarchy.parents[level])[up]
-    return up
 
 
 def _log(total: jax.Array) -> jax.Array:

@@ -201,6 +201,8 @@ class DiffusionConfig(_Section):
     weight_min: float = 0.0  # of weighting=clip
     weight_max: float = 2.0  # of weighting=clip
     hard_training: bool = False  # above level 1: -log p(token) as the loss in place of the bound's
+    channel: float = 0.0  # c: a token shows its embedding as well, at signal-to-noise c(1-t)/t (docs/continuous.md); 0: not
+    channel_width: int = 32  # D: numbers of that embedding, made of hierarchy.embeddings
 
     def check(self) -> None:
         self.among(force_transition=FORCE_TRANSITIONS, process=PROCESSES)
@@ -212,6 +214,8 @@ class DiffusionConfig(_Section):
             1, False, (), 1)
         self.need(plain, "process", "knows no xi, hard_training, rates or gamma; leave them out")
         self.hold("must be positive", "gamma")
+        self.hold("must not be negative", "channel")
+        self.hold("must be at least 1", "channel_width")
         self.need(not self.rates or self.gamma == 1, "rates",
                   "only one of diffusion.gamma and diffusion.rates should be given")
         self.need(all(r > 0 for r in self.rates), "rates", "must be positive")

@@ -75,6 +75,7 @@ class Config:
         self.tune.check_with(self.train, self.data, self.optimizer)
         self._check_objective(levels)
         self._check_map(levels)
+        self._check_channel()
         if self.model.block:
             self._check_blocks()
         if self.model.trunk == "decoder":
@@ -137,6 +138,23 @@ class Config:
             rule(value == only, name, value, f"hierarchy.map='learned' is for {only!r} alone")
         rule(g.force_transition in ("", "cavity"), "generate.force_transition", g.force_transition,
              "hierarchy.map='learned' is for 'cavity' alone")
+
+    def _check_channel(self) -> None:
+        """diffusion.channel beside what it is not built for."""
+        d, m, t, g = self.diffusion, self.model, self.train, self.generate
+        if not d.channel:
+            return
+        for name, value, only in (
+                ("diffusion.process", d.process, "hierarchical"), ("hierarchy.map", self.hierarchy.map, "hard"),
+                ("diffusion.force_transition", d.force_transition, "cavity"), ("model.head", m.head, "flat"),
+                ("model.trunk", m.trunk, "dit"), ("model.block", m.block, 0), ("train.objective", t.objective, "nelbo"),
+                ("train.recluster_every", t.recluster_every, 0), ("train.adapt", t.adapt, False),
+                ("tune.objective", self.tune.objective, ""), ("generate.method", g.method, "ancestral"),
+                ("generate.options", g.options, ""), ("generate.clusters", g.clusters, "exact"),
+                ("evaluate.decodings", self.evaluate.decodings, ())):
+            rule(value == only, name, value, f"diffusion.channel={d.channel:g} is for {only!r} alone")
+        rule(g.force_transition in ("", "cavity"), "generate.force_transition", g.force_transition,
+             f"diffusion.channel={d.channel:g} is for 'cavity' alone")
 
     def _check_blocks(self) -> None:
         """model.block beside what does not know two copies of a text."""

@@ -17,7 +17,7 @@ from hdlm_jax.common import parallel
 from hdlm_jax.common.console import compiling, progress
 from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.data.tokenizers import Tokenizer
-from hdlm_jax.decoding import caches, choose, drafts, guide, loop, presets
+from hdlm_jax.decoding import caches, channel, choose, drafts, guide, loop, presets
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding.policy import Denoiser
 from hdlm_jax.decoding.sparse_attention import Sparse, SparseD
@@ -28,6 +28,7 @@ from hdlm_jax.diffusion.gidd import GiddProcess
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models import quantise
+from hdlm_jax.models.channel import ChannelProcess
 from hdlm_jax.models.features import given as given_features
 from hdlm_jax.models.network import Network
 from hdlm_jax.models.trunk import Trunk
@@ -163,14 +164,23 @@ def _(process: HierarchicalProcess, keys: jax.Array, z: jax.Array, call: Call) -
     return tokens, {"length": rows["length"]} | stats
 
 
-@sample_canvas.register
-def _(process: GiddProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
+def whole(call: Call, z: jax.Array) -> Any:
+    """The network on whole rows [b, S], without a cache: (states, t [b]) -> predictions."""
     behind = (jnp.arange(z.shape[1])[None] >= jnp.reshape(call.length, (-1, 1))).astype(jnp.int32)
     segment = jnp.broadcast_to(behind, z.shape) if call.program.cut else None
     params = given_features(call.params, call.batch.get("features"))
-    denoise = functools.partial(call.network.denoise, params, segment=segment)
+    return functools.partial(call.network.denoise, params, segment=segment)
+
+
+@sample_canvas.register
+def _(process: ChannelProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
+    return channel.sample(keys, whole(call, z), process, z, steps=call.numbers["steps"], **_draws(call.how))
+
+
+@sample_canvas.register
+def _(process: GiddProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
     numbers = {name: call.numbers[name] for name in ("steps", "corrections", "correction_temperature")}
-    return gidd.sample(keys, denoise, process, z, **numbers, **_draws(call.how))
+    return gidd.sample(keys, whole(call, z), process, z, **numbers, **_draws(call.how))
 
 
 @sample_canvas.register

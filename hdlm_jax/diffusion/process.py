@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import jax
@@ -88,6 +89,11 @@ class Process(abc.ABC):
     def draw_loss(self, x: jax.Array, z: jax.Array, nats: jax.Array) -> jax.Array:
         """What a loss of nats float32 [B, S] lacks in gradients, where the draw of z depends on parameters."""
         return jnp.float32(0)
+
+    @property
+    def parts(self) -> tuple[Callable[..., jax.Array], ...]:
+        """Token losses that add up to `token_loss`: of the symbols, and of what else is on show (models.channel)."""
+        return (self.token_loss,)
 
     def needs(self, hard_training: bool = False) -> str:
         """What token losses ask of a prediction, a name of hdlm_jax.models.heads.sum_over_noised."""

@@ -32,7 +32,8 @@ _FIELDS = ("x", "segment", "score", "features")  # of rows, what the network and
 
 def make_nelbo_step(network: Trunk, process: Process, mesh: Mesh | None = None
                     ) -> Callable[[Tree, Batch, jax.Array], jax.Array]:
-    """step(params, batch, key) -> float32 [b, K]: nats of each row at each level, as an estimate w C / q.
+    """step(params, batch, key) -> float32 [b, K]: nats of each row at each level, as an estimate w C / q; behind them
+    those of every other of process.parts.
 
     batch: x, segment int32 [b, S], score bool [b, S], tau, inv_q float32 [b], pair int32 [b] (its randomness) and, for
     a network that is given some, features float32 [b, P, F].
@@ -46,13 +47,13 @@ def make_nelbo_step(network: Trunk, process: Process, mesh: Mesh | None = None
         z, level = process.with_params(params).noised(keys, x, tau, batch["score"])
         told = given(params, batch.get("features"))
         h = network.hidden(told, z, -jnp.expm1(-tau), batch["segment"], None, x if network.block else None)
-        cost_of = lambda p, f, levels: process.token_loss(p, f[0], f[1], levels, tau=f[2])  # noqa: E731
         fields = (x, z, jnp.broadcast_to(tau[:, None], x.shape))
-        cost = map_over_noised(network.head, cost_of, network.head_params(params), h, level, x, fields,
-                               needs=process.needs(), shard=shard)
-        rate = process.nelbo_weight(z, tau, x) * cost
-        by_level = [jnp.sum(jnp.where(level == k, rate, 0.0), axis=-1) for k in range(1, process.num_levels + 1)]
-        return jnp.stack(by_level, axis=-1) * batch["inv_q"][:, None]
+        rates = [process.nelbo_weight(z, tau, x) * map_over_noised(
+            network.head, lambda p, f, levels, loss=loss: loss(p, f[0], f[1], levels, tau=f[2]),
+            network.head_params(params), h, level, x, fields, needs=process.needs(), shard=shard)
+            for loss in process.parts]
+        by_level = [jnp.where(level == k, rates[0], 0.0) for k in range(1, process.num_levels + 1)]
+        return jnp.stack([jnp.sum(a, axis=-1) for a in by_level + rates[1:]], axis=-1) * batch["inv_q"][:, None]
 
     return step
 
@@ -89,7 +90,7 @@ class Evaluator:
 
     def nats(self, params: Tree, rows: dict[str, np.ndarray], draws: int, name: str = "evaluate"
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Estimates [draws, rows, K] in nats, and the noise times and densities [draws, rows] they were made at.
+        """Estimates [draws, rows, K] in nats (make_nelbo_step), and the noise times and densities [draws, rows] they were made at.
 
         Where the process is exact (autoregressive) there is one draw, whatever was asked for.
         """
@@ -114,7 +115,7 @@ class Evaluator:
                 "tau": tau[pick].astype(np.float32), "inv_q": (1 / q[pick]).astype(np.float32),
                 "pair": pair[pick].astype(np.int32)}
 
-        out = np.zeros((n, self.process.num_levels))
+        out = np.zeros((n, self.process.num_levels + len(self.process.parts) - 1))
         key = jax.random.key(self.seed)
         for pick, found in self.program(params, n, batch, self.most_rows, key, unit="seq", name=name):
             out[pick] = found

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from hdlm_jax.config import Config
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.process import Process
+from hdlm_jax.models.channel import ChannelHead, ChannelNetwork
 from hdlm_jax.models.decoder import Decoder
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
 from hdlm_jax.models.network import Network, Transformer
@@ -15,9 +16,10 @@ from hdlm_jax.models.soft import SoftHead
 
 def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     """The network of config.model for a hierarchy's tokens and states."""
-    m = config.model
+    m, channel = config.model, config.diffusion.channel_width if config.diffusion.channel else 0
     dtype = jnp.dtype(m.dtype)
-    head = (SoftHead(hierarchy, dtype, xi=config.diffusion.xi) if config.hierarchy.map == "learned" else
+    head = (ChannelHead(hierarchy, dtype, channel=channel) if channel else
+            SoftHead(hierarchy, dtype, xi=config.diffusion.xi) if config.hierarchy.map == "learned" else
             FlatHead(hierarchy, dtype, config.decoder.softcap) if m.head == "flat" else
             FactorisedHead(hierarchy, dtype, m.prototypes))
     causal = config.diffusion.process == "autoregressive"
@@ -25,7 +27,8 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     sizes = (head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dtype, m.remat, causal, m.attention)
     if m.trunk == "decoder":
         return Decoder(*sizes, block=m.block, features=features, dims=config.decoder, param_dtype=m.param_dtype)
-    return Network(*sizes, block=m.block, features=features, dropout=m.dropout, time_conditioning=m.time_conditioning)
+    own = dict(block=m.block, features=features, dropout=m.dropout, time_conditioning=m.time_conditioning)
+    return ChannelNetwork(*sizes, **own, channel=channel) if channel else Network(*sizes, **own)
 
 
 def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> float:

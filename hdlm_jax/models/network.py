@@ -264,6 +264,9 @@ class Network(Transformer):
         self.modulation = Modulation(2, self.width)
         self.own_head = self.param("head", self.head.init, self.width)
 
+    def shown(self, z: jax.Array) -> jax.Array:
+        return self.embedding[z]
+
     def trunk(self, z: jax.Array, t: jax.Array, segment: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Hidden states float32 [B, S, D] before the head.
 
@@ -271,7 +274,7 @@ class Network(Transformer):
           bool [B, S or 1, S], what each position sees.
         """
         place = jnp.arange(z.shape[1])[None] % (z.shape[1] // self.copies)
-        x, segment = self.first(self.embedding[z], segment, place)
+        x, segment = self.first(self.shown(z), segment, place)
         cond = self._time(t) if self.time_conditioning else None
         seen = self._sees(Seen.of(segment, self.causal), place, z.shape[1], self.block)
         x, _ = self.stack(x, cond, seen, train, None, None)
@@ -297,7 +300,7 @@ class Network(Transformer):
           (hidden float32 [B, Q, D], the cache with their keys and values in it).
         """
         cond = self._time(t) if self.time_conditioning else None
-        shown, seen = self.first(self.embedding[z], seen, position)
+        shown, seen = self.first(self.shown(z), seen, position)
         far = self._sees(Seen.of(seen), position, cache[0].shape[2], self.block)
         (x, k, v), _ = self.stack((shown, *cache), cond, far, False, jnp.arange(self.blocks), position)
         return self._out(x, cond), (k, v)

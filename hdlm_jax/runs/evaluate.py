@@ -63,6 +63,8 @@ def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     nats, tau, q = evaluator.nats(run.params, rows, config.evaluate.draws)
     seconds = time.monotonic() - started
     result = summarise(nats, rows["tokens"], tau, q) | ({"se_time": 0.0} if run.process.exact else {})
+    if config.diffusion.channel:
+        result |= _of_parts(nats, rows["tokens"], tau, q, run.process.num_levels)
     whole = result["tokens"] == manifest.valid_scored_tokens
     per_byte = manifest.valid_scored_tokens / manifest.valid_scored_bytes / math.log(2)
     if whole:
@@ -80,12 +82,22 @@ def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
         with jsons.open_atomic(os.path.join(into, "evaluate_rows.npz")) as file:
             np.savez(file, nats=nats.mean(0).sum(-1), tokens=rows["tokens"])
         write_json(path, result)
+    parts = (f" = discrete {measured(result['discrete'], result['discrete_se'], sign='+-')} + continuous "
+             f"{measured(result['continuous'], result['continuous_se'], sign='+-')}" if "discrete" in result else "")
     say(f"evaluate: step {run.step}, {result['tokens']:,} tokens x {result['draws']} draws in {seconds:.0f} s: "
-        f"NELBO {measured(result['nelbo'], result['se'], sign='+-')} nats/token (data {readable(result['se_data'])}, "
+        f"NELBO {measured(result['nelbo'], result['se'], sign='+-')} nats/token{parts} (data {readable(result['se_data'])}, "
         f"time {readable(result['se_time'])}), perplexity {readable(result['perplexity'], '.2f')}, "
         f"given {result['given']}; "
         f"unigram {manifest.unigram_nats:.4f}")
     return result
+
+
+def _of_parts(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarray, levels: int) -> dict[str, Any]:
+    """The bound's two parts, symbols (by level) and observations, of the same draws: neither is a bound by itself."""
+    parts = {"discrete": nats[..., :levels], "continuous": nats[..., levels:]}
+    found = {name: summarise(part, tokens, tau, q) for name, part in parts.items()}
+    both = {f"{name}{end}": one[key] for name, one in found.items() for end, key in (("", "nelbo"), ("_se", "se"))}
+    return both | {"levels": found["discrete"]["levels"]}
 
 
 def _exact_match(run: Run, config: Config, into: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from hdlm_jax.data.pipeline import given, valid_rows, whole_position
 from hdlm_jax.decoding.sampler import Sampler, ended, sampler_of, start_canvas, text_of
 from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of
 from hdlm_jax.evaluation.elbo import Evaluator, summarise
+from hdlm_jax.models.channel import standardised, with_signal
 from hdlm_jax.models.decoder import merged
 from hdlm_jax.models.make import flops_per_token
 from hdlm_jax.runs.interrupt import RESUME_EXIT, Stop, Timer
@@ -315,14 +316,22 @@ class Loop:
 
     def _fresh_state(self) -> TrainState:
         """A state at step 0: random, from the clustering embeddings, or from another run's weights."""
-        config, table, base = self.config, None, self.config.train.init_from
-        if config.model.embeddings == "clusters" and not base:
+        config, table, signal, base = self.config, None, None, self.config.train.init_from
+        if (config.model.embeddings == "clusters" or config.diffusion.channel) and not base:
             vectors = word_vectors(config, self.workdir, self.text)
-            table = initial_table(vectors, self.hierarchy, config.model.width, seed=config.train.seed)
+            if config.model.embeddings == "clusters":
+                table = initial_table(vectors, self.hierarchy, config.model.width, seed=config.train.seed)
+            if config.diffusion.channel:
+                signal = standardised(vectors, config.diffusion.channel_width)
         found = load_base(config, self.text.tokenizer.fingerprint) if base else None
-        init = jax.jit(lambda k, t: init_state(config, self.network, self.tx, k, t),
-                       out_shardings=self.shardings)
-        state = init(self.key, table)
+        def init(key: jax.Array, table: np.ndarray | None, signal: np.ndarray | None) -> TrainState:
+            state = init_state(config, self.network, self.tx, key, table)
+            if signal is None:
+                return state
+            return state._replace(params=with_signal(state.params, signal),
+                                  ema=with_signal(state.ema, signal) if state.ema else {})
+
+        state = jax.jit(init, out_shardings=self.shardings)(self.key, table, signal)
         if found is None:
             return state
         if config.train.adapt:

@@ -100,7 +100,7 @@ class Model:
         prompts = _texts_of("generate.prompt", prompt)
         rows: Sequence[np.ndarray | None] = [None] * len(prompts)
         if features is not None:
-            rows = self._features(features)
+            rows = list(self._features(features))
             prompts = prompts * len(rows) if len(prompts) == 1 else prompts
             if len(prompts) != len(rows):
                 raise ConfigError(f"features of {len(rows)} texts, and {len(prompts)} prompts: give one prompt, or as "

@@ -237,7 +237,7 @@ def _document(row: Mapping[str, object], fields: list[str], name: str) -> Docume
         if not isinstance(value, str):
             raise _Unreadable(f"field {field!r} must be a string, not {type(value).__name__}")
         texts.append(value)
-    return Document(texts[0], name, *texts[1:])
+    return Document(texts[0], name, "".join(texts[1:]))
 
 
 def _blank(text: str) -> bool:

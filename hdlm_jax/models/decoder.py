@@ -275,8 +275,8 @@ class Decoder(Transformer):
                 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """As models.network.Network.partial; of `seen` a token attends to what its context lets it see."""
         s = cache[0].shape[2]
-        shown, seen = self.first(self._embed(z), seen, position)
-        far = self._context(Seen.of(seen), position, s)
+        shown, heard = self.first(self._embed(z), seen, position)
+        far = self._context(Seen.of(heard), position, s)
         x, k, v = self._through((shown, *cache[:2]), self._places(position, s), far, position)
         h = self.norm(x)
         if not self.shift:

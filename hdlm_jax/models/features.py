@@ -44,11 +44,11 @@ class FeaturePlaces(nn.Module):
           ConfigError: no features are given where there are places for them, or of another shape, or without a place.
         """
         places = self.shape[0]
-        f = self.get_variable("params", "given")
-        if f is None and self.is_initializing():
-            f = jnp.zeros((len(x), *self.shape))
+        f: jax.Array | None = self.get_variable("params", "given")
         if f is None and not places:
             return x, seen
+        if f is None and self.is_initializing():
+            f = jnp.zeros((len(x), *self.shape))
         if f is None:
             raise ConfigError(f"features: this model has {places} places for them in front of a text, and was given "
                               "none")

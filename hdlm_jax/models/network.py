@@ -300,8 +300,8 @@ class Network(Transformer):
           (hidden float32 [B, Q, D], the cache with their keys and values in it).
         """
         cond = self._time(t) if self.time_conditioning else None
-        shown, seen = self.first(self.shown(z), seen, position)
-        far = self._sees(Seen.of(seen), position, cache[0].shape[2], self.block)
+        shown, heard = self.first(self.embedding[z], seen, position)
+        far = self._sees(Seen.of(heard), position, cache[0].shape[2], self.block)
         (x, k, v), _ = self.stack((shown, *cache), cond, far, False, jnp.arange(self.blocks), position)
         return self._out(x, cond), (k, v)
 

@@ -18,7 +18,7 @@ from hdlm_jax.decoding import channel as decoding
 from hdlm_jax.diffusion.draws import wide
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.diffusion.levels import LevelChain, Proposal
+from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.evaluation.elbo import Evaluator, stratified_pairs
 from hdlm_jax.models import channel
 from hdlm_jax.models.channel import ChannelProcess, Observed, State
@@ -81,31 +81,27 @@ def integrated(process, prior):
     """(discrete, continuous) parts of the bound of one word drawn from prior, whose network knows the prior alone: the
     integral over noise time and observations (D = 1), the sum over words and symbols."""
     toy = oracle.Toy(PARENTS[f"K={process.num_levels}"], process.chain.rates, process.xi, V)
-    edges, (node, mass) = np.geomspace(1e-4, 40, 24), np.polynomial.legendre.leggauss(8)
-    log_tau = np.concatenate([(np.log(a * b) + np.log(b / a) * node) / 2
-                              for a, b in zip(edges[:-1], edges[1:], strict=True)])
-    tau, of_tau = np.exp(log_tau), np.tile(mass * np.log(edges[1] / edges[0]) / 2, len(edges) - 1)
-    eps, of_eps = np.polynomial.hermite_e.hermegauss(80)
-    of_eps /= of_eps.sum()
-    # occupancy of every symbol: level and node are independent given the word
-    q = np.stack([toy.q(t) for t in tau])  # [T, V, N]
-    grid = np.meshgrid(np.arange(len(tau)), np.arange(V), np.arange(V, toy.N), np.arange(len(eps)), indexing="ij")
-    i, x, z, j = (a.reshape(-1) for a in grid)
-    s = np.asarray(process.ratio(tau, np))[i]
-    u = s * np.asarray(process.signal)[x, 0] + np.sqrt(s) * eps[j]
-    weight = of_tau[i] * tau[i] * prior[x] * q[i, x, z] * of_eps[j]
+    edges, (node, mass) = np.linspace(np.log(1e-3), np.log(40), 13), np.polynomial.legendre.leggauss(6)
+    half = (edges[1] - edges[0]) / 2
+    tau = np.exp((edges[:-1, None] + half + half * node).ravel())
+    eps, of_eps = np.polynomial.hermite_e.hermegauss(40)
+    x, z, j = (a.reshape(-1) for a in np.meshgrid(np.arange(V), np.arange(V, toy.N), np.arange(40), indexing="ij"))
+    s = np.asarray(process.ratio(tau, np))[:, None]
+    u = s * np.asarray(process.signal)[x, 0] + np.sqrt(s) * eps[j]  # [times, words x symbols x noises]
+    q = np.stack([toy.q(t)[x, z] for t in tau])
+    weight = np.tile(mass * half, 12)[:, None] * tau[:, None] * prior[x] * q * of_eps[j] / of_eps.sum()
 
     @jax.jit
-    def costs(x, z, u, s, tau):
-        state = State(z, u[..., None], s)
-        told = channel.evidence(state.u, s, process.signal)
-        logits = wide(np.log(prior).astype(np.float32), x) + told
+    def costs(u, s, tau):
+        shape = u.shape
+        state = State(jnp.broadcast_to(z[None], shape).astype(np.int32), u[..., None], jnp.broadcast_to(s, shape))
+        words = jnp.broadcast_to(x[None], shape).astype(np.int32)
+        logits = wide(np.log(prior).astype(np.float32), u) + channel.evidence(state.u, state.s, process.signal)
         p = Observed(logits, process.hierarchy, process.signal)
-        rates = [process.nelbo_weight(state, tau) * part(p, x, state, tau=tau) for part in process.parts]
-        return (*rates, process.nelbo_rate(p, x, state, tau))
+        rates = [process.nelbo_weight(state, tau) * part(p, words, state, tau=tau) for part in process.parts]
+        return (*rates, process.nelbo_rate(p, words, state, tau))
 
-    found = costs(*(jnp.asarray(a, kind) for a, kind in zip((x, z, u, s, tau[i]), (np.int32, np.int32, *[np.float32] * 3),
-                                                            strict=True)))
+    found = costs(*(jnp.asarray(a, jnp.float32) for a in (u, s, tau)))
     discrete, continuous, both = (np.asarray(a, np.float64) for a in found)
     np.testing.assert_allclose(both, discrete + continuous, rtol=1e-5, atol=1e-6)
     return (weight * discrete).sum(), (weight * continuous).sum()
@@ -115,10 +111,11 @@ def integrated(process, prior):
                                          ("K=3", 1.0, 1.0), ("K=3", 1.0, 0.9)])
 def test_the_sum_is_the_entropy_and_the_symbols_alone_lie_below(case, c, xi):
     """For any schedule, table, hierarchy and xi; log V for a network that knows nothing."""
-    process = make(case, c, 1, xi)
+    table = np.array([[-1.5], [-0.3], [0.5], [1.3]], np.float32)
+    process = dataclasses.replace(make(case, c, 1, xi), signal=jnp.asarray(table))
     for prior in (np.array([0.5, 0.2, 0.2, 0.1]), np.full(V, 1 / V)):
         discrete, continuous = integrated(process, prior)
-        assert discrete + continuous == pytest.approx(oracle.entropy(prior), abs=2e-3)
+        assert discrete + continuous == pytest.approx(oracle.entropy(prior), abs=1e-3)
         assert discrete < oracle.entropy(prior) - 0.1
 
 
@@ -141,10 +138,10 @@ def nelbo(process, joint, denoise, rows, seed=0):
 
 @pytest.mark.parametrize("case, c", [("K=1", 0.3), ("K=2", 3.0)])
 def test_bound_of_the_optimal_network_of_two_words_is_their_entropy(case, c):
-    """Each sees what the other's observation says. Within 4.5 standard errors, which are below 1 %."""
+    """Each sees what the other's observation says. Within 4.5 standard errors, which are below 2 %."""
     process, joint = make(case, c), oracle.random_joint(V, 2, seed=3)
     mean, se = nelbo(process, joint, bayes(process, joint), 40_000)
-    assert mean[2] == pytest.approx(oracle.entropy(joint), abs=4.5 * se[2]) and se[2] < 0.02
+    assert mean[2] == pytest.approx(oracle.entropy(joint), abs=4.5 * se[2]) and se[2] < 0.03
     assert mean[0] + 4.5 * se[0] < oracle.entropy(joint)
 
 
@@ -174,21 +171,11 @@ def test_schedule():
 
 
 def write(process, joint, steps, rows=20_000):
-    run = jax.jit(lambda key, z: decoding.sample(key, Asked(bayes(process, joint)), process, z, steps=steps, tokens=8192))
-    z = jnp.full((rows, joint.ndim), process.mask_id, jnp.int32)
-    words, stats = run(jax.random.key(2), z)
+    denoise = bayes(process, joint)
+    run = jax.jit(lambda key, z: decoding.sample(key, denoise, process, z, steps=steps, tokens=8192))
+    words, stats = run(jax.random.key(2), jnp.full((rows, joint.ndim), process.mask_id, jnp.int32))
     assert int(stats["calls"]) == steps and words.max() < V
     return np.asarray(words)
-
-
-class Asked:
-    """A prediction of whole rows, asked for some positions."""
-
-    def __init__(self, denoise):
-        self.denoise = denoise
-
-    def __call__(self, state, t):
-        return self.denoise(state, t)
 
 
 @pytest.mark.parametrize("case, xi", [("K=1", 1.0), ("K=2", 0.8), ("K=3", 1.0)])
@@ -202,8 +189,8 @@ def test_one_word_has_its_law_at_any_number_of_steps(case, xi, steps):
 def test_the_mean_in_place_of_a_word_is_another_law():
     """The twin of the sampler above, one word and three steps: with the mixture its law is the prior, with the mean
     ("predict x0") it is not."""
-    prior, steps, rows = np.array([0.55, 0.2, 0.05, 0.2]), 3, 200_000
-    process, signal, rng = make("K=1", 1.0, 2), signal_of(2).astype(float), np.random.default_rng(0)
+    prior, steps, rows = np.array([0.55, 0.2, 0.05, 0.2]), 3, 100_000
+    process, signal, rng = make("K=1", 5.0, 2), signal_of(2).astype(float), np.random.default_rng(0)
     for mean in (False, True):
         u, s, word = np.zeros((rows, 2)), 0.0, np.full(rows, -1)
         for call in range(steps):
@@ -217,7 +204,7 @@ def test_the_mean_in_place_of_a_word_is_another_law():
             u += (then - s) * (p @ signal if mean else signal[w]) + np.sqrt(then - s) * rng.normal(size=u.shape)
             s = then
         distance, floor, spread = oracle.total_variation(np.bincount(word, minlength=V), prior)
-        assert distance > 0.05 if mean else distance < floor + 4.5 * spread
+        assert distance > 0.04 if mean else distance < floor + 4.5 * spread
 
 
 @pytest.mark.parametrize("case", ["K=1", "K=2"])
@@ -226,7 +213,7 @@ def test_two_words_have_their_law_in_many_steps(case):
     process, joint = make(case, 0.5), oracle.random_joint(V, 2, seed=3)
     counts = lambda words: np.bincount(words @ [V, 1], minlength=V * V)  # noqa: E731
     far = oracle.total_variation(counts(write(process, joint, 1)), joint)[0]
-    near, floor, spread = oracle.total_variation(counts(write(process, joint, 96, 10_000)), joint)
+    near, floor, spread = oracle.total_variation(counts(write(process, joint, 48, 8_000)), joint)
     assert near < floor + 4.5 * spread + 0.01 and far > 0.1
 
 
@@ -236,6 +223,112 @@ def test_given_words_stay_and_tell_the_others():
     words = decoding.sample(jax.random.key(0), bayes(process, joint), process, z, steps=2, tokens=8192)[0]
     assert np.all(np.asarray(words)[:, 0] == 2)
     assert_law(np.asarray(words)[:, 1:], joint[2] / joint[2].sum())
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------
+
+
+def tiny_config(clusters=(3,), **changes):
+    values = Config().as_dict()
+    sections = dict(
+        hierarchy=dict(clusters=clusters), tokenizer=dict(kind="bytes", vocab_size=257),
+        model=dict(width=16, blocks=1, heads=2, seq_len=4), train=dict(batch_size=16, steps=4),
+        diffusion=dict(channel=0.5, channel_width=3, weighting="none"), optimizer=dict(warmup=0))
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        sections.setdefault(section, {})[key] = value
+    for section, more in sections.items():
+        values[section] = values[section] | more
+    return resolve(values)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """(config, network, process, parameters), 8 words in 3 clusters."""
+    config = tiny_config()
+    net, process = build(config, Hierarchy.from_parents([[0, 1, 2, 0, 1, 2, 0, 1]]))
+    return config, net, process, net.init_params(jax.random.key(0), 4)
+
+
+def moved(params, scale=0.1):
+    """Parameters off their start, which is zero in many places."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    off = [a + scale * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, off)
+
+
+def test_a_network_that_knows_nothing_costs_log_v_a_token(network):
+    """By the evaluator, with the random table of a fresh network; the columns are the levels and what is observed."""
+    config, net, process, params = network
+    mesh = parallel.make_mesh(config)
+    x = np.random.default_rng(0).integers(0, 8, (64, 4)).astype(np.int32)
+    rows = {"x": x, "segment": np.zeros_like(x), "score": np.ones_like(x, bool)}
+    params = jax.device_put(params, parallel.replicated(mesh))
+    evaluator = Evaluator(net, process, mesh, params, seq_len=4, seed=0, cv2=0.03, batch_size=2048)
+    nats = evaluator.nats(params, rows, 96)[0]
+    assert nats.shape == (96, 64, 3) and np.all(nats >= 0)
+    mean = nats.reshape(-1, 3).mean(0) / 4
+    se = nats.sum(-1).std() / math.sqrt(96 * 64) / 4
+    assert mean.sum() == pytest.approx(math.log(8), abs=4.5 * se) and se < 0.03
+    assert mean.min() > 0.1
+
+
+def test_training_estimates_the_bound_and_has_its_gradients(network):
+    """At the bound's own weights the loss is the bound, by symbols and observations; its slopes are those of
+    differences, and e has none."""
+    config, net, process, params = network
+    params = moved(params)
+    batch = {"x": jnp.asarray(np.random.default_rng(1).integers(0, 8, (16, 4)), jnp.int32), "index": jnp.arange(16)}
+    sums = jax.jit(make_loss_sums(config, net, process))
+    loss, bound, tokens = sums(params, batch, jax.random.key(0))
+    assert float(loss) == pytest.approx(float(bound), rel=1e-5) and tokens == 64
+    grad = jax.jit(jax.grad(lambda p: sums(p, batch, jax.random.key(0))[0]))(params)
+    assert np.all(np.asarray(grad["head"]["signal"]) == 0)
+    for path in (("head", "kernel"), ("observe", "kernel"), ("embedding",)):
+        at = lambda tree: tree[path[0]] if len(path) == 1 else tree[path[0]][path[1]]  # noqa: B023, E731
+        way = jax.random.normal(jax.random.key(3), at(params).shape)
+        put = lambda h: {**params, path[0]: at(params) + h * way if len(path) == 1 else {  # noqa: B023, E731
+            **params[path[0]], path[1]: at(params) + h * way}}  # noqa: B023
+        slope = (sums(put(1e-3), batch, jax.random.key(0))[0] - sums(put(-1e-3), batch, jax.random.key(0))[0]) / 2e-3
+        assert float(jnp.sum(at(grad) * way)) == pytest.approx(float(slope), rel=1e-2), path
+
+
+def test_without_a_channel_nothing_is_another(network):
+    """The parent's classes, parameters and states; a channel adds its own parameters, and starts as the parent does."""
+    hierarchy = network[1].head.hierarchy
+    net, process = build(tiny_config(diffusion__channel=0.0), hierarchy)
+    assert type(net) is Network and type(process) is HierarchicalProcess
+    own, ours = net.init_params(jax.random.key(0), 4), network[3]
+    assert set(ours) - set(own) == {"observe"} and set(ours["head"]) - set(own["head"]) == {"signal"}
+    z = jnp.asarray([[1, 9, 11, 2]], jnp.int32)
+    state = State(z, jnp.ones((1, 4, 3)), jnp.full((1, 4), 0.2))
+    plain, more = net.hidden(own, z, jnp.array([0.3])), network[1].hidden(
+        {**own, "observe": ours["observe"]}, state, jnp.array([0.3]))
+    np.testing.assert_array_equal(more[..., :16], plain)
+    np.testing.assert_array_equal(more[..., 16:], jnp.concatenate([state.u, state.s[..., None]], axis=-1))
+
+
+def test_the_optimizer_leaves_the_table_alone(network):
+    """Weight decay too."""
+    config = tiny_config(optimizer__weight_decay=0.1)
+    params = network[3]
+    tx, _ = make_optimizer(config)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    assert np.all(np.asarray(updates["head"]["signal"]) == 0) and np.any(np.asarray(updates["head"]["kernel"]) != 0)
+
+
+def test_table_of_words():
+    """Mean 0, |e|^2 = D, in the leading directions; nothing known stays nothing, missing directions are zeros."""
+    vectors = np.random.default_rng(0).normal(size=(40, 6)) * [5, 4, 3, 2, 1, 0.5]
+    vectors[7] = 0
+    table = channel.standardised(vectors, 4)
+    known = np.arange(40) != 7
+    np.testing.assert_allclose(table[known].mean(0), 0, atol=1e-6)
+    assert np.mean(table[known] ** 2) == pytest.approx(1) and np.all(table[7] == 0)
+    assert np.all(np.diff(table[known].var(0)) < 0)
+    wide_table = channel.standardised(vectors, 8)
+    assert np.all(wide_table[:, 6:] == 0) and np.mean(np.sum(wide_table[known] ** 2, -1)) == pytest.approx(8)
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -257,7 +350,8 @@ def test_runs_carry_the_channel(tmp_path):
     from hdlm_jax.training import loading
 
     run, other = str(tmp_path / "run"), str(tmp_path / "other")
-    more = dict(optimizer__schedule="constant", optimizer__weight_decay=0.1, optimizer__name="muon", checkpoint__every=2)
+    more = dict(optimizer__schedule="constant", optimizer__weight_decay=0.1, optimizer__name="muon",
+                checkpoint__every=2)
     config = run_config(tmp_path, train__steps=4, **more)
     state = train.train(config, run)
     train.train(run_config(tmp_path, train__steps=2, **more), other)
@@ -279,3 +373,30 @@ def test_runs_carry_the_channel(tmp_path):
     with pytest.raises(ConfigError, match="generate.method='max_prob'"):
         taken.generate(num_samples=1, method="max_prob")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["diffusion"]["channel"] == 0.1
+
+
+@pytest.mark.parametrize("changes, text", [
+    (dict(diffusion__process="gidd", clusters=(1,), diffusion__weighting="dynamic"), "diffusion.process='gidd': "),
+    (dict(hierarchy__map="learned", diffusion__xi=0.9, train__objective="paired"), "hierarchy.map='learned': "),
+    (dict(diffusion__force_transition="none"), "diffusion.force_transition='none': diffusion.channel=0.5"),
+    (dict(model__head="factorised"), "model.head='factorised': "),
+    (dict(model__block=1, model__time_conditioning=False), "model.block=1: "),
+    (dict(model__trunk="decoder", model__time_conditioning=False), "model.trunk='decoder': "),
+    (dict(train__objective="count"), "train.objective='count': "),
+    (dict(train__recluster_every=5), "train.recluster_every=5: "),
+    (dict(generate__method="max_prob"), "generate.method='max_prob': diffusion.channel=0.5 is for 'ancestral' alone"),
+    (dict(generate__force_transition="between"), "generate.force_transition='between': "),
+    (dict(evaluate__decodings=("max_prob",)), "evaluate.decodings=('max_prob',): "),
+    (dict(diffusion__channel=-1.0), "diffusion.channel=-1.0: must not be negative"),
+    (dict(diffusion__channel_width=0), "diffusion.channel_width=0: must be at least 1")])
+def test_what_is_not_built_is_refused_in_a_line(changes, text):
+    with pytest.raises(ConfigError) as error:
+        tiny_config(**changes)
+    assert str(error.value).startswith(text) and "\n" not in str(error.value)
+
+
+def test_a_process_says_what_it_needs():
+    hierarchy, chain = Hierarchy.from_parents([], V), LevelChain((1.0,))
+    for more, text in ((dict(force_transition="none"), "force_transition='none'"), (dict(scale=0.0), "scale=0.0")):
+        with pytest.raises(ValueError, match=text):
+            ChannelProcess(hierarchy, chain, **more)

@@ -37,6 +37,12 @@ def make(shape, rates, xi, force="cavity", keep_single=False):
     return Toy(rates=rates, xi=xi, **shape), HierarchicalProcess(hierarchy, LevelChain(rates), xi, force)
 
 
+def loss_of(process, logits, x, z, tau, hard_training=False, **weights):
+    """The training loss of every position, t uniform."""
+    cost = process.token_loss(logits, x, z, hard_training=hard_training, tau=tau)
+    return process.loss_weight(z, tau, **weights, x=x) * cost
+
+
 def every_pair(toy):
     """x, z int32 [P, 1]: all (word, symbol) with the symbol reachable from the word."""
     pairs = [(x, z) for x in range(toy.V) for z in range(toy.N) if toy.q(1.0)[x, z] > 0]
@@ -199,7 +205,7 @@ def test_training_loss(weighting, hard, xi):
 
     @jax.jit
     def loss(tau):
-        return process.loss(jnp.asarray(logits), jnp.asarray(x), jnp.asarray(z), jnp.full(len(x), tau),
+        return loss_of(process, jnp.asarray(logits), jnp.asarray(x), jnp.asarray(z), jnp.full(len(x), tau),
                             weighting=weighting, weight_max=2.5, hard_training=hard)
 
     for t in (0.02, 0.6):
@@ -258,8 +264,8 @@ def test_gradients_against_finite_differences(shape, xi, force):
 
         @jax.jit
         def total(a):  # both training losses, at different weights
-            soft = process.loss(a, x, z, tau, weighting="none")
-            return (soft + 0.37 * process.loss(a, x, z, tau, weighting="constant", hard_training=True)).sum()
+            soft = loss_of(process, a, x, z, tau, weighting="none")
+            return (soft + 0.37 * loss_of(process, a, x, z, tau, weighting="constant", hard_training=True)).sum()
 
         assert total(logits).dtype == jnp.float64
         gradient = np.asarray(jax.jit(jax.grad(total))(logits))
@@ -285,7 +291,7 @@ def test_extreme_logits_stay_finite(shape, rates, xi, force):
     @jax.value_and_grad
     def total(a):
         kwargs = dict(x=x, z=z, tau=jnp.full(len(x), 0.3), weighting="none")
-        losses = process.loss(a, **kwargs), process.loss(a, **kwargs, hard_training=True)
+        losses = loss_of(process, a, **kwargs), loss_of(process, a, **kwargs, hard_training=True)
         return losses[0].sum() + losses[1].sum()
 
     value, gradient = total(logits)
@@ -460,7 +466,7 @@ def test_errors_name_the_value_and_the_choices():
     process = HierarchicalProcess(hierarchy, chain)
     one = jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(ValueError, match="weighting='mean'"):
-        process.loss(jnp.zeros((1, 1, 4)), one, one, jnp.ones(1), weighting="mean")
+        loss_of(process, jnp.zeros((1, 1, 4)), one, one, jnp.ones(1), weighting="mean")
     with pytest.raises(ValueError, match="V=4"):
         process.token_loss(jnp.zeros((1, 1, 5)), one, one)
     with pytest.raises(ValueError, match="clusters='dirty'"):

@@ -17,12 +17,12 @@ from hdlm_jax.config import ConfigError
 from hdlm_jax.data import groups
 from hdlm_jax.data.clustering import build_hierarchy, reclustered
 from hdlm_jax.data.prepare import token_counts
-from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
 from hdlm_jax.runs import stages, train
 from hdlm_jax.training.adapt import regrouped
 from hdlm_jax.training.checkpoint import Checkpoints
-from hdlm_jax.training.loading import hierarchy_file, load_here
+from hdlm_jax.training.loading import file_of, hierarchy_file, load_here
 from hdlm_jax.training.metrics import read_metrics
 from hdlm_jax.training.state import build, init_state, make_optimizer
 

@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hdlm_jax.data.prepare import token_counts
 from hdlm_jax.data.tokenizers import load_tokenizer
-from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.report.run_files import read_trajectories, show_word
-from hdlm_jax.training.loading import data_dir, saved_config
+from hdlm_jax.training.loading import data_dir, file_of, saved_config
 
 WIDTH, LINE, CELL, SIZE = 860, 34, 10, 17  # pixels; CELL is the width of a monospaced character of SIZE
 INK, CLUSTER, BOX, MASK, PAPER, PALE = "#16222e", "#0b62a8", "#d9ebf9", "#d4d8dc", "white", "#6b7782"

@@ -201,7 +201,7 @@ class DiffusionConfig(_Section):
     weight_min: float = 0.0  # of weighting=clip
     weight_max: float = 2.0  # of weighting=clip
     hard_training: bool = False  # above level 1: -log p(token) as the loss in place of the bound's
-    channel: float = 0.0  # c: a token shows its embedding as well, at signal-to-noise c(1-t)/t (docs/continuous.md); 0: not
+    channel: float = 0.0  # c: beside its symbol a token shows its noisy embedding (docs/continuous.md); 0: it does not
     channel_width: int = 32  # D: numbers of that embedding, made of hierarchy.embeddings
 
     def check(self) -> None:

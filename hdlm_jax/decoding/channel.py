@@ -21,9 +21,9 @@ def sample(key: jax.Array, denoise: Denoise, process: ChannelProcess, z: jax.Arr
            frames: int = 0) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Tokens int32 [B, S] from a canvas z (masks where free), on `steps` equal steps of t.
 
-    When a position's level falls is drawn beforehand (it does not depend on words); given tokens stay, and a cluster that
-    is given falls when its level does. The law of one position's step is exact at any number of steps, that positions
-    move independently in it for many alone.
+    When a position's level falls is drawn beforehand (it does not depend on words). Given tokens stay, and a given
+    cluster falls when its level does. The law of one position's step is exact at any number of steps; that positions
+    move independently in a step is so for many alone.
 
     Args:
       key: one key or keys [B]. denoise: function (State [b, S], t [b]) -> prediction, asked for select(index).

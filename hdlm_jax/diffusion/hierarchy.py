@@ -97,8 +97,6 @@ class Hierarchy:
         if not maps:
             if vocab_size is None:
                 raise ValueError("from_parents([]) needs vocab_size (the number of tokens V)")
-            if vocab_size < 2:
-                raise ValueError(f"vocab_size = {vocab_size}: a hierarchy needs at least 2 tokens")
             return cls((np.zeros(vocab_size, np.int32),), tuple(special), classes)
         if vocab_size is not None and len(maps[0]) != vocab_size:
             raise ValueError(f"parents[0] has {len(maps[0])} tokens, but vocab_size = {vocab_size}")
@@ -283,18 +281,6 @@ class Hierarchy:
         if out.fingerprint != header["fingerprint"]:
             raise ValueError(f"hierarchy {path} is damaged: its maps do not match its fingerprint")
         return out
-
-
-def file_of(folder: str | os.PathLike, fingerprint: str) -> str:
-    """The file in a workdir of the hierarchy with this fingerprint: one learned in training (train.recluster_every),
-    else hierarchy.npz, which need not be it."""
-    learned = learned_file(folder, fingerprint)
-    return learned if os.path.exists(learned) else os.path.join(folder, "hierarchy.npz")
-
-
-def learned_file(folder: str | os.PathLike, fingerprint: str) -> str:
-    """Where a training keeps a hierarchy that it has learned."""
-    return os.path.join(folder, f"hierarchy-{fingerprint[:12]}.npz")
 
 
 def read_extra(path: str | os.PathLike) -> dict[str, Any]:

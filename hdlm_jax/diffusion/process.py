@@ -136,10 +136,3 @@ class Process(abc.ABC):
         """Nats per unit of noise time, of x's shape: its integral over tau in [0, inf), in expectation over z, is the
         exact NELBO of x."""
         return self.nelbo_weight(z, tau, x) * self.token_loss(prediction, x, z, tau=tau)
-
-    def loss(self, prediction: Prediction | jax.Array, x: jax.Array, z: jax.Array, tau: jax.Array, *,
-             weighting: str = "constant", weight_min: float = 0.0, weight_max: float = jnp.inf,
-             hard_training: bool = False) -> jax.Array:
-        """Training loss of each position, of x's shape, for tau = -log(1 - t) with t uniform."""
-        cost = self.token_loss(prediction, x, z, hard_training=hard_training, tau=tau)
-        return self.loss_weight(z, tau, weighting, weight_min, weight_max, x=x) * cost

@@ -90,7 +90,7 @@ class Evaluator:
 
     def nats(self, params: Tree, rows: dict[str, np.ndarray], draws: int, name: str = "evaluate"
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Estimates [draws, rows, K] in nats (make_nelbo_step), and the noise times and densities [draws, rows] they were made at.
+        """Estimates [draws, rows, K] in nats, and the noise times and densities [draws, rows] they were made at.
 
         Where the process is exact (autoregressive) there is one draw, whatever was asked for.
         """

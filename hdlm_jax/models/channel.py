@@ -1,6 +1,6 @@
 """A continuous channel beside the symbols: diffusion.channel (docs/continuous.md, docs/theory.md section 10).
 
-Beside its symbol a token that is not known yet shows a noisy observation of its embedding, as in CCDD (arXiv 2510.03206),
+Beside its symbol a token that is not known yet shows a noisy observation of its embedding (CCDD, arXiv 2510.03206),
 
     U(s) = s e(x) + sqrt(s) eps,   eps standard normal,   s(tau) = c / (e^tau - 1) = c (1-t)/t,
 
@@ -70,8 +70,8 @@ def evidence(u: jax.Array, s: jax.Array, signal: jax.Array) -> jax.Array:
 
 
 def standardised(vectors: np.ndarray, width: int) -> np.ndarray:
-    """e float32 [V, D] from the words' vectors [V, E]: unit rows less their mean, the leading D directions (zeros, where
-    there are fewer), scaled so that |e|^2 is D on average; rows of zeros, of which nothing is known, stay zero."""
+    """e float32 [V, D] from the words' vectors [V, E]: unit rows less their mean, the leading D directions (zeros,
+    where there are fewer), scaled so that |e|^2 is D on average; rows of zeros (nothing is known) stay zero."""
     vectors = np.asarray(vectors, np.float64)
     norm = np.linalg.norm(vectors, axis=1, keepdims=True)
     known = norm[:, 0] > 0
@@ -102,8 +102,8 @@ def frozen(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChannelHead(FlatHead):
-    """A flat head on hidden states [..., width + D + 1], the last D + 1 of which are u and s: parameters kernel, bias and
-    e, random until `with_signal`."""
+    """A flat head on hidden states [..., width + D + 1], the last D + 1 of which are u and s: parameters kernel, bias
+    and e, random until `with_signal`."""
 
     channel: int = 32  # D
 
@@ -180,7 +180,7 @@ class ChannelProcess(HierarchicalProcess):
             raise ValueError(f"scale={self.scale}: must be positive; without a channel take HierarchicalProcess")
 
     def with_params(self, params: Tree) -> ChannelProcess:
-        return dataclasses.replace(self, signal=params["head"][SIGNAL])
+        return dataclasses.replace(self, signal=jax.lax.stop_gradient(params["head"][SIGNAL]))
 
     # -- schedule --------------------------------------------------------------------------------------------------
 
@@ -196,8 +196,8 @@ class ChannelProcess(HierarchicalProcess):
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def state(self, z: jax.Array, u: jax.Array, s: jax.Array) -> State:
-        """The State of symbols z [...] with observations u [..., D] at s, which broadcasts to z's shape; tokens that are
-        known show e itself."""
+        """The State of symbols z [...] with observations u [..., D] at s, which broadcasts to z's shape; tokens that
+        are known show e itself."""
         table: Any = self.signal
         known = z < self.vocab_size
         clean = KNOWN * table[jnp.where(known, z, 0)]
@@ -241,7 +241,9 @@ class ChannelProcess(HierarchicalProcess):
                    tau: jax.Array | None = None) -> jax.Array:
         """Both losses; with hard_training -log p(x | z, u) alone, at every level."""
         symbols = self.symbol_loss(prediction, x, z, levels, hard_training)
-        return symbols if hard_training else symbols + self.drift_loss(prediction, x, z, levels, tau=cast(jax.Array, tau))
+        if hard_training:
+            return symbols
+        return symbols + self.drift_loss(prediction, x, z, levels, tau=cast(jax.Array, tau))
 
     def nelbo_weight(self, z: jax.Array | State, tau: jax.Array, x: jax.Array | None = None) -> jax.Array:
         return super().nelbo_weight(cast(State, z).z, tau)

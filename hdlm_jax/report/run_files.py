@@ -14,9 +14,9 @@ from hdlm_jax.common import jsons
 from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest, token_counts
 from hdlm_jax.data.tokenizers import Tokenizer, load_tokenizer
-from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.training.loading import data_dir, saved_config
+from hdlm_jax.training.loading import data_dir, file_of, saved_config
 from hdlm_jax.training.metrics import read_metrics
 
 NAMED = 4  # words of a cluster that name it

@@ -85,8 +85,9 @@ def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     parts = (f" = discrete {measured(result['discrete'], result['discrete_se'], sign='+-')} + continuous "
              f"{measured(result['continuous'], result['continuous_se'], sign='+-')}" if "discrete" in result else "")
     say(f"evaluate: step {run.step}, {result['tokens']:,} tokens x {result['draws']} draws in {seconds:.0f} s: "
-        f"NELBO {measured(result['nelbo'], result['se'], sign='+-')} nats/token{parts} (data {readable(result['se_data'])}, "
-        f"time {readable(result['se_time'])}), perplexity {readable(result['perplexity'], '.2f')}, "
+        f"NELBO {measured(result['nelbo'], result['se'], sign='+-')} nats/token{parts} "
+        f"(data {readable(result['se_data'])}, time {readable(result['se_time'])}), "
+        f"perplexity {readable(result['perplexity'], '.2f')}, "
         f"given {result['given']}; "
         f"unigram {manifest.unigram_nats:.4f}")
     return result

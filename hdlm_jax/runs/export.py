@@ -27,10 +27,9 @@ from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
 from hdlm_jax.common.jsons import reuse, write_json
 from hdlm_jax.config import Config, ConfigError
-from hdlm_jax.diffusion.hierarchy import file_of
 from hdlm_jax.runs import import_weights, open_weights
 from hdlm_jax.training.checkpoint import checkpoints_of, save_params
-from hdlm_jax.training.loading import load_run, saved_config
+from hdlm_jax.training.loading import file_of, load_run, saved_config
 
 
 def export(config: Config, workdir: str) -> str:

@@ -23,9 +23,9 @@ from hdlm_jax.data import cluster_report, clustering, embeddings, examples, grou
 from hdlm_jax.data import prepare as text_prepare
 from hdlm_jax.data.records import Document, digest, is_validation
 from hdlm_jax.decoding import presets
-from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of, learned_file, read_extra
+from hdlm_jax.diffusion.hierarchy import Hierarchy, read_extra
 from hdlm_jax.evaluation import likelihood
-from hdlm_jax.training.loading import checkpoint_embedding, data_dir, hierarchy_file
+from hdlm_jax.training.loading import checkpoint_embedding, data_dir, file_of, hierarchy_file, learned_file
 from hdlm_jax.tuning.tasks import PROMPT, TASKS, TEXT, write_texts
 
 

@@ -23,7 +23,7 @@ from hdlm_jax.config import Config, ConfigError, GenerateConfig, resolve
 from hdlm_jax.data.embeddings import initial_table
 from hdlm_jax.data.pipeline import given, valid_rows, whole_position
 from hdlm_jax.decoding.sampler import Sampler, ended, sampler_of, start_canvas, text_of
-from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.evaluation.elbo import Evaluator, summarise
 from hdlm_jax.models.channel import standardised, with_signal
 from hdlm_jax.models.decoder import merged
@@ -33,7 +33,7 @@ from hdlm_jax.runs.stages import batches_of, cluster, prepare, recluster, word_v
 from hdlm_jax.training.adapt import FIT_POSITIONS, adapted, fitted, regrouped
 from hdlm_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from hdlm_jax.training.fitting import fit
-from hdlm_jax.training.loading import Run, check_writable, differences, load_base, upgraded
+from hdlm_jax.training.loading import Run, check_writable, differences, file_of, load_base, upgraded
 from hdlm_jax.training.metrics import (
     Writer,
     check_writers,

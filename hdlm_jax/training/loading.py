@@ -20,7 +20,7 @@ from hdlm_jax.config.settings import Given
 from hdlm_jax.data import pipeline
 from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.data.tokenizers import Tokenizer, load_tokenizer
-from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of, learned_file
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.make import make_network
 from hdlm_jax.models.trunk import Trunk
@@ -180,6 +180,18 @@ def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True
     step, hierarchy, params = _weights(workdir, which, tokenizer, abstract, ema)
     network, process = build(config, hierarchy)
     return Run(config, trained, folder, tokenizer, hierarchy, network, process, mesh, params, step, ema)
+
+
+def file_of(folder: str | os.PathLike, fingerprint: str) -> str:
+    """The file in a workdir of the hierarchy with this fingerprint: one learned in training (train.recluster_every),
+    else hierarchy.npz, which need not be it."""
+    learned = learned_file(folder, fingerprint)
+    return learned if os.path.exists(learned) else os.path.join(folder, "hierarchy.npz")
+
+
+def learned_file(folder: str | os.PathLike, fingerprint: str) -> str:
+    """Where a training keeps a hierarchy that it has learned."""
+    return os.path.join(folder, f"hierarchy-{fingerprint[:12]}.npz")
 
 
 def hierarchy_file(workdir: str) -> str:

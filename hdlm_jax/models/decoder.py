@@ -326,8 +326,8 @@ class Decoder(Transformer):
 
 
 def _is_trained(names: Sequence[str]) -> bool:
-    """Whether low-rank training changes it: the additions, vectors of clusters and mask, a head over clusters."""
-    return names[-1].startswith("lora") or names[0] == "states" or "clusters" in names
+    """Whether low-rank training changes it: additions, vectors of clusters and mask, a head over clusters or orders."""
+    return names[-1].startswith("lora") or names[0] in ("states", "order") or "clusters" in names
 
 
 def lora_labels(params: Tree) -> Tree:

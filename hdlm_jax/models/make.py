@@ -10,6 +10,7 @@ from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.decoder import Decoder
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
 from hdlm_jax.models.network import Network, Transformer
+from hdlm_jax.models.order import OrderedDecoder, OrderedNetwork
 
 
 def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
@@ -21,8 +22,10 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     causal = config.diffusion.process == "autoregressive"
     sizes = (head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dtype, m.remat, causal, m.attention)
     if m.trunk == "decoder":
-        return Decoder(*sizes, block=m.block, dims=config.decoder, param_dtype=m.param_dtype)
-    return Network(*sizes, block=m.block, dropout=m.dropout, time_conditioning=m.time_conditioning)
+        decoder = OrderedDecoder if m.order else Decoder
+        return decoder(*sizes, block=m.block, dims=config.decoder, param_dtype=m.param_dtype)
+    network = OrderedNetwork if m.order else Network
+    return network(*sizes, block=m.block, dropout=m.dropout, time_conditioning=m.time_conditioning)
 
 
 def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> float:

@@ -25,6 +25,7 @@ from hdlm_jax.data.pipeline import given, valid_rows, whole_position
 from hdlm_jax.decoding.sampler import Sampler, ended, sampler_of, start_canvas, text_of
 from hdlm_jax.diffusion.hierarchy import Hierarchy, file_of
 from hdlm_jax.evaluation.elbo import Evaluator, summarise
+from hdlm_jax.models import order
 from hdlm_jax.models.decoder import merged
 from hdlm_jax.models.make import flops_per_token
 from hdlm_jax.runs.interrupt import RESUME_EXIT, Stop, Timer
@@ -331,11 +332,12 @@ class Loop:
             if found.hierarchy != self.hierarchy:
                 raise ConfigError(f"train.init_from={base!r}: its best checkpoint has learned other clusters since its "
                                   f"hierarchy was taken over into {self.workdir}; use another --workdir")
-            want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, found.params))
+            own = order.joined(found.params, state.params)
+            want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, own))
             if want != got:
                 raise ConfigError(f"train.init_from={base!r}: its weights have other shapes than this model; model and "
                                   "hierarchy sizes must agree, or give train.adapt")
-            params = jax.tree.map(lambda a, s: jax.device_put(a, s), found.params, self.shardings.params)
+            params = jax.tree.map(lambda a, s: jax.device_put(a, s), own, self.shardings.params)
         say(f"train: starting from the weights of {base}")
         return state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +197,7 @@ def make_rollout(network: Trunk, process: HierarchicalProcess, g: GenerateConfig
     def run(given: tuple[Tree, dict[str, Any]], batch: Batch, keys: jax.Array) -> tuple[Tree, Tree]:
         z, how = batch["z"], loop.Sampling(sync_trip_count=shard.sync_trip_count)
         with jax.ensure_compile_time_eval():  # of numbers that are known
-            most = int(policy.choose.bound(numbers, z.shape[1], process.num_levels))
+            most = int(policy.choose.bound(cast(Numbers, numbers), z.shape[1], process.num_levels))
         kept = dataclasses.replace(policy, choose=Recorded(policy.choose, most, throws_away(policy)))
         program = dataclasses.replace(plain, method=plain.method._replace(policy=kept))
         call = sampler.call_of(network, process, program, given, batch, how)

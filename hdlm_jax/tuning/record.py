@@ -66,9 +66,7 @@ def replay(process: HierarchicalProcess, rollout: Rollout, call: jax.Array) -> T
     at = call[:, None, None]
     t = of_call(rollout.told, call)
     if rollout.seen is not None and rollout.drawn is not None:
-        there = call < rollout.calls
-        z, after = of_call(rollout.seen, call), of_call(rollout.drawn, call)
-        after = jnp.where(there[:, None], after, z)  # behind its last call a row draws nothing
+        z, after = of_call(rollout.seen, call), of_call(rollout.drawn, call)  # behind a row's last call all alike
         x = jnp.asarray(first_tokens(process))[after]
         return Transition(z, after, process.level_of(z), process.level_of(after), x, None, t)
     level, to = (jnp.sum(rollout.fell >= at + more, axis=-1, dtype=jnp.int32) for more in (0, 1))

@@ -111,6 +111,13 @@ def tools_of(params) -> dict[str, Any]:
     return {"order": lambda p, view: order.scores(params, p.hidden, view.level, view.t)} if order.NAME in params else {}
 
 
+def check_order(method: presets.Method, params) -> None:
+    """ConfigError where the method reads a head that these parameters do not have."""
+    if method.needs == "order" and order.NAME not in params:
+        raise ConfigError("generate.method='dcolt' needs a head for an order: train by rewards with model.order=True "
+                          "(docs/training.md)")
+
+
 class Call(NamedTuple):
     """What a compiled step has to sample with."""
 
@@ -308,9 +315,7 @@ class Sampler:
                               "give its workdir as generate.helper")
         if method.needs == "order" and constrained:
             raise ConfigError(f"generate.method={g.method!r}: it is not for places with kinds of words; choose another")
-        if method.needs == "order" and order.NAME not in self.params:
-            raise ConfigError(f"generate.method={g.method!r} needs a head for an order: train by rewards with "
-                              "model.order=True (docs/training.md)")
+        check_order(method, self.params)
         if method.needs == "classifier" and self.classifier is None:
             raise ConfigError("generate.method='classifier' needs a function: Model.generate(classifier=...)")
 

@@ -23,7 +23,7 @@ from hdlm_jax.config import ConfigError, EvaluateConfig, GenerateConfig
 from hdlm_jax.decoding import presets
 from hdlm_jax.decoding.loop import Loop, Sampling, loop_of
 from hdlm_jax.decoding.policy import Draw, Drawn, Policy, View
-from hdlm_jax.decoding.sampler import Program, denoiser, in_blocks, program_of, quantised, tools_of
+from hdlm_jax.decoding.sampler import Program, check_order, denoiser, in_blocks, program_of, quantised, tools_of
 from hdlm_jax.decoding.statistics import log_probability_of
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
@@ -139,6 +139,7 @@ def policies(run: Run) -> dict[str, tuple[Program, dict[str, Any], bool]]:
             policy = teacher_forced(program.method, run.process)
         except ValueError as error:
             raise ConfigError(f"evaluate.decodings={text!r}: {error}") from error
+        check_order(program.method, run.params)
         numbers = presets.numbers(presets.make(name, options), run.tokenizer.eot)
         found[text] = program, numbers, is_exact(policy, run.process)
     return found

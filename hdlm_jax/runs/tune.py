@@ -131,6 +131,7 @@ class Tuning(Loop):
                  ) -> None:
         super().__init__(config, workdir, stop, profile, shown)
         method, kind = check_law(self.process, config.generate), config.tune.advantage
+        sampler.check_order(method, self.abstract.params)
         if kind in OF_CALLS and not draws_whole_texts(method, self.process.num_levels, config.model.seq_len):
             raise ConfigError(f"tune.advantage={kind!r}: judges the text that each call draws; generate.method="
                               f"{config.generate.method!r} with generate.options={config.generate.options!r} draws no "

@@ -178,7 +178,7 @@ def test_eight_devices_are_one(method, options):
 def test_texts_of_calls_are_judged_where_there_are_any(base, tmp_path):
     with pytest.raises(ConfigError, match="needs a head for an order.* model.order=True"):
         tune.tune(settings("score", base, generate__method="dcolt"), str(tmp_path))
-    for method, options in (("max_prob", ""), ("rcr", "block=4")):
+    for method, options in (("max_prob", ""), ("rcr", "block=4"), ("remdm", "")):
         config = settings("score", base, tune__advantage="call", generate__method=method, generate__options=options)
         with pytest.raises(ConfigError, match="draws no whole texts: choose rcr or low_confidence with block=0"):
             tune.tune(config, str(tmp_path))

@@ -45,6 +45,7 @@ def test_replay_rebuilds_every_frame(shape, method, options):
     rows, length, bound = 6, 5, 5 * toy.K
     found = presets.make(method, options, 4)
     draws = record.throws_away(found.policy)
+    assert draws == (method in ("low_confidence", "rcr", "p2", "remdm", "saber"))
     policy = dataclasses.replace(found.policy, choose=record.Recorded(found.policy.choose, bound, draws))
     start = np.full((rows, length), toy.mask, np.int32)
     start[1, 2], start[2] = 1, [0, toy.mask, 2, toy.mask, 1]  # given tokens

@@ -172,7 +172,7 @@ def prophet(*, steps: int = 0, gap_early: float = 7.5, gap_middle: float = 5.0, 
                   {"steps": steps, "gap_early": gap_early, "gap_middle": gap_middle, "gap_late": gap_late})
 
 
-_WRITE_ALL = choose.Scored(choose.Confidence(), choose.All(), straight=True)
+WRITE_ALL = choose.Scored(choose.Confidence(), choose.All(), straight=True)
 
 
 def saber(*, least: int = 2, mu: float = 8.0, of: str = "own", draw: str = "argmax") -> Method:
@@ -186,7 +186,7 @@ def saber(*, least: int = 2, mu: float = 8.0, of: str = "own", draw: str = "argm
 
 def rcr(*, steps: int = 0, schedule: str = "linear", to: str = "mask", block: int = 32, draw: str = "sample") -> Method:
     """Running confidence remasking (RCR of MDPO, arXiv 2508.13148): all is written, the least sure are remasked."""
-    policy = Policy(_WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to))
+    policy = Policy(WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to))
     return Method(policy, {"steps": steps})
 
 
@@ -196,7 +196,7 @@ def p2(*, steps: int = 0, eta: float = 1.0, schedule: str = "linear", to: str = 
     network now finds least likely is remasked; eta >= 0 (the paper's strength of stochasticity, may exceed 1) is how
     much tokens written before are doubted. Needs predictions at them, as saber does.
     """
-    policy = Policy(_WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to, "now"))
+    policy = Policy(WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to, "now"))
     return Method(policy, {"steps": steps, "eta": eta})
 
 

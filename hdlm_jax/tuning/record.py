@@ -128,10 +128,10 @@ class Recorded(Choice):
         return self.choose.goes_on(numbers, call)
 
     def memory(self, view: View) -> dict[str, jax.Array]:
-        (rows, width), zero = view.z.shape, jnp.int32(0)
+        rows, width = view.z.shape
         out = {"fell": jnp.full((rows, width, view.process.num_levels), -1, jnp.int32),
                "told": jnp.zeros((rows, self.calls), jnp.float32)}
-        every = jnp.broadcast_to(zero, (rows, self.calls, width))
+        every = jnp.zeros((rows, self.calls, width), jnp.int32)
         return out | ({"seen": every, "drawn": every} if self.draws else {})
 
     def remember(self, view: View, z: jax.Array, unmasked: jax.Array) -> dict[str, jax.Array]:
@@ -153,7 +153,8 @@ def throws_away(policy: Policy) -> bool:
 def draws_whole_texts(method: presets.Method, levels: int, seq_len: int) -> bool:
     """Whether each call draws all that is open down to tokens, so that it has a whole text to be judged."""
     policy = method.policy
-    return throws_away(policy) and not 0 < policy.block < seq_len and (policy.choose.straight or levels == 1)
+    every = policy.order == "draw_then_choose" or policy.choose == presets.WRITE_ALL
+    return every and not 0 < policy.block < seq_len and (policy.choose.straight or levels == 1)
 
 
 def check_law(process: Process, g: GenerateConfig) -> presets.Method:

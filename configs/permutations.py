@@ -5,7 +5,8 @@
         --config.train.init_from=runs/permutations/base
 
 The texts are made by the task itself: half are permutations, half any six symbols. ":score" follows the exact policy
-gradient; ":elbo" and ":one_pass" are the surrogates in use, for comparison (docs/training.md). A minute or two each;
+gradient; ":order" trains which tokens are written next as well (DCoLT), ":mdpo" judges the text that every call draws;
+":elbo" and ":one_pass" are the surrogates in use, for comparison (docs/training.md). A minute or two each;
 `--mode=evaluate` tells the rewards at 3, 6 and 12 calls.
 
 Fits on: a laptop.
@@ -41,11 +42,18 @@ def get_config(objective=""):
     c.tune.group = 128
     c.tune.rows = 512
     if objective:
-        c.tune.objective = objective
+        c.tune.objective = {"order": "score", "mdpo": "score"}.get(objective, objective)
         c.optimizer.lr = 3e-4
         c.optimizer.warmup = 0
         c.optimizer.schedule = "constant"
         c.train.steps = 200
         c.train.log_every = 10
         c.checkpoint.every = 50
+    if objective == "order":
+        c.model.order = True
+        c.generate.method = "dcolt"
+    if objective == "mdpo":
+        c.tune.advantage = "mdpo"
+        c.generate.method = "rcr"
+        c.generate.options = "block=0"
     return c

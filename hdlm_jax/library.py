@@ -255,8 +255,8 @@ def _method(process: Process, method: Method | None, eos: int | None) -> Method:
                          "hdlm_jax.presets.max_prob(steps=64)")
     if (steps := int(method.numbers.get("steps", 1))) < 1:
         raise ValueError(f"method: steps={steps}: must be at least 1, as in ancestral(steps=64)")
-    wants = {"a second network or a classifier": method.needs, "a cache": method.cache, "weights": method.weights,
-             "a canvas that grows": method.policy.lengths}
+    wants = {"a second network, a classifier or a head for an order": method.needs, "a cache": method.cache,
+             "weights": method.weights, "a canvas that grows": method.policy.lengths}
     if found := [what for what, wanted in wants.items() if wanted]:
         raise ValueError(f"method: it needs {found[0]}, which a function denoise(z, t) does not give; choose another")
     if not process.unmasks and method != ancestral(steps=steps):

@@ -59,7 +59,7 @@ def canvas(rows=4, prompt=3):
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow)
-                                  for n in presets.METHODS])
+                                  for n in presets.METHODS if presets.make(n).needs != "order"])
 def test_every_method_writes_words(name):
     """All tokens, the prompt untouched, the same text in other company; numbers are inputs of the program."""
     g = GenerateConfig(method=name, steps=5, batch_size=8, options="start=8" if name == "daedal" else "")
@@ -114,7 +114,8 @@ def test_options():
 def test_what_a_method_needs(tmp_path):
     bare = sampling.sampler_of(model().run)
     for name, message in (("guided", "needs an autoregressive run .*generate.helper"),
-                          ("classifier", "needs a function: Model.generate")):
+                          ("classifier", "needs a function: Model.generate"),
+                          ("dcolt", "needs a head for an order")):
         with pytest.raises(ConfigError, match=message):
             bare(canvas(), GenerateConfig(method=name))
     with pytest.raises(ConfigError, match="generate.helper=.*must be an autoregressive run"):

@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+import hdlm_jax
 from hdlm_jax.common import parallel
 from hdlm_jax.config import REWARDS, TUNINGS, ConfigError, default, recipe, resolve
 from hdlm_jax.decoding import sampler
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.runs import train, tune
+from hdlm_jax.runs import export, train, tune
+from hdlm_jax.training import loading
 from hdlm_jax.training.state import abstract_state, build, init_state, make_optimizer
 from hdlm_jax.tuning import tasks
 from hdlm_jax.tuning.advantage import advantages
@@ -58,11 +60,21 @@ def test_advantages_are_of_their_group():
     np.testing.assert_allclose(advantages(reward, 4, "std"), np.array([3, -1, -1, -1, 0, 0, 0, 0]) / 3**.5, rtol=1e-6)
 
 
+def test_advantages_of_calls():
+    """"call": the end's reward less what the call before had drawn, of the first call less the mean of the others';
+    "mdpo": the gain of a call and the mean of what is drawn later, standardised in the group."""
+    reward, drawn = np.array([1.0, 0.0]), np.array([[0.0, 1.0, 1.0], [1.0, 0.5, 0.0]])
+    np.testing.assert_allclose(advantages(reward, 2, "call", drawn), [[1, 1, 0], [-1, -1, -.5]])
+    plain = np.array([[0 + 1, 1 + 1, 0 + 1], [1 + .25, -.5 + 0, -.5 + 0]])
+    np.testing.assert_allclose(advantages(reward, 2, "mdpo", drawn), np.sign(plain - plain.mean(0)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"tune.objective": "score"}, "tune.task"), ({"tune.objective": "score", "tune.task": "sums"}, "train.init_from"),
     ({"data.source": "task"}, "tune.task"), ({"tune.group": 1}, "at least 2"),
     ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.group": 7}, "must divide"),
-    ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.updates": 2}, "constant")])
+    ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.updates": 2}, "constant"),
+    ({"tune.objective": "elbo", "tune.task": "sums", "tune.advantage": "mdpo"}, "choose score")])
 def test_settings_that_do_not_go_together_are_one_line(changes, words):
     given = default()
     given.tokenizer.kind = "bytes"
@@ -132,9 +144,11 @@ def test_surrogates_run(base, tmp_path, objective):
 
 
 @pytest.mark.slow
-def test_eight_devices_are_one():
+@pytest.mark.parametrize("method, options", [("dcolt", ""), ("rcr", "block=0")])
+def test_eight_devices_are_one(method, options):
     """Rollouts and the update, divided over rows and over fsdp, against one device."""
-    config = settings("score", "somewhere", tune__updates=2, optimizer__eps=1e-3)  # Adam does not blow rounding up
+    config = settings("score", "somewhere", tune__updates=2, optimizer__eps=1e-3, model__order=True,
+                      generate__method=method, generate__options=options)  # Adam does not blow rounding up
     hierarchy = Hierarchy.from_parents([], 257)
     network, process = build(config, hierarchy)
     z = np.full((16, 8), hierarchy.mask_id, np.int32)
@@ -151,7 +165,7 @@ def test_eight_devices_are_one():
         rollout = make_rollout(network, process, config.generate, mesh)
         roll = parallel.compile_sample_step(rollout, mesh, abstract.params)
         rows = roll((state.params, numbers), parallel.put_batch(mesh, {"z": z, "index": index}), key)
-        rows = {name: np.asarray(value) for name, value in rows._asdict().items()}
+        rows = {name: np.asarray(value) for name, value in rows._asdict().items() if value is not None}
         rows |= {"advantage": np.linspace(-1, 1, 16).astype(np.float32), "index": index}
         update = parallel.compile_step(make_update(config, network, process, tx, mesh), mesh, where)
         state, metrics = update(state, parallel.put_batch(mesh, rows), (key, {}))
@@ -159,3 +173,42 @@ def test_eight_devices_are_one():
     (rows, loss, params), (others, other, moved) = found
     assert all((rows[name] == others[name]).all() for name in rows) and other == pytest.approx(loss, abs=1e-4)
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), params, moved))) < 1e-5
+
+
+def test_texts_of_calls_are_judged_where_there_are_any(base, tmp_path):
+    with pytest.raises(ConfigError, match="needs a head for an order.* model.order=True"):
+        tune.tune(settings("score", base, generate__method="dcolt"), str(tmp_path))
+    for method, options in (("max_prob", ""), ("rcr", "block=4"), ("remdm", "")):
+        config = settings("score", base, tune__advantage="call", generate__method=method, generate__options=options)
+        with pytest.raises(ConfigError, match="draws no whole texts: choose rcr or low_confidence with block=0"):
+            tune.tune(config, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_an_order_is_trained_sampled_and_exported(base, tmp_path):
+    """From a base without a head for it: both parts move, resume and export keep it, method dcolt reads it."""
+    more = dict(model__order=True, generate__method="dcolt", tune__updates=2, tune__kl=0.1, generate__steps=3)
+    state = tune.tune(settings("score", base, 3, **more), str(tmp_path))
+    start, own = loading.load_here(base).params, loading.load_here(str(tmp_path), "latest")
+    assert "order" not in start and np.abs(np.asarray(own.params["order"]["out"])).max() > 0
+    assert int(state.step) == 3 and int(state.skipped) == 0
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(
+        jax.tree.leaves(start["stack"]), jax.tree.leaves(own.params["stack"]), strict=True))
+    config = loading.saved_config(str(tmp_path))
+    tune.evaluate(config, str(tmp_path))
+    assert [r["calls"] for r in json.loads((tmp_path / "rewards.json").read_text())["rewards"]] == [1, 3, 6]
+    given = hdlm_jax.load(str(tmp_path))
+    moved = hdlm_jax.load(export.export(config, str(tmp_path)))
+    texts = given.generate(4, method="dcolt", steps=3, prompt="=")
+    assert texts == moved.generate(4, method="dcolt", steps=3, prompt="=") and all(t.startswith("=") for t in texts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, options, advantage", [
+    ("rcr", "block=0", "call"), ("low_confidence", "block=0", "mdpo"), ("low_confidence", "block=4", "std"),
+    ("ass", "draw=sample", "mean")])
+def test_other_rollouts_are_trained_on(base, tmp_path, method, options, advantage):
+    config = settings("score", base, 2, generate__method=method, generate__options=options, tune__advantage=advantage,
+                      generate__steps=3, train__microbatches=2, tune__updates=2)
+    state = tune.tune(config, str(tmp_path))
+    assert int(state.step) == 2 and int(state.skipped) == 0

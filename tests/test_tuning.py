@@ -12,6 +12,7 @@ from test_sampler import MDLM, THREE, TWO, make
 from hdlm_jax.config import ConfigError, GenerateConfig, TuneConfig
 from hdlm_jax.decoding import loop, presets
 from hdlm_jax.diffusion.draws import fold
+from hdlm_jax.models import order
 from hdlm_jax.models.heads import FlatHead
 from hdlm_jax.tuning import record
 from hdlm_jax.tuning.update import OBJECTIVES, Gradients, chosen_calls
@@ -29,45 +30,66 @@ def network_of(process, seed=0, scale=2.0):
 
 
 @pytest.mark.parametrize("shape, method, options", [
-    (MDLM, "max_prob", ""), (TWO, "ancestral", ""), (THREE, "first_hitting", "reveals=2"),
+    (MDLM, "max_prob", ""), (TWO, "ancestral", ""), (TWO, "low_confidence", "block=3"), (TWO, "rcr", "to=cluster"),
     *(pytest.param(*p, marks=pytest.mark.slow) for p in (
         (THREE, "max_prob", "straight=true"), (TWO, "ass", "draw=sample"), (THREE, "ancestral", ""),
-        (MDLM, "first_hitting", ""),
+        (MDLM, "first_hitting", ""), (THREE, "first_hitting", "reveals=2"), (THREE, "dcolt", ""),
         (TWO, "fast_dllm", "draw=sample threshold=.4 threshold_cluster=.4 block=2"), (THREE, "entropy", ""),
-        (TWO, "any_order", ""), (TWO, "margin", "block=3")))])
+        (TWO, "any_order", ""), (TWO, "margin", "block=3"), (TWO, "eoser", "draw=sample"), (MDLM, "remdm", ""),
+        (THREE, "p2", ""), (TWO, "saber", "draw=sample")))])
 def test_replay_rebuilds_every_frame(shape, method, options):
-    """All states of the film from (x, fell), at K = 1, 2, 3; the times told, and the level of each drop."""
+    """All states of the film from (x, fell), at K = 1, 2, 3, or as they were kept where draws are thrown away; the
+    times told, and the level of each drop."""
     rates = (1.0, 0.7, 1.5)[: len(shape["parents"]) + 1]
     toy, process = make(shape, rates)
     rows, length, bound = 6, 5, 5 * toy.K
     found = presets.make(method, options, 4)
-    policy = dataclasses.replace(found.policy, choose=record.Recorded(found.policy.choose))
+    draws = record.throws_away(found.policy)
+    assert draws == (method in ("low_confidence", "rcr", "p2", "remdm", "saber"))
+    policy = dataclasses.replace(found.policy, choose=record.Recorded(found.policy.choose, bound, draws))
     start = np.full((rows, length), toy.mask, np.int32)
     start[1, 2], start[2] = 1, [0, toy.mask, 2, toy.mask, 1]  # given tokens
+    tools = {"order": lambda p, view: jnp.cos(jnp.arange(1.0, length + 1)[None] * view.level)}
 
     @jax.jit
     def run(key, z):
         inner = loop.loop_of(network_of(process), process, policy, z.shape, presets.numbers(found),
-                             loop.Sampling(frames=bound))
+                             loop.Sampling(frames=bound, tools=tools))
         _, s, _ = inner.run(*inner.begin(key, z))
-        rollout = record.Rollout(s.z, s.memory["fell"], s.memory["told"], s.call)
+        kept = (s.memory.get(name) for name in ("turn", "seen", "drawn"))
+        rollout = record.Rollout(s.z, s.memory["fell"], s.memory["told"], s.call, *kept)
         every = jax.vmap(lambda c: record.replay(process, rollout, c))(jnp.arange(bound))
         return rollout, every, inner.record(s).stats(s.film, s.call)
 
     rollout, every, film = jax.tree.map(np.asarray, run(jax.random.key(3), jnp.asarray(start)))
     assert (film["call"] == np.arange(bound + 1).clip(max=rollout.calls.max())).all()  # every = 1: a frame a call
     assert (rollout.fell[start != toy.mask] == -1).all() and (rollout.calls >= 1).all()
+    thrown = 0
     for b, calls in enumerate(rollout.calls):
         np.testing.assert_array_equal(every.z[:calls, b], film["z"][b, :calls])
-        np.testing.assert_array_equal(every.after[:calls, b], film["z"][b, 1 : calls + 1])
-        np.testing.assert_allclose(every.t[:calls, b], film["time"][b, :calls], atol=1e-6)
-        assert ((every.level > every.to)[:calls, b].sum(-1) > 0).all()
+        after, new = every.after[:calls, b], film["z"][b, 1 : calls + 1]
+        stays = (new != film["z"][b, :calls]) & (toy.level[new] < toy.level[film["z"][b, :calls]]) if draws else True
+        if method in ("rcr", "p2", "saber"):  # a token may go down, and back to a cluster
+            stays = stays & (toy.level[new] == toy.level[after])
+        assert (np.where(stays, after, 0) == np.where(stays, new, 0)).all()
+        thrown += (after != new).sum()
+        open_ = (toy.level[every.z[:calls, b]] > 0).any(-1)  # the film tells no time of a text that is written
+        np.testing.assert_allclose(every.t[:calls, b][open_], film["time"][b, :calls][open_], atol=1e-6)
+        some = every.level > every.to
+        assert (some[:calls, b].sum(-1) > 0).all() or method == "remdm"
+        assert all(under(toy, x, s) for x, s in zip(every.x[:, b][some[:, b]], every.after[:, b][some[:, b]],
+                                                    strict=True))
+        assert not some[calls:, b].any()
+        if every.turn is not None:
+            for turns, taken in zip(every.turn[:calls, b], some[:calls, b], strict=True):
+                assert sorted(turns[taken]) == list(range(taken.sum()))
+    assert (thrown > 0) == draws
 
 
 @pytest.mark.parametrize("method, options, more, words", [
-    ("low_confidence", "", {}, "thrown-away draws"), ("rcr", "", {}, "takes written tokens back"),
-    ("prophet", "draw=sample", {}, "drafts, commits"), ("fast_dllm", "", {}, "add draw=sample"),
-    ("cfg", "", {}, "own distribution"), ("dual_cache", "draw=sample", {}, "keys and values"),
+    ("prophet", "draw=sample", {}, "writes the rest at once"), ("fast_dllm", "", {}, "add draw=sample"),
+    ("low_confidence", "draw=argmax", {}, "add draw=sample"), ("freedave", "draw=sample", {}, "drafts"),
+    ("cfg", "", {}, "guided"), ("quantised", "", {}, "rounds"), ("dual_cache", "draw=sample", {}, "keys and values"),
     ("ancestral", "", {"top_p": 0.9}, "generate.top_p=0.9"), ("ancestral", "", {"temperature": 0.0}, "temperature=0.0"),
     ("ancestral", "", {"length": 3}, "generate.length=3")])
 def test_what_has_no_written_law_is_refused(method, options, more, words):
@@ -120,55 +142,128 @@ def under(toy, u, s):
         x for x in range(toy.V) if toy.anc[toy.level[u]][x] == toy.node[u])] == toy.node[s]
 
 
+@dataclasses.dataclass
+class Way:
+    """A rollout so far: its state, the call at which each token fell, the parts of its probability, what calls drew."""
+
+    z: tuple
+    fell: list
+    share: float = 1.0
+    factors: list = dataclasses.field(default_factory=list)  # (row of the table, position, state it became, it was)
+    turns: list = dataclasses.field(default_factory=list)  # (row, levels, those left to choose from, the one chosen)
+    seen: list = dataclasses.field(default_factory=list)
+    drawn: list = dataclasses.field(default_factory=list)
+
+
+class OrderedTabular(Tabular):
+    """The same beside a head for an order: {"table", "order"}."""
+
+    def hidden(self, params, z, t, segment=None):
+        return super().hidden(params["table"], z, t)
+
+
 class Enumerated:
-    """All rollouts of a table of logits in plain numpy: words, calls at which tokens fell; `prob` of another table.
+    """All rollouts of a table of logits in plain numpy, and `prob` of another table.
 
     choice: "blind", one level a call, each open position as likely; "max_prob", as many of the surest as an even
-    schedule of `calls` asks for.
+    schedule of `calls` asks for; "dcolt", as many in an order of the scores of `order`; "low_confidence", of all draws
+    the likeliest; "ass", 2^k at call k, the likeliest but for those that would end the text (token 0).
     """
 
     def __init__(self, toy, choice, table, calls=0, temperature=1.0):
-        self.toy, self.temperature = toy, temperature
-        table, place, out = np.asarray(table), toy.N ** np.arange(S)[::-1], []
+        self.toy, self.choice, self.calls, self.temperature = toy, choice, calls, temperature
+        self.table, self.place, self.out = np.asarray(table), toy.N ** np.arange(S)[::-1], []
         self.under = np.array([[under(toy, x, s) for x in range(toy.V)] for s in range(toy.N)], float)
-        below = {s: [u for u in range(toy.N) if toy.level[u] == toy.level[s] - 1 and under(toy, u, s)]
-                 for s in range(toy.N)}
+        self.below = {s: [u for u in range(toy.N) if toy.level[u] == toy.level[s] - 1 and under(toy, u, s)]
+                      for s in range(toy.N)}
+        self.walk(Way((toy.mask,) * S, [[-1] * toy.K] * S), 0)
+        self.words, self.share = np.array([w.z for w in self.out], np.int32), np.array([w.share for w in self.out])
+        self.fell = np.array([w.fell for w in self.out], np.int32)
+        most = max(len(w.factors) for w in self.out)
+        still = [(0, 0, 0, 0)]  # a factor of one
+        self.factors = np.array([w.factors + still * (most - len(w.factors)) for w in self.out])  # [n, most, 4]
+        self.turns = [w.turns for w in self.out]
+        if choice == "low_confidence":
+            self.seen, self.drawn = (np.array([getattr(w, name) for w in self.out], np.int32)
+                                     for name in ("seen", "drawn"))
 
-        def walk(z, fell, share, factors, call):
-            open_ = [i for i in range(S) if toy.level[z[i]] > 0]
-            if not open_:
-                return out.append((z, fell, share, factors))
-            at = int(np.dot(z, place))
-            ways = [(1 / len(open_), [i]) for i in open_]
-            if choice == "max_prob":  # by the law without temperature, as scores are
-                p = np.exp(table[at])
-                top = {i: max(p[i] @ self.under[u] for u in below[z[i]]) / (p[i] @ self.under[z[i]]) for i in open_}
-                many = -(-sum(int(toy.level[s]) for s in z) // max(calls - call, 1))
-                ways = [(1.0, sorted(open_, key=lambda i: (-round(top[i] * 2**14), i))[:many])]
-            for part, some in ways:
-                for states in itertools.product(*(below[z[i]] for i in some)):
-                    new, when = list(z), [list(f) for f in fell]
-                    for i, state in zip(some, states, strict=True):
-                        new[i], when[i][toy.level[z[i]] - 1] = state, call
-                    more = [(at, i, state, z[i]) for i, state in zip(some, states, strict=True)]
-                    walk(tuple(new), when, share * part, factors + more, call + 1)
+    def law(self, z):
+        """Of each open position its states one level down and their probabilities, without temperature."""
+        p = np.exp(self.table[np.dot(z, self.place)])
+        return {i: {u: p[i] @ self.under[u] / (p[i] @ self.under[z[i]]) for u in self.below[z[i]]}
+                for i in range(S) if self.toy.level[z[i]] > 0}
 
-        walk((toy.mask,) * S, [[-1] * toy.K] * S, 1.0, [], 0)
-        words, fell, share, factors = zip(*out, strict=True)
-        self.words, self.fell, self.share = np.array(words, np.int32), np.array(fell, np.int32), np.array(share)
-        self.factors = np.array(factors)  # [n, S K, 4]: row of the table, position, state it became, state it was
+    def ways(self, z, call):
+        """(share, positions in their order) of the choices, before any draw."""
+        law = self.law(z)
+        many = -(-sum(int(self.toy.level[s]) for s in z) // max(self.calls - call, 1))
+        best = lambda score, many: sorted(law, key=lambda i: (-round(score[i] * 2**14), i))[:many]  # noqa: E731
+        top = {i: max(each.values()) for i, each in law.items()}
+        if self.choice == "blind":
+            return [(1 / len(law), [i]) for i in law]
+        if self.choice == "dcolt" and many < len(law):
+            return [(1.0, list(some)) for some in itertools.permutations(law, many)]
+        if self.choice == "ass":
+            g = 0.01 + 0.99 * (2 ** (call + 1) - 1) / 4
+            ends = {i: max(each, key=each.get) == 0 for i, each in law.items()}
+            return [(1.0, best({i: top[i] * (g if ends[i] else 1) for i in law}, 1 if call == 0 else S))]
+        return [(1.0, sorted(best(top, many)))] if self.choice == "max_prob" else [(1.0, list(law))]
 
-    def prob(self, table):
-        """float64 [n], with gradients."""
+    def walk(self, way, call):
+        level, z = self.toy.level, way.z
+        if not any(level[s] for s in z):
+            return self.out.append(way)
+        at, open_, law = int(np.dot(z, self.place)), [i for i in range(S) if level[z[i]] > 0], self.law(z)
+        for share, some in self.ways(z, call):
+            turns = [(at, [level[s] for s in z], [i for i in open_ if i not in some[:j]], i)
+                     for j, i in enumerate(some)] if self.choice == "dcolt" and len(some) < len(open_) else []
+            for states in itertools.product(*(self.below[z[i]] for i in some)):
+                new, fell = dict(zip(some, states, strict=True)), [list(f) for f in way.fell]
+                more = [(at, i, state, z[i]) for i, state in new.items()]
+                drawn = tuple(new.get(i, s) for i, s in enumerate(z))
+                if self.choice == "low_confidence":
+                    many = -(-sum(int(level[s]) for s in z) // (self.calls - call))
+                    some_ = sorted(some, key=lambda i: (-round(law[i][new[i]] * 2**14), i))[:many]  # noqa: B023
+                    new = {i: new[i] for i in some_}
+                for i in new:
+                    fell[i][level[z[i]] - 1] = call
+                self.walk(Way(tuple(new.get(i, s) for i, s in enumerate(z)), fell, way.share * share,
+                              way.factors + more, way.turns + turns, way.seen + [z], way.drawn + [drawn]), call + 1)
+        return None
+
+    def prob(self, table, order=None):
+        """float64 [n], with gradients; order: parameters of a head."""
         at, i, new, was = np.moveaxis(self.factors, -1, 0)
         p = jax.nn.softmax(table[at, i] / self.temperature, axis=-1)
-        return self.share * jnp.prod(jnp.sum(p * self.under[new], -1) / jnp.sum(p * self.under[was], -1), axis=1)
+        out = self.share * jnp.prod(jnp.sum(p * self.under[new], -1) / jnp.sum(p * self.under[was], -1), axis=1)
+        if order is None:
+            return out
+        which = [(n, *turn) for n, turns in enumerate(self.turns) for turn in turns]
+        at, level = np.array([turn[1] for turn in which]), np.array([turn[2] for turn in which])
+        inner = table[at] @ order["kernel"] + order["level"][level] + order["bias"][None, None]
+        score = jnp.exp(jax.nn.gelu(inner) @ order["out"])  # [turns, S]
+        left = np.array([[i in turn[3] for i in range(S)] for turn in which])
+        chosen = score[np.arange(len(which)), [turn[4] for turn in which]] / jnp.sum(score * left, axis=1)
+        return out * jnp.exp(jax.ops.segment_sum(jnp.log(chosen), np.array([turn[0] for turn in which]), len(out)))
 
 
 def rows_of(words, fell, advantage):
     calls = fell.max((1, 2)) + 1
-    return {"x": jnp.asarray(words), "fell": jnp.asarray(fell), "told": jnp.zeros(fell.shape, jnp.float32),
+    told = jnp.zeros((len(fell), S * fell.shape[2]), jnp.float32)
+    return {"x": jnp.asarray(words), "fell": jnp.asarray(fell), "told": told,
             "calls": jnp.asarray(calls, jnp.int32), "advantage": advantage, "index": jnp.arange(len(words))}
+
+
+def small(shape):
+    """(oracle, process, table of logits, reward of each text) of S tokens."""
+    toy, process = make(shape, (1.0,) * (1 + len(shape["parents"])))
+    rng = np.random.default_rng(4)
+    table = jnp.asarray(rng.normal(0, 1.0, (toy.N**S, S, toy.V)))
+    return toy, process, table, rng.random((toy.V,) * S)
+
+
+def cosine(a, b):
+    return float(np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b))
 
 
 def summed(process, temperature=1.0, **tune):
@@ -179,29 +274,106 @@ def summed(process, temperature=1.0, **tune):
 
 
 @pytest.mark.parametrize("shape, choice, calls, temperature", [
-    (ONE, "blind", 3, 1.0), (ONE, "max_prob", 2, 0.7), (PAIR, "max_prob", 3, 1.0),
+    (ONE, "blind", 3, 1.0), (ONE, "max_prob", 2, 0.7), (PAIR, "max_prob", 3, 1.0), (ONE, "ass", 0, 1.0),
+    (ONE, "low_confidence", 2, 0.7), pytest.param(PAIR, "low_confidence", 2, 1.0, marks=pytest.mark.slow),
     pytest.param(PAIR, "blind", 6, 1.0, marks=pytest.mark.slow)])
 def test_score_is_the_gradient_of_the_mean_reward(shape, choice, calls, temperature):
     """Mean over all rollouts of advantage times the score, against the derivative of E[R]; a constant reward gives
     zero; and one call of T, times T, has the same mean."""
     with jax.enable_x64(True):
-        toy, process = make(shape, (1.0,) * (1 + len(shape["parents"])))
-        rng = np.random.default_rng(4)
-        table = jnp.asarray(rng.normal(0, 1.0, (toy.N**S, S, toy.V)))
-        reward = rng.random((toy.V,) * S)
+        toy, process, table, reward = small(shape)
         ways = Enumerated(toy, choice, table, calls, temperature)
         prob, worth = ways.prob(table), reward[tuple(ways.words.T)]
         assert prob.dtype == jnp.float64 and abs(float(prob.sum()) - 1) < 1e-12
         wanted = np.asarray(jax.grad(lambda table: jnp.sum(ways.prob(table) * worth))(table))
         gradient, rows = summed(process, temperature), rows_of(ways.words, ways.fell, prob * worth)
+        centred = prob * (worth - jnp.sum(prob * worth))
+        if choice == "low_confidence":
+            kept = -np.asarray(gradient(rows | {"advantage": centred}, table))
+            rows |= {"seen": jnp.asarray(ways.seen), "drawn": jnp.asarray(ways.drawn)}
         found = -np.asarray(gradient(rows, table))  # the loss falls as the reward rises
         assert np.abs(wanted).max() > 1e-3
         np.testing.assert_allclose(found, wanted, atol=1e-8)
         assert np.abs(np.asarray(gradient(rows | {"advantage": prob}, table))).max() < 1e-8
+        if choice == "low_confidence" and toy.K == 1:
+            assert 0.88 < cosine(kept, wanted) < 0.89  # what releases score, without the draws thrown away
+            texts = reward[tuple(np.moveaxis(ways.drawn, -1, 0))]  # [n, calls]: each call's is judged
+            before = np.pad(texts[:, :-1], ((0, 0), (1, 0)))
+            each = prob[:, None] * (worth[:, None] - before)
+            np.testing.assert_allclose(-np.asarray(gradient(rows | {"advantage": each}, table)), wanted, atol=1e-8)
+        if choice == "max_prob" and toy.K == 1:  # CJ-GRPO's mean over the tokens of a call, then over calls
+            many = (ways.fell == np.arange(calls)).sum(1)
+            each = centred[:, None] / many / calls
+            assert 0.95 < cosine(-np.asarray(gradient(rows | {"advantage": each}, table)), wanted) < 0.96
         if choice == "blind" and toy.K == 1:  # each row three times, with each of its calls once
             order = np.asarray(chosen_calls(fold(jnp.broadcast_to(jax.random.key(0), (60,)), jnp.arange(60)),
                                             jnp.full(60, 3), 3))
             assert {tuple(row) for row in order} == set(itertools.permutations(range(3)))
+
+
+@pytest.mark.parametrize("shape, calls", [(ONE, 2), pytest.param(PAIR, 3, marks=pytest.mark.slow)])
+def test_both_parts_of_a_drawn_order_are_trained(shape, calls):
+    """DCoLT: gradients of the table, which the order sees as well, and of the order's own head."""
+    with jax.enable_x64(True):
+        toy, process, table, reward = small(shape)
+        head = order.init(jax.random.key(2), toy.V, toy.K) | {"out": jax.random.normal(jax.random.key(3), (64,))}
+        params = {"table": table, "order": jax.tree.map(lambda a: a.astype(jnp.float64), head)}
+        ways = Enumerated(toy, "dcolt", table, calls)
+        prob, worth = ways.prob(**params), reward[tuple(ways.words.T)]
+        assert abs(float(prob.sum()) - 1) < 1e-12
+        wanted = jax.grad(lambda params: jnp.sum(ways.prob(**params) * worth))(params)
+        made = Gradients(TuneConfig(objective="score", task="permutations"), 1.0, OrderedTabular(process), process)
+        turn = np.zeros(ways.fell.shape, np.int32)
+        for n, turns in enumerate(ways.turns):
+            for _, level, left, i in turns:
+                turn[n, i, level[i] - 1] = S - len(left)
+        rows = rows_of(ways.words, ways.fell, prob * worth) | {"turn": jnp.asarray(turn)}
+        cost = sum(np.asarray(made.nats(params, made.views(rows, jax.random.key(0), jnp.int32(call)))).sum(1)
+                   for call in range(calls))
+        np.testing.assert_allclose(cost, -np.log(np.asarray(prob)), atol=1e-5)  # in ratios and divergences as well
+        gradient = jax.jit(lambda rows: made(params, None, None, rows, jax.random.key(0))[1])
+        found, still = gradient(rows), gradient(rows | {"advantage": prob})
+        for name, part in {"table": wanted["table"], **wanted["order"]}.items():
+            got, none = (part_of["table"] if name == "table" else part_of["order"][name] for part_of in (found, still))
+            assert np.abs(part).max() > 1e-3 or name == "time", name
+            np.testing.assert_allclose(-np.asarray(got), np.asarray(part), atol=1e-8, err_msg=name)
+            assert np.abs(np.asarray(none)).max() < 1e-8, name
+
+
+def test_orders_are_drawn_by_plackett_luce():
+    """Probabilities of all orders of n of 4 open tokens sum to one, whatever closed ones score; the sampler's first
+    two of four come as often, 4.5 standard errors."""
+    score = np.array([[0.7, 30.0, -1.2, 0.1, 1.5]])
+    level = np.array([[1, 0, 2, 1, 1]])
+    with jax.enable_x64(True):
+        for n in (1, 2, 3, 4):
+            orders = list(itertools.permutations([0, 2, 3, 4], n))
+            turn, to = np.zeros((len(orders), 5), int), np.repeat(level, len(orders), 0)
+            for row, some in enumerate(orders):
+                turn[row, list(some)], to[row, list(some)] = range(n), 0
+            cost = order.nats(*(jnp.asarray(np.broadcast_to(a, to.shape)) for a in (score, level, to, turn)))
+            assert (np.asarray(cost)[to == level] == 0).all()
+            total = np.exp(-np.asarray(cost).sum(1)).sum()  # of all four there is nothing to choose
+            assert total == pytest.approx(1 if n < 4 else len(orders), abs=1e-12)
+    toy, process = make(MDLM, (1.0,))
+    method, rows, own = presets.make("dcolt", "", 2), 6000, score[:, [0, 2, 3, 4]]
+
+    @jax.jit
+    def turns(key):
+        policy = dataclasses.replace(method.policy, choose=record.Recorded(method.policy.choose, 4, False))
+        tools = {"order": lambda p, view: jnp.broadcast_to(jnp.asarray(own, jnp.float32), view.z.shape)}
+        inner = loop.loop_of(network_of(process), process, policy, (rows, 4), presets.numbers(method),
+                             loop.Sampling(tools=tools))
+        _, s, _ = inner.run(*inner.begin(key, jnp.full((rows, 4), toy.mask)))
+        return s.memory["turn"][..., 0], s.memory["fell"][..., 0]
+
+    turn, fell = map(np.asarray, turns(jax.random.key(0)))
+    assert ((fell == 0).sum(1) == 2).all()
+    weight = np.exp(own[0])
+    for i, j in itertools.permutations(range(4), 2):
+        p = weight[i] / weight.sum() * weight[j] / (weight.sum() - weight[i])
+        share = np.mean((fell[:, i] == 0) & (turn[:, i] == 0) & (fell[:, j] == 0) & (turn[:, j] == 1))
+        assert abs(share - p) < 4.5 * np.sqrt(p * (1 - p) / rows)
 
 
 def test_one_call_of_a_rollout_stands_for_all():
@@ -232,8 +404,8 @@ def test_clipped_ratios_and_the_reference_as_omega(ratio):
         rows, network = rows_of(words, fell, advantage), Tabular(process)
 
         def log_p(table, call):  # of what fell in a call: [B, S]
-            z, _, level, to, t = record.replay(process, record.Rollout(
-                *(rows[name] for name in record.Rollout._fields)), jnp.full(len(words), call))
+            rollout = record.Rollout(*(rows[name] for name in ("x", "fell", "told", "calls")))
+            z, _, level, to, _, _, t = record.replay(process, rollout, jnp.full(len(words), call))
             p = process.as_prediction(network.hidden(table, z, t))
             first, second = -p.log_within(rows["x"], 1), -p.log_within(rows["x"], 2)
             return -(jnp.where((level > 0) & (to < 1), first, 0.0) + jnp.where((level > 1) & (to < 2), second, 0.0))
@@ -260,7 +432,8 @@ def test_nodes_integrate_the_bound():
     """One level: weights at masks are share / t at the nodes of the rule, so that a cost of one nat a token sums to S
     in the mean; given tokens are never noised."""
     process = make(MDLM, (1.0,))[1]
-    rows = {"x": jnp.zeros((400, 6), jnp.int32), "fell": jnp.zeros((400, 6, 1), jnp.int32).at[:, 0].set(-1)}
+    rows = {"x": jnp.zeros((400, 6), jnp.int32), "fell": jnp.zeros((400, 6, 1), jnp.int32).at[:, 0].set(-1),
+            "advantage": jnp.zeros(400)}
     view, count = OBJECTIVES["nodes"](process, 0)
     keys, total = fold(jnp.broadcast_to(jax.random.key(0), (400,)), jnp.arange(400)), 0.0
     for number in range(int(count(rows))):

@@ -248,6 +248,7 @@ class ModelConfig(_Section):
     time_conditioning: bool = True  # whether the network is told t
     head: str = "flat"  # flat: a logit for every word | factorised: p(cluster) p(word | cluster)
     prototypes: int = 8  # vectors a cluster, factorised head
+    order: bool = False  # a head that ranks which tokens are unmasked next: method dcolt reads it, rewards train it
     embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by
     dtype: str = "float32"  # of the computation; logits are float32
     param_dtype: str = "float32"  # of the parameters; bfloat16 is for using a decoder, not for training it
@@ -441,7 +442,7 @@ class TuneConfig(_Section):
     objective: str = ""  # score: the exact policy gradient | elbo, nodes, coupled, one_pass: surrogates | "": none
     task: str = ""  # whose answers are judged
     group: int = 8  # rollouts of a prompt, a baseline for each other; train.batch_size is all of a step
-    advantage: str = "mean"  # reward less the group's mean | leave_one_out | std, divided by the group's spread
+    advantage: str = "mean"  # reward less the group's mean | leave_one_out | std, by its spread | call, mdpo: of calls
     views: int = 0  # score: calls of a rollout that count, drawn anew; 0: all. elbo, nodes: noise draws; 0: 1, 3
     updates: int = 1  # of the weights by the same rollouts; from the second on importance ratios, clipped
     ratio: str = "call"  # of: call, all that a call drew | token, each token by itself
@@ -450,8 +451,8 @@ class TuneConfig(_Section):
     rows: int = 256  # rollouts on fixed prompts, whose mean reward tells the best checkpoint
 
     def check(self) -> None:
-        self.among(objective=("", *TUNINGS), task=("", *REWARDS), advantage=("mean", "leave_one_out", "std"),
-                   ratio=("call", "token"))
+        self.among(objective=("", *TUNINGS), task=("", *REWARDS), ratio=("call", "token"),
+                   advantage=("mean", "leave_one_out", "std", "call", "mdpo"))
         self.need(not self.objective or bool(self.task), "task", f"tune.objective={self.objective!r} needs one: choose "
                   f"{', '.join(REWARDS)}")
         self.hold("must be at least 1", "updates")
@@ -459,6 +460,8 @@ class TuneConfig(_Section):
             self.need(getattr(self, name) >= 2, name, "must be at least 2")
         self.hold("must not be negative", "views", "kl")
         self.hold("must be positive", "clip")
+        self.need(self.objective in ("", "score") or self.advantage not in ("call", "mdpo"), "advantage",
+                  f"is of calls, which tune.objective={self.objective!r} does not score: choose score")
 
     def check_with(self, train: TrainConfig, data: DataConfig, optimizer: OptimizerConfig) -> None:
         """The rules between this section and others."""

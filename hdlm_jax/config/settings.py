@@ -214,7 +214,7 @@ def resolve(given: Given) -> Config:
 _SECTIONS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}  # at their defaults
 _INHERITED = ("tokenizer", "hierarchy", "diffusion", "model", "decoder")
 _MAY_DIFFER = ("diffusion.", "model.seq_len", "model.dropout", "model.embeddings", "model.dtype", "model.remat",
-               "model.attention", "model.block")
+               "model.attention", "model.block", "model.order")
 _ADAPTED = ("hierarchy", "diffusion", "model.head", "model.prototypes", "model.seq_len", "model.dtype",
             "model.param_dtype", "model.remat", "model.attention", "decoder.context", "decoder.block",
             "decoder.shifted", "decoder.lora")  # as given with train.adapt

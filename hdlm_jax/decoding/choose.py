@@ -103,6 +103,30 @@ class Order(Score):
 
 
 @dataclasses.dataclass(frozen=True)
+class Learned(Score):
+    """An order that the network's own head draws (DCoLT, arXiv 2505.10446; models.order): its scores and Gumbel noise,
+    of which the n highest are n draws of Plackett-Luce, one after the other.
+
+    memory turn int32 [b, S, K]: a token's turn in the call in which it left level k = 1..K.
+    """
+
+    needs = ("order",)
+    random = True
+
+    def __call__(self, view):
+        keys = fold(view.keys, 7).reshape(-1)
+        return view.order + jax.vmap(jax.random.gumbel)(keys).reshape(view.z.shape)
+
+    def memory(self, view):
+        return {"turn": jnp.zeros((*view.z.shape, view.process.num_levels), jnp.int32)}
+
+    def remember(self, view, z, unmasked):
+        k = wide(jnp.arange(1, view.process.num_levels + 1), view.level)
+        now = (k <= view.level[..., None]) & (k > view.process.level_of(z)[..., None])
+        return {"turn": jnp.where(now, ranks(self(view), view.open)[..., None], view.memory["turn"])}
+
+
+@dataclasses.dataclass(frozen=True)
 class Confidence(Score):
     """How sure the network is of a token's state one level down.
 

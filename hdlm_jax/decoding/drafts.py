@@ -91,7 +91,7 @@ class FreeDave(Verify):
         view = loop.view(s._replace(call=s.memory["step"]))
         on = live[:, None]
         view = view._replace(**loop.look(view, prediction, loop.wanted(view) & on))
-        z, sure = loop.decide(view, prediction)
+        z, sure, _ = loop.decide(view, prediction)
         unmasked = loop.process.level_of(z) < view.level
         view = view._replace(sure=jnp.where(unmasked, sure, s.sure))
         memory = s.memory | {"step": s.memory["step"] + 1}

@@ -243,8 +243,8 @@ class Loop(NamedTuple):
             sure = jnp.where(far, jnp.exp(view.log_token), sure)
         return jnp.where(target < view.level, out, view.z), sure
 
-    def write(self, view: View, prediction) -> Drawn:
-        """What the policy writes, given what it has seen."""
+    def write(self, view: View, prediction) -> tuple[jax.Array, ...]:
+        """(states, probabilities, all states drawn): what the policy writes, given what it has seen."""
         policy = self.policy
         if policy.order == "draw_then_choose":
             if policy.draw == "argmax":
@@ -253,22 +253,24 @@ class Loop(NamedTuple):
                 below = 0 if view.straight else view.level - 1
                 drawn, sure = self.reverse_step(view, prediction, jnp.where(view.open, below, view.level))
             view = view._replace(drawn=drawn, log_drawn=jnp.log(sure))
-            return jnp.where(policy.choose.target(view) < view.level, drawn, view.z), sure
+            return jnp.where(policy.choose.target(view) < view.level, drawn, view.z), sure, drawn
         target = policy.choose.target(view)
         if policy.draw == "argmax":
-            return self.likeliest(view, target)
-        if isinstance(policy.draw, str):
-            return self.reverse_step(view, prediction, target)
-        return policy.draw(view, self, prediction, target)
+            z, sure = self.likeliest(view, target)
+        elif isinstance(policy.draw, str):
+            z, sure = self.reverse_step(view, prediction, target)
+        else:
+            z, sure = policy.draw(view, self, prediction, target)
+        return z, sure, z
 
-    def decide(self, view: View, prediction) -> Drawn:
+    def decide(self, view: View, prediction) -> tuple[jax.Array, ...]:
         """`write`, or all the rest where the policy commits; only free tokens change."""
-        z, sure = self.write(view, prediction)
+        z, sure, drawn = self.write(view, prediction)
         if self.policy.commit is not None:
             rest = self.policy.commit(view)[:, None] & view.free & (view.level > 0)
             best = (view.top, view.log_top) if self.policy.commit.stages else (view.token, view.log_token)
             z, sure = jnp.where(rest, best[0], z), jnp.where(rest, jnp.exp(best[1]), sure)
-        return jnp.where(view.free, z, view.z), sure
+        return jnp.where(view.free, z, view.z), sure, drawn
 
     def predict(self, cache: Cache, view: View):
         """(the view with its statistics, prediction, cache) after one call of the network."""
@@ -278,6 +280,8 @@ class Loop(NamedTuple):
         blind = blind and policy.order == "choose_then_draw"
         wanted = policy.choose.target(view) < view.level if blind else self.wanted(view)
         prediction, cache = self.ask(cache, view.rows(wanted))
+        if "order" in policy.needs:
+            view = view._replace(order=self.how.tools["order"](prediction, view))
         return view._replace(**self.look(view, prediction, wanted)), prediction, cache
 
     def call(self, cache: Cache, s: State) -> tuple[Cache, State]:
@@ -289,7 +293,7 @@ class Loop(NamedTuple):
             z, sure, memory, cache = policy.verify(self, cache, s)
         else:
             view, prediction, cache = self.predict(cache, view)
-            z, sure = self.decide(view, prediction)
+            z, sure, drawn = self.decide(view, prediction)
         length, source, inserted = s.length, None, None
         if policy.lengths is not None:
             length, source, inserted, hold = policy.lengths(view, process.level_of(z) < view.level)
@@ -303,6 +307,7 @@ class Loop(NamedTuple):
             level = jnp.where(keep, level, below)
             z = remasked(process, z, s.canvas, level, view.keys if policy.revise.crosses else None)
         if policy.verify is None:
+            view = view._replace(drawn=drawn)
             for hook in policy.hooks:
                 memory = memory | hook.remember(view, z, unmasked)
         s = s._replace(z=z, length=length, sure=view.sure, call=s.call + 1, memory=memory)

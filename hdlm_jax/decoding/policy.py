@@ -81,7 +81,8 @@ class Hook:
     """A part of a policy. Subclasses are frozen dataclasses; what they keep between calls is named in `memory`.
 
     needs: what of a View is filled in for it: "top" (top, log_top, log_second, entropy), "token" (token, log_token),
-      "own" (log_own, log_up; with "token", token and log_token at vocabulary tokens as well), "sure" (sure).
+      "own" (log_own, log_up; with "token", token and log_token at vocabulary tokens as well), "sure" (sure), "order"
+      (order).
     top_k: m, how many of the likeliest states it needs (ids, logs).
     whole: needs predictions at all tokens not written yet, not only in the current block.
     jumps: may unmask a token by more than one level in a call.
@@ -283,7 +284,9 @@ class View(NamedTuple):
       vocabulary token. log_own: log p of the token's present state; log_up: of its parent (0 where that is the mask).
     sure: [b, S], probability of each token's last unmasking; in `revise` and `remember` with this call's.
     ids, logs: [b, S, m], the m likeliest states and their log p, falling.
-    drawn, log_drawn: in the order "draw_then_choose".
+    drawn, log_drawn: in the order "draw_then_choose"; in `remember`, whatever the order, drawn is all that the call
+      drew, before some was thrown away or taken back.
+    order: [b, S], scores of the network's own head for an order (models.order).
 
     Where no prediction was needed, states are z, log-probabilities -inf and entropies +inf.
     """
@@ -321,6 +324,7 @@ class View(NamedTuple):
     logs: jax.Array = UNKNOWN
     drawn: jax.Array = UNKNOWN
     log_drawn: jax.Array = UNKNOWN
+    order: jax.Array = UNKNOWN
 
     @property
     def open(self):

@@ -29,7 +29,8 @@ class Method(NamedTuple):
     numbers: the policy's traced thresholds; with others it is the same program ("eos" = -1 stands for the tokenizer's
     end of text). cache: how the network is called, of hdlm_jax.decoding.caches or sparse_attention; None: as it is.
     guide: ("cfg", what stands for the prompt), ("classifier",) or (). needs: "ar", an autoregressive run
-    (config.generate.helper); "classifier", a function (Model.generate's `classifier`). weights: arguments of
+    (config.generate.helper); "classifier", a function (Model.generate's `classifier`); "order", the network's own head
+    (model.order). weights: arguments of
     hdlm_jax.models.quantise.quantise.
     """
 
@@ -87,6 +88,12 @@ def margin(*, steps: int = 0, block: int = 0, draw: str = "sample", straight: bo
 def entropy(*, steps: int = 0, block: int = 0, draw: str = "sample", straight: bool = False) -> Method:
     """Dream's entropy order (arXiv 2508.15487): tokens of the least entropy first."""
     return _even(choose.Confidence("entropy"), steps, block, draw, straight)
+
+
+def dcolt(*, steps: int = 0, draw: str = "sample", straight: bool = False) -> Method:
+    """DCoLT's order (arXiv 2505.10446): a head of the network draws it (model.order, trained by rewards), evenly over
+    `steps` calls. Before that training any order is as likely."""
+    return _even(choose.Learned(), steps, 0, draw, straight)._replace(needs="order")
 
 
 def low_confidence(*, steps: int = 0, block: int = 32, draw: str = "sample", straight: bool = False) -> Method:
@@ -165,7 +172,7 @@ def prophet(*, steps: int = 0, gap_early: float = 7.5, gap_middle: float = 5.0, 
                   {"steps": steps, "gap_early": gap_early, "gap_middle": gap_middle, "gap_late": gap_late})
 
 
-_WRITE_ALL = choose.Scored(choose.Confidence(), choose.All(), straight=True)
+WRITE_ALL = choose.Scored(choose.Confidence(), choose.All(), straight=True)
 
 
 def saber(*, least: int = 2, mu: float = 8.0, of: str = "own", draw: str = "argmax") -> Method:
@@ -179,7 +186,7 @@ def saber(*, least: int = 2, mu: float = 8.0, of: str = "own", draw: str = "argm
 
 def rcr(*, steps: int = 0, schedule: str = "linear", to: str = "mask", block: int = 32, draw: str = "sample") -> Method:
     """Running confidence remasking (RCR of MDPO, arXiv 2508.13148): all is written, the least sure are remasked."""
-    policy = Policy(_WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to))
+    policy = Policy(WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to))
     return Method(policy, {"steps": steps})
 
 
@@ -189,7 +196,7 @@ def p2(*, steps: int = 0, eta: float = 1.0, schedule: str = "linear", to: str = 
     network now finds least likely is remasked; eta >= 0 (the paper's strength of stochasticity, may exceed 1) is how
     much tokens written before are doubted. Needs predictions at them, as saber does.
     """
-    policy = Policy(_WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to, "now"))
+    policy = Policy(WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to, "now"))
     return Method(policy, {"steps": steps, "eta": eta})
 
 
@@ -321,9 +328,9 @@ def quantised(*, steps: int = 0, bits: int = 8, kind: str = "plain") -> Method:
 
 
 METHODS: dict[str, Callable[..., Method]] = {f.__name__: f for f in (
-    ancestral, first_hitting, any_order, max_prob, margin, entropy, low_confidence, fast_dllm, fast_dllm_factor, dimple,
-    dparallel, ccd, ccd_ds, eoser, ass, prophet, saber, rcr, p2, remdm, freedave, freedave_plus, guided, edlm, cfg,
-    classifier, daedal, bd3lm, prefix_cache, dual_cache, freecache, dkv, dkv_greedy, sparsed, quantised)}
+    ancestral, first_hitting, any_order, max_prob, margin, entropy, dcolt, low_confidence, fast_dllm, fast_dllm_factor,
+    dimple, dparallel, ccd, ccd_ds, eoser, ass, prophet, saber, rcr, p2, remdm, freedave, freedave_plus, guided, edlm,
+    cfg, classifier, daedal, bd3lm, prefix_cache, dual_cache, freecache, dkv, dkv_greedy, sparsed, quantised)}
 
 
 _RANGES = {
@@ -368,6 +375,21 @@ def make(name: str, options: str = "", steps: int = 128) -> Method:
             what = "in [0, 1]" if most == 1 else f"at least {least}"
             raise ValueError(f"options={key}={value}: method {name!r} needs it {what}")
     return METHODS[name](**given)
+
+
+def unwritten(method: Method) -> str:
+    """Why nobody knows with what probability the method's calls draw what they draw; "" where it is written down: each
+    token by itself from the network's prediction at the states on show."""
+    policy = method.policy
+    for why, found in (
+            ("it takes the likeliest; add draw=sample", policy.draw == "argmax"),
+            ("it writes the rest at once, whatever is likeliest", policy.commit is not None),
+            ("its drafts are checked by what they say", policy.verify is not None or method.needs == "ar"),
+            ("its texts are of any length", policy.lengths is not None),
+            ("its draws are guided", method.guide or not isinstance(policy.draw, str))):
+        if found:
+            return why
+    return ""
 
 
 def check(g: GenerateConfig) -> Method:

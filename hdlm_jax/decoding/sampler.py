@@ -27,7 +27,7 @@ from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.gidd import GiddProcess
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.process import Process
-from hdlm_jax.models import quantise
+from hdlm_jax.models import order, quantise
 from hdlm_jax.models.channel import ChannelProcess
 from hdlm_jax.models.features import given as given_features
 from hdlm_jax.models.network import Network
@@ -107,6 +107,19 @@ def reads(network: Trunk, params):
     return lambda x: network.denoise(params, shifted(x), jnp.zeros(len(x)))
 
 
+def tools_of(params) -> dict[str, Any]:
+    """What hooks call beside the network (loop.Sampling): its scores for an order, of a prediction as `Trunk.denoise`
+    makes it."""
+    return {"order": lambda p, view: order.scores(params, p.hidden, view.level, view.t)} if order.NAME in params else {}
+
+
+def check_order(method: presets.Method, params) -> None:
+    """ConfigError where the method reads a head that these parameters do not have."""
+    if method.needs == "order" and order.NAME not in params:
+        raise ConfigError("generate.method='dcolt' needs a head for an order: train by rewards with model.order=True "
+                          "(docs/training.md)")
+
+
 class Call(NamedTuple):
     """What a compiled step has to sample with."""
 
@@ -123,9 +136,11 @@ class Call(NamedTuple):
 def call_of(network: Trunk, process, program: Program, given, batch, how: loop.Sampling, helper=None,
             classifier=None) -> Call:
     """A step's arguments as what samples takes them; given: (params, numbers), of a helper too (make_sample_step)."""
-    (params, numbers), tools = given, {}
+    (params, numbers), theirs = given, None
     if helper is not None:
         params, theirs = params
+    tools = tools_of(params)
+    if helper is not None:
         tools["ar"] = reads(helper, theirs)
         tools["energy"] = guide.ar_energy(tools["ar"], process)
     heat, nucleus = (numbers[name] if fixed is None else fixed for name, fixed in (
@@ -314,6 +329,9 @@ class Sampler:
         if method.needs == "ar" and self.helper is None:
             raise ConfigError(f"generate.method={g.method!r} needs an autoregressive run with this run's tokenizer: "
                               "give its workdir as generate.helper")
+        if method.needs == "order" and constrained:
+            raise ConfigError(f"generate.method={g.method!r}: it is not for places with kinds of words; choose another")
+        check_order(method, self.params)
         if method.needs == "classifier" and self.classifier is None:
             raise ConfigError("generate.method='classifier' needs a function: Model.generate(classifier=...)")
 

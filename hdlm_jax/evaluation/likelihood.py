@@ -23,7 +23,7 @@ from hdlm_jax.config import ConfigError, EvaluateConfig, GenerateConfig
 from hdlm_jax.decoding import presets
 from hdlm_jax.decoding.loop import Loop, Sampling, loop_of
 from hdlm_jax.decoding.policy import Draw, Drawn, Policy, View
-from hdlm_jax.decoding.sampler import Program, denoiser, in_blocks, program_of, quantised
+from hdlm_jax.decoding.sampler import Program, check_order, denoiser, in_blocks, program_of, quantised, tools_of
 from hdlm_jax.decoding.statistics import log_probability_of
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
@@ -68,16 +68,10 @@ def teacher_forced(method: presets.Method, process: Process) -> Policy:
     if process.xi < 1:
         raise ValueError(f"diffusion.xi={process.xi}: a text can be written by way of any cluster; at xi = 1 alone it "
                          "decides its own")
-    for why, found in (
-            ("it takes the likeliest; add draw=sample", policy.draw == "argmax"),
-            ("what it draws decides what it keeps", policy.order != "choose_then_draw"),
-            ("it writes the rest at once, whatever is likeliest", policy.commit is not None),
-            ("it takes tokens back", policy.revise is not None),
-            ("its drafts are checked by what they say", policy.verify is not None or method.needs),
-            ("its texts are of any length", policy.lengths is not None),
-            ("its draws are guided", method.guide or not isinstance(policy.draw, str))):
-        if found:
-            raise ValueError(f"a text's likelihood under it is not known: {why}")
+    keeps = "what it draws decides what it keeps" if policy.order != "choose_then_draw" else ""
+    back = "it takes tokens back" if policy.revise is not None else ""
+    if why := presets.unwritten(method) or keeps or back:
+        raise ValueError(f"a text's likelihood under it is not known: {why}")
     return dataclasses.replace(policy, draw=TeacherForced())
 
 
@@ -102,7 +96,8 @@ def make_likelihood_step(network: Trunk, process: HierarchicalProcess, program: 
     def run(params: Tree, batch: Batch, keys: jax.Array) -> tuple:
         x, score, sync = batch["x"], batch["score"], shard.sync_trip_count
         denoise = denoiser(program, network, params, process, {"method": numbers}, None, sync)
-        loop = loop_of(denoise, process, program.method.policy, x.shape, numbers, Sampling(sync_trip_count=sync))
+        how = Sampling(sync_trip_count=sync, tools=tools_of(params))
+        loop = loop_of(denoise, process, program.method.policy, x.shape, numbers, how)
         extra = {"text": x} | {name: batch[name] for name in ["features"] if name in batch}
         cache, s = loop.begin(fold(keys, 1), jnp.where(score, mask, x), ~score, batch["length"], extra)
         _, s, _ = loop.run(cache, s)
@@ -145,6 +140,7 @@ def policies(run: Run) -> dict[str, tuple[Program, dict[str, Any], bool]]:
             policy = teacher_forced(program.method, run.process)
         except ValueError as error:
             raise ConfigError(f"evaluate.decodings={text!r}: {error}") from error
+        check_order(program.method, run.params)
         numbers = presets.numbers(presets.make(name, options), run.tokenizer.eot)
         found[text] = program, numbers, is_exact(policy, run.process)
     return found

@@ -11,6 +11,7 @@ from hdlm_jax.models.channel import ChannelHead, ChannelNetwork
 from hdlm_jax.models.decoder import Decoder
 from hdlm_jax.models.heads import FactorisedHead, FlatHead
 from hdlm_jax.models.network import Network, Transformer
+from hdlm_jax.models.order import OrderedDecoder, OrderedNetwork
 from hdlm_jax.models.soft import SoftHead
 
 
@@ -26,9 +27,12 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     features = config.data.feature_places, config.data.feature_width
     sizes = (head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dtype, m.remat, causal, m.attention)
     if m.trunk == "decoder":
-        return Decoder(*sizes, block=m.block, features=features, dims=config.decoder, param_dtype=m.param_dtype)
+        decoder = OrderedDecoder if m.order else Decoder
+        return decoder(*sizes, block=m.block, features=features, dims=config.decoder, param_dtype=m.param_dtype)
     own = dict(block=m.block, features=features, dropout=m.dropout, time_conditioning=m.time_conditioning)
-    return ChannelNetwork(*sizes, **own, channel=channel) if channel else Network(*sizes, **own)
+    if channel:
+        return ChannelNetwork(*sizes, **own, channel=channel)
+    return (OrderedNetwork if m.order else Network)(*sizes, **own)
 
 
 def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> float:

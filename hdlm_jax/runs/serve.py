@@ -313,7 +313,7 @@ def methods(run: Run) -> list[Json]:
     out = []
     for name, make in presets.METHODS.items():
         method = make()
-        if method.needs and not (method.needs == "ar" and run.config.generate.helper):
+        if method.needs and not {"ar": run.config.generate.helper, "order": run.config.model.order}.get(method.needs):
             continue
         options = presets.options_of(name)
         about = " ".join((make.__doc__ or "").split()).partition(". ")[0].rstrip(".").replace("`", "")

@@ -340,12 +340,13 @@ class Loop:
             if found.hierarchy != self.hierarchy:
                 raise ConfigError(f"train.init_from={base!r}: its best checkpoint has learned other clusters since its "
                                   f"hierarchy was taken over into {self.workdir}; use another --workdir")
-            known = {name: state.params[name] for name in ["features"] if name in state.params} | found.params
-            want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, known))
+            new = {name: state.params[name] for name in ("features", "order") if name in state.params}  # may be new here
+            own = new | found.params
+            want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, own))
             if want != got:
                 raise ConfigError(f"train.init_from={base!r}: its weights have other shapes than this model; model and "
                                   "hierarchy sizes must agree, or give train.adapt")
-            params = jax.tree.map(lambda a, s: jax.device_put(a, s), known, self.shardings.params)
+            params = jax.tree.map(lambda a, s: jax.device_put(a, s), own, self.shardings.params)
         say(f"train: starting from the weights of {base}")
         return state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {})
 

@@ -20,14 +20,15 @@ from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding import sampler
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.models import order
 from hdlm_jax.runs import evaluate as bound
 from hdlm_jax.runs.interrupt import Stop
 from hdlm_jax.runs.train import Loop
 from hdlm_jax.training.loading import Run, check_writable, load_base, load_run
 from hdlm_jax.training.metrics import Writer
 from hdlm_jax.training.state import TrainState, build
-from hdlm_jax.tuning.advantage import advantages
-from hdlm_jax.tuning.record import check_law, make_rollout
+from hdlm_jax.tuning.advantage import OF_CALLS, advantages
+from hdlm_jax.tuning.record import check_law, draws_whole_texts, make_rollout
 from hdlm_jax.tuning.tasks import TASKS, Example
 from hdlm_jax.tuning.update import make_update
 
@@ -129,7 +130,12 @@ class Tuning(Loop):
     def __init__(self, config: Config, workdir: str, stop: Stop, profile: bool = False, shown: Writer | None = None
                  ) -> None:
         super().__init__(config, workdir, stop, profile, shown)
-        self.method = check_law(self.process, config.generate)
+        method, kind = check_law(self.process, config.generate), config.tune.advantage
+        sampler.check_order(method, self.abstract.params)
+        if kind in OF_CALLS and not draws_whole_texts(method, self.process.num_levels, config.model.seq_len):
+            raise ConfigError(f"tune.advantage={kind!r}: judges the text that each call draws; generate.method="
+                              f"{config.generate.method!r} with generate.options={config.generate.options!r} draws no "
+                              "whole texts: choose rcr or low_confidence with block=0, with clusters straight=true")
         self.prompts = Prompts(config, self.text.tokenizer, self.hierarchy.mask_id)
         self.fixed = Prompts(config, self.text.tokenizer, self.hierarchy.mask_id, "valid")
         self.batches = self.prompts
@@ -145,7 +151,9 @@ class Tuning(Loop):
         network, built = build(config, self.hierarchy)
         process = cast(HierarchicalProcess, built)  # check_law has seen it
         if self.config.tune.kl:
-            self.reference = load_base(self.config, self.text.tokenizer.fingerprint).params
+            found = load_base(self.config, self.text.tokenizer.fingerprint).params
+            start = jax.jit(network.init_params, static_argnums=1)(self.key, config.model.seq_len)
+            self.reference = order.joined(found, start)
         with compiling("train"):
             rollout = make_rollout(network, process, config.generate, self.mesh)
             self.numbers = sampler.numbers_of(config.generate, config.model.seq_len, self.text.tokenizer.eot)
@@ -158,16 +166,26 @@ class Tuning(Loop):
     def _rolled(self, params: Tree, batch: Batch, key: jax.Array) -> dict[str, np.ndarray]:
         """The fields of rollouts, all rows on every host."""
         found = self.rollout((params, self.numbers), batch, key)
-        return {name: np.asarray(value) for name, value in found._asdict().items()}
+        return {name: np.asarray(value) for name, value in found._asdict().items() if value is not None}
+
+    def _drawn(self, rollout: dict[str, np.ndarray], examples: list[Example]) -> np.ndarray:
+        """Rewards [B, calls] of the text that each call drew, behind a row's last call of the row itself."""
+        texts = [np.where((call < rollout["calls"])[:, None], rollout["drawn"][:, call], rollout["x"])
+                 for call in range(rollout["calls"].max())]
+        return np.stack([self.prompts.judged(x, examples)[0] for x in texts], axis=1)
 
     def _step(self, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array | float]]:
         """A step: what it does depends on the weights, the seed and the number of the step alone."""
         began, rows, number = time.monotonic(), self.config.train.batch_size, int(state.step)
         key = jax.random.fold_in(key, number)
         rollout = self._rolled(state.params, batch, jax.random.fold_in(key, 0))
-        reward, found = self.prompts.judged(rollout["x"], self.prompts.examples(number, rows))
-        t = self.config.tune
-        fields = rollout | {"advantage": advantages(reward, t.group, t.advantage),
+        examples, t = self.prompts.examples(number, rows), self.config.tune
+        reward, found = self.prompts.judged(rollout["x"], examples)
+        drawn = self._drawn(rollout, examples) if t.advantage in OF_CALLS else None
+        advantage = advantages(reward, t.group, t.advantage, drawn)
+        if drawn is not None:  # as many calls as there can be, so that all steps are one program
+            advantage = np.pad(advantage, ((0, 0), (0, rollout["told"].shape[1] - drawn.shape[1])))
+        fields = rollout | {"advantage": advantage,
                             "index": np.arange(rows, dtype=np.int32)}
         rolled, mine = time.monotonic(), parallel.local_rows(rows)
         placed = parallel.put_batch(self.mesh, {name: value[mine] for name, value in fields.items()})

@@ -1,62 +1,92 @@
-"""Rollouts: texts of the sampler with the call at which each token went down each level, from which all states follow.
+"""Rollouts: texts of the sampler with all that its calls saw and drew, so that each can be scored again.
 
 With choose-then-draw, nothing taken back and xi = 1 a token that is not written yet shows the ancestor of what it
-becomes, so that K integers a token (`fell`) stand for the states of all calls.
+becomes, so that K integers a token (`fell`) stand for the states of all calls. Where draws are thrown away, because a
+choice sees them (low_confidence) or written tokens are taken back (rcr), states and draws of each call are kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import Batch, Tree
 from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.decoding import loop, presets, sampler
-from hdlm_jax.decoding.policy import Choice, Numbers, View
+from hdlm_jax.decoding.policy import Choice, Numbers, Policy, View
 from hdlm_jax.diffusion.draws import fold, wide
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.trunk import Trunk
 
-_FIT = "choose one that chooses, then draws, as ancestral, first_hitting, any_order, max_prob, margin or entropy"
-
 
 class Rollout(NamedTuple):
-    """Some texts and how they were written; rows first.
+    """Some texts and how they were written; rows first. C: the most calls that a row can take.
 
-    x: int32 [B, S], tokens. fell: int32 [B, S, K], the call at which a token went below level k = 1..K; -1: it was
-    never that high (given tokens: nowhere). told: float32 [B, S, K], the masking level t that the network was told in
-    that call. calls: int32 [B], calls that a row took, each with a token or more that fell.
+    x: int32 [B, S], tokens. fell: int32 [B, S, K], the call at which a token went below level k = 1..K for good; -1: it
+    was never that high (given tokens: nowhere). told: float32 [B, C], the masking level t that the network was told in
+    each call. calls: int32 [B], calls that a row took.
+    turn: int32 [B, S, K], the turn of a drop in its call, where the order was drawn by a head (dcolt).
+    seen, drawn: int32 [B, C, S], states on show in each call and what it made of them before some were thrown away,
+    where some may be.
     """
 
     x: jax.Array
     fell: jax.Array
     told: jax.Array
     calls: jax.Array
+    turn: jax.Array | None = None
+    seen: jax.Array | None = None
+    drawn: jax.Array | None = None
 
 
 class Transition(NamedTuple):
-    """A call of a rollout: states z before and `after` it, their levels, all int32 [B, S]; t float32 [B]."""
+    """A call of a rollout: states z before and `after` all that was drawn, their levels, what each token's draw is an
+    ancestor of (`x`), its turn in the order, all int32 [B, S]; t float32 [B]."""
 
     z: jax.Array
     after: jax.Array
     level: jax.Array
     to: jax.Array
+    x: jax.Array
+    turn: jax.Array | None
     t: jax.Array
 
 
 def replay(process: HierarchicalProcess, rollout: Rollout, call: jax.Array) -> Transition:
-    """Call number `call` int32 [B] of each row: what the network saw, and what came of it."""
-    at = jnp.broadcast_to(call, rollout.calls.shape)[:, None, None]
+    """Call number `call` int32 [B] of each row: what the network saw, and what it drew."""
+    call = jnp.broadcast_to(call, rollout.calls.shape)
+    at = call[:, None, None]
+    t = of_call(rollout.told, call)
+    if rollout.seen is not None and rollout.drawn is not None:
+        z, after = of_call(rollout.seen, call), of_call(rollout.drawn, call)  # behind a row's last call all alike
+        x = jnp.asarray(first_tokens(process))[after]
+        return Transition(z, after, process.level_of(z), process.level_of(after), x, None, t)
     level, to = (jnp.sum(rollout.fell >= at + more, axis=-1, dtype=jnp.int32) for more in (0, 1))
-    t = jnp.max(jnp.where(rollout.fell == at, rollout.told, 0.0), axis=(1, 2))
-    return Transition(shown(process, rollout.x, level), shown(process, rollout.x, to), level, to, t)
+    turn = None if rollout.turn is None else jnp.max(jnp.where(rollout.fell == at, rollout.turn, 0), axis=-1)
+    return Transition(shown(process, rollout.x, level), shown(process, rollout.x, to), level, to, rollout.x, turn, t)
+
+
+def of_call(values: jax.Array, call: jax.Array) -> jax.Array:
+    """values [B, C, ...] of call [B], of the last one where there is none of that number: [B, ...]."""
+    return values[jnp.arange(len(values)), jnp.minimum(call, values.shape[1] - 1)]
+
+
+def first_tokens(process: HierarchicalProcess) -> np.ndarray:
+    """int32 [N]: a token under every state, of a token itself."""
+    hierarchy = process.hierarchy
+    out = np.zeros(hierarchy.num_states, np.int32)
+    for k in range(1, hierarchy.num_levels + 1):
+        out[hierarchy.offsets[k] + np.asarray(hierarchy.anc[k])] = np.arange(hierarchy.vocab_size)
+    out[: hierarchy.vocab_size] = np.arange(hierarchy.vocab_size)
+    return out
 
 
 def shown(process: HierarchicalProcess, x: jax.Array, level: jax.Array) -> jax.Array:
@@ -69,9 +99,14 @@ def shown(process: HierarchicalProcess, x: jax.Array, level: jax.Array) -> jax.A
 
 @dataclasses.dataclass(frozen=True)
 class Recorded(Choice):
-    """Another choice, with what it does kept in memory: `fell` and `told` of a Rollout."""
+    """Another choice, with what it does kept in memory: fields of a Rollout.
+
+    calls: C, the most that a row can take. draws: whether `seen` and `drawn` are kept.
+    """
 
     choose: Choice
+    calls: int
+    draws: bool
 
     @property
     def straight(self) -> bool:  # type: ignore[override]
@@ -93,37 +128,46 @@ class Recorded(Choice):
         return self.choose.goes_on(numbers, call)
 
     def memory(self, view: View) -> dict[str, jax.Array]:
-        shape = (*view.z.shape, view.process.num_levels)
-        return {"fell": jnp.full(shape, -1, jnp.int32), "told": jnp.zeros(shape, jnp.float32)}
+        rows, width = view.z.shape
+        out = {"fell": jnp.full((rows, width, view.process.num_levels), -1, jnp.int32),
+               "told": jnp.zeros((rows, self.calls), jnp.float32)}
+        every = jnp.zeros((rows, self.calls, width), jnp.int32)
+        return out | ({"seen": every, "drawn": every} if self.draws else {})
 
     def remember(self, view: View, z: jax.Array, unmasked: jax.Array) -> dict[str, jax.Array]:
-        k = wide(jnp.arange(1, view.process.num_levels + 1), view.level)
+        k, memory = wide(jnp.arange(1, view.process.num_levels + 1), view.level), view.memory
         now = (k <= view.level[..., None]) & (k > view.process.level_of(z)[..., None])
-        new = {"fell": view.call[:, None, None], "told": view.t[:, None, None]}
-        return {name: jnp.where(now, value, view.memory[name]) for name, value in new.items()}
+        at = jnp.arange(len(view.z)), view.call
+        out = {"fell": jnp.where(now, view.call[:, None, None], memory["fell"]),
+               "told": memory["told"].at[at].set(view.t)}
+        if self.draws:
+            out |= {"seen": memory["seen"].at[at].set(view.z), "drawn": memory["drawn"].at[at].set(view.drawn)}
+        return out
+
+
+def throws_away(policy: Policy) -> bool:
+    """Whether draws may be thrown away: a choice sees them, or written tokens are taken back."""
+    return policy.order == "draw_then_choose" or policy.revise is not None
+
+
+def draws_whole_texts(method: presets.Method, levels: int, seq_len: int) -> bool:
+    """Whether each call draws all that is open down to tokens, so that it has a whole text to be judged."""
+    policy = method.policy
+    every = policy.order == "draw_then_choose" or policy.choose == presets.WRITE_ALL
+    return every and not 0 < policy.block < seq_len and (policy.choose.straight or levels == 1)
 
 
 def check_law(process: Process, g: GenerateConfig) -> presets.Method:
     """The method of these settings, whose law is written down here.
 
     Raises:
-      ConfigError: it is not: draws that are no draws of the network, choices that see them, texts that are revised.
+      ConfigError: it is not: draws that are no draws of the network, at the states on show, by themselves.
     """
     method = presets.check(g)
-    policy, name = method.policy, f"generate.method={g.method!r}"
-    why = {"takes the likeliest state, which has no gradient: add draw=sample to generate.options": (
-               policy.draw == "argmax"),
-           f"chooses by what was drawn, so that thrown-away draws count as well: {_FIT}": (
-               policy.order == "draw_then_choose"),
-           f"takes written tokens back: {_FIT}": policy.revise is not None,
-           f"drafts, commits or lets texts grow, whose law is not written down: {_FIT}": (
-               policy.verify or policy.commit or policy.lengths),
-           f"does not draw from the network's own distribution alone: {_FIT}": (
-               bool(method.guide or method.needs or method.weights) or not isinstance(policy.draw, str)),
-           f"keeps keys and values, so that its predictions are not those of a state: {_FIT}": method.cache}
-    for text, broken in why.items():
-        if broken:
-            raise ConfigError(f"{name}: its rollouts cannot be scored, it {text}")
+    why = presets.unwritten(method)
+    why = why or ("its predictions are not those of a state, as it keeps keys and values" if method.cache else "")
+    if why := why or ("it rounds the weights" if method.weights else ""):
+        raise ConfigError(f"generate.method={g.method!r}: its rollouts cannot be scored: {why}")
     if g.top_p != 1 or g.temperature <= 0:
         rule = "a nucleus has no gradient at its edge, give 1" if g.top_p != 1 else "must be positive"
         which = "top_p" if g.top_p != 1 else "temperature"
@@ -145,19 +189,23 @@ def make_rollout(network: Trunk, process: HierarchicalProcess, g: GenerateConfig
 
     Rows draw from fold_in(key, index) alone, as all samples do: index int32 [b].
     """
-    check_law(process, g)
-    program = sampler.program_of(g)
-    policy = dataclasses.replace(program.method.policy, choose=Recorded(program.method.policy.choose))
-    program = dataclasses.replace(program, method=program.method._replace(policy=policy))
+    numbers, plain = check_law(process, g).numbers, sampler.program_of(g)
+    policy = plain.method.policy
     shard = parallel.OverBatch(mesh)
 
     def run(given: tuple[Tree, dict[str, Any]], batch: Batch, keys: jax.Array) -> tuple[Tree, Tree]:
-        how = loop.Sampling(sync_trip_count=shard.sync_trip_count)
+        z, how = batch["z"], loop.Sampling(sync_trip_count=shard.sync_trip_count)
+        with jax.ensure_compile_time_eval():  # of numbers that are known
+            most = int(policy.choose.bound(cast(Numbers, numbers), z.shape[1], process.num_levels))
+        kept = dataclasses.replace(policy, choose=Recorded(policy.choose, most, throws_away(policy)))
+        program = dataclasses.replace(plain, method=plain.method._replace(policy=kept))
         call = sampler.call_of(network, process, program, given, batch, how)
-        found, rows = sampler.loop_of(process, batch["z"], call)
-        cache, state = found.begin(fold(keys, 1), batch["z"], **rows)
+        found, rows = sampler.loop_of(process, z, call)
+        cache, state = found.begin(fold(keys, 1), z, **rows)
         _, state, _ = found.run(cache, state)
-        return (), Rollout(state.z, state.memory["fell"], state.memory["told"], state.call)
+        memory = state.memory
+        return (), Rollout(state.z, memory["fell"], memory["told"], state.call,
+                           *(memory.get(name) for name in ("turn", "seen", "drawn")))
 
     def step(given: tuple[Tree, dict[str, Any]], batch: Batch, key: jax.Array) -> Rollout:
         keys = fold(jnp.broadcast_to(key, batch["index"].shape), batch["index"])

@@ -1,19 +1,21 @@
 """Policy gradients of a diffusion sampler: a weighted sum of -log p of drops, with omega a constant to the gradient.
 
-The probability of a rollout is a product over its calls of what was drawn in them (the choice of positions depends on
-no parameter, or moves with probability zero), so that the exact gradient of the mean reward is that of
+The probability of a rollout is a product over its calls of what was drawn in them, so that the exact gradient of the
+mean reward is that of
 
-    sum over calls c, over tokens i that fell in c, of  A D(i; z_c),    D = -log p(what i fell to | z_c),
+    sum over calls c, over tokens i drawn in c, of  A D(i; z_c),    D = -log p(what was drawn for i | z_c),
 
-a sum, never a mean over a call. A `View` is one state of each row and what is priced there; a clipped ratio (PPO, arXiv
-1707.06347) only changes omega, whose gradient is nil.
+a sum, never a mean over a call, and over all draws, also those thrown away. The choice of positions depends on no
+parameter, or moves with probability zero; where a head draws the order (dcolt), D has the cost of a token's turn as
+well. A `View` is one state of each row and what is priced there; a clipped ratio (PPO, arXiv 1707.06347) only changes
+omega, whose gradient is nil.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,24 +30,29 @@ from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.levels import open_uniform
 from hdlm_jax.diffusion.prediction import LogitsPrediction, Prediction
+from hdlm_jax.models import order
 from hdlm_jax.models.heads import map_over_noised, sum_over_noised
 from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.state import TrainState
 from hdlm_jax.training.step import advanced
-from hdlm_jax.tuning.record import Rollout, replay
+from hdlm_jax.tuning.record import Rollout, of_call, replay
 
 Update: TypeAlias = Callable[[TrainState, Batch, tuple[jax.Array, Tree]], tuple[TrainState, dict[str, jax.Array]]]
 
 
 class View(NamedTuple):
     """A state z int32 [b, S] of each row, told t float32 [b]; its tokens are priced from `level` down to `to` int32
-    [b, S] (equal: not at all), times `weight` float32 [b, S]."""
+    [b, S] (equal: not at all), on the way to tokens x int32 [b, S], times `weight` float32 [b, S] and `advantage`
+    float32 [b]. turn: int32 [b, S], in the order that a head drew, if one did."""
 
     z: jax.Array
     t: jax.Array
     level: jax.Array
     to: jax.Array
+    x: jax.Array
     weight: jax.Array
+    advantage: jax.Array
+    turn: jax.Array | None = None
 
 
 Views: TypeAlias = Callable[[Batch, jax.Array, jax.Array], View]  # (rows, keys [b], number of the view)
@@ -53,7 +60,7 @@ Count: TypeAlias = Callable[[Batch], jax.Array]  # rows -> how many views there 
 
 
 def rollout_of(batch: Batch) -> Rollout:
-    return Rollout(*(batch[name] for name in Rollout._fields))
+    return Rollout(**{name: batch[name] for name in Rollout._fields if name in batch})
 
 
 def chosen_calls(keys: jax.Array, calls: jax.Array, bound: int) -> jax.Array:
@@ -64,16 +71,19 @@ def chosen_calls(keys: jax.Array, calls: jax.Array, bound: int) -> jax.Array:
 
 
 def visited(process: HierarchicalProcess, views: int) -> tuple[Views, Count]:
-    """The states of rollouts and what fell in them: all calls, or `views` of each row's T calls, times T / views."""
+    """The states of rollouts and what was drawn there: all calls, or `views` of each row's T calls, times T / views."""
     def view(rows: Batch, keys: jax.Array, number: jax.Array) -> View:
         rollout, call = rollout_of(rows), jnp.broadcast_to(number, rows["calls"].shape)
         scale = jnp.ones(call.shape, jnp.float32)
         if views:
-            most = rollout.fell.shape[1] * rollout.fell.shape[2]
-            call = jnp.take_along_axis(chosen_calls(keys, rollout.calls, most), call[:, None], axis=1)[:, 0]
+            every = chosen_calls(keys, rollout.calls, rollout.told.shape[1])
+            call = jnp.take_along_axis(every, call[:, None], axis=1)[:, 0]
             scale = rollout.calls / jnp.clip(rollout.calls, 1, views)
-        z, _, level, to, t = replay(process, rollout, call)
-        return View(z, t, level, to, jnp.broadcast_to(scale[:, None], z.shape))
+        z, _, level, to, x, turn, t = replay(process, rollout, call)
+        advantage = rows["advantage"]
+        if advantage.ndim == 2:  # of each call
+            advantage = of_call(advantage, call)
+        return View(z, t, level, to, x, jnp.broadcast_to(scale[:, None], z.shape), advantage, turn)
 
     def count(rows: Batch) -> jax.Array:
         most = jnp.max(rows["calls"])
@@ -100,7 +110,7 @@ def noised(process: HierarchicalProcess, views: int, gauss: bool = False) -> tup
         x, free = rows["x"], rows["fell"][..., 0] >= 0
         z, level = process.noised(fold(keys, 2 * number + 1), x, tau, free)
         weight = process.nelbo_weight(z, tau, x) * jnp.exp(tau)[:, None] * share
-        return View(z, t, level, jnp.maximum(level - 1, 0), weight)
+        return View(z, t, level, jnp.maximum(level - 1, 0), x, weight, rows["advantage"])
 
     return view, lambda rows: jnp.int32(many)
 
@@ -111,7 +121,8 @@ def _masked(process: HierarchicalProcess, rows: Batch, hidden: jax.Array, priced
     top = process.num_levels
     z = jnp.where(hidden, process.mask_id, rows["x"])
     level = jnp.where(priced, top, 0)
-    return View(z, t, level, jnp.zeros_like(level), jnp.broadcast_to(weight[:, None], z.shape))
+    weight = jnp.broadcast_to(weight[:, None], z.shape)
+    return View(z, t, level, jnp.zeros_like(level), rows["x"], weight, rows["advantage"])
 
 
 def one_pass(process: HierarchicalProcess, views: int) -> tuple[Views, Count]:
@@ -167,59 +178,70 @@ class Gradients:
         self.needs = "all" if temperature == 1 else "tokens"
         self.views, self.count = OBJECTIVES[tune.objective](process, tune.views)
 
-    def nats(self, params: Tree, x: jax.Array, view: View) -> jax.Array:
+    def nats(self, params: Tree, view: View) -> jax.Array:
         """D at a view's priced tokens, zero elsewhere: float32 [b, S], without gradient."""
         params = jax.lax.stop_gradient(params)
         h = self.network.hidden(params, view.z, view.t)
         found = lambda p, fields, levels: self._nats(p, fields, levels).astype(jnp.float32)  # noqa: E731
-        return map_over_noised(self.network.head, found, self.network.head_params(params), h,
-                               jnp.where(view.to < view.level, view.level, 0), x, (x, view.level, view.to),
-                               needs=self.needs, shard=self.shard)
+        drawn = map_over_noised(self.network.head, found, self.network.head_params(params), h,
+                                jnp.where(view.to < view.level, view.level, 0), view.x, (view.x, view.level, view.to),
+                                needs=self.needs, shard=self.shard)
+        return drawn if view.turn is None else drawn + self._turns(params, h, view)
+
+    def _turns(self, params: Tree, h: jax.Array, view: View) -> jax.Array:
+        """The cost of each token's turn in the order, float [b, S]."""
+        return order.nats(order.scores(params, h, view.level, view.t), view.level, view.to, cast(jax.Array, view.turn))
 
     def _nats(self, p: Prediction, fields: Sequence[jax.Array], levels: object) -> jax.Array:
         x, level, to = fields[:3]
         return nats(self.process, p, x, level, to, self.temperature)
 
-    def omega(self, params: Tree, old: Tree | None, reference: Tree, rows: Batch, view: View) -> jax.Array:
+    def omega(self, params: Tree, old: Tree | None, reference: Tree, view: View) -> jax.Array:
         """What D is multiplied by: the advantage, times the clipped ratio to the weights `old` that wrote the rows;
         and the pull towards the reference."""
-        tune, advantage = self.tune, jnp.broadcast_to(rows["advantage"][:, None], view.z.shape)
+        tune, advantage = self.tune, jnp.broadcast_to(view.advantage[:, None], view.z.shape)
         omega = advantage
-        now = self.nats(params, rows["x"], view) if old is not None or tune.kl else 0.0
+        now = self.nats(params, view) if old is not None or tune.kl else 0.0
         if old is not None:
-            log_ratio = self.nats(old, rows["x"], view) - now
+            log_ratio = self.nats(old, view) - now
             if tune.ratio == "call":
                 log_ratio = jnp.broadcast_to(jnp.sum(log_ratio, axis=1, keepdims=True), log_ratio.shape)
             ratio = jnp.exp(log_ratio)
             beyond = jnp.where(advantage > 0, ratio > 1 + tune.clip, ratio < 1 - tune.clip)
             omega = advantage * jnp.where(beyond, 0.0, ratio)
         if tune.kl:  # of the divergence's own gradient, log p - log p_reference at what was drawn
-            omega = omega + tune.kl * (now - self.nats(reference, rows["x"], view))
+            omega = omega + tune.kl * (now - self.nats(reference, view))
         return omega * view.weight
 
-    def of_view(self, params: Tree, old: Tree | None, reference: Tree, rows: Batch, view: View
-                ) -> tuple[jax.Array, jax.Array]:
+    def of_view(self, params: Tree, old: Tree | None, reference: Tree, view: View) -> tuple[jax.Array, jax.Array]:
         """(sum of omega D, which alone has gradients; sum of weight D) of a view."""
         def cost(p: Prediction, fields: Sequence[jax.Array], levels: object) -> tuple[jax.Array, jax.Array]:
             found = self._nats(p, fields, levels)
             return tuple((jax.lax.stop_gradient(a) * found).astype(jnp.float32) for a in fields[3:])  # type: ignore
 
-        x, omega = rows["x"], jax.lax.stop_gradient(self.omega(params, old, reference, rows, view))
+        omega = jax.lax.stop_gradient(self.omega(params, old, reference, view))
         h = self.network.hidden(params, view.z, view.t)
         loss, each = sum_over_noised(self.network.head, cost, self.network.head_params(params), h,
-                                     jnp.where(view.to < view.level, view.level, 0), x,
-                                     (x, view.level, view.to, omega, view.weight), needs=self.needs, shard=self.shard)
-        return loss, jnp.sum(each)
+                                     jnp.where(view.to < view.level, view.level, 0), view.x,
+                                     (view.x, view.level, view.to, omega, view.weight), needs=self.needs,
+                                     shard=self.shard)
+        spent = jnp.sum(each)
+        if view.turn is None:
+            return loss, spent
+        turns = self._turns(params, h, view)
+        more = (jnp.sum(a * turns).astype(jnp.float32) for a in (omega, view.weight))
+        return loss + next(more), spent + next(more)
 
     def __call__(self, params: Tree, old: Tree | None, reference: Tree, rows: Batch, key: jax.Array
                  ) -> tuple[tuple[jax.Array, jax.Array], Tree]:
-        """((loss, nats), gradients) of rows: fields of a Rollout, advantage float32 [b], index int32 [b]."""
+        """((loss, nats), gradients) of rows: fields of a Rollout, advantage float32 [b] or, of each call, [b, C], index
+        int32 [b]."""
         keys = fold(jnp.broadcast_to(key, rows["index"].shape), rows["index"])
         zero = (jnp.float32(0), jnp.float32(0))
 
         def add(number: jax.Array, carry: Tree) -> Tree:
             view = self.views(rows, keys, number)
-            more = jax.value_and_grad(self.of_view, has_aux=True)(params, old, reference, rows, view)
+            more = jax.value_and_grad(self.of_view, has_aux=True)(params, old, reference, view)
             return jax.tree.map(jnp.add, carry, more)
 
         return jax.lax.fori_loop(0, self.count(rows), add, (zero, jax.tree.map(jnp.zeros_like, params)))
@@ -229,9 +251,9 @@ def make_update(config: Config, network: Trunk, process: HierarchicalProcess, tx
                 mesh: Mesh | None = None) -> Update:
     """update(state, batch, (key, reference)) -> (state, metrics): tune.updates steps by one batch of rollouts.
 
-    batch: fields of a Rollout, advantage float32 [B], index int32 [B]. reference: parameters ({} unless tune.kl). The
-    loss, and its gradient, is the mean over rollouts of sums over their calls. metrics: loss, grad_norm, skipped, and
-    nats, of a rollout: for `score` an estimate of the entropy of what is drawn.
+    batch: fields of a Rollout, advantage float32 [B] or [B, C], index int32 [B]. reference: parameters ({} unless
+    tune.kl). The loss, and its gradient, is the mean over rollouts of sums over their calls. metrics: loss, grad_norm,
+    skipped, and nats, of a rollout: for `score` an estimate of the entropy of what is drawn.
     """
     tune, parts = config.tune, config.train.microbatches
     gradients = Gradients(tune, config.generate.temperature, network, process, mesh)

@@ -330,8 +330,8 @@ class Decoder(Transformer):
 
 
 def _is_trained(names: Sequence[str]) -> bool:
-    """Whether low-rank training changes it: the additions, vectors of clusters and mask, a head over clusters or orders,
-    the projection of features."""
+    """Whether low-rank training changes it: the additions, vectors of clusters and mask, a head over clusters or
+    orders, the projection of features."""
     return names[-1].startswith("lora") or names[0] in ("states", "features", "order") or "clusters" in names
 
 

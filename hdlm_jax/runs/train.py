@@ -340,7 +340,7 @@ class Loop:
             if found.hierarchy != self.hierarchy:
                 raise ConfigError(f"train.init_from={base!r}: its best checkpoint has learned other clusters since its "
                                   f"hierarchy was taken over into {self.workdir}; use another --workdir")
-            new = {name: state.params[name] for name in ("features", "order") if name in state.params}  # may be new here
+            new = {name: state.params[name] for name in ("features", "order") if name in state.params}
             own = new | found.params
             want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, own))
             if want != got:

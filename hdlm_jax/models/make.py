@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from hdlm_jax.config import Config
@@ -27,7 +29,8 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     sizes = (head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dtype, m.remat, causal, m.attention)
     if m.trunk == "decoder":
         return Decoder(*sizes, block=m.block, features=features, dims=config.decoder, param_dtype=m.param_dtype)
-    own = dict(block=m.block, features=features, dropout=m.dropout, time_conditioning=m.time_conditioning)
+    own: dict[str, Any] = dict(block=m.block, features=features, dropout=m.dropout,
+                               time_conditioning=m.time_conditioning)
     return ChannelNetwork(*sizes, **own, channel=channel) if channel else Network(*sizes, **own)
 
 

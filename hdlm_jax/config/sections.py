@@ -467,6 +467,7 @@ class TuneConfig(_Section):
             return
         self.need(bool(train.init_from), "objective", "needs train.init_from, the run to start from")
         self.need(train.batch_size % self.group == 0, "group", f"must divide train.batch_size={train.batch_size}")
+        self.need(not data.features_field, "objective", "does not go with data.features_field")
         self.need(not (train.adapt or train.recluster_every or data.stream), "objective",
                   "does not go with train.adapt, train.recluster_every or data.stream")
         self.need(self.updates == 1 or optimizer.schedule == "constant", "updates",

@@ -24,6 +24,7 @@ from hdlm_jax.common.extras import package
 from hdlm_jax.config import Config, ServeConfig
 from hdlm_jax.config.rules import rule
 from hdlm_jax.decoding import desk, presets, sampler
+from hdlm_jax.decoding.sampler import check_features
 from hdlm_jax.runs import orders
 from hdlm_jax.runs.orders import Json
 from hdlm_jax.training.loading import Run, load_run
@@ -339,7 +340,9 @@ def serve(config: Config, workdir: str, page: str, about: Json) -> None:
     uvicorn = package("uvicorn", "serve", "--mode=serve")
     rule(jax.process_count() == 1, "serve", jax.process_count(), "one process serves; start it without --distributed")
     with contextlib.closing(listen(config.serve)) as sock:
-        server = Server(load_run(config, workdir, config.generate.checkpoint), page, about)
+        run = load_run(config, workdir, config.generate.checkpoint)
+        check_features(run, None)  # requests have none
+        server = Server(run, page, about)
         host, port = sock.getsockname()[:2]
         say(f"serve: {server.name}, step {server.run.step}, at http://{f'[{host}]' if ':' in host else host}:{port} "
             "(a page to look at, /v1/completions, /v1/chat/completions, /health, /metrics); Ctrl-C stops")

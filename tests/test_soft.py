@@ -25,6 +25,7 @@ from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.evaluation.elbo import Evaluator
 from hdlm_jax.models import soft
 from hdlm_jax.models.soft import SoftHead, SoftProcess
+from hdlm_jax.runs.import_weights import check_exportable
 from hdlm_jax.training.state import TrainState, build, make_optimizer
 from hdlm_jax.training.step import make_loss_sums, make_train_step
 from tools.toy_calls import joint as toy_joint
@@ -430,6 +431,8 @@ def test_a_process_says_what_it_needs():
     for more, text in ((dict(force_transition="none"), "force_transition='none'"), (dict(xi=1.0), "xi=1.0")):
         with pytest.raises(ValueError, match=text):
             SoftProcess(hierarchy, chain, **(dict(xi=0.9) | more))
+    with pytest.raises(ConfigError, match="released.layout: this run has hierarchy.map='learned'"):
+        check_exportable(tiny_config())
     assert Config().hierarchy.map == "hard" and GenerateConfig().method in SoftProcess.methods
     assert set(SoftProcess.methods) <= set(presets.METHODS)
     assert SoftHead(hierarchy).init(jax.random.key(0), 4)["map"].shape == (4, 2)

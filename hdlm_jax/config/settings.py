@@ -127,7 +127,7 @@ class Config:
         rule(levels > 1 and d.process == "hierarchical", "hierarchy.map", "learned",
              f"is of words to clusters; diffusion.process={d.process!r} with hierarchy.clusters="
              f"{self.hierarchy.clusters} has none, give 'hard'")
-        rule(d.xi <= 0.999, "diffusion.xi", d.xi, "a learned map starts from it; give less than 1, as .9")
+        rule(d.xi <= 0.999, "diffusion.xi", d.xi, "a learned map starts from it; give at most .999, as .9")
         for name, value, only in (
                 ("train.objective", t.objective, "paired"), ("diffusion.weighting", d.weighting, "none"),
                 ("diffusion.force_transition", d.force_transition, "cavity"),

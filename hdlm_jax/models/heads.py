@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,7 @@ class FlatHead:
     hierarchy: Hierarchy
     dtype: DTypeLike = jnp.float32
     softcap: float = 0.0  # c: logits are c tanh(logit / c); 0: as they are
+    uses: ClassVar[tuple[str, ...]] = ("kernel", "bias")  # parameters that a prediction is made of
 
     def init(self, key: jax.Array, width: int) -> Tree:
         del key
@@ -147,7 +148,7 @@ class FlatHead:
         return LogitsPrediction(self.logits(params, h), self.hierarchy)
 
     def streams(self, level: jax.Array, x: jax.Array, needs: str) -> list:
-        return [_Chunks(level > 0, None, self.predict, ("kernel", "bias"))]
+        return [_Chunks(level > 0, None, self.predict, self.uses)]
 
 
 class Blocks:

@@ -23,7 +23,7 @@ from hdlm_jax.diffusion.draws import categorical, fold, token_keys
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.prediction import LogitsPrediction, Prediction
-from hdlm_jax.models.heads import FlatHead, _Chunks
+from hdlm_jax.models.heads import FlatHead
 
 FLOOR = 1e-6  # share of a word's crossings that go to any cluster
 MAP = "map"  # name of the parameter
@@ -60,18 +60,13 @@ class SoftHead(FlatHead):
     """A flat head that holds the map: parameters kernel, bias and map [V, n_1], which starts as that of `xi`."""
 
     xi: float = 0.9
+    uses = ("kernel", "bias", MAP)
 
     def init(self, key: jax.Array, width: int) -> Tree:
         return super().init(key, width) | {MAP: jnp.asarray(two_valued(self.hierarchy, self.xi))}
 
-    def start(self, kernel: jax.Array, bias: jax.Array, h: jax.Array | None = None) -> Tree:
-        return super().start(kernel, bias, h) | {MAP: jnp.asarray(two_valued(self.hierarchy, self.xi))}
-
     def predict(self, params: Tree, h: jax.Array) -> Prediction:
         return Mapped(self.logits(params, h), self.hierarchy, log_map(params[MAP]))
-
-    def streams(self, level: jax.Array, x: jax.Array, needs: str) -> list:
-        return [_Chunks(level > 0, None, self.predict, ("kernel", "bias", MAP))]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -148,6 +148,9 @@ def check_exportable(trained: Config) -> None:
     if trained.model.head != "flat":
         raise ConfigError(f"released.layout: this run has model.head={trained.model.head!r}; the published network has "
                           "a logit for every word, 'flat'")
+    if trained.hierarchy.map != "hard":
+        raise ConfigError(f"released.layout: this run has hierarchy.map={trained.hierarchy.map!r}; the published "
+                          "network has no place for it, 'hard' alone")
     if trained.diffusion.process == "autoregressive":
         raise ConfigError("released.layout: this run is autoregressive; the published network sees both sides")
 

@@ -23,6 +23,7 @@ from hdlm_jax.evaluation.elbo import Evaluator
 from hdlm_jax.models import channel
 from hdlm_jax.models.channel import ChannelProcess, Observed, State
 from hdlm_jax.models.network import Network
+from hdlm_jax.runs.import_weights import check_exportable
 from hdlm_jax.training.state import build, make_optimizer
 from hdlm_jax.training.step import make_loss_sums
 from tools import toy_channel as toy
@@ -119,6 +120,22 @@ def test_schedule():
     np.testing.assert_allclose(process.ratio(jnp.asarray(tau, jnp.float32)), 0.7 * (1 - t) / t, rtol=1e-5)
     assert process.ratio(jnp.inf) == 0 and process.gain(jnp.float32(200.0)) == 0
     assert process.gain(0.5 * channel.TAU_MIN) == 0 and process.ratio(0.0) == process.ratio(channel.TAU_MIN)
+
+
+def test_known_words_show_their_embedding_and_hard_training_is_their_cross_entropy():
+    process = make("K=2")
+    x, score = jnp.asarray([[0, 1, 2, 3]] * 8, jnp.int32), jnp.asarray([[False, False, True, True]] * 8)
+    state, level = process.noised(jax.random.key(0), x, jnp.full(8, 3.0), score)
+    shown = np.asarray(state.u / state.s[..., None])
+    known = np.asarray(level) == 0
+    assert known[:, :2].all() and not known[:, 2:].all()
+    np.testing.assert_allclose(shown[known], np.asarray(process.signal)[np.asarray(x)[known]], rtol=1e-6)
+    np.testing.assert_allclose(state.s[~known], process.ratio(3.0), rtol=1e-6)
+    logits = channel.evidence(state.u, state.s, process.signal)
+    p = Observed(logits, process.hierarchy, process.signal)
+    hard = process.token_loss(p, x, state, None, True, tau=jnp.full(8, 3.0))
+    log_p = np.asarray(process.forced(p, state.z).log_prob(x))
+    np.testing.assert_allclose(hard[~known], -log_p[~known], rtol=1e-6)
 
 
 # ---- the way back ----------------------------------------------------------------------------------------------------
@@ -334,6 +351,11 @@ def test_what_is_not_built_is_refused_in_a_line(changes, text):
     with pytest.raises(ConfigError) as error:
         tiny_config(**changes)
     assert str(error.value).startswith(text) and "\n" not in str(error.value)
+
+
+def test_published_layouts_have_no_place_for_it():
+    with pytest.raises(ConfigError, match="released.layout: this run has diffusion.channel=0.5"):
+        check_exportable(tiny_config())
 
 
 def test_a_process_says_what_it_needs():

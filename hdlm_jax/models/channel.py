@@ -30,7 +30,7 @@ from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import Proposal
 from hdlm_jax.diffusion.prediction import LogitsPrediction, Prediction
-from hdlm_jax.models.heads import FlatHead, _Chunks
+from hdlm_jax.models.heads import FlatHead
 from hdlm_jax.models.network import Network
 
 SIGNAL = "signal"  # name of the parameter e
@@ -106,6 +106,7 @@ class ChannelHead(FlatHead):
     and e, random until `with_signal`."""
 
     channel: int = 32  # D
+    uses = ("kernel", "bias", SIGNAL)
 
     def init(self, key: jax.Array, width: int) -> Tree:
         return super().init(key, width) | {SIGNAL: jax.random.normal(key, (self.hierarchy.vocab_size, self.channel))}
@@ -117,9 +118,6 @@ class ChannelHead(FlatHead):
 
     def predict(self, params: Tree, h: jax.Array) -> Prediction:
         return Observed(self.logits(params, h), self.hierarchy, jax.lax.stop_gradient(params[SIGNAL]))
-
-    def streams(self, level: jax.Array, x: jax.Array, needs: str) -> list:
-        return [_Chunks(level > 0, None, self.predict, ("kernel", "bias", SIGNAL))]
 
 
 class ChannelNetwork(Network):

@@ -19,57 +19,29 @@ from hdlm_jax.diffusion.draws import wide
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
-from hdlm_jax.evaluation.elbo import Evaluator, stratified_pairs
+from hdlm_jax.evaluation.elbo import Evaluator
 from hdlm_jax.models import channel
 from hdlm_jax.models.channel import ChannelProcess, Observed, State
 from hdlm_jax.models.network import Network
+from hdlm_jax.runs.import_weights import check_exportable
 from hdlm_jax.training.state import build, make_optimizer
 from hdlm_jax.training.step import make_loss_sums
+from tools import toy_channel as toy
 
-V = 4
+V = toy.V
 PARENTS = {"K=1": [], "K=2": [[0, 1, 0, 1]], "K=3": [[0, 1, 2, 1], [0, 1, 1]]}
 RATES = {"K=1": (1.0,), "K=2": (2.0, 1.0), "K=3": (1.0, 3.0, 1.5)}
 
 
-def signal_of(width, seed=0):
-    e = np.random.default_rng(seed).normal(size=(V, width))
-    e -= e.mean(0)
-    return (e / np.sqrt(np.mean(e**2))).astype(np.float32)
-
-
 def make(case, c=0.3, width=3, xi=1.0):
-    hierarchy = Hierarchy.from_parents(PARENTS[case], V)
-    chain = LevelChain(RATES[case])
-    return ChannelProcess(hierarchy, chain, xi, "cavity", c, width, jnp.asarray(signal_of(width)))
-
-
-def bayes(process, joint):
-    """(State [B, S], t) -> what the optimal network says, evidence and all, of a joint law [V] * S of words."""
-    toy = oracle.Toy(PARENTS[f"K={process.num_levels}"], process.chain.rates, process.xi, V)
-    shown = jnp.asarray(np.concatenate([toy.shown(k) for k in range(toy.K + 1)], axis=1))  # [V, N]
-    log_joint, length = jnp.log(jnp.asarray(joint)), joint.ndim
-
-    def denoise(state, t=None):
-        told = channel.evidence(state.u, state.s, process.signal)
-        of_words = jnp.where((state.z < V)[..., None], 0.0, told) + jnp.log(shown.T[state.z])  # [B, S, V]
-        logits = []
-        for i in range(length):
-            post = jnp.broadcast_to(log_joint[None], (len(told), *log_joint.shape))
-            for j in range(length):
-                if j != i:
-                    post += of_words[:, j].reshape(len(told), *(V if k == j else 1 for k in range(length)))
-            axes = tuple(1 + j for j in range(length) if j != i)
-            logits.append(jax.nn.logsumexp(post, axis=axes) + told[:, i])
-        return Observed(jnp.stack(logits, axis=1), process.hierarchy, process.signal)
-
-    return denoise
+    return toy.made(PARENTS[case], c, width, RATES[case], xi)
 
 
 # ---- the bound -------------------------------------------------------------------------------------------------------
 
 
 def test_evidence_is_bayes_rule():
-    signal, rng = signal_of(3), np.random.default_rng(1)
+    signal, rng = toy.table_of(3), np.random.default_rng(1)
     u, s = rng.normal(size=(5, 3)), np.array([0.01, 0.3, 1.0, 4.0, 30.0])
     log_p = -((u[:, None] - s[:, None, None] * signal) ** 2).sum(-1) / (2 * s[:, None])  # N(u; s e, s)
     want = log_p - log_p[:, :1]
@@ -80,26 +52,26 @@ def test_evidence_is_bayes_rule():
 def integrated(process, prior):
     """(discrete, continuous) parts of the bound of one word drawn from prior, whose network knows the prior alone: the
     integral over noise time and observations (D = 1), the sum over words and symbols."""
-    toy = oracle.Toy(PARENTS[f"K={process.num_levels}"], process.chain.rates, process.xi, V)
+    words = oracle.Toy(PARENTS[f"K={process.num_levels}"], process.chain.rates, process.xi, V)
     edges, (node, mass) = np.linspace(np.log(1e-3), np.log(40), 13), np.polynomial.legendre.leggauss(6)
     half = (edges[1] - edges[0]) / 2
     tau = np.exp((edges[:-1, None] + half + half * node).ravel())
     eps, of_eps = np.polynomial.hermite_e.hermegauss(40)
-    x, z, j = (a.reshape(-1) for a in np.meshgrid(np.arange(V), np.arange(V, toy.N), np.arange(40), indexing="ij"))
+    x, z, j = (a.reshape(-1) for a in np.meshgrid(np.arange(V), np.arange(V, words.N), np.arange(40), indexing="ij"))
     s = np.asarray(process.ratio(tau, np))[:, None]
     u = s * np.asarray(process.signal)[x, 0] + np.sqrt(s) * eps[j]  # [times, words x symbols x noises]
-    q = np.stack([toy.q(t)[x, z] for t in tau])
+    q = np.stack([words.q(t)[x, z] for t in tau])
     weight = np.tile(mass * half, 12)[:, None] * tau[:, None] * prior[x] * q * of_eps[j] / of_eps.sum()
 
     @jax.jit
     def costs(u, s, tau):
         shape = u.shape
         state = State(jnp.broadcast_to(z[None], shape).astype(np.int32), u[..., None], jnp.broadcast_to(s, shape))
-        words = jnp.broadcast_to(x[None], shape).astype(np.int32)
+        own = jnp.broadcast_to(x[None], shape).astype(np.int32)
         logits = wide(np.log(prior).astype(np.float32), u) + channel.evidence(state.u, state.s, process.signal)
         p = Observed(logits, process.hierarchy, process.signal)
-        rates = [process.nelbo_weight(state, tau) * part(p, words, state, tau=tau) for part in process.parts]
-        return (*rates, process.nelbo_rate(p, words, state, tau))
+        rates = [process.nelbo_weight(state, tau) * part(p, own, state, tau=tau) for part in process.parts]
+        return (*rates, process.nelbo_rate(p, own, state, tau))
 
     found = costs(*(jnp.asarray(a, jnp.float32) for a in (u, s, tau)))
     discrete, continuous, both = (np.asarray(a, np.float64) for a in found)
@@ -119,28 +91,11 @@ def test_the_sum_is_the_entropy_and_the_symbols_alone_lie_below(case, c, xi):
         assert discrete < oracle.entropy(prior) - 0.1
 
 
-def nelbo(process, joint, denoise, rows, seed=0):
-    """Means and standard errors of (discrete, continuous, sum) over texts of a joint law, one draw each."""
-    rng = np.random.default_rng(seed)
-    x = np.stack(np.unravel_index(rng.choice(joint.size, rows, p=joint.ravel()), joint.shape), axis=1).astype(np.int32)
-    tau, q = stratified_pairs(process.proposal(joint.ndim, 0.03), seed, rows, 1)
-
-    @jax.jit
-    def rates(x, tau, key):
-        state, level = process.noised(key, x, tau, jnp.ones(x.shape, bool))
-        p, weight = denoise(state), process.nelbo_weight(state, tau)
-        return [jnp.sum(jnp.where(level > 0, weight * part(p, x, state, tau=tau), 0.0), -1) for part in process.parts]
-
-    parts = np.stack(rates(jnp.asarray(x), jnp.asarray(tau[0], jnp.float32), jax.random.key(seed))) / q
-    parts = np.concatenate([parts, parts.sum(0, keepdims=True)])
-    return parts.mean(1), parts.std(1) / math.sqrt(rows)
-
-
 @pytest.mark.parametrize("case, c", [("K=1", 0.3), ("K=2", 3.0)])
 def test_bound_of_the_optimal_network_of_two_words_is_their_entropy(case, c):
     """Each sees what the other's observation says. Within 4.5 standard errors, which are below 2 %."""
     process, joint = make(case, c), oracle.random_joint(V, 2, seed=3)
-    mean, se = nelbo(process, joint, bayes(process, joint), 40_000)
+    mean, se = toy.bound(process, joint, 40_000)
     assert mean[2] == pytest.approx(oracle.entropy(joint), abs=4.5 * se[2]) and se[2] < 0.03
     assert mean[0] + 4.5 * se[0] < oracle.entropy(joint)
 
@@ -167,11 +122,27 @@ def test_schedule():
     assert process.gain(0.5 * channel.TAU_MIN) == 0 and process.ratio(0.0) == process.ratio(channel.TAU_MIN)
 
 
+def test_known_words_show_their_embedding_and_hard_training_is_their_cross_entropy():
+    process = make("K=2")
+    x, score = jnp.asarray([[0, 1, 2, 3]] * 8, jnp.int32), jnp.asarray([[False, False, True, True]] * 8)
+    state, level = process.noised(jax.random.key(0), x, jnp.full(8, 3.0), score)
+    shown = np.asarray(state.u / state.s[..., None])
+    known = np.asarray(level) == 0
+    assert known[:, :2].all() and not known[:, 2:].all()
+    np.testing.assert_allclose(shown[known], np.asarray(process.signal)[np.asarray(x)[known]], rtol=1e-6)
+    np.testing.assert_allclose(state.s[~known], process.ratio(3.0), rtol=1e-6)
+    logits = channel.evidence(state.u, state.s, process.signal)
+    p = Observed(logits, process.hierarchy, process.signal)
+    hard = process.token_loss(p, x, state, None, True, tau=jnp.full(8, 3.0))
+    log_p = np.asarray(process.forced(p, state.z).log_prob(x))
+    np.testing.assert_allclose(hard[~known], -log_p[~known], rtol=1e-6)
+
+
 # ---- the way back ----------------------------------------------------------------------------------------------------
 
 
 def write(process, joint, steps, rows=20_000):
-    denoise = bayes(process, joint)
+    denoise = toy.bayes(process, joint)
     run = jax.jit(lambda key, z: decoding.sample(key, denoise, process, z, steps=steps, tokens=8192))
     words, stats = run(jax.random.key(2), jnp.full((rows, joint.ndim), process.mask_id, jnp.int32))
     assert int(stats["calls"]) == steps and words.max() < V
@@ -187,24 +158,11 @@ def test_one_word_has_its_law_at_any_number_of_steps(case, xi, steps):
 
 
 def test_the_mean_in_place_of_a_word_is_another_law():
-    """The twin of the sampler above, one word and three steps: with the mixture its law is the prior, with the mean
-    ("predict x0") it is not."""
-    prior, steps, rows = np.array([0.55, 0.2, 0.05, 0.2]), 3, 100_000
-    process, signal, rng = make("K=1", 5.0, 2), signal_of(2).astype(float), np.random.default_rng(0)
-    for mean in (False, True):
-        u, s, word = np.zeros((rows, 2)), 0.0, np.full(rows, -1)
-        for call in range(steps):
-            p = np.log(prior) + u @ signal.T - s / 2 * (signal**2).sum(-1)
-            p = np.exp(p - p.max(-1, keepdims=True))
-            p /= p.sum(-1, keepdims=True)
-            w = np.minimum((p.cumsum(-1) < rng.random((rows, 1))).sum(-1), V - 1)
-            falls = (word < 0) & (rng.random(rows) < 1 / (steps - call))
-            word = np.where(falls, w, word)
-            then = float(process.ratio(-np.log((call + 1) / steps), np))
-            u += (then - s) * (p @ signal if mean else signal[w]) + np.sqrt(then - s) * rng.normal(size=u.shape)
-            s = then
-        distance, floor, spread = oracle.total_variation(np.bincount(word, minlength=V), prior)
-        assert distance > 0.04 if mean else distance < floor + 4.5 * spread
+    """The sampler's twin in plain steps, one word: with a drawn word its law is the prior, with the mean ("predict x0")
+    it is not."""
+    prior, process = np.array([0.55, 0.2, 0.05, 0.2]), make("K=1", 5.0, 2)
+    assert_law(toy.twin(process, prior, 3, 20_000, mean=False), prior)
+    assert toy.distance(toy.twin(process, prior, 3, 20_000, mean=True), prior) > 0.04
 
 
 @pytest.mark.parametrize("case", ["K=1", "K=2"])
@@ -220,7 +178,7 @@ def test_two_words_have_their_law_in_many_steps(case):
 def test_given_words_stay_and_tell_the_others():
     process, joint = make("K=2", 0.5), oracle.random_joint(V, 2, seed=3)
     z = jnp.tile(jnp.asarray([[2, process.mask_id]], jnp.int32), (10_000, 1))
-    words = decoding.sample(jax.random.key(0), bayes(process, joint), process, z, steps=2, tokens=8192)[0]
+    words = decoding.sample(jax.random.key(0), toy.bayes(process, joint), process, z, steps=2, tokens=8192)[0]
     assert np.all(np.asarray(words)[:, 0] == 2)
     assert_law(np.asarray(words)[:, 1:], joint[2] / joint[2].sum())
 
@@ -314,7 +272,7 @@ def test_the_optimizer_leaves_the_table_alone(network):
     config = tiny_config(optimizer__weight_decay=0.1)
     params = network[3]
     tx, _ = make_optimizer(config)
-    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    updates = jax.jit(lambda p: tx.update(jax.tree.map(jnp.ones_like, p), tx.init(p), p)[0])(params)
     assert np.all(np.asarray(updates["head"]["signal"]) == 0) and np.any(np.asarray(updates["head"]["kernel"]) != 0)
 
 
@@ -393,6 +351,11 @@ def test_what_is_not_built_is_refused_in_a_line(changes, text):
     with pytest.raises(ConfigError) as error:
         tiny_config(**changes)
     assert str(error.value).startswith(text) and "\n" not in str(error.value)
+
+
+def test_published_layouts_have_no_place_for_it():
+    with pytest.raises(ConfigError, match="released.layout: this run has diffusion.channel=0.5"):
+        check_exportable(tiny_config())
 
 
 def test_a_process_says_what_it_needs():

@@ -151,8 +151,8 @@ class Training:
             hidden = self.network.hidden(params, z, -jnp.expm1(-tau))
             p = self.process.as_prediction(self.network.head.logits(params["head"], hidden))
             tau = jnp.broadcast_to(tau[:, None], x.shape)
-            return jnp.mean(self.process.loss(p, x, z, tau, weighting=d.weighting, weight_min=d.weight_min,
-                                              weight_max=d.weight_max))
+            weight = self.process.loss_weight(z, tau, d.weighting, d.weight_min, d.weight_max, x=x)
+            return jnp.mean(weight * self.process.token_loss(p, x, z, tau=tau))
 
         run = loss if full_logits else lambda *given: sums(*given)[0]
         lowered = jax.jit(jax.value_and_grad(run)).lower(self.abstract.params, self.batch(), self.key)

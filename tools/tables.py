@@ -7,8 +7,8 @@
 A table stands between two marks, <!-- runs: docs/runs/quickstart/hdlm_tiny docs/runs/quickstart/mdlm_tiny --> and
 <!-- end -->: that of `python -m hdlm_jax.report` of these runs, and their paired differences. --keep copies of runs
 what such a table is made from. Behind <!-- grid: NAME --> stands a table of tools/grid.py, behind <!-- toy: FILE -->
-one of tools/toy_calls.py, behind <!-- map: FILE --> those of tools/toy_map.py, behind <!-- load: FILE --> one of
-what tools/serve_load.py wrote to FILE, behind
+one of tools/toy_calls.py, behind <!-- map: FILE --> those of tools/toy_map.py, behind <!-- channel: FILE --> those of
+tools/toy_channel.py, behind <!-- load: FILE --> one of what tools/serve_load.py wrote to FILE, behind
 <!-- rewards: FILE --> one of runs trained by rewards, {"runs": [{"run", "nelbo", "se", "rewards"}]}, of their
 evaluate.json and rewards.json, behind <!-- sweep: FILE --> one of tools/method_sweep.py's lines, behind
 <!-- speedrun: FILE --> one of tools/speedrun.py's records.
@@ -25,11 +25,11 @@ from typing import Any
 from hdlm_jax.common import jsons
 from hdlm_jax.common.console import markdown, measured
 from hdlm_jax.report import compare
-from tools import cli, grid, method_sweep, serve_load, speedrun, toy_calls, toy_map
+from tools import cli, grid, method_sweep, serve_load, speedrun, toy_calls, toy_channel, toy_map
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
-MARK = re.compile(r"(<!-- (runs|grid|toy|map|load|rewards|sweep|speedrun): ([^>]+?) -->\n)(.*?)(<!-- end -->)",
+MARK = re.compile(r"(<!-- (runs|grid|toy|map|channel|load|rewards|sweep|speedrun): ([^>]+?) -->\n)(.*?)(<!-- end -->)",
                   re.DOTALL)
 
 
@@ -51,6 +51,8 @@ def rendered(found: re.Match[str]) -> str:
         lines = [toy_calls.table(json.loads((ROOT / found[3]).read_text()))]
     elif found[2] == "map":
         lines = [toy_map.tables(json.loads((ROOT / found[3]).read_text()))]
+    elif found[2] == "channel":
+        lines = [toy_channel.tables(json.loads((ROOT / found[3]).read_text()))]
     elif found[2] == "load":
         lines = [serve_load.table(jsons.read_lines(str(ROOT / found[3]))[0])]
     elif found[2] == "sweep":

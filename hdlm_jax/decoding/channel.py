@@ -45,14 +45,14 @@ def sample(key: jax.Array, denoise: Denoise, process: ChannelProcess, z: jax.Arr
     def step(call: jax.Array, carry: tuple) -> tuple:
         state, sure, film = carry
         then = -jnp.log(jnp.where(call + 1 < steps, (call + 1) / steps, 1.0))  # noise time after the step, 0 at the end
-        level = process.level_of(state.z)
+        s, level = jnp.asarray(process.ratio(then)), process.level_of(state.z)
         target = jnp.minimum(level, jnp.sum(times <= then, axis=-1)).reshape(-1)
         prediction, each = denoise(state, told(call)), token_keys(fold(fold(keys, 1), call), z.shape).reshape(-1)
         flat = State(*(a.reshape(z.size, *a.shape[2:]) for a in state))
 
         def some(i: jax.Array) -> tuple[State, jax.Array]:
             here = State(*(a[i] for a in flat))
-            return process.step(each[i], prediction.select(i), here, target[i], process.ratio(then), temperature, top_p)
+            return process.step(each[i], prediction.select(i), here, target[i], s, temperature, top_p)
 
         moved = jax.lax.map(some, at)
         after, law = jax.tree.map(lambda a, old: a.reshape(-1, *a.shape[2:])[: z.size].reshape(old.shape), moved,

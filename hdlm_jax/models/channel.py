@@ -30,7 +30,7 @@ from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import Proposal
 from hdlm_jax.diffusion.prediction import LogitsPrediction, Prediction
-from hdlm_jax.models.heads import FlatHead, _Chunks
+from hdlm_jax.models.heads import FlatHead
 from hdlm_jax.models.network import Network
 
 SIGNAL = "signal"  # name of the parameter e
@@ -106,6 +106,7 @@ class ChannelHead(FlatHead):
     and e, random until `with_signal`."""
 
     channel: int = 32  # D
+    uses = ("kernel", "bias", SIGNAL)
 
     def init(self, key: jax.Array, width: int) -> Tree:
         return super().init(key, width) | {SIGNAL: jax.random.normal(key, (self.hierarchy.vocab_size, self.channel))}
@@ -117,9 +118,6 @@ class ChannelHead(FlatHead):
 
     def predict(self, params: Tree, h: jax.Array) -> Prediction:
         return Observed(self.logits(params, h), self.hierarchy, jax.lax.stop_gradient(params[SIGNAL]))
-
-    def streams(self, level: jax.Array, x: jax.Array, needs: str) -> list:
-        return [_Chunks(level > 0, None, self.predict, ("kernel", "bias", SIGNAL))]
 
 
 class ChannelNetwork(Network):
@@ -206,7 +204,7 @@ class ChannelProcess(HierarchicalProcess):
     def noised(self, key: jax.Array, x: jax.Array, tau: jax.Array, score: jax.Array) -> tuple[Any, jax.Array]:
         """(State, level): symbols as of HierarchicalProcess, beside them observations of x at s(tau) [B]."""
         table: Any = self.signal
-        keys, s = row_keys(key, len(x)), self.ratio(tau)[:, None]
+        keys, s = row_keys(key, len(x)), jnp.asarray(self.ratio(tau))[:, None]
         z, level = super().noised(keys, x, tau, score)
         eps = jax.vmap(lambda k: jax.random.normal(k, (x.shape[1], self.width)))(fold(keys, 3))
         return self.state(z, s[..., None] * table[x] + jnp.sqrt(s)[..., None] * eps, s), level
@@ -270,9 +268,9 @@ class ChannelProcess(HierarchicalProcess):
         they would, and U costs -dR/ds. At s = 0 that is D/2, the cost of the mean; at any s both add up to the token.
         """
         a, k = 0.5 * self.width / _NATS, np.arange(1, self.num_levels + 1)
-        left = 1 / (1 + a * self.ratio(tau, np))[:, None]
-        rate = left * (self.chain.weight(tau, np) + a * k * left * self.gain(tau, np)[:, None])
-        share = self.chain.beta(tau, np)[:, 1:]
+        left, gain = (np.asarray(v)[:, None] for v in (1 / (1 + a * self.ratio(tau, np)), self.gain(tau, np)))
+        rate = left * (np.asarray(self.chain.weight(tau, np)) + a * k * left * gain)
+        share = np.asarray(self.chain.beta(tau, np))[:, 1:]
         return (share * rate).sum(-1), (share * rate * rate).sum(-1)
 
     def proposal(self, tokens: int, cv2: float) -> Proposal:

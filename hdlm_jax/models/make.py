@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from hdlm_jax.config import Config
@@ -29,7 +31,8 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     if m.trunk == "decoder":
         decoder = OrderedDecoder if m.order else Decoder
         return decoder(*sizes, block=m.block, features=features, dims=config.decoder, param_dtype=m.param_dtype)
-    own = dict(block=m.block, features=features, dropout=m.dropout, time_conditioning=m.time_conditioning)
+    own: dict[str, Any] = dict(block=m.block, features=features, dropout=m.dropout,
+                               time_conditioning=m.time_conditioning)
     if channel:
         return ChannelNetwork(*sizes, **own, channel=channel)
     return (OrderedNetwork if m.order else Network)(*sizes, **own)

@@ -36,7 +36,7 @@ def helper():
     network, process = build(resolve(settings), Hierarchy.from_parents([], vocab_size=257))
     z = jnp.zeros((1, SEQ_LEN), jnp.int32)
     params = jax.jit(network.init)(jax.random.key(3), z, jnp.zeros(1))["params"]
-    return types.SimpleNamespace(network=network, params=params)
+    return types.SimpleNamespace(network=network, params=params, process=process)
 
 
 def classifier(onehots):
@@ -49,7 +49,7 @@ def sampler():
     run = model().run
     helped = helper()
     shared = jax.device_put(helped.params, parallel.replicated(run.mesh))
-    return sampling.sampler_of(run, types.SimpleNamespace(network=helped.network, params=shared), classifier)
+    return sampling.sampler_of(run, types.SimpleNamespace(network=helped.network, params=shared, process=helped.process), classifier)
 
 
 def canvas(rows=4, prompt=3):
@@ -113,7 +113,7 @@ def test_options():
 
 def test_what_a_method_needs(tmp_path):
     bare = sampling.sampler_of(model().run)
-    for name, message in (("guided", "needs an autoregressive run .*generate.helper"),
+    for name, message in (("guided", "needs a second run .*generate.helper"),
                           ("classifier", "needs a function: Model.generate")):
         with pytest.raises(ConfigError, match=message):
             bare(canvas(), GenerateConfig(method=name))

@@ -510,7 +510,7 @@ def test_every_method_on_an_imported_model(kind, method):
     """Tokens alone, the prompt in front, the same in other company."""
     model = masked(kind)
     needs, options = presets.METHODS[method]().needs, {"daedal": "start=8"}.get(method, "")
-    more = {"helper": str(workdir("llama"))} if needs == "ar" else {}
+    more = {"helper": str(workdir("llama"))} if needs in presets.HELPERS else {}
     more |= {"classifier": lambda onehots: jnp.sum(onehots[..., 8], axis=-1)} if needs == "classifier" else {}
     how = dict(method=method, options=options, steps=6, prompt="ab", batch_size=4, **more)
     texts = model.generate(2, **how)

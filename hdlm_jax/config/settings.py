@@ -102,6 +102,12 @@ class Config:
     def _check_objective(self, levels: int) -> None:
         """train.objective beside the process and the weights."""
         objective, d = self.train.objective, self.diffusion
+        if objective in sections.LESSONS:
+            rule(not self.tune.objective, "tune.objective", self.tune.objective,
+                 f"has a loss of its own, as has train.objective={objective!r}; give one of them")
+        if objective == "energy":
+            rule(self.model.trunk == "dit" and not self.model.block, "train.objective", objective,
+                 "is built for model.trunk='dit' without blocks")
         rule(objective == "nelbo" or d.process == "hierarchical", "train.objective", objective,
              f"is of masks and clusters; with diffusion.process={d.process!r} choose 'nelbo'")
         rule(objective != "rate" or levels == 1, "train.objective", objective,

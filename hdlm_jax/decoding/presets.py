@@ -22,14 +22,17 @@ from hdlm_jax.decoding.policy import Policy
 from hdlm_jax.decoding.sparse_attention import SparseD
 from hdlm_jax.models import quantise
 
+# what a method may need of a second run -> the kinds of run that have it: train.objective, or autoregressive
+HELPERS = {"ar": ("autoregressive",), "energy": ("autoregressive", "energy")}
+
 
 class Method(NamedTuple):
     """What a preset gives.
 
     numbers: the policy's traced thresholds; with others it is the same program ("eos" = -1 stands for the tokenizer's
     end of text). cache: how the network is called, of hdlm_jax.decoding.caches or sparse_attention; None: as it is.
-    guide: ("cfg", what stands for the prompt), ("classifier",) or (). needs: "ar", an autoregressive run
-    (config.generate.helper); "classifier", a function (Model.generate's `classifier`). weights: arguments of
+    guide: ("cfg", what stands for the prompt), ("classifier",) or (). needs: a second run (config.generate.helper) that
+    is one of HELPERS[needs]; "classifier", a function (Model.generate's `classifier`). weights: arguments of
     hdlm_jax.models.quantise.quantise.
     """
 
@@ -230,10 +233,11 @@ def guided(*, checks: str = "deterministic", on_reject: str = "dlm", top_k: int 
 
 
 def edlm(*, steps: int = 0, candidates: int = 2, energy_from: float = 0.4, energy_to: float = 1.0) -> Method:
-    """EDLM's importance resampling (arXiv 2410.21357) on the ancestral grid: of `candidates` texts drawn in a call,
-    one by exp(-E), E = log p - log p_AR of an autoregressive model, in calls with energy_from <= t <= energy_to."""
+    """EDLM's importance resampling (arXiv 2410.21357) on the ancestral grid: of `candidates` texts drawn in a call, one
+    by exp(-E), in calls with energy_from <= t <= energy_to. The helper is a run of train.objective=energy, or an
+    autoregressive one: then E = log p - log p_AR."""
     policy = Policy(choose.Planned("grid"), guide.EnergyDraw(candidates))
-    return Method(policy, {"steps": steps, "energy_from": energy_from, "energy_to": energy_to}, needs="ar")
+    return Method(policy, {"steps": steps, "energy_from": energy_from, "energy_to": energy_to}, needs="energy")
 
 
 def cfg(*, steps: int = 0, weight: float = 1.0, without: str = "mask") -> Method:

@@ -15,7 +15,7 @@ import numpy as np
 
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import compiling, progress
-from hdlm_jax.config import ConfigError, GenerateConfig
+from hdlm_jax.config import ASIDE, ConfigError, GenerateConfig
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding import caches, choose, drafts, guide, loop, presets
 from hdlm_jax.decoding import canvas as canvases
@@ -105,6 +105,26 @@ def reads(network: Trunk, params):
     return lambda x: network.denoise(params, shifted(x), jnp.zeros(len(x)))
 
 
+def helper_kind(run: Any) -> str:
+    """What a run is to another one, of presets.HELPERS: how it was trained, or that it is autoregressive."""
+    return "autoregressive" if run.process.causal else run.trained.train.objective
+
+
+def tools_of(helper: Any, method: presets.Method, process: Process):
+    """Function of a helper's parameters -> what hooks call (Sampling.tools); None where the method needs no helper."""
+    if method.needs not in presets.HELPERS:
+        return None
+    network = helper.network
+    if helper_kind(helper) == "energy":
+        return lambda params: {"energy": lambda x, z, log_p, t: network.energy(params, z, x, t)}
+
+    def autoregressive(params):
+        ar = reads(network, params)
+        return {"ar": ar, "energy": guide.ar_energy(ar, process)}
+
+    return autoregressive
+
+
 class Call(NamedTuple):
     """What a compiled step has to sample with."""
 
@@ -124,8 +144,7 @@ def call_of(network: Trunk, process, program: Program, given, batch, how: loop.S
     (params, numbers), tools = given, {}
     if helper is not None:
         params, theirs = params
-        tools["ar"] = reads(helper, theirs)
-        tools["energy"] = guide.ar_energy(tools["ar"], process)
+        tools = helper(theirs)
     heat, nucleus = (numbers[name] if fixed is None else fixed for name, fixed in (
         ("temperature", program.temperature), ("top_p", program.top_p)))
     how = dataclasses.replace(how, tools=tools, temperature=heat, top_p=nucleus)
@@ -186,8 +205,8 @@ def make_sample_step(network: Trunk, process, program: Program, mesh=None, frame
     """step((params, numbers), batch, key) -> {tokens int32 [b, S], calls int32 [b], row_forwards int32 [b], ...}.
 
     batch: z int32 [b, S], the canvas (masks where free, tokens and clusters where given), index int32 [b]; of a Canvas
-    also given, kind and length. numbers: see `numbers_of`, with a Canvas's table `allowed`. helper: network of an
-    autoregressive run, params then being a pair. The rest is what `hdlm_jax.decoding.loop.sample` gives.
+    also given, kind and length. numbers: see `numbers_of`, with a Canvas's table `allowed`. helper: as `tools_of` gives
+    it, params then being a pair. The rest is what `hdlm_jax.decoding.loop.sample` gives.
     """
     shard = parallel.OverBatch(mesh)
     process = at_sampling(process, program)
@@ -253,7 +272,7 @@ class Sampler:
     """Compiled sampling of canvases [n, S] in batches; every sample has its own random numbers.
 
     Args:
-      eos: token of the end of text. helper: a loaded autoregressive run, for the methods that need one.
+      eos: token of the end of text. helper: a loaded run, for the methods that need one (presets.HELPERS).
       classifier: function of one-hot states float32 [b, S, N] -> log p(y) [b], for method="classifier".
     """
 
@@ -266,7 +285,7 @@ class Sampler:
         self._weights = functools.lru_cache(maxsize=2)(self._quantised)
 
     def _compile(self, program: Program, frames: int = 0):
-        helper = self.helper.network if program.method.needs == "ar" else None
+        helper = tools_of(self.helper, program.method, self.process)
         step = make_sample_step(self.network, self.process, program, self.mesh, frames, helper, self.classifier)
         return parallel.compile_sample_step(step, self.mesh, self.params_of(program.method))
 
@@ -275,7 +294,7 @@ class Sampler:
 
     def params_of(self, method: presets.Method) -> Any:
         params = self._weights(method.weights) if method.weights else self.params
-        return (params, self.helper.params) if method.needs == "ar" else params
+        return (params, self.helper.params) if method.needs in presets.HELPERS else params
 
     def _check(self, method: presets.Method, g: GenerateConfig, behind: bool, constrained: bool):
         """ConfigError where this run, or this canvas, cannot be sampled by that method.
@@ -295,9 +314,10 @@ class Sampler:
         if constrained and self.process.xi < 1 and at_sampling(self.process, g).force_transition == "within":
             raise ConfigError("generate.force_transition='within': at xi < 1 a cluster on show may have no word that "
                               "its place may take; choose another")
-        if method.needs == "ar" and self.helper is None:
-            raise ConfigError(f"generate.method={g.method!r} needs an autoregressive run with this run's tokenizer: "
-                              "give its workdir as generate.helper")
+        kinds = presets.HELPERS.get(method.needs, ())
+        if kinds and (self.helper is None or helper_kind(self.helper) not in kinds):
+            raise ConfigError(f"generate.method={g.method!r} needs a second run with this run's tokenizer, of kind "
+                              f"{' or '.join(kinds)}: give its workdir as generate.helper")
         if method.needs == "classifier" and self.classifier is None:
             raise ConfigError("generate.method='classifier' needs a function: Model.generate(classifier=...)")
 
@@ -457,12 +477,15 @@ def text_of(tokenizer: Tokenizer, row: np.ndarray, stop: str) -> str:
 
 
 def load_helper(run: Any, g: GenerateConfig) -> Any:
-    """The autoregressive run in g.helper, or None; ConfigError where it is none, or has another tokenizer."""
+    """The run in g.helper, or None; ConfigError where it cannot help this one, or has another tokenizer."""
     if not g.helper:
         return None
-    helper = load_here(g.helper, mesh=run.config.parallel)
-    if not helper.process.causal:
-        raise ConfigError(f"generate.helper={g.helper!r}: must be an autoregressive run")
+    helper = load_here(g.helper, mesh=run.config.parallel, helper=True)
+    if not any(helper_kind(helper) in kinds for kinds in presets.HELPERS.values()):
+        raise ConfigError(f"generate.helper={g.helper!r}: must be an autoregressive run, or one of train.objective="
+                          f"{', '.join(ASIDE)}")
+    if helper_kind(helper) in ASIDE and helper.hierarchy != run.hierarchy:
+        raise ConfigError(f"generate.helper={g.helper!r}: was trained beside a run with other clusters")
     if helper.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise ConfigError(f"generate.helper={g.helper!r}: its tokenizer {helper.tokenizer.fingerprint[:12]} is not "
                           f"this run's {run.tokenizer.fingerprint[:12]}; give one that reads this run's tokens")

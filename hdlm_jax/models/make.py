@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax.numpy as jnp
 
 from hdlm_jax.config import Config
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.decoder import Decoder
-from hdlm_jax.models.heads import FactorisedHead, FlatHead
+from hdlm_jax.models.energy import EnergyNetwork, ScalarHead
+from hdlm_jax.models.heads import FactorisedHead, FlatHead, Head
 from hdlm_jax.models.network import Network, Transformer
 
 
 def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
-    """The network of config.model for a hierarchy's tokens and states."""
+    """The network of config.model for a hierarchy's tokens and states; or the energy of train.objective."""
     m = config.model
     dtype = jnp.dtype(m.dtype)
     head = (FlatHead(hierarchy, dtype, config.decoder.softcap) if m.head == "flat" else
@@ -22,6 +25,9 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     sizes = (head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dtype, m.remat, causal, m.attention)
     if m.trunk == "decoder":
         return Decoder(*sizes, block=m.block, dims=config.decoder, param_dtype=m.param_dtype)
+    if config.train.objective == "energy":
+        sizes = (cast(Head, ScalarHead(hierarchy)), *sizes[1:])
+        return EnergyNetwork(*sizes, time_conditioning=m.time_conditioning)
     return Network(*sizes, block=m.block, dropout=m.dropout, time_conditioning=m.time_conditioning)
 
 

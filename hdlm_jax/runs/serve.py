@@ -312,7 +312,7 @@ def methods(run: Run) -> list[Json]:
     out = []
     for name, make in presets.METHODS.items():
         method = make()
-        if method.needs and not (method.needs == "ar" and run.config.generate.helper):
+        if method.needs and not (method.needs in presets.HELPERS and run.config.generate.helper):
             continue
         options = presets.options_of(name)
         about = " ".join((make.__doc__ or "").split()).partition(". ")[0].rstrip(".").replace("`", "")

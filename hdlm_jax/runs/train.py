@@ -488,7 +488,7 @@ class Loop:
     def _save(self, step: int, valid: dict[str, float]) -> None:
         meta = self.facts | {"config": self.config.as_dict(), "position": whole_position(self.iterator.get_state()),
                              "trained_on": self.here, "window": self.recorder.window}
-        told = {name: valid.get(f"valid_{name}", math.inf) for name in ("nelbo", "reward")}
+        told = {name: valid.get(f"valid_{name}", math.inf) for name in ("nelbo", "reward", "loss")}
         self.checkpoints.save(step, self.state, meta, told)
         self.timer.restart()
 

@@ -49,7 +49,8 @@ def sampler():
     run = model().run
     helped = helper()
     shared = jax.device_put(helped.params, parallel.replicated(run.mesh))
-    return sampling.sampler_of(run, types.SimpleNamespace(network=helped.network, params=shared, process=helped.process), classifier)
+    helped = types.SimpleNamespace(network=helped.network, params=shared, process=helped.process)
+    return sampling.sampler_of(run, helped, classifier)
 
 
 def canvas(rows=4, prompt=3):

@@ -17,7 +17,7 @@ WEIGHTINGS = {"hierarchical": ("none", "constant", "clip", "empirical"),  # trai
               "gidd": ("none", "constant", "clip", "dynamic"),
               "autoregressive": ("constant",)}
 OBJECTIVES = ("nelbo", "rate", "count", "any_order", "complementary")
-LESSONS = ("energy",)  # objectives of hdlm_jax/runs/refine.py: what a trained run learns afterwards
+LESSONS = ("energy", "certainty")  # objectives of hdlm_jax/runs/refine.py: what a trained run learns afterwards
 ASIDE = ("energy",)  # those of them that make no language model, but a helper of the run they start from
 DETOKENIZERS = ("", "lm1b", "ptb", "wikitext", "lambada", "ag_news")
 TASKS = ("ptb", "wikitext2", "lambada", "ag_news", "openwebtext", "lm1b", "files", "hellaswag", "arc_easy",
@@ -370,7 +370,7 @@ class TrainConfig(_Section):
 
     steps: int = 500_000  # optimizer steps
     batch_size: int = 512  # sequences a step, over all devices
-    objective: str = "nelbo"  # nelbo | rate | count | any_order | complementary; of a run in init_from: energy (docs/training.md)
+    objective: str = "nelbo"  # nelbo | rate | count | any_order | complementary; lessons: energy | certainty
     microbatches: int = 1  # gradients are summed over as many parts of the batch
     seed: int = 0  # of weights, noise and order of the rows
     log_every: int = 100  # steps between records of metrics.jsonl and lines of the log
@@ -430,6 +430,8 @@ class TuneConfig(_Section):
     clip: float = 0.2  # ratios further from 1 than this, to the better side, have no gradient
     kl: float = 0.0  # weight of the divergence from the run in train.init_from
     rows: int = 256  # rollouts on fixed prompts, whose mean reward tells the best checkpoint
+    certainty: float = 2.0  # of train.objective=certainty: weight of the entropies
+    texts: int = 4096  # of train.objective=certainty: own texts, written by the method of `generate` once
 
     def check(self) -> None:
         self.among(objective=("", *TUNINGS), task=("", *REWARDS), advantage=("mean", "leave_one_out", "std"),
@@ -437,9 +439,10 @@ class TuneConfig(_Section):
         self.need(not self.objective or bool(self.task), "task", f"tune.objective={self.objective!r} needs one: choose "
                   f"{', '.join(REWARDS)}")
         self.hold("must be at least 1", "updates")
+        self.hold("must be at least 1", "texts")
         for name in ("group", "rows"):
             self.need(getattr(self, name) >= 2, name, "must be at least 2")
-        self.hold("must not be negative", "views", "kl")
+        self.hold("must not be negative", "views", "kl", "certainty")
         self.hold("must be positive", "clip")
 
     def check_with(self, train: TrainConfig, data: DataConfig, optimizer: OptimizerConfig) -> None:

@@ -172,9 +172,8 @@ class EnergyDraw(Draw):
         if "energy" not in loop.how.tools:
             raise ValueError("tools lack 'energy': a function (x, z, log_p, t) -> E of each row")
         rows = view.z.shape[0]
-        inside = (view.t >= view.numbers["energy_from"]) & (view.t <= view.numbers["energy_to"])
-        others = [fold(view.keys, 16 + i) for i in range(1, self.candidates)]  # small numbers are a draw's own
-        keys = jnp.stack([view.keys, *others])  # a text is known by the keys that draw it
+        inside = self.inside(view)
+        keys = self.keys(view)
         energy = functools.partial(self.energy, view, loop, prediction, inside)
         energies = jax.lax.cond(loop.how.sync_trip_count(jnp.any(inside).astype(jnp.int32)) > 0,
                                 lambda: jax.lax.map(energy, keys),
@@ -183,13 +182,23 @@ class EnergyDraw(Draw):
         keys = keys[jnp.where(inside, pick, 0), jnp.arange(rows)]
         return loop.reverse_step(view._replace(keys=keys), prediction, target)
 
-    def energy(self, view: View, loop: Loop, prediction, inside, keys):
-        """E [b] of the text that keys [b, S] draw."""
+    def inside(self, view: View):
+        """bool [b]: rows whose call is one of those with candidates."""
+        return (view.t >= view.numbers["energy_from"]) & (view.t <= view.numbers["energy_to"])
+
+    def keys(self, view: View):
+        """[candidates, b, S]: a text is known by the keys that draw it, the first one by the call's own."""
+        others = [fold(view.keys, 16 + i) for i in range(1, self.candidates)]  # small numbers are a draw's own
+        return jnp.stack([view.keys, *others])
+
+    def energy(self, view: View, loop: Loop, prediction, inside, keys, told=None):
+        """E [b] of the text that keys [b, S] draw; told: int32 [b, S], states below view.z that it is to lie under."""
         process, z, keys = view.process, view.z.reshape(-1), keys.reshape(-1)
+        under = z if told is None else told.reshape(-1)
 
         def find(at):
             p = prediction.select(at)
-            new = loop.draw(p, z[at], jnp.zeros_like(at), keys[at])
+            new = loop.draw(p, under[at], jnp.zeros_like(at), keys[at])
             return new, jnp.where(process.level_of(z[at]) > 0, process.forced(p, z[at]).log_prob(new), 0.0)
 
         start = jnp.where(view.active & (view.level == 0), view.z, 0), jnp.zeros(view.z.shape, jnp.float32)

@@ -110,6 +110,15 @@ def helper_kind(run: Any) -> str:
     return "autoregressive" if run.process.causal else run.trained.train.objective
 
 
+def checked_tools(helper: Any, method: presets.Method, process: Process, asked: str):
+    """`tools_of`; ConfigError, which begins with what is asked for, where the helper is none that the method needs."""
+    kinds = presets.HELPERS.get(method.needs, ())
+    if kinds and (helper is None or helper_kind(helper) not in kinds):
+        raise ConfigError(f"{asked} needs a second run with this run's tokenizer, of kind {' or '.join(kinds)}: give "
+                          "its workdir as generate.helper")
+    return tools_of(helper, method, process)
+
+
 def tools_of(helper: Any, method: presets.Method, process: Process):
     """Function of a helper's parameters -> what hooks call (Sampling.tools); None where the method needs no helper."""
     if method.needs not in presets.HELPERS:
@@ -314,10 +323,7 @@ class Sampler:
         if constrained and self.process.xi < 1 and at_sampling(self.process, g).force_transition == "within":
             raise ConfigError("generate.force_transition='within': at xi < 1 a cluster on show may have no word that "
                               "its place may take; choose another")
-        kinds = presets.HELPERS.get(method.needs, ())
-        if kinds and (self.helper is None or helper_kind(self.helper) not in kinds):
-            raise ConfigError(f"generate.method={g.method!r} needs a second run with this run's tokenizer, of kind "
-                              f"{' or '.join(kinds)}: give its workdir as generate.helper")
+        checked_tools(self.helper, method, self.process, f"generate.method={g.method!r}")
         if method.needs == "classifier" and self.classifier is None:
             raise ConfigError("generate.method='classifier' needs a function: Model.generate(classifier=...)")
 

@@ -34,7 +34,7 @@ class ScalarHead:
         """float32 [b] of h [b, S, D], pooled where bool [b, S]; 0 at a row without any such position."""
         count = jnp.sum(where, axis=1)
         mean = jnp.sum(jnp.where(where[..., None], h, 0.0), axis=1) / jnp.maximum(count, 1)[:, None]
-        out = jax.nn.gelu(mean @ params["inner"] + params["bias"]) @ params["out"] + params["level"]
+        out = jax.nn.gelu(mean @ params["inner"] + params["bias"][None]) @ params["out"] + params["level"]
         return jnp.where(count > 0, out, 0.0)
 
 

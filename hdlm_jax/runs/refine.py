@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -11,21 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hdlm_jax.common import lock, parallel, processes
+from hdlm_jax.common import jsons, lock, parallel, processes
 from hdlm_jax.common.console import compiling, say
-from hdlm_jax.common.parallel import Batch, Tree
+from hdlm_jax.common.parallel import Batch, Rows, Tree
 from hdlm_jax.config import LESSONS, Config
+from hdlm_jax.decoding import presets, sampler
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.runs import train as plain
 from hdlm_jax.runs.interrupt import Stop
 from hdlm_jax.runs.train import Loop
-from hdlm_jax.training.loading import check_writable, load_base
+from hdlm_jax.runs.tune import Walk
+from hdlm_jax.training.loading import Run, check_writable, load_base
 from hdlm_jax.training.metrics import Writer, read_metrics
 from hdlm_jax.training.state import TrainState, build, init_state
-from hdlm_jax.tuning import energy
+from hdlm_jax.tuning import certainty, energy
 from hdlm_jax.tuning.lesson import Loss, make_step
 
-LOSSES: dict[str, Callable[..., Loss]] = {"energy": energy.make_loss}
+LOSSES: dict[str, Callable[..., Loss]] = {"energy": energy.make_loss, "certainty": certainty.make_loss}
 
 
 def train(config: Config, workdir: str, profile: bool = False, shown: Writer | None = None) -> TrainState:
@@ -41,6 +44,38 @@ def train(config: Config, workdir: str, profile: bool = False, shown: Writer | N
         return loop.state
 
 
+class OwnTexts:
+    """Texts that a run has written, as batches: `batch(step)` has the same rows whenever it is asked for.
+
+    rows: x int32 [n, S], score bool [n, S], what of them it wrote.
+    """
+
+    def __init__(self, rows: Rows, batch_size: int, seed: int) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This process's rows: x, score; index int32 [b], numbers within the step. An epoch has an order of its own."""
+        n, mine = len(self.rows["x"]), parallel.local_rows(self.batch_size)
+        place = step * self.batch_size + np.arange(mine.start, mine.stop)
+        order = {e: np.random.default_rng([self.seed, e]).permutation(n) for e in np.unique(place // n).tolist()}
+        some = [order[p // n][p % n] for p in place.tolist()]
+        return {name: value[some] for name, value in self.rows.items()} | {
+            "index": np.arange(mine.start, mine.stop, dtype=np.int32)}
+
+    def example(self) -> dict[str, np.ndarray]:
+        return self.batch(0)
+
+    def iterator(self, position: dict | None = None) -> Walk:
+        return Walk(self, position["next_index"] if position else 0)
+
+
+def own_texts(base: Run, config: Config, rows: Rows) -> dict[str, np.ndarray]:
+    """The rows' x and score, x written anew by the base where the score is of it: by the method of `generate`."""
+    canvas = np.where(rows["score"], base.hierarchy.mask_id, rows["x"]).astype(np.int32)
+    found = sampler.sampler_of(base)(canvas, dataclasses.replace(config.generate, length=0))
+    return {"x": found["tokens"].astype(np.int32), "score": rows["score"]}
+
+
 class Refining(Loop):
     """The loop of training with a loss of its own, beside the frozen run it starts from.
 
@@ -51,6 +86,38 @@ class Refining(Loop):
                  ) -> None:
         super().__init__(config, workdir, stop, profile, shown)
         self.base = load_base(config, self.text.tokenizer.fingerprint)
+        if config.train.objective == "certainty":
+            presets.check(config.generate)
+            self.batches = OwnTexts(self._texts(), config.train.batch_size, config.train.seed)
+
+    def begin(self) -> bool:
+        goes_on = super().begin()
+        if goes_on and self.config.train.objective == "certainty":
+            self.rows = own_texts(self.base, self.config, self.rows)
+        return goes_on
+
+    def _texts(self) -> dict[str, np.ndarray]:
+        """Own texts for the prompts of the first training rows, from a file of the workdir where they are there."""
+        config, g = self.config, self.config.generate
+        path = os.path.join(self.workdir, "own_texts.npz")
+        made = jsons.dumps([self.base.step, config.tune.texts, g.method, g.options, g.steps, g.temperature, g.seed])
+        if os.path.exists(path):
+            with np.load(path) as file:
+                if str(file["made"]) == made:
+                    return {name: file[name] for name in ("x", "score")}
+        walk, parts = self.batches.iterator(None), []
+        while sum(len(part["x"]) for part in parts) < config.tune.texts:
+            rows = next(walk)
+            parts.append({"x": rows["x"], "score": rows.get("score", np.ones(rows["x"].shape, bool))})
+        rows = {name: np.concatenate([part[name] for part in parts])[: config.tune.texts] for name in ("x", "score")}
+        began, found = time.monotonic(), own_texts(self.base, config, rows)
+        different = len(np.unique(found["x"], axis=0))
+        say(f"train: {config.tune.texts:,} texts written by {config.train.init_from}, {different:,} of them different, "
+            f"in {time.monotonic() - began:.0f} s")
+        if processes.is_main_process():
+            with jsons.open_atomic(path) as file:
+                np.savez(file, made=np.array(made), **found)  # type: ignore[arg-type]
+        return found
 
     def _compile(self, done: int) -> None:
         if self.opened or done >= self.config.train.steps:
@@ -76,7 +143,8 @@ class Refining(Loop):
             state = init(self.key)
         theirs = {name: value for name, value in cast(dict[str, Tree], self.base.params).items()
                   if jax.tree.map(jnp.shape, value) == jax.tree.map(jnp.shape, state.params.get(name))}
-        params = jax.device_put({**state.params, **theirs}, self.shardings.params)
+        copied = jax.tree.map(jnp.copy, theirs)  # a step gives its state's memory away, and the base is still needed
+        params = jax.device_put({**state.params, **copied}, self.shardings.params)
         say(f"train: starting from {', '.join(sorted(theirs))} of {self.config.train.init_from}")
         return state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if self.config.optimizer.ema else {})
 
@@ -88,8 +156,8 @@ class Refining(Loop):
         for number in range(max(1, len(self.rows["x"]) // rows)):
             some = (number * rows + np.arange(rows)) % len(self.rows["x"])
             batch = {name: self.rows[name][some] for name in names if name != "index"}
-            batch = {k: v[parallel.local_rows(rows)] for k, v in (batch | {"index": np.arange(rows, dtype=np.int32)}
-                                                                  ).items()}
+            batch["index"] = np.arange(rows, dtype=np.int32)
+            batch = {name: value[parallel.local_rows(rows)] for name, value in batch.items()}
             key = jax.random.fold_in(jax.random.key(self.config.evaluate.seed), number)
             loss, aux = self.check(params, self.base.params, parallel.put_batch(self.mesh, batch), key)
             found.append({"loss": float(loss)} | {name: float(value) for name, value in aux.items()})

@@ -37,7 +37,7 @@ def nce(real: jax.Array, drawn: jax.Array) -> jax.Array:
 
 def words_drawn(network: Trunk, process: HierarchicalProcess, params: Tree, z: jax.Array, t: jax.Array, x: jax.Array,
                 keys: jax.Array, segment: jax.Array | None = None, mesh: Mesh | None = None) -> jax.Array:
-    """int32 [b, S]: x where z is written, elsewhere words of the network's p(. | z), each drawn on its own; keys [b]."""
+    """int32 [b, S]: x where z is written, elsewhere words of the network's p(. | z), drawn one by one; keys [b]."""
     def draw(p, fields, levels):  # type: ignore[no-untyped-def]
         z, keys = fields
         return process.reverse_step(keys, p, z, jnp.zeros_like(z)).astype(jnp.float32)  # exact up to 2^24 words

@@ -1,6 +1,7 @@
 """What a trained run learns afterwards: energies against closed forms, bounds by enumeration, runs of their own."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -14,13 +15,15 @@ from test_tuning import S, Tabular
 from tiny import model, read_recipe, trained
 
 from hdlm_jax.config import LESSONS, ConfigError, EvaluateConfig, GenerateConfig, default, resolve
-from hdlm_jax.decoding import loop, presets, sampler
+from hdlm_jax.decoding import bursts, choose, loop, presets, sampler
+from hdlm_jax.decoding.policy import Policy
 from hdlm_jax.diffusion.draws import fold
-from hdlm_jax.evaluation.likelihood import teacher_forced
+from hdlm_jax.evaluation.likelihood import TeacherForced, teacher_forced
+from hdlm_jax.models.adjust import Adjust
 from hdlm_jax.models.energy import EnergyNetwork, ScalarHead
 from hdlm_jax.runs import likelihoods, refine
 from hdlm_jax.training.loading import load_here
-from hdlm_jax.tuning import certainty, energy
+from hdlm_jax.tuning import adjust, certainty, energy
 
 
 def test_names_are_those_of_the_settings():
@@ -316,3 +319,103 @@ def test_a_run_learns_from_its_own_texts(tmp_path):
 def test_settings_that_do_not_go_together_are_one_line(more, words):
     with pytest.raises(ConfigError, match=words):
         lesson(**more)
+
+
+# ---- a layer in place of calls -----------------------------------------------------------------------------------
+
+
+class Written(Tabular):
+    """Tabular, with the embeddings of states that a layer asks for; hidden states are logits, as wide as tokens."""
+
+    @property
+    def width(self):
+        return self.process.vocab_size
+
+    def table(self, params):
+        return jnp.zeros((self.process.num_states, 1))
+
+
+def law_of_bursts(toy, process, joint, adjusted, every):
+    """Law [V^S] of texts written from the left, one level a call, the network asked in every so many calls."""
+    network, words = Written(process), toy.words(S)
+    table = jnp.asarray(np.log(toy.bayes(joint, cavity=True) + 1e-300))
+    denoise = bursts.Bursts(bursts.Burst(every), network, table, functools.partial(adjusted, network, table), False)
+    policy = Policy(choose.Scored(choose.Order("left"), choose.Count()), TeacherForced())
+
+    @jax.jit
+    def walk(x):
+        inner = loop.loop_of(denoise, process, policy, x.shape, {"count": 1})
+        cache, s = inner.begin(jax.random.key(0), jnp.full(x.shape, toy.mask), extra={"text": x})
+        _, s, _ = inner.run(cache, s)
+        return s.memory["nats"].sum(-1), inner.sample(jax.random.key(0), s.canvas, extra={"text": x})[1]
+
+    nats, told = walk(jnp.asarray(words, jnp.int32))
+    return np.exp(-np.asarray(nats, np.float64)).reshape(joint.shape), np.asarray(told["row_forwards"])
+
+
+@pytest.mark.parametrize("shape", [dict(parents=[], vocab_size=3), dict(parents=[[0, 1, 0]])])
+def test_the_best_layer_writes_the_joint(shape):
+    """With what the network would say now in place of a layer two drops a pass have the joint's law, to float32's
+    rounding; with a layer that changes nothing they are drawn on their own, and the law is off by more than a tenth."""
+    toy, process = make(shape, (1.0,) * (1 + len(shape["parents"])))
+    joint = oracle.random_joint(toy.V, S, seed=9)
+    best = lambda network, table, h, e, z, now, segment: network.hidden(table, now, None)  # noqa: E731
+    law, passes = law_of_bursts(toy, process, joint, best, 2)
+    np.testing.assert_allclose(law, joint, atol=1e-6)
+    assert (passes == -(-S * toy.K // 2)).all()
+    same = lambda network, table, h, *_: h  # noqa: E731
+    off, _ = law_of_bursts(toy, process, joint, same, 2)
+    assert off.sum() == pytest.approx(1, abs=1e-5) and 0.5 * np.abs(off - joint).sum() > 0.1
+    np.testing.assert_allclose(law_of_bursts(toy, process, joint, same, 1)[0], joint, atol=1e-6)
+
+
+def test_a_layer_begins_as_none():
+    """Its start changes nothing, and so does any layer where nothing has been written since."""
+    layer = Adjust(8, 2)
+    params = layer.init_params(jax.random.key(0), 4)
+    h, table = jax.random.normal(jax.random.key(1), (2, 4, 8)), jax.random.normal(jax.random.key(2), (6, 8))
+    z, now = jnp.full((2, 4), 5), jnp.array([[5, 1, 5, 5], [5, 5, 5, 5]])
+    np.testing.assert_array_equal(layer.adjusted(params, h, table, z, now), h)
+    moved = jax.tree.map(lambda a: a + 0.1, params)
+    found = np.asarray(layer.adjusted(moved, h, table, z, now))
+    assert np.abs(found[0] - np.asarray(h[0])).min() > 1e-4 and (found[1] == h[1]).all()
+
+
+def test_moments_of_a_burst():
+    """`now` is 1..burst - 1 drops after `before`, a level or more left to go; given tokens are never noised."""
+    process = make(TWO, (1.0, 1.0))[1]
+    score = jnp.tile(jnp.array([[False, True, True, True]]), (300, 1))
+    keys = fold(jnp.broadcast_to(jax.random.key(3), (300,)), jnp.arange(300))
+    before, now = map(np.asarray, adjust.moments(process, keys, score, 3))
+    drops = (before - now).sum(1)
+    assert set(drops) == {1, 2} and (now <= before).all() and (now.sum(1) >= 1).all() and (before[:, 0] == 0).all()
+    assert set(before.sum(1)) == {2, 3, 4, 5, 6} and before.max() == 2
+
+
+def test_divergences_are_of_the_next_states():
+    """Against sums by hand at a mask and a cluster; a layer that says the truth has none."""
+    _, process = make(dict(parents=[[0, 1, 0]]), (1.0, 1.0))
+    network, rng = Tabular(process), np.random.default_rng(10)
+    p, g = (jnp.asarray(rng.normal(size=(1, 4, 3)), jnp.float32) for _ in range(2))
+    z = jnp.array([[5, 3, 4, 0]])
+    found = np.asarray(adjust.divergence(process, network, None, p, g, z))
+    a, b = (np.exp(np.asarray(m[0], np.float64)) for m in (p, g))
+    a, b = a / a.sum(1, keepdims=True), b / b.sum(1, keepdims=True)
+    kl = lambda p, g: np.sum(p * np.log(p / g))  # noqa: E731
+    up = lambda p: np.array([p[0] + p[2], p[1]])  # noqa: E731
+    under = lambda p: p[[0, 2]] / p[[0, 2]].sum()  # noqa: E731
+    wanted = [kl(up(a[0]), up(b[0])), kl(under(a[1]), under(b[1])), 0, 0]  # one word alone is under the second cluster
+    np.testing.assert_allclose(found[0], wanted, atol=1e-5)
+    assert np.abs(np.asarray(adjust.divergence(process, network, None, p, p, z))).max() < 1e-6
+
+
+@pytest.mark.slow
+def test_a_layer_is_a_run_and_helps_its_base(tmp_path):
+    config = lesson("adjust", tune__texts=8, generate__method="adjust", generate__options="burst=2",
+                    data__packing="concat")
+    refine.train(config, str(tmp_path))
+    run = model().run
+    g = GenerateConfig(method="adjust", options="burst=4", batch_size=4, helper=str(tmp_path))
+    draw = sampler.sampler_of(run, sampler.load_helper(run, g))
+    found = draw(np.full((4, 16), run.hierarchy.mask_id, np.int32), g)
+    assert found["tokens"].max() < run.hierarchy.vocab_size and (found["row_forwards"] == 8).all()

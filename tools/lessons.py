@@ -188,7 +188,8 @@ def trial_certainty(kind: str, seed: int, steps: int = 600) -> dict[str, Any]:
     began, rng, free = time.monotonic(), np.random.default_rng(seed), BITS
     length = given + free
     batch = batches(draw_texts, given, 128, seed)
-    base, process, frozen = trained_base(toy_config(length, seed=seed), Hierarchy.from_parents([], vocab_size=words), batch)
+    hierarchy = Hierarchy.from_parents([], vocab_size=words)
+    base, process, frozen = trained_base(toy_config(length, seed=seed), hierarchy, batch)
 
     @functools.partial(jax.jit, static_argnums=0)
     def write(method: str, params: Tree, x: jax.Array, key: jax.Array) -> Any:
@@ -234,6 +235,11 @@ TRIALS: dict[str, tuple[Sequence[str], Callable[[str, int], dict[str, Any]], Cal
     "certainty": (tuple(CERTAIN), trial_certainty, table_certainty)}
 
 
+def table(found: dict[str, Any]) -> str:
+    """Markdown of a file of this tool's."""
+    return TRIALS[found["lesson"]][2](found["records"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0."""
     with cli.one_line("lessons"):
@@ -242,15 +248,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         ask.add_argument("--out", type=Path)
         ask.add_argument("--seeds", type=cli.at_least(1), default=3)
         given = ask.parse_args(argv)
-        kinds, trial, table = TRIALS[given.lesson]
+        kinds, trial, _ = TRIALS[given.lesson]
         records = []
         for kind in kinds:
             for seed in range(given.seeds):
                 records.append(trial(kind, seed))
                 print(f"lessons: {records[-1]}", flush=True)
                 out = given.out or Path(f"docs/runs/lesson_{given.lesson}.json")
-                write_atomic(out, (dumps(records, indent=1) + "\n").encode())
-        print(table(records))
+                found = {"lesson": given.lesson, "records": records}
+                write_atomic(out, (dumps(found, indent=1) + "\n").encode())
+        print(table(found))
     return 0
 
 

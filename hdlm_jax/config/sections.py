@@ -17,8 +17,8 @@ WEIGHTINGS = {"hierarchical": ("none", "constant", "clip", "empirical"),  # trai
               "gidd": ("none", "constant", "clip", "dynamic"),
               "autoregressive": ("constant",)}
 OBJECTIVES = ("nelbo", "rate", "count", "any_order", "complementary")
-LESSONS = ("energy", "certainty")  # objectives of hdlm_jax/runs/refine.py: what a trained run learns afterwards
-ASIDE = ("energy",)  # those of them that make no language model, but a helper of the run they start from
+LESSONS = ("energy", "certainty", "adjust")  # objectives of runs/refine.py: what a trained run learns afterwards
+ASIDE = ("energy", "adjust")  # those of them that make no language model, but a helper of the run they start from
 DETOKENIZERS = ("", "lm1b", "ptb", "wikitext", "lambada", "ag_news")
 TASKS = ("ptb", "wikitext2", "lambada", "ag_news", "openwebtext", "lm1b", "files", "hellaswag", "arc_easy",
          "arc_challenge", "piqa", "openbookqa", "winogrande", "lambada_last_word", "gsm8k")
@@ -370,7 +370,7 @@ class TrainConfig(_Section):
 
     steps: int = 500_000  # optimizer steps
     batch_size: int = 512  # sequences a step, over all devices
-    objective: str = "nelbo"  # nelbo | rate | count | any_order | complementary; lessons: energy | certainty
+    objective: str = "nelbo"  # nelbo | rate | count | any_order | complementary; lessons: energy | certainty | adjust
     microbatches: int = 1  # gradients are summed over as many parts of the batch
     seed: int = 0  # of weights, noise and order of the rows
     log_every: int = 100  # steps between records of metrics.jsonl and lines of the log
@@ -431,7 +431,7 @@ class TuneConfig(_Section):
     kl: float = 0.0  # weight of the divergence from the run in train.init_from
     rows: int = 256  # rollouts on fixed prompts, whose mean reward tells the best checkpoint
     certainty: float = 2.0  # of train.objective=certainty: weight of the entropies
-    texts: int = 4096  # of train.objective=certainty: own texts, written by the method of `generate` once
+    texts: int = 4096  # of train.objective=certainty, adjust: own texts, written once
 
     def check(self) -> None:
         self.among(objective=("", *TUNINGS), task=("", *REWARDS), advantage=("mean", "leave_one_out", "std"),
@@ -548,7 +548,7 @@ class GenerateConfig(_Section):
     prompt: str = ""  # text that every sample begins with
     stop: str = "end"  # texts are cut before the first end of text behind the prompt; "": they are not
     schema: str = ""  # file with a JSON schema: every sample is a document of it (docs/decoding.md)
-    helper: str = ""  # workdir of a second run, for the methods that need one: guided, edlm
+    helper: str = ""  # workdir of a second run, for the methods that need one: guided, edlm, adjust
     batch_size: int = 16  # texts at once; changes no result
     trajectories: int = 4  # of so many samples every step is kept as well, for --mode=report
     checkpoint: str = "best"  # best (on validation text) | latest

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -50,7 +51,7 @@ class Denoiser(Protocol):
     """Where predictions come from; `Stateless` is the simplest one. forwards: network passes of a call, per row."""
 
     @property
-    def forwards(self) -> int: ...
+    def forwards(self) -> int | Fraction: ...
 
     def start(self, rows: Rows) -> Cache: ...
 

@@ -19,6 +19,7 @@ from hdlm_jax.config import ASIDE, ConfigError, GenerateConfig
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding import caches, choose, drafts, guide, loop, presets
 from hdlm_jax.decoding import canvas as canvases
+from hdlm_jax.decoding.bursts import Burst, Bursts
 from hdlm_jax.decoding.policy import Denoiser
 from hdlm_jax.decoding.sparse_attention import Sparse, SparseD
 from hdlm_jax.diffusion import autoregressive, gidd
@@ -79,7 +80,7 @@ def numbers_of(g: GenerateConfig, seq_len: int, eos: int = 0) -> dict[str, Any]:
             "top_p": np.float32(g.top_p), "method": method}
 
 
-def denoiser(program: Program, network: Trunk, params, process, numbers, classifier, sync_trip_count) -> Denoiser:
+def denoiser(program: Program, network: Trunk, params, process, numbers, classifier, how: loop.Sampling) -> Denoiser:
     """The network as the program calls it: with its cache or attention, its constraints, its guidance."""
     method = program.method
     out: Denoiser
@@ -87,8 +88,10 @@ def denoiser(program: Program, network: Trunk, params, process, numbers, classif
         out = caches.Uncached(network, params, program.cut)
     elif isinstance(method.cache, SparseD):
         out = Sparse(method.cache, cast(Network, network), params)  # whose attention it replaces
+    elif isinstance(method.cache, Burst):
+        out = Bursts(method.cache, network, params, how.tools["adjust"], program.cut, how.sync_trip_count)
     else:
-        out = caches.Cached(method.cache, network, params, sync_trip_count=sync_trip_count)
+        out = caches.Cached(method.cache, network, params, sync_trip_count=how.sync_trip_count)
     if program.constrained:
         out = guide.Constrained(process, out, numbers["allowed"])
     if method.guide[:1] == ("cfg",):
@@ -126,6 +129,8 @@ def tools_of(helper: Any, method: presets.Method, process: Process):
     network = helper.network
     if helper_kind(helper) == "energy":
         return lambda params: {"energy": lambda x, z, log_p, t: network.energy(params, z, x, t)}
+    if helper_kind(helper) == "adjust":
+        return lambda params: {"adjust": functools.partial(network.adjusted, params)}
 
     def autoregressive(params):
         ar = reads(network, params)
@@ -175,8 +180,7 @@ def loop_of(process: HierarchicalProcess, z: jax.Array, call: Call) -> tuple[loo
     if policy.lengths is not None:
         prompt = jnp.argmax(process.level_of(z) > 0, axis=1).astype(jnp.int32)
         length = jnp.minimum(prompt + numbers["method"]["start"], length)
-    denoise = denoiser(call.program, call.network, call.params, process, numbers, call.classifier,
-                       call.how.sync_trip_count)
+    denoise = denoiser(call.program, call.network, call.params, process, numbers, call.classifier, call.how)
     extra = {"kind": call.batch["kind"]} if call.program.constrained else {}
     rows = {"given": call.batch.get("given"), "length": length, "extra": extra}
     return loop.loop_of(denoise, process, policy, z.shape, numbers["method"], call.how), rows

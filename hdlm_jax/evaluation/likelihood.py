@@ -109,7 +109,7 @@ def teacher_forced(method: presets.Method, process: Process) -> Policy:
             ("what it draws decides what it keeps", policy.order != "choose_then_draw"),
             ("it writes the rest at once, whatever is likeliest", policy.commit is not None),
             ("it takes tokens back", policy.revise is not None),
-            ("its drafts are checked by what they say", policy.verify is not None or (method.needs and not by_energy)),
+            ("its drafts are checked by what they say", policy.verify is not None or method.needs == "ar"),
             ("its texts are of any length", policy.lengths is not None),
             ("its draws are guided", method.guide or not (by_energy or isinstance(draw, str))),
             ("its texts need a force transition", by_energy and process.force_transition == "none"
@@ -143,7 +143,7 @@ def make_likelihood_step(network: Trunk, process: HierarchicalProcess, program: 
         x, score, sync = batch["x"], batch["score"], shard.sync_trip_count
         params, theirs = params if tools else (params, {})
         how = Sampling(sync_trip_count=sync, tools=tools(theirs) if tools else {})
-        denoise = denoiser(program, network, params, process, {"method": numbers}, None, sync)
+        denoise = denoiser(program, network, params, process, {"method": numbers}, None, how)
         loop = loop_of(denoise, process, program.method.policy, x.shape, numbers, how)
         cache, s = loop.begin(fold(keys, 1), jnp.where(score, mask, x), ~score, batch["length"], {"text": x})
         _, s, _ = loop.run(cache, s)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from hdlm_jax.config import Config
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.process import Process
+from hdlm_jax.models.adjust import Adjust
 from hdlm_jax.models.decoder import Decoder
 from hdlm_jax.models.energy import EnergyNetwork, ScalarHead
 from hdlm_jax.models.heads import FactorisedHead, FlatHead, Head
@@ -16,8 +17,11 @@ from hdlm_jax.models.network import Network, Transformer
 
 
 def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
-    """The network of config.model for a hierarchy's tokens and states; or the energy of train.objective."""
+    """The network of config.model for a hierarchy's tokens and states; or what train.objective makes beside one: an
+    EnergyNetwork; a layer (Adjust), which has parameters as a network does, and none of its answers."""
     m = config.model
+    if config.train.objective == "adjust":
+        return cast(Transformer, Adjust(m.width, m.heads, m.dtype))
     dtype = jnp.dtype(m.dtype)
     head = (FlatHead(hierarchy, dtype, config.decoder.softcap) if m.head == "flat" else
             FactorisedHead(hierarchy, dtype, m.prototypes))

@@ -25,10 +25,12 @@ from hdlm_jax.runs.tune import Walk
 from hdlm_jax.training.loading import Run, check_writable, load_base
 from hdlm_jax.training.metrics import Writer, read_metrics
 from hdlm_jax.training.state import TrainState, build, init_state
-from hdlm_jax.tuning import certainty, energy
+from hdlm_jax.tuning import adjust, certainty, energy
 from hdlm_jax.tuning.lesson import Loss, make_step
 
-LOSSES: dict[str, Callable[..., Loss]] = {"energy": energy.make_loss, "certainty": certainty.make_loss}
+LOSSES: dict[str, Callable[..., Loss]] = {"energy": energy.make_loss, "certainty": certainty.make_loss,
+                                       "adjust": adjust.make_loss}
+OWN = ("certainty", "adjust")  # those that learn from texts the run has written
 
 
 def train(config: Config, workdir: str, profile: bool = False, shown: Writer | None = None) -> TrainState:
@@ -70,9 +72,13 @@ class OwnTexts:
 
 
 def own_texts(base: Run, config: Config, rows: Rows) -> dict[str, np.ndarray]:
-    """The rows' x and score, x written anew by the base where the score is of it: by the method of `generate`."""
+    """The rows' x and score, x written anew by the base where the score is of it: by the method of `generate`, or by
+    that which `adjust` is to come up to."""
+    g = dataclasses.replace(config.generate, length=0)
+    if config.train.objective == "adjust":
+        g = dataclasses.replace(g, method="first_hitting", options="")
     canvas = np.where(rows["score"], base.hierarchy.mask_id, rows["x"]).astype(np.int32)
-    found = sampler.sampler_of(base)(canvas, dataclasses.replace(config.generate, length=0))
+    found = sampler.sampler_of(base)(canvas, g)
     return {"x": found["tokens"].astype(np.int32), "score": rows["score"]}
 
 
@@ -86,13 +92,13 @@ class Refining(Loop):
                  ) -> None:
         super().__init__(config, workdir, stop, profile, shown)
         self.base = load_base(config, self.text.tokenizer.fingerprint)
-        if config.train.objective == "certainty":
+        if config.train.objective in OWN:
             presets.check(config.generate)
             self.batches = OwnTexts(self._texts(), config.train.batch_size, config.train.seed)
 
     def begin(self) -> bool:
         goes_on = super().begin()
-        if goes_on and self.config.train.objective == "certainty":
+        if goes_on and self.config.train.objective in OWN:
             self.rows = own_texts(self.base, self.config, self.rows)
         return goes_on
 
@@ -100,7 +106,8 @@ class Refining(Loop):
         """Own texts for the prompts of the first training rows, from a file of the workdir where they are there."""
         config, g = self.config, self.config.generate
         path = os.path.join(self.workdir, "own_texts.npz")
-        made = jsons.dumps([self.base.step, config.tune.texts, g.method, g.options, g.steps, g.temperature, g.seed])
+        made = jsons.dumps([config.train.objective, self.base.step, config.tune.texts, g.method, g.options, g.steps,
+                            g.temperature, g.seed])
         if os.path.exists(path):
             with np.load(path) as file:
                 if str(file["made"]) == made:

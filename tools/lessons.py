@@ -2,13 +2,15 @@
 
     python -m tools.lessons energy [--out=docs/runs/lesson_energy.json]
     python -m tools.lessons certainty
+    python -m tools.lessons adjust
 
 energy   texts of a Markov chain of words (tools/toy_calls.py: four of four words, behind a word that is given); a
          network of one block is trained on them, then its energy; the total variation of texts drawn in few calls, by
          the number of candidates, also with the sign of the released code.
-certainty  texts whose prompt decides them (the parities of the first 1..6 of six bits) and texts that nothing decides
+certainty  texts whose prompt decides them (the parities of the first 1..10 of ten bits) and texts that nothing decides
          (permutations of six symbols): calls of threshold decoding, right answers and different ones before and after
          certainty forcing on own texts, and after as many steps of cross-entropy alone.
+adjust   permutations once more: six drops on so many passes of the network, drawn on their own or with a layer between.
 """
 
 from __future__ import annotations
@@ -29,30 +31,31 @@ from hdlm_jax.common.console import markdown
 from hdlm_jax.common.jsons import dumps, write_atomic
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import Config
-from hdlm_jax.decoding import choose, guide, loop, presets
+from hdlm_jax.decoding import bursts, choose, guide, loop, presets
 from hdlm_jax.decoding.policy import Policy
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
+from hdlm_jax.models.adjust import Adjust
 from hdlm_jax.models.energy import EnergyNetwork
 from hdlm_jax.training.state import TrainState, build, init_state, make_optimizer
 from hdlm_jax.training.step import make_train_step
-from hdlm_jax.tuning import certainty, energy
+from hdlm_jax.tuning import adjust, certainty, energy
 from hdlm_jax.tuning.lesson import make_step
 from tools import cli, toy_calls
 
 V, S = toy_calls.V, toy_calls.S + 1  # a word in front is given: in a row of masks alone no mask differs from another
 HIERARCHIES = {"none": [], "classes": [[0, 0, 1, 1, 2]]}
 CANDIDATES, CALLS, TEXTS = (1, 2, 4, 16), (1, 2, 4), 40_000
-BITS, THRESHOLD, JUDGED = 6, 0.9, 2048
+SYMBOLS, BITS, THRESHOLD, JUDGED = 6, 10, 0.9, 2048
 
 
 def toy_config(length: int, objective: str = "nelbo", steps: int = 3000, seed: int = 0, clusters: int = 1,
                **more: Any) -> Config:
-    """A network of width 32 for such texts, of one block (two where texts are long)."""
+    """A network of one block and width 32 for such texts."""
     c = settings.default()
     c.tokenizer.kind, c.tokenizer.vocab_size = "bytes", 257  # not used, but checked
     c.hierarchy.clusters, c.diffusion.weighting = (clusters,), "none"
-    c.model.width, c.model.blocks, c.model.heads, c.model.seq_len = 32, 1 + (length > 10), 2, length
+    c.model.width, c.model.blocks, c.model.heads, c.model.seq_len = 32, 1, 2, length
     c.model.time_conditioning = False
     c.optimizer.lr, c.optimizer.warmup, c.train.batch_size = 3e-3, 100, 128
     c.train.steps, c.train.seed, c.train.objective, c.train.init_from = steps, seed, objective, "base"
@@ -83,7 +86,7 @@ def chain_texts(p: np.ndarray) -> Callable[[np.random.Generator, int], np.ndarra
 def fit(state: TrainState, step: Callable[..., Any], batch: Callable[[int], Any], given: Any, steps: int
         ) -> tuple[TrainState, dict[str, float]]:
     """(the state after so many steps, means of their last fifth's metrics)."""
-    many, last = 50, []
+    many, last = 50, list[dict[str, jax.Array]]()
     run = jax.jit(lambda state, rows, given: jax.lax.scan(lambda state, one: step(state, one, given), state, rows))
     for i in range(0, steps, many):
         rows = jax.tree.map(lambda *a: jnp.stack(a), *(batch(i + j) for j in range(many)))
@@ -112,7 +115,7 @@ def law_of(words: np.ndarray) -> np.ndarray:
 def drawer(base: Any, params: Tree, process: HierarchicalProcess, candidates: int, tool: Any) -> Callable[..., Any]:
     """draw(key, calls, sign) -> texts [TEXTS, S] in so many calls of the ancestral grid, by exp(-sign E)."""
     draw: Any = guide.EnergyDraw(candidates) if candidates > 1 else "sample"
-    policy, window = Policy(choose.Planned("grid"), draw), {"energy_from": 0.0, "energy_to": 1.0}
+    policy, window = Policy(choose.Planned("grid"), draw), {"energy_from": jnp.float32(0), "energy_to": jnp.float32(1)}
     z = jnp.full((TEXTS, S), process.mask_id).at[:, 0].set(V)
 
     @jax.jit
@@ -166,26 +169,27 @@ def table_energy(records: Sequence[dict[str, Any]]) -> str:
 
 
 def parities(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Six bits and the parities of the first 1..6 of them."""
+    """Ten bits and the parities of the first 1..10 of them."""
     bits = rng.integers(0, 2, (n, BITS))
     return np.concatenate([bits, np.cumsum(bits, axis=1) % 2], axis=1)
 
 
 def permutations(rng: np.random.Generator, n: int) -> np.ndarray:
     """A word in front, six symbols each once."""
-    return np.concatenate([np.full((n, 1), BITS), np.argsort(rng.random((n, BITS)), axis=1)], axis=1)
+    return np.concatenate([np.full((n, 1), SYMBOLS), np.argsort(rng.random((n, SYMBOLS)), axis=1)], axis=1)
 
 
 # texts, words of a prompt, words there are, function of texts -> which are right
 CERTAIN: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], int, int, Callable[[np.ndarray], Any]]] = {
     "parities": (parities, BITS, 2, lambda x: (np.cumsum(x[:, :BITS], axis=1) % 2 == x[:, BITS:]).all(1)),
-    "permutations": (permutations, 1, BITS + 1, lambda x: (np.sort(x[:, 1:], axis=1) == np.arange(BITS)).all(1))}
+    "permutations": (permutations, 1, SYMBOLS + 1,
+                     lambda x: (np.sort(x[:, 1:], axis=1) == np.arange(SYMBOLS)).all(1))}
 
 
 def trial_certainty(kind: str, seed: int, steps: int = 600) -> dict[str, Any]:
     """One seed: a trained run, its own texts, and threshold decoding before and after forcing."""
     draw_texts, given, words, judge = CERTAIN[kind]
-    began, rng, free = time.monotonic(), np.random.default_rng(seed), BITS
+    began, rng, free = time.monotonic(), np.random.default_rng(seed), given if given > 1 else SYMBOLS
     length = given + free
     batch = batches(draw_texts, given, 128, seed)
     hierarchy = Hierarchy.from_parents([], vocab_size=words)
@@ -196,7 +200,7 @@ def trial_certainty(kind: str, seed: int, steps: int = 600) -> dict[str, Any]:
         found = presets.make(*method.partition(" ")[::2], steps=free)
         z = jnp.where(jnp.arange(length)[None] < given, x, process.mask_id)
         return loop.sample(key, lambda z, t: base.denoise(params, z, t), process, z, found.policy,
-                           presets.numbers(found))
+                           jax.tree.map(jnp.asarray, presets.numbers(found)))
 
     def decoded(params: Tree) -> dict[str, float]:
         x, told = write(f"fast_dllm threshold={THRESHOLD} draw=sample block=0", params,
@@ -230,9 +234,58 @@ def table_certainty(records: Sequence[dict[str, Any]]) -> str:
     return markdown(["texts", "after", "calls", "right", "different"], rows)
 
 
+def trial_adjust(kind: str, seed: int, steps: int = 3000) -> dict[str, Any]:
+    """One seed: a trained run, a layer behind it, and right and different texts by passes of the network."""
+    draw_texts, given, words, judge = CERTAIN[kind]
+    began, length, rng = time.monotonic(), given + SYMBOLS, np.random.default_rng(seed)
+    batch = batches(draw_texts, given, 128, seed)
+    hierarchy = Hierarchy.from_parents([], vocab_size=words)
+    base, process, frozen = trained_base(toy_config(length, seed=seed), hierarchy, batch)
+    config = toy_config(length, "adjust", steps, seed, generate__method="adjust", generate__options=f"burst={SYMBOLS}")
+    layer = cast(Adjust, build(config, hierarchy)[0])
+
+    def write(every: int, reveals: int, adjusted: Any, n: int) -> Any:
+        z = jnp.where(jnp.arange(length)[None] < given, jnp.asarray(draw_texts(rng, n), jnp.int32), process.mask_id)
+        denoise = bursts.Bursts(bursts.Burst(every), base, frozen, adjusted, False)
+        policy = Policy(choose.Planned("reveal"))
+        return jax.jit(lambda key: loop.sample(key, denoise, process, z, policy, {"reveals": jnp.int32(reveals)}))(
+            jax.random.key(seed + every))
+
+    def told(every: int, reveals: int, adjusted: Any) -> dict[str, float]:
+        x, found = write(every, reveals, adjusted, JUDGED)
+        return {"passes": float(found["row_forwards"].mean()), "right": float(judge(np.asarray(x)).mean()),
+                "distinct": len(np.unique(x, axis=0)) / JUDGED}
+
+    same = lambda h, *rest: h  # noqa: E731
+    own = np.asarray(write(1, 1, same, 4096)[0])
+    tx, _ = make_optimizer(config)
+    step = make_step(config, adjust.make_loss(config, layer, base, process), tx)
+    state, metrics = fit(init_state(config, layer, tx, jax.random.key(seed)), step, batches(
+        lambda rng, n: own[rng.integers(0, len(own), n)], given, 128, seed), (jax.random.key(seed), frozen), steps)
+    learnt = functools.partial(layer.adjusted, state.params)
+    out = {str(SYMBOLS // many): {"alone": told(1, many, same), "layer": told(many, 1, learnt)}
+           for many in (1, 2, 3, SYMBOLS)}
+    return {"texts": kind, "seed": seed, "loss": metrics["loss"], "without": metrics["without"], "passes": out,
+            "seconds": time.monotonic() - began}
+
+
+def table_adjust(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: right and different texts by passes, means and spreads over seeds."""
+    rows = []
+    for passes in records[0]["passes"]:
+        cells = []
+        for how in ("alone", "layer"):
+            for name in ("right", "distinct"):
+                found = [r["passes"][passes][how][name] for r in records]
+                cells.append(f"{np.mean(found):.3f} ± {np.std(found):.3f}")
+        rows.append([passes, *cells])
+    return markdown(["passes", "alone: right", "different", "layer: right", "different"], rows)
+
+
 TRIALS: dict[str, tuple[Sequence[str], Callable[[str, int], dict[str, Any]], Callable[..., str]]] = {
     "energy": (tuple(HIERARCHIES), trial_energy, table_energy),
-    "certainty": (tuple(CERTAIN), trial_certainty, table_certainty)}
+    "certainty": (tuple(CERTAIN), trial_certainty, table_certainty),
+    "adjust": (("permutations",), trial_adjust, table_adjust)}
 
 
 def table(found: dict[str, Any]) -> str:

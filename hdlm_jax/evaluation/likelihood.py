@@ -211,7 +211,7 @@ def likelihoods(run: Run, rows: dict[str, np.ndarray], program: Program, numbers
     method = program.method._replace(policy=teacher_forced(program.method, run.process))
     program = dataclasses.replace(program, method=method, cut=bool((canvases["length"] < width).any()))
     params = quantised(run.params, method.weights) if method.weights else run.params
-    helper = load_helper(run, run.config.generate) if method.needs else None
+    helper: Any = load_helper(run, run.config.generate) if method.needs else None
     tools = checked_tools(helper, method, run.process, f"evaluate.decodings={name!r}")
     params = (params, helper.params) if tools else params
     step = make_likelihood_step(run.network, cast(HierarchicalProcess, run.process), program, numbers, run.mesh, tools)

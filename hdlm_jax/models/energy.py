@@ -7,7 +7,7 @@ where p_theta draws each on its own. The trunk starts as a copy of p_theta's.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -56,7 +56,7 @@ class EnergyNetwork(Network):
         cond = self._time(t) if self.time_conditioning else None
         both = self.embedding[jnp.maximum(z, 0)] + self.embedding[x] @ self.own_head["reads"]
         h, _ = self.stack(both, cond, Seen.of(segment, False), False, None, None)
-        return self.head.value(self.own_head, self._out(h, cond), z >= self.head.hierarchy.vocab_size)
+        return cast(ScalarHead, self.head).value(self.own_head, self._out(h, cond), z >= self.head.hierarchy.vocab_size)
 
     def __call__(self, z: jax.Array, t: jax.Array, segment: jax.Array | None = None, train: bool = False) -> jax.Array:
         return self.read(z, jnp.zeros_like(z), t, segment)

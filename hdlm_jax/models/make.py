@@ -30,8 +30,7 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     if m.trunk == "decoder":
         return Decoder(*sizes, block=m.block, dims=config.decoder, param_dtype=m.param_dtype)
     if config.train.objective == "energy":
-        sizes = (cast(Head, ScalarHead(hierarchy)), *sizes[1:])
-        return EnergyNetwork(*sizes, time_conditioning=m.time_conditioning)
+        return EnergyNetwork(cast(Head, ScalarHead(hierarchy)), *sizes[1:], time_conditioning=m.time_conditioning)
     return Network(*sizes, block=m.block, dropout=m.dropout, time_conditioning=m.time_conditioning)
 
 

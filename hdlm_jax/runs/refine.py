@@ -112,7 +112,7 @@ class Refining(Loop):
             with np.load(path) as file:
                 if str(file["made"]) == made:
                     return {name: file[name] for name in ("x", "score")}
-        walk, parts = self.batches.iterator(None), []
+        walk, parts = self.batches.iterator(None), list[Rows]()
         while sum(len(part["x"]) for part in parts) < config.tune.texts:
             rows = next(walk)
             parts.append({"x": rows["x"], "score": rows.get("score", np.ones(rows["x"].shape, bool))})

@@ -81,6 +81,31 @@ def test_drawn_words_keep_to_what_is_given():
         assert (np.abs(share - law[i]) <= 4.5 * np.sqrt(law[i] * (1 - law[i]) / rows)).all()  # standard errors
 
 
+class Counted(Tabular):
+    """E(x, z) = a times the share of words that are not 0; what it is trained beside knows nothing."""
+
+    def hidden(self, params, z, t, segment=None):
+        return jnp.zeros((*z.shape, self.process.vocab_size))
+
+    def energy(self, params, z, x, t, segment=None):
+        return params * jnp.mean(x != 0, axis=1)
+
+
+def test_the_loss_raises_energies_of_what_is_drawn():
+    """Texts of zeros: those drawn have others wherever a token is noised, 3 of 4; the gradient is half their share,
+    downhill to a higher energy of theirs."""
+    _, process = make(MDLM, (1.0,))
+    c = default()
+    c.tokenizer.kind, c.train.batch_size = "bytes", 400
+    network = Counted(process)
+    loss = energy.make_loss(resolve(c), network, network, process)
+    rows = {"x": jnp.zeros((400, 6), jnp.int32), "index": jnp.arange(400)}
+    (found, aux), slope = jax.jit(jax.value_and_grad(lambda a: loss(a, {}, rows, jax.random.key(0)), has_aux=True))(0.0)
+    assert float(found) == pytest.approx(2 * np.log(2), abs=1e-5) and float(aux["told_apart"]) == 0.5
+    assert float(slope) == pytest.approx(-0.5 * 0.5 * 0.75, abs=0.02)  # half of the tokens are noised, t uniform
+    assert float(loss(1.0, {}, rows, jax.random.key(0))[1]["told_apart"]) > 0.85
+
+
 def energy_network(process):
     network = EnergyNetwork(ScalarHead(process.hierarchy), process.hierarchy.padded_states, 8, 1, 2,
                             time_conditioning=False)
@@ -298,6 +323,16 @@ def test_an_energy_is_a_run_and_helps_its_base(energy_run, tmp_path):
     assert not exact and np.isfinite(nats).all() and (nats > 0).all() and calls.max() <= 2
 
 
+def test_own_texts_are_each_seen_once_an_epoch():
+    """In another order each time, and the same rows whenever a step is asked for."""
+    batches = refine.OwnTexts({"x": np.arange(6)[:, None], "score": np.ones((6, 1), bool)}, 8, 0)
+    x = np.concatenate([batches.batch(i)["x"][:, 0] for i in range(3)])
+    assert all(sorted(x[i : i + 6]) == list(range(6)) for i in (0, 6, 12, 18)) and (x[:6] != x[6:12]).any()
+    later = batches.iterator({"next_index": 2})
+    np.testing.assert_array_equal(next(later)["x"][:, 0], x[16:])
+    assert later.get_state() == {"next_index": 3}
+
+
 @pytest.mark.slow
 def test_a_run_learns_from_its_own_texts(tmp_path):
     """Written once, kept in the workdir and taken up again; the run is a language model like the one before."""
@@ -309,9 +344,6 @@ def test_a_run_learns_from_its_own_texts(tmp_path):
     assert texts.shape == (8, 16) and texts.max() < 257
     records = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
     assert {"loss", "cross_entropy", "entropy", "right", "valid_loss"} <= set(records[-1])
-    batches = refine.OwnTexts({"x": np.arange(6)[:, None], "score": np.ones((6, 1), bool)}, 8, 0)
-    x = np.concatenate([batches.batch(i)["x"][:, 0] for i in range(3)])
-    assert all(sorted(x[i : i + 6]) == list(range(6)) for i in (0, 6, 12, 18)) and (x[:6] != x[6:12]).any()
     assert load_here(str(tmp_path)).step == 2
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from hdlm_jax.common import jsons, lock, parallel, processes
 from hdlm_jax.common.console import compiling, say
 from hdlm_jax.common.parallel import Batch, Rows, Tree
-from hdlm_jax.config import LESSONS, Config
+from hdlm_jax.config import LESSONS, Config, ConfigError
 from hdlm_jax.decoding import presets, sampler
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.runs import train as plain
@@ -92,6 +92,9 @@ class Refining(Loop):
                  ) -> None:
         super().__init__(config, workdir, stop, profile, shown)
         self.base = load_base(config, self.text.tokenizer.fingerprint)
+        if self.base.hierarchy != self.hierarchy:
+            raise ConfigError(f"train.init_from={config.train.init_from!r}: its best checkpoint has learned other "
+                              f"clusters since its hierarchy was taken over into {workdir}; use another --workdir")
         if config.train.objective in OWN:
             presets.check(config.generate)
             self.batches = OwnTexts(self._texts(), config.train.batch_size, config.train.seed)
@@ -152,7 +155,8 @@ class Refining(Loop):
                   if jax.tree.map(jnp.shape, value) == jax.tree.map(jnp.shape, state.params.get(name))}
         copied = jax.tree.map(jnp.copy, theirs)  # a step gives its state's memory away, and the base is still needed
         params = jax.device_put({**state.params, **copied}, self.shardings.params)
-        say(f"train: starting from {', '.join(sorted(theirs))} of {self.config.train.init_from}")
+        say(f"train: beside {self.config.train.init_from}" + (f", starting from its {', '.join(sorted(theirs))}"
+                                                              if theirs else ""))
         return state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if self.config.optimizer.ema else {})
 
     def _measure(self, step: int) -> dict[str, float]:

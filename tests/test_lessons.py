@@ -421,7 +421,9 @@ def test_moments_of_a_burst():
     process = make(TWO, (1.0, 1.0))[1]
     score = jnp.tile(jnp.array([[False, True, True, True]]), (300, 1))
     keys = fold(jnp.broadcast_to(jax.random.key(3), (300,)), jnp.arange(300))
-    before, now = map(np.asarray, adjust.moments(process, keys, score, 3))
+    moments = adjust.moments(process, keys, score, 3)
+    before, now = (np.asarray(moment.level) for moment in moments)
+    assert (moments[0].t > moments[1].t).all()
     drops = (before - now).sum(1)
     assert set(drops) == {1, 2} and (now <= before).all() and (now.sum(1) >= 1).all() and (before[:, 0] == 0).all()
     assert set(before.sum(1)) == {2, 3, 4, 5, 6} and before.max() == 2

@@ -81,11 +81,11 @@ class TeacherForcedEnergy(TeacherForced):
 
     def __call__(self, view: View, loop: Loop, prediction: Any, target: jax.Array) -> Drawn:
         told, sure = super().__call__(view, loop, prediction, target)
-        own, *others = self.by.keys(view)
-        inside, falls = self.by.inside(view), target < view.level
+        keys, inside, falls = self.by.keys(view), self.by.inside(view), target < view.level
         energy = functools.partial(self.by.energy, view, loop, prediction, inside)
-        found = jnp.stack([energy(own, told), *map(energy, others)])
-        nats = jnp.where(inside, found[0] + jax.nn.logsumexp(-found, axis=0) - math.log(len(found)), 0.0)
+        own, others = energy(keys[0], told), jax.lax.map(energy, keys[1:])
+        sums = jax.nn.logsumexp(-jnp.concatenate([own[None], others]), axis=0)
+        nats = jnp.where(inside, own + sums - math.log(len(keys)), 0.0)
         each = jnp.where(falls, (nats / jnp.maximum(jnp.sum(falls, axis=1), 1))[:, None], 0.0)
         return told, sure - each
 

@@ -15,7 +15,7 @@ import numpy as np
 from hdlm_jax.common import jsons, lock, parallel, processes
 from hdlm_jax.common.console import compiling, say
 from hdlm_jax.common.parallel import Batch, Rows, Tree
-from hdlm_jax.config import LESSONS, Config, ConfigError
+from hdlm_jax.config import ASIDE, LESSONS, Config, ConfigError
 from hdlm_jax.decoding import presets, sampler
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.runs import train as plain
@@ -96,13 +96,16 @@ class Refining(Loop):
             raise ConfigError(f"train.init_from={config.train.init_from!r}: its best checkpoint has learned other "
                               f"clusters since its hierarchy was taken over into {workdir}; use another --workdir")
         if config.train.objective in OWN:
-            presets.check(config.generate)
+            if jax.process_count() > 1:
+                raise ConfigError(f"train.objective={config.train.objective!r}: its texts are written by one process")
+            (presets.burst_of if config.train.objective == "adjust" else presets.check)(config.generate)
             self.batches = OwnTexts(self._texts(), config.train.batch_size, config.train.seed)
 
     def begin(self) -> bool:
         goes_on = super().begin()
-        if goes_on and self.config.train.objective in OWN:
-            self.rows = own_texts(self.base, self.config, self.rows)
+        if goes_on:
+            own = self.config.train.objective in OWN
+            self.checked = own_texts(self.base, self.config, self.rows) if own else self.rows
         return goes_on
 
     def _texts(self) -> dict[str, np.ndarray]:
@@ -160,22 +163,24 @@ class Refining(Loop):
         return state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if self.config.optimizer.ema else {})
 
     def _measure(self, step: int) -> dict[str, float]:
-        """The loss on validation rows, always with the same random numbers."""
+        """The loss on validation rows, always with the same random numbers; of a language model its bound as well."""
         pause, rows = time.monotonic(), self.config.train.batch_size
         params, found = self.state.ema or self.state.params, []
         names = self.batches.example()
-        for number in range(max(1, len(self.rows["x"]) // rows)):
-            some = (number * rows + np.arange(rows)) % len(self.rows["x"])
-            batch = {name: self.rows[name][some] for name in names if name != "index"}
+        for number in range(max(1, len(self.checked["x"]) // rows)):
+            some = (number * rows + np.arange(rows)) % len(self.checked["x"])
+            batch = {name: self.checked[name][some] for name in names if name != "index"}
             batch["index"] = np.arange(rows, dtype=np.int32)
             batch = {name: value[parallel.local_rows(rows)] for name, value in batch.items()}
             key = jax.random.fold_in(jax.random.key(self.config.evaluate.seed), number)
-            loss, aux = self.check(params, self.base.params, parallel.put_batch(self.mesh, batch), key)
+            with parallel.made_for(self.mesh):
+                loss, aux = self.check(params, self.base.params, parallel.put_batch(self.mesh, batch), key)
             found.append({"loss": float(loss)} | {name: float(value) for name, value in aux.items()})
         self.recorder.since += time.monotonic() - pause
         mean = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
         say(f"train: step {step:,}, on validation rows " + ", ".join(f"{k} {v:.4f}" for k, v in mean.items()))
-        return {f"valid_{name}": value for name, value in mean.items()}
+        bound = {} if self.config.train.objective in ASIDE else super()._measure(step)
+        return bound | {f"valid_{name}": value for name, value in mean.items()}
 
     def conclude(self) -> None:
         """Says what came out."""

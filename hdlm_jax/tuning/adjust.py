@@ -10,7 +10,7 @@ of every token not written yet, its state one level down. At the optimum a burst
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from hdlm_jax.common.parallel import Batch, Tree
 from hdlm_jax.config import Config
 from hdlm_jax.decoding import presets
-from hdlm_jax.decoding.policy import time_of
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.levels import open_uniform
@@ -31,9 +30,16 @@ from hdlm_jax.tuning.record import shown
 CHUNK = 256  # tokens whose logits exist at once
 
 
-def moments(process: HierarchicalProcess, keys: jax.Array, score: jax.Array, burst: int) -> tuple[jax.Array, jax.Array]:
-    """Levels (before, now), int32 [b, S] each, at two moments of writing: `now` is 1..burst - 1 drops later, and not
-    the end. Free where score bool [b, S], two levels to drop or more of each row; keys [b].
+class Moment(NamedTuple):
+    """Of some rows: levels int32 [b, S], and what the network is told then, t float32 [b]."""
+
+    level: jax.Array
+    t: jax.Array
+
+
+def moments(process: HierarchicalProcess, keys: jax.Array, score: jax.Array, burst: int) -> tuple[Moment, Moment]:
+    """(before, now), two moments of writing: `now` is 1..burst - 1 drops later, and not the end. Free where score bool
+    [b, S], two levels to drop or more of each row; keys [b].
 
     Drops come in a random order of the tokens' own crossing times, as `first_hitting` makes them.
     """
@@ -44,11 +50,11 @@ def moments(process: HierarchicalProcess, keys: jax.Array, score: jax.Array, bur
     left = 2 + jnp.floor(u * (n - 1)).astype(jnp.int32)  # crossings that are to be undone, before
     later = 1 + jnp.floor(v * jnp.minimum(burst - 1, left - 1)).astype(jnp.int32)
 
-    def levels(count: jax.Array) -> jax.Array:
+    def moment(count: jax.Array) -> Moment:
         tau = jnp.take_along_axis(order, jnp.maximum(count - 1, 0)[:, None], axis=1)
-        return jnp.where(score, jnp.sum(times <= tau[..., None], axis=-1), 0)
+        return Moment(jnp.where(score, jnp.sum(times <= tau[..., None], axis=-1), 0), -jnp.expm1(-tau[:, 0]))
 
-    return levels(left), levels(left - later)
+    return moment(left), moment(left - later)
 
 
 def divergence(process: HierarchicalProcess, base: Trunk, frozen: Tree, truth: jax.Array, told: jax.Array, z: jax.Array
@@ -80,12 +86,11 @@ def make_loss(config: Config, network: Trunk, base: Trunk, process: Hierarchical
 
     def loss(params: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         x, index, score = batch["x"], batch["index"], batch["score"]
-        levels = moments(process, fold(jnp.broadcast_to(key, index.shape), index), score, burst)
-        z, now = (shown(process, x, level) for level in levels)
-        count = jnp.maximum(jnp.sum(score, axis=1), 1)
-        before, truth = (base.hidden(frozen, states, time_of(process.chain, jnp.sum(level, axis=1) / count))
-                         for states, level in ((z, levels[0]), (now, levels[1])))
-        told, left = layer.adjusted(params, before, base.table(frozen), z, now), jnp.maximum(jnp.sum(levels[1] > 0), 1)
+        both = moments(process, fold(jnp.broadcast_to(key, index.shape), index), score, burst)
+        z, now = (shown(process, x, moment.level) for moment in both)
+        before, truth = (base.hidden(frozen, states, moment.t) for states, moment in zip((z, now), both, strict=True))
+        told, left = layer.adjusted(params, before, base.table(frozen), z, now), jnp.sum(both[1].level > 0)
+        left = jnp.maximum(left, 1)
         found, without = (jnp.sum(divergence(process, base, frozen, truth, h, now)) / left for h in (told, before))
         return found, {"without": without}
 

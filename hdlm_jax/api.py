@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from hdlm_jax.common import parallel
-from hdlm_jax.config import ConfigError, GenerateConfig, check_local, check_name, expand, recipe
+from hdlm_jax.config import ASIDE, ConfigError, GenerateConfig, check_local, check_name, expand, recipe
 from hdlm_jax.data import chat as chats
 from hdlm_jax.data import features as vectors
 from hdlm_jax.decoding import canvas as canvases
@@ -26,8 +26,7 @@ from hdlm_jax.evaluation.elbo import evaluator_of, text_nats
 from hdlm_jax.report import notebook
 from hdlm_jax.report.page import kind_of, levels_of
 from hdlm_jax.report.run_files import counted
-from hdlm_jax.runs import import_weights, stages, tune
-from hdlm_jax.runs import train as training
+from hdlm_jax.runs import import_weights, refine, stages, tune
 from hdlm_jax.runs.interrupt import RESUME_EXIT
 from hdlm_jax.training.loading import load_here, with_base
 
@@ -270,12 +269,15 @@ def train(config: str | config_dict.ConfigDict, workdir: str = "", **settings: A
             raise ConfigError(f"{name}: is a section; write its settings as in **{{'train.steps': 100}}")
         values[section][key] = value
     given = stages.checked(with_base(values, workdir))
+    if given.train.objective in ASIDE:
+        raise ConfigError(f"train.objective={given.train.objective!r}: trains a helper, no model to give back; use the "
+                          "command line")
     given.parallel.shape(jax.device_count())
     parallel.keep_compiled()
     import_weights.check_trainable(workdir)
     plot = notebook.Plot(workdir, given.train.steps) if notebook.here() else None
     try:
-        (tune.tune if given.tune.objective else training.train)(given, workdir, shown=plot)
+        (tune.tune if given.tune.objective else refine.train)(given, workdir, shown=plot)
     except SystemExit as stopped:
         if stopped.code != RESUME_EXIT:
             raise

@@ -180,7 +180,7 @@ def main(argv: list[str]) -> None:
 
     from hdlm_jax.common import console, lock, parallel, processes
     from hdlm_jax.report import live, page
-    from hdlm_jax.runs import chat, evaluate, export, fetch, generate, import_weights, serve, stages, train, tune
+    from hdlm_jax.runs import chat, evaluate, export, fetch, generate, import_weights, refine, serve, stages, tune
     from hdlm_jax.training import loading
 
     config = stages.checked(loading.with_base(_CONFIG.value, workdir))
@@ -207,7 +207,7 @@ def main(argv: list[str]) -> None:
             stages.cluster(config, workdir, stages.prepare(config, workdir))
     elif _MODE.value == "train":
         import_weights.check_trainable(workdir)
-        (tune.tune if config.tune.objective else train.train)(config, workdir, _PROFILE.value)
+        (tune.tune if config.tune.objective else refine.train)(config, workdir, _PROFILE.value)
     elif _MODE.value == "evaluate":
         if config.tune.task and not (config.evaluate.tasks or config.evaluate.decodings):
             tune.evaluate(config, workdir)

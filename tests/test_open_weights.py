@@ -505,12 +505,12 @@ QUICK = {("shifted", "fast_dllm"), ("blocks", "sparsed")}
 
 @pytest.mark.parametrize("kind, method", [
     pytest.param(kind, method, marks=[] if (kind, method) in QUICK else pytest.mark.slow)
-    for kind in ("own", "shifted", "blocks") for method in presets.METHODS if method != "dcolt"])
+    for kind in ("own", "shifted", "blocks") for method in presets.METHODS if method not in ("dcolt", "adjust")])
 def test_every_method_on_an_imported_model(kind, method):
     """Tokens alone, the prompt in front, the same in other company."""
     model = masked(kind)
     needs, options = presets.METHODS[method]().needs, {"daedal": "start=8"}.get(method, "")
-    more = {"helper": str(workdir("llama"))} if needs == "ar" else {}
+    more = {"helper": str(workdir("llama"))} if needs in presets.HELPERS else {}
     more |= {"classifier": lambda onehots: jnp.sum(onehots[..., 8], axis=-1)} if needs == "classifier" else {}
     how = dict(method=method, options=options, steps=6, prompt="ab", batch_size=4, **more)
     texts = model.generate(2, **how)

@@ -49,7 +49,7 @@ def settings(run: Run, given: argparse.Namespace) -> list[GenerateConfig]:
         name, _, options = text.partition(" ")
         method = presets.make(name, options)
         why = ("it knows no levels that drop" if name != "ancestral" and not hasattr(run.process, "chain") else
-               "it needs --helper" if method.needs == "ar" and not given.helper else
+               "it needs --helper" if method.needs in presets.HELPERS and not given.helper else
                "it needs a head for an order" if method.needs == "order" and not run.config.model.order else
                "it needs a function" if method.needs == "classifier" else
                "its texts are of any length" if method.policy.lengths else "")
@@ -59,7 +59,7 @@ def settings(run: Run, given: argparse.Namespace) -> list[GenerateConfig]:
             continue
         steps = given.steps if "steps" in method.numbers and "steps=" not in options else [GenerateConfig().steps]
         out += [GenerateConfig(num_samples=given.num_samples, method=name, options=options, steps=n, seed=given.seed,
-                         batch_size=given.batch_size, helper=given.helper if method.needs == "ar" else "")
+                         batch_size=given.batch_size, helper=given.helper if method.needs in presets.HELPERS else "")
                 for n in steps]
     for g in out:
         g.check()

@@ -11,7 +11,7 @@ one of tools/toy_calls.py, behind <!-- map: FILE --> those of tools/toy_map.py, 
 tools/toy_channel.py, behind <!-- load: FILE --> one of what tools/serve_load.py wrote to FILE, behind
 <!-- rewards: FILE --> one of runs trained by rewards, {"runs": [{"run", "nelbo", "se", "rewards"}]}, of their
 evaluate.json and rewards.json, behind <!-- sweep: FILE --> one of tools/method_sweep.py's lines, behind
-<!-- speedrun: FILE --> one of tools/speedrun.py's records.
+<!-- speedrun: FILE --> one of tools/speedrun.py's records, behind <!-- lesson: FILE --> one of tools/lessons.py's.
 """
 import json
 import os
@@ -25,12 +25,12 @@ from typing import Any
 from hdlm_jax.common import jsons
 from hdlm_jax.common.console import markdown, measured
 from hdlm_jax.report import compare
-from tools import cli, grid, method_sweep, serve_load, speedrun, toy_calls, toy_channel, toy_map
+from tools import cli, grid, lessons, method_sweep, serve_load, speedrun, toy_calls, toy_map
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
-MARK = re.compile(r"(<!-- (runs|grid|toy|map|channel|load|rewards|sweep|speedrun): ([^>]+?) -->\n)(.*?)(<!-- end -->)",
-                  re.DOTALL)
+_KINDS = "runs|grid|toy|map|load|rewards|sweep|speedrun|lesson"
+MARK = re.compile(rf"(<!-- ({_KINDS}): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def rewards_table(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -57,6 +57,8 @@ def rendered(found: re.Match[str]) -> str:
         lines = [serve_load.table(jsons.read_lines(str(ROOT / found[3]))[0])]
     elif found[2] == "sweep":
         lines = [method_sweep.table(jsons.read_lines(str(ROOT / found[3]))[0])]
+    elif found[2] == "lesson":
+        lines = [lessons.table(json.loads((ROOT / found[3]).read_text()))]
     elif found[2] == "speedrun":
         lines = [speedrun.table(json.loads((ROOT / found[3]).read_text()))]
     elif found[2] == "rewards":

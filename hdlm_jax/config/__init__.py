@@ -3,9 +3,11 @@
 from hdlm_jax.config.recipes import recipe
 from hdlm_jax.config.rules import ConfigError, check_local, expand
 from hdlm_jax.config.sections import (
+    ASIDE,
     CLUSTERS,
     DETOKENIZERS,
     FORCE_TRANSITIONS,
+    LESSONS,
     PACKINGS,
     PADDINGS,
     REWARDS,

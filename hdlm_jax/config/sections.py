@@ -18,6 +18,8 @@ WEIGHTINGS = {"hierarchical": ("none", "constant", "clip", "empirical"),  # trai
               "gidd": ("none", "constant", "clip", "dynamic"),
               "autoregressive": ("constant",)}
 OBJECTIVES = ("nelbo", "rate", "count", "any_order", "complementary", "paired")
+LESSONS = ("energy", "certainty", "adjust")  # objectives of runs/refine.py: what a trained run learns afterwards
+ASIDE = ("energy", "adjust")  # those of them that make no language model, but a helper of the run they start from
 DETOKENIZERS = ("", "lm1b", "ptb", "wikitext", "lambada", "ag_news")
 TASKS = ("ptb", "wikitext2", "lambada", "ag_news", "openwebtext", "lm1b", "files", "hellaswag", "arc_easy",
          "arc_challenge", "piqa", "openbookqa", "winogrande", "lambada_last_word", "gsm8k")
@@ -394,7 +396,7 @@ class TrainConfig(_Section):
 
     steps: int = 500_000  # optimizer steps
     batch_size: int = 512  # sequences a step, over all devices
-    objective: str = "nelbo"  # nelbo | rate | count | any_order | complementary | paired: how states are drawn
+    objective: str = "nelbo"  # nelbo | rate | count | any_order | complementary | paired; a lesson (docs/training.md)
     microbatches: int = 1  # gradients are summed over as many parts of the batch
     seed: int = 0  # of weights, noise and order of the rows
     log_every: int = 100  # steps between records of metrics.jsonl and lines of the log
@@ -419,7 +421,7 @@ class TrainConfig(_Section):
                 and done % self.recluster_every == 0)
 
     def check(self) -> None:
-        self.among(writers=WRITERS, objective=OBJECTIVES)
+        self.among(writers=WRITERS, objective=(*OBJECTIVES, *LESSONS))
         self.hold("must be at least 1", "steps", "batch_size", "microbatches", "log_every")
         self.need(self.batch_size % self.partners == 0, "batch_size",
                   f"train.objective={self.objective!r} makes two rows of each text; give an even number")
@@ -428,6 +430,12 @@ class TrainConfig(_Section):
                   "recluster_every", "recluster_until")
         self.need(not self.recluster_until or self.recluster_every > 0, "recluster_until",
                   "goes with train.recluster_every")
+        self.need(self.objective not in LESSONS or bool(self.init_from), "objective",
+                  "needs train.init_from, the run to start from")
+        self.need(self.objective not in LESSONS or not (self.adapt or self.recluster_every), "objective",
+                  "does not go with train.adapt or train.recluster_every")
+        self.need(self.objective not in ASIDE or not self.sample_every, "sample_every",
+                  f"train.objective={self.objective!r} trains no language model; give 0")
         self.need(not self.adapt or bool(self.init_from), "adapt", "goes with train.init_from, the run to start from")
         self.need(not self.open_steps or self.adapt, "open_steps", "goes with train.adapt")
         self.need(self.batch_size % (self.microbatches * self.partners) == 0, "microbatches",
@@ -449,6 +457,8 @@ class TuneConfig(_Section):
     clip: float = 0.2  # ratios further from 1 than this, to the better side, have no gradient
     kl: float = 0.0  # weight of the divergence from the run in train.init_from
     rows: int = 256  # rollouts on fixed prompts, whose mean reward tells the best checkpoint
+    certainty: float = 2.0  # of train.objective=certainty: weight of the entropies
+    texts: int = 4096  # of train.objective=certainty, adjust: own texts, written once
 
     def check(self) -> None:
         self.among(objective=("", *TUNINGS), task=("", *REWARDS), ratio=("call", "token"),
@@ -456,9 +466,10 @@ class TuneConfig(_Section):
         self.need(not self.objective or bool(self.task), "task", f"tune.objective={self.objective!r} needs one: choose "
                   f"{', '.join(REWARDS)}")
         self.hold("must be at least 1", "updates")
+        self.hold("must be at least 1", "texts")
         for name in ("group", "rows"):
             self.need(getattr(self, name) >= 2, name, "must be at least 2")
-        self.hold("must not be negative", "views", "kl")
+        self.hold("must not be negative", "views", "kl", "certainty")
         self.hold("must be positive", "clip")
         self.need(self.objective in ("", "score") or self.advantage not in ("call", "mdpo"), "advantage",
                   f"is of calls, which tune.objective={self.objective!r} does not score: choose score")
@@ -569,7 +580,7 @@ class GenerateConfig(_Section):
     features: str = ""  # .npy file [n, P, F] of what samples are written for; empty: the validation split's, in order
     stop: str = "end"  # texts are cut before the first end of text behind the prompt; "": they are not
     schema: str = ""  # file with a JSON schema: every sample is a document of it (docs/decoding.md)
-    helper: str = ""  # workdir of an autoregressive run, for the methods that need one: guided, edlm
+    helper: str = ""  # workdir of a second run, for the methods that need one: guided, edlm, adjust
     batch_size: int = 16  # texts at once; changes no result
     trajectories: int = 4  # of so many samples every step is kept as well, for --mode=report
     checkpoint: str = "best"  # best (on validation text) | latest

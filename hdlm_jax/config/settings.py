@@ -111,6 +111,22 @@ class Config:
     def _check_objective(self, levels: int) -> None:
         """train.objective beside the process and the weights."""
         objective, d = self.train.objective, self.diffusion
+        if objective in sections.LESSONS:
+            rule(not self.tune.objective, "tune.objective", self.tune.objective,
+                 f"has a loss of its own, as has train.objective={objective!r}; give one of them")
+            rule(not self.data.features_field, "data.features_field", self.data.features_field,
+                 f"is not built for train.objective={objective!r}")
+        if objective in ("certainty", "adjust"):
+            rule(d.xi == 1, "diffusion.xi", d.xi, f"must be 1 with train.objective={objective!r}: a text decides its "
+                 "clusters")
+            rule(self.data.packing == "concat" or (self.data.packing, self.data.padding) == ("crop", "end"),
+                 "data.packing", self.data.packing, f"rows of train.objective={objective!r} are whole: choose concat, "
+                 "or crop with data.padding='end'")
+        rule(objective not in ("certainty", "adjust") or not self.model.block, "model.block", self.model.block,
+             f"is not built for train.objective={objective!r}; give 0")
+        if objective == "energy":
+            rule(self.model.trunk == "dit" and not self.model.block, "train.objective", objective,
+                 "is built for model.trunk='dit' without blocks")
         rule(objective == "nelbo" or d.process == "hierarchical", "train.objective", objective,
              f"is of masks and clusters; with diffusion.process={d.process!r} choose 'nelbo'")
         rule(objective != "rate" or levels == 1, "train.objective", objective,

@@ -161,9 +161,9 @@ class EnergyDraw(Draw):
     data), and tokens are unmasked towards it. Exact in the limit of many candidates (the authors use 2). In other
     calls it is draw="sample" to the bit.
 
-    tools["energy"] is a function (x, z, log_p) -> E float32 [b]: x int32 [b, S] the text, 0 behind a row's end; z int32
-    [b, S] the states, -1 behind the end; log_p float32 [b, S], log p_theta of each drawn token before temperature and
-    top_p, 0 elsewhere. See `ar_energy`.
+    tools["energy"] is a function (x, z, log_p, t) -> E float32 [b]: x int32 [b, S] the text, 0 behind a row's end; z
+    int32 [b, S] the states, -1 behind the end; log_p float32 [b, S], log p_theta of each drawn token before temperature
+    and top_p, 0 elsewhere; t float32 [b]. See `ar_energy`, and models.energy.
     """
 
     candidates: int = 2
@@ -171,11 +171,10 @@ class EnergyDraw(Draw):
 
     def __call__(self, view: View, loop: Loop, prediction, target):
         if "energy" not in loop.how.tools:
-            raise ValueError("tools lack 'energy': a function (x, z, log_p) -> E of each row")
+            raise ValueError("tools lack 'energy': a function (x, z, log_p, t) -> E of each row")
         rows = view.z.shape[0]
-        inside = (view.t >= view.numbers["energy_from"]) & (view.t <= view.numbers["energy_to"])
-        others = [fold(view.keys, 16 + i) for i in range(1, self.candidates)]  # small numbers are a draw's own
-        keys = jnp.stack([view.keys, *others])  # a text is known by the keys that draw it
+        inside = self.inside(view)
+        keys = self.keys(view)
         energy = functools.partial(self.energy, view, loop, prediction, inside)
         energies = jax.lax.cond(loop.how.sync_trip_count(jnp.any(inside).astype(jnp.int32)) > 0,
                                 lambda: jax.lax.map(energy, keys),
@@ -184,18 +183,28 @@ class EnergyDraw(Draw):
         keys = keys[jnp.where(inside, pick, 0), jnp.arange(rows)]
         return loop.reverse_step(view._replace(keys=keys), prediction, target)
 
-    def energy(self, view: View, loop: Loop, prediction, inside, keys):
-        """E [b] of the text that keys [b, S] draw."""
+    def inside(self, view: View):
+        """bool [b]: rows whose call is one of those with candidates."""
+        return (view.t >= view.numbers["energy_from"]) & (view.t <= view.numbers["energy_to"])
+
+    def keys(self, view: View):
+        """[candidates, b, S]: a text is known by the keys that draw it, the first one by the call's own."""
+        others = [fold(view.keys, 16 + i) for i in range(1, self.candidates)]  # small numbers are a draw's own
+        return jnp.stack([view.keys, *others])
+
+    def energy(self, view: View, loop: Loop, prediction, inside, keys, told=None):
+        """E [b] of the text that keys [b, S] draw; told: int32 [b, S], states below view.z that it is to lie under."""
         process, z, keys = view.process, view.z.reshape(-1), keys.reshape(-1)
+        under = z if told is None else told.reshape(-1)
 
         def find(at):
             p = prediction.select(at)
-            new = loop.draw(p, z[at], jnp.zeros_like(at), keys[at])
+            new = loop.draw(p, under[at], jnp.zeros_like(at), keys[at])
             return new, jnp.where(process.level_of(z[at]) > 0, process.forced(p, z[at]).log_prob(new), 0.0)
 
         start = jnp.where(view.active & (view.level == 0), view.z, 0), jnp.zeros(view.z.shape, jnp.float32)
         x, log_p = loop.at_wanted(find, view.free & (view.level > 0) & inside[:, None], start)
-        return loop.how.tools["energy"](x, jnp.where(view.active, view.z, -1), log_p).astype(jnp.float32)
+        return loop.how.tools["energy"](x, jnp.where(view.active, view.z, -1), log_p, view.t).astype(jnp.float32)
 
 
 def ar_energy(ar: Callable, process, chunk: int = 64) -> Callable:
@@ -208,7 +217,7 @@ def ar_energy(ar: Callable, process, chunk: int = 64) -> Callable:
       chunk: tokens whose logits exist at once.
     """
 
-    def energy(x, z, log_p):
+    def energy(x, z, log_p, t):
         said, size = process.as_prediction(ar(x)), min(chunk, x.size)
         index = jnp.arange(-(-x.size // size) * size).reshape(-1, size) % x.size
         log_ar = jax.lax.map(lambda at: said.select(at).log_prob(x.reshape(-1)[at]), index)

@@ -117,7 +117,8 @@ class Loop(NamedTuple):
         """See `sample`, the function."""
         cache, s = self.begin(key, z, given, length, extra)
         _, s, calls = self.run(cache, s)
-        forwards = s.call * (self.denoise.forwards * self.policy.width)
+        passes = self.denoise.forwards * self.policy.width  # of a call: a whole number, or a share of one
+        forwards = -(-s.call * passes.numerator // passes.denominator)
         stats = {"calls": calls, "row_forwards": forwards, "length": s.length}
         return s.z, stats | self.record(s).stats(s.film, s.call)
 

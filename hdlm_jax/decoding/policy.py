@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -50,7 +51,7 @@ class Denoiser(Protocol):
     """Where predictions come from; `Stateless` is the simplest one. forwards: network passes of a call, per row."""
 
     @property
-    def forwards(self) -> int: ...
+    def forwards(self) -> int | Fraction: ...
 
     def start(self, rows: Rows) -> Cache: ...
 
@@ -124,8 +125,7 @@ class Choice(Hook):
     def time(self, view: View):
         """t that the network is told, float32 [b]: at which a token's expected level is the mean of the row's."""
         levels = jnp.sum(jnp.where(view.free, view.level, 0), axis=1) / jnp.maximum(jnp.sum(view.free, axis=1), 1)
-        t, mean = _mean_level(view.process.chain)
-        return jnp.interp(levels, jnp.asarray(mean), jnp.asarray(t)).astype(jnp.float32)
+        return time_of(view.process.chain, levels)
 
     def target(self, view: View):
         """Levels after the call, int32 [b, S]."""
@@ -138,6 +138,12 @@ class Choice(Hook):
     def goes_on(self, numbers: Numbers, call):
         """bool [b]: may tokens still be remasked, so that a call is due even where no mask is left?"""
         return jnp.zeros(call.shape, bool)
+
+
+def time_of(chain, levels):
+    """Masking level t, float32 [b], at which a token's expected level is `levels` [b]."""
+    t, mean = _mean_level(chain)
+    return jnp.interp(levels, jnp.asarray(mean), jnp.asarray(t)).astype(jnp.float32)
 
 
 @functools.cache

@@ -17,26 +17,30 @@ import numpy as np
 from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.config.rules import choice, rule
 from hdlm_jax.decoding import caches, choose, guide, lengths, revise
+from hdlm_jax.decoding.bursts import Burst
 from hdlm_jax.decoding.drafts import FreeDave, Guided
 from hdlm_jax.decoding.policy import Policy
 from hdlm_jax.decoding.sparse_attention import SparseD
 from hdlm_jax.models import quantise
+
+# what a method may need of a second run -> the kinds of run that have it: train.objective, or autoregressive
+HELPERS = {"ar": ("autoregressive",), "energy": ("autoregressive", "energy"), "adjust": ("adjust",)}
 
 
 class Method(NamedTuple):
     """What a preset gives.
 
     numbers: the policy's traced thresholds; with others it is the same program ("eos" = -1 stands for the tokenizer's
-    end of text). cache: how the network is called, of hdlm_jax.decoding.caches or sparse_attention; None: as it is.
-    guide: ("cfg", what stands for the prompt), ("classifier",) or (). needs: "ar", an autoregressive run
-    (config.generate.helper); "classifier", a function (Model.generate's `classifier`); "order", the network's own head
-    (model.order). weights: arguments of
+    end of text). cache: how the network is called, of hdlm_jax.decoding: caches, sparse_attention, bursts; None: as it
+    is. guide: ("cfg", what stands for the prompt), ("classifier",) or (). needs: a second run (config.generate.helper)
+    that is one of HELPERS[needs]; "classifier", a function (Model.generate's `classifier`); "order", the network's own
+    head (model.order). weights: arguments of
     hdlm_jax.models.quantise.quantise.
     """
 
     policy: Policy
     numbers: dict[str, float | int]
-    cache: caches.Rule | SparseD | None = None
+    cache: caches.Rule | SparseD | Burst | None = None
     guide: tuple[str, ...] = ()
     needs: str = ""
     weights: tuple[int | str, ...] = ()
@@ -237,10 +241,17 @@ def guided(*, checks: str = "deterministic", on_reject: str = "dlm", top_k: int 
 
 
 def edlm(*, steps: int = 0, candidates: int = 2, energy_from: float = 0.4, energy_to: float = 1.0) -> Method:
-    """EDLM's importance resampling (arXiv 2410.21357) on the ancestral grid: of `candidates` texts drawn in a call,
-    one by exp(-E), E = log p - log p_AR of an autoregressive model, in calls with energy_from <= t <= energy_to."""
+    """EDLM's importance resampling (arXiv 2410.21357) on the ancestral grid: of `candidates` texts drawn in a call, one
+    by exp(-E), in calls with energy_from <= t <= energy_to. The helper is a run of train.objective=energy, or an
+    autoregressive one: then E = log p - log p_AR."""
     policy = Policy(choose.Planned("grid"), guide.EnergyDraw(candidates))
-    return Method(policy, {"steps": steps, "energy_from": energy_from, "energy_to": energy_to}, needs="ar")
+    return Method(policy, {"steps": steps, "energy_from": energy_from, "energy_to": energy_to}, needs="energy")
+
+
+def adjust(*, burst: int = 4) -> Method:
+    """ADJUST (arXiv 2509.22738): one level a call by first_hitting, the network itself in every `burst`-th call alone;
+    between them a layer (generate.helper, a run of train.objective=adjust) tells it what has been written."""
+    return Method(Policy(choose.Planned("reveal")), {"reveals": 1}, Burst(burst), needs="adjust")
 
 
 def cfg(*, steps: int = 0, weight: float = 1.0, without: str = "mask") -> Method:
@@ -330,12 +341,13 @@ def quantised(*, steps: int = 0, bits: int = 8, kind: str = "plain") -> Method:
 METHODS: dict[str, Callable[..., Method]] = {f.__name__: f for f in (
     ancestral, first_hitting, any_order, max_prob, margin, entropy, dcolt, low_confidence, fast_dllm, fast_dllm_factor,
     dimple, dparallel, ccd, ccd_ds, eoser, ass, prophet, saber, rcr, p2, remdm, freedave, freedave_plus, guided, edlm,
+    adjust,
     cfg, classifier, daedal, bd3lm, prefix_cache, dual_cache, freecache, dkv, dkv_greedy, sparsed, quantised)}
 
 
 _RANGES = {
     **dict.fromkeys(("steps", "reveals", "count", "depth", "kept", "confident", "drafts", "candidates", "start",
-                     "refresh", "refresh_clusters", "tokens", "top_k", "daedal window"), (1, np.inf)),
+                     "refresh", "refresh_clusters", "burst", "tokens", "top_k", "daedal window"), (1, np.inf)),
     **dict.fromkeys(("window", "block", "last", "mu", "least", "weight", "eta"), (0, np.inf)),
     "expand": (2, np.inf), "select": (0, 1), "skip": (0, 1), "remdm eta": (0, 1)}
 
@@ -406,6 +418,18 @@ def check(g: GenerateConfig) -> Method:
         rule(method.policy.draw != "argmax" or getattr(g, name) == 1, f"generate.{name}", getattr(g, name),
              f"does nothing where method {g.method!r} takes the likeliest; add draw=sample to its options")
     return method
+
+
+def burst_of(g: GenerateConfig) -> int:
+    """Calls on one pass of the network, of the method `adjust`.
+
+    Raises:
+      ConfigError: another method.
+    """
+    rule(g.method == "adjust", "generate.method", g.method, "train.objective='adjust' learns to serve the method "
+         "'adjust'; choose it, with the options it is to decode with")
+    cache = check(g).cache
+    return cache.every if isinstance(cache, Burst) else 1
 
 
 def numbers(method: Method, eos: int = 0) -> dict[str, np.generic]:

@@ -15,10 +15,11 @@ import numpy as np
 
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import compiling, progress
-from hdlm_jax.config import ConfigError, GenerateConfig
+from hdlm_jax.config import ASIDE, ConfigError, GenerateConfig
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding import caches, channel, choose, drafts, guide, loop, presets
 from hdlm_jax.decoding import canvas as canvases
+from hdlm_jax.decoding.bursts import Burst, Bursts
 from hdlm_jax.decoding.policy import Denoiser
 from hdlm_jax.decoding.sparse_attention import Sparse, SparseD
 from hdlm_jax.diffusion import autoregressive, gidd
@@ -81,7 +82,7 @@ def numbers_of(g: GenerateConfig, seq_len: int, eos: int = 0) -> dict[str, Any]:
             "top_p": np.float32(g.top_p), "method": method}
 
 
-def denoiser(program: Program, network: Trunk, params, process, numbers, classifier, sync_trip_count) -> Denoiser:
+def denoiser(program: Program, network: Trunk, params, process, numbers, classifier, how: loop.Sampling) -> Denoiser:
     """The network as the program calls it: with its cache or attention, its constraints, its guidance."""
     method = program.method
     out: Denoiser
@@ -89,8 +90,10 @@ def denoiser(program: Program, network: Trunk, params, process, numbers, classif
         out = caches.Uncached(network, params, program.cut)
     elif isinstance(method.cache, SparseD):
         out = Sparse(method.cache, cast(Network, network), params)  # whose attention it replaces
+    elif isinstance(method.cache, Burst):
+        out = Bursts(method.cache, network, params, how.tools["adjust"], program.cut, how.sync_trip_count)
     else:
-        out = caches.Cached(method.cache, network, params, sync_trip_count=sync_trip_count)
+        out = caches.Cached(method.cache, network, params, sync_trip_count=how.sync_trip_count)
     if program.constrained:
         out = guide.Constrained(process, out, numbers["allowed"])
     if method.guide[:1] == ("cfg",):
@@ -107,7 +110,7 @@ def reads(network: Trunk, params):
     return lambda x: network.denoise(params, shifted(x), jnp.zeros(len(x)))
 
 
-def tools_of(params) -> dict[str, Any]:
+def own_tools(params) -> dict[str, Any]:
     """What hooks call beside the network (loop.Sampling): its scores for an order, of a prediction as `Trunk.denoise`
     makes it."""
     return {"order": lambda p, view: order.scores(params, p.hidden, view.level, view.t)} if order.NAME in params else {}
@@ -118,6 +121,37 @@ def check_order(method: presets.Method, params) -> None:
     if method.needs == "order" and order.NAME not in params:
         raise ConfigError("generate.method='dcolt' needs a head for an order: train by rewards with model.order=True "
                           "(docs/training.md)")
+
+
+def helper_kind(run: Any) -> str:
+    """What a run is to another one, of presets.HELPERS: how it was trained, or that it is autoregressive."""
+    return "autoregressive" if run.process.causal else run.trained.train.objective
+
+
+def checked_tools(helper: Any, method: presets.Method, process: Process, asked: str):
+    """`tools_of`; ConfigError, which begins with what is asked for, where the helper is none that the method needs."""
+    kinds = presets.HELPERS.get(method.needs, ())
+    if kinds and (helper is None or helper_kind(helper) not in kinds):
+        raise ConfigError(f"{asked} needs a second run with this run's tokenizer, of kind {' or '.join(kinds)}: give "
+                          "its workdir as generate.helper")
+    return tools_of(helper, method, process)
+
+
+def tools_of(helper: Any, method: presets.Method, process: Process):
+    """Function of a helper's parameters -> what hooks call (Sampling.tools); None where the method needs no helper."""
+    if method.needs not in presets.HELPERS:
+        return None
+    network = helper.network
+    if helper_kind(helper) == "energy":
+        return lambda params: {"energy": lambda x, z, log_p, t: network.energy(params, z, x, t)}
+    if helper_kind(helper) == "adjust":
+        return lambda params: {"adjust": functools.partial(network.adjusted, params)}
+
+    def autoregressive(params):
+        ar = reads(network, params)
+        return {"ar": ar, "energy": guide.ar_energy(ar, process)}
+
+    return autoregressive
 
 
 class Call(NamedTuple):
@@ -139,10 +173,7 @@ def call_of(network: Trunk, process, program: Program, given, batch, how: loop.S
     (params, numbers), theirs = given, None
     if helper is not None:
         params, theirs = params
-    tools = tools_of(params)
-    if helper is not None:
-        tools["ar"] = reads(helper, theirs)
-        tools["energy"] = guide.ar_energy(tools["ar"], process)
+    tools = own_tools(params) | (helper(theirs) if helper is not None else {})
     heat, nucleus = (numbers[name] if fixed is None else fixed for name, fixed in (
         ("temperature", program.temperature), ("top_p", program.top_p)))
     how = dataclasses.replace(how, tools=tools, temperature=heat, top_p=nucleus)
@@ -164,8 +195,7 @@ def loop_of(process: HierarchicalProcess, z: jax.Array, call: Call) -> tuple[loo
     if policy.lengths is not None:
         prompt = jnp.argmax(process.level_of(z) > 0, axis=1).astype(jnp.int32)
         length = jnp.minimum(prompt + numbers["method"]["start"], length)
-    denoise = denoiser(call.program, call.network, call.params, process, numbers, call.classifier,
-                       call.how.sync_trip_count)
+    denoise = denoiser(call.program, call.network, call.params, process, numbers, call.classifier, call.how)
     extra = {name: call.batch[name] for name in ["kind"] * call.program.constrained + ["features"]
              if name in call.batch}
     rows = {"given": call.batch.get("given"), "length": length, "extra": extra}
@@ -214,8 +244,8 @@ def make_sample_step(network: Trunk, process, program: Program, mesh=None, frame
     """step((params, numbers), batch, key) -> {tokens int32 [b, S], calls int32 [b], row_forwards int32 [b], ...}.
 
     batch: z int32 [b, S], the canvas (masks where free, tokens and clusters where given), index int32 [b]; of a Canvas
-    also given, kind, length and features. numbers: see `numbers_of`, with a Canvas's table `allowed`. helper: network
-    of an autoregressive run, params then being a pair. The rest is what `hdlm_jax.decoding.loop.sample` gives.
+    also given, kind, length and features. numbers: see `numbers_of`, with a Canvas's table `allowed`. helper: as
+    `tools_of` gives it, params then being a pair. The rest is what `hdlm_jax.decoding.loop.sample` gives.
     """
     shard = parallel.OverBatch(mesh)
     process = at_sampling(process, program)
@@ -281,7 +311,7 @@ class Sampler:
     """Compiled sampling of canvases [n, S] in batches; every sample has its own random numbers.
 
     Args:
-      eos: token of the end of text. helper: a loaded autoregressive run, for the methods that need one.
+      eos: token of the end of text. helper: a loaded run, for the methods that need one (presets.HELPERS).
       classifier: function of one-hot states float32 [b, S, N] -> log p(y) [b], for method="classifier".
     """
 
@@ -294,7 +324,7 @@ class Sampler:
         self._weights = functools.lru_cache(maxsize=2)(self._quantised)
 
     def _compile(self, program: Program, frames: int = 0):
-        helper = self.helper.network if program.method.needs == "ar" else None
+        helper = tools_of(self.helper, program.method, self.process)
         step = make_sample_step(self.network, self.process, program, self.mesh, frames, helper, self.classifier)
         return parallel.compile_sample_step(step, self.mesh, self.params_of(program.method))
 
@@ -303,7 +333,7 @@ class Sampler:
 
     def params_of(self, method: presets.Method) -> Any:
         params = self._weights(method.weights) if method.weights else self.params
-        return (params, self.helper.params) if method.needs == "ar" else params
+        return (params, self.helper.params) if method.needs in presets.HELPERS else params
 
     def _check(self, method: presets.Method, g: GenerateConfig, behind: bool, constrained: bool):
         """ConfigError where this run, or this canvas, cannot be sampled by that method.
@@ -326,12 +356,10 @@ class Sampler:
         if constrained and self.process.xi < 1 and at_sampling(self.process, g).force_transition == "within":
             raise ConfigError("generate.force_transition='within': at xi < 1 a cluster on show may have no word that "
                               "its place may take; choose another")
-        if method.needs == "ar" and self.helper is None:
-            raise ConfigError(f"generate.method={g.method!r} needs an autoregressive run with this run's tokenizer: "
-                              "give its workdir as generate.helper")
         if method.needs == "order" and constrained:
             raise ConfigError(f"generate.method={g.method!r}: it is not for places with kinds of words; choose another")
         check_order(method, self.params)
+        checked_tools(self.helper, method, self.process, f"generate.method={g.method!r}")
         if method.needs == "classifier" and self.classifier is None:
             raise ConfigError("generate.method='classifier' needs a function: Model.generate(classifier=...)")
 
@@ -514,12 +542,15 @@ def text_of(tokenizer: Tokenizer, row: np.ndarray, stop: str) -> str:
 
 
 def load_helper(run: Any, g: GenerateConfig) -> Any:
-    """The autoregressive run in g.helper, or None; ConfigError where it is none, or has another tokenizer."""
+    """The run in g.helper, or None; ConfigError where it cannot help this one, or has another tokenizer."""
     if not g.helper:
         return None
-    helper = load_here(g.helper, mesh=run.config.parallel)
-    if not helper.process.causal:
-        raise ConfigError(f"generate.helper={g.helper!r}: must be an autoregressive run")
+    helper = load_here(g.helper, mesh=run.config.parallel, helper=True)
+    if not any(helper_kind(helper) in kinds for kinds in presets.HELPERS.values()):
+        raise ConfigError(f"generate.helper={g.helper!r}: must be an autoregressive run, or one of train.objective="
+                          f"{', '.join(ASIDE)}")
+    if helper_kind(helper) in ASIDE and helper.hierarchy != run.hierarchy:
+        raise ConfigError(f"generate.helper={g.helper!r}: was trained beside a run with other clusters")
     if helper.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise ConfigError(f"generate.helper={g.helper!r}: its tokenizer {helper.tokenizer.fingerprint[:12]} is not "
                           f"this run's {run.tokenizer.fingerprint[:12]}; give one that reads this run's tokens")

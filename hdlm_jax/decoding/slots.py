@@ -20,7 +20,7 @@ from hdlm_jax.common import parallel
 from hdlm_jax.config import GenerateConfig
 from hdlm_jax.decoding import loop
 from hdlm_jax.decoding.canvas import Canvas
-from hdlm_jax.decoding.sampler import Call, Program, Sampler, at_sampling, call_of, key_data, loop_of, rows_of
+from hdlm_jax.decoding.sampler import Call, Program, Sampler, at_sampling, call_of, key_data, loop_of, rows_of, tools_of
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 
@@ -77,7 +77,7 @@ def _steps(draw: Sampler, program: Program, sure: bool):
     """(start, advance), not compiled; what they hold is (cache, state), the rows in front of every array."""
     shard = parallel.OverBatch(draw.mesh)
     process = at_sampling(draw.process, program)
-    helper = draw.helper.network if program.method.needs == "ar" else None
+    helper = tools_of(draw.helper, program.method, draw.process)
 
     def parts(given, batch) -> tuple[loop.Loop, dict[str, Any]]:
         how = loop.Sampling(sync_trip_count=shard.sync_trip_count, sure=sure)

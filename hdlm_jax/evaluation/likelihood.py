@@ -9,6 +9,8 @@ a random order), the mean over choices lies above it (Jensen). See docs/evaluati
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -20,10 +22,20 @@ from jax.sharding import Mesh
 from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import Batch, Tree
 from hdlm_jax.config import ConfigError, EvaluateConfig, GenerateConfig
-from hdlm_jax.decoding import presets
+from hdlm_jax.decoding import guide, presets
 from hdlm_jax.decoding.loop import Loop, Sampling, loop_of
 from hdlm_jax.decoding.policy import Draw, Drawn, Policy, View
-from hdlm_jax.decoding.sampler import Program, check_order, denoiser, in_blocks, program_of, quantised, tools_of
+from hdlm_jax.decoding.sampler import (
+    Program,
+    check_order,
+    checked_tools,
+    denoiser,
+    in_blocks,
+    load_helper,
+    own_tools,
+    program_of,
+    quantised,
+)
 from hdlm_jax.decoding.statistics import log_probability_of
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
@@ -55,13 +67,39 @@ class TeacherForced(Draw):
         return {"nats": view.memory["nats"] - jnp.where(unmasked, view.sure, 0.0)}
 
 
+@dataclasses.dataclass(frozen=True)
+class TeacherForcedEnergy(TeacherForced):
+    """The same where a draw is one of k candidates, chosen by exp(-E) (EDLM): nats whose mean lies above -log p.
+
+    A text x that lies under the states u that fall in a call, drawn from p_theta(. | u), and k - 1 others from
+    p_theta(. | z) give p(u | z) = p_theta(u | z) E[k e^-E(x) / (e^-E(x) + the sum of the others' e^-E)] of the sampler
+    with its k candidates: an expectation, whose -log is at most the mean -log (as in arXiv 1910.14265). Without x in
+    the sum it would be below: the release has one other text in place of log Z, and flatters by KL(p_theta || q).
+    """
+
+    by: guide.EnergyDraw = guide.EnergyDraw()
+    whole = True
+    random = True
+
+    def __call__(self, view: View, loop: Loop, prediction: Any, target: jax.Array) -> Drawn:
+        told, sure = super().__call__(view, loop, prediction, target)
+        keys, inside, falls = self.by.keys(view), self.by.inside(view), target < view.level
+        energy = functools.partial(self.by.energy, view, loop, prediction, inside)
+        own, others = energy(keys[0], told), jax.lax.map(energy, keys[1:])
+        sums = jax.nn.logsumexp(-jnp.concatenate([own[None], others]), axis=0)
+        nats = jnp.where(inside, own + sums - math.log(len(keys)), 0.0)
+        each = jnp.where(falls, (nats / jnp.maximum(jnp.sum(falls, axis=1), 1))[:, None], 0.0)
+        return told, sure - each
+
+
 def teacher_forced(method: presets.Method, process: Process) -> Policy:
     """The method's policy with a text in place of draws.
 
     Raises:
       ValueError: what the likelihood of a text is not known under: why.
     """
-    policy = method.policy
+    policy, draw = method.policy, method.policy.draw
+    by_energy = isinstance(draw, guide.EnergyDraw)
     if not process.unmasks:
         raise ValueError("this process has no levels that drop; its NELBO is what there is" if not process.exact else
                          "an autoregressive run's NELBO is its likelihood already")
@@ -70,9 +108,12 @@ def teacher_forced(method: presets.Method, process: Process) -> Policy:
                          "decides its own")
     keeps = "what it draws decides what it keeps" if policy.order != "choose_then_draw" else ""
     back = "it takes tokens back" if policy.revise is not None else ""
-    if why := presets.unwritten(method) or keeps or back:
+    free = by_energy and process.force_transition == "none" and process.num_levels > 1
+    alone = method._replace(policy=dataclasses.replace(policy, draw="sample")) if by_energy else method
+    if why := presets.unwritten(alone) or keeps or back or "its texts need a force transition" * free:
         raise ValueError(f"a text's likelihood under it is not known: {why}")
-    return dataclasses.replace(policy, draw=TeacherForced())
+    forced = TeacherForcedEnergy(draw) if isinstance(draw, guide.EnergyDraw) else TeacherForced()
+    return dataclasses.replace(policy, draw=forced)
 
 
 def is_exact(policy: Policy, process: Process) -> bool:
@@ -85,8 +126,9 @@ def is_exact(policy: Policy, process: Process) -> bool:
 
 
 def make_likelihood_step(network: Trunk, process: HierarchicalProcess, program: Program, numbers: Mapping[str, Any],
-                         mesh: Mesh | None = None) -> Any:
-    """step(params, batch, key) -> (nats float32 [b, S], calls int32 [b]).
+                         mesh: Mesh | None = None, tools: Any = None) -> Any:
+    """step(params, batch, key) -> (nats float32 [b, S], calls int32 [b]); tools: a helper's (sampler.tools_of),
+    params then being a pair.
 
     batch: x int32 [b, S]; score bool [b, S], False at tokens that are given; length int32 [b], tokens of a row; pair
     int32 [b], a row's random numbers. program: of `teacher_forced`.
@@ -95,8 +137,9 @@ def make_likelihood_step(network: Trunk, process: HierarchicalProcess, program: 
 
     def run(params: Tree, batch: Batch, keys: jax.Array) -> tuple:
         x, score, sync = batch["x"], batch["score"], shard.sync_trip_count
-        denoise = denoiser(program, network, params, process, {"method": numbers}, None, sync)
-        how = Sampling(sync_trip_count=sync, tools=tools_of(params))
+        params, theirs = params if tools else (params, {})
+        how = Sampling(sync_trip_count=sync, tools=own_tools(params) | (tools(theirs) if tools else {}))
+        denoise = denoiser(program, network, params, process, {"method": numbers}, None, how)
         loop = loop_of(denoise, process, program.method.policy, x.shape, numbers, how)
         extra = {"text": x} | {name: batch[name] for name in ["features"] if name in batch}
         cache, s = loop.begin(fold(keys, 1), jnp.where(score, mask, x), ~score, batch["length"], extra)
@@ -167,7 +210,10 @@ def likelihoods(run: Run, rows: dict[str, np.ndarray], program: Program, numbers
     method = program.method._replace(policy=teacher_forced(program.method, run.process))
     program = dataclasses.replace(program, method=method, cut=bool((canvases["length"] < width).any()))
     params = quantised(run.params, method.weights) if method.weights else run.params
-    step = make_likelihood_step(run.network, cast(HierarchicalProcess, run.process), program, numbers, run.mesh)
+    helper: Any = load_helper(run, run.config.generate) if method.needs else None
+    tools = checked_tools(helper, method, run.process, f"evaluate.decodings={name!r}")
+    params = (params, helper.params) if tools else params
+    step = make_likelihood_step(run.network, cast(HierarchicalProcess, run.process), program, numbers, run.mesh, tools)
     most = e.batch_size or parallel.batch_shards(run.mesh) * max(1, 8192 // width)
 
     def batch(pick: np.ndarray) -> dict[str, np.ndarray]:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 
 from hdlm_jax.config import Config
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.process import Process
+from hdlm_jax.models.adjust import Adjust
 from hdlm_jax.models.channel import ChannelHead, ChannelNetwork
 from hdlm_jax.models.decoder import Decoder
-from hdlm_jax.models.heads import FactorisedHead, FlatHead
+from hdlm_jax.models.energy import EnergyNetwork, ScalarHead
+from hdlm_jax.models.heads import FactorisedHead, FlatHead, Head
 from hdlm_jax.models.network import Network, Transformer
 from hdlm_jax.models.order import OrderedDecoder, OrderedNetwork
 from hdlm_jax.models.soft import SoftHead
 
 
 def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
-    """The network of config.model for a hierarchy's tokens and states."""
+    """The network of config.model for a hierarchy's tokens and states; or what train.objective makes beside one: an
+    EnergyNetwork; a layer (Adjust), which has parameters as a network does, and none of its answers."""
     m, channel = config.model, config.diffusion.channel_width if config.diffusion.channel else 0
+    if config.train.objective == "adjust":
+        return cast(Transformer, Adjust(m.width, m.heads, m.dtype))
     dtype = jnp.dtype(m.dtype)
     head = (ChannelHead(hierarchy, dtype, channel=channel) if channel else
             SoftHead(hierarchy, dtype, xi=config.diffusion.xi) if config.hierarchy.map == "learned" else
@@ -31,6 +36,8 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     if m.trunk == "decoder":
         decoder = OrderedDecoder if m.order else Decoder
         return decoder(*sizes, block=m.block, features=features, dims=config.decoder, param_dtype=m.param_dtype)
+    if config.train.objective == "energy":
+        return EnergyNetwork(cast(Head, ScalarHead(hierarchy)), *sizes[1:], time_conditioning=m.time_conditioning)
     own: dict[str, Any] = dict(block=m.block, features=features, dropout=m.dropout,
                                time_conditioning=m.time_conditioning)
     if channel:

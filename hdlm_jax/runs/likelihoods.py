@@ -14,8 +14,10 @@ from hdlm_jax.common.console import measured, say
 from hdlm_jax.common.jsons import reuse, write_json
 from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest
+from hdlm_jax.decoding.sampler import load_helper
 from hdlm_jax.evaluation.elbo import summarise
 from hdlm_jax.evaluation.likelihood import likelihoods, policies
+from hdlm_jax.runs.generate import identity
 from hdlm_jax.training.loading import check_writable, load_run
 
 FILE = "likelihoods.json"
@@ -35,6 +37,7 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     made_from = {"step": run.step, "data": manifest.fingerprint, "hierarchy_fingerprint": run.hierarchy.fingerprint,
                  "packing": run.trained.data.packing, "padding": run.trained.data.padding, "given": run.given,
                  "settings": {name: getattr(config.evaluate, name) for name in SETTINGS}}
+    made_from |= {"helper": identity(load_helper(run, config.generate))} if config.generate.helper else {}
     path, arrays = os.path.join(workdir, FILE), os.path.join(workdir, FILE.replace(".json", ".npz"))
     result = processes.on_main_process(lambda: reuse(path, made_from)) or {"decodings": {}} | jsons.plain(made_from)
     each = _arrays(arrays) if result["decodings"] and processes.is_main_process() else {}

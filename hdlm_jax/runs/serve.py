@@ -313,7 +313,8 @@ def methods(run: Run) -> list[Json]:
     out = []
     for name, make in presets.METHODS.items():
         method = make()
-        if method.needs and not {"ar": run.config.generate.helper, "order": run.config.model.order}.get(method.needs):
+        own = method.needs == "order" and run.config.model.order
+        if method.needs and not (own or method.needs in presets.HELPERS and run.config.generate.helper):
             continue
         options = presets.options_of(name)
         about = " ".join((make.__doc__ or "").split()).partition(". ")[0].rstrip(".").replace("`", "")

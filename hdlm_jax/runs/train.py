@@ -19,7 +19,7 @@ from hdlm_jax.common import jsons, lock, parallel, processes
 from hdlm_jax.common.console import compiling, measured, progress, say
 from hdlm_jax.common.jsons import write_json
 from hdlm_jax.common.parallel import Tree
-from hdlm_jax.config import Config, ConfigError, GenerateConfig, resolve
+from hdlm_jax.config import LESSONS, Config, ConfigError, GenerateConfig, resolve
 from hdlm_jax.data.embeddings import initial_table
 from hdlm_jax.data.pipeline import given, valid_rows, whole_position
 from hdlm_jax.decoding.sampler import Sampler, ended, sampler_of, start_canvas, text_of
@@ -76,7 +76,8 @@ def check_resume(config: Config, meta: dict, path: str) -> None:
         differ = [text for text in differ if not text.startswith("train.steps=")]
     rows = _FIXED_DATA[: None if config.data.stream else 4]
     differ += [text for text in differences(config, then, ("data",)) if text.partition("=")[0] in rows]
-    rolled = differences(config, then, ("generate",)) if config.tune.objective else []
+    writes = bool(config.tune.objective) or config.train.objective in LESSONS
+    rolled = differences(config, then, ("generate",)) if writes else []
     differ += [text for text in rolled if text.partition("=")[0] in _FIXED_ROLLOUTS]
     if not differ:
         return
@@ -501,7 +502,7 @@ class Loop:
     def _save(self, step: int, valid: dict[str, float]) -> None:
         meta = self.facts | {"config": self.config.as_dict(), "position": whole_position(self.iterator.get_state()),
                              "trained_on": self.here, "window": self.recorder.window}
-        told = {name: valid.get(f"valid_{name}", math.inf) for name in ("nelbo", "reward")}
+        told = {name: valid.get(f"valid_{name}", math.inf) for name in ("nelbo", "reward", "loss")}
         self.checkpoints.save(step, self.state, meta, told)
         self.timer.restart()
 

@@ -87,8 +87,8 @@ class Prompts:
     def example(self) -> dict[str, np.ndarray]:
         return self.batch(0)
 
-    def iterator(self, position: dict | None = None) -> _Walk:
-        return _Walk(self, position["next_index"] if position else 0)
+    def iterator(self, position: dict | None = None) -> Walk:
+        return Walk(self, position["next_index"] if position else 0)
 
     def answers(self, x: np.ndarray, examples: list[Example]) -> list[str]:
         """Texts of rows [n, S] behind their prompts, up to the end of text."""
@@ -107,18 +107,18 @@ class Prompts:
                         "solved": float(np.mean(reward == 1)), "distinct": len(np.unique(x, axis=0)) / len(x)}
 
 
-class _Walk:
+class Walk:
     """Batches from a step on; `get_state` is the position after those handed out."""
 
-    def __init__(self, prompts: Prompts, step: int) -> None:
-        self.prompts, self.step = prompts, step
+    def __init__(self, batches: Any, step: int) -> None:
+        self.batches, self.step = batches, step
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         self.step += 1
-        return self.prompts.batch(self.step - 1)
+        return self.batches.batch(self.step - 1)
 
     def get_state(self) -> dict[str, Any]:
         return {"next_index": self.step}

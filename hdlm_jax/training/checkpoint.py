@@ -111,7 +111,7 @@ class Checkpoints:
         processes.on_main_process(rename)
 
     def choose(self, which: str) -> int:
-        """Step of the 'best' (lowest validation NELBO, or highest reward) or 'latest' checkpoint."""
+        """Step of the 'best' (lowest validation NELBO or own loss, or highest reward) or 'latest' checkpoint."""
         step = self.manager.best_step() if which == "best" else None
         step = self.manager.latest_step() if step is None else step
         if step is None:
@@ -125,7 +125,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> None:
         """Starts an asynchronous save; a kill while it runs leaves the checkpoints before it.
 
-        metrics: nelbo on validation text, or reward, tells the best checkpoint; one that is not finite is none.
+        metrics: nelbo on validation text, reward or loss tells the best checkpoint; one that is not finite is none.
         """
         if step in self.manager.all_steps():
             return
@@ -307,8 +307,8 @@ def _short(error: BaseException) -> str:
 
 
 def _score(metrics: dict[str, float]) -> float:
-    """What the best checkpoint has least of: reward, taken off, where there is one, else NELBO."""
-    return -metrics["reward"] if "reward" in metrics else metrics.get("nelbo", float("inf"))
+    """What the best checkpoint has least of: reward, taken off, or a loss of its own, where there is one, or NELBO."""
+    return -metrics["reward"] if "reward" in metrics else metrics.get("loss", metrics.get("nelbo", float("inf")))
 
 
 def checksums(tree: Tree) -> dict[str, int]:

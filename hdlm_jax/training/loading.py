@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from hdlm_jax.common import parallel, processes
 from hdlm_jax.common.jsons import of_types, read_json
 from hdlm_jax.common.parallel import Tree
-from hdlm_jax.config import Config, ConfigError, ParallelConfig, expand, inherit, resolve
+from hdlm_jax.config import ASIDE, Config, ConfigError, ParallelConfig, expand, inherit, resolve
 from hdlm_jax.config.settings import Given
 from hdlm_jax.data import pipeline
 from hdlm_jax.data.prepare import load_manifest
@@ -151,17 +151,20 @@ def differences(config: Config, trained: Config, sections: Sequence[str]) -> lis
     return [f"{name}={value!r} (there {was!r})" for name, value, was in pairs if value != was and name not in FREE]
 
 
-def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True) -> Run:
+def load_run(config: Config, workdir: str, which: str = "best", ema: bool = True, helper: bool = False) -> Run:
     """A run (or its export) with the settings given for this use (evaluate, generate, parallel, where its data lies).
 
     What makes the model (tokenizer, hierarchy, diffusion, model, optimizer) must be as trained. The weights are their
-    average where the run keeps one, unless ema=False.
+    average where the run keeps one, unless ema=False. helper: for use beside another run, where an energy will do.
 
     Raises:
-      ConfigError: no such run, or settings it was not trained with.
+      ConfigError: no such run, settings it was not trained with, or one that is no language model.
     """
     dataclasses.replace(config.evaluate, checkpoint=which).check()
     trained = saved_config(workdir)
+    if trained.train.objective in ASIDE and not helper:
+        raise ConfigError(f"{workdir}: a run of train.objective={trained.train.objective!r} is no language model; use "
+                          f"{trained.train.init_from}, with generate.helper={workdir}")
     differ = differences(config, trained, ("tokenizer", "hierarchy", "diffusion", "model", "decoder"))
     if differ:
         raise ConfigError(f"{'; '.join(differ)}: {workdir} was trained otherwise; leave out --config, and its own "
@@ -227,10 +230,10 @@ def _weights(workdir: str, which: str, tokenizer: Tokenizer, abstract: Callable[
 
 
 def load_here(workdir: str, which: str = "best", mesh: ParallelConfig = ParallelConfig(),  # noqa: B008 (it is frozen)
-              ema: bool = True) -> Run:
+              ema: bool = True, helper: bool = False) -> Run:
     """A run as trained, on the devices at hand whatever mesh it was trained on; ~ and $VARIABLES are expanded."""
     workdir = expand(workdir)
-    return load_run(dataclasses.replace(saved_config(workdir), parallel=mesh), workdir, which, ema)
+    return load_run(dataclasses.replace(saved_config(workdir), parallel=mesh), workdir, which, ema, helper)
 
 
 def load_base(config: Config, tokenizer_fingerprint: str) -> Run:

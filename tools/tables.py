@@ -10,7 +10,8 @@ what such a table is made from. Behind <!-- grid: NAME --> stands a table of too
 one of tools/toy_calls.py, behind <!-- load: FILE --> one of what tools/serve_load.py wrote to FILE, behind
 <!-- rewards: FILE --> one of runs trained by rewards, {"runs": [{"run", "nelbo", "se", "rewards"}]}, of their
 evaluate.json and rewards.json, behind <!-- sweep: FILE --> one of tools/method_sweep.py's lines, behind
-<!-- speedrun: FILE --> one of tools/speedrun.py's records.
+<!-- speedrun: FILE --> one of tools/speedrun.py's records, behind <!-- isoflop: FILE --> one of
+tools/isoflop.py's lines.
 """
 import json
 import os
@@ -24,11 +25,12 @@ from typing import Any
 from hdlm_jax.common import jsons
 from hdlm_jax.common.console import markdown, measured
 from hdlm_jax.report import compare
-from tools import cli, grid, method_sweep, serve_load, speedrun, toy_calls
+from tools import cli, grid, isoflop, method_sweep, serve_load, speedrun, toy_calls
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
-MARK = re.compile(r"(<!-- (runs|grid|toy|load|rewards|sweep|speedrun): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+KINDS = "runs|grid|toy|load|rewards|sweep|speedrun|isoflop"
+MARK = re.compile(rf"(<!-- ({KINDS}): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def rewards_table(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -53,6 +55,8 @@ def rendered(found: re.Match[str]) -> str:
         lines = [method_sweep.table(jsons.read_lines(str(ROOT / found[3]))[0])]
     elif found[2] == "speedrun":
         lines = [speedrun.table(json.loads((ROOT / found[3]).read_text()))]
+    elif found[2] == "isoflop":
+        lines = [isoflop.table(jsons.read_lines(str(ROOT / found[3]))[0])]
     elif found[2] == "rewards":
         lines = [rewards_table(jsons.read_json(ROOT / found[3], "runs")["runs"])]
     else:

@@ -6,31 +6,37 @@
 
 A table stands between two marks, <!-- runs: docs/runs/quickstart/hdlm_tiny docs/runs/quickstart/mdlm_tiny --> and
 <!-- end -->: that of `python -m hdlm_jax.report` of these runs, and their paired differences. --keep copies of runs
-what such a table is made from. Behind <!-- grid: NAME --> stands a table of tools/grid.py, behind <!-- toy: FILE -->
-one of tools/toy_calls.py, behind <!-- map: FILE --> those of tools/toy_map.py, behind <!-- channel: FILE --> those of
-tools/toy_channel.py, behind <!-- load: FILE --> one of what tools/serve_load.py wrote to FILE, behind
-<!-- rewards: FILE --> one of runs trained by rewards, {"runs": [{"run", "nelbo", "se", "rewards"}]}, of their
-evaluate.json and rewards.json, behind <!-- sweep: FILE --> one of tools/method_sweep.py's lines, behind
-<!-- speedrun: FILE --> one of tools/speedrun.py's records, behind <!-- lesson: FILE --> one of tools/lessons.py's.
+what such a table is made from. Behind <!-- grid: NAME --> stands a table of tools/grid.py, <!-- rewards: FILE --> is
+of runs trained by rewards, {"runs": [{"run", "nelbo", "se", "rewards"}]}, of their evaluate.json and rewards.json.
+All others are <!-- NAME: FILE -->, a table of what a tool wrote to FILE (`OF_FILES`).
 """
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hdlm_jax.common import jsons
 from hdlm_jax.common.console import markdown, measured
 from hdlm_jax.report import compare
-from tools import cli, grid, lessons, method_sweep, serve_load, speedrun, toy_calls, toy_map
+from tools import (
+    cli,
+    grid,
+    isoflop,
+    lessons,
+    method_sweep,
+    serve_load,
+    speedrun,
+    toy_calls,
+    toy_channel,
+    toy_map,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
-_KINDS = "runs|grid|toy|map|load|rewards|sweep|speedrun|lesson"
-MARK = re.compile(rf"(<!-- ({_KINDS}): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def rewards_table(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -42,30 +48,27 @@ def rewards_table(runs: Sequence[Mapping[str, Any]]) -> str:
     return markdown(["run", *calls, "different answers", "NELBO, nats/token"], rows)
 
 
+# what stands behind <!-- NAME: FILE -->, of the JSON or the JSON lines in FILE
+OF_FILES: dict[str, Callable[[Any], str]] = {
+    "toy": toy_calls.table, "map": toy_map.tables, "channel": toy_channel.tables, "lesson": lessons.table,
+    "speedrun": speedrun.table, "rewards": lambda found: rewards_table(found["runs"]), "load": serve_load.table,
+    "sweep": method_sweep.table, "isoflop": isoflop.table}
+MARK = re.compile(rf"(<!-- (runs|grid|{'|'.join(OF_FILES)}): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
 def rendered(found: re.Match[str]) -> str:
     """A mark with the table of its runs, or of the grid, behind it."""
-    if found[2] == "grid":
+    _, kind, of, _, _ = found.groups()
+    if kind == "grid":
         own = {"calls": grid.calls_table, "likelihoods": grid.likelihoods_table}
-        lines = [own[found[3]]() if found[3] in own else grid.table(found[3])]
-    elif found[2] == "toy":
-        lines = [toy_calls.table(json.loads((ROOT / found[3]).read_text()))]
-    elif found[2] == "map":
-        lines = [toy_map.tables(json.loads((ROOT / found[3]).read_text()))]
-    elif found[2] == "channel":
-        lines = [toy_channel.tables(json.loads((ROOT / found[3]).read_text()))]
-    elif found[2] == "load":
-        lines = [serve_load.table(jsons.read_lines(str(ROOT / found[3]))[0])]
-    elif found[2] == "sweep":
-        lines = [method_sweep.table(jsons.read_lines(str(ROOT / found[3]))[0])]
-    elif found[2] == "lesson":
-        lines = [lessons.table(json.loads((ROOT / found[3]).read_text()))]
-    elif found[2] == "speedrun":
-        lines = [speedrun.table(json.loads((ROOT / found[3]).read_text()))]
-    elif found[2] == "rewards":
-        lines = [rewards_table(jsons.read_json(ROOT / found[3], "runs")["runs"])]
-    else:
-        workdirs = [str(ROOT / name) for name in found[3].split()]
+        lines = [own[of]() if of in own else grid.table(of)]
+    elif kind == "runs":
+        workdirs = [str(ROOT / name) for name in of.split()]
         lines = [compare.table(workdirs), *compare.differences(workdirs)]
+    else:
+        path = ROOT / of
+        lines = [OF_FILES[kind](jsons.read_lines(str(path))[0] if path.suffix == ".jsonl" else
+                                json.loads(path.read_text()))]
     return found[1] + "\n" + "\n\n".join(lines) + "\n\n" + found[5]
 
 

@@ -101,7 +101,7 @@ def power(budgets: Sequence[float], values: Sequence[float]) -> tuple[float, flo
     at = [(math.log(c), math.log(v)) for c, v in zip(budgets, values, strict=True) if math.isfinite(v)]
     if len(at) < 2:
         return math.nan, math.nan
-    slope, offset = np.polyfit(*zip(*at, strict=True), 1)
+    slope, offset = np.polyfit([c for c, _ in at], [v for _, v in at], 1)
     return float(slope), float(offset)
 
 

@@ -91,7 +91,7 @@ def test_one_level_a_call_at_random_is_the_nelbo(shape):
 @pytest.mark.parametrize("text, match", [
     ("fast_dllm", "takes the likeliest; add draw=sample"), ("low_confidence", "decides what it keeps"),
     ("prophet draw=sample", "writes the rest at once"), ("rcr", "takes tokens back"), ("remdm", "takes tokens back"),
-    ("freedave draw=sample", "drafts"), ("guided", "drafts"), ("edlm", "drafts"), ("cfg", "guided"),
+    ("freedave draw=sample", "drafts"), ("guided", "drafts"), ("cfg", "guided"),
     ("daedal draw=sample", "any length")])
 def test_what_is_not_known_is_refused(text, match):
     process = toy(TWO, 2)[1]

@@ -46,7 +46,7 @@ from tools import cli, toy_calls
 V, S = toy_calls.V, toy_calls.S + 1  # a word in front is given: in a row of masks alone no mask differs from another
 HIERARCHIES = {"none": [], "classes": [[0, 0, 1, 1, 2]]}
 CANDIDATES, CALLS, TEXTS = (1, 2, 4, 16), (1, 2, 4), 40_000
-SYMBOLS, BITS, THRESHOLD, JUDGED = 6, 6, 0.9, 2048
+SYMBOLS, BITS, THRESHOLD, JUDGED = 6, 6, 0.9, 1024
 
 
 def toy_config(length: int, objective: str = "nelbo", steps: int = 3000, seed: int = 0, clusters: int = 1,
@@ -186,14 +186,14 @@ CERTAIN: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], int, 
     "parities": (parities, BITS, 2, lambda x: (np.cumsum(x[:, :BITS], axis=1) % 2 == x[:, BITS:]).all(1))}
 
 
-def trial_certainty(kind: str, seed: int, steps: int = 600) -> dict[str, Any]:
+def trial_certainty(kind: str, seed: int, steps: int = 400) -> dict[str, Any]:
     """One seed: a trained run, its own texts, and threshold decoding before and after forcing."""
     draw_texts, given, words, judge = CERTAIN[kind]
     began, rng, free = time.monotonic(), np.random.default_rng(seed), given if given > 1 else SYMBOLS
     length = given + free
     batch = batches(draw_texts, given, 128, seed)
     hierarchy = Hierarchy.from_parents([], vocab_size=words)
-    base, process, frozen = trained_base(toy_config(length, seed=seed), hierarchy, batch)
+    base, process, frozen = trained_base(toy_config(length, steps=1500, seed=seed), hierarchy, batch)
 
     @functools.partial(jax.jit, static_argnums=0)
     def write(method: str, params: Tree, x: jax.Array, key: jax.Array) -> Any:
@@ -209,7 +209,7 @@ def trial_certainty(kind: str, seed: int, steps: int = 600) -> dict[str, Any]:
         return {"calls": float(told["row_forwards"].mean()), "right": float(judge(x).mean()),
                 "distinct": len(np.unique(x, axis=0)) / len(x)}
 
-    own = np.asarray(write("max_prob", frozen, jnp.asarray(draw_texts(rng, 4096), jnp.int32), jax.random.key(seed))[0])
+    own = np.asarray(write("max_prob", frozen, jnp.asarray(draw_texts(rng, 2048), jnp.int32), jax.random.key(seed))[0])
     out = {"texts": kind, "seed": seed, "own_right": float(judge(own).mean()), "before": decoded(frozen)}
     for name, weight in (("cross_entropy", 0.0), ("certainty", 2.0)):
         config = toy_config(length, "certainty", steps, seed, optimizer__lr=1e-3, tune__certainty=weight,
@@ -234,13 +234,13 @@ def table_certainty(records: Sequence[dict[str, Any]]) -> str:
     return markdown(["texts", "after", "calls", "right", "different"], rows)
 
 
-def trial_adjust(kind: str, seed: int, steps: int = 3000) -> dict[str, Any]:
+def trial_adjust(kind: str, seed: int, steps: int = 1500) -> dict[str, Any]:
     """One seed: a trained run, a layer behind it, and right and different texts by passes of the network."""
     draw_texts, given, words, judge = CERTAIN[kind]
     began, length, rng = time.monotonic(), given + SYMBOLS, np.random.default_rng(seed)
     batch = batches(draw_texts, given, 128, seed)
     hierarchy = Hierarchy.from_parents([], vocab_size=words)
-    base, process, frozen = trained_base(toy_config(length, seed=seed), hierarchy, batch)
+    base, process, frozen = trained_base(toy_config(length, steps=1500, seed=seed), hierarchy, batch)
     config = toy_config(length, "adjust", steps, seed, generate__method="adjust", generate__options=f"burst={SYMBOLS}")
     layer = cast(Adjust, build(config, hierarchy)[0])
 
@@ -257,7 +257,7 @@ def trial_adjust(kind: str, seed: int, steps: int = 3000) -> dict[str, Any]:
     def same(h: jax.Array, *rest: Any) -> jax.Array:
         return h
 
-    canvas = jnp.full((4096, length), process.mask_id).at[:, :given].set(draw_texts(rng, 4096)[:, :given])
+    canvas = jnp.full((2048, length), process.mask_id).at[:, :given].set(draw_texts(rng, 2048)[:, :given])
     own = np.asarray(write(1, same, canvas, jnp.int32(1), jax.random.key(seed))[0])
     tx, _ = make_optimizer(config)
     step = make_step(config, adjust.make_loss(config, layer, base, process), tx)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import wave
 
 import jax
 import jax.numpy as jnp
@@ -500,6 +501,41 @@ def test_patches_by_hand():
     for (down, right), want in (((0, 0), [[1, 2], [3, 4]]), ((1, 0), [[0, 0], [1, 2]]), ((-1, 0), [[3, 4], [0, 0]]),
                                 ((0, 1), [[0, 1], [0, 3]]), ((0, -1), [[2, 0], [4, 0]])):
         assert examples.moved(np.array([[[1, 2], [3, 4]]]), down, right)[0].tolist() == want
+
+
+def test_log_mel_of_a_tone():
+    """A tone is loudest in its own band, at any time; a recording has vectors as it is long."""
+    for hertz, band in ((300, 4), (1000, 10), (3600, 20)):  # mel(hertz) / mel(4000) * 21, rounded
+        found = examples.log_mel(8000 * np.sin(2 * np.pi * hertz * np.arange(4000) / 8000))
+        assert (found.reshape(-1, 20).argmax(1) + 1 == band).all(), (hertz, found.reshape(-1, 20).argmax(1))
+        assert abs(found.mean()) < 1e-5 and found.std() == pytest.approx(1, abs=1e-4)
+    for samples, vectors_ in ((100, 1), (576, 1), (736, 2), (4000, 12), (100_000, 24)):
+        assert examples.log_mel(np.ones(samples, np.int16)).shape == (vectors_, 40)
+
+
+def test_recordings(tmp_path, monkeypatch):
+    monkeypatch.setenv("HDLM_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="no recordings/.*free-spoken-digit-dataset"):
+        examples.write("spoken_digits", str(tmp_path / "none"))
+    folder = tmp_path / "fsdd" / "recordings"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    sounds = {(digit, speaker, take): rng.integers(-999, 999, 1000 + 100 * digit, np.int16)
+              for digit in (1, 7) for speaker in range(6) for take in (0, 5)}
+    for (digit, speaker, take), audio in sounds.items():
+        with wave.open(str(folder / f"{digit}_{'abcdef'[speaker]}_{take}.wav"), "wb") as file:
+            file.setparams((1, 2, 8000, 0, "NONE", ""))
+            file.writeframes(audio.tobytes())
+    found = {key: audio for *key, audio in examples.recordings() for key in [tuple(key)]}
+    assert found.keys() == sounds.keys() and all((found[key] == sounds[key]).all() for key in sounds)
+    for name, held in (("spoken_digits", lambda speaker, take: take == 0), ("unseen_speaker", lambda s, take: s == 5)):
+        for path, valid in zip(examples.write(name, str(tmp_path / "out")), (False, True), strict=True):
+            want = [(examples.NAMES[d], examples.log_mel(a).astype(np.float16))
+                    for (d, s, t), a in sorted(sounds.items()) if held(s, t) == valid]
+            records = [json.loads(line) for line in open(path)]
+            got = [(r["text"], features.read(r["features"], (24, 40))) for r in records]
+            assert [t for t, _ in got] == [t for t, _ in want]
+            assert all((a == b).all() for (_, a), (_, b) in zip(got, want, strict=True))
 
 
 def test_digits(tmp_path, monkeypatch):

@@ -98,12 +98,12 @@ def recordings() -> Iterator[tuple[int, int, int, np.ndarray]]:
         for i, (digit, speaker, take) in enumerate(zip(*(a.tolist() for a in labels), strict=True)):
             yield digit, speaker, take, audio[offset[i] : offset[i + 1]]
         return
-    names = [(path, *path.stem.split("_")) for path in sorted(folder.glob("recordings/*.wav"))]
+    names = [(path, path.stem.split("_")) for path in sorted(folder.glob("recordings/*.wav"))]
     if not names:
         raise ValueError(f"data.source='spoken_digits': no recordings/*.wav in {folder}; give the folder of a clone of "
                          "github.com/Jakobovski/free-spoken-digit-dataset this name, or set HDLM_DATA")
-    speakers = sorted({speaker for _, _, speaker, _ in names})
-    for path, digit, speaker, take in names:
+    speakers = sorted({parts[1] for _, parts in names})
+    for path, (digit, speaker, take) in names:
         with wave.open(str(path)) as file:
             yield int(digit), speakers.index(speaker), int(take), np.frombuffer(file.readframes(-1), "<i2")
 

@@ -41,7 +41,7 @@ KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
 
 def rewards_table(runs: Sequence[Mapping[str, Any]]) -> str:
     """Rewards at each number of calls there is, shares of different answers, and NELBO, of runs."""
-    calls = [f"reward, {one['calls']:.0f} calls" for one in runs[0]["rewards"]]
+    calls = [f"reward, {one['calls']:.0f} call{'s' * (one['calls'] != 1)}" for one in runs[0]["rewards"]]
     rows = [[run["run"], *(measured(one["reward"], one["reward_se"], ".3f") for one in run["rewards"]),
              ", ".join(f"{100 * one['distinct']:.0f} %" for one in run["rewards"]), measured(run["nelbo"], run["se"])]
             for run in runs]

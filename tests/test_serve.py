@@ -115,7 +115,7 @@ def test_what_is_shown_while_it_is_written(client, server):
     ({"prompt": "a" * 16}, "generate.prompt has 16 tokens"), ({"max_tokens": 0}, "room for 16"),
     ({"max_tokens": 10**30}, "room for 16"), ({"n": 9}, "must lie in 1..8"), ({"steps": 10**9}, "at most 4096"),
     ({"seed": -1}, "must lie in 0.."), ({"method": "foo"}, "method='foo': choose one of"),
-    ({"method": "edlm"}, "needs an autoregressive run"), ({"method": "classifier"}, "needs a function"),
+    ({"method": "edlm"}, "needs a second run"), ({"method": "classifier"}, "needs a function"),
     ({"method": "ccd", "options": "depth=99999"}, "at most 16 here"), ({"options": "x" * 999}, "are at most 256"),
     ({"temperature": -1}, "generate.temperature"), ({"stop": [""]}, "texts of 1 to 256 characters"),
     ({"template": "a"}, "no blank in 'a'"), ({"template": "[MASK:99]"}, "at most 16 tokens"),

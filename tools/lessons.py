@@ -300,11 +300,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         ask = cli.Parser("lessons", __doc__)
         ask.add_argument("lesson", choices=list(TRIALS))
         ask.add_argument("--out", type=Path)
+        ask.add_argument("--kinds", help="of texts or clusters, by commas; all of the lesson's where it is not given")
         ask.add_argument("--seeds", type=cli.at_least(1), default=3)
         given = ask.parse_args(argv)
         kinds, trial, _ = TRIALS[given.lesson]
         records = []
-        for kind in kinds:
+        chosen = given.kinds.split(",") if given.kinds else kinds
+        if not set(chosen) <= set(kinds):
+            raise ValueError(f"--kinds={given.kinds}: choose of {', '.join(kinds)}")
+        for kind in chosen:
             for seed in range(given.seeds):
                 records.append(trial(kind, seed))
                 print(f"lessons: {records[-1]}", flush=True)

@@ -175,6 +175,25 @@ def test_two_words_have_their_law_in_many_steps(case):
     assert near < floor + 4.5 * spread + 0.01 and far > 0.1
 
 
+def test_the_network_is_told_the_time_of_what_it_sees():
+    """s is that of t at every call, and a share t of the words is not known (4.5 standard errors)."""
+    process, seen = make("K=1", 0.5), []
+
+    def denoise(state, t):
+        jax.debug.callback(lambda *call: seen.append([np.asarray(a) for a in call]), state.z, state.s, t)
+        return Observed(channel.evidence(state.u, state.s, process.signal), process.hierarchy, process.signal)
+
+    z = jnp.full((100, 8), process.mask_id, jnp.int32)
+    jax.block_until_ready(jax.jit(lambda key: decoding.sample(key, denoise, process, z, steps=3)[0])(jax.random.key(0)))
+    jax.effects_barrier()
+    for call, (z, s, t) in enumerate(sorted(seen, key=lambda one: -one[2][0])):
+        np.testing.assert_allclose(t, 1 - call / 3, rtol=1e-6)
+        np.testing.assert_allclose(s[z == process.mask_id], 0.5 * call / (3 - call), rtol=1e-5)
+        share = np.mean(z < V)
+        assert share == pytest.approx(call / 3, abs=4.5 * math.sqrt(call * (3 - call) / 9 / z.size) + 1e-9)
+    assert len(seen) == 3
+
+
 def test_given_words_stay_and_tell_the_others():
     process, joint = make("K=2", 0.5), oracle.random_joint(V, 2, seed=3)
     z = jnp.tile(jnp.asarray([[2, process.mask_id]], jnp.int32), (10_000, 1))

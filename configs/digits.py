@@ -30,14 +30,17 @@ def get_config():
     c.model.seq_len = 24
     c.optimizer.lr = 2e-3
     c.optimizer.warmup = 50
-    c.train.steps = 1000
+    c.train.steps = 4000
     c.train.batch_size = 64
-    c.train.log_every = 50
-    c.checkpoint.every = 500
+    c.train.log_every = 100
+    c.checkpoint.every = 1000
     c.evaluate.rows_in_training = 360
     c.evaluate.exact_match = 360
+    c.evaluate.checkpoint = "latest"
+    c.generate.checkpoint = "latest"
     c.generate.num_samples = 16
     c.generate.method = "max_prob"
     c.generate.steps = 8
+    c.generate.temperature = 0.0
     c.generate.batch_size = 360
     return c

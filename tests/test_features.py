@@ -5,12 +5,16 @@ import functools
 import io
 import itertools
 import json
+import os
+import subprocess
+import sys
+import wave
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import read_recipe
+from tiny import QUICK_COMPILES, read_recipe
 
 import hdlm_jax
 from hdlm_jax.config import ConfigError, DataConfig, TokenizerConfig, resolve, sections
@@ -26,7 +30,7 @@ from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.evaluation import conditional
 from hdlm_jax.models.features import FeaturePlaces, given
 from hdlm_jax.models.make import make_network
-from hdlm_jax.runs import evaluate, export, generate, train
+from hdlm_jax.runs import evaluate, export, generate
 
 P, F, S, V = 3, 2, 8, 257
 NAN = np.nan
@@ -330,24 +334,30 @@ def get_config():
     c.tokenizer.kind, c.tokenizer.vocab_size = "bytes", 257
     c.hierarchy.clusters = (1,)
     c.diffusion.weighting = "constant"
-    c.model.width, c.model.blocks, c.model.heads, c.model.seq_len, c.model.remat = 64, 2, 4, 4, "none"
-    c.optimizer.lr, c.optimizer.warmup, c.optimizer.schedule = 5e-3, 20, "constant"
-    c.train.steps, c.train.batch_size, c.train.log_every = {steps}, 32, 50
+    c.model.width, c.model.blocks, c.model.heads, c.model.seq_len, c.model.remat = 64, 3, 2, 4, "none"
+    c.optimizer.lr, c.optimizer.warmup = 2e-3, 30
+    c.train.steps, c.train.batch_size, c.train.log_every = {steps}, 64, 50
     c.evaluate.draws, c.evaluate.rows_in_training, c.evaluate.exact_match = 4, 8, 100
     c.generate.num_samples, c.generate.batch_size, c.generate.steps = 3, 16, 12
     c.checkpoint.every = 1000
+    {more}
     return c
 '''
+
+
+def trained(folder, steps, more=""):
+    """(config, workdir) of a run of the command line on one device: so many steps of eight would be waiting."""
+    recipe, files = folder / "recipe.py", write_records(folder, 192, names=LETTERS)
+    recipe.write_text(RECIPE.format(files=files, steps=steps, more=more))
+    subprocess.run([sys.executable, "-m", "hdlm_jax.main", f"--config={recipe}", f"--workdir={folder / 'run'}"],
+                   check=True, capture_output=True, env=os.environ | {"XLA_FLAGS": QUICK_COMPILES})
+    return read_recipe(recipe), str(folder / "run")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(config, workdir) of a run that has learned from features."""
-    folder = tmp_path_factory.mktemp("features")
-    (folder / "recipe.py").write_text(RECIPE.format(files=write_records(folder, 192, names=LETTERS), steps=300))
-    config = read_recipe(folder / "recipe.py")
-    train.train(config, str(folder / "run"))
-    return config, str(folder / "run")
+    return trained(tmp_path_factory.mktemp("features"), 350)
 
 
 @pytest.fixture(scope="module")
@@ -437,27 +447,24 @@ def test_every_way_of_calling_the_network_hears_features(model, method):
     assert model.generate(1, features=f, method=method, seed=1) == list(LETTERS)
 
 
+OTHERS = {
+    "hdlm": "c.hierarchy.clusters = (8,)",
+    "gidd": "c.diffusion.process, c.diffusion.p_uniform = 'gidd', 0.1",
+    "autoregressive": "c.diffusion.process, c.model.time_conditioning = 'autoregressive', False",
+    "blocks": "c.model.time_conditioning, c.model.block = False, 2; c.generate.method, c.generate.options = "
+              "'bd3lm', 'block=2'",
+    "decoder": "c.model.time_conditioning, c.model.trunk = False, 'decoder'",
+    "dropout": "c.model.dropout, c.train.sample_every = 0.1, 500"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("process", ["hdlm", "gidd", "autoregressive", "mdlm_blocks", "decoder"])
-def test_other_processes_learn_from_features(tmp_path, process):
-    (tmp_path / "recipe.py").write_text(RECIPE.format(files=write_records(tmp_path, 192, names=LETTERS), steps=400))
-    c = read_recipe(tmp_path / "recipe.py").as_dict()
-    c["hierarchy"]["clusters"] = (8,) if process == "hdlm" else (1,)
-    c["train"]["sample_every"] = 400
-    c["model"]["time_conditioning"] = process in ("hdlm", "gidd")
-    if process in ("gidd", "autoregressive"):
-        c["diffusion"]["process"] = process
-    if process == "gidd":
-        c["diffusion"]["p_uniform"] = 0.1
-    if process == "mdlm_blocks":
-        c["model"]["block"], c["generate"]["method"], c["generate"]["options"] = 2, "bd3lm", "block=2"
-    if process == "decoder":
-        c["model"]["trunk"] = "decoder"
-    config = resolve(c)
-    train.train(config, str(tmp_path / "run"))
-    found = evaluate.evaluate(config, str(tmp_path / "run"))
+@pytest.mark.parametrize("kind", OTHERS)
+def test_others_learn_from_features(tmp_path, kind):
+    config, workdir = trained(tmp_path, 500, OTHERS[kind])
+    found = evaluate.evaluate(config, workdir)
     assert found["exact_match"] > 0.9 and found["nelbo"] < 0.3, found
-    assert all(text in LETTERS for text in json.load(open(tmp_path / "run" / "latest_samples.json"))["texts"])
+    if config.train.sample_every:
+        assert all(text in LETTERS for text in json.load(open(f"{workdir}/latest_samples.json"))["texts"])
 
 
 # ------------------------------------------------------------------------------------------- exact match, examples
@@ -494,6 +501,41 @@ def test_patches_by_hand():
     for (down, right), want in (((0, 0), [[1, 2], [3, 4]]), ((1, 0), [[0, 0], [1, 2]]), ((-1, 0), [[3, 4], [0, 0]]),
                                 ((0, 1), [[0, 1], [0, 3]]), ((0, -1), [[2, 0], [4, 0]])):
         assert examples.moved(np.array([[[1, 2], [3, 4]]]), down, right)[0].tolist() == want
+
+
+def test_log_mel_of_a_tone():
+    """A tone is loudest in its own band, at any time; a recording has vectors as it is long."""
+    for hertz, band in ((300, 4), (1000, 10), (3600, 20)):  # mel(hertz) / mel(4000) * 21, rounded
+        found = examples.log_mel(8000 * np.sin(2 * np.pi * hertz * np.arange(4000) / 8000))
+        assert (found.reshape(-1, 20).argmax(1) + 1 == band).all(), (hertz, found.reshape(-1, 20).argmax(1))
+        assert abs(found.mean()) < 1e-5 and found.std() == pytest.approx(1, abs=1e-4)
+    for samples, vectors_ in ((100, 1), (576, 1), (736, 2), (4000, 12), (100_000, 24)):
+        assert examples.log_mel(np.ones(samples, np.int16)).shape == (vectors_, 40)
+
+
+def test_recordings(tmp_path, monkeypatch):
+    monkeypatch.setenv("HDLM_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="no recordings/.*free-spoken-digit-dataset"):
+        examples.write("spoken_digits", str(tmp_path / "none"))
+    folder = tmp_path / "fsdd" / "recordings"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    sounds = {(digit, speaker, take): rng.integers(-999, 999, 1000 + 100 * digit, np.int16)
+              for digit in (1, 7) for speaker in range(6) for take in (0, 5)}
+    for (digit, speaker, take), audio in sounds.items():
+        with wave.open(str(folder / f"{digit}_{'abcdef'[speaker]}_{take}.wav"), "wb") as file:
+            file.setparams((1, 2, 8000, 0, "NONE", ""))
+            file.writeframes(audio.tobytes())
+    found = {key: audio for *key, audio in examples.recordings() for key in [tuple(key)]}
+    assert found.keys() == sounds.keys() and all((found[key] == sounds[key]).all() for key in sounds)
+    for name, held in (("spoken_digits", lambda speaker, take: take == 0), ("unseen_speaker", lambda s, take: s == 5)):
+        for path, valid in zip(examples.write(name, str(tmp_path / "out")), (False, True), strict=True):
+            want = [(examples.NAMES[d], examples.log_mel(a).astype(np.float16))
+                    for (d, s, t), a in sorted(sounds.items()) if held(s, t) == valid]
+            records = [json.loads(line) for line in open(path)]
+            got = [(r["text"], features.read(r["features"], (24, 40))) for r in records]
+            assert [t for t, _ in got] == [t for t, _ in want]
+            assert all((a == b).all() for (_, a), (_, b) in zip(got, want, strict=True))
 
 
 def test_digits(tmp_path, monkeypatch):

@@ -554,6 +554,7 @@ class Shelf:
 
     prompt_field: str = ""
     chat: bool = False
+    feature_shape: tuple = (0, 0)
     read_documents: int = 0
     most: int = 0  # documents in memory at once
     texts: list = dataclasses.field(default_factory=list)

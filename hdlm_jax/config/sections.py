@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from hdlm_jax.config.rules import check_local, choice, rule
 
 # the names that settings choose among; tests/test_config.py holds them to what the rooms above can do
-EXAMPLES = ("digits",)  # data sets of data/examples.py
+EXAMPLES = ("digits", "spoken_digits", "unseen_speaker")  # data sets of data/examples.py
 PROCESSES = ("hierarchical", "gidd", "sedd", "autoregressive")
 FORCE_TRANSITIONS = ("none", "within", "between", "cavity")
 CLUSTERS = ("exact", "clean")
@@ -65,7 +65,7 @@ class _Section:
 class DataConfig(_Section):
     """Where text comes from, how it is split, and how sequences are made of it (hdlm_jax.data)."""
 
-    source: str = "embedded"  # embedded: Python's own documentation; files: `files`; task: of tune.task; digits: images
+    source: str = "embedded"  # embedded: Python's documentation; files; task: of tune.task; others: data/examples.py
     files: tuple[str, ...] = ()  # paths, folders, globs, URLs: text, json(l), parquet, (nested) tar, plain or packed
     format: str = "auto"  # of the files: auto, by their names; or txt, jsonl, json, parquet, tar
     validation: tuple[str, ...] = ()  # held-out files; empty: by `split`

@@ -14,7 +14,6 @@ from hdlm_jax.config import Config, ConfigError, GenerateConfig
 from hdlm_jax.config.rules import choice, rule
 from hdlm_jax.data import chat as chats
 from hdlm_jax.decoding import desk, presets, sampler, texts
-from hdlm_jax.decoding.sampler import check_features
 from hdlm_jax.training.loading import Run, load_run
 
 HELP = ("/method NAME [OPTION=VALUE ...]   /steps N   /seed N   /length N (what is there counts; 0: all there is "
@@ -136,7 +135,7 @@ def chat(config: Config, workdir: str) -> None:
     """Reads lines and answers them until there are no more."""
     screen = _Screen()
     run = load_run(config, workdir, config.generate.checkpoint)
-    check_features(run, None)  # lines have none
+    sampler.check_features(run, None)  # lines have none
     talk = Talk(run, screen.show)
     does = ("each line is a turn of the conversation" if talk.chats else
             "it has no chat template, so each line is gone on from (completion)")

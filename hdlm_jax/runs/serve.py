@@ -24,7 +24,6 @@ from hdlm_jax.common.extras import package
 from hdlm_jax.config import Config, ServeConfig
 from hdlm_jax.config.rules import rule
 from hdlm_jax.decoding import desk, presets, sampler
-from hdlm_jax.decoding.sampler import check_features
 from hdlm_jax.runs import orders
 from hdlm_jax.runs.orders import Json
 from hdlm_jax.training.loading import Run, load_run
@@ -341,7 +340,7 @@ def serve(config: Config, workdir: str, page: str, about: Json) -> None:
     rule(jax.process_count() == 1, "serve", jax.process_count(), "one process serves; start it without --distributed")
     with contextlib.closing(listen(config.serve)) as sock:
         run = load_run(config, workdir, config.generate.checkpoint)
-        check_features(run, None)  # requests have none
+        sampler.check_features(run, None)  # requests have none
         server = Server(run, page, about)
         host, port = sock.getsockname()[:2]
         say(f"serve: {server.name}, step {server.run.step}, at http://{f'[{host}]' if ':' in host else host}:{port} "

@@ -274,6 +274,21 @@ def test_the_map_has_its_own_rate_and_does_not_decay(network):
     np.testing.assert_allclose(moved, -config.hierarchy.map_rate * schedule(0), rtol=1e-3)
 
 
+def test_what_is_rare_and_large_balances_what_is_frequent_and_small():
+    """Gradients 1 nine times of ten, else -9: their mean is nothing, and where Adam drifts by them the map does not."""
+    grads = jnp.where(jax.random.uniform(jax.random.key(0), (400, 2000)) < 0.9, 1.0, -9.0)
+
+    def moved(tx):
+        def step(state, g):
+            updates, state = tx.update(g, state)
+            return state, updates
+
+        return np.asarray(jax.lax.scan(step, tx.init(grads[0]), grads)[1]).sum(0)
+
+    ours, adam = moved(soft.by_one_scale()), moved(optax.scale_by_adam(b2=0.99))
+    assert abs(ours.mean()) < 4.5 * ours.std() / 2000**0.5 < 0.2 * abs(adam.mean())
+
+
 # ---- draws -----------------------------------------------------------------------------------------------------------
 
 

@@ -164,7 +164,7 @@ class HierarchyConfig(_Section):
     head_clusters: int = 0  # classes of model.head='factorised' where the process has no clusters; they are no states
     shuffle: bool = False  # control: clusters of the same sizes with random members
     map: str = "hard"  # of a word to clusters: hard | learned, its probabilities, from those of diffusion.xi on
-    map_rate: float = 10.0  # of map='learned': its learning rate, times optimizer.lr
+    map_rate: float = 1.0  # of map='learned': its learning rate, times optimizer.lr
     seed: int = 0  # of k-means, and of shuffle
 
     def check(self) -> None:

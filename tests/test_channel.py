@@ -149,8 +149,7 @@ def write(process, joint, steps, rows=20_000):
     return np.asarray(words)
 
 
-@pytest.mark.parametrize("case, xi", [("K=1", 1.0), ("K=2", 0.8), ("K=3", 1.0)])
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("case, xi, steps", [("K=1", 1.0, 1), ("K=1", 1.0, 3), ("K=2", 0.8, 3), ("K=3", 1.0, 2)])
 def test_one_word_has_its_law_at_any_number_of_steps(case, xi, steps):
     prior = np.array([0.55, 0.2, 0.05, 0.2])
     process = make(case, 1.0, 2, xi)
@@ -173,6 +172,25 @@ def test_two_words_have_their_law_in_many_steps(case):
     far = oracle.total_variation(counts(write(process, joint, 1)), joint)[0]
     near, floor, spread = oracle.total_variation(counts(write(process, joint, 48, 8_000)), joint)
     assert near < floor + 4.5 * spread + 0.01 and far > 0.1
+
+
+def test_the_network_is_told_the_time_of_what_it_sees():
+    """s is that of t at every call, and a share t of the words is not known (4.5 standard errors)."""
+    process, seen = make("K=1", 0.5), []
+
+    def denoise(state, t):
+        jax.debug.callback(lambda *call: seen.append([np.asarray(a) for a in call]), state.z, state.s, t)
+        return Observed(channel.evidence(state.u, state.s, process.signal), process.hierarchy, process.signal)
+
+    z = jnp.full((100, 8), process.mask_id, jnp.int32)
+    jax.block_until_ready(jax.jit(lambda key: decoding.sample(key, denoise, process, z, steps=3)[0])(jax.random.key(0)))
+    jax.effects_barrier()
+    for call, (z, s, t) in enumerate(sorted(seen, key=lambda one: -one[2][0])):
+        np.testing.assert_allclose(t, 1 - call / 3, rtol=1e-6)
+        np.testing.assert_allclose(s[z == process.mask_id], 0.5 * call / (3 - call), rtol=1e-5)
+        share = np.mean(z < V)
+        assert share == pytest.approx(call / 3, abs=4.5 * math.sqrt(call * (3 - call) / 9 / z.size) + 1e-9)
+    assert len(seen) == 3
 
 
 def test_given_words_stay_and_tell_the_others():
@@ -300,37 +318,41 @@ def run_config(tmp_path, **changes):
     return resolve(values)
 
 
-def test_runs_carry_the_channel(tmp_path):
-    """e is that of the words' vectors, and stays; a resumed run is one that never stopped; evaluation, samples and the
-    export take both parts."""
-    import hdlm_jax
-    from hdlm_jax.runs import evaluate, export, generate, train
-    from hdlm_jax.training import loading
+MORE = dict(optimizer__schedule="constant", optimizer__weight_decay=0.1, optimizer__name="muon", checkpoint__every=2)
 
-    run, other = str(tmp_path / "run"), str(tmp_path / "other")
-    more = dict(optimizer__schedule="constant", optimizer__weight_decay=0.1, optimizer__name="muon",
-                checkpoint__every=2)
-    config = run_config(tmp_path, train__steps=4, **more)
+
+def test_runs_carry_the_channel(tmp_path):
+    """e is that of the words' vectors, and stays; evaluation has both parts, and an export writes as the run does."""
+    import hdlm_jax
+    from hdlm_jax.runs import evaluate, export, train
+
+    run = str(tmp_path / "run")
+    config = run_config(tmp_path, train__steps=4, **MORE)
     state = train.train(config, run)
-    train.train(run_config(tmp_path, train__steps=2, **more), other)
-    jax.tree.map(np.testing.assert_array_equal, state, train.train(config, other))
-    loaded = loading.load_here(run, "latest")
-    signal = np.asarray(loaded.params["head"]["signal"])
     vectors = np.load(next((tmp_path / "run" / "data").glob("embeddings-*.npy")))
-    np.testing.assert_allclose(signal, channel.standardised(vectors, 8), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(state.params["head"]["signal"], channel.standardised(vectors, 8))
+    signal = channel.standardised(vectors, 8)
+    np.testing.assert_array_equal(state.params["head"]["signal"], signal)
     assert np.abs(np.asarray(state.params["observe"]["kernel"])).max() > 1e-4
     found = evaluate.evaluate(config, run)
     assert found["nelbo"] == pytest.approx(found["discrete"] + found["continuous"]) and found["continuous"] > 0
     assert found["discrete"] == pytest.approx(sum(found["levels"])) and found["discrete_se"] > 0
-    assert generate.generate(config, run)["samples"]
     export.export(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, checkpoint="latest")), run)
     taken = hdlm_jax.load(str(tmp_path / "run" / "export"))
     np.testing.assert_array_equal(taken.run.params["head"]["signal"], signal)
-    assert len(taken.generate(num_samples=1, steps=2)) == 1 and taken.nelbo("some text", draws=2)[0]["nats"] > 0
+    assert len(taken.generate(num_samples=1, steps=2)) == 1
     with pytest.raises(ConfigError, match="generate.method='max_prob'"):
         taken.generate(num_samples=1, method="max_prob")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["diffusion"]["channel"] == 0.1
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_one_that_never_stopped(tmp_path):
+    from hdlm_jax.runs import train
+
+    config, half = (run_config(tmp_path, train__steps=n, **MORE) for n in (4, 2))
+    state, other = train.train(config, str(tmp_path / "run")), str(tmp_path / "other")
+    train.train(half, other)
+    jax.tree.map(np.testing.assert_array_equal, state, train.train(config, other))
 
 
 @pytest.mark.parametrize("changes, text", [

@@ -227,7 +227,7 @@ def test_clip_has_a_lower_end_too():
     toy, process = make(TWO, (1.0, 1.0), 1.0)
     x, z = (jnp.asarray(a) for a in every_pair(toy))
     logits, tau = jnp.asarray(random_logits(len(x), 4)), jnp.full(len(x), 0.5)
-    loss = jax.jit(functools.partial(process.loss, weight_min=7.0, weight_max=7.0), static_argnames="weighting")
+    loss = jax.jit(functools.partial(loss_of, process, weight_min=7.0, weight_max=7.0), static_argnames="weighting")
     clipped, plain = (loss(logits, x, z, tau, weighting=w) for w in ("clip", "constant"))
     np.testing.assert_allclose(clipped, 7 * plain, rtol=1e-6)
 
@@ -246,7 +246,7 @@ def test_mdlm_weight_is_one_over_t():
     t = np.array([1e-4, 0.1, 0.5, 0.99])
     x, z = jnp.full((4, 1), 2), jnp.full((4, 1), toy.mask)
     logits, tau = jnp.asarray(random_logits(4, 4)), jnp.asarray(-np.log1p(-t), jnp.float32)
-    loss = jax.jit(functools.partial(process.loss, weighting="none"))(logits, x, z, tau)
+    loss = jax.jit(functools.partial(loss_of, process, weighting="none"))(logits, x, z, tau)
     ce = -np.log(softmax(logits)[:, 0, 2])
     np.testing.assert_allclose(loss[:, 0], ce / t, rtol=2e-5)
     np.testing.assert_allclose(process.nelbo_rate(logits, x, z, tau)[:, 0], ce / np.expm1(tau), rtol=2e-5)

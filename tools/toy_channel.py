@@ -86,12 +86,14 @@ def bayes(process: ChannelProcess, joint: np.ndarray) -> Denoise:
 
 def bound(process: ChannelProcess, joint: np.ndarray, rows: int, own: bool = True, seed: int = 0
           ) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard errors [3] of (discrete, continuous, sum) in nats a text, one draw for each of the texts.
+    """Means and standard errors [3] of (discrete, continuous, sum) in nats a text, one draw for each of `rows` texts,
+    which have the joint's shares.
 
     own: by the process's own noise times, else by those of its symbols.
     """
     rng, denoise = np.random.default_rng(seed), bayes(process, joint)
-    x = np.stack(np.unravel_index(rng.choice(joint.size, rows, p=joint.ravel()), joint.shape), axis=1)
+    which = np.searchsorted(np.cumsum(joint.ravel())[:-1], rng.permutation((np.arange(rows) + 0.5) / rows))
+    x = np.stack(np.unravel_index(which, joint.shape), axis=1)
     proposal = process.proposal(joint.ndim, 0.03) if own else Proposal(process.chain, joint.ndim, 0.03)
     tau, q = stratified_pairs(proposal, seed, rows, 1)
 
@@ -138,9 +140,8 @@ def distance(words: np.ndarray, joint: np.ndarray) -> float:
     return float(0.5 * np.abs(counts / len(words) - joint.ravel()).sum())
 
 
-def record(rows: int, draws: int) -> dict[str, Any]:
-    """All of it on the joint."""
-    joint = np.random.default_rng(0).dirichlet(np.full(V * V, 0.5)).reshape(V, V)
+def bounds_of(joint: np.ndarray, rows: int) -> list[dict[str, Any]]:
+    """The first table."""
     bounds = []
     for name, parents in PARENTS.items():
         for c in SCALES:
@@ -148,6 +149,12 @@ def record(rows: int, draws: int) -> dict[str, Any]:
             plain = bound(made(parents, c), joint, rows, own=False)[1][2]
             bounds.append({"chain": name, "c": c, "discrete": discrete, "continuous": continuous, "sum": both, "se": se,
                            "se_symbols": plain})
+    return bounds
+
+
+def record(rows: int, draws: int) -> dict[str, Any]:
+    """All of it on the joint."""
+    joint = np.random.default_rng(0).dirichlet(np.full(V * V, 0.5)).reshape(V, V)
     process, prior = made([], 3.0), joint.sum(1)
     laws = []
     for steps in STEPS:
@@ -159,8 +166,8 @@ def record(rows: int, draws: int) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     exact = {words: distance(np.stack(np.unravel_index(rng.choice(law.size, draws, p=law.ravel()), law.shape), axis=1),
                              law) for words, law in ((1, prior), (2, joint))}
-    return {"entropy": float(-(joint * np.log(joint)).sum()), "rows": rows, "draws": draws, "bounds": bounds,
-            "laws": laws, "exact": [exact[1], exact[2]]}
+    return {"entropy": float(-(joint * np.log(joint)).sum()), "rows": rows, "draws": draws,
+            "bounds": bounds_of(joint, rows), "laws": laws, "exact": [exact[1], exact[2]]}
 
 
 def of_runs(workdirs: Sequence[str]) -> list[dict[str, Any]]:
@@ -200,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ask = cli.Parser("toy_channel", __doc__)
         ask.add_argument("run", nargs="*", help="workdirs of the third table")
         ask.add_argument("--out", type=Path, default=Path("docs/runs/toy_channel.json"))
-        ask.add_argument("--rows", type=cli.at_least(2), default=200_000, help="draws of the bound")
+        ask.add_argument("--rows", type=cli.at_least(2), default=400_000, help="draws of the bound")
         ask.add_argument("--draws", type=cli.at_least(1), default=100_000, help="samples")
         given = ask.parse_args(argv)
         result = record(given.rows, given.draws) | ({"runs": of_runs(given.run)} if given.run else {})

@@ -46,7 +46,7 @@ def sample(key: jax.Array, denoise: Denoise, process: ChannelProcess, z: jax.Arr
         state, sure, film = carry
         then = -jnp.log(jnp.where(call + 1 < steps, (call + 1) / steps, 1.0))  # noise time after the step, 0 at the end
         s, level = jnp.asarray(process.ratio(then)), process.level_of(state.z)
-        target = jnp.minimum(level, jnp.sum(times <= then, axis=-1)).reshape(-1)
+        target = jnp.sum(times <= then, axis=-1).reshape(-1)
         prediction, each = denoise(state, told(call)), token_keys(fold(fold(keys, 1), call), z.shape).reshape(-1)
         flat = State(*(a.reshape(z.size, *a.shape[2:]) for a in state))
 

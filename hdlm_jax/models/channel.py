@@ -281,7 +281,7 @@ class ChannelProcess(HierarchicalProcess):
 
     def step(self, keys: jax.Array, prediction: Prediction, state: State, target: jax.Array, s: jax.Array,
              temperature: Number = 1.0, top_p: Number = 1.0) -> tuple[State, jax.Array]:
-        """What positions become where their level falls to `target` int32 [...] and U's ratio rises to s float32 [...].
+        """What positions become where their level falls to `target` int32 [...] and U's ratio rises to the scalar s.
 
         One word w ~ p(x | z, U) a position moves both: its symbol shows w at the target level, and U gains
         d e(w) + sqrt(d) eps. That is the law of a token's next state for any length of step; with the mean of e in

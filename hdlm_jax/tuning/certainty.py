@@ -96,8 +96,9 @@ def make_loss(config: Config, network: Trunk, base: Trunk, process: Hierarchical
             forced = surer * entropy
             return each * truth + weight * forced, jax.lax.stop_gradient(forced)
 
-        total, entropy = sum_over_noised(head, cost, network.head_params(params), h, level, x,
-                                         (x, jnp.maximum(level, 1), *shares), needs="tokens", shard=shard)
+        total, each = sum_over_noised(head, cost, network.head_params(params), h, level, x,
+                                      (x, jnp.maximum(level, 1), *shares), needs="tokens", shard=shard)
+        entropy = jnp.sum(each)
         return total, {"cross_entropy": total - weight * entropy, "entropy": entropy,
                        "right": jnp.sum(right) / jnp.maximum(jnp.sum(every), 1)}
 

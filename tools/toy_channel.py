@@ -177,7 +177,7 @@ def of_runs(workdirs: Sequence[str]) -> list[dict[str, Any]]:
         told = read_json(os.path.join(folder, "evaluate.json"), "nelbo", "se", "step")
         c = read_json(os.path.join(folder, "config.json"))["diffusion"]["channel"]
         names = ("nelbo", "se", "step", "unigram_nelbo", "discrete", "discrete_se", "continuous", "continuous_se")
-        found.append({"run": os.path.basename(os.path.normpath(folder)), "hierarchy": told["hierarchy"], "c": c,
+        found.append({"run": os.path.basename(os.path.normpath(folder)), "c": c,
                       **{name: told[name] for name in names if name in told}})
     return found
 
@@ -194,10 +194,10 @@ def tables(result: dict[str, Any]) -> str:
                        "error by the symbols' noise times"], rows),
              markdown(["steps", "one word, drawn", "one word, mean", "two words, drawn", "two words, mean"], laws)]
     if runs := result.get("runs"):
-        each = [[" -> ".join(map(str, r["hierarchy"])), f"{r['c']:g}",
+        each = [[r["run"], f"{r['c']:g}",
                  *(measured(r[name], r[f"{name}_se"]) if name in r else "" for name in ("discrete", "continuous")),
                  measured(r["nelbo"], r["se"])] for r in runs]
-        found.append(markdown(["levels", "c", "discrete", "continuous", f"NELBO, {runs[0]['step']} steps"], each))
+        found.append(markdown(["run", "c", "discrete", "continuous", f"NELBO, {runs[0]['step']} steps"], each))
     return "\n\n".join(found)
 
 

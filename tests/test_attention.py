@@ -60,7 +60,7 @@ def test_splash_is_attention_written_out(name):
             out.append(jax.jit(of)(*arrays))
             grads.append(jax.jit(jax.grad(lambda *a, of=of: jnp.sum(jnp.sin(of(*a))), (0, 1, 2)))(*arrays))
     for ours, theirs in zip(jax.tree.leaves((out[0], grads[0])), jax.tree.leaves((out[1], grads[1])), strict=True):
-        np.testing.assert_allclose(theirs, ours, atol=5e-6, rtol=0)
+        np.testing.assert_allclose(theirs, ours, atol=5e-6, rtol=2e-6)  # CPUs differ in the last bits of large sums
     by_splash = "pallas" in str(jax.make_jaxpr(functools.partial(attention, seen=seen, kernel="splash"))(*arrays))
     assert by_splash == (not name.startswith("block-causal"))  # any other mask is written out
 

@@ -321,6 +321,7 @@ def run_config(tmp_path, **changes):
 MORE = dict(optimizer__schedule="constant", optimizer__weight_decay=0.1, optimizer__name="muon", checkpoint__every=2)
 
 
+@pytest.mark.slow
 def test_runs_carry_the_channel(tmp_path):
     """e is that of the words' vectors, and stays; evaluation has both parts, and an export writes as the run does."""
     import hdlm_jax

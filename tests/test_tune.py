@@ -175,6 +175,7 @@ def test_eight_devices_are_one(method, options):
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), params, moved))) < 1e-5
 
 
+@pytest.mark.slow
 def test_texts_of_calls_are_judged_where_there_are_any(base, tmp_path):
     with pytest.raises(ConfigError, match="needs a head for an order.* model.order=True"):
         tune.tune(settings("score", base, generate__method="dcolt"), str(tmp_path))

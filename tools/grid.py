@@ -170,10 +170,12 @@ def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
     for line in read_lines(str(workdir / "sampling_sweep.jsonl"))[0]:
         found["calls"].append({"steps": line["sampling"]["steps"], "network_calls": line["sampling"]["network_calls"],
                                "judge": {name: line["judge"].get(name) for name in JUDGED}})
-    if (told := workdir / "likelihoods.json").exists():
+    told = workdir / "likelihoods.json"
+    measured_all = told.exists() and set(DECODINGS) <= set(read_json(str(told))["decodings"])  # not stopped in between
+    if measured_all:
         found["likelihoods"] = read_json(str(told))["decodings"]
     with np.load(workdir / "evaluate_rows.npz") as rows, open_atomic(out / f"{workdir.name}.npz") as file:
-        each = np.load(told.with_suffix(".npz")) if told.exists() else {}
+        each = np.load(told.with_suffix(".npz")) if measured_all else {}
         np.savez(file, **rows, **{f"told {name}": values for name, values in each.items()})
     write_atomic(out / f"{workdir.name}.json", (dumps(found, indent=1) + "\n").encode())
 

@@ -59,6 +59,7 @@ EXTRAS = {
         "rich>=13",
         "ruff>=0.12",
         "safetensors>=0.5",
+        "scikit-learn>=1.5",
         "scipy>=1.14",
         "setuptools>=70.1",
         "starlette>=0.40",

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 
+from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import Config
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.process import Process
@@ -43,6 +44,11 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     if channel:
         return ChannelNetwork(*sizes, **own, channel=channel)
     return (OrderedNetwork if m.order else Network)(*sizes, **own)
+
+
+def joined(params: Tree, start: Tree) -> Tree:
+    """A run's parameters; what `start` has beside them, of features and an order, is as it starts."""
+    return {name: start[name] for name in ("features", "order") if name in start} | params
 
 
 def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> float:

@@ -27,11 +27,6 @@ def init(key: jax.Array, width: int, levels: int) -> Tree:
             "out": jnp.zeros(_INNER)}
 
 
-def joined(params: Tree, start: Tree) -> Tree:
-    """Parameters of a run with those of the head for an order, where `start` has one and the run has not."""
-    return {NAME: start[NAME], **params} if NAME in start else params
-
-
 def scores(params: Tree, hidden: jax.Array, level: jax.Array, t: jax.Array) -> jax.Array:
     """float [b, S], the highest likeliest to be next; hidden [b, S, D], level int32 [b, S], t [b]."""
     p = params[NAME]

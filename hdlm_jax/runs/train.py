@@ -27,7 +27,7 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.evaluation.elbo import Evaluator, summarise
 from hdlm_jax.models.channel import standardised, with_signal
 from hdlm_jax.models.decoder import merged
-from hdlm_jax.models.make import flops_per_token
+from hdlm_jax.models.make import flops_per_token, joined
 from hdlm_jax.runs.interrupt import RESUME_EXIT, Stop, Timer
 from hdlm_jax.runs.stages import batches_of, cluster, prepare, recluster, word_vectors
 from hdlm_jax.training.adapt import FIT_POSITIONS, adapted, fitted, regrouped
@@ -325,6 +325,7 @@ class Loop:
             if config.diffusion.channel:
                 signal = standardised(vectors, config.diffusion.channel_width)
         found = load_base(config, self.text.tokenizer.fingerprint) if base else None
+
         def init(key: jax.Array, table: np.ndarray | None, signal: np.ndarray | None) -> TrainState:
             state = init_state(config, self.network, self.tx, key, table)
             if signal is None:
@@ -341,8 +342,7 @@ class Loop:
             if found.hierarchy != self.hierarchy:
                 raise ConfigError(f"train.init_from={base!r}: its best checkpoint has learned other clusters since its "
                                   f"hierarchy was taken over into {self.workdir}; use another --workdir")
-            new = {name: state.params[name] for name in ("features", "order") if name in state.params}
-            own = new | found.params
+            own = joined(found.params, state.params)
             want, got = (jax.tree.map(lambda a: a.shape, t) for t in (state.params, own))
             if want != got:
                 raise ConfigError(f"train.init_from={base!r}: its weights have other shapes than this model; model and "

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding import sampler
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
-from hdlm_jax.models import order
+from hdlm_jax.models.make import joined
 from hdlm_jax.runs import evaluate as bound
 from hdlm_jax.runs.interrupt import Stop
 from hdlm_jax.runs.train import Loop
@@ -107,10 +107,16 @@ class Prompts:
                         "solved": float(np.mean(reward == 1)), "distinct": len(np.unique(x, axis=0)) / len(x)}
 
 
+class Numbered(Protocol):
+    """Batches by the number of their step."""
+
+    def batch(self, step: int) -> dict[str, np.ndarray]: ...
+
+
 class Walk:
     """Batches from a step on; `get_state` is the position after those handed out."""
 
-    def __init__(self, batches: Any, step: int) -> None:
+    def __init__(self, batches: Numbered, step: int) -> None:
         self.batches, self.step = batches, step
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -153,7 +159,7 @@ class Tuning(Loop):
         if self.config.tune.kl:
             found = load_base(self.config, self.text.tokenizer.fingerprint).params
             start = jax.jit(network.init_params, static_argnums=1)(self.key, config.model.seq_len)
-            self.reference = order.joined(found, start)
+            self.reference = joined(found, start)
         with compiling("train"):
             rollout = make_rollout(network, process, config.generate, self.mesh)
             self.numbers = sampler.numbers_of(config.generate, config.model.seq_len, self.text.tokenizer.eot)

@@ -78,7 +78,7 @@ def _parts(logs: jax.Array, where: jax.Array | None = None) -> tuple[jax.Array, 
     """
     kept = (lambda a: a) if where is None else lambda a: jnp.where(where, a, -jnp.inf)
     top = finite(jnp.max(jax.lax.stop_gradient(kept(logs)), axis=-1))
-    return top, _log(jnp.sum(jnp.exp(kept(logs - top[..., None])), axis=-1))
+    return top, safe_log(jnp.sum(jnp.exp(kept(logs - top[..., None])), axis=-1))
 
 
 def log_sum(logs: jax.Array, where: jax.Array | None = None) -> jax.Array:
@@ -92,7 +92,7 @@ def finite(logs: jax.Array) -> jax.Array:
     return jnp.where(logs == -jnp.inf, 0.0, logs)
 
 
-def _log(total: jax.Array) -> jax.Array:
+def safe_log(total: jax.Array) -> jax.Array:
     """log of sums >= 0; -inf at 0, without a gradient."""
     return jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1.0, total)))
 
@@ -161,7 +161,7 @@ class LogitsPrediction:
         logits = jnp.moveaxis(jax.lax.stop_gradient(self.logits), -1, 0)
         top = finite(jnp.moveaxis(jax.ops.segment_max(logits, anc, n), 0, -1))  # of each node, its own
         onto = jax.nn.one_hot(anc, n, dtype=self.logits.dtype)
-        total = _log(jnp.matmul(jnp.exp(self.logits - top[..., anc]), onto, precision="highest"))
+        total = safe_log(jnp.matmul(jnp.exp(self.logits - top[..., anc]), onto, precision="highest"))
         return top - self._top[..., None] + (total - finite(self._total)[..., None])
 
     def draw(self, keys: jax.Array, wanted: jax.Array, temperature: float | jax.Array = 1.0,

@@ -22,7 +22,7 @@ from hdlm_jax.common.parallel import Tree
 from hdlm_jax.diffusion.draws import categorical, fold, token_keys
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.diffusion.prediction import LogitsPrediction, Prediction
+from hdlm_jax.diffusion.prediction import LogitsPrediction, Prediction, safe_log
 from hdlm_jax.models.heads import FlatHead
 
 FLOOR = 1e-6  # share of a word's crossings that go to any cluster
@@ -112,12 +112,12 @@ class SoftProcess(HierarchicalProcess):
         if level == 1:
             return log_k
         onto = jax.nn.one_hot(self.ancestors(1, level), self.hierarchy.sizes[level], dtype=log_k.dtype)
-        return _log(jnp.matmul(jnp.exp(log_k), onto, precision="highest"))
+        return safe_log(jnp.matmul(jnp.exp(log_k), onto, precision="highest"))
 
     def log_masses(self, p: Prediction, level: int) -> jax.Array:
         """F_level(v) = log sum_x f(x) M_level(x, v): [..., n_level]."""
         f, m = jnp.exp(p.log_probs()), jnp.exp(self.log_shown(level))
-        return _log(jnp.matmul(f, m.astype(f.dtype), precision="highest"))
+        return safe_log(jnp.matmul(f, m.astype(f.dtype), precision="highest"))
 
     def state_above(self, low: int, node: jax.Array, high: int) -> jax.Array:
         """As of HierarchicalProcess; above a word its likeliest node."""
@@ -210,11 +210,6 @@ class SoftProcess(HierarchicalProcess):
         for k in range(j + 1, self.num_levels):
             logs = jnp.where((level == k)[..., None] & ~self._under(z, k, j), -jnp.inf, logs)
         return categorical(keys, logs)
-
-
-def _log(total: jax.Array) -> jax.Array:
-    """log of sums >= 0; -inf at 0, without a gradient."""
-    return jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1.0, total)))
 
 
 def by_one_scale(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,7 @@ EXAMPLES = ("digits", "spoken_digits", "unseen_speaker")  # data sets of data/ex
 PROCESSES = ("hierarchical", "gidd", "sedd", "autoregressive")
 FORCE_TRANSITIONS = ("none", "within", "between", "cavity")
 CLUSTERS = ("exact", "clean")
+CHANNEL_TIMES = ("shared", "token", "before")
 WEIGHTINGS = {"hierarchical": ("none", "constant", "clip", "empirical"),  # training losses, by process
               "sedd": ("none", "constant", "clip", "empirical"),
               "gidd": ("none", "constant", "clip", "dynamic"),
@@ -205,6 +207,8 @@ class DiffusionConfig(_Section):
     hard_training: bool = False  # above level 1: -log p(token) as the loss in place of the bound's
     channel: float = 0.0  # c: beside its symbol a token shows its noisy embedding (docs/continuous.md); 0: it does not
     channel_width: int = 32  # D: numbers of that embedding, made of hierarchy.embeddings
+    channel_times: str = "shared"  # of its ratio s: one for all tokens | token, a ladder each | before the symbols
+    channel_levels: tuple[float, ...] = ()  # of s / c, falling: token's ladder; else at most one, where s stops
 
     def check(self) -> None:
         self.among(force_transition=FORCE_TRANSITIONS, process=PROCESSES)
@@ -218,6 +222,7 @@ class DiffusionConfig(_Section):
         self.hold("must be positive", "gamma")
         self.hold("must not be negative", "channel")
         self.hold("must be at least 1", "channel_width")
+        self._check_times()
         self.need(not self.rates or self.gamma == 1, "rates",
                   "only one of diffusion.gamma and diffusion.rates should be given")
         self.need(all(r > 0 for r in self.rates), "rates", "must be positive")
@@ -226,6 +231,18 @@ class DiffusionConfig(_Section):
                   f"must be at least diffusion.weight_min={self.weight_min}, and that at least 0")
         self.need(self.xi == 1 or self.force_transition != "within", "force_transition",
                   f"its bound is infinite at xi={self.xi}: choose none, between or cavity")
+
+    def _check_times(self) -> None:
+        times, levels = self.channel_times, self.channel_levels
+        self.among(channel_times=CHANNEL_TIMES)
+        self.need(bool(self.channel) or times == "shared", "channel_times", "goes with diffusion.channel > 0")
+        self.need(bool(self.channel) or not levels, "channel_levels", "goes with diffusion.channel > 0")
+        self.need(all(a > b for a, b in itertools.pairwise((*levels, 0.0))), "channel_levels",
+                  "must be positive and fall, as in (4, .7)")
+        self.need(bool(levels) or times != "token", "channel_levels",
+                  "diffusion.channel_times='token' needs the levels of its ladder, as (4, .7)")
+        self.need(len(levels) < 2 or times == "token", "channel_levels",
+                  f"diffusion.channel_times={times!r} has at most one, where s stops")
 
     def level_rates(self, levels: int) -> tuple[float, ...]:
         """Rates of the K levels, scaled so that the smallest is 1 (a common factor only relabels time)."""
@@ -585,6 +602,7 @@ class GenerateConfig(_Section):
     trajectories: int = 4  # of so many samples every step is kept as well, for --mode=report
     checkpoint: str = "best"  # best (on validation text) | latest
     seed: int = 0  # of the noise
+    channel_told: float = 0.0  # of diffusion.channel: t' + (1-t') t is told for t; above 0 it leaves the model's law
     force_transition: str = ""  # of the sampler alone: none | within | between | cavity; empty: as trained
     judge: str = ""  # scores the texts: folder of GPT-2, workdir of a run, or a fetched model (smollm2); empty: nobody
     judge_dtype: str = "float32"  # of a GPT-2 judge's products; a run judges in its own model.dtype
@@ -603,6 +621,7 @@ class GenerateConfig(_Section):
         self.need(self.trajectories >= 0, "trajectories", "must not be negative; 0 is none")
         self.hold("must not be negative", "corrections", "temperature")
         self.need(0 < self.top_p <= 1, "top_p", "must lie in (0, 1]")
+        self.need(0 <= self.channel_told < 1, "channel_told", "must lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)

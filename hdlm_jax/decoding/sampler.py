@@ -78,8 +78,8 @@ def numbers_of(g: GenerateConfig, seq_len: int, eos: int = 0) -> dict[str, Any]:
     """The settings that are inputs of the compiled loop; eos: token of the end of text."""
     method = presets.numbers(method_of(g), eos) | {"maximum": np.int32(g.length or seq_len)}
     return {"steps": np.int32(g.steps), "length": np.int32(g.length or seq_len), "corrections": np.int32(g.corrections),
-            "correction_temperature": np.float32(g.correction_temperature), "temperature": np.float32(g.temperature),
-            "top_p": np.float32(g.top_p), "method": method}
+            "correction_temperature": np.float32(g.correction_temperature), "told": np.float32(g.channel_told),
+            "temperature": np.float32(g.temperature), "top_p": np.float32(g.top_p), "method": method}
 
 
 def denoiser(program: Program, network: Trunk, params, process, numbers, classifier, how: loop.Sampling) -> Denoiser:
@@ -219,7 +219,8 @@ def whole(call: Call, z: jax.Array) -> Any:
 
 @sample_canvas.register
 def _(process: ChannelProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
-    return channel.sample(keys, whole(call, z), process, z, steps=call.numbers["steps"], **_draws(call.how))
+    return channel.sample(keys, whole(call, z), process, z, steps=call.numbers["steps"], told=call.numbers["told"],
+                          singly="reveals" in call.numbers["method"], **_draws(call.how))
 
 
 @sample_canvas.register
@@ -342,7 +343,7 @@ class Sampler:
         """
         if self.process.causal and behind:
             raise ConfigError("an autoregressive model goes on from a prompt; it cannot fill blanks before given words")
-        if not self.process.unmasks and g.method != "ancestral":
+        if not self.process.unmasks and g.method not in ("ancestral", *self.process.methods):
             raise ConfigError(f"generate.method={g.method!r}: this process has no levels that drop; choose 'ancestral'")
         if self.process.methods and g.method not in self.process.methods:
             raise ConfigError(f"generate.method={g.method!r}: is not built for hierarchy.map='learned'; choose one of "

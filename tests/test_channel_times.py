@@ -36,11 +36,12 @@ def timed(case, times, c=1.0, levels=(), xi=1.0, width=3):
 
 
 def moments_of(process):
-    """(tau, dtau) [T], nodes of the integral over noise time, which know where the symbols of SignalFirst end."""
-    edges, (node, mass) = np.linspace(np.log(1e-5), np.log(40), 18), np.polynomial.legendre.leggauss(6)
-    half = (edges[1] - edges[0]) / 2
-    tau = np.exp((edges[:-1, None] + half + half * node).ravel())
-    weight = np.tile(mass * half, 17) * tau
+    """(tau, dtau) [T], nodes of the integral over noise time, which know where s stops and where symbols start."""
+    edges, (node, mass) = np.linspace(np.log(1e-5), np.log(40), 16), np.polynomial.legendre.leggauss(6)
+    edges = np.sort(np.append(edges, np.log(process.tau_min)))[:, None]
+    half = np.diff(edges, axis=0) / 2
+    tau = np.exp((edges[:-1] + half + half * node).ravel())
+    weight = (mass * half).ravel() * tau
     if type(process) is not SignalFirst:
         return tau, weight
     early = np.exp(-tau)  # of the symbols' time: t = (1 - e^-tau) / 2
@@ -83,7 +84,7 @@ def integrated(process, prior):
 
     discrete, continuous, both = np.moveaxis(np.asarray(costs(*(jnp.asarray(a, jnp.float32) for a in (u, s, tau))),
                                                         np.float64), 1, 0)
-    np.testing.assert_allclose(both, discrete + continuous, rtol=1e-5, atol=1e-5)
+    assert np.all(np.abs(both - discrete - continuous) <= 1e-5 * (1 + np.abs(discrete) + np.abs(continuous)))
     return (weight * discrete).sum(), (weight * continuous).sum()
 
 
@@ -100,7 +101,7 @@ def test_the_sum_is_the_entropy_at_all_times(times, case, c, levels, xi):
     if times == "before" and not levels:
         assert discrete == pytest.approx(0, abs=1e-6)
     else:
-        assert discrete > 0.1 and continuous > 0.1
+        assert discrete > 0.05 and continuous > 0.05
 
 
 def test_bound_of_two_words_on_a_ladder_and_by_the_mean():
@@ -116,7 +117,7 @@ def test_bound_of_two_words_on_a_ladder_and_by_the_mean():
 @pytest.mark.parametrize("case", ["K=1", "K=3"])
 def test_noise_times_expect_the_whole_cost_at_all_times(case, times, levels):
     process = timed(case, times, 0.5, levels)
-    low = np.geomspace(1e-12, 1.0, 40_001)
+    low = np.geomspace(1e-12, 1.0, 6_001)
     tau = np.sort(np.concatenate([low * math.log(2), math.log(2) * (1 - low[:-1]), math.log(2) + low * 40]))
     m, g = process.moments(tau)
     whole = np.sum((m[1:] + m[:-1]) / 2 * np.diff(tau))
@@ -129,7 +130,7 @@ def test_ladder_has_the_law_of_its_clock_and_jumps_of_their_heights():
     """Shares of ratios and moments of u and of the next jump, 4.5 standard errors."""
     process, n = timed("K=1", "token", 2.0, LADDER), 40_000
     x, tau = jnp.ones((n // 8, 8), jnp.int32), jnp.full(n // 8, 0.9)
-    state, level = process.noised(jax.random.key(0), x, tau, jnp.ones(x.shape, bool))
+    state, level = jax.jit(process.noised)(jax.random.key(0), x, tau, jnp.ones(x.shape, bool))
     free = np.asarray(level) > 0
     s, u, gain, e = (np.asarray(a) for a in (state.s[free], state.u[free], state.gain[free], process.signal[1]))
     share = oracle.level_beta((1.0, 1.0), 0.9)
@@ -147,22 +148,25 @@ def test_signal_is_complete_before_a_symbol_falls():
     process = timed("K=2", "before", 0.5, (2.0,))
     t = np.array([0.1, 0.3, 0.49, 0.51, 0.7, 0.9])
     tau = jnp.asarray(-np.log1p(-t), jnp.float32)
-    theta, slope = process.symbol_time(tau)
+    theta, slope = jax.jit(process.symbol_time)(tau)
     np.testing.assert_allclose(theta[:3], -np.log1p(-2 * t[:3]), rtol=1e-4)
-    step = (process.symbol_time(tau + 1e-3)[0] - process.symbol_time(tau - 1e-3)[0]) / 2e-3
-    np.testing.assert_allclose(slope[:2], step[:2], rtol=1e-2)
+    near = [process.symbol_time(-np.log1p(-t[:2]) + h, np)[0] for h in (1e-4, -1e-4)]
+    step = (near[0] - near[1]) / 2e-4
+    np.testing.assert_allclose(slope[:2], step, rtol=1e-4)
     assert np.all(np.isinf(theta[3:])) and np.all(slope[3:] == 0)
     want = [1.0] * 3 + list(np.minimum(0.5 * (2 - 2 * t[3:]) / (2 * t[3:] - 1), 1.0))
-    np.testing.assert_allclose(process.ratio(tau), want, rtol=1e-4)
-    state, level = process.noised(jax.random.key(0), jnp.zeros((6, 50), jnp.int32), tau, jnp.ones((6, 50), bool))
+    np.testing.assert_allclose(jax.jit(process.ratio)(tau), want, rtol=1e-4)
+    state, level = jax.jit(process.noised)(jax.random.key(0), jnp.zeros((6, 50), jnp.int32), tau,
+                                           jnp.ones((6, 50), bool))
     assert np.all(level[3:] == 2) and len(np.unique(level[0])) == 3
-    t = (np.arange(4000) + 0.5) / 4000
+    t = (np.arange(500) + 0.5) / 500
     beta = process.chain.beta(process.symbol_time(-np.log1p(-t), np)[0], np)
-    np.testing.assert_allclose(process.shares(), beta.mean(0), atol=1e-3)
-    weight = process.nelbo_weight(state, tau)
-    for name in ("none", "clip", "constant"):
-        loss = np.asarray(process.loss_weight(state, tau, name, 0.0, 2.0))
-        own = np.asarray(weight) * np.exp(np.asarray(tau))[:, None]
+    np.testing.assert_allclose(process.shares(), beta.mean(0), atol=2e-3)
+    names = ("none", "clip", "constant")
+    weight, *losses = jax.jit(lambda: (process.nelbo_weight(state, tau), *(
+        process.loss_weight(state, tau, name, 0.0, 2.0) for name in names)))()
+    own = np.asarray(weight) * np.exp(np.asarray(tau))[:, None]
+    for name, loss in zip(names, losses, strict=True):
         want = {"none": own, "clip": own.clip(0, 2), "constant": np.ones_like(own)}[name]
         np.testing.assert_allclose(loss, np.where(np.asarray(level) > 0, want, 0), rtol=1e-6)
 
@@ -191,7 +195,7 @@ def test_one_jump_a_call_writes_the_data_and_by_the_mean_it_does_not():
     assert calls == 2 * (2 + 2)
     process = toy.ladder((8.0,))
     assert_law(toy.climbed(process, joint, 20_000, mean=False), joint)
-    assert toy.distance(toy.climbed(process, joint, 20_000, mean=True), joint) > 0.3
+    assert toy.distance(toy.climbed(process, joint, 20_000, mean=True), joint) > 0.1
 
 
 def test_told_the_time_as_it_is_it_is_the_plain_sampler():
@@ -224,11 +228,11 @@ def test_a_network_reads_what_it_is_told():
     net, _ = build(config, Hierarchy.from_parents([[0, 1, 2, 0, 1, 2, 0, 1]]))
     params = moved(net.init_params(jax.random.key(0), 4))
     state = State(jnp.full((1, 4), 11), jnp.ones((1, 4, 3)), jnp.full((1, 4), 0.2))
-    h = lambda told: net.hidden(params, state._replace(told=told), jnp.array([0.3]))  # noqa: E731
-    np.testing.assert_array_equal(h(None), h(state.s))
-    other = np.asarray(h(0.1 * state.s))
-    assert np.abs(other - h(None))[..., :16].max() > 1e-3
-    np.testing.assert_array_equal(other[..., 16:], h(None)[..., 16:])  # the evidence
+    hidden = jax.jit(lambda told: net.hidden(params, state._replace(told=told), jnp.array([0.3])))
+    plain, same, other = (np.asarray(hidden(told)) for told in (None, state.s, 0.1 * state.s))
+    np.testing.assert_array_equal(plain, same)
+    assert np.abs(other - plain)[..., :16].max() > 1e-3
+    np.testing.assert_array_equal(other[..., 16:], plain[..., 16:])  # the evidence
 
 
 # ---- networks, runs --------------------------------------------------------------------------------------------------
@@ -248,7 +252,7 @@ def test_networks_at_all_times(times, levels):
     evaluator = Evaluator(net, process, mesh, placed, seq_len=4, seed=0, cv2=0.03, batch_size=2048)
     nats = evaluator.nats(placed, rows, 96)[0].sum(-1)
     se = nats.std() / math.sqrt(96 * 64) / 4
-    assert nats.mean() / 4 == pytest.approx(math.log(8), abs=4.5 * se) and se < 0.04
+    assert nats.mean() / 4 == pytest.approx(math.log(8), abs=4.5 * se) and se < 0.05
 
     params, sums = moved(params), jax.jit(make_loss_sums(config, net, process))
     batch = {"x": jnp.asarray(x[:16]), "index": jnp.arange(16)}

@@ -12,8 +12,9 @@ from test_channel import PARENTS, V, make, moved, run_config, tiny_config
 from test_sampler import assert_law
 
 from hdlm_jax.common import parallel
-from hdlm_jax.config import ConfigError
+from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.decoding import channel as decoding
+from hdlm_jax.decoding.sampler import exactness
 from hdlm_jax.diffusion.draws import wide
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.evaluation.elbo import Evaluator
@@ -211,6 +212,8 @@ def test_told_the_time_as_it_is_it_is_the_plain_sampler():
     run = jax.jit(lambda told: decoding.sample(jax.random.key(0), denoise, process, z, steps=3, told=told)[0])
     plain, same = run(None), run(0.0)
     np.testing.assert_array_equal(plain, same)
+    assert exactness(process, GenerateConfig()) == "exact"
+    assert exactness(process, GenerateConfig(channel_told=0.8)) == "inexact: channel_told=0.8"
     jax.block_until_ready(run(0.8))
     jax.effects_barrier()
     plain, same, other = (sorted(seen[i : i + 3], key=lambda one: -one[3][0]) for i in (0, 3, 6))

@@ -291,9 +291,8 @@ def exactness(process: Process, g: GenerateConfig) -> str:
     if tilted or not isinstance(method.policy.choose, choose.Planned):
         reasons.append(f"method={g.method}")
     reasons += ["a schema"] if g.schema else []
-    if g.corrections:
-        reasons.append(f"corrections={g.corrections}")
-    reasons += [f"{name}={value:g}" for name in ("temperature", "top_p") if (value := getattr(g, name)) != 1]
+    plain = {"corrections": 0, "channel_told": 0, "temperature": 1, "top_p": 1}
+    reasons += [f"{name}={value:g}" for name, usual in plain.items() if (value := getattr(g, name)) != usual]
     return f"inexact: {', '.join(reasons)}" if reasons else "exact"
 
 

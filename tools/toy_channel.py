@@ -65,8 +65,8 @@ def made(parents: Sequence[Sequence[int]], c: float, width: int = D, rates: Sequ
 class MeanJumps(TokenTimes):
     """A ladder whose jumps are drawn, and priced, by the mean embedding ("predict x0")."""
 
-    def jump_cost(self, p: Prediction, signal: jax.Array, x: jax.Array, d: jax.Array, gain: jax.Array) -> jax.Array:
-        return d * channel.mean_error(p, signal, x)
+    def cost(self, p: Prediction, signal: jax.Array, x: jax.Array, z: State) -> jax.Array:
+        return self._next(z.s)[1] * channel.mean_error(p, signal, x)
 
 
 def ladder(levels: tuple[float, ...], of: type[TokenTimes] = TokenTimes, rate: float = LAST) -> TokenTimes:

@@ -276,12 +276,8 @@ class ChannelProcess(HierarchicalProcess):
         """|e(x) - sum_w p(w) e(w)|^2 / 2 times -ds/dtau over the weight of the symbols' loss: in its units, nats."""
         p, state = cast(Observed, prediction), cast(State, z)
         error = mean_error(self.forced(p, state.z, levels), p.signal, x)
-        return self.of_weight(along(jnp.asarray(self.gain(tau)), state.z), state, tau) * error
-
-    def of_weight(self, rate: jax.Array, z: State, tau: jax.Array) -> jax.Array:
-        """rate over the weight of the symbols' loss, of z's shape; 0 where that is 0."""
-        weight = self.nelbo_weight(z, tau)
-        return jnp.where(weight > 0, rate / jnp.where(weight > 0, weight, 1.0), 0.0)
+        weight, gain = self.nelbo_weight(state, tau), along(jnp.asarray(self.gain(tau)), state.z)
+        return jnp.where(weight > 0, gain / jnp.where(weight > 0, weight, 1.0), 0.0) * error
 
     def token_loss(self, prediction: Prediction | jax.Array, x: jax.Array, z: jax.Array | State,
                    levels: tuple[int, ...] | None = None, hard_training: bool = False, *,

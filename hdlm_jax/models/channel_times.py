@@ -24,13 +24,56 @@ from hdlm_jax.diffusion.draws import Array, fold, row_keys
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.diffusion.prediction import Prediction
-from hdlm_jax.models.channel import NATS, ChannelProcess, Observed, State, along, evidence
+from hdlm_jax.models.channel import NATS, ChannelProcess, Observed, State, along, evidence, mean_error
 
 _HALF = math.log(2.0)  # noise time of t = 1/2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TokenTimes(ChannelProcess):
+class _Weighed(ChannelProcess):
+    """Its weight is the sum of both rates, so that clipping clips both, and each loss has the share of its rate."""
+
+    def rates(self, z: State, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Per unit of noise time (of falls of the symbols; of the signal), of z's shape; 0 at tokens."""
+        raise NotImplementedError
+
+    def cost(self, p: Prediction, signal: jax.Array, x: jax.Array, z: State) -> jax.Array:
+        """Of the signal at its rate, of x's shape; p: all evidence and the force transition in it."""
+        raise NotImplementedError
+
+    def _share(self, z: State, tau: jax.Array, which: int) -> jax.Array:
+        rates, total = self.rates(z, tau), self.nelbo_weight(z, tau)
+        return jnp.where(total > 0, rates[which] / jnp.where(total > 0, total, 1.0), 0.0)
+
+    def symbol_loss(self, prediction: Prediction | jax.Array, x: jax.Array, z: jax.Array | State,
+                    levels: tuple[int, ...] | None = None, hard_training: bool = False, *,
+                    tau: jax.Array | None = None) -> jax.Array:
+        """As of ChannelProcess, times its share; for hard training as it is."""
+        found = super().symbol_loss(prediction, x, z, levels, hard_training, tau=tau)
+        return found if hard_training else self._share(cast(State, z), cast(jax.Array, tau), 0) * found
+
+    def signal_loss(self, prediction: Prediction | jax.Array, x: jax.Array, z: jax.Array | State,
+                    levels: tuple[int, ...] | None = None, *, tau: jax.Array) -> jax.Array:
+        """`cost` times its share."""
+        p, state = cast(Observed, prediction), cast(State, z)
+        return self._share(state, tau, 1) * self.cost(self.forced(p, state.z, levels), p.signal, x, state)
+
+    def nelbo_weight(self, z: jax.Array | State, tau: jax.Array, x: jax.Array | None = None) -> jax.Array:
+        symbols, signal = self.rates(cast(State, z), tau)
+        return symbols + signal
+
+    def loss_weight(self, z: jax.Array | State, tau: jax.Array, weighting: str = "constant", weight_min: float = 0.0,
+                    weight_max: float = jnp.inf, *, x: jax.Array | None = None) -> jax.Array:
+        plain = super().loss_weight(z, tau, weighting, weight_min, weight_max)
+        if weighting in ("constant", "empirical"):
+            return plain
+        own = self.nelbo_weight(z, tau) * jnp.exp(tau)[:, None]
+        clipped = jnp.clip(own, weight_min, weight_max) if weighting == "clip" else own
+        return jnp.where(self.level_of(cast(State, z).z) > 0, clipped, 0.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenTimes(_Weighed):
     """A ladder of ratios: c levels[0] > ... > c levels[M-1] > 0, climbed by every token at rates 1.
 
     Its jumps are priced and drawn by the mixture kernel, which is exact for any height of a step. `State.gain` holds
@@ -78,20 +121,17 @@ class TokenTimes(ChannelProcess):
         eps = jax.vmap(lambda k: jax.random.normal(k, (x.shape[1], self.width)))(fold(keys, 5))
         return state._replace(gain=d * table[x] + jnp.sqrt(d) * eps), level
 
-    def signal_loss(self, prediction: Prediction | jax.Array, x: jax.Array, z: jax.Array | State,
-                    levels: tuple[int, ...] | None = None, *, tau: jax.Array) -> jax.Array:
-        """The cost of the clock's next jump times its rate over the weight of the symbols' loss: in its units, nats."""
-        p, state = cast(Observed, prediction), cast(State, z)
-        m, d = self._next(state.s)
-        falls = self.clock.weight(tau)
-        rate = sum(jnp.where(m == j + 1, along(falls[..., j], m), 0.0) for j in range(len(self.levels)))
-        cost = self.jump_cost(self.forced(p, state.z, levels), p.signal, x, d, cast(jax.Array, state.gain))
-        return self.of_weight(jnp.asarray(rate), state, tau) * cost
+    def rates(self, z: State, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
+        symbols = ChannelProcess.nelbo_weight(self, z, tau)
+        m, falls, jumps = self._next(z.s)[0], jnp.asarray(self.clock.weight(tau)), jnp.zeros(z.shape)
+        for j in range(len(self.levels)):
+            jumps = jnp.where(m == j + 1, along(falls[..., j], m), jumps)
+        return symbols, jnp.where(symbols > 0, jumps, 0.0)
 
-    def jump_cost(self, p: Prediction, signal: jax.Array, x: jax.Array, d: jax.Array, gain: jax.Array) -> jax.Array:
-        """log N(gain; d e(x), d) - log sum_w p(w) N(gain; d e(w), d), of x's shape: one draw of the jump's relative
-        entropy, which a draw alone may have below 0."""
-        seen = evidence(gain, d, signal)
+    def cost(self, p: Prediction, signal: jax.Array, x: jax.Array, z: State) -> jax.Array:
+        """Of the next jump, to N(gain; d e(x), d): log of that over sum_w p(w) N(gain; d e(w), d). One draw of their
+        relative entropy, which a draw alone may have below 0."""
+        seen = evidence(cast(jax.Array, z.gain), self._next(z.s)[1], signal)
         own = jnp.take_along_axis(seen, x[..., None], axis=-1)[..., 0]
         return own - jax.nn.logsumexp(p.log_probs() + seen, axis=-1)
 
@@ -113,7 +153,7 @@ class TokenTimes(ChannelProcess):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SignalFirst(ChannelProcess):
+class SignalFirst(_Weighed):
     """Symbols in t < 1/2 on time 2t, the signal in t >= 1/2 on time 2t - 1: seen backwards it is complete, at s_max,
     before the first symbol falls. One of the two moves at a time, and the weight is of that one."""
 
@@ -126,37 +166,18 @@ class SignalFirst(ChannelProcess):
     def signal_time(self, tau: Array, xp: ModuleType = jnp) -> Array:
         return xp.maximum(tau - _HALF, 0.0)
 
-    def _symbols_move(self, tau: jax.Array, z: jax.Array) -> jax.Array:
-        """bool, which broadcasts to z."""
-        return along(jnp.asarray(self.symbol_time(tau)[1]) > 0, z)
-
     def shares(self) -> np.ndarray:
         return 0.5 * (super().shares() + np.eye(self.num_levels + 1)[-1])
 
-    def symbol_loss(self, prediction: Prediction | jax.Array, x: jax.Array, z: jax.Array | State,
-                    levels: tuple[int, ...] | None = None, hard_training: bool = False, *,
-                    tau: jax.Array | None = None) -> jax.Array:
-        """As of ChannelProcess; 0 while the signal moves, but for hard training."""
-        found = super().symbol_loss(prediction, x, z, levels, hard_training, tau=tau)
-        moves = self._symbols_move(cast(jax.Array, tau), x)
-        return found if hard_training else jnp.where(moves, found, 0.0)
+    def rates(self, z: State, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
+        theta, slope = (along(jnp.asarray(a), z.z) for a in self.symbol_time(tau))
+        falls = slope * ChannelProcess.nelbo_weight(self, z, theta)
+        signal = (slope == 0) & (self.level_of(z.z) > 0)
+        return falls, jnp.where(signal, along(jnp.asarray(self.gain(tau)), z.z), 0.0)
 
-    def nelbo_weight(self, z: jax.Array | State, tau: jax.Array, x: jax.Array | None = None) -> jax.Array:
-        """Of the symbols' loss while they move, else -ds/dtau; zero at tokens."""
-        symbols = cast(State, z).z
-        theta, slope = (along(jnp.asarray(a), symbols) for a in self.symbol_time(tau))
-        falls = slope * super().nelbo_weight(z, theta)
-        gains = jnp.where(self.level_of(symbols) > 0, along(jnp.asarray(self.gain(tau)), symbols), 0.0)
-        return jnp.where(slope > 0, falls, gains)
-
-    def loss_weight(self, z: jax.Array | State, tau: jax.Array, weighting: str = "constant", weight_min: float = 0.0,
-                    weight_max: float = jnp.inf, *, x: jax.Array | None = None) -> jax.Array:
-        plain = super().loss_weight(z, tau, weighting, weight_min, weight_max)
-        if weighting in ("constant", "empirical"):
-            return plain
-        own = self.nelbo_weight(z, tau) * jnp.exp(tau)[:, None]
-        clipped = jnp.clip(own, weight_min, weight_max) if weighting == "clip" else own
-        return jnp.where(self.level_of(cast(State, z).z) > 0, clipped, 0.0)
+    def cost(self, p: Prediction, signal: jax.Array, x: jax.Array, z: State) -> jax.Array:
+        """|e(x) - sum_w p(w) e(w)|^2 / 2."""
+        return mean_error(p, signal, x)
 
     def unfinished(self, tau: Array | float) -> Array:
         return self.chain.unfinished(self.signal_time(np.asarray(tau), np))

@@ -67,7 +67,8 @@ def measured(found: Written, g: GenerateConfig) -> dict[str, Any]:
 def how(g: GenerateConfig) -> dict[str, Any]:
     """The settings of `generate` that decide what is written."""
     names = ("method", "options", "steps", "temperature", "top_p", "seed", "force_transition")
-    return {"exact_match_generate": {name: getattr(g, name) for name in names}}
+    told = {"channel_told": g.channel_told} if g.channel_told else {}
+    return {"exact_match_generate": {name: getattr(g, name) for name in names} | told}
 
 
 def rows_behind(run: Run, texts: Sequence[np.ndarray], features: np.ndarray) -> dict[str, np.ndarray]:

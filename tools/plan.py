@@ -32,7 +32,7 @@ from hdlm_jax.common.console import markdown, say
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.decoding.sampler import make_sample_step, numbers_of, program_of
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models.make import flops_per_token
+from hdlm_jax.models.make import flops_per_token, forward_flops
 from hdlm_jax.training.fitting import TooLarge, fit
 from hdlm_jax.training.metrics import peak_flops
 from hdlm_jax.training.state import abstract_state, build, make_optimizer, placed
@@ -295,7 +295,7 @@ def plan_sample(config: Config, devices, name: str = "") -> dict[str, Any]:
     gib, rows = CHIPS.get(kind, (None,))[0], config.generate.batch_size
     tokens = rows * config.model.seq_len
     shape = dict(zip(parallel.AXES, config.parallel.shape(len(devices)), strict=True))
-    flops = flops_per_token(config, hierarchy, build(config, hierarchy)[1]) / 3 * tokens
+    flops = forward_flops(config, hierarchy, build(config, hierarchy)[1]) * tokens
     out: dict[str, Any] = {
         "what": "sample", "config": name, "jax": jax.__version__, "device_kind": kind, "devices": len(devices),
         "compiler": " ".join(devices[0].client.platform_version.split()), "mesh": shape, "head": config.model.head,

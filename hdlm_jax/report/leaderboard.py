@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from absl import logging
 
+import hdlm_jax
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import markdown, measured, readable, say
 from hdlm_jax.common.jsons import read_lines, write_atomic
@@ -26,7 +27,8 @@ from hdlm_jax.runs import leaderboard
 from hdlm_jax.runs.leaderboard import Board, Protocol
 from hdlm_jax.training.metrics import PEAK_FLOPS
 
-PLANS = "docs/runs/open_plans.jsonl"  # of tools/plan.py
+# of tools/plan.py, where this code lies in its repository
+PLANS = os.path.join(os.path.dirname(os.path.dirname(hdlm_jax.__file__)), "docs", "runs", "open_plans.jsonl")
 ONE = {"one H100 of 80 GB": 0.4 * PEAK_FLOPS["NVIDIA H100"],  # FLOP/s: assumed as in the plans
        "two CPU cores": 0.11e12}  # measured: SmolLM2-135M's training (docs/results.md)
 
@@ -221,7 +223,7 @@ def _elsewhere(board: Board, planned: dict[str, str]) -> Table:
             rows.append([Cell(model.name, model.hub), Cell(
                 f"hdlm-jax --mode=import --config.released.weights=FOLDER --workdir={workdir} {HALF}\n"
                 f"hdlm-jax leaderboard {workdir}\nhdlm-jax leaderboard {workdir} --tensor={model.tensor}  # v5e:2x4"),
-                Cell(planned.get(model.plan, "not planned yet"))])
+                Cell(planned.get(model.plan, "see docs/models.md"))])
     return Table("elsewhere", "One command away", "FOLDER: the model's folder of the Hugging Face hub. Memory and time "
                  "are of sampling, from compile plans.", ["model", "commands", "memory and time"], rows)
 

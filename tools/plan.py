@@ -241,12 +241,12 @@ def walk(text: str) -> Iterator[tuple[str, bool, int, bool]]:
 def cycles(text: str) -> tuple[int, int]:
     """The compiler's estimate of a step in cycles, and that of one pass of each loop whose length the data decide.
 
-    Of kernels (Pallas) and of exchanges it has none.
+    Of kernels (Pallas) and of exchanges it has none, of some loops the largest number there is in place of one.
     """
     total = [0, 0]
     for line, inside, times, loop in walk(text):
         if not inside and (found := re.search(r'"estimated_cycles":"(\d+)"', line)):
-            total[loop] += times * int(found[1])
+            total[loop] += times * int(found[1]) * (int(found[1]) < 2**63 - 1)
     return total[0], total[1]
 
 

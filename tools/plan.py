@@ -32,7 +32,7 @@ from hdlm_jax.common.console import markdown, say
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.decoding.sampler import make_sample_step, numbers_of, program_of
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models.make import flops_per_token
+from hdlm_jax.models.make import flops_per_token, forward_flops
 from hdlm_jax.training.fitting import TooLarge, fit
 from hdlm_jax.training.metrics import peak_flops
 from hdlm_jax.training.state import abstract_state, build, make_optimizer, placed
@@ -241,12 +241,12 @@ def walk(text: str) -> Iterator[tuple[str, bool, int, bool]]:
 def cycles(text: str) -> tuple[int, int]:
     """The compiler's estimate of a step in cycles, and that of one pass of each loop whose length the data decide.
 
-    Of kernels (Pallas) and of exchanges it has none.
+    Of kernels (Pallas) and of exchanges it has none, of some loops the largest number there is in place of one.
     """
     total = [0, 0]
     for line, inside, times, loop in walk(text):
         if not inside and (found := re.search(r'"estimated_cycles":"(\d+)"', line)):
-            total[loop] += times * int(found[1])
+            total[loop] += times * int(found[1]) * (int(found[1]) < 2**63 - 1)
     return total[0], total[1]
 
 
@@ -295,7 +295,7 @@ def plan_sample(config: Config, devices, name: str = "") -> dict[str, Any]:
     gib, rows = CHIPS.get(kind, (None,))[0], config.generate.batch_size
     tokens = rows * config.model.seq_len
     shape = dict(zip(parallel.AXES, config.parallel.shape(len(devices)), strict=True))
-    flops = flops_per_token(config, hierarchy, build(config, hierarchy)[1]) / 3 * tokens
+    flops = forward_flops(config, hierarchy, build(config, hierarchy)[1]) * tokens
     out: dict[str, Any] = {
         "what": "sample", "config": name, "jax": jax.__version__, "device_kind": kind, "devices": len(devices),
         "compiler": " ".join(devices[0].client.platform_version.split()), "mesh": shape, "head": config.model.head,

@@ -333,6 +333,11 @@ class DecoderConfig(_Section):
     normalise: bool = True  # the chosen scores to a sum of 1
     routed_scale: float = 1.0  # times what the chosen experts give
 
+    @property
+    def own_block(self) -> int:
+        """Tokens of the blocks, counted from a row's beginning, that a token's sight ends with; 0: it sees all."""
+        return self.block if self.context == "block" else 0
+
     def check(self) -> None:
         self.among(activation=("silu", "gelu"), context=("full", "block"), gate=("softmax", "sigmoid"))
         self.hold("must not be negative", "kv_heads", "head_dim", "inner", "window", "experts", "shared_inner",

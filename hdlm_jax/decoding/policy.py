@@ -204,8 +204,8 @@ class Policy:
       first and the choice sees it (view.drawn, view.log_drawn): not exact.
     block: so many free tokens are written before the next ones; 0: all are one block.
     clusters: see HierarchicalProcess.reverse_step.
-    aligned: blocks are counted from the beginning of the row, as a network of model.block sees them, not from the first
-      free token.
+    aligned: blocks are counted from the beginning of the row, as a network with blocks of its own sees them, not from
+      the first free token.
     """
 
     choose: Choice

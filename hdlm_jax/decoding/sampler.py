@@ -56,17 +56,21 @@ def program_of(g: GenerateConfig) -> Program:
                    g.length > 0 or policy.lengths is not None, g.force_transition)
 
 
-def in_blocks(program: Program, size: int) -> Program:
-    """The program for a network of model.block=size, which counts blocks from a row's beginning; 0: as it is.
+def in_blocks(program: Program, size: int, context: int = 0) -> Program:
+    """The program for a network that counts blocks from a row's beginning: of model.block=size, or an open one whose
+    tokens see their block of `context` and those before (DecoderConfig.own_block); 0: none.
 
     Raises:
-      ValueError: it does not write blocks of that size.
+      ValueError: it does not write blocks of that size; it keeps keys of blocks that are not whole ones of `context`.
     """
     policy = program.method.policy
+    if context and policy.block % context and isinstance(program.method.cache, caches.BlockCausal):
+        raise ValueError(f"keeps the keys of finished blocks, which this network has of {context} tokens; give the "
+                         f"options 'block={context}' or a multiple")
     if size and policy.block != size:
         raise ValueError(f"a network of model.block={size} writes blocks in turn; choose bd3lm with the options "
                          f"'block={size}'")
-    method = program.method._replace(policy=dataclasses.replace(policy, aligned=size > 0))
+    method = program.method._replace(policy=dataclasses.replace(policy, aligned=policy.block * (size + context) > 0))
     return dataclasses.replace(program, method=method)
 
 
@@ -313,11 +317,13 @@ class Sampler:
     Args:
       eos: token of the end of text. helper: a loaded run, for the methods that need one (presets.HELPERS).
       classifier: function of one-hot states float32 [b, S, N] -> log p(y) [b], for method="classifier".
+      context: as in `in_blocks`.
     """
 
-    def __init__(self, network: Trunk, process, mesh, params, *, eos: int = 0, helper: Any = None, classifier=None):
+    def __init__(self, network: Trunk, process, mesh, params, *, eos: int = 0, helper: Any = None, classifier=None,
+                 context: int = 0):
         self.network, self.process, self.mesh, self.params, self.eos = network, process, mesh, params, eos
-        self.helper, self.classifier = helper, classifier
+        self.helper, self.classifier, self.context = helper, classifier, context
         self.aside = True  # compiling is told on stderr, as stdout may be for texts
         self._made: set[tuple[Any, ...]] = set()  # programs and shapes that are compiled
         self._step = functools.lru_cache(maxsize=8)(self._compile)
@@ -371,7 +377,7 @@ class Sampler:
         behind = bool(np.any(blank[:, :-1] & ~blank[:, 1:] & inside[:, 1:]))
         program, numbers = program_of(g), numbers_of(g, z.shape[1], self.eos)
         try:
-            program = in_blocks(program, self.network.block)
+            program = in_blocks(program, self.network.block, self.context)
         except ValueError as error:
             raise ConfigError(f"generate.method={g.method!r}: {error}") from error
         if not isinstance(canvas, np.ndarray):
@@ -563,4 +569,4 @@ def load_helper(run: Any, g: GenerateConfig) -> Any:
 def sampler_of(run: Any, helper: Any = None, classifier=None) -> Sampler:
     """The sampler of a loaded run."""
     return Sampler(run.network, run.process, run.mesh, run.params, eos=run.tokenizer.eot, helper=helper,
-                   classifier=classifier)
+                   classifier=classifier, context=run.trained.decoder.own_block)

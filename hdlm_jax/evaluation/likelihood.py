@@ -179,7 +179,7 @@ def policies(run: Run) -> dict[str, tuple[Program, dict[str, Any], bool]]:
         name, options = split_decoding(text)
         program = program_of(GenerateConfig(method=name, options=options))
         try:
-            program = in_blocks(program, run.network.block)
+            program = in_blocks(program, run.network.block, run.trained.decoder.own_block)
             policy = teacher_forced(program.method, run.process)
         except ValueError as error:
             raise ConfigError(f"evaluate.decodings={text!r}: {error}") from error

@@ -52,7 +52,13 @@ def joined(params: Tree, start: Tree) -> Tree:
 
 
 def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> float:
-    """FLOPs of a forward and backward pass a token, as the algorithm needs them (2 per multiply-add, x3).
+    """FLOPs of a forward and backward pass a token, as the algorithm needs them: 3 times the forward pass, or 2 times
+    with decoder.lora, as weights that stay have no gradient (of attention between tokens the third one is left out)."""
+    return forward_flops(config, hierarchy, process) * (2 if config.decoder.lora else 3)
+
+
+def forward_flops(config: Config, hierarchy: Hierarchy, process: Process) -> float:
+    """FLOPs of a forward pass a token, 2 per multiply-add.
 
     Trunk products and attention for every token; the head for those that are noised, t uniform: all words in the flat
     one; in the factorised one all prototypes where clusters are asked for, at level 1 an average cluster's words (all,
@@ -68,7 +74,7 @@ def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> f
         nodes, needs = hierarchy.of_head.sizes[1], process.needs()
         words = hierarchy.vocab_size / (1 if needs == "tokens" else nodes)
         rows = share[2 if needs == "within" else 1 :].sum() * nodes * m.prototypes + share[1] * words
-    return float(6.0 * (trunk + m.width * rows))
+    return float(2.0 * (trunk + m.width * rows))
 
 
 def _decoder_products(config: Config) -> float:

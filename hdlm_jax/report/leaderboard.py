@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from absl import logging
 
+import hdlm_jax
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import markdown, measured, readable, say
 from hdlm_jax.common.jsons import read_lines, write_atomic
@@ -26,22 +27,28 @@ from hdlm_jax.runs import leaderboard
 from hdlm_jax.runs.leaderboard import Board, Protocol
 from hdlm_jax.training.metrics import PEAK_FLOPS
 
-PLANS = "docs/runs/open_plans.jsonl"  # of tools/plan.py
+# of tools/plan.py, where this code lies in its repository
+PLANS = os.path.join(os.path.dirname(os.path.dirname(hdlm_jax.__file__)), "docs", "runs", "open_plans.jsonl")
 ONE = {"one H100 of 80 GB": 0.4 * PEAK_FLOPS["NVIDIA H100"],  # FLOP/s: assumed as in the plans
        "two CPU cores": 0.11e12}  # measured: SmolLM2-135M's training (docs/results.md)
 
 
+HALF = "--config.model.dtype=bfloat16 --config.model.param_dtype=bfloat16"  # as in the plans
+
+
 class Open(NamedTuple):
-    """An open model that anyone can put on the board; plan: its name in the recipe released_open."""
+    """An open model that anyone can put on the board; plan: its name in the recipe released_open; tensor: chips of a
+    v5e:2x4 that share a copy of it, as in its plan."""
 
     name: str
     hub: str
     plan: str
+    tensor: int
 
 
-MODELS = (Open("LLaDA-8B-Base", "GSAI-ML/LLaDA-8B-Base", "llada_8b"),
-          Open("LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Instruct", "llada_8b"),
-          Open("Dream-7B", "Dream-org/Dream-v0-Base-7B", "dream_7b"))
+MODELS = (Open("LLaDA-8B-Base", "GSAI-ML/LLaDA-8B-Base", "llada_8b", 8),
+          Open("LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Instruct", "llada_8b", 8),
+          Open("Dream-7B", "Dream-org/Dream-v0-Base-7B", "dream_7b", 4))
 
 
 class Cell(NamedTuple):
@@ -214,8 +221,9 @@ def _elsewhere(board: Board, planned: dict[str, str]) -> Table:
         if not any(_plain(model.name) in name for name in here):
             workdir = f"runs/{model.name.lower()}"
             rows.append([Cell(model.name, model.hub), Cell(
-                f"hdlm-jax --mode=import --config.released.weights=FOLDER --workdir={workdir}\n"
-                f"hdlm-jax leaderboard {workdir}"), Cell(planned.get(model.plan, "not planned yet"))])
+                f"hdlm-jax --mode=import --config.released.weights=FOLDER --workdir={workdir} {HALF}\n"
+                f"hdlm-jax leaderboard {workdir}\nhdlm-jax leaderboard {workdir} --tensor={model.tensor}  # v5e:2x4"),
+                Cell(planned.get(model.plan, "see docs/models.md"))])
     return Table("elsewhere", "One command away", "FOLDER: the model's folder of the Hugging Face hub. Memory and time "
                  "are of sampling, from compile plans.", ["model", "commands", "memory and time"], rows)
 
@@ -244,16 +252,20 @@ def _said(board: Board) -> str:
             f"diffusion; hdlm_jax {board['hdlm_jax']}, {board['device']}.")
 
 
-def text(board: Board, planned: dict[str, str]) -> str:
-    """leaderboard.md."""
+def written(table: Table) -> str:
+    """A table in Markdown."""
     def show(cell: Cell) -> str:
         said = f"{cell.text} ({cell.note})" if cell.text and cell.note else cell.text or cell.note or "–"
         return " ".join(said.replace("\n", "; ").replace("|", "\\|").split())
 
+    return markdown(table.head, [[show(cell) for cell in row] for row in table.rows])
+
+
+def text(board: Board, planned: dict[str, str]) -> str:
+    """leaderboard.md."""
     lines = ["# Leaderboard", "", _said(board)]
     for table in tables(board, planned):
-        lines += ["", f"## {table.title}", "", table.intro, "",
-                  markdown(table.head, [[show(cell) for cell in row] for row in table.rows])]
+        lines += ["", f"## {table.title}", "", table.intro, "", written(table)]
     return "\n".join(lines) + "\n"
 
 
@@ -307,7 +319,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     helps = {"texts": "names, with commas between them", "questions": "the same; may be empty",
              "data": "folder of their files", "limit": "first documents and questions of each; 0: all",
              "draws": "of the noise, of diffusion models", "judge": "run, GPT-2 folder or fetched model",
-             "samples": "texts drawn of each run", "length": "tokens of a sample", "steps": "of sampling by diffusion"}
+             "samples": "texts drawn of each run", "length": "tokens of a sample", "steps": "of sampling by diffusion",
+             "tensor": "devices that share a copy of a model too large for one"}
     for name, value in dataclasses.asdict(Protocol()).items():
         shown = ",".join(value) if isinstance(value, tuple) else str(value) or "nobody"
         ask.add_argument(f"--{name}", type=names if isinstance(value, tuple) else type(value), default=value,

@@ -110,6 +110,14 @@ def _sum(rng: np.random.Generator, split: str) -> Example:
     return Example(f"{a}+{b}=", str(a + b), str(a + b))
 
 
+def _copy_sums(rng: np.random.Generator, split: str) -> Example:
+    """Fifteen of the digits 0 to 3, half of the time to be copied, else their running sums modulo 4, each of which is
+    easy behind the one before and hard without it."""
+    digits, kind = rng.integers(0, 4, 15), rng.integers(2)
+    answer = "".join(map(str, np.cumsum(digits) % 4 if kind else digits))
+    return Example(f"{'cs'[kind]}{''.join(map(str, digits))}=", answer, answer)
+
+
 _EXPRESSION = re.compile(r"(\d{1,2})([+*-])(\d{1,2})([+*-])(\d{1,2})")
 
 
@@ -181,5 +189,5 @@ def _solves(answer: str, facts: str) -> float:
 TASKS = {task.name: task for task in (
     Task("permutations", _permutation, _is_permutation, _any_symbols, 0.5, texts=30_000),
     Task("sorting", _sorting, exact, texts=16384), Task("parity", _parity, exact),
-    Task("sums", _sum, exact, texts=16384), Task("countdown", _countdown, _reaches, texts=16384),
-    Task("sudoku", _sudoku, _solves, texts=16384))}
+    Task("sums", _sum, exact, texts=16384), Task("copy_sums", _copy_sums, exact, texts=16384),
+    Task("countdown", _countdown, _reaches, texts=16384), Task("sudoku", _sudoku, _solves, texts=16384))}

@@ -23,6 +23,7 @@ from hdlm_jax.common import jsons
 from hdlm_jax.common.console import markdown, measured
 from hdlm_jax.report import compare
 from tools import (
+    block_lengths,
     cli,
     grid,
     isoflop,
@@ -52,6 +53,7 @@ def rewards_table(runs: Sequence[Mapping[str, Any]]) -> str:
 OF_FILES: dict[str, Callable[[Any], str]] = {
     "toy": toy_calls.table, "map": toy_map.tables, "channel": toy_channel.tables, "lesson": lessons.table,
     "speedrun": speedrun.table, "rewards": lambda found: rewards_table(found["runs"]), "load": serve_load.table,
+    "lengths": block_lengths.table,
     "sweep": method_sweep.table, "isoflop": isoflop.table}
 MARK = re.compile(rf"(<!-- (runs|grid|{'|'.join(OF_FILES)}): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

@@ -181,11 +181,6 @@ def _sudoku(rng: np.random.Generator, split: str) -> Example:
     return Example(f"{shown}=", grid, shown)
 
 
-def _sudoku_clues(rng: np.random.Generator, split: str) -> Example:
-    """Other clues of the grids of training, whatever the split: what is found by memory counts."""
-    return _sudoku(rng, "train")
-
-
 def _solves(answer: str, facts: str) -> float:
     """Share of rows, columns and boxes that are right, 0 where a clue is not kept; 1 is solved."""
     if len(answer) != 16 or any(clue not in (".", symbol) for clue, symbol in zip(facts, answer, strict=True)):
@@ -197,5 +192,4 @@ TASKS = {task.name: task for task in (
     Task("permutations", _permutation, _is_permutation, _any_symbols, 0.5, texts=30_000),
     Task("sorting", _sorting, exact, texts=16384), Task("parity", _parity, exact),
     Task("sums", _sum, exact, texts=16384), Task("copy_sums", _copy_sums, exact, texts=16384),
-    Task("countdown", _countdown, _reaches, texts=16384), Task("sudoku", _sudoku, _solves, texts=16384),
-    Task("sudoku_clues", _sudoku_clues, _solves, texts=16384))}
+    Task("countdown", _countdown, _reaches, texts=16384), Task("sudoku", _sudoku, _solves, texts=16384))}

@@ -110,14 +110,18 @@ def _sum(rng: np.random.Generator, split: str) -> Example:
     return Example(f"{a}+{b}=", str(a + b), str(a + b))
 
 
-def _copy_sums(rng: np.random.Generator, split: str) -> Example:
-    """Fifteen of the digits 0 to 3, half of the time to be copied, else their running sums modulo 4, each of which is
-    easy behind the one before and hard without it. Half of the digits to be summed are 0, so that neighbouring sums are
-    alike: where they tell nothing of each other without the digit between them a network does not find the rule."""
-    kind = rng.integers(2)
-    digits = rng.choice(4, 15, p=(0.5, 0.2, 0.2, 0.1) if kind else (0.25,) * 4)
-    answer = "".join(map(str, np.cumsum(digits) % 4 if kind else digits))
-    return Example(f"{'cs'[kind]}{''.join(map(str, digits))}=", answer, answer)
+def _copy_repeat(rng: np.random.Generator, split: str) -> Example:
+    """Fifteen digits, half of the time to be copied ("c"), else any one digit as many times ("r"): its first digits
+    must not be drawn at once, where a copy may be."""
+    digits, kind = "".join(map(str, rng.integers(0, 4, 15))), "cr"[rng.integers(2)]
+    answer = digits if kind == "c" else str(rng.integers(0, 4)) * 15
+    return Example(f"{kind}{digits}=", answer, kind + digits)
+
+
+def _copied_or_repeated(answer: str, facts: str) -> float:
+    """1 for the copy, or for one of the digits 0 to 3 alone, as the facts ask for."""
+    repeated = len(answer) == 15 and answer[0] in "0123" and set(answer) == {answer[0]}
+    return float(answer == facts[1:] if facts[0] == "c" else repeated)
 
 
 _EXPRESSION = re.compile(r"(\d{1,2})([+*-])(\d{1,2})([+*-])(\d{1,2})")
@@ -191,5 +195,5 @@ def _solves(answer: str, facts: str) -> float:
 TASKS = {task.name: task for task in (
     Task("permutations", _permutation, _is_permutation, _any_symbols, 0.5, texts=30_000),
     Task("sorting", _sorting, exact, texts=16384), Task("parity", _parity, exact),
-    Task("sums", _sum, exact, texts=16384), Task("copy_sums", _copy_sums, exact, texts=16384),
+    Task("sums", _sum, exact, texts=16384), Task("copy_repeat", _copy_repeat, _copied_or_repeated, texts=16384),
     Task("countdown", _countdown, _reaches, texts=16384), Task("sudoku", _sudoku, _solves, texts=16384))}

@@ -211,7 +211,7 @@ def test_score_is_the_gradient_of_quality_less_cost(shape):
         rows = {"x": jnp.asarray(words), "fell": jnp.asarray(fell), "calls": jnp.asarray(calls, jnp.int32),
                 "told": jnp.full((len(words), FREE * toy.K), told[0]), "length": jnp.asarray(length),
                 "advantage": p * worth, "index": jnp.arange(len(words))}
-        made = Gradients(TuneConfig(objective="score", task="copy_repeat", cost=0.2), 1.0, Tabular(process), process)
+        made = Gradients(TuneConfig(objective="score", task="repeats", cost=0.2), 1.0, Tabular(process), process)
         gradient = jax.jit(lambda rows: made(params, None, None, rows, jax.random.key(0))[1])
         cost = sum(np.asarray(made.nats(params, made.views(rows, jax.random.key(0), jnp.int32(call)))).sum(1)
                    for call in range(2 * toy.K))
@@ -225,7 +225,7 @@ def test_score_is_the_gradient_of_quality_less_cost(shape):
 
 
 def test_calls_are_taken_off_the_reward():
-    c = recipe("copy_repeat", "ctrldiff")
+    c = recipe("repeats", "ctrldiff")
     c.tune.cost, c.train.init_from = 0.05, "somewhere"  # no run is opened
     prompts = Prompts(resolve(c), make_tokenizer("bytes"), 257)
     examples = prompts.examples(0, 48)[:1] * 2

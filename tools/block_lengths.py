@@ -1,8 +1,8 @@
-"""Which lengths of blocks a run draws, of what it copies and of what it repeats (CtrlDiff; docs/results.md).
+"""Which lengths of blocks a run draws, of a digit that is given and of a free one (CtrlDiff; docs/results.md).
 
-    python -m tools.block_lengths runs/copy_repeat/ctrldiff ... [--out=docs/runs/block_lengths.json]
+    python -m tools.block_lengths runs/repeats/ctrldiff ... [--out=docs/runs/block_lengths.json]
 
-Rollouts on held-out prompts of the task copy_repeat, 16 places a text: of the base that the first run started from, in
+Rollouts on held-out prompts of the task repeats, 16 places a text: of the base that the first run started from, in
 blocks of 4, 8 and 16 that are given (max_prob) and of lengths drawn before any training (all as likely); of each run
 by the lengths that it draws. For each kind of prompt: tokens a block, calls, right answers, and the reward.
 """
@@ -32,7 +32,7 @@ from hdlm_jax.training.state import build
 from hdlm_jax.tuning.record import make_rollout
 from tools import cli
 
-KINDS = {"c": "copies", "r": "repeats"}
+KINDS = {True: "given", False: "free"}
 FREE = 16  # places of an answer, its end counted
 
 
@@ -51,8 +51,8 @@ def told(run: Run, config: Config, params: Tree, rows: int) -> dict[str, dict[st
     tokens = np.full(rows, given) if found.length is None else FREE / (np.asarray(found.length) >= 0).sum(1)
     right = prompts.task.reward(prompts.answers(x, examples), [example.facts for example in examples])
     out = {}
-    for letter, name in KINDS.items():
-        mine = np.array([example.prompt[0] == letter for example in examples])
+    for known, name in KINDS.items():
+        mine = np.array([(example.facts != ".") == known for example in examples])
         out[name] = {"texts": int(mine.sum()), "tokens": float(tokens[mine].mean()), "calls": float(calls[mine].mean()),
                      "right": float(right[mine].mean()), "reward": float(reward[mine].mean())}
     spread = float(reward.std(ddof=1) / rows**0.5)
@@ -87,7 +87,7 @@ def table(found: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     with cli.one_line("block_lengths"):
         ask = cli.Parser("block_lengths", __doc__)
-        ask.add_argument("workdir", nargs="+", help="runs of --config=copy_repeat:ctrldiff")
+        ask.add_argument("workdir", nargs="+", help="runs of --config=repeats:ctrldiff")
         ask.add_argument("--rows", type=cli.at_least(2), default=512, help="prompts")
         ask.add_argument("--out", type=Path, help="file of the figures as JSON")
         given = ask.parse_args(argv)

@@ -29,7 +29,7 @@ PACKINGS = ("concat", "documents", "crop")
 PADDINGS = ("end", "hidden")
 PROTOCOLS = ("document", "packed")
 WRITERS = ("tensorboard", "wandb")
-REWARDS = ("permutations", "sorting", "parity", "sums", "copy_repeat", "countdown", "sudoku")  # of tuning/tasks.py
+REWARDS = ("permutations", "sorting", "parity", "sums", "repeats", "countdown", "sudoku")  # of tuning/tasks.py
 TUNINGS = ("score", "elbo", "nodes", "coupled", "one_pass")  # objectives of tuning/update.py
 FIXED_WORDS = {"gpt2": 50257, "bytes": 257}  # of tokenizers that have no other number of them
 

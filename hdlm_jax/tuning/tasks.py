@@ -110,18 +110,18 @@ def _sum(rng: np.random.Generator, split: str) -> Example:
     return Example(f"{a}+{b}=", str(a + b), str(a + b))
 
 
-def _copy_repeat(rng: np.random.Generator, split: str) -> Example:
-    """Fifteen digits, half of the time to be copied ("c"), else any one digit as many times ("r"): its first digits
-    must not be drawn at once, where a copy may be."""
-    digits, kind = "".join(map(str, rng.integers(0, 4, 15))), "cr"[rng.integers(2)]
-    answer = digits if kind == "c" else str(rng.integers(0, 4)) * 15
-    return Example(f"{kind}{digits}=", answer, kind + digits)
+def _repeats(rng: np.random.Generator, split: str) -> Example:
+    """Fifteen times one digit, the prompt's own, or any where it shows a dot: then the first ones must not be drawn in
+    one call, as they would not agree."""
+    digit, given = str(rng.integers(0, 10)), rng.integers(2)
+    asked = digit if given else "."
+    return Example(f"{asked}=", digit * 15, asked)
 
 
-def _copied_or_repeated(answer: str, facts: str) -> float:
-    """1 for the copy, or for one of the digits 0 to 3 alone, as the facts ask for."""
-    repeated = len(answer) == 15 and answer[0] in "0123" and set(answer) == {answer[0]}
-    return float(answer == facts[1:] if facts[0] == "c" else repeated)
+def _repeated(answer: str, facts: str) -> float:
+    """1 for fifteen times one digit, that of the facts unless they are a dot."""
+    same = len(answer) == 15 and answer[0] in "0123456789" and set(answer) == {answer[0]}
+    return float(same and facts in (".", answer[0]))
 
 
 _EXPRESSION = re.compile(r"(\d{1,2})([+*-])(\d{1,2})([+*-])(\d{1,2})")
@@ -195,5 +195,5 @@ def _solves(answer: str, facts: str) -> float:
 TASKS = {task.name: task for task in (
     Task("permutations", _permutation, _is_permutation, _any_symbols, 0.5, texts=30_000),
     Task("sorting", _sorting, exact, texts=16384), Task("parity", _parity, exact),
-    Task("sums", _sum, exact, texts=16384), Task("copy_repeat", _copy_repeat, _copied_or_repeated, texts=16384),
+    Task("sums", _sum, exact, texts=16384), Task("repeats", _repeats, _repeated),
     Task("countdown", _countdown, _reaches, texts=16384), Task("sudoku", _sudoku, _solves, texts=16384))}

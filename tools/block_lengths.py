@@ -2,9 +2,10 @@
 
     python -m tools.block_lengths runs/repeats/ctrldiff ... [--out=docs/runs/block_lengths.json]
 
-Rollouts on held-out prompts of the task repeats, 16 places a text: of the base that the first run started from, in
-blocks of 4, 8 and 16 that are given (max_prob) and of lengths drawn before any training (all as likely); of each run
-by the lengths that it draws. For each kind of prompt: tokens a block, calls, right answers, and the reward.
+Rollouts on prompts of the task repeats, 16 places a text: of the base that the first run started from, in blocks of 4,
+8 and 16 that are given (max_prob) and of lengths drawn before any training (all as likely); of each run by the lengths
+that it draws. For each kind of prompt: tokens of the first block and of all, calls, right answers and how many of them
+are different, and the reward.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import Config
 from hdlm_jax.decoding import sampler
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.models.block_lengths import LENGTHS
 from hdlm_jax.models.make import joined
 from hdlm_jax.runs.tune import Prompts
 from hdlm_jax.training.loading import Run, load_base, load_here
@@ -37,7 +39,7 @@ FREE = 16  # places of an answer, its end counted
 
 
 def told(run: Run, config: Config, params: Tree, rows: int) -> dict[str, dict[str, float]]:
-    """Of each kind: means over rollouts on `rows` prompts, by the method of config.generate."""
+    """Of each kind: means over rollouts on `rows` prompts, by the method of config.generate; different: right ones."""
     network, process = build(config, run.hierarchy)
     prompts = Prompts(config, run.tokenizer, run.hierarchy.mask_id, "valid")
     rollout = jax.jit(make_rollout(network, cast(HierarchicalProcess, process), config.generate))
@@ -47,14 +49,19 @@ def told(run: Run, config: Config, params: Tree, rows: int) -> dict[str, dict[st
     found = rollout((params, numbers), batch, jax.random.key(0))
     x, calls = np.asarray(found.x), np.asarray(found.calls)
     reward, _ = prompts.judged(x, examples, calls)
+    answers = prompts.answers(x, examples)
     given = int(config.generate.options.partition("block=")[2].split()[0]) if found.length is None else 0
-    tokens = np.full(rows, given) if found.length is None else FREE / (np.asarray(found.length) >= 0).sum(1)
-    right = prompts.task.reward(prompts.answers(x, examples), [example.facts for example in examples])
+    tokens = first = np.full(rows, given)
+    if found.length is not None:
+        tokens = FREE / (np.asarray(found.length) >= 0).sum(1)
+        first = np.minimum(np.array(LENGTHS)[np.asarray(found.length)[:, 0]], FREE)
+    right = prompts.task.reward(answers, [example.facts for example in examples])
     out = {}
     for known, name in KINDS.items():
         mine = np.array([(example.facts != ".") == known for example in examples])
-        out[name] = {"texts": int(mine.sum()), "tokens": float(tokens[mine].mean()), "calls": float(calls[mine].mean()),
-                     "right": float(right[mine].mean()), "reward": float(reward[mine].mean())}
+        means = {"first": first, "tokens": tokens, "calls": calls, "right": right, "reward": reward}
+        out[name] = {"texts": int(mine.sum()), **{key: float(value[mine].mean()) for key, value in means.items()},
+                     "different": len({answers[i] for i in np.flatnonzero(mine & (right == 1))})}
     spread = float(reward.std(ddof=1) / rows**0.5)
     return out | {"all": {"texts": rows, "reward": float(reward.mean()), "reward_se": spread}}
 
@@ -77,7 +84,8 @@ def measure(workdirs: Sequence[str], rows: int) -> list[dict[str, Any]]:
 
 def table(found: Mapping[str, Any]) -> str:
     """Of {"runs": [...]}, as `measure` makes them."""
-    parts = ("tokens a block", "tokens", ".1f"), ("calls", "calls", ".1f"), ("right", "right", ".3f")
+    parts = (("first block", "first", ".1f"), ("a block", "tokens", ".1f"), ("calls", "calls", ".1f"),
+             ("right", "right", ".3f"), ("different", "different", "d"))
     head = ["run", *(f"{name}: {part}" for name in KINDS.values() for part, _, _ in parts), "reward"]
     rows = [[run["run"], *(format(run[name][key], form) for name in KINDS.values() for _, key, form in parts),
              measured(run["all"]["reward"], run["all"]["reward_se"], ".3f")] for run in found["runs"]]

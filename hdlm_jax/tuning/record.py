@@ -34,9 +34,9 @@ class Rollout(NamedTuple):
     was never that high (given tokens: nowhere). told: float32 [B, C], the masking level t that the network was told in
     each call. calls: int32 [B], calls that a row took.
     turn: int32 [B, S, K], the turn of a drop in its call, where the order was drawn by a head (dcolt).
-    length: int32 [B, C], index of the block's length that a head drew in each call, -1: none was due (ctrldiff).
     seen, drawn: int32 [B, C, S], states on show in each call and what it made of them before some were thrown away,
     where some may be.
+    length: int32 [B, C], index of the block's length that a head drew in each call, -1: none was due (ctrldiff).
     """
 
     x: jax.Array
@@ -44,9 +44,9 @@ class Rollout(NamedTuple):
     told: jax.Array
     calls: jax.Array
     turn: jax.Array | None = None
-    length: jax.Array | None = None
     seen: jax.Array | None = None
     drawn: jax.Array | None = None
+    length: jax.Array | None = None
 
 
 class Transition(NamedTuple):
@@ -210,7 +210,7 @@ def make_rollout(network: Trunk, process: HierarchicalProcess, g: GenerateConfig
         _, state, _ = found.run(cache, state)
         memory = state.memory
         return (), Rollout(state.z, memory["fell"], memory["told"], state.call,
-                           *(memory.get(name) for name in ("turn", "length", "seen", "drawn")))
+                           *(memory.get(name) for name in ("turn", "seen", "drawn", "length")))
 
     def step(given: tuple[Tree, dict[str, Any]], batch: Batch, key: jax.Array) -> Rollout:
         keys = fold(jnp.broadcast_to(key, batch["index"].shape), batch["index"])

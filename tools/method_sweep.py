@@ -50,7 +50,8 @@ def settings(run: Run, given: argparse.Namespace) -> list[GenerateConfig]:
         method = presets.make(name, options)
         why = ("it knows no levels that drop" if name != "ancestral" and not hasattr(run.process, "chain") else
                "it needs --helper" if method.needs in presets.HELPERS and not given.helper else
-               "it needs a head for an order" if method.needs == "order" and not run.config.model.order else
+               "it needs a head of the network" if method.needs in ("order", "block_lengths")
+               and method.needs not in run.config.model.chooses else
                "it needs a function" if method.needs == "classifier" else
                "its texts are of any length" if method.policy.lengths else "")
         if why and given.methods:

@@ -23,6 +23,7 @@ from hdlm_jax.common import jsons
 from hdlm_jax.common.console import markdown, measured
 from hdlm_jax.report import compare, leaderboard
 from tools import (
+    block_lengths,
     cli,
     grid,
     isoflop,
@@ -58,7 +59,7 @@ def board_tables(found: leaderboard.Board) -> str:
 OF_FILES: dict[str, Callable[[Any], str]] = {
     "toy": toy_calls.table, "map": toy_map.tables, "channel": toy_channel.tables, "lesson": lessons.table,
     "speedrun": speedrun.table, "rewards": lambda found: rewards_table(found["runs"]), "load": serve_load.table,
-    "sweep": method_sweep.table, "isoflop": isoflop.table, "board": board_tables}
+    "sweep": method_sweep.table, "isoflop": isoflop.table, "board": board_tables, "lengths": block_lengths.table}
 MARK = re.compile(rf"(<!-- (runs|grid|{'|'.join(OF_FILES)}): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 

@@ -31,7 +31,7 @@ PACKINGS = ("concat", "documents", "crop")
 PADDINGS = ("end", "hidden")
 PROTOCOLS = ("document", "packed")
 WRITERS = ("tensorboard", "wandb")
-REWARDS = ("permutations", "sorting", "parity", "sums", "countdown", "sudoku")  # tasks of tuning/tasks.py
+REWARDS = ("permutations", "sorting", "parity", "sums", "repeats", "countdown", "sudoku")  # of tuning/tasks.py
 TUNINGS = ("score", "elbo", "nodes", "coupled", "one_pass")  # objectives of tuning/update.py
 FIXED_WORDS = {"gpt2": 50257, "bytes": 257}  # of tokenizers that have no other number of them
 
@@ -268,11 +268,17 @@ class ModelConfig(_Section):
     head: str = "flat"  # flat: a logit for every word | factorised: p(cluster) p(word | cluster)
     prototypes: int = 8  # vectors a cluster, factorised head
     order: bool = False  # a head that ranks which tokens are unmasked next: method dcolt reads it, rewards train it
+    block_lengths: bool = False  # a head that draws lengths of blocks: method ctrldiff reads it, rewards train it
     embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by
     dtype: str = "float32"  # of the computation; logits are float32
     param_dtype: str = "float32"  # of the parameters; bfloat16 is for using a decoder, not for training it
     attention: str = "auto"  # kernel: xla | splash (TPU) | cudnn (NVIDIA, bfloat16) | auto: one of these two, or xla
     remat: str = "auto"  # recomputed in the backward pass: none | cheap (all but products) | all | auto: what fits
+
+    @property
+    def chooses(self) -> tuple[str, ...]:
+        """Names of the heads for a sampler's choices."""
+        return ("order",) * self.order + ("block_lengths",) * self.block_lengths
 
     def check(self) -> None:
         self.among(head=("flat", "factorised"), attention=("auto", "xla", "splash", "cudnn"),
@@ -478,6 +484,7 @@ class TuneConfig(_Section):
     ratio: str = "call"  # of: call, all that a call drew | token, each token by itself
     clip: float = 0.2  # ratios further from 1 than this, to the better side, have no gradient
     kl: float = 0.0  # weight of the divergence from the run in train.init_from
+    cost: float = 0.0  # of each call, taken off the reward: what quality is to be paid for
     rows: int = 256  # rollouts on fixed prompts, whose mean reward tells the best checkpoint
     certainty: float = 2.0  # of train.objective=certainty: weight of the entropies
     texts: int = 4096  # of train.objective=certainty, adjust: own texts, written once
@@ -491,7 +498,7 @@ class TuneConfig(_Section):
         self.hold("must be at least 1", "texts")
         for name in ("group", "rows"):
             self.need(getattr(self, name) >= 2, name, "must be at least 2")
-        self.hold("must not be negative", "views", "kl", "certainty")
+        self.hold("must not be negative", "views", "kl", "cost", "certainty")
         self.hold("must be positive", "clip")
         self.need(self.objective in ("", "score") or self.advantage not in ("call", "mdpo"), "advantage",
                   f"is of calls, which tune.objective={self.objective!r} does not score: choose score")

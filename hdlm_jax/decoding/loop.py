@@ -281,8 +281,8 @@ class Loop(NamedTuple):
         blind = blind and policy.order == "choose_then_draw"
         wanted = policy.choose.target(view) < view.level if blind else self.wanted(view)
         prediction, cache = self.ask(cache, view.rows(wanted))
-        if "order" in policy.needs:
-            view = view._replace(order=self.how.tools["order"](prediction, view))
+        heads = {name: scores for name, scores in self.how.tools.items() if name in policy.needs}
+        view = view._replace(**{name: scores(prediction, view) for name, scores in heads.items()})
         return view._replace(**self.look(view, prediction, wanted)), prediction, cache
 
     def call(self, cache: Cache, s: State) -> tuple[Cache, State]:

@@ -28,7 +28,7 @@ from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.gidd import GiddProcess
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.process import Process
-from hdlm_jax.models import order, quantise
+from hdlm_jax.models import block_lengths, order, quantise
 from hdlm_jax.models.channel import ChannelProcess
 from hdlm_jax.models.features import given as given_features
 from hdlm_jax.models.network import Network
@@ -114,17 +114,27 @@ def reads(network: Trunk, params):
     return lambda x: network.denoise(params, shifted(x), jnp.zeros(len(x)))
 
 
+HEADS = {order.NAME: ("dcolt", "an order"), block_lengths.NAME: ("ctrldiff", "lengths of blocks")}  # who reads them
+
+
 def own_tools(params) -> dict[str, Any]:
-    """What hooks call beside the network (loop.Sampling): its scores for an order, of a prediction as `Trunk.denoise`
-    makes it."""
-    return {"order": lambda p, view: order.scores(params, p.hidden, view.level, view.t)} if order.NAME in params else {}
+    """What hooks call beside the network (loop.Sampling): the scores of its heads for choices, of a prediction as
+    `Trunk.denoise` makes it."""
+    def lengths(p, view):
+        return block_lengths.scores(params, p.hidden, view.active & (view.level == 0), view.free & (view.level > 0),
+                                    view.t)
+
+    heads = {order.NAME: lambda p, view: order.scores(params, p.hidden, view.level, view.t),
+             block_lengths.NAME: lengths}
+    return {name: scores for name, scores in heads.items() if name in params}
 
 
-def check_order(method: presets.Method, params) -> None:
+def check_heads(method: presets.Method, params) -> None:
     """ConfigError where the method reads a head that these parameters do not have."""
-    if method.needs == "order" and order.NAME not in params:
-        raise ConfigError("generate.method='dcolt' needs a head for an order: train by rewards with model.order=True "
-                          "(docs/training.md)")
+    if method.needs in HEADS and method.needs not in params:
+        name, what = HEADS[method.needs]
+        raise ConfigError(f"generate.method={name!r} needs a head for {what}: train by rewards with "
+                          f"model.{method.needs}=True (docs/training.md)")
 
 
 def helper_kind(run: Any) -> str:
@@ -362,9 +372,9 @@ class Sampler:
         if constrained and self.process.xi < 1 and at_sampling(self.process, g).force_transition == "within":
             raise ConfigError("generate.force_transition='within': at xi < 1 a cluster on show may have no word that "
                               "its place may take; choose another")
-        if method.needs == "order" and constrained:
+        if method.needs in HEADS and constrained:
             raise ConfigError(f"generate.method={g.method!r}: it is not for places with kinds of words; choose another")
-        check_order(method, self.params)
+        check_heads(method, self.params)
         checked_tools(self.helper, method, self.process, f"generate.method={g.method!r}")
         if method.needs == "classifier" and self.classifier is None:
             raise ConfigError("generate.method='classifier' needs a function: Model.generate(classifier=...)")

@@ -27,7 +27,7 @@ from hdlm_jax.decoding.loop import Loop, Sampling, loop_of
 from hdlm_jax.decoding.policy import Draw, Drawn, Policy, View
 from hdlm_jax.decoding.sampler import (
     Program,
-    check_order,
+    check_heads,
     checked_tools,
     denoiser,
     in_blocks,
@@ -183,7 +183,7 @@ def policies(run: Run) -> dict[str, tuple[Program, dict[str, Any], bool]]:
             policy = teacher_forced(program.method, run.process)
         except ValueError as error:
             raise ConfigError(f"evaluate.decodings={text!r}: {error}") from error
-        check_order(program.method, run.params)
+        check_heads(program.method, run.params)
         numbers = presets.numbers(presets.make(name, options), run.tokenizer.eot)
         found[text] = program, numbers, is_exact(policy, run.process)
     return found

@@ -312,7 +312,7 @@ def methods(run: Run) -> list[Json]:
     out = []
     for name, make in presets.METHODS.items():
         method = make()
-        own = method.needs == "order" and run.config.model.order
+        own = method.needs in run.config.model.chooses
         if method.needs and not (own or method.needs in presets.HELPERS and run.config.generate.helper):
             continue
         options = presets.options_of(name)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hdlm_jax.common.console import markdown, measured, readable, say
-from hdlm_jax.common.jsons import dumps, open_atomic, read_json, read_lines, write_atomic
+from hdlm_jax.common.jsons import read_json, read_lines, write_arrays, write_json
 from hdlm_jax.config import expand
 from hdlm_jax.report.run_files import training_speed
 from tools import cli
@@ -174,10 +174,10 @@ def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
     measured_all = told.exists() and set(DECODINGS) <= set(read_json(str(told))["decodings"])  # not stopped in between
     if measured_all:
         found["likelihoods"] = read_json(str(told))["decodings"]
-    with np.load(workdir / "evaluate_rows.npz") as rows, open_atomic(out / f"{workdir.name}.npz") as file:
+    with np.load(workdir / "evaluate_rows.npz") as rows:
         each = np.load(told.with_suffix(".npz")) if measured_all else {}
-        np.savez(file, **rows, **{f"told {name}": values for name, values in each.items()})
-    write_atomic(out / f"{workdir.name}.json", (dumps(found, indent=1) + "\n").encode())
+        write_arrays(out / f"{workdir.name}.npz", {**rows, **{f"told {name}": a for name, a in each.items()}})
+    write_json(out / f"{workdir.name}.json", found)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

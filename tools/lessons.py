@@ -28,7 +28,7 @@ import numpy as np
 
 from hdlm_jax import config as settings
 from hdlm_jax.common.console import markdown
-from hdlm_jax.common.jsons import dumps, write_atomic
+from hdlm_jax.common.jsons import write_json
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import Config
 from hdlm_jax.decoding import bursts, choose, guide, loop, presets
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"lessons: {records[-1]}", flush=True)
                 out = given.out or Path(f"docs/runs/lesson_{given.lesson}.json")
                 found = {"lesson": given.lesson, "records": records}
-                write_atomic(out, (dumps(found, indent=1) + "\n").encode())
+                write_json(out, found)
         print(table(found))
     return 0
 

@@ -18,7 +18,6 @@ import itertools
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from absl import logging
 
 from hdlm_jax.common import jsons, parallel
 from hdlm_jax.common.console import markdown, readable, say
-from hdlm_jax.common.jsons import write_atomic
 from hdlm_jax.config import CLUSTERS, FORCE_TRANSITIONS, GenerateConfig, expand
 from hdlm_jax.decoding.sampler import Sampler, compile_for, ended, sampler_of, start_canvas
 from hdlm_jax.evaluation import judges, text_statistics
@@ -120,7 +118,7 @@ def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: Gene
     line |= {"judge": judges.record(judge, run.tokenizer, tokens, given)} if judge else text_statistics.statistics(
         [row[given:] for row in tokens])
     lines.append(line | {"made_from": made_from})
-    write_atomic(Path(path), "".join(jsons.dumps(record) + "\n" for record in lines).encode())
+    jsons.write_lines(path, lines)
     say(f"{name}: {_perplexity(line)}")
     return lines[-1]
 

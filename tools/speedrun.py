@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hdlm_jax.common.console import markdown, measured, say
-from hdlm_jax.common.jsons import dumps, read_json, read_lines, write_atomic
+from hdlm_jax.common.jsons import read_json, read_lines, write_json
 from tools import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{found['seconds']} s, {found['tokens']:,} tokens, {found['flops']:.2g} FLOPs on {found['cores']} cores")
         if reached and given.keep:
             records = json.loads(KEPT.read_text()) if KEPT.exists() else []
-            write_atomic(KEPT, (dumps([*records, {"name": given.keep} | found], indent=1) + "\n").encode())
+            write_json(KEPT, [*records, {"name": given.keep} | found])
         elif not reached:
             say(f"speedrun: missed by {found['nelbo'] - TARGET:.4f}" + ", not kept" * bool(given.keep))
     return int(not reached)

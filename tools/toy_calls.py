@@ -26,7 +26,7 @@ import numpy as np
 
 import hdlm_jax as hd
 from hdlm_jax.common.console import markdown
-from hdlm_jax.common.jsons import dumps, write_atomic
+from hdlm_jax.common.jsons import write_json
 from hdlm_jax.decoding import presets
 from hdlm_jax.decoding.loop import loop_of
 from hdlm_jax.decoding.presets import Method
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ask.add_argument("--plans", type=cli.at_least(1), default=200, help="that ancestral is the mean of")
         given = ask.parse_args(argv)
         records = divergences(given.plans)
-        write_atomic(given.out, (dumps(records, indent=1) + "\n").encode())
+        write_json(given.out, records)
         print(table(records))
     return 0
 

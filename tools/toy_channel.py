@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.common.console import markdown, measured
-from hdlm_jax.common.jsons import dumps, read_json, write_atomic
+from hdlm_jax.common.jsons import read_json, write_json
 from hdlm_jax.decoding import channel as decoding
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain, Proposal
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ask.add_argument("--draws", type=cli.at_least(1), default=100_000, help="samples")
         given = ask.parse_args(argv)
         result = record(given.rows, given.draws) | ({"runs": of_runs(given.run)} if given.run else {})
-        write_atomic(given.out, (dumps(result, indent=1) + "\n").encode())
+        write_json(given.out, result)
         print(tables(result))
     return 0
 

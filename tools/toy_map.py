@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 from hdlm_jax.common.console import markdown
-from hdlm_jax.common.jsons import dumps, write_atomic
+from hdlm_jax.common.jsons import write_json
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.models.soft import SoftProcess
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = ask.parse_args(argv)
         with jax.enable_x64(True):
             result = {"joints": [record(name, given.starts) for name in JOINTS], "estimators": costs()}
-        write_atomic(given.out, (dumps(result, indent=1) + "\n").encode())
+        write_json(given.out, result)
         print(tables(result))
     return 0
 

@@ -11,7 +11,7 @@ import os
 import reprlib
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -94,9 +94,22 @@ def read_lines(path: str | os.PathLike, *numbers: str) -> tuple[list[dict[str, A
     return records, damaged
 
 
-def write_json(path: str | os.PathLike, value: object) -> None:
+def write_json(path: str | os.PathLike, value: object, indent: int | None = 1) -> None:
     """Writes a value as JSON, whole or not at all."""
-    write_atomic(path, f"{dumps(value, indent=1)}\n".encode())
+    write_atomic(path, f"{dumps(value, indent=indent)}\n".encode())
+
+
+def write_lines(path: str | os.PathLike, records: Iterable[object]) -> bytes:
+    """Writes records as JSON, one a line, whole or not at all; gives back the bytes."""
+    raw = "".join(dumps(record) + "\n" for record in records).encode()
+    write_atomic(path, raw)
+    return raw
+
+
+def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Any], compressed: bool = False) -> None:
+    """Writes arrays by name as a .npz file, whole or not at all."""
+    with open_atomic(path) as file:
+        (np.savez_compressed if compressed else np.savez)(file, **arrays)
 
 
 def reuse(path: str | os.PathLike, made_from: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -129,7 +129,7 @@ class Tokenizer:
         jsons.write_atomic(folder / RANK_FILE, ranks)
         facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "pattern": self.pattern,
                  "sha256": hashlib.sha256(ranks).hexdigest(), "fingerprint": self.fingerprint}
-        jsons.write_atomic(folder / JSON_FILE, jsons.dumps(facts, indent=2).encode() + b"\n")
+        jsons.write_json(folder / JSON_FILE, facts, indent=2)
 
 
 def utf8(text: str) -> bytes:

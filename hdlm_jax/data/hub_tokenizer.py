@@ -194,7 +194,7 @@ class HubTokenizer(Tokenizer):
                  "bos": self.bos, "pattern": self.pattern, "sha256": hashlib.sha256(self.found.raw).hexdigest(),
                  "fingerprint": self.fingerprint, "names": self.names, "ends": list(self.found.ends),
                  "special": self._special, "chat_template": self.chat_template}
-        jsons.write_atomic(folder / JSON_FILE, jsons.dumps(facts, indent=2).encode() + b"\n")
+        jsons.write_json(folder / JSON_FILE, facts, indent=2)
 
 
 def load(folder: Path, facts: dict[str, Any]) -> HubTokenizer:

@@ -78,6 +78,11 @@ class Manifest:
     features: list = dataclasses.field(default_factory=list)  # [P, F] where documents have features (stem.feat)
 
     @property
+    def bits_per_nat(self) -> float:
+        """What turns nats a token of the whole validation split into bits a byte."""
+        return self.valid_scored_tokens / self.valid_scored_bytes / math.log(2)
+
+    @property
     def unigram_bits_per_byte(self) -> float:
         """`unigram_nats` in bits per raw UTF-8 byte of the scored validation text."""
         return self.unigram_nats * self.valid_scored_tokens / self.valid_scored_bytes / np.log(2.0)
@@ -288,7 +293,7 @@ class _Seen:
         if self._new:
             self._new = False  # of a folder that cannot be written: they are hashed again each time
             try:
-                jsons.write_atomic(self._path, jsons.dumps(self._marks).encode() + b"\n")
+                jsons.write_json(self._path, self._marks, indent=None)
             except OSError as error:
                 self._say(f"tokens: {self._path} cannot be written ({error.strerror}); files are hashed again the next "
                           "time")

@@ -67,6 +67,14 @@ def closed(canvas: Canvas, seq_len: int, eot: int) -> Canvas:
     return canvas._replace(z=z, given=given, kind=kind, length=np.full(n, seq_len, np.int32))
 
 
+def some(canvas: np.ndarray | Canvas, part: slice) -> np.ndarray | Canvas:
+    """Some texts of a canvas."""
+    if isinstance(canvas, np.ndarray):
+        return canvas[part]
+    features = None if canvas.features is None else canvas.features[part]
+    return Canvas(*(rows[part] for rows in canvas[:4]), canvas.allowed, features)
+
+
 def together(parts: Sequence[Canvas]) -> Canvas:
     """Canvases of one hierarchy as one, as wide as the widest; each text keeps its end and its kinds."""
     width = max(part.z.shape[1] for part in parts)

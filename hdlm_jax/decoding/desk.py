@@ -219,7 +219,8 @@ class _Batch:
         if not jobs:
             return
         self.running = dict(enumerate(jobs))
-        parts: list[Any] = [one_row(job.asked.canvas, job.text.number) for job in jobs]
+        asked = [(job.asked.canvas, job.text.number) for job in jobs]
+        parts: list[Any] = [canvases.some(canvas, slice(i, i + 1)) for canvas, i in asked]
         canvas = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else canvases.together(parts)
         g = dataclasses.replace(self.g, batch_size=self.desk.rows)
         frames = FRAMES if any(job.watches for job in jobs) else 0
@@ -231,14 +232,6 @@ class _Batch:
                           float(out["time"][i, frame]))
             self.written(job, out["tokens"][i], n, n, False)
         self.running = {}
-
-
-def one_row(canvas: np.ndarray | canvases.Canvas, i: int) -> np.ndarray | canvases.Canvas:
-    """The i-th text of some canvases."""
-    if isinstance(canvas, np.ndarray):
-        return canvas[i : i + 1]
-    here = slice(i, i + 1)
-    return canvases.Canvas(canvas.z[here], canvas.given[here], canvas.kind[here], canvas.length[here], canvas.allowed)
 
 
 class Desk:

@@ -515,19 +515,11 @@ def check_features(run: Any, features: np.ndarray | None) -> None:
 
 def compile_for(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: GenerateConfig) -> None:
     """Samples a batch of the canvas's shape with nothing to do, so that its program is there before time is taken."""
-    some = first_rows(canvas, g.batch_size)
+    some = canvases.some(canvas, slice(g.batch_size))
     if isinstance(some, np.ndarray):
         draw(np.zeros_like(some), g)
     else:
         draw(some._replace(z=np.zeros_like(some.z), given=np.ones_like(some.given)), g)
-
-
-def first_rows(canvas: np.ndarray | canvases.Canvas, n: int) -> np.ndarray | canvases.Canvas:
-    """The first n of some canvases."""
-    if isinstance(canvas, np.ndarray):
-        return canvas[:n]
-    features = None if canvas.features is None else canvas.features[:n]
-    return canvases.Canvas(canvas.z[:n], canvas.given[:n], canvas.kind[:n], canvas.length[:n], canvas.allowed, features)
 
 
 def ended(row: np.ndarray, given: int, eot: int, stop: str) -> np.ndarray:

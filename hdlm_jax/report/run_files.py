@@ -60,10 +60,9 @@ def bits_per_nat(config: Config, workdir: str) -> float | None:
     Of the whole split: of a part of it an estimate, as its tokens may be longer or shorter.
     """
     try:
-        manifest = load_manifest(data_dir(config, workdir))
+        return load_manifest(data_dir(config, workdir)).bits_per_nat
     except (OSError, ValueError):
         return None
-    return manifest.unigram_bits_per_byte / manifest.unigram_nats
 
 
 def training_speed(workdir: str) -> float | None:
@@ -170,7 +169,7 @@ def gather(workdir: str, film: bool = True) -> dict[str, Any]:
     process = config.diffusion.process
     out: dict[str, Any] = {"name": os.path.basename(os.path.abspath(workdir)), "workdir": workdir,
                            "config": jsons.plain(config.as_dict()), "process": process, "curves": curves(workdir),
-                           "train_speed": training_speed(workdir), "bits_per_nat": bits_per_nat(config, workdir)}
+                           "train_speed": training_speed(workdir)}
     for name in ("evaluate", "generate", "tasks"):
         out[name] = read_optional(workdir, f"{name}.json")
     out |= {"hierarchy": None, "trajectories": None, "occupancy": None, "unigram": None}

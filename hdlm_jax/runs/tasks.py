@@ -169,8 +169,8 @@ def run(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
             say(f"tasks: {key}: {_line(results[key])}")
             if processes.is_main_process():
                 if documents:
-                    with jsons.open_atomic(os.path.join(into, f"tasks_{name}.npz")) as file:
-                        np.savez(file, made_from=np.asarray(jsons.dumps(made_from)), **documents)
+                    jsons.write_arrays(os.path.join(into, f"tasks_{name}.npz"),
+                                       {"made_from": np.asarray(jsons.dumps(made_from)), **documents})
                 write_json(path, results)
     wanted = [k for k, r in results.items() if r["made_from"]["step"] == loaded.step
               and r["made_from"]["ema"] == loaded.ema]

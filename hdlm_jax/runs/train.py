@@ -463,8 +463,7 @@ class Loop:
             say(f"{found}: skipped {which} (no. {values['skipped']:.0f} of at most {limit})")
             return
         kept = os.path.join(self.workdir, f"nonfinite-{done.step}-{jax.process_index()}.npz")
-        with jsons.open_atomic(kept) as file:
-            np.savez(file, **done.rows)  # type: ignore[arg-type]
+        jsons.write_arrays(kept, done.rows)
         back, path = self.checkpoints.latest(), self.checkpoints.path
         raise TrainingStopped(
             f"{found}; last finite {self.recorder.last_finite}; {values['skipped']:.0f} steps skipped, "

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hdlm_jax.common import jsons
+from hdlm_jax.common.extras import package
 from hdlm_jax.data.base_tokenizer import PATTERNS
-from hdlm_jax.data.sources import package
 
 HUB_FILE, PLAIN_FILE = "hub_tokenizer.json", "tokenizer.json"  # what `save` writes; what the hub has
 MOST_BYTES = 1 << 28  # of a file that is read whole

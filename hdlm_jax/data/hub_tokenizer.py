@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hdlm_jax.common import jsons
-from hdlm_jax.data.base_tokenizer import JSON_FILE, Tokenizer, utf8
+from hdlm_jax.common.extras import package
+from hdlm_jax.data.base_tokenizer import JSON_FILE, Tokenizer, byte_alphabet, check_sha256, utf8
 from hdlm_jax.data.hub_files import BLANK, HUB_FILE, NO_HUB, PLAIN_FILE, Found, deciding_file, parsed, read
-from hdlm_jax.data.sources import package
 
 if TYPE_CHECKING:
     import tokenizers
@@ -214,8 +214,7 @@ def load(folder: Path, facts: dict[str, Any]) -> HubTokenizer:
 def read_checked(path: Path, sha256: str) -> bytes:
     """The bytes of a file of this sha256 (hex; '' any); ValueError where it is missing or another."""
     found = read(path).raw
-    if sha256 and (is_now := hashlib.sha256(found).hexdigest()) != sha256.lower():
-        raise ValueError(f"{path}: sha256 is {is_now}, must be {sha256}")
+    check_sha256(path, hashlib.sha256(found).hexdigest(), sha256)
     return found
 
 
@@ -228,8 +227,8 @@ def make(path: str, sha256: str = "") -> HubTokenizer:
     if not path:
         raise ValueError(f"tokenizer.file='': needed; {NO_HUB}")
     file = deciding_file(path)
-    if sha256 and file.exists() and (found := jsons.sha256_of(file)) != sha256.lower():
-        raise ValueError(f"{file}: sha256 is {found}, must be {sha256}")
+    if sha256 and file.exists():
+        check_sha256(file, jsons.sha256_of(file), sha256)
     if file.name == HUB_FILE and file != Path(path):
         tokenizer = load(file.parent, jsons.read_json(file.parent / JSON_FILE, "sha256"))
     else:
@@ -324,16 +323,9 @@ def _without_prefix(node: Any) -> dict[str, Any] | None:
     return {"type": "Sequence", "pretokenizers": parts} if parts else None
 
 
-def _alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary -> the byte: itself where it is printed."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
 def _words(spec: dict[str, Any], special: dict[str, int], size: int, bytewise: bool) -> tuple[bytes, ...]:
     """The bytes of every id; of a special one its name."""
-    words, alphabet, fallback = [b""] * size, _alphabet(), spec["model"].get("byte_fallback")
+    words, alphabet, fallback = [b""] * size, byte_alphabet(), spec["model"].get("byte_fallback")
 
     def plain(name: str) -> bytes:
         if fallback and re.fullmatch("<0x[0-9A-F]{2}>", name):

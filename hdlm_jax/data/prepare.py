@@ -23,6 +23,7 @@ import numpy as np
 from hdlm_jax.common import jsons
 from hdlm_jax.config import DataConfig, TokenizerConfig
 from hdlm_jax.data import shards, tokenizers
+from hdlm_jax.data.base_tokenizer import check_sha256
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
 from hdlm_jax.data.records import Bad, check_bad, digest
@@ -519,8 +520,8 @@ def _reuse(folder: Path, data: DataConfig, tokenizer: TokenizerConfig, say: Call
 
 
 def _check_sha256(tokenizer: TokenizerConfig, sources: list | None) -> None:
-    if tokenizer.file and tokenizer.sha256 and sources and sources[-1][2] != tokenizer.sha256.lower():
-        raise ValueError(f"{tokenizer.file}: sha256 is {sources[-1][2]}, must be {tokenizer.sha256}")
+    if tokenizer.file and sources:
+        check_sha256(tokenizer.file, sources[-1][2], tokenizer.sha256)
 
 
 def _damage(folder: Path, manifest: Manifest, seen: _Seen) -> list[tuple[str, str]]:

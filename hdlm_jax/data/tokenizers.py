@@ -21,11 +21,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hdlm_jax.common import jsons
+from hdlm_jax.common.extras import package
 from hdlm_jax.config import TokenizerConfig, expand
 from hdlm_jax.data import hub_tokenizer
-from hdlm_jax.data.base_tokenizer import END_OF_TEXT, JSON_FILE, PATTERNS, RANK_FILE, Tokenizer, bounded, utf8
+from hdlm_jax.data.base_tokenizer import (
+    END_OF_TEXT,
+    JSON_FILE,
+    PATTERNS,
+    RANK_FILE,
+    Tokenizer,
+    bounded,
+    check_sha256,
+    utf8,
+)
 from hdlm_jax.data.base_tokenizer import PATTERN as PATTERN
-from hdlm_jax.data.sources import package
 
 if TYPE_CHECKING:
     import tokenizers
@@ -137,9 +146,7 @@ def _read(path: str | os.PathLike, sha256: str) -> bytes:
         raw = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"tokenizer.file {str(path)!r} cannot be read: {error.strerror}") from None
-    found = hashlib.sha256(raw).hexdigest()
-    if sha256 and found != sha256.lower():
-        raise ValueError(f"{path}: sha256 is {found}, must be {sha256}")
+    check_sha256(path, hashlib.sha256(raw).hexdigest(), sha256)
     return raw
 
 

@@ -23,6 +23,7 @@ from hdlm_jax.common import jsons, parallel, processes
 from hdlm_jax.common.console import measured, say
 from hdlm_jax.common.jsons import read_json
 from hdlm_jax.config import ConfigError, ParallelConfig
+from hdlm_jax.data.base_tokenizer import byte_alphabet
 from hdlm_jax.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
 from hdlm_jax.evaluation.elbo import Evaluator, evaluator_of, text_nats
 from hdlm_jax.evaluation.text_statistics import Texts, mauve, mauve_installed, perplexities, statistics
@@ -89,9 +90,7 @@ def folder_tokenizer(folder: str, known: Tokenizer | None = None) -> Tokenizer:
     if not os.path.exists(path):
         return known if known is not None and known.kind == "gpt2" else make_tokenizer("gpt2")
     ids: dict[str, int] = read_json(path)
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in that file
-    to_byte = {chr(b): b for b in shown}
-    to_byte |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in shown)}
+    to_byte = byte_alphabet()
     names = sorted(ids, key=ids.__getitem__)
     if [ids[w] for w in names] != list(range(len(ids))) or names[-1:] != [END_OF_TEXT]:
         raise ValueError(f"{path}: ids must be 0..V-1, and {END_OF_TEXT} the last")

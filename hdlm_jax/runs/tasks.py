@@ -30,7 +30,7 @@ from hdlm_jax.evaluation.elbo import summarise
 from hdlm_jax.evaluation.problems import solve
 from hdlm_jax.evaluation.rows import per_text, split, split_all
 from hdlm_jax.evaluation.scorer import Choices, Scorer, encode_pair
-from hdlm_jax.evaluation.text_statistics import in_percent
+from hdlm_jax.evaluation.text_statistics import in_percent, share_of
 from hdlm_jax.training.loading import check_writable, load_run
 
 
@@ -64,12 +64,6 @@ def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bo
     return found | {"seconds": time.monotonic() - started}
 
 
-def _share(right: np.ndarray) -> tuple[float, float]:
-    """A proportion and its binomial standard error."""
-    p = float(np.mean(right))
-    return p, math.sqrt(p * (1 - p) / len(right))
-
-
 def _chance(questions: list[Question]) -> float | None:
     """What guessing would give; None where there is nothing to choose from."""
     choices = [len(q.choices) for q in questions]
@@ -94,9 +88,9 @@ def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
         characters = [np.array([len(c.strip()) for c in q.choices]) for q in questions]
         for name, by in (("", None), ("_per_token", tokens), ("_per_character", characters)):
             best = [np.argmin(nats / np.maximum(by[i], 1) if by else nats) for i, nats in enumerate(found.nats)]
-            out[f"accuracy{name}"], out[f"accuracy{name}_se"] = _share(np.array(best) == label)
+            out[f"accuracy{name}"], out[f"accuracy{name}_se"] = share_of(np.array(best) == label)
     else:
-        out["accuracy"], out["accuracy_se"] = _share(scorer.hits([pairs[0] for pairs in encoded]))
+        out["accuracy"], out["accuracy_se"] = share_of(scorer.hits([pairs[0] for pairs in encoded]))
         se = right.std(ddof=1) / math.sqrt(len(right)) if len(right) > 1 else math.nan
         by_word = exp(float(right.mean()))
         out |= {"word_nats": float(right.mean()), "word_nats_se": float(se),

@@ -65,15 +65,12 @@ class Model:
         """What was trained, and what it can do."""
         run, h = self.run, self.hierarchy
         process = run.config.diffusion.process
-        more = [*["infill", "json"] * run.process.unmasks, *["chat"] * self._chats, "stream", "show"]
+        chat = bool(self.tokenizer.chat_template)
+        more = [*["infill", "json"] * run.process.unmasks, *["chat"] * chat, "stream", "show"]
         can = ["generate", *more * (not run.config.data.feature_places), "nelbo"]
         return (f"<hdlm_jax.Model {kind_of(process, h.sizes)}: {levels_of(process, h.sizes)}; "
                 f"{run.num_params:,} parameters, step {run.step:,}; {run.config.tokenizer.kind} tokenizer, "
                 f"texts of up to {self.seq_len:,} tokens; can {', '.join(can)}>")
-
-    @property
-    def _chats(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", ""))
 
     @property
     def seq_len(self) -> int:

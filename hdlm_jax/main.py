@@ -87,11 +87,9 @@ def parse(argv: list[str]) -> list[str]:
     from hdlm_jax.config.command import written_out
 
     _help(argv)
-    if argv[1:2] == ["fetch"]:  # hdlm-jax fetch NAME [flags]
-        names = [f"--model={name}" for name in argv[2:3] if not name.startswith("-")]
-        sys.argv = argv = [argv[0], "--mode=fetch", *names, *argv[2 + len(names):]]
-    if argv[1:2] in (["serve"], ["chat"]):  # hdlm-jax serve RUN [flags]
-        names = [f"--workdir={name}" for name in argv[2:3] if not name.startswith("-")]
+    if argv[1:2] in (["fetch"], ["serve"], ["chat"]):  # hdlm-jax fetch MODEL [flags], hdlm-jax serve RUN [flags]
+        flag = "model" if argv[1] == "fetch" else "workdir"
+        names = [f"--{flag}={name}" for name in argv[2:3] if not name.startswith("-")]
         sys.argv = argv = [argv[0], f"--mode={argv[1]}", *names, *argv[2 + len(names):]]
     at, port = _flag(argv, "port")
     if at >= 0:

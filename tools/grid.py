@@ -30,8 +30,7 @@ from hdlm_jax.config import expand
 from hdlm_jax.report.run_files import training_speed
 from tools import cli
 
-ROOT = Path(__file__).resolve().parent.parent
-KEPT = ROOT / "docs" / "runs" / "grid"
+KEPT = cli.ROOT / "docs" / "runs" / "grid"
 STEPS, ROWS, DRAWS, CALLS = 800, 1000, 4, (8, 16, 32, 64)
 SAMPLES = 64
 TOLD = (4, 8, 16, 32, 64, 128)  # calls of the likelihoods
@@ -158,14 +157,13 @@ def make(cell: Cell, seed: int, runs: Path, out: Path, steps: int, judge: str) -
 def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
     """Writes what tables need of a run that is done."""
     out.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-                            check=False).stdout.strip()
+    commit = cli.commit()
     if (there := out / f"{workdir.name}.json").exists():
         commit = json.loads(there.read_text()).get("commit", commit)  # of its training
     records = read_lines(str(workdir / "metrics.jsonl"))[0]
     found: dict[str, Any] = {"cell": cell.name, "seed": seed, "recipe": cell.recipe, "more": cell.more,
                              "commit": commit, "cpus": os.cpu_count(), "tokens": records[-1]["tokens"],
-                             "train_tokens_per_s": training_speed(str(workdir)),
+                             "train_tokens_per_s": training_speed(records),
                              "evaluate": read_json(str(workdir / "evaluate.json")), "calls": []}
     for line in read_lines(str(workdir / "sampling_sweep.jsonl"))[0]:
         found["calls"].append({"steps": line["sampling"]["steps"], "network_calls": line["sampling"]["network_calls"],

@@ -32,7 +32,7 @@ from hdlm_jax.training.state import build
 from tools import cli
 from tools.plan import balanced
 
-KEPT = Path(__file__).resolve().parent.parent / "docs" / "runs" / "isoflop.jsonl"
+KEPT = cli.ROOT / "docs" / "runs" / "isoflop.jsonl"
 KINDS = ("ar", "mdlm", "hdlm")
 SIZES = ("32x2", "64x2", "96x3", "128x4")
 LEAST_STEPS = 40  # fewer say nothing of a size

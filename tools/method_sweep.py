@@ -13,7 +13,6 @@ are about as varied as real text: a sampler that repeats itself has a low perple
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import os
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from hdlm_jax.evaluation import judges
 from hdlm_jax.runs.generate import real_texts
 from hdlm_jax.training.loading import Run, load_here, saved_config
 from tools import cli
-from tools.sampling_sweep import measure
+from tools.sampling_sweep import measure, opened
 
 FILE = "method_sweep.jsonl"
 VARIED = 0.2  # nats that a text's unigram entropy may lie below real text's
@@ -205,9 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("method_sweep"):
         given = parse(argv)
         config = saved_config(given.workdir[0])
-        config = dataclasses.replace(config, parallel=type(config.parallel)())
         parallel.keep_compiled()
-        judge = judges.open_judge(given.judge, given.judge_dtype, config.parallel, parallel.make_mesh(config))
+        judge = opened(given, config)
         lines = [line for workdir in given.workdir for line in sweep(workdir, given, judge)]
         out = given.out or given.workdir[0]
         text = table(lines)

@@ -25,7 +25,7 @@ from absl import logging
 
 from hdlm_jax.common import jsons, parallel
 from hdlm_jax.common.console import markdown, readable, say
-from hdlm_jax.config import CLUSTERS, FORCE_TRANSITIONS, GenerateConfig, expand
+from hdlm_jax.config import CLUSTERS, FORCE_TRANSITIONS, Config, GenerateConfig, ParallelConfig, expand
 from hdlm_jax.decoding.sampler import Sampler, compile_for, ended, sampler_of, start_canvas
 from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.runs.generate import identity, sampling_facts
@@ -165,6 +165,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return ask.parse_args(argv)
 
 
+def opened(given: argparse.Namespace, config: Config) -> judges.Judge:
+    """The judge that was asked for, over all devices, however a run's config divides them."""
+    config = dataclasses.replace(config, parallel=ParallelConfig())
+    return judges.open_judge(given.judge, given.judge_dtype, config.parallel, parallel.make_mesh(config))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("sampling_sweep"):
         given = parse(argv)
@@ -176,9 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parallel.keep_compiled()
         judge = None
         if given.judge:
-            config = configs[0]
-            config = dataclasses.replace(config, parallel=type(config.parallel)())
-            judge = judges.open_judge(given.judge, given.judge_dtype, config.parallel, parallel.make_mesh(config))
+            judge = opened(given, configs[0])
         print("\n" + table([line for workdir in given.workdir for line in sweep(workdir, given, judge)]))
 
 

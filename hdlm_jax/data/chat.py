@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from hdlm_jax.common.extras import package
 from hdlm_jax.data.base_tokenizer import Tokenizer
 from hdlm_jax.data.hub_tokenizer import HubTokenizer
-from hdlm_jax.data.sources import package
 
 Message: TypeAlias = Mapping[str, Any]  # "role" and "content", both texts; a template may know of more
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")  # marks for training that render nothing

@@ -98,7 +98,7 @@ def _cells(workdir: str) -> dict[str, str | None]:
     return dict.fromkeys(("nats/token", "bits/byte", "perplexity")) | {
         "levels": " → ".join(map(str, sizes)) or None, "step": str(step) if step else None,
         "parameters": count(e.get("params")), "training tokens": count(trained), **_bound(workdir, e, records),
-        **dict(zip(JUDGED, _judged(g), strict=True)), "train tok/s": count(run_files.training_speed(workdir)),
+        **dict(zip(JUDGED, _judged(g), strict=True)), "train tok/s": count(run_files.training_speed(records)),
         "sample tok/s": count(g.get("tokens_per_s")),
         "network calls": f"{g['network_calls']:.0f}" if g else None}
 

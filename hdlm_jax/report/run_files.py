@@ -39,11 +39,6 @@ def show_word(raw: bytes, pieces: bool = False) -> str:
     return "".join(c if c.isprintable() else _VISIBLE.get(c) or c.encode("unicode_escape").decode() for c in text)
 
 
-def curves(workdir: str) -> dict[str, Any] | None:
-    """metrics.jsonl as `curves_of` gives it."""
-    return curves_of(read_metrics(os.path.join(workdir, "metrics.jsonl")))
-
-
 def curves_of(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Records as columns: train (tokens, loss, nelbo) and valid (tokens, nelbo); None where there are none."""
     train = [r for r in records if r.get("loss") is not None]
@@ -65,9 +60,9 @@ def bits_per_nat(config: Config, workdir: str) -> float | None:
         return None
 
 
-def training_speed(workdir: str) -> float | None:
+def training_speed(records: Sequence[dict[str, Any]]) -> float | None:
     """Median training tokens a second over a run's records."""
-    speeds = [r["tokens_per_s"] for r in read_metrics(os.path.join(workdir, "metrics.jsonl")) if r.get("tokens_per_s")]
+    speeds = [r["tokens_per_s"] for r in records if r.get("tokens_per_s")]
     return float(np.median(speeds)) if speeds else None
 
 
@@ -166,10 +161,10 @@ def gather(workdir: str, film: bool = True) -> dict[str, Any]:
       ConfigError: no run there.
     """
     config = saved_config(workdir)
-    process = config.diffusion.process
+    process, records = config.diffusion.process, read_metrics(os.path.join(workdir, "metrics.jsonl"))
     out: dict[str, Any] = {"name": os.path.basename(os.path.abspath(workdir)), "workdir": workdir,
-                           "config": jsons.plain(config.as_dict()), "process": process, "curves": curves(workdir),
-                           "train_speed": training_speed(workdir)}
+                           "config": jsons.plain(config.as_dict()), "process": process, "curves": curves_of(records),
+                           "train_speed": training_speed(records)}
     for name in ("evaluate", "generate", "tasks"):
         out[name] = read_optional(workdir, f"{name}.json")
     out |= {"hierarchy": None, "trajectories": None, "occupancy": None, "unigram": None}

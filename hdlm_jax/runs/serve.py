@@ -64,7 +64,7 @@ class Server:
         self.name = str(about.get("name", "run"))
         g = run.config.generate
         more = {"seq_len": run.config.model.seq_len, "step": run.step, "methods": methods(run),
-                "chats": bool(getattr(run.tokenizer, "chat_template", "")),
+                "chats": bool(run.tokenizer.chat_template),
                 "default": {"method": g.method, "options": g.options, "steps": g.steps}}
         self.about = jsons.dumps(about | more, ensure_ascii=False).encode("utf-8", "replace")
         self.statuses: Counter[int] = Counter()

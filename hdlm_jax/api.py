@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from hdlm_jax.data import features as vectors
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import desk
 from hdlm_jax.decoding import texts as asking
-from hdlm_jax.decoding.sampler import load_helper, sampler_of
+from hdlm_jax.decoding.sampler import Classifier, Sampler, load_helper, sampler_of
 from hdlm_jax.evaluation.conditional import rows_behind
 from hdlm_jax.evaluation.elbo import evaluator_of, text_nats
 from hdlm_jax.report import notebook
@@ -29,8 +29,6 @@ from hdlm_jax.report.run_files import counted
 from hdlm_jax.runs import import_weights, refine, stages, tune
 from hdlm_jax.runs.interrupt import RESUME_EXIT
 from hdlm_jax.training.loading import load_here, with_base
-
-Classifier: TypeAlias = Callable[[jax.Array], jax.Array]  # one-hot states float32 [b, S, N] -> log p(y) [b]
 
 
 def _texts_of(name: str, given: object) -> list[str]:
@@ -187,7 +185,7 @@ class Model:
             raise ConfigError(f"generate.schema={g.schema!r}: here call Model.json(schema)")
         return g
 
-    def _draw_with(self, g: GenerateConfig, classifier: Classifier | None = None) -> Any:
+    def _draw_with(self, g: GenerateConfig, classifier: Classifier | None = None) -> Sampler:
         """The sampler for these settings."""
         if classifier is not None or g.helper:
             return sampler_of(self.run, load_helper(self.run, g), classifier)

@@ -133,7 +133,7 @@ def _features(run: Run, g: GenerateConfig) -> np.ndarray | None:
     return found[np.arange(g.num_samples) % len(found)]
 
 
-def _sample(run: Run, workdir: str, made_from: dict, helper: Run, features: np.ndarray | None
+def _sample(run: Run, workdir: str, made_from: dict, helper: Run | None, features: np.ndarray | None
             ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Draws the samples and writes them: the summary, and the tokens of each."""
     g = run.config.generate

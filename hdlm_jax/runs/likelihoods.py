@@ -35,7 +35,8 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     todo = policies(run)
     manifest = load_manifest(run.data_dir)
     made_from = measured_on(run, manifest, SETTINGS)
-    made_from |= {"helper": identity(load_helper(run, config.generate))} if config.generate.helper else {}
+    helper = load_helper(run, config.generate)
+    made_from |= {"helper": identity(helper)} if helper else {}
     path, arrays = os.path.join(workdir, FILE), os.path.join(workdir, FILE.replace(".json", ".npz"))
     result = processes.on_main_process(lambda: reuse(path, made_from)) or {"decodings": {}} | jsons.plain(made_from)
     each = _arrays(arrays) if result["decodings"] and processes.is_main_process() else {}

@@ -170,7 +170,7 @@ class Model:
         g = self._settings(settings, length=0, prompt="", steps=steps, num_samples=num_samples)
         return self._texts([asking.filled(self.run, g, one) for one in _texts_of("infill", text)], g)
 
-    def json(self, schema: Any, num_samples: int = 1, steps: int = 64, prompt: str = "", budget: int = 16,
+    def json(self, schema: object, num_samples: int = 1, steps: int = 64, prompt: str = "", budget: int = 16,
              **settings: Any) -> list[Any]:
         """Objects of a JSON schema (a dict, or its text), whatever the model is like: hdlm_jax.decoding.schema."""
         g = self._settings(settings, length=0, prompt=prompt, steps=steps, num_samples=num_samples)

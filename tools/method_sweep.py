@@ -47,7 +47,7 @@ def settings(run: Run, given: argparse.Namespace) -> list[GenerateConfig]:
     for text in given.methods or every:
         name, _, options = text.partition(" ")
         method = presets.make(name, options)
-        why = ("it knows no levels that drop" if name != "ancestral" and not hasattr(run.process, "chain") else
+        why = ("it knows no levels that drop" if name != "ancestral" and not run.process.unmasks else
                "it needs --helper" if method.needs in presets.HELPERS and not given.helper else
                "it needs a head for an order" if method.needs == "order" and not run.config.model.order else
                "it needs a function" if method.needs == "classifier" else
@@ -65,7 +65,7 @@ def settings(run: Run, given: argparse.Namespace) -> list[GenerateConfig]:
     return out
 
 
-def sweep(workdir: str, given: argparse.Namespace, judge: Any) -> list[dict[str, Any]]:
+def sweep(workdir: str, given: argparse.Namespace, judge: judges.Judge) -> list[dict[str, Any]]:
     """All lines that were asked for, and first one of real text, which has no sampling."""
     run = load_here(workdir)
     todo, lines, length = settings(run, given), [], run.config.model.seq_len
@@ -86,11 +86,11 @@ def sweep(workdir: str, given: argparse.Namespace, judge: Any) -> list[dict[str,
     return lines
 
 
-def _steps(g: GenerateConfig) -> Any:
+def _steps(g: GenerateConfig) -> float | None:
     return presets.make(g.method, g.options, g.steps).numbers.get("steps")
 
 
-def label(method: str, options: str, steps: Any) -> str:
+def label(method: str, options: str, steps: float | None) -> str:
     """'max_prob T=16 block=32'."""
     return " ".join(part for part in (method, f"T={steps}" if steps else "", options) if part)
 

@@ -27,6 +27,7 @@ from hdlm_jax.common import jsons, parallel
 from hdlm_jax.common.console import markdown, readable, say
 from hdlm_jax.config import CLUSTERS, FORCE_TRANSITIONS, Config, GenerateConfig, ParallelConfig, expand
 from hdlm_jax.decoding.sampler import Sampler, compile_for, ended, sampler_of, start_canvas
+from hdlm_jax.diffusion.process import Process
 from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.runs.generate import identity, sampling_facts
 from hdlm_jax.training.loading import Run, load_here, saved_config
@@ -35,10 +36,10 @@ from tools import cli
 FILE = "sampling_sweep.jsonl"
 
 
-def samplers(process: Any, forces: Sequence[str], clusters: Sequence[str]) -> list[list[tuple[str, str]]]:
+def samplers(process: Process, forces: Sequence[str], clusters: Sequence[str]) -> list[list[tuple[str, str]]]:
     """Pairs (force transition, clusters) in groups that draw the same samples (docs/theory.md sections 3 and 4)."""
     groups: dict[tuple, list[tuple[str, str]]] = {}
-    if not hasattr(process, "force_transition"):
+    if not process.force_transition:
         return [[("", "exact")]]
     for force, shown in itertools.product(forces, clusters):
         if process.num_levels == 1:  # no token ever shows a cluster
@@ -69,7 +70,7 @@ def basis(given: argparse.Namespace) -> GenerateConfig:
                           batch_size=given.batch_size, seed=given.seed, checkpoint=given.checkpoint)
 
 
-def sweep(workdir: str, given: argparse.Namespace, judge: Any = None) -> list[dict[str, Any]]:
+def sweep(workdir: str, given: argparse.Namespace, judge: judges.Judge | None = None) -> list[dict[str, Any]]:
     """Samples and judges every setting of a run that its file does not hold yet; gives back all that were asked for."""
     run, asked = load_here(workdir, given.checkpoint), []
     draw = sampler_of(run)
@@ -81,7 +82,7 @@ def sweep(workdir: str, given: argparse.Namespace, judge: Any = None) -> list[di
     return asked
 
 
-def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: GenerateConfig, judge: Any,
+def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: GenerateConfig, judge: judges.Judge | None,
             about: dict[str, Any], prompts: np.ndarray | None = None) -> dict[str, Any]:
     """Samples and judges one setting, unless WORKDIR/file holds it already; `name` for who reads along.
 

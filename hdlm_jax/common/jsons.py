@@ -13,9 +13,11 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
+
+Json: TypeAlias = dict[str, Any]  # an object, as JSON calls it
 
 
 def plain(value: object) -> Any:
@@ -73,13 +75,13 @@ def of_types(path: str | os.PathLike, found: Mapping[str, Any], kinds: Mapping[s
                              f"{reprlib.repr(found[name])}; {_REMEDY}")
 
 
-def read_lines(path: str | os.PathLike, *numbers: str) -> tuple[list[dict[str, Any]], list[int]]:
+def read_lines(path: str | os.PathLike, *numbers: str) -> tuple[list[Json], list[int]]:
     """The objects of a file of JSON lines, and the numbers of the lines that are none.
 
     numbers: keys that each object has, with a number. No file has no lines; a last line that a kill left half written
     counts for nothing.
     """
-    records: list[dict[str, Any]] = []
+    records: list[Json] = []
     damaged: list[int] = []
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -112,7 +114,7 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Any], compressed:
         (np.savez_compressed if compressed else np.savez)(file, **arrays)
 
 
-def reuse(path: str | os.PathLike, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+def reuse(path: str | os.PathLike, made_from: Mapping[str, Any]) -> Json | None:
     """A result written by write_json, if it is there and was made from the same things."""
     found = read_json(path, optional=True)
     return found if found is not None and all(found.get(k) == plain(v) for k, v in made_from.items()) else None

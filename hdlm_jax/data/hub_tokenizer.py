@@ -16,6 +16,7 @@ import numpy as np
 
 from hdlm_jax.common import jsons
 from hdlm_jax.common.extras import package
+from hdlm_jax.common.jsons import Json
 from hdlm_jax.data.base_tokenizer import JSON_FILE, Tokenizer, byte_alphabet, check_sha256, utf8
 from hdlm_jax.data.hub_files import BLANK, HUB_FILE, NO_HUB, PLAIN_FILE, Found, deciding_file, parsed, read
 
@@ -197,7 +198,7 @@ class HubTokenizer(Tokenizer):
         jsons.write_json(folder / JSON_FILE, facts, indent=2)
 
 
-def load(folder: Path, facts: dict[str, Any]) -> HubTokenizer:
+def load(folder: Path, facts: Json) -> HubTokenizer:
     """The tokenizer that `HubTokenizer.save` wrote; facts: what the folder's JSON_FILE holds. ValueError if damaged."""
     place = folder / JSON_FILE
     kinds = {"eot": int, "turn_end": int, "names": dict, "ends": list, "chat_template": str}
@@ -206,16 +207,10 @@ def load(folder: Path, facts: dict[str, Any]) -> HubTokenizer:
     jsons.of_types(place, facts, kinds)
     if not all(isinstance(text, str) for text in (*facts["ends"], *facts["names"].values())):
         raise ValueError(f"{place}: damaged, names and ends must be texts")
-    raw = read_checked(folder / HUB_FILE, facts["sha256"])
+    raw = read(folder / HUB_FILE).raw
+    check_sha256(folder / HUB_FILE, hashlib.sha256(raw).hexdigest(), facts["sha256"])
     found = Found(raw, facts["names"], tuple(facts["ends"]), facts["chat_template"])
     return HubTokenizer(found, folder / HUB_FILE, facts["eot"], facts["turn_end"])
-
-
-def read_checked(path: Path, sha256: str) -> bytes:
-    """The bytes of a file of this sha256 (hex; '' any); ValueError where it is missing or another."""
-    found = read(path).raw
-    check_sha256(path, hashlib.sha256(found).hexdigest(), sha256)
-    return found
 
 
 def make(path: str, sha256: str = "") -> HubTokenizer:
@@ -240,7 +235,7 @@ def make(path: str, sha256: str = "") -> HubTokenizer:
 # -------------------------------------------------------------------------------------------- a tokenizer.json
 
 
-def _nodes(node: Any) -> Iterator[dict[str, Any]]:
+def _nodes(node: object) -> Iterator[Json]:
     """The parts of a normalizer or pre-tokenizer, out of their sequences."""
     if isinstance(node, dict) and node.get("type") == "Sequence":
         for part in [*(node.get("pretokenizers") or []), *(node.get("normalizers") or [])]:
@@ -249,7 +244,7 @@ def _nodes(node: Any) -> Iterator[dict[str, Any]]:
         yield {"type": ""} | node
 
 
-def _settled(found: Found, path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, int]]:
+def _settled(found: Found, path: str | os.PathLike) -> tuple[Json, dict[str, int]]:
     """(a tokenizer.json that says how text is cut and merged alone, name -> id of its special tokens).
 
     Every id of 0..V-1 has a token in it: the library counts added tokens on from the vocabulary, whatever their ids.
@@ -286,7 +281,7 @@ def _settled(found: Found, path: str | os.PathLike) -> tuple[dict[str, Any], dic
     return settled, special
 
 
-def _numbered(vocabulary: dict[str, int], added: list[dict[str, Any]], path: str | os.PathLike
+def _numbered(vocabulary: dict[str, int], added: list[Json], path: str | os.PathLike
               ) -> tuple[dict[str, int], dict[str, int]]:
     """(the vocabulary without gaps, name -> id of the special tokens, ids without a token among them)."""
     by_id: dict[int, str] = {}
@@ -301,7 +296,7 @@ def _numbered(vocabulary: dict[str, int], added: list[dict[str, Any]], path: str
     return vocabulary, special | gaps
 
 
-def _normalizer(node: Any, path: str | os.PathLike) -> dict[str, Any] | None:
+def _normalizer(node: object, path: str | os.PathLike) -> Json | None:
     """The normalizer without a blank in front; ValueError where it loses more than NFC does."""
     parts = [part for part in _nodes(node) if part["type"] != "Prepend"]
     for part in parts:
@@ -311,7 +306,7 @@ def _normalizer(node: Any, path: str | os.PathLike) -> dict[str, Any] | None:
     return {"type": "Sequence", "normalizers": parts} if parts else None
 
 
-def _without_prefix(node: Any) -> dict[str, Any] | None:
+def _without_prefix(node: object) -> Json | None:
     """The pre-tokenizer, without a blank in front of the text."""
     parts = []
     for part in _nodes(node):
@@ -323,7 +318,7 @@ def _without_prefix(node: Any) -> dict[str, Any] | None:
     return {"type": "Sequence", "pretokenizers": parts} if parts else None
 
 
-def _words(spec: dict[str, Any], special: dict[str, int], size: int, bytewise: bool) -> tuple[bytes, ...]:
+def _words(spec: Json, special: dict[str, int], size: int, bytewise: bool) -> tuple[bytes, ...]:
     """The bytes of every id; of a special one its name."""
     words, alphabet, fallback = [b""] * size, byte_alphabet(), spec["model"].get("byte_fallback")
 
@@ -342,9 +337,9 @@ def _words(spec: dict[str, Any], special: dict[str, int], size: int, bytewise: b
     return tuple(words)
 
 
-def _deciding(spec: dict[str, Any], eot: int) -> str:
+def _deciding(spec: Json, eot: int) -> str:
     """All that decides ids, as one text: without what is null, false or empty, which files may write or leave out."""
-    def said(value: Any) -> Any:
+    def said(value: object) -> object:
         if isinstance(value, dict):
             return {name: said(one) for name, one in value.items() if one or one == 0 and one is not False}
         return [said(one) for one in value] if isinstance(value, list) else value

@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from hdlm_jax.common import jsons
-from hdlm_jax.config import DataConfig, TokenizerConfig
+from hdlm_jax.config import DataConfig, TokenizerConfig, expand
 from hdlm_jax.data import shards, tokenizers
 from hdlm_jax.data.base_tokenizer import check_sha256
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
+from hdlm_jax.data.hub_files import deciding_file
 from hdlm_jax.data.records import Bad, check_bad, digest
 from hdlm_jax.data.shards import Range, read_index, totals, write_json
 from hdlm_jax.data.sources import identity, resolve, source_facts
@@ -160,7 +161,8 @@ def prepare(out_dir: str | os.PathLike, data: DataConfig, tokenizer: TokenizerCo
     job = _job(folder, data, reader, train, valid)
     last = data.validation_documents if data.split == "last" and not valid else 0
     words, begun = _begin(job, settings, sources, tokenizer, last, say)
-    job = dataclasses.replace(job, id=_hash(begun), dtype="uint16" if words.vocab_size <= 65535 else "uint32")
+    job = dataclasses.replace(job, id=hashlib.sha256(jsons.dumps(begun, sort_keys=True).encode()).hexdigest(),
+                              dtype="uint16" if words.vocab_size <= 65535 else "uint32")
 
     index, workers = data.worker()
     mine = [u for u in shards.unfinished(job) if u % workers == index]
@@ -306,15 +308,11 @@ def _facts(sources: list[str], tokenizer: TokenizerConfig, seen: _Seen) -> list[
         facts = list(pool.map(lambda source: source_facts(source, lambda path: seen.facts(Path(path))), sources))
     if not tokenizer.file:
         return facts
-    file = tokenizers.vocabulary_file(tokenizer)
+    file = deciding_file(expand(tokenizer.file))  # of tokenizer.kind='hub' the one in a folder
     try:
         return [*facts, [file.name, *seen.facts(file)]]
     except OSError as error:
         raise ValueError(f"tokenizer.file {tokenizer.file!r} cannot be read: {error.strerror}") from None
-
-
-def _hash(facts: dict) -> str:
-    return hashlib.sha256(jsons.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: TokenizerConfig, last: int,

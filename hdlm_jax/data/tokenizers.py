@@ -22,7 +22,7 @@ import numpy as np
 
 from hdlm_jax.common import jsons
 from hdlm_jax.common.extras import package
-from hdlm_jax.config import TokenizerConfig, expand
+from hdlm_jax.config import expand
 from hdlm_jax.data import hub_tokenizer
 from hdlm_jax.data.base_tokenizer import (
     END_OF_TEXT,
@@ -134,11 +134,6 @@ def _unchanged(folder: Path, tokenizer: Tokenizer, facts: dict) -> Tokenizer:
         raise ValueError(f"{folder}: tokenizer fingerprint is {tokenizer.fingerprint[:12]}, was saved as "
                          f"{facts['fingerprint'][:12]}")
     return tokenizer
-
-
-def vocabulary_file(tokenizer: TokenizerConfig) -> Path:
-    """The file that tokenizer.file means: itself, or the one in a folder of tokenizer.kind='hub'."""
-    return hub_tokenizer.deciding_file(expand(tokenizer.file))
 
 
 def _read(path: str | os.PathLike, sha256: str) -> bytes:

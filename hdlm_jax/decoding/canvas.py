@@ -75,7 +75,7 @@ def some(canvas: np.ndarray | Canvas, part: slice) -> np.ndarray | Canvas:
     if isinstance(canvas, np.ndarray):
         return canvas[part]
     features = None if canvas.features is None else canvas.features[part]
-    return Canvas(*(rows[part] for rows in canvas[:4]), canvas.allowed, features)
+    return Canvas(canvas.z[part], canvas.given[part], canvas.kind[part], canvas.length[part], canvas.allowed, features)
 
 
 def together(parts: Sequence[Canvas]) -> Canvas:

@@ -29,7 +29,7 @@ from hdlm_jax.diffusion.autoregressive import AutoregressiveProcess
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.gidd import GiddProcess
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
-from hdlm_jax.diffusion.prediction import Prediction
+from hdlm_jax.diffusion.prediction import Predictions
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models import order, quantise
 from hdlm_jax.models.adjust import Adjust
@@ -113,7 +113,7 @@ def denoiser(program: Program, network: Trunk, params: Tree, process: Hierarchic
     return out
 
 
-def reads(network: Trunk, params: Tree) -> Callable[[jax.Array], Prediction]:
+def reads(network: Trunk, params: Tree) -> Callable[[jax.Array], Predictions]:
     """tokens int32 [b, S] -> prediction of each given those before it, of an autoregressive run."""
     shifted = AutoregressiveProcess(network.head.hierarchy).shifted
     return lambda x: network.denoise(params, shifted(x), jnp.zeros(len(x)))
@@ -314,7 +314,7 @@ def key_data(seed: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
-def quantised(params: Tree, weights: tuple[int, str]) -> Tree:
+def quantised(params: Tree, weights: tuple) -> Tree:
     """Parameters rounded as Method.weights says, where they lay."""
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), quantise.quantise(params, *weights), params)
 

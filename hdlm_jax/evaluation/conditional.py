@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from hdlm_jax.common.jsons import Json
 from hdlm_jax.config import GenerateConfig
 from hdlm_jax.decoding.sampler import ended, sampler_of, start_canvas, text_of
 from hdlm_jax.evaluation.rows import Piece, to_rows
@@ -54,7 +55,7 @@ def write(run: Run, rows: dict[str, np.ndarray], g: GenerateConfig) -> Written:
     return Written(text, written, calls)
 
 
-def measured(found: Written, g: GenerateConfig) -> dict[str, Any]:
+def measured(found: Written, g: GenerateConfig) -> Json:
     """exact_match, the share of texts written exactly, with its binomial standard error; character_error, edits for a
     character of the right texts; and how they were written."""
     right, se = share_of([a == b for a, b in zip(found.text, found.written, strict=True)])
@@ -64,7 +65,7 @@ def measured(found: Written, g: GenerateConfig) -> dict[str, Any]:
             "exact_match_calls": float(found.calls.mean())} | how(g)
 
 
-def how(g: GenerateConfig) -> dict[str, Any]:
+def how(g: GenerateConfig) -> Json:
     """The settings of `generate` that decide what is written."""
     names = ("method", "options", "steps", "temperature", "top_p", "seed", "force_transition")
     return {"exact_match_generate": {name: getattr(g, name) for name in names}}

@@ -21,7 +21,7 @@ import numpy as np
 
 from hdlm_jax.common import jsons, parallel, processes
 from hdlm_jax.common.console import measured, say
-from hdlm_jax.common.jsons import read_json
+from hdlm_jax.common.jsons import Json, read_json
 from hdlm_jax.config import ConfigError, ParallelConfig
 from hdlm_jax.data.base_tokenizer import byte_alphabet
 from hdlm_jax.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
@@ -55,7 +55,7 @@ class Judge(abc.ABC):
       kind: "gpt2", "autoregressive" or "bound" (nats are upper bounds); rule: which tokens are scored, given what.
     """
 
-    identity: dict[str, Any]
+    identity: Json
     tokenizer: Tokenizer
     kind: str
     rule: str
@@ -255,7 +255,7 @@ def open_judge(path: str, dtype: str = "float32", shape: ParallelConfig = Parall
                       f"{', '.join(name for name, package in PACKAGES.items() if package.weights)}")
 
 
-def made_from(judge: Judge) -> dict[str, Any]:
+def made_from(judge: Judge) -> Json:
     """What a record depends on beside the texts: it is made anew when that changes."""
     return judge.identity | {"mauve": mauve_installed()}
 
@@ -282,7 +282,7 @@ def _mauve(judge: Judge, features: np.ndarray | None, kept: list[bool], referenc
 
 
 def record(judge: Judge, tokenizer: Tokenizer, texts: Texts, given: int = 0,
-           reference: Texts | str = "") -> dict[str, Any]:
+           reference: Texts | str = "") -> Json:
     """All numbers of sampled texts; units are nats and tokens.
 
     Args:
@@ -314,7 +314,7 @@ def record(judge: Judge, tokenizer: Tokenizer, texts: Texts, given: int = 0,
         "mauve": score, "mauve_note": note, "made_from": made_from(judge)}
 
 
-def perplexity(found: dict[str, Any]) -> str:
+def perplexity(found: Json) -> str:
     """'143.20 ± 3.10' or '<= 143.20 ± 3.10 (bound)' of a record."""
     end = "_bound" if found["bound"] else ""
     text = measured(found[f"perplexity{end}"], found[f"perplexity_se{end}"], ".2f")
@@ -324,7 +324,7 @@ def perplexity(found: dict[str, Any]) -> str:
     return f"<= {text} (bound{told})" if found["bound"] else text
 
 
-def tell(found: dict[str, Any]) -> None:
+def tell(found: Json) -> None:
     """The record as one line."""
     numbers = [f"{label} {found[name]:.3f}" for label, name in (
         ("unigram entropy", "unigram_entropy"), ("distinct-2", "distinct_2"), ("repetition", "repetition_4"),

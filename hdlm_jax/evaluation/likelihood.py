@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -27,6 +27,7 @@ from hdlm_jax.decoding.loop import Loop, Sampling, loop_of
 from hdlm_jax.decoding.policy import Draw, Drawn, Policy, View
 from hdlm_jax.decoding.sampler import (
     Program,
+    Tools,
     check_order,
     checked_tools,
     denoiser,
@@ -48,7 +49,7 @@ from hdlm_jax.training.loading import Run
 class TeacherForced(Draw):
     """Writes extra["text"] int32 [b, S] in place of draws; memory nats float32 [b, S]: what they would have cost."""
 
-    def memory(self, view: View) -> dict[str, Any]:
+    def memory(self, view: View) -> dict[str, jax.Array]:
         return {"nats": jnp.zeros(view.z.shape, jnp.float32)}
 
     def __call__(self, view: View, loop: Loop, prediction: Any, target: jax.Array) -> Drawn:
@@ -63,7 +64,7 @@ class TeacherForced(Draw):
 
         return told, loop.at_wanted(find, falls, jnp.zeros(told.shape, jnp.float32))
 
-    def remember(self, view: View, z: jax.Array, unmasked: jax.Array) -> dict[str, Any]:
+    def remember(self, view: View, z: jax.Array, unmasked: jax.Array) -> dict[str, jax.Array]:
         return {"nats": view.memory["nats"] - jnp.where(unmasked, view.sure, 0.0)}
 
 
@@ -126,7 +127,8 @@ def is_exact(policy: Policy, process: Process) -> bool:
 
 
 def make_likelihood_step(network: Trunk, process: HierarchicalProcess, program: Program, numbers: Mapping[str, Any],
-                         mesh: Mesh | None = None, tools: Any = None) -> Any:
+                         mesh: Mesh | None = None, tools: Tools | None = None
+                         ) -> Callable[[Tree, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
     """step(params, batch, key) -> (nats float32 [b, S], calls int32 [b]); tools: a helper's (sampler.tools_of),
     params then being a pair.
 
@@ -210,9 +212,9 @@ def likelihoods(run: Run, rows: dict[str, np.ndarray], program: Program, numbers
     method = program.method._replace(policy=teacher_forced(program.method, run.process))
     program = dataclasses.replace(program, method=method, cut=bool((canvases["length"] < width).any()))
     params = quantised(run.params, method.weights) if method.weights else run.params
-    helper: Any = load_helper(run, run.config.generate) if method.needs else None
+    helper = load_helper(run, run.config.generate) if method.needs else None
     tools = checked_tools(helper, method, run.process, f"evaluate.decodings={name!r}")
-    params = (params, helper.params) if tools else params
+    params = (params, helper.params) if helper and tools else params
     step = make_likelihood_step(run.network, cast(HierarchicalProcess, run.process), program, numbers, run.mesh, tools)
     most = e.batch_size or parallel.batch_shards(run.mesh) * max(1, 8192 // width)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from hdlm_jax.common.jsons import Json
 from hdlm_jax.config import GenerateConfig
 from hdlm_jax.data.chat import chat_ids
 from hdlm_jax.data.tokenizers import Tokenizer
@@ -58,7 +59,7 @@ def answers(run: Run, problems: Sequence[Problem], g: GenerateConfig) -> tuple[l
     return texts, np.concatenate(calls)
 
 
-def solve(run: Run, problems: Sequence[Problem], g: GenerateConfig) -> dict[str, Any]:
+def solve(run: Run, problems: Sequence[Problem], g: GenerateConfig) -> Json:
     """Accuracy with its standard error, the share of answers that give a number, calls a problem, and the answers.
 
     Raises:

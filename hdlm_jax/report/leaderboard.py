@@ -13,13 +13,13 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from absl import logging
 
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import markdown, measured, readable, say
-from hdlm_jax.common.jsons import read_lines, write_atomic
+from hdlm_jax.common.jsons import Json, read_lines, write_atomic
 from hdlm_jax.evaluation.text_statistics import in_percent
 from hdlm_jax.report import page
 from hdlm_jax.runs import leaderboard
@@ -64,12 +64,12 @@ def _sum(value: int | None) -> Cell:
     return Cell(f"{value:,}", "", value) if value is not None else Cell("", "not loaded")
 
 
-def law(found: dict[str, Any]) -> str:
+def law(found: Json) -> str:
     """'exact' or 'bound', and what it is given where that is not nothing."""
     return ("exact" if found["exact"] else "bound") + ", given lengths" * (found["given"] == "lengths")
 
 
-def _scored(found: dict[str, Any], name: str, se: str) -> Cell:
+def _scored(found: Json, name: str, se: str) -> Cell:
     """A NELBO in some unit: exact, or ≤ before what is a bound."""
     if "why" in found:
         return Cell(note=found["why"])
@@ -79,7 +79,7 @@ def _scored(found: dict[str, Any], name: str, se: str) -> Cell:
     return Cell(sign + measured(found[name], found[se]), law(found), found[name])
 
 
-def _difference(found: dict[str, Any]) -> Cell:
+def _difference(found: Json) -> Cell:
     if "why" in found:
         return Cell(note=found["why"])
     if (pair := found.get("difference")) is None:
@@ -90,7 +90,7 @@ def _difference(found: dict[str, Any]) -> Cell:
     return Cell(shown, f"of a {law(found)}" * (not found["exact"]), pair["bits_per_byte"])
 
 
-def _accuracy(found: dict[str, Any]) -> Cell:
+def _accuracy(found: Json) -> Cell:
     if "why" in found:
         return Cell(note=found["why"])
     chance = f", chance {100 * found['chance']:.1f} %" if found.get("chance") else ""
@@ -98,7 +98,7 @@ def _accuracy(found: dict[str, Any]) -> Cell:
                 100 * found["accuracy"])
 
 
-def _model(row: dict[str, Any]) -> Cell:
+def _model(row: Json) -> Cell:
     m = row["model"]
     return Cell(page.kind_of(m["process"], m["levels"]), page.levels_of(m["process"], m["levels"])) if m else Cell(
         note=row["why"])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
-from typing import Any
 
+from hdlm_jax.common.jsons import Json
 from hdlm_jax.report.page import describe, document
 from hdlm_jax.report.run_files import gather
 
 
-def about(workdir: str) -> dict[str, Any]:
+def about(workdir: str) -> Json:
     """What the page is told of a run: name, description, and its words and clusters."""
     run = gather(workdir)
     return {"name": run["name"], "description": describe(run), "hierarchy": run["hierarchy"]}

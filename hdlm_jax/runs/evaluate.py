@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from typing import Any
 
 import numpy as np
 
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import measured, readable, say
-from hdlm_jax.common.jsons import reuse, write_json
+from hdlm_jax.common.jsons import Json, reuse, write_json
 from hdlm_jax.common.parallel import MEASURED_PRECISION
 from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest
@@ -36,7 +35,7 @@ def run(config: Config, workdir: str) -> None:
         evaluate(config, workdir)
 
 
-def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
+def evaluate(config: Config, workdir: str, into: str = "") -> Json:
     """Measures a run's checkpoint on its validation split; writes and returns <workdir>/evaluate.json.
 
     Nats of each sequence go to evaluate_rows.npz, for paired comparisons. With evaluate.exact_match texts are written
@@ -91,7 +90,7 @@ def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     return result
 
 
-def _of_parts(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarray, levels: int) -> dict[str, Any]:
+def _of_parts(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarray, levels: int) -> Json:
     """The bound's two parts, symbols (by level) and observations, of the same draws: neither is a bound by itself."""
     parts = {"discrete": nats[..., :levels], "continuous": nats[..., levels:]}
     found = {name: summarise(part, tokens, tau, q) for name, part in parts.items()}
@@ -99,7 +98,7 @@ def _of_parts(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarr
     return both | {"levels": found["discrete"]["levels"]}
 
 
-def _exact_match(run: Run, config: Config, into: str) -> dict[str, Any]:
+def _exact_match(run: Run, config: Config, into: str) -> Json:
     """What `evaluation.conditional.measured` says of the first evaluate.exact_match validation records; they are kept
     beside what was written for them in exact_match.jsonl."""
     if not config.evaluate.exact_match:

@@ -17,7 +17,7 @@ import numpy as np
 
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
-from hdlm_jax.common.jsons import reuse, sha256_of, write_atomic, write_json
+from hdlm_jax.common.jsons import Json, reuse, sha256_of, write_atomic, write_json
 from hdlm_jax.config import Config, ConfigError, GenerateConfig
 from hdlm_jax.data import features as vectors
 from hdlm_jax.decoding import canvas as canvases
@@ -31,7 +31,7 @@ FILES = ("generate.json", "samples.jsonl", "trajectories.npz", "samples.txt")  #
 MOST_SCHEMA = 1 << 22  # bytes
 
 
-def generate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
+def generate(config: Config, workdir: str, into: str = "") -> Json:
     """Samples of a run: samples.txt to read, samples.jsonl with ids and costs, generate.json with the summary; in
     workdir, or in the folder `into`. Others that are there are kept, numbered.
 
@@ -74,13 +74,13 @@ def generate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     return result
 
 
-def identity(helper: Run) -> dict[str, Any]:
+def identity(helper: Run) -> Json:
     """What tells a helper from another one, or from itself trained further."""
     return {"step": helper.step, "tokenizer": helper.tokenizer.fingerprint,
             "weights": [float(jnp.sum(jnp.abs(a))) for a in jax.tree.leaves(helper.params)]}
 
 
-def sampling_facts(run: Run, g: GenerateConfig, result: dict[str, Any]) -> dict[str, Any]:
+def sampling_facts(run: Run, g: GenerateConfig, result: Json) -> Json:
     """How samples were drawn, in full: what a generative perplexity has to be quoted with."""
     trained = run.process.force_transition or None
     method = sampler.method_of(g)
@@ -134,7 +134,7 @@ def _features(run: Run, g: GenerateConfig) -> np.ndarray | None:
 
 
 def _sample(run: Run, workdir: str, made_from: dict, helper: Run | None, features: np.ndarray | None
-            ) -> tuple[dict[str, Any], list[np.ndarray]]:
+            ) -> tuple[Json, list[np.ndarray]]:
     """Draws the samples and writes them: the summary, and the tokens of each."""
     g = run.config.generate
     ids = run.tokenizer.encode(g.prompt) if g.prompt else np.zeros(0, np.int32)
@@ -234,7 +234,7 @@ def _trajectories(draw: sampler.Sampler, canvas: np.ndarray | canvases.Canvas, g
     return {"call": call[: last + 1]} | {name: a[:, : last + 1] for name, a in film.items()}
 
 
-def _keep(path: str, film: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+def _keep(path: str, film: dict[str, np.ndarray], about: Json) -> None:
     """Writes trajectories.npz; without a film one of other samples is removed."""
     if not film:
         return Path(path).unlink(missing_ok=True)

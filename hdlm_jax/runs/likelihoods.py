@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import measured, say
-from hdlm_jax.common.jsons import reuse, write_json
+from hdlm_jax.common.jsons import Json, reuse, write_json
 from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import Manifest, load_manifest
 from hdlm_jax.decoding.sampler import load_helper
@@ -24,7 +23,7 @@ FILE = "likelihoods.json"
 SETTINGS = ("draws", "rows", "checkpoint", "ema", "seed")  # of EvaluateConfig: what is measured here
 
 
-def evaluate(config: Config, workdir: str) -> dict[str, Any]:
+def evaluate(config: Config, workdir: str) -> Json:
     """Measures a run's checkpoint under each decoding; writes and returns <workdir>/likelihoods.json.
 
     Nats of each sequence go to likelihoods.npz, by decoding, for paired comparisons. What is there already, of the
@@ -60,7 +59,7 @@ def evaluate(config: Config, workdir: str) -> dict[str, Any]:
     return result
 
 
-def measured_on(run: Run, manifest: Manifest, settings: Sequence[str]) -> dict[str, Any]:
+def measured_on(run: Run, manifest: Manifest, settings: Sequence[str]) -> Json:
     """What a measurement of a run's validation split depends on; settings: names of those of EvaluateConfig."""
     return {"step": run.step, "data": manifest.fingerprint, "hierarchy_fingerprint": run.hierarchy.fingerprint,
             "packing": run.trained.data.packing, "padding": run.trained.data.padding, "given": run.given,
@@ -72,7 +71,7 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def _tell(text: str, found: dict[str, Any]) -> None:
+def _tell(text: str, found: Json) -> None:
     kind = "-log p" if found["exact"] else "a bound, the mean over random choices,"
     value = measured(found["nats"], found["se"], sign="+-")
     say(f"evaluate: {text}: {kind} {value} nats/token in {found['calls']:.1f} calls a text "

@@ -13,14 +13,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from typing import Any
 
 import numpy as np
 
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import markdown, say
 from hdlm_jax.common.console import perplexity as exp
-from hdlm_jax.common.jsons import read_json, write_atomic, write_json
+from hdlm_jax.common.jsons import Json, read_json, write_atomic, write_json
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.sources import resolve
@@ -34,7 +33,7 @@ from hdlm_jax.evaluation.text_statistics import in_percent, share_of
 from hdlm_jax.training.loading import check_writable, load_run
 
 
-def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bool) -> dict[str, Any]:
+def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bool) -> Json:
     """Nats per token, bits per byte and perplexities of documents, with standard errors. words: those by words too.
 
     With the protocol "document" by_document has nats float64, tokens and bytes int64 of each, all [n].
@@ -70,7 +69,7 @@ def _chance(questions: list[Question]) -> float | None:
     return float(np.mean(1 / np.array(choices))) if max(choices) > 1 else None
 
 
-def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
+def ranking(scorer: Scorer, questions: list[Question]) -> Json:
     """Accuracy by the conditional NELBO of the choices; of single choices its perplexity and the greedy one."""
     started, tokenizer = time.monotonic(), scorer.run.tokenizer
     encoded = [[encode_pair(tokenizer, *pair) for pair in zip(q.contexts, q.choices, strict=True)] for q in questions]
@@ -80,7 +79,7 @@ def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
     tokens = [np.array([len(c) for c in a.choices]) for a in asked]
     right = np.array([nats[i] for nats, i in zip(found.nats, label, strict=True)])
     length = np.array([n[i] for n, i in zip(tokens, label, strict=True)])
-    out: dict[str, Any] = {
+    out: Json = {
         "given": scorer.run.given_alone,
         "questions": len(questions), "draws": float(found.draws.mean()), "reached": float(found.reached.mean()),
         "cut": int(found.cut.sum()), "nelbo_of_right": float(right.sum() / length.sum()), "tokens": int(length.sum())}
@@ -116,7 +115,7 @@ def _read(config: Config, name: str, source: str | list[str]) -> tuple[list, str
     return benchmarks.load(name, source, config.evaluate.limit, reader), reader.detokenize or task.detokenize
 
 
-def run(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
+def run(config: Config, workdir: str, into: str = "") -> Json:
     """Runs config.evaluate.tasks; writes and returns <workdir>/tasks.json, and tasks.md, a table of it.
 
     The file grows by one entry a task (a task and protocol for perplexities), so a run that was stopped goes on where
@@ -131,11 +130,11 @@ def run(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     loaded = load_run(config, workdir, e.checkpoint, e.ema)
     check_writable(into)
     path = os.path.join(into, "tasks.json")
-    results: dict[str, Any] = processes.on_main_process(lambda: read_json(path, optional=True)) or {}
+    results: Json = processes.on_main_process(lambda: read_json(path, optional=True)) or {}
     scorer = Scorer(loaded, e)
     for name, (items, detokenizer) in data.items():
         task = TASKS[name]
-        made_from: dict[str, Any] = {
+        made_from: Json = {
             "step": loaded.step, "ema": loaded.ema, "hierarchy_fingerprint": loaded.hierarchy.fingerprint,
             "text": benchmarks.fingerprint(items), "draws": e.draws, "seed": e.seed, "cv2": e.cv2}
         g = config.generate
@@ -175,7 +174,7 @@ def run(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     return results
 
 
-def _with_se(found: dict[str, Any], name: str, digits: int) -> str:
+def _with_se(found: Json, name: str, digits: int) -> str:
     value, se = found.get(name), found.get(f"{name}_se" if name != "nelbo" else "se")
     if value is None:
         return ""
@@ -183,12 +182,12 @@ def _with_se(found: dict[str, Any], name: str, digits: int) -> str:
     return f"{value:{shown}}" + (f" ± {se:{shown}}" if se is not None else "")
 
 
-def _accuracy(found: dict[str, Any], by: str = "") -> str:
+def _accuracy(found: Json, by: str = "") -> str:
     share = found.get(f"accuracy{by}")
     return "" if share is None else in_percent(share, found["questions"])
 
 
-def _line(found: dict[str, Any]) -> str:
+def _line(found: Json) -> str:
     seconds = f"{found['seconds']:.0f} s"
     if found["kind"] == "perplexity":
         nats, bits, per_token = (_with_se(found, name, digits) or "-" for name, digits in (
@@ -203,13 +202,13 @@ def _line(found: dict[str, Any]) -> str:
             f"{found['draws']:.1f} draws, {seconds}")
 
 
-def newest(results: dict[str, Any]) -> dict[str, Any]:
+def newest(results: Json) -> Json:
     """Of tasks.json what was measured on the latest of its checkpoints."""
     step = max((r["made_from"]["step"] for r in results.values()), default=0)
     return {name: r for name, r in results.items() if r["made_from"]["step"] == step}
 
 
-def rows(results: dict[str, Any]) -> list[list[list[str]]]:
+def rows(results: Json) -> list[list[list[str]]]:
     """Results as tables of text, one of perplexities and one of answers, their heads first; none that is empty."""
     texts = [["text", "protocol", "given", "detokeniser", "nats/token", "bits/byte", "perplexity", "by words", "tokens",
               "documents", "draws"]]
@@ -236,7 +235,7 @@ HOW = ("± is one standard error, [ , ] the 95 % Wilson interval of an accuracy,
        "would give; * the first documents or questions alone (evaluate.limit)")
 
 
-def table(results: dict[str, Any], step: int) -> str:
+def table(results: Json, step: int) -> str:
     """Markdown of the results, each with its error or interval, as HOW says."""
     lines = [f"Step {step:,}; {HOW}. Given: what the bound is conditional on, the lengths of texts or nothing."]
     for head, *cells in rows(results):

@@ -22,18 +22,7 @@ from typing import Any
 from hdlm_jax.common import jsons
 from hdlm_jax.common.console import markdown, measured
 from hdlm_jax.report import compare
-from tools import (
-    cli,
-    grid,
-    isoflop,
-    lessons,
-    method_sweep,
-    serve_load,
-    speedrun,
-    toy_calls,
-    toy_channel,
-    toy_map,
-)
+from tools import cli, grid, isoflop, lessons, method_sweep, serve_load, speedrun, toy_calls, toy_channel, toy_map
 
 ROOT = cli.ROOT
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")

@@ -126,6 +126,12 @@ def sha256_of(path: str | os.PathLike) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def check_sha256(path: str | os.PathLike, found: str, wanted: str) -> None:
+    """ValueError where the sha256 (hex) of a file is not the one wanted, if any is."""
+    if wanted and found != wanted.lower():
+        raise ValueError(f"{path}: sha256 is {found}, must be {wanted}")
+
+
 def temporary(path: Path) -> Path:
     """A name beside `path` that only this process uses, on any host."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")

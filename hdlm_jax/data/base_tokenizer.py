@@ -132,12 +132,6 @@ class Tokenizer:
         jsons.write_json(folder / JSON_FILE, facts, indent=2)
 
 
-def check_sha256(path: str | os.PathLike, found: str, wanted: str) -> None:
-    """ValueError where the sha256 (hex) of a file is not the one wanted, if any is."""
-    if wanted and found != wanted.lower():
-        raise ValueError(f"{path}: sha256 is {found}, must be {wanted}")
-
-
 def byte_alphabet() -> dict[str, int]:
     """The character that stands for each byte in a byte-level vocabulary -> the byte: itself where it is printed."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -17,7 +17,7 @@ import numpy as np
 from hdlm_jax.common import jsons
 from hdlm_jax.common.extras import package
 from hdlm_jax.common.jsons import Json
-from hdlm_jax.data.base_tokenizer import JSON_FILE, Tokenizer, byte_alphabet, check_sha256, utf8
+from hdlm_jax.data.base_tokenizer import JSON_FILE, Tokenizer, byte_alphabet, utf8
 from hdlm_jax.data.hub_files import BLANK, HUB_FILE, NO_HUB, PLAIN_FILE, Found, deciding_file, parsed, read
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def load(folder: Path, facts: Json) -> HubTokenizer:
     if not all(isinstance(text, str) for text in (*facts["ends"], *facts["names"].values())):
         raise ValueError(f"{place}: damaged, names and ends must be texts")
     raw = read(folder / HUB_FILE).raw
-    check_sha256(folder / HUB_FILE, hashlib.sha256(raw).hexdigest(), facts["sha256"])
+    jsons.check_sha256(folder / HUB_FILE, hashlib.sha256(raw).hexdigest(), facts["sha256"])
     found = Found(raw, facts["names"], tuple(facts["ends"]), facts["chat_template"])
     return HubTokenizer(found, folder / HUB_FILE, facts["eot"], facts["turn_end"])
 
@@ -223,7 +223,7 @@ def make(path: str, sha256: str = "") -> HubTokenizer:
         raise ValueError(f"tokenizer.file='': needed; {NO_HUB}")
     file = deciding_file(path)
     if sha256 and file.exists():
-        check_sha256(file, jsons.sha256_of(file), sha256)
+        jsons.check_sha256(file, jsons.sha256_of(file), sha256)
     if file.name == HUB_FILE and file != Path(path):
         tokenizer = load(file.parent, jsons.read_json(file.parent / JSON_FILE, "sha256"))
     else:

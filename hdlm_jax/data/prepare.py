@@ -23,7 +23,6 @@ import numpy as np
 from hdlm_jax.common import jsons
 from hdlm_jax.config import DataConfig, TokenizerConfig, expand
 from hdlm_jax.data import shards, tokenizers
-from hdlm_jax.data.base_tokenizer import check_sha256
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
 from hdlm_jax.data.hub_files import deciding_file
@@ -519,7 +518,7 @@ def _reuse(folder: Path, data: DataConfig, tokenizer: TokenizerConfig, say: Call
 
 def _check_sha256(tokenizer: TokenizerConfig, sources: list | None) -> None:
     if tokenizer.file and sources:
-        check_sha256(tokenizer.file, sources[-1][2], tokenizer.sha256)
+        jsons.check_sha256(tokenizer.file, sources[-1][2], tokenizer.sha256)
 
 
 def _damage(folder: Path, manifest: Manifest, seen: _Seen) -> list[tuple[str, str]]:

@@ -24,16 +24,7 @@ from hdlm_jax.common import jsons
 from hdlm_jax.common.extras import package
 from hdlm_jax.config import expand
 from hdlm_jax.data import hub_tokenizer
-from hdlm_jax.data.base_tokenizer import (
-    END_OF_TEXT,
-    JSON_FILE,
-    PATTERNS,
-    RANK_FILE,
-    Tokenizer,
-    bounded,
-    check_sha256,
-    utf8,
-)
+from hdlm_jax.data.base_tokenizer import END_OF_TEXT, JSON_FILE, PATTERNS, RANK_FILE, Tokenizer, bounded, utf8
 from hdlm_jax.data.base_tokenizer import PATTERN as PATTERN
 
 if TYPE_CHECKING:
@@ -141,7 +132,7 @@ def _read(path: str | os.PathLike, sha256: str) -> bytes:
         raw = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"tokenizer.file {str(path)!r} cannot be read: {error.strerror}") from None
-    check_sha256(path, hashlib.sha256(raw).hexdigest(), sha256)
+    jsons.check_sha256(path, hashlib.sha256(raw).hexdigest(), sha256)
     return raw
 
 

@@ -12,7 +12,7 @@ import html
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from absl import logging
@@ -156,31 +156,30 @@ def _generated(board: Board) -> Table:
 
 def _identity(board: Board) -> list[Table]:
     """Who the runs are."""
-    head = ["run", "family", "model", "levels", "head", "parameters", "active", "row", "tokenizer", "likelihood"]
-    rows = []
-    for row in board["runs"]:
-        if (m := row["model"]) is None:
-            rows.append([Cell(row["name"]), *[Cell(note=row["why"])] * (len(head) - 1)])
-            continue
-        levels = page.levels_of(m["process"], m["levels"])
-        rows.append([Cell(row["name"]), *map(Cell, (m["family"], page.kind_of(m["process"], m["levels"]), levels,
-                                                    m["head"])),
-                     _sum(m["parameters"]), _sum(m["active"]), _sum(m["seq_len"]), Cell(m["tokenizer"]), Cell(law(m))])
-    models = Table("models", "Models", "Active: parameters that work on a token. Row: the most tokens that see each "
-                   "other; longer documents are scored in pieces of so many.", head, rows)
-    head, rows = ["run", "weights", "step", "sha256", "imported from", "folder", "seconds"], []
-    for row in board["runs"]:
-        if (p := row["provenance"]) is None:
-            rows.append([Cell(row["name"]), *[Cell(note=row["why"])] * (len(head) - 1)])
-            continue
+    def model(m: Json, row: Json) -> list[Cell]:
+        kind, levels = page.kind_of(m["process"], m["levels"]), page.levels_of(m["process"], m["levels"])
+        return [*map(Cell, (m["family"], kind, levels, m["head"])), _sum(m["parameters"]), _sum(m["active"]),
+                _sum(m["seq_len"]), Cell(m["tokenizer"]), Cell(law(m))]
+
+    def weights(p: Json, row: Json) -> list[Cell]:
         came = p["imported_from"] or p["started_from"] or ""
         note = f"sha256 {p['imported_sha256'][:16]}" if p["imported_sha256"] else "started from" if came else ""
-        rows.append([Cell(row["name"]), Cell(p["kind"], "average" * p["averaged"]), _sum(p["step"]),
-                     Cell(p["weights"][:16]), Cell(os.path.basename(came) or "–", note), Cell(row["workdir"]),
-                     Cell(f"{row['seconds']:,.0f}", "", row["seconds"])])
-    return [models, Table("provenance", "Weights", "sha256: of the loaded parameters' checksums; leaderboard.json has "
-                          "them in full, and the fingerprints of tokenizers and hierarchies. Seconds: of measuring.",
-                          head, rows)]
+        return [Cell(p["kind"], "average" * p["averaged"]), _sum(p["step"]), Cell(p["weights"][:16]),
+                Cell(os.path.basename(came) or "–", note), Cell(row["workdir"]),
+                Cell(f"{row['seconds']:,.0f}", "", row["seconds"])]
+
+    def rows(part: str, cells: Callable[[Json, Json], list[Cell]], head: list[str]) -> list[list[Cell]]:
+        more = len(head) - 1
+        return [[Cell(row["name"]), *(cells(row[part], row) if row[part] else [Cell(note=row["why"])] * more)]
+                for row in board["runs"]]
+
+    head = ["run", "family", "model", "levels", "head", "parameters", "active", "row", "tokenizer", "likelihood"]
+    made = ["run", "weights", "step", "sha256", "imported from", "folder", "seconds"]
+    return [Table("models", "Models", "Active: parameters that work on a token. Row: the most tokens that see each "
+                  "other; longer documents are scored in pieces of so many.", head, rows("model", model, head)),
+            Table("provenance", "Weights", "sha256: of the loaded parameters' checksums; leaderboard.json has them in "
+                  "full, and the fingerprints of tokenizers and hierarchies. Seconds: of measuring.", made,
+                  rows("provenance", weights, made))]
 
 
 def plans(path: str) -> dict[str, str]:

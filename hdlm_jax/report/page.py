@@ -138,6 +138,18 @@ def headline(run: Json) -> str:
     return facts(out) if out else ""
 
 
+def about(workdir: str) -> Json:
+    """What a page is told of a run that is served: name, description, and its words and clusters."""
+    run = gather(workdir)
+    return {"name": run["name"], "description": describe(run), "hierarchy": run["hierarchy"]}
+
+
+def served() -> str:
+    """The page that any served run comes with (runs/serve.py): type, choose a method, and watch the text fall."""
+    program = (importlib.resources.files("hdlm_jax.report") / "serve.js").read_text("utf-8")
+    return document("hdlm_jax", "<div data-part=live></div>", {}, program)
+
+
 _WAYS = {
     "hierarchical": "Every token starts at the mask and falls, level by level, until it is a word.",
     "gidd": "Every token starts at the mask; a word may still be replaced, or masked again, until the last call.",

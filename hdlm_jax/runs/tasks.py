@@ -149,10 +149,9 @@ def run(config: Config, workdir: str, into: str = "") -> Json:
                 old.setdefault("chance", _chance(items) if task.ranks else None)
                 say(f"tasks: reusing {key} of step {loaded.step}: {_line(old)}")
                 continue
-            if task.writes:
-                found = {"given": "nothing"} | solve(loaded, items, g)
-            else:
-                found = ranking(scorer, items) if task.ranks else perplexity(scorer, items, protocol, task.words)
+            found: Json = (ranking(scorer, items) if task.ranks else
+                           {"given": "nothing", **solve(loaded, items, g)} if task.writes else
+                           perplexity(scorer, items, protocol, task.words))
             kind = "ranking" if task.ranks else "writing" if task.writes else "perplexity"
             about = {"task": name, "kind": kind, "protocol": protocol or None,
                      "detokenizer": detokenizer or None, "limited": bool(e.limit and len(items) == e.limit),

@@ -203,8 +203,7 @@ def _byte_level(vocabulary: Mapping[str, int], merges: Sequence[str], added: lis
                 digits: bool, composed: bool, whole: bool) -> bytes:
     """A tokenizer.json of a byte-level BPE; pattern, digits, composed, whole: as in _CUTS."""
     if pattern == "gpt2":
-        cuts: list[Json] = [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                                       "use_regex": True}]
+        cuts: list[Json] = [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]
     else:
         cuts = [{"type": "Split", "pattern": {"Regex": PATTERNS[pattern]}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]
@@ -217,8 +216,7 @@ def _byte_level(vocabulary: Mapping[str, int], merges: Sequence[str], added: lis
         allow_nan=False).encode()
 
 
-def _sentencepiece(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float],
-                   added: list[Json]) -> bytes:
+def _sentencepiece(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], added: list[Json]) -> bytes:
     """A tokenizer.json of a SentencePiece BPE, which lists no merges: two neighbours that are a token together become
     that token, the one with the best score first."""
     if len(scores) != len(tokens):

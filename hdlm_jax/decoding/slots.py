@@ -109,8 +109,7 @@ def _steps(draw: Sampler, program: Program, sure: bool) -> tuple[Callable[..., T
 @functools.lru_cache(maxsize=16)
 def _compiled(draw: Sampler, program: Program, sure: bool) -> tuple[parallel.Jitted, parallel.Jitted]:
     start, advance = _steps(draw, program, sure)
-    return (parallel.compile_row_step(start, draw.mesh, keeps=True),
-            parallel.compile_row_step(advance, draw.mesh))
+    return (parallel.compile_row_step(start, draw.mesh, keeps=True), parallel.compile_row_step(advance, draw.mesh))
 
 
 @functools.cache
@@ -129,8 +128,7 @@ class Slots:
       sure: Seen.sure is wanted.
     """
 
-    def __init__(self, draw: Sampler, g: GenerateConfig, canvas: np.ndarray | Canvas, rows: int,
-                 sure: bool = False):
+    def __init__(self, draw: Sampler, g: GenerateConfig, canvas: np.ndarray | Canvas, rows: int, sure: bool = False):
         program, numbers = draw.prepare(canvas, g)
         if program.constrained:  # a power of two of kinds, so that few programs do
             allowed = numbers["allowed"]

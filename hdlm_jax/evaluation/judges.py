@@ -281,8 +281,7 @@ def _mauve(judge: Judge, features: np.ndarray | None, kept: list[bool], referenc
         return None, f"MAUVE failed: {error}"
 
 
-def record(judge: Judge, tokenizer: Tokenizer, texts: Texts, given: int = 0,
-           reference: Texts | str = "") -> Json:
+def record(judge: Judge, tokenizer: Tokenizer, texts: Texts, given: int = 0, reference: Texts | str = "") -> Json:
     """All numbers of sampled texts; units are nats and tokens.
 
     Args:

@@ -157,8 +157,7 @@ _WAYS = {
 }
 
 
-def run_page(run: Json, first: str = "", then: str = "", data: Json | None = None,
-             program: str = "") -> str:
+def run_page(run: Json, first: str = "", then: str = "", data: Json | None = None, program: str = "") -> str:
     """The page of one run from what `gather` found.
 
     Of hdlm-jax watch: sections before and behind the curves, which come first there, more data, and a program.

@@ -125,8 +125,7 @@ def counted(folder: str) -> tuple[np.ndarray | None, float | None]:
         return None, None
 
 
-def tree_of(h: Hierarchy, tokenizer: Tokenizer, counts: np.ndarray | None, nodes: Sequence[np.ndarray]
-            ) -> Json:
+def tree_of(h: Hierarchy, tokenizer: Tokenizer, counts: np.ndarray | None, nodes: Sequence[np.ndarray]) -> Json:
     """A hierarchy of these nodes of each level alone, as a page has it; the nodes sorted, their parents among them."""
     sizes = [len(some) for some in nodes]
     parents = [np.searchsorted(above, parent[some]).tolist()
@@ -136,8 +135,7 @@ def tree_of(h: Hierarchy, tokenizer: Tokenizer, counts: np.ndarray | None, nodes
             "counts": None if counts is None else counts[nodes[0]].tolist()}
 
 
-def tree_shown(h: Hierarchy, tokenizer: Tokenizer, counts: np.ndarray | None, z: np.ndarray
-               ) -> tuple[Json, np.ndarray]:
+def tree_shown(h: Hierarchy, tokenizer: Tokenizer, counts: np.ndarray | None, z: np.ndarray) -> tuple[Json, np.ndarray]:
     """(tree_of what states z int32 show, z as its states): them, their parents, and the words that name clusters."""
     level = np.searchsorted(h.offsets, z, side="right") - 1
     nodes = [np.unique(z[level == k]) - h.offsets[k] for k in range(h.num_levels + 1)]

@@ -287,8 +287,7 @@ def likelihoods_table(out: Path = KEPT) -> str:
     return markdown(["", "-log p under", *(f"{n} calls" for n in TOLD)], rows)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0."""
+def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("grid"):
         ask = cli.Parser("grid", __doc__)
         ask.add_argument("--list", action="store_true", help="say what there is and what is done, and make nothing")
@@ -308,8 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                       f"{' '.join(cell.more)}".rstrip())
             else:
                 make(cell, seed, Path(given.runs), given.out, given.steps, given.judge)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

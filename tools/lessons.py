@@ -16,7 +16,6 @@ adjust   permutations once more: six drops on so many passes of the network, dra
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -294,8 +293,7 @@ def table(found: dict[str, Any]) -> str:
     return TRIALS[found["lesson"]][2](found["records"])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0."""
+def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("lessons"):
         ask = cli.Parser("lessons", __doc__)
         ask.add_argument("lesson", choices=list(TRIALS))
@@ -316,8 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found = {"lesson": given.lesson, "records": records}
                 write_json(out, found)
         print(table(found))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

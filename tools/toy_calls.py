@@ -15,7 +15,6 @@ of `ancestral` the law is the mean over --plans random plans. Joints, each with 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -126,8 +125,7 @@ def table(records: Sequence[dict]) -> str:
     return markdown(["joint", "hierarchy", "order", *(f"{n} steps" if n > 1 else "1 step" for n in CALLS)], rows)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0."""
+def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("toy_calls"):
         ask = cli.Parser("toy_calls", __doc__)
         ask.add_argument("--out", type=Path, default=Path("docs/runs/toy_calls.json"))
@@ -136,8 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         records = divergences(given.plans)
         write_json(given.out, records)
         print(table(records))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -201,8 +200,7 @@ def tables(result: dict[str, Any]) -> str:
     return "\n\n".join(found)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0."""
+def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("toy_channel"):
         ask = cli.Parser("toy_channel", __doc__)
         ask.add_argument("run", nargs="*", help="workdirs of the third table")
@@ -213,8 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = record(given.rows, given.draws) | ({"runs": of_runs(given.run)} if given.run else {})
         write_json(given.out, result)
         print(tables(result))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -19,7 +19,6 @@ equal number of rows, in units of that at fixed z, for two tokens and (4,000 dra
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -219,8 +218,7 @@ def tables(result: dict) -> str:
             + "\n\n" + markdown(["gradient by", "error of its mean", "spread, 2 tokens", "spread, 64 tokens"], each))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0."""
+def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("toy_map"):
         ask = cli.Parser("toy_map", __doc__)
         ask.add_argument("--out", type=Path, default=Path("docs/runs/toy_map.json"))
@@ -230,8 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = {"joints": [record(name, given.starts) for name in JOINTS], "estimators": costs()}
         write_json(given.out, result)
         print(tables(result))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

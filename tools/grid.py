@@ -74,6 +74,8 @@ TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each
     "try-ema": ("--config.optimizer.ema=0.98",),
     "try-notime": NO_TIME,
     "try-decoder": DECODER,
+    "try-block16": ("--config.model.block=16", *NO_TIME),  # block diffusion: what is left of a block is clean
+    "try-block4": ("--config.model.block=4", *NO_TIME),
     "try-complementary": ("--config.train.objective=complementary",),
     "try-count": ("--config.train.objective=count",),
     "try-wide": ("--config.model.width=192", "--config.model.heads=6"),
@@ -128,8 +130,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "paper": ("mdlm-dynamic", "hdlm-dynamic"),
     "vocabulary": ("mdlm-gpt2", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2"),
     "recipe": tuple(TRIALS),
-    "field": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "hdlm_xi9", "hdlm_k3", "learned", "shuffled",
-              "gidd0", "ar"),
+    "field": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "hdlm_xi9", "shuffled", "ar"),
     "processes": ("mdlm", "ar", "gidd0", "gidd", "hdlm"),
 }
 

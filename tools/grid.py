@@ -57,7 +57,7 @@ DYNAMIC = ("--config.diffusion.weighting=dynamic", "--config.diffusion.weight_mi
 GPT2 = ("--config.tokenizer.kind=gpt2",)
 COUNT = ("--config.train.objective=count", "--config.diffusion.weighting=none")
 SPEEDRUN = ("--config.train.batch_size=16", "--config.train.steps=960", "--config.optimizer.warmup=40")
-DECODER = ("--config.model.trunk=decoder", "--config.decoder.qk_norm=True")
+DECODER = (*NO_TIME, "--config.model.trunk=decoder", "--config.decoder.qk_norm=True")
 TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each (docs/speedrun.md)
     "try": (),
     "try-flat": ("--config.model.head=flat", "--config.hierarchy.head_clusters=0"),

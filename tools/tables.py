@@ -36,7 +36,7 @@ from tools import (
     toy_map,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = cli.ROOT
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.common.console import markdown, measured
-from hdlm_jax.common.jsons import dumps, read_json, write_atomic
+from hdlm_jax.common.jsons import read_json, write_json
 from hdlm_jax.decoding import channel as decoding
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain, Proposal
@@ -281,8 +280,7 @@ def tables(result: dict[str, Any]) -> str:
     return "\n\n".join(found)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0."""
+def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("toy_channel"):
         ask = cli.Parser("toy_channel", __doc__)
         ask.add_argument("run", nargs="*", help="workdirs of the fifth table")
@@ -292,10 +290,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = ask.parse_args(argv)
         kept = {"runs": json.loads(given.out.read_bytes()).get("runs")} if given.out.exists() else {}
         result = record(given.rows, given.draws) | ({"runs": of_runs(given.run)} if given.run else kept)
-        write_atomic(given.out, (dumps(result, indent=1) + "\n").encode())
+        write_json(given.out, result)
         print(tables(result))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -23,18 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hdlm_jax.decoding.policy import (
-    Cache,
-    Denoiser,
-    Drawn,
-    Numbers,
-    Policy,
-    Rows,
-    State,
-    View,
-    as_denoiser,
-    view_of,
-)
+from hdlm_jax.decoding.policy import Cache, Denoiser, Drawn, Numbers, Policy, Rows, State, View, as_denoiser, view_of
 from hdlm_jax.decoding.statistics import chunks, probability_of, statistics
 from hdlm_jax.diffusion.draws import fold, row_keys, token_keys
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess

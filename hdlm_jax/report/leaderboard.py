@@ -12,15 +12,15 @@ import html
 import math
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
 
 from absl import logging
 
 import hdlm_jax
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import markdown, measured, readable, say
-from hdlm_jax.common.jsons import read_lines, write_atomic
+from hdlm_jax.common.jsons import Json, read_lines, write_atomic
 from hdlm_jax.evaluation.text_statistics import in_percent
 from hdlm_jax.report import page
 from hdlm_jax.runs import leaderboard
@@ -71,12 +71,12 @@ def _sum(value: int | None) -> Cell:
     return Cell(f"{value:,}", "", value) if value is not None else Cell("", "not loaded")
 
 
-def law(found: dict[str, Any]) -> str:
+def law(found: Json) -> str:
     """'exact' or 'bound', and what it is given where that is not nothing."""
     return ("exact" if found["exact"] else "bound") + ", given lengths" * (found["given"] == "lengths")
 
 
-def _scored(found: dict[str, Any], name: str, se: str) -> Cell:
+def _scored(found: Json, name: str, se: str) -> Cell:
     """A NELBO in some unit: exact, or ≤ before what is a bound."""
     if "why" in found:
         return Cell(note=found["why"])
@@ -86,7 +86,7 @@ def _scored(found: dict[str, Any], name: str, se: str) -> Cell:
     return Cell(sign + measured(found[name], found[se]), law(found), found[name])
 
 
-def _difference(found: dict[str, Any]) -> Cell:
+def _difference(found: Json) -> Cell:
     if "why" in found:
         return Cell(note=found["why"])
     if (pair := found.get("difference")) is None:
@@ -97,7 +97,7 @@ def _difference(found: dict[str, Any]) -> Cell:
     return Cell(shown, f"of a {law(found)}" * (not found["exact"]), pair["bits_per_byte"])
 
 
-def _accuracy(found: dict[str, Any]) -> Cell:
+def _accuracy(found: Json) -> Cell:
     if "why" in found:
         return Cell(note=found["why"])
     chance = f", chance {100 * found['chance']:.1f} %" if found.get("chance") else ""
@@ -105,7 +105,7 @@ def _accuracy(found: dict[str, Any]) -> Cell:
                 100 * found["accuracy"])
 
 
-def _model(row: dict[str, Any]) -> Cell:
+def _model(row: Json) -> Cell:
     m = row["model"]
     return Cell(page.kind_of(m["process"], m["levels"]), page.levels_of(m["process"], m["levels"])) if m else Cell(
         note=row["why"])
@@ -163,31 +163,30 @@ def _generated(board: Board) -> Table:
 
 def _identity(board: Board) -> list[Table]:
     """Who the runs are."""
-    head = ["run", "family", "model", "levels", "head", "parameters", "active", "row", "tokenizer", "likelihood"]
-    rows = []
-    for row in board["runs"]:
-        if (m := row["model"]) is None:
-            rows.append([Cell(row["name"]), *[Cell(note=row["why"])] * (len(head) - 1)])
-            continue
-        levels = page.levels_of(m["process"], m["levels"])
-        rows.append([Cell(row["name"]), *map(Cell, (m["family"], page.kind_of(m["process"], m["levels"]), levels,
-                                                    m["head"])),
-                     _sum(m["parameters"]), _sum(m["active"]), _sum(m["seq_len"]), Cell(m["tokenizer"]), Cell(law(m))])
-    models = Table("models", "Models", "Active: parameters that work on a token. Row: the most tokens that see each "
-                   "other; longer documents are scored in pieces of so many.", head, rows)
-    head, rows = ["run", "weights", "step", "sha256", "imported from", "folder", "seconds"], []
-    for row in board["runs"]:
-        if (p := row["provenance"]) is None:
-            rows.append([Cell(row["name"]), *[Cell(note=row["why"])] * (len(head) - 1)])
-            continue
+    def model(m: Json, row: Json) -> list[Cell]:
+        kind, levels = page.kind_of(m["process"], m["levels"]), page.levels_of(m["process"], m["levels"])
+        return [*map(Cell, (m["family"], kind, levels, m["head"])), _sum(m["parameters"]), _sum(m["active"]),
+                _sum(m["seq_len"]), Cell(m["tokenizer"]), Cell(law(m))]
+
+    def weights(p: Json, row: Json) -> list[Cell]:
         came = p["imported_from"] or p["started_from"] or ""
         note = f"sha256 {p['imported_sha256'][:16]}" if p["imported_sha256"] else "started from" if came else ""
-        rows.append([Cell(row["name"]), Cell(p["kind"], "average" * p["averaged"]), _sum(p["step"]),
-                     Cell(p["weights"][:16]), Cell(os.path.basename(came) or "–", note), Cell(row["workdir"]),
-                     Cell(f"{row['seconds']:,.0f}", "", row["seconds"])])
-    return [models, Table("provenance", "Weights", "sha256: of the loaded parameters' checksums; leaderboard.json has "
-                          "them in full, and the fingerprints of tokenizers and hierarchies. Seconds: of measuring.",
-                          head, rows)]
+        return [Cell(p["kind"], "average" * p["averaged"]), _sum(p["step"]), Cell(p["weights"][:16]),
+                Cell(os.path.basename(came) or "–", note), Cell(row["workdir"]),
+                Cell(f"{row['seconds']:,.0f}", "", row["seconds"])]
+
+    def rows(part: str, cells: Callable[[Json, Json], list[Cell]], head: list[str]) -> list[list[Cell]]:
+        more = len(head) - 1
+        return [[Cell(row["name"]), *(cells(row[part], row) if row[part] else [Cell(note=row["why"])] * more)]
+                for row in board["runs"]]
+
+    head = ["run", "family", "model", "levels", "head", "parameters", "active", "row", "tokenizer", "likelihood"]
+    made = ["run", "weights", "step", "sha256", "imported from", "folder", "seconds"]
+    return [Table("models", "Models", "Active: parameters that work on a token. Row: the most tokens that see each "
+                  "other; longer documents are scored in pieces of so many.", head, rows("model", model, head)),
+            Table("provenance", "Weights", "sha256: of the loaded parameters' checksums; leaderboard.json has them in "
+                  "full, and the fingerprints of tokenizers and hierarchies. Seconds: of measuring.", made,
+                  rows("provenance", weights, made))]
 
 
 def plans(path: str) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""What a trained run can learn afterwards, on texts whose law is known (docs/training.md, "Lessons").
+"""What a run can learn beside the bound or afterwards, on texts whose law is known (docs/training.md).
 
     python -m tools.lessons energy [--out=docs/runs/lesson_energy.json]
     python -m tools.lessons certainty
     python -m tools.lessons adjust
+    python -m tools.lessons drafts
 
 energy   texts of a Markov chain of words (tools/toy_calls.py: four of four words, behind a word that is given); a
          network of one block is trained on them, then its energy; the total variation of texts drawn in few calls, by
@@ -11,6 +12,8 @@ certainty  texts whose prompt decides them (the parities of the first 1..6 of si
          (permutations of six symbols): calls of threshold decoding, right answers and different ones before and after
          certainty forcing on own texts, and after as many steps of cross-entropy alone.
 adjust   permutations once more: six drops on so many passes of the network, drawn on their own or with a layer between.
+drafts   permutations: as many steps with train.draft_share = 0, .25 and .5, without clusters and with three; the exact
+         bound, and texts of the methods that take words back beside those that do not.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.adjust import Adjust
 from hdlm_jax.models.energy import EnergyNetwork
 from hdlm_jax.training.state import TrainState, build, init_state, make_optimizer
-from hdlm_jax.training.step import make_train_step
+from hdlm_jax.training.step import make_loss_sums, make_train_step
 from hdlm_jax.tuning import adjust, certainty, energy
 from hdlm_jax.tuning.lesson import make_step
 from tools import cli, toy_calls
@@ -47,6 +50,13 @@ V, S = toy_calls.V, toy_calls.S + 1  # a word in front is given: in a row of mas
 HIERARCHIES = {"none": [], "classes": [[0, 0, 1, 1, 2]]}
 CANDIDATES, CALLS, TEXTS = (1, 2, 4, 16), (1, 2, 4), 40_000
 SYMBOLS, BITS, THRESHOLD, JUDGED = 6, 6, 0.9, 1024
+SHARES = (0.0, 0.25, 0.5)
+METHODS = ("ancestral", "low_confidence block=0", "remdm", "rcr block=0", "p2", "saber draw=sample")
+# clusters of the symbols and of the word in front, methods, steps that they are given
+DRAFTED: dict[str, tuple[list[list[int]], tuple[str, ...], tuple[int, ...]]] = {
+    "none": ([], METHODS, (2, 3, 6)),
+    "three": ([[0, 0, 0, 1, 1, 1, 2]], (*METHODS, "p2 to=cluster", "rcr block=0 straight=false", "p2 straight=false"),
+              (3, 6, 12))}
 
 
 def toy_config(length: int, objective: str = "nelbo", steps: int = 3000, seed: int = 0, clusters: int = 1,
@@ -283,10 +293,74 @@ def table_adjust(records: Sequence[dict[str, Any]]) -> str:
     return markdown(["passes", "alone: right", "different", "layer: right", "different"], rows)
 
 
+@functools.cache
+def drafted_network(kind: str) -> tuple[Hierarchy, Callable[..., Any], Callable[..., Any]]:
+    """(hierarchy, write(method, params, steps, key) -> (texts, passes), bound(params) -> nats a token)."""
+    parents, length = DRAFTED[kind][0], 1 + SYMBOLS
+    hierarchy, clusters = Hierarchy.from_parents(parents, vocab_size=SYMBOLS + 1), 3 if parents else 1
+    judged = toy_config(length, "count", clusters=clusters, train__batch_size=JUDGED)
+    network, process = build(judged, hierarchy)
+    held_out, sums = batches(permutations, 1, JUDGED, 99), jax.jit(make_loss_sums(judged, network, process))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def write(method: str, params: Tree, steps: jax.Array, key: jax.Array) -> Any:
+        found = presets.make(*method.partition(" ")[::2], steps=1)
+        numbers = jax.tree.map(jnp.asarray, presets.numbers(found))
+        numbers |= {"steps": steps} if "steps" in numbers else {}
+        z = jnp.full((JUDGED, length), process.mask_id).at[:, 0].set(SYMBOLS)
+        x, told = loop.sample(key, lambda z, t: network.denoise(params, z, t), cast(HierarchicalProcess, process), z,
+                              found.policy, numbers)
+        return x, jnp.mean(told["row_forwards"])
+
+    def bound(params: Tree) -> float:
+        found = [sums(params, held_out(i), jax.random.key(i))[1:] for i in range(16)]
+        return float(np.mean([nats / tokens for nats, tokens in found]))
+
+    return hierarchy, write, bound
+
+
+def trial_drafts(kind: str, seed: int, steps: int = 1500) -> dict[str, Any]:
+    """One seed: a run for every share of drafts, its exact bound, and what each method writes."""
+    began, (hierarchy, write, bound) = time.monotonic(), drafted_network(kind)
+    parents, methods, calls = DRAFTED[kind]
+    shares = dict[str, Any]()
+    for share in SHARES:
+        config = toy_config(1 + SYMBOLS, steps=steps, seed=seed, clusters=3 if parents else 1, train__draft_share=share)
+        params = trained_base(config, hierarchy, batches(permutations, 1, 128, seed))[2]
+        written = dict[str, Any]()
+        for method in methods:
+            for many in calls if "saber" not in method else calls[-1:]:
+                x, passes = jax.tree.map(np.asarray, write(method, params, jnp.int32(many), jax.random.key(seed + 1)))
+                written.setdefault(method, {})[str(many)] = {
+                    "passes": float(passes), "right": float(CERTAIN["permutations"][3](x).mean()),
+                    "distinct": len(np.unique(x, axis=0)) / JUDGED}
+        shares[f"{share:g}"] = {"bound": bound(params), "methods": written}
+    return {"clusters": kind, "seed": seed, "steps": steps, "shares": shares, "seconds": time.monotonic() - began}
+
+
+def table_drafts(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the bound, and right and different texts by method and steps, means and spreads over seeds, for each
+    share of drafts; passes: the mean over all."""
+    rows, shares = list[list[str]](), list(records[0]["shares"])
+    shown = lambda found: f"{np.mean(found):.3f} ± {np.std(found):.3f}"  # noqa: E731
+    for kind in dict.fromkeys(r["clusters"] for r in records):
+        mine = [r["shares"] for r in records if r["clusters"] == kind]
+        rows.append([kind, "bound, nats/token", "", "", *(shown([one[share]["bound"] for one in mine])
+                                                          for share in shares), *[""] * len(shares)])
+        for method, by_steps in mine[0][shares[0]]["methods"].items():
+            for steps in by_steps:
+                found = [[one[share]["methods"][method][steps] for one in mine] for share in shares]
+                rows.append([kind, method, steps, f"{np.mean([f['passes'] for one in found for f in one]):.1f}", *(
+                    shown([f[name] for f in one]) for name in ("right", "distinct") for one in found)])
+    head = [f"{name}, share {share}" for name in ("right", "different") for share in shares]
+    return markdown(["clusters", "method", "steps", "passes", *head], rows)
+
+
 TRIALS: dict[str, tuple[Sequence[str], Callable[[str, int], dict[str, Any]], Callable[..., str]]] = {
     "energy": (tuple(HIERARCHIES), trial_energy, table_energy),
     "certainty": (tuple(CERTAIN), trial_certainty, table_certainty),
-    "adjust": (("permutations",), trial_adjust, table_adjust)}
+    "adjust": (("permutations",), trial_adjust, table_adjust),
+    "drafts": (tuple(DRAFTED), trial_drafts, table_drafts)}
 
 
 def table(found: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""train.draft_share: what a network that corrects its own drafts should say, by enumeration, and what a step teaches."""
+"""train.draft_share: what a network that corrects its drafts should say, by enumeration, and what a step teaches."""
 
 import functools
 
@@ -103,7 +103,8 @@ def slopes(case, table, batches=48):
     return np.where(often, slope.mean(0) / np.where(often, error, 1), 0), bound.mean(), bound.std() / batches**0.5
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param("K=1", marks=pytest.mark.slow), "K=2",
+                                  pytest.param("K=2, xi=.7", marks=pytest.mark.slow)])
 def test_the_best_answer_is_the_mean_of_what_could_have_stood_there(case):
     """No gradient of a step at the enumerated optimum, where masks and clusters say what is best for the bound; and the
     bound of that network, estimated by the rows without drafts, is the entropy. With other answers at words (as if a
@@ -187,8 +188,8 @@ def test_rows_are_drafted_each_on_their_own(changes):
 @pytest.mark.parametrize("changes, words", [
     (dict(train__draft_share=1.0), "train.draft_share=1.0: must lie in"),
     (dict(diffusion__process="sedd", hierarchy__clusters=(1,)), "diffusion.process='sedd': train.draft_share=0.5"),
-    (dict(model__block=4), "model.block=4: train.draft_share=0.5"),
-    (dict(diffusion__channel=1.0, hierarchy__clusters=(1,)), "diffusion.channel=1.0: train.draft_share=0.5"),
+    (dict(model__block=4, model__time_conditioning=False), "model.block=4: train.draft_share=0.5"),
+    (dict(diffusion__channel=1.0), "diffusion.channel=1.0: train.draft_share=0.5"),
     (dict(train__objective="energy", train__init_from="base"), "train.objective='energy': has a loss of its own")])
 def test_what_does_not_go_with_drafts_is_one_line(changes, words):
     with pytest.raises(ConfigError) as error:

@@ -51,12 +51,12 @@ HIERARCHIES = {"none": [], "classes": [[0, 0, 1, 1, 2]]}
 CANDIDATES, CALLS, TEXTS = (1, 2, 4, 16), (1, 2, 4), 40_000
 SYMBOLS, BITS, THRESHOLD, JUDGED = 6, 6, 0.9, 1024
 SHARES = (0.0, 0.25, 0.5)
-METHODS = ("ancestral", "low_confidence block=0", "remdm", "rcr block=0", "p2", "saber draw=sample")
+METHODS = ("ancestral", "low_confidence block=0", "remdm", "rcr block=0", "p2", "p2 eta=.5", "saber draw=sample")
 # clusters of the symbols and of the word in front, methods, steps that they are given
 DRAFTED: dict[str, tuple[list[list[int]], tuple[str, ...], tuple[int, ...]]] = {
     "none": ([], METHODS, (2, 3, 6)),
-    "three": ([[0, 0, 0, 1, 1, 1, 2]], (*METHODS, "p2 to=cluster", "rcr block=0 straight=false", "p2 straight=false"),
-              (3, 6, 12))}
+    "three": ([[0, 0, 0, 1, 1, 1, 2]], (*METHODS, "rcr block=0 straight=false", "p2 straight=false",
+                                        "p2 straight=false eta=.5", "p2 straight=false eta=.5 to=cluster"), (3, 6))}
 
 
 def toy_config(length: int, objective: str = "nelbo", steps: int = 3000, seed: int = 0, clusters: int = 1,
@@ -295,7 +295,7 @@ def table_adjust(records: Sequence[dict[str, Any]]) -> str:
 
 @functools.cache
 def drafted_network(kind: str) -> tuple[Hierarchy, Callable[..., Any], Callable[..., Any]]:
-    """(hierarchy, write(method, params, steps, key) -> (texts, passes), bound(params) -> nats a token)."""
+    """(hierarchy, write(policy, params, numbers, key) -> (texts, passes), bound(params) -> nats a token)."""
     parents, length = DRAFTED[kind][0], 1 + SYMBOLS
     hierarchy, clusters = Hierarchy.from_parents(parents, vocab_size=SYMBOLS + 1), 3 if parents else 1
     judged = toy_config(length, "count", clusters=clusters, train__batch_size=JUDGED)
@@ -303,13 +303,10 @@ def drafted_network(kind: str) -> tuple[Hierarchy, Callable[..., Any], Callable[
     held_out, sums = batches(permutations, 1, JUDGED, 99), jax.jit(make_loss_sums(judged, network, process))
 
     @functools.partial(jax.jit, static_argnums=0)
-    def write(method: str, params: Tree, steps: jax.Array, key: jax.Array) -> Any:
-        found = presets.make(*method.partition(" ")[::2], steps=1)
-        numbers = jax.tree.map(jnp.asarray, presets.numbers(found))
-        numbers |= {"steps": steps} if "steps" in numbers else {}
+    def write(policy: Policy, params: Tree, numbers: Tree, key: jax.Array) -> Any:
         z = jnp.full((JUDGED, length), process.mask_id).at[:, 0].set(SYMBOLS)
         x, told = loop.sample(key, lambda z, t: network.denoise(params, z, t), cast(HierarchicalProcess, process), z,
-                              found.policy, numbers)
+                              policy, numbers)
         return x, jnp.mean(told["row_forwards"])
 
     def bound(params: Tree) -> float:
@@ -319,7 +316,7 @@ def drafted_network(kind: str) -> tuple[Hierarchy, Callable[..., Any], Callable[
     return hierarchy, write, bound
 
 
-def trial_drafts(kind: str, seed: int, steps: int = 1500) -> dict[str, Any]:
+def trial_drafts(kind: str, seed: int, steps: int = 1000) -> dict[str, Any]:
     """One seed: a run for every share of drafts, its exact bound, and what each method writes."""
     began, (hierarchy, write, bound) = time.monotonic(), drafted_network(kind)
     parents, methods, calls = DRAFTED[kind]
@@ -330,7 +327,9 @@ def trial_drafts(kind: str, seed: int, steps: int = 1500) -> dict[str, Any]:
         written = dict[str, Any]()
         for method in methods:
             for many in calls if "saber" not in method else calls[-1:]:
-                x, passes = jax.tree.map(np.asarray, write(method, params, jnp.int32(many), jax.random.key(seed + 1)))
+                found = presets.make(*method.partition(" ")[::2], steps=many)
+                numbers = jax.tree.map(jnp.asarray, presets.numbers(found))
+                x, passes = jax.tree.map(np.asarray, write(found.policy, params, numbers, jax.random.key(seed + 1)))
                 written.setdefault(method, {})[str(many)] = {
                     "passes": float(passes), "right": float(CERTAIN["permutations"][3](x).mean()),
                     "distinct": len(np.unique(x, axis=0)) / JUDGED}

@@ -31,8 +31,8 @@ from hdlm_jax.training.views import View
 
 # (parameters, keys [b], states, times, what else a trunk is told) -> hidden states
 Read: TypeAlias = Callable[..., jax.Array]
-# (reads, parameters, keys [b], texts, view, what else) -> (view, tokens that are asked about, bool [b, S])
-Redraft: TypeAlias = Callable[[Read, Tree, jax.Array, jax.Array, View, tuple], tuple[View, jax.Array]]
+# (reads, parameters, keys [b], texts, view, what else) -> (view, tokens asked about, bool [b, S]; () without drafts)
+Redraft: TypeAlias = Callable[[Read, Tree, jax.Array, jax.Array, View, tuple], tuple[View, Tree]]
 
 
 def earlier(process: HierarchicalProcess, keys: jax.Array, view: View) -> tuple[jax.Array, jax.Array]:
@@ -54,9 +54,9 @@ def make_redraft(config: Config, network: Trunk, process: Process, shard: OverBa
     clusters = h.needs() == "within"  # the bound leaves open what a cluster's place says of other clusters
 
     def redraft(read: Read, params: Tree, keys: jax.Array, x: jax.Array, view: View, rest: tuple
-                ) -> tuple[View, jax.Array]:
+                ) -> tuple[View, Tree]:
         if not share:
-            return view, jnp.zeros(x.shape, bool)
+            return view, ()
         params, keys = jax.lax.stop_gradient(params), fold(keys, 7)
         hidden = read(params, fold(keys, 3), view.z, view.t, *rest)
         chosen = (jax.vmap(open_uniform)(fold(keys, 0)) < share)[:, None]

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hdlm_jax.common.console import markdown, measured, readable, say
+from hdlm_jax.common.console import markdown, measured, say
 from hdlm_jax.common.jsons import dumps, open_atomic, read_json, read_lines, write_atomic
 from hdlm_jax.config import expand
 from hdlm_jax.report.run_files import training_speed
@@ -42,12 +42,14 @@ JUDGED = ("judge", "kind", "retokenised", "texts", "tokens", "perplexity", "perp
 
 
 class Cell(NamedTuple):
-    """name: of its files; recipe: argument of configs/books.py; more: further settings; priority: 1 is first."""
+    """name: of its files; recipe: argument of configs/books.py; more: further settings; priority: 1 is first;
+    bound_only: neither samples nor likelihoods are measured."""
 
     name: str
     recipe: str
     priority: int = 1
     more: tuple[str, ...] = ()
+    bound_only: bool = False
 
 
 NO_TIME = ("--config.model.time_conditioning=False",)
@@ -55,6 +57,31 @@ DYNAMIC = ("--config.diffusion.weighting=dynamic", "--config.diffusion.weight_mi
            "--config.diffusion.weight_max=2.0")
 GPT2 = ("--config.tokenizer.kind=gpt2",)
 COUNT = ("--config.train.objective=count", "--config.diffusion.weighting=none")
+SPEEDRUN = ("--config.train.batch_size=16", "--config.train.steps=960", "--config.optimizer.warmup=40")
+DECODER = ("--config.model.trunk=decoder", "--config.decoder.qk_norm=True")
+TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each (docs/speedrun.md)
+    "try": (),
+    "try-flat": ("--config.model.head=flat", "--config.hierarchy.head_clusters=0"),
+    "try-n256": ("--config.hierarchy.head_clusters=256",),
+    "try-batch8": ("--config.train.batch_size=8", "--config.train.steps=1920", "--config.optimizer.warmup=80"),
+    "try-batch32": ("--config.train.batch_size=32", "--config.train.steps=480", "--config.optimizer.warmup=20"),
+    "try-final0": ("--config.optimizer.final_lr=0.0",),
+    "try-lr1": ("--config.optimizer.lr=1e-3",),
+    "try-lr4": ("--config.optimizer.lr=4e-3",),
+    "try-muon1": ("--config.optimizer.muon_lr=0.01",),
+    "try-muon4": ("--config.optimizer.muon_lr=0.04",),
+    "try-decay0": ("--config.optimizer.weight_decay=0.0",),
+    "try-decay.1": ("--config.optimizer.weight_decay=0.1",),
+    "try-ema": ("--config.optimizer.ema=0.98",),
+    "try-notime": NO_TIME,
+    "try-decoder": DECODER,
+    "try-block16": ("--config.model.block=16", *NO_TIME),  # block diffusion: what is left of a block is clean
+    "try-block4": ("--config.model.block=4", *NO_TIME),
+    "try-complementary": ("--config.train.objective=complementary",),
+    "try-count": ("--config.train.objective=count",),
+    "try-wide": ("--config.model.width=192", "--config.model.heads=6"),
+    "try-deep": ("--config.model.blocks=6",),
+}
 CELLS = (
     Cell("ar", "ar-muon"),
     Cell("mdlm", "mdlm-muon"),
@@ -89,6 +116,7 @@ CELLS = (
     Cell("hdlm-factorised-gpt2", "hdlm-factorised-muon", 3, GPT2),
     Cell("gidd", "gidd-muon", 4),
     Cell("ar-adamw", "ar", 4),
+    *(Cell(name, "mdlm-warm-factorised-muon", 3, (*SPEEDRUN, *more), True) for name, more in TRIALS.items()),
 )
 QUESTIONS = {  # a table each: the first cell is what the others are compared with
     "clusters": ("mdlm", "hdlm", "shuffled", "learned", "frequency", "brown", "hdlm16", "hdlm256", "hdlm_k3",
@@ -102,6 +130,8 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "starts": ("mdlm", "mdlm-warm", "hdlm", "hdlm-warm"),
     "paper": ("mdlm-dynamic", "hdlm-dynamic"),
     "vocabulary": ("mdlm-gpt2", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2"),
+    "recipe": tuple(TRIALS),
+    "field": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "hdlm_xi9", "shuffled", "ar"),
     "processes": ("mdlm", "ar", "gidd0", "gidd", "hdlm"),
 }
 
@@ -125,13 +155,14 @@ def commands(cell: Cell, seed: int, runs: Path, steps: int, judge: str) -> list[
     sweep = [sys.executable, "-m", "tools.sampling_sweep", workdir, f"--judge={judge}", "--checkpoint=latest",
              f"--steps={','.join(map(str, CALLS))}", f"--num_samples={SAMPLES}", "--force_transition=cavity",
              "--clusters=exact"]
-    return [[*main, "--mode=train"], [*main, "--mode=evaluate"], *[sweep] * bool(judge and cell.recipe[:2] != "ar"),
+    sampled = judge and cell.recipe[:2] != "ar" and not cell.bound_only
+    return [[*main, "--mode=train"], [*main, "--mode=evaluate"], *[sweep] * bool(sampled),
             *likelihood_commands(cell, workdir)]
 
 
 def likelihood_commands(cell: Cell, workdir: str) -> list[list[str]]:
     """What measures a trained cell under samplers; nothing where that is not known (it does not unmask, xi < 1)."""
-    if {"ar", "gidd", "gidd0", "hdlm_xi9", "soft"} & set(cell.recipe.split("-")):
+    if cell.bound_only or {"ar", "gidd", "gidd0", "hdlm_xi9", "soft"} & set(cell.recipe.split("-")):
         return []
     return [[sys.executable, "-m", "hdlm_jax.main", f"--workdir={workdir}", "--mode=evaluate",
              f"--config.evaluate.rows={TOLD_ROWS}", f"--config.evaluate.draws={TOLD_DRAWS}",
@@ -225,10 +256,8 @@ def table(question: str, out: Path = KEPT) -> str:
         apart = difference(cell, base) if name != names[0] else None
         rows.append([name, f"{np.mean([a['nelbo'] for a in e]):.4f}", each,
                      measured(apart[0], apart[1], "+.4f") if apart else "", str(len(cell)),
-                     " → ".join(map(str, e[0]["hierarchy"])), f"{e[0]['params']:,}",
-                     readable(np.mean([one[0]["train_tokens_per_s"] for one in cell]), ",.0f")])
-    return markdown(["", "nats/token", "each seed", f"minus {names[0]}, paired", "seeds", "levels", "parameters",
-                     "train tok/s"], rows)
+                     " → ".join(map(str, e[0]["hierarchy"])), f"{e[0]['params']:,}"])
+    return markdown(["", "nats/token", "each seed", f"minus {names[0]}, paired", "seeds", "levels", "parameters"], rows)
 
 
 def calls_table(out: Path = KEPT) -> str:

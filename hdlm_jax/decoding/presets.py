@@ -204,8 +204,8 @@ def p2(*, steps: int = 0, eta: float = 1.0, schedule: str = "linear", to: str = 
        draw: str = "sample", straight: bool = True) -> Method:
     """Path planning with the network as its own planner (P2, arXiv 2502.03540): every call writes all, and what the
     network now finds least likely is remasked; eta >= 0 (the paper's strength of stochasticity, may exceed 1) is how
-    much tokens written before are doubted. Needs predictions at them, as saber does (train.draft_share). straight: as
-    in rcr.
+    much tokens written before are doubted. Needs predictions at them, as saber does: train.draft_share, and then
+    an eta of .5 (docs/training.md). straight: as in rcr.
     """
     every = dataclasses.replace(WRITE_ALL, straight=straight)
     return Method(Policy(every, draw, block=block, revise=revise.Scheduled(schedule, to, "now")),

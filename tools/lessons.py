@@ -52,11 +52,15 @@ CANDIDATES, CALLS, TEXTS = (1, 2, 4, 16), (1, 2, 4), 40_000
 SYMBOLS, BITS, THRESHOLD, JUDGED = 6, 6, 0.9, 1024
 SHARES = (0.0, 0.25, 0.5)
 METHODS = ("ancestral", "low_confidence block=0", "remdm", "rcr block=0", "p2", "p2 eta=.5", "saber draw=sample")
-# clusters of the symbols and of the word in front, methods, steps that they are given
-DRAFTED: dict[str, tuple[list[list[int]], tuple[str, ...], tuple[int, ...]]] = {
-    "none": ([], METHODS, (2, 3, 6)),
+# clusters of the symbols and of the word in front, methods, steps that they are given, (rates, steps) of training: of
+# the last one with drafts, of one before it without
+DRAFTED: dict[str, tuple[list[list[int]], tuple[str, ...], tuple[int, ...], tuple[tuple[float, int], ...]]] = {
+    "none": ([], METHODS, (3, 6), ((3e-3, 1000),)),
+    "none-trained": ([], METHODS, (3, 6), ((3e-3, 1000), (1e-3, 500))),
     "three": ([[0, 0, 0, 1, 1, 1, 2]], (*METHODS, "rcr block=0 straight=false", "p2 straight=false",
-                                        "p2 straight=false eta=.5", "p2 straight=false eta=.5 to=cluster"), (3, 6))}
+                                        "p2 straight=false eta=.5", "p2 straight=false eta=.5 to=cluster"), (3, 6),
+              ((3e-3, 1000),))}
+DRAFTED["three-trained"] = (*DRAFTED["three"][:3], DRAFTED["none-trained"][3])
 
 
 def toy_config(length: int, objective: str = "nelbo", steps: int = 3000, seed: int = 0, clusters: int = 1,
@@ -105,14 +109,16 @@ def fit(state: TrainState, step: Callable[..., Any], batch: Callable[[int], Any]
     return state, {name: float(np.mean([one[name] for one in last])) for name in last[0]}
 
 
-def trained_base(config: Config, hierarchy: Hierarchy, batch: Callable[[int], Any]) -> tuple[Any, HierarchicalProcess,
-                                                                                            Tree]:
-    """(network, process, parameters) of a run of such texts."""
+def trained_base(config: Config, hierarchy: Hierarchy, batch: Callable[[int], Any], start: Tree | None = None
+                 ) -> tuple[Any, HierarchicalProcess, Tree]:
+    """(network, process, parameters) of a run of such texts, from the parameters `start` or from chance."""
     network, process = build(config, hierarchy)
     tx, _ = make_optimizer(config)
     key = jax.random.key(config.train.seed)
     step = make_train_step(config, network, process, tx)
-    state, _ = fit(init_state(config, network, tx, key), step, batch, key, config.train.steps)
+    state = init_state(config, network, tx, key)
+    state = state if start is None else state._replace(params=jax.tree.map(jnp.copy, start))
+    state, _ = fit(state, step, batch, key, config.train.steps)
     return network, cast(HierarchicalProcess, process), state.params
 
 
@@ -316,15 +322,20 @@ def drafted_network(kind: str) -> tuple[Hierarchy, Callable[..., Any], Callable[
     return hierarchy, write, bound
 
 
-def trial_drafts(kind: str, seed: int, steps: int = 1000) -> dict[str, Any]:
+def trial_drafts(kind: str, seed: int) -> dict[str, Any]:
     """One seed: a run for every share of drafts, its exact bound, and what each method writes."""
     began, (hierarchy, write, bound) = time.monotonic(), drafted_network(kind)
-    parents, methods, calls = DRAFTED[kind]
-    shares = dict[str, Any]()
+    (parents, methods, calls, (*before, last)), shares = DRAFTED[kind], dict[str, Any]()
+
+    def learn(rate: float, steps: int, share: float, start: Tree | None) -> Tree:
+        config = toy_config(1 + SYMBOLS, steps=steps, seed=seed, clusters=3 if parents else 1, train__draft_share=share,
+                            optimizer__lr=rate)
+        texts = batches(permutations, 1, 128, seed + (100 if start else 0))
+        return trained_base(config, hierarchy, texts, start)[2]
+
+    start = learn(*before[0], 0.0, None) if before else None
     for share in SHARES:
-        config = toy_config(1 + SYMBOLS, steps=steps, seed=seed, clusters=3 if parents else 1, train__draft_share=share)
-        params = trained_base(config, hierarchy, batches(permutations, 1, 128, seed))[2]
-        written = dict[str, Any]()
+        params, written = learn(*last, share, start), dict[str, Any]()
         for method in methods:
             for many in calls if "saber" not in method else calls[-1:]:
                 found = presets.make(*method.partition(" ")[::2], steps=many)
@@ -334,14 +345,14 @@ def trial_drafts(kind: str, seed: int, steps: int = 1000) -> dict[str, Any]:
                     "passes": float(passes), "right": float(CERTAIN["permutations"][3](x).mean()),
                     "distinct": len(np.unique(x, axis=0)) / JUDGED}
         shares[f"{share:g}"] = {"bound": bound(params), "methods": written}
-    return {"clusters": kind, "seed": seed, "steps": steps, "shares": shares, "seconds": time.monotonic() - began}
+    return {"clusters": kind, "seed": seed, "shares": shares, "seconds": time.monotonic() - began}
 
 
 def table_drafts(records: Sequence[dict[str, Any]]) -> str:
     """Markdown: the bound, and right and different texts by method and steps, means and spreads over seeds, for each
     share of drafts; passes: the mean over all."""
     rows, shares = list[list[str]](), list(records[0]["shares"])
-    shown = lambda found: f"{np.mean(found):.3f} ± {np.std(found):.3f}"  # noqa: E731
+    shown = lambda found: f"{np.mean(found):.3f}" + (f" ± {np.std(found):.3f}" if len(found) > 1 else "")  # noqa: E731
     for kind in dict.fromkeys(r["clusters"] for r in records):
         mine = [r["shares"] for r in records if r["clusters"] == kind]
         rows.append([kind, "bound, nats/token", "", "", *(shown([one[share]["bound"] for one in mine])

@@ -1,7 +1,7 @@
 """An autoregressive model becomes MDLM, and HDLM: SmolLM2-135M on books (docs/results.md, "From an open model").
 
     python -m hdlm_jax.main --mode=fetch --model=smollm2 --workdir=runs/smollm2
-    HDLM_DATA=../shared/data python -m hdlm_jax.main --config=adapt:hdlm64
+    HDLM_DATA=../shared/data python -m hdlm_jax.main --config=adapt:hdlm64 --workdir=runs/adapt_hdlm64
 
 The argument is mdlm, hdlm64, hdlm256 or hdlm1024_32 (clusters of the model's own embeddings); `-factorised` takes the
 factorised head, `-own` reads logits at their own place (else one place before, as the model was trained to), `-opened`

@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from hdlm_jax.data import features as vectors
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import desk
 from hdlm_jax.decoding import texts as asking
-from hdlm_jax.decoding.sampler import load_helper, sampler_of
+from hdlm_jax.decoding.sampler import Classifier, Sampler, load_helper, sampler_of
 from hdlm_jax.evaluation.conditional import rows_behind
 from hdlm_jax.evaluation.elbo import evaluator_of, text_nats
 from hdlm_jax.report import notebook
@@ -29,8 +29,6 @@ from hdlm_jax.report.run_files import counted
 from hdlm_jax.runs import import_weights, refine, stages, tune
 from hdlm_jax.runs.interrupt import RESUME_EXIT
 from hdlm_jax.training.loading import load_here, with_base
-
-Classifier: TypeAlias = Callable[[jax.Array], jax.Array]  # one-hot states float32 [b, S, N] -> log p(y) [b]
 
 
 def _texts_of(name: str, given: object) -> list[str]:
@@ -65,15 +63,12 @@ class Model:
         """What was trained, and what it can do."""
         run, h = self.run, self.hierarchy
         process = run.config.diffusion.process
-        more = [*["infill", "json"] * run.process.unmasks, *["chat"] * self._chats, "stream", "show"]
+        chat = bool(self.tokenizer.chat_template)
+        more = [*["infill", "json"] * run.process.unmasks, *["chat"] * chat, "stream", "show"]
         can = ["generate", *more * (not run.config.data.feature_places), "nelbo"]
         return (f"<hdlm_jax.Model {kind_of(process, h.sizes)}: {levels_of(process, h.sizes)}; "
                 f"{run.num_params:,} parameters, step {run.step:,}; {run.config.tokenizer.kind} tokenizer, "
                 f"texts of up to {self.seq_len:,} tokens; can {', '.join(can)}>")
-
-    @property
-    def _chats(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", ""))
 
     @property
     def seq_len(self) -> int:
@@ -175,7 +170,7 @@ class Model:
         g = self._settings(settings, length=0, prompt="", steps=steps, num_samples=num_samples)
         return self._texts([asking.filled(self.run, g, one) for one in _texts_of("infill", text)], g)
 
-    def json(self, schema: Any, num_samples: int = 1, steps: int = 64, prompt: str = "", budget: int = 16,
+    def json(self, schema: object, num_samples: int = 1, steps: int = 64, prompt: str = "", budget: int = 16,
              **settings: Any) -> list[Any]:
         """Objects of a JSON schema (a dict, or its text), whatever the model is like: hdlm_jax.decoding.schema."""
         g = self._settings(settings, length=0, prompt=prompt, steps=steps, num_samples=num_samples)
@@ -190,7 +185,7 @@ class Model:
             raise ConfigError(f"generate.schema={g.schema!r}: here call Model.json(schema)")
         return g
 
-    def _draw_with(self, g: GenerateConfig, classifier: Classifier | None = None) -> Any:
+    def _draw_with(self, g: GenerateConfig, classifier: Classifier | None = None) -> Sampler:
         """The sampler for these settings."""
         if classifier is not None or g.helper:
             return sampler_of(self.run, load_helper(self.run, g), classifier)

@@ -277,8 +277,7 @@ def _canvas(process: Process, shape: tuple[int, int] | None, canvas: ArrayLike |
         return jnp.full(shape, mask, jnp.int32)
     z = _ints("canvas", cast(ArrayLike, canvas), mask + 1)
     seen = _seen(z)
-    if process.causal and seen is not None and np.any(
-            (seen[:, :-1] == mask) & (seen[:, 1:] != mask)):
+    if process.causal and seen is not None and np.any((seen[:, :-1] == mask) & (seen[:, 1:] != mask)):
         raise ValueError("canvas: an autoregressive model goes on from a prompt; it cannot fill blanks before "
                          "given tokens")
     return z
@@ -311,8 +310,7 @@ class _Asked:
         """Of autoregressive.sample: the input so far."""
         return jnp.full((rows, seq_len), self.process.mask_id, jnp.int32)
 
-    def next_token(self, params: dict, cache: jax.Array, z: jax.Array,
-                  at: jax.Array) -> tuple[jax.Array, Prediction]:
+    def next_token(self, params: dict, cache: jax.Array, z: jax.Array, at: jax.Array) -> tuple[jax.Array, Prediction]:
         """(input with the states z [B, 1] at position `at`, prediction [B] there), by a call on all of it."""
         cache = jax.lax.dynamic_update_slice_in_dim(cache, z, at, axis=1)
         said = self.denoise(params, cache, jnp.zeros(len(cache)))

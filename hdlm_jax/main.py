@@ -55,6 +55,11 @@ def _flag(argv: list[str], name: str) -> tuple[int, str]:
     return -1, ""
 
 
+def _replaced(argv: list[str], at: int, new: str) -> list[str]:
+    """The command line with `new` in place of the flag at this place, and of its value behind it."""
+    return [*argv[:at], new, *argv[at + (1 if "=" in argv[at] else 2):]]
+
+
 def with_recipe(argv: list[str]) -> list[str]:
     """The command line with a file as --config: that of the recipe named, or of the run in --workdir.
 
@@ -65,8 +70,7 @@ def with_recipe(argv: list[str]) -> list[str]:
 
     at, name = _flag(argv, "config")
     if at >= 0:
-        behind = 1 if "=" in argv[at] else 2
-        return [*argv[:at], f"--config={recipes.path_of(name)}", *argv[at + behind:]] if name else argv
+        return _replaced(argv, at, f"--config={recipes.path_of(name)}") if name else argv
     if _flag(argv, "mode")[1] in ("import", "fetch"):
         return [argv[0], f"--config={recipes.path_of('released_open')}", *argv[1:]]
     workdir = expand(_flag(argv, "workdir")[1])
@@ -87,15 +91,13 @@ def parse(argv: list[str]) -> list[str]:
     from hdlm_jax.config.command import written_out
 
     _help(argv)
-    if argv[1:2] == ["fetch"]:  # hdlm-jax fetch NAME [flags]
-        names = [f"--model={name}" for name in argv[2:3] if not name.startswith("-")]
-        sys.argv = argv = [argv[0], "--mode=fetch", *names, *argv[2 + len(names):]]
-    if argv[1:2] in (["serve"], ["chat"]):  # hdlm-jax serve RUN [flags]
-        names = [f"--workdir={name}" for name in argv[2:3] if not name.startswith("-")]
+    if argv[1:2] in (["fetch"], ["serve"], ["chat"]):  # hdlm-jax fetch MODEL [flags], hdlm-jax serve RUN [flags]
+        flag = "model" if argv[1] == "fetch" else "workdir"
+        names = [f"--{flag}={name}" for name in argv[2:3] if not name.startswith("-")]
         sys.argv = argv = [argv[0], f"--mode={argv[1]}", *names, *argv[2 + len(names):]]
     at, port = _flag(argv, "port")
     if at >= 0:
-        sys.argv = argv = [*argv[:at], f"--config.serve.port={port}", *argv[at + (1 if "=" in argv[at] else 2):]]
+        sys.argv = argv = _replaced(argv, at, f"--config.serve.port={port}")
     given = [a for a in argv[1:] if re.match(r"--?config(=|$)", a)]
     try:
         for arg in argv[1:]:
@@ -179,7 +181,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from hdlm_jax.common import console, lock, parallel, processes
-    from hdlm_jax.report import live, page
+    from hdlm_jax.report import page
     from hdlm_jax.runs import chat, evaluate, export, fetch, generate, import_weights, refine, serve, stages, tune
     from hdlm_jax.training import loading
 
@@ -222,7 +224,7 @@ def main(argv: list[str]) -> None:
         with lock.held(here, "fetch"):
             fetch.fetch(config, workdir, name)
     elif _MODE.value == "serve":
-        serve.serve(config, workdir, live.page(), live.about(workdir))
+        serve.serve(config, workdir, page.served(), page.about(workdir))
     elif _MODE.value == "chat":
         chat.chat(config, workdir)
     elif _MODE.value == "report":

@@ -57,6 +57,13 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """Prepared text in shards of a few documents, so that little of it has many of them."""
+    monkeypatch.setattr("hdlm_jax.data.shards.BATCH_CHARS", 350)
+    monkeypatch.setattr("hdlm_jax.data.shards.SHARD_TOKENS", 120)
+
+
 @pytest.fixture(scope="session")
 def browser():
     """A headless Chromium that is installed already. Skips where there is none, or no playwright."""

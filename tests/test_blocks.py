@@ -174,17 +174,39 @@ def sampler(hierarchy, options, **changes):
     return Sampler(network("dit", 2, hierarchy), process, mesh, weights("dit", hierarchy)), config.generate
 
 
+def blocks_of(process, program, canvas):
+    """Numbers of the blocks of a row of 4 as decoding counts them."""
+    z, zero = jnp.asarray(canvas), jnp.zeros(1, jnp.int32)
+    state = State(jax.random.split(jax.random.key(0), 1), z, z, z < V, zero + 4, jnp.zeros(z.shape), zero, {}, {}, ())
+    return view_of(process, program.method.policy, {}, state).block.tolist()
+
+
 def test_decoding_counts_blocks_as_training_does():
     """From the row's beginning, also behind a prompt that ends within a block; methods without blocks are refused."""
     draw, g = sampler(TWO, "block=2 steps=6")
     canvas = np.array([[3, 6, 6, 6]], np.int32)
     program, _ = draw.prepare(canvas, g)
-    z, zero = jnp.asarray(canvas), jnp.zeros(1, jnp.int32)
-    state = State(jax.random.split(jax.random.key(0), 1), z, z, z < V, zero + 4, jnp.zeros(z.shape), zero, {}, {}, ())
-    assert view_of(process_of(TWO), program.method.policy, {}, state).block.tolist() == [[0, 0, 1, 1]]
+    assert blocks_of(process_of(TWO), program, canvas) == [[0, 0, 1, 1]]
     for method, options in (("ancestral", ""), ("bd3lm", "block=3")):
         with pytest.raises(ConfigError, match="choose bd3lm with the options 'block=2'"):
             draw.prepare(canvas, dataclasses.replace(g, method=method, options=options))
+
+
+@pytest.mark.parametrize("method, options, want", [
+    ("max_prob", "block=2", [0, 0, 1, 1]),  # the context's blocks of 2, not [-1, 0, 0, 1] behind the prompt
+    ("bd3lm", "block=4", [0, 0, 0, 0]), ("max_prob", "", [-1, 0, 0, 0]), ("bd3lm", "block=3", None)])
+def test_decoding_counts_blocks_as_an_open_network_does(method, options, want):
+    """decoder.context=block: blocks from the row's beginning behind any prompt; keys kept of whole blocks alone."""
+    dims, canvas = DecoderConfig(context="block", block=2), np.array([[3, 5, 5, 5]], np.int32)
+    process, g = process_of(Hierarchy.from_parents([], V)), settings().generate
+    draw = Sampler(network("decoder", 0, Hierarchy.from_parents([], V)), process, None, None, context=dims.own_block)
+    g = dataclasses.replace(g, method=method, options=options, steps=4)
+    if want is None:
+        with pytest.raises(ConfigError, match="'bd3lm': keeps the keys .* give the options 'block=2'"):
+            draw.prepare(canvas, g)
+        return
+    program, _ = draw.prepare(canvas, g)
+    assert blocks_of(process, program, canvas) == [want]
 
 
 @pytest.mark.slow

@@ -433,7 +433,7 @@ def test_features_of_a_canvas_stay_with_their_texts(model):
              for i in range(2)]
     both = canvases.together(parts)
     assert both.features[:, 0, 0].tolist() == [0, 0, 1, 1]
-    assert sampler.first_rows(both, 3).features[:, 0, 0].tolist() == [0, 0, 1]
+    assert canvases.some(both, slice(3)).features[:, 0, 0].tolist() == [0, 0, 1]
     assert (both.z[:, :2] == 256).all() and (both.z[:, 2:] == model.hierarchy.mask_id).all()
     with pytest.raises(ConfigError, match="this run writes behind 2 vectors of 4 numbers .*features_field='f'"):
         sampler.start_canvas(model.run, g, np.zeros((2, 0), np.int32))

@@ -504,7 +504,7 @@ def test_which_samplers_are_the_same():
 
     assert sizes(1, 1) == [8] and sizes(2, 1) == [2, 6] and sizes(3, 1) == [1, 1, 6]
     assert sizes(2, 0.7) == sizes(3, 0.7) == [1] * 8
-    assert sampling_sweep.samplers(types.SimpleNamespace(), *everything) == [[("", "exact")]]
+    assert sampling_sweep.samplers(types.SimpleNamespace(force_transition=""), *everything) == [[("", "exact")]]
 
 
 def test_what_leaves_the_exact_law_is_said():

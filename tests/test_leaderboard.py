@@ -168,8 +168,9 @@ def test_pages_say_what_json_says(board):
         assert f"{100 * row['questions']['piqa']['accuracy']:.1f}" in text
     assert [r["name"] for r in pages.ordered(found)["runs"]] == sorted(
         rows(board), key=lambda n: rows(board)[n]["texts"]["ptb"]["bits_per_byte"])
-    assert "its own judge" in shown and "v5e:2x4: 9.9 GiB a chip" in shown and shown.count("not planned yet") == 2
-    assert "--workdir=runs/llada-8b-base" in text and "of a bound, given lengths" in shown
+    assert "its own judge" in shown and "v5e:2x4: 9.9 GiB a chip" in shown and shown.count("see docs/models.md") == 2
+    assert "--workdir=runs/llada-8b-base" in text and "leaderboard runs/dream-7b --tensor=4" in text
+    assert "of a bound, given lengths" in shown
 
 
 def test_models_on_the_board_are_not_elsewhere(board):
@@ -197,7 +198,9 @@ def test_errors_are_one_line(place, tmp_path):
         (ask[1:], "no runs given"), ([str(data), *ask[1:]], "no .*config.json"),
         ([*ask, runs["ar"]], "two runs have the name 'ar', .*NAME="),
         ([*ask, "--texts=ptbb"], "--texts='ptbb': choose one of .*did you mean 'ptb'"),
-        ([*ask, "--questions=ptb"], "--questions='ptb': choose one of"), ([*ask, "--texts="], "--texts='': name at"),
+        ([*ask, "--questions=ptb"], "--questions='ptb': choose one of"),
+        ([*ask, "--tensor=3"], "parallel=.* 3.: does not multiply to the 8 devices at hand"),
+        ([*ask, "--texts="], "--texts='': name at"),
         ([*ask, "--limit=-1"], "evaluate.rows=-1"), ([*ask, "--limits=1"], "unrecognized arguments: --limits=1"),
         ([*ask, "--judge=nowhere"], "generate.judge='nowhere'"), ([*ask, "--length=0"], "--length=0"),
         ([runs["ar"], "--data=nowhere"], "task wikitext2 needs"),

@@ -285,6 +285,8 @@ def test_make_network_and_its_flops():
     # two FLOPs a multiply-add, the backward pass costs two forward ones, half of the tokens reach the head
     process = HierarchicalProcess(hierarchy, LevelChain((1.0, 1.0)))
     assert flops_per_token(c, hierarchy, process) == pytest.approx(6 * (products + attended + 0.5 * 16 * 257), rel=1e-3)
+    added = dataclasses.replace(c, decoder=dataclasses.replace(c.decoder, lora=2))  # no gradient of what stays
+    assert flops_per_token(added, hierarchy, process) == pytest.approx(2 / 3 * flops_per_token(c, hierarchy, process))
     # a quarter of them show a cluster and need one block; the masked quarter needs the 8 x 3 prototypes
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, head="factorised", prototypes=3))
     want = 6 * (products + attended + 0.25 * 16 * 24 + 0.25 * 16 * 257 / 8)

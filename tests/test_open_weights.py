@@ -505,17 +505,24 @@ QUICK = {("shifted", "fast_dllm"), ("blocks", "sparsed")}
 
 @pytest.mark.parametrize("kind, method", [
     pytest.param(kind, method, marks=[] if (kind, method) in QUICK else pytest.mark.slow)
-    for kind in ("own", "shifted", "blocks") for method in presets.METHODS if method not in ("dcolt", "adjust")])
+    for kind in ("own", "shifted", "blocks") for method in presets.METHODS
+    if method not in ("dcolt", "ctrldiff", "adjust")])
 def test_every_method_on_an_imported_model(kind, method):
     """Tokens alone, the prompt in front, the same in other company."""
     model = masked(kind)
-    needs, options = presets.METHODS[method]().needs, {"daedal": "start=8"}.get(method, "")
+    needs, options = presets.METHODS[method]().needs, {"daedal": "start=8", "bd3lm": "block=32"}.get(method, "")
     more = {"helper": str(workdir("llama"))} if needs in presets.HELPERS else {}
     more |= {"classifier": lambda onehots: jnp.sum(onehots[..., 8], axis=-1)} if needs == "classifier" else {}
     how = dict(method=method, options=options, steps=6, prompt="ab", batch_size=4, **more)
     texts = model.generate(2, **how)
     assert len(texts) == 2 and all(text.startswith("ab") for text in texts)
     assert model.generate(1, **how) == texts[:1]
+
+
+def test_keys_are_kept_of_whole_blocks_alone():
+    """A model whose blocks have 32 tokens says so of its own, before anything is drawn."""
+    with pytest.raises(ConfigError, match="generate.method='bd3lm': keeps the keys .* give the options 'block=32'"):
+        masked("blocks").generate(1, method="bd3lm", options="block=16", prompt="ab")
 
 
 @pytest.mark.slow

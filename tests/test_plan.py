@@ -351,6 +351,7 @@ def test_cycles_are_those_a_device_goes_through():
 ENTRY %main (a: f32[8]) -> f32[8] {
   %first = f32[8] fusion(%a), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
   %known = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %unknown = f32[8] fusion(%a), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"9223372036854775807"}
   %exchanged = (u32[], f32[8]) while(%t), condition=%windowed, body=%body
   %data = (s32[], f32[8]) while(%t), condition=%cond, body=%body
 }

@@ -18,6 +18,7 @@ from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.report import __main__ as report
 from hdlm_jax.report import compare, page, run_files, watch
 from hdlm_jax.runs import generate
+from hdlm_jax.training.metrics import read_metrics
 
 EVALUATED = {"nelbo": 5.5, "se": 0.0123, "perplexity": 244.7, "perplexity_se": 3.0, "whole_split": True,
              "bits_per_byte": 2.25, "bits_per_byte_se": 0.01, "hierarchy": [257, 8, 1], "unigram_nelbo": 6.5,
@@ -245,7 +246,7 @@ def test_runs_side_by_side(run, tmp_path, capsys):
         assert said in text, said
     assert "generative perplexity" not in text, "nobody judged"
     assert f"--workdir={tmp_path / 'd'} --mode=generate" in text and reader.data()["unigram"] == 6.5
-    assert reader.data()["runs"][0]["curves"] == run_files.curves(str(run))
+    assert reader.data()["runs"][0]["curves"] == run_files.curves_of(read_metrics(str(run / "metrics.jsonl")))
     for wrong in (["--html=x"], ["--html=", "a"], ["--page=x", "a"]):
         with pytest.raises(SystemExit, match="2"):
             report.main(wrong)

@@ -21,7 +21,7 @@ from hdlm_jax.common.extras import package
 from hdlm_jax.config import ConfigError, ServeConfig
 from hdlm_jax.decoding import desk, slots, texts
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.report import live
+from hdlm_jax.report import page
 from hdlm_jax.runs import serve
 from hdlm_jax.training.state import build, placed
 
@@ -34,7 +34,7 @@ SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}}}
 def server_of(run, **settings):
     config = dataclasses.replace(run.config, serve=ServeConfig(batch=8, **settings),
                                  generate=dataclasses.replace(run.config.generate, steps=6))
-    return serve.Server(dataclasses.replace(run, config=config), live.page(), live.about(str(trained()[1])))
+    return serve.Server(dataclasses.replace(run, config=config), page.served(), page.about(str(trained()[1])))
 
 
 @pytest.fixture(scope="module")

@@ -405,7 +405,7 @@ def test_clipped_ratios_and_the_reference_as_omega(ratio):
 
         def log_p(table, call):  # of what fell in a call: [B, S]
             rollout = record.Rollout(*(rows[name] for name in ("x", "fell", "told", "calls")))
-            z, _, level, to, _, _, t = record.replay(process, rollout, jnp.full(len(words), call))
+            z, _, level, to, _, _, t, _ = record.replay(process, rollout, jnp.full(len(words), call))
             p = process.as_prediction(network.hidden(table, z, t))
             first, second = -p.log_within(rows["x"], 1), -p.log_within(rows["x"], 2)
             return -(jnp.where((level > 0) & (to < 1), first, 0.0) + jnp.where((level > 1) & (to < 2), second, 0.0))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from absl import flags
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,6 +45,12 @@ def at_least(least: int) -> Callable[[str], int]:
 
     read.__name__ = "int"
     return read
+
+
+def commit() -> str:
+    """The commit that is checked out, short; "" where there is none."""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
+                          check=False).stdout.strip()
 
 
 @contextlib.contextmanager

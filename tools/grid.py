@@ -25,13 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hdlm_jax.common.console import markdown, measured, say
-from hdlm_jax.common.jsons import dumps, open_atomic, read_json, read_lines, write_atomic
+from hdlm_jax.common.jsons import read_json, read_lines, write_arrays, write_json
 from hdlm_jax.config import expand
 from hdlm_jax.report.run_files import training_speed
 from tools import cli
 
-ROOT = Path(__file__).resolve().parent.parent
-KEPT = ROOT / "docs" / "runs" / "grid"
+KEPT = cli.ROOT / "docs" / "runs" / "grid"
 STEPS, ROWS, DRAWS, CALLS = 800, 1000, 4, (8, 16, 32, 64)
 SAMPLES = 64
 TOLD = (4, 8, 16, 32, 64, 128)  # calls of the likelihoods
@@ -58,7 +57,7 @@ DYNAMIC = ("--config.diffusion.weighting=dynamic", "--config.diffusion.weight_mi
 GPT2 = ("--config.tokenizer.kind=gpt2",)
 COUNT = ("--config.train.objective=count", "--config.diffusion.weighting=none")
 SPEEDRUN = ("--config.train.batch_size=16", "--config.train.steps=960", "--config.optimizer.warmup=40")
-DECODER = ("--config.model.trunk=decoder", "--config.decoder.qk_norm=True")
+DECODER = (*NO_TIME, "--config.model.trunk=decoder", "--config.decoder.qk_norm=True")
 TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each (docs/speedrun.md)
     "try": (),
     "try-flat": ("--config.model.head=flat", "--config.hierarchy.head_clusters=0"),
@@ -189,14 +188,13 @@ def make(cell: Cell, seed: int, runs: Path, out: Path, steps: int, judge: str) -
 def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
     """Writes what tables need of a run that is done."""
     out.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-                            check=False).stdout.strip()
+    commit = cli.commit()
     if (there := out / f"{workdir.name}.json").exists():
         commit = json.loads(there.read_text()).get("commit", commit)  # of its training
     records = read_lines(str(workdir / "metrics.jsonl"))[0]
     found: dict[str, Any] = {"cell": cell.name, "seed": seed, "recipe": cell.recipe, "more": cell.more,
                              "commit": commit, "cpus": os.cpu_count(), "tokens": records[-1]["tokens"],
-                             "train_tokens_per_s": training_speed(str(workdir)),
+                             "train_tokens_per_s": training_speed(records),
                              "evaluate": read_json(str(workdir / "evaluate.json")), "calls": []}
     for line in read_lines(str(workdir / "sampling_sweep.jsonl"))[0]:
         found["calls"].append({"steps": line["sampling"]["steps"], "network_calls": line["sampling"]["network_calls"],
@@ -205,10 +203,10 @@ def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
     measured_all = told.exists() and set(DECODINGS) <= set(read_json(str(told))["decodings"])  # not stopped in between
     if measured_all:
         found["likelihoods"] = read_json(str(told))["decodings"]
-    with np.load(workdir / "evaluate_rows.npz") as rows, open_atomic(out / f"{workdir.name}.npz") as file:
+    with np.load(workdir / "evaluate_rows.npz") as rows:
         each = np.load(told.with_suffix(".npz")) if measured_all else {}
-        np.savez(file, **rows, **{f"told {name}": values for name, values in each.items()})
-    write_atomic(out / f"{workdir.name}.json", (dumps(found, indent=1) + "\n").encode())
+        write_arrays(out / f"{workdir.name}.npz", {**rows, **{f"told {name}": a for name, a in each.items()}})
+    write_json(out / f"{workdir.name}.json", found)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -290,8 +288,7 @@ def likelihoods_table(out: Path = KEPT) -> str:
     return markdown(["", "-log p under", *(f"{n} calls" for n in TOLD)], rows)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0."""
+def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("grid"):
         ask = cli.Parser("grid", __doc__)
         ask.add_argument("--list", action="store_true", help="say what there is and what is done, and make nothing")
@@ -311,8 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                       f"{' '.join(cell.more)}".rstrip())
             else:
                 make(cell, seed, Path(given.runs), given.out, given.steps, given.judge)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

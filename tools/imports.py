@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ask.add_argument("picture", help="the file to write, .png, .svg or .pdf")
         ask.add_argument("--commit", default="", help="a commit in place of the working tree")
         given = ask.parse_args(argv)
-        texts = sources(Path(__file__).resolve().parent.parent, given.commit)
+        texts = sources(cli.ROOT, given.commit)
         draw(given.picture, texts, PACKAGE + (f" at {given.commit}" if given.commit else ""))
 
 

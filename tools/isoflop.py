@@ -32,7 +32,7 @@ from hdlm_jax.training.state import build
 from tools import cli
 from tools.plan import balanced
 
-KEPT = Path(__file__).resolve().parent.parent / "docs" / "runs" / "isoflop.jsonl"
+KEPT = cli.ROOT / "docs" / "runs" / "isoflop.jsonl"
 KINDS = ("ar", "mdlm", "hdlm")
 SIZES = ("32x2", "64x2", "96x3", "128x4")
 LEAST_STEPS = 40  # fewer say nothing of a size
@@ -215,14 +215,13 @@ def parser() -> cli.Parser:
     return ask
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0."""
+def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("isoflop"):
         given = parser().parse_args(argv)
         lines = read_lines(str(given.out))[0]
         if given.picture:
             picture(lines, given.picture)
-            return 0
+            return
         todo = [(name_of(kind, size, budget, seed), kind, size, budget, seed) for seed in given.seeds
                 for budget in sorted(given.budgets) for size in given.sizes for kind in given.kinds]
         plans = {one[0]: settings(*one[1:], given.batch, given.recipe) for one in todo}  # refused before any is trained
@@ -237,8 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             given.out.parent.mkdir(parents=True, exist_ok=True)
             with given.out.open("a", encoding="utf-8") as file:
                 file.write(dumps(line) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -19,7 +19,6 @@ drafts   permutations: as many steps with train.draft_share = 0, .25 and .5, wit
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ import numpy as np
 
 from hdlm_jax import config as settings
 from hdlm_jax.common.console import markdown
-from hdlm_jax.common.jsons import dumps, write_atomic
+from hdlm_jax.common.jsons import write_json
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import Config
 from hdlm_jax.decoding import bursts, choose, guide, loop, presets
@@ -375,8 +374,7 @@ def table(found: dict[str, Any]) -> str:
     return TRIALS[found["lesson"]][2](found["records"])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0."""
+def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("lessons"):
         ask = cli.Parser("lessons", __doc__)
         ask.add_argument("lesson", choices=list(TRIALS))
@@ -395,10 +393,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"lessons: {records[-1]}", flush=True)
                 out = given.out or Path(f"docs/runs/lesson_{given.lesson}.json")
                 found = {"lesson": given.lesson, "records": records}
-                write_atomic(out, (dumps(found, indent=1) + "\n").encode())
+                write_json(out, found)
         print(table(found))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,7 +13,6 @@ are about as varied as real text: a sampler that repeats itself has a low perple
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import os
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from hdlm_jax.evaluation import judges
 from hdlm_jax.runs.generate import real_texts
 from hdlm_jax.training.loading import Run, load_here, saved_config
 from tools import cli
-from tools.sampling_sweep import measure
+from tools.sampling_sweep import measure, opened
 
 FILE = "method_sweep.jsonl"
 VARIED = 0.2  # nats that a text's unigram entropy may lie below real text's
@@ -48,9 +47,10 @@ def settings(run: Run, given: argparse.Namespace) -> list[GenerateConfig]:
     for text in given.methods or every:
         name, _, options = text.partition(" ")
         method = presets.make(name, options)
-        why = ("it knows no levels that drop" if name != "ancestral" and not hasattr(run.process, "chain") else
+        why = ("it knows no levels that drop" if name != "ancestral" and not run.process.unmasks else
                "it needs --helper" if method.needs in presets.HELPERS and not given.helper else
-               "it needs a head for an order" if method.needs == "order" and not run.config.model.order else
+               "it needs a head of the network" if method.needs in ("order", "block_lengths")
+               and method.needs not in run.config.model.chooses else
                "it needs a function" if method.needs == "classifier" else
                "its texts are of any length" if method.policy.lengths else "")
         if why and given.methods:
@@ -66,7 +66,7 @@ def settings(run: Run, given: argparse.Namespace) -> list[GenerateConfig]:
     return out
 
 
-def sweep(workdir: str, given: argparse.Namespace, judge: Any) -> list[dict[str, Any]]:
+def sweep(workdir: str, given: argparse.Namespace, judge: judges.Judge) -> list[dict[str, Any]]:
     """All lines that were asked for, and first one of real text, which has no sampling."""
     run = load_here(workdir)
     todo, lines, length = settings(run, given), [], run.config.model.seq_len
@@ -87,11 +87,11 @@ def sweep(workdir: str, given: argparse.Namespace, judge: Any) -> list[dict[str,
     return lines
 
 
-def _steps(g: GenerateConfig) -> Any:
+def _steps(g: GenerateConfig) -> float | None:
     return presets.make(g.method, g.options, g.steps).numbers.get("steps")
 
 
-def label(method: str, options: str, steps: Any) -> str:
+def label(method: str, options: str, steps: float | None) -> str:
     """'max_prob T=16 block=32'."""
     return " ".join(part for part in (method, f"T={steps}" if steps else "", options) if part)
 
@@ -205,9 +205,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("method_sweep"):
         given = parse(argv)
         config = saved_config(given.workdir[0])
-        config = dataclasses.replace(config, parallel=type(config.parallel)())
         parallel.keep_compiled()
-        judge = judges.open_judge(given.judge, given.judge_dtype, config.parallel, parallel.make_mesh(config))
+        judge = opened(given, config)
         lines = [line for workdir in given.workdir for line in sweep(workdir, given, judge)]
         out = given.out or given.workdir[0]
         text = table(lines)

@@ -143,7 +143,7 @@ def chat_picture(browser: Any, out: Path, run: str) -> None:
     tab.close()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("pictures"):
         ask = cli.Parser("pictures", __doc__)
         ask.add_argument("runs", nargs="+")
@@ -159,8 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "chat" in given.only:
                 chat_picture(browser, given.out, given.runs[0])
             browser.close()
-        return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

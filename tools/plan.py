@@ -29,10 +29,11 @@ from ml_collections import config_flags
 from hdlm_jax import config as configs
 from hdlm_jax.common import jsons, parallel
 from hdlm_jax.common.console import markdown, say
+from hdlm_jax.common.jsons import Json
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.decoding.sampler import make_sample_step, numbers_of, program_of
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.models.make import flops_per_token
+from hdlm_jax.models.make import flops_per_token, forward_flops
 from hdlm_jax.training.fitting import TooLarge, fit
 from hdlm_jax.training.metrics import peak_flops
 from hdlm_jax.training.state import abstract_state, build, make_optimizer, placed
@@ -241,12 +242,12 @@ def walk(text: str) -> Iterator[tuple[str, bool, int, bool]]:
 def cycles(text: str) -> tuple[int, int]:
     """The compiler's estimate of a step in cycles, and that of one pass of each loop whose length the data decide.
 
-    Of kernels (Pallas) and of exchanges it has none.
+    Of kernels (Pallas) and of exchanges it has none, of some loops the largest number there is in place of one.
     """
     total = [0, 0]
     for line, inside, times, loop in walk(text):
         if not inside and (found := re.search(r'"estimated_cycles":"(\d+)"', line)):
-            total[loop] += times * int(found[1])
+            total[loop] += times * int(found[1]) * (int(found[1]) < 2**63 - 1)
     return total[0], total[1]
 
 
@@ -288,21 +289,29 @@ def collectives(text: str, shape: dict[str, int]) -> list[Collective]:
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
-def plan_sample(config: Config, devices, name: str = "") -> dict[str, Any]:
+def _about(config: Config, devices: Sequence[Any], name: str, tokens: int, flops: float) -> Json:
+    """What a plan of any step says of itself; step_s is arithmetic at MFU."""
+    kind = devices[0].device_kind
+    out: Json = {
+        "config": name, "jax": jax.__version__, "compiler": " ".join(devices[0].client.platform_version.split()),
+        "device_kind": kind, "devices": len(devices),
+        "mesh": dict(zip(parallel.AXES, config.parallel.shape(len(devices)), strict=True)), "head": config.model.head,
+        "attention": config.model.attention, "seq_len": config.model.seq_len, "tokens_per_step": tokens,
+        "flops_per_step": flops, "mfu": MFU}
+    if peak := peak_flops(kind):
+        out["step_s"] = flops / (MFU * peak * len(devices))
+    return out
+
+
+def plan_sample(config: Config, devices: Sequence[Any], name: str = "") -> Json:
     """Compiles sampling for the devices: `peak` bytes of one of them, and arithmetic for a call of the network, which
     predicts every token of every row (`step_s`, at MFU)."""
     kind, hierarchy = devices[0].device_kind, balanced(config)
     gib, rows = CHIPS.get(kind, (None,))[0], config.generate.batch_size
     tokens = rows * config.model.seq_len
-    shape = dict(zip(parallel.AXES, config.parallel.shape(len(devices)), strict=True))
-    flops = flops_per_token(config, hierarchy, build(config, hierarchy)[1]) / 3 * tokens
-    out: dict[str, Any] = {
-        "what": "sample", "config": name, "jax": jax.__version__, "device_kind": kind, "devices": len(devices),
-        "compiler": " ".join(devices[0].client.platform_version.split()), "mesh": shape, "head": config.model.head,
-        "attention": config.model.attention, "remat": "sample", "microbatches": 1, "batch_size": rows,
-        "seq_len": config.model.seq_len, "tokens_per_step": tokens, "flops_per_step": flops, "mfu": MFU}
-    if peak := peak_flops(kind):
-        out["step_s"] = flops / (MFU * peak * len(devices))
+    flops = forward_flops(config, hierarchy, build(config, hierarchy)[1]) * tokens
+    out = {"what": "sample", "remat": "sample", "microbatches": 1, "batch_size": rows} | _about(
+        config, devices, name, tokens, flops)
     started = time.perf_counter()
     lowered, params = lower_sample(config, hierarchy, devices)
     out["parameters"] = sum(a.size for a in jax.tree.leaves(params))
@@ -320,7 +329,7 @@ def plan_sample(config: Config, devices, name: str = "") -> dict[str, Any]:
                   "why": f"{sizes['peak'] / 2**30:.1f} GiB to sample {rows} rows"}
 
 
-def plan(config: Config, devices, name: str = "") -> dict[str, Any]:
+def plan(config: Config, devices: Sequence[Any], name: str = "") -> Json:
     """Compiles a config's training step for the devices and says what it needs, as a JSON object.
 
     Bytes are those of one device; `peak` is arguments + temporaries + code + what of the outputs is not an argument's
@@ -333,16 +342,10 @@ def plan(config: Config, devices, name: str = "") -> dict[str, Any]:
     gib, links, clock = CHIPS.get(kind, (None, None, None))
     tokens = config.train.batch_size * config.model.seq_len
     flops = flops_per_token(config, hierarchy, build(config, hierarchy)[1]) * tokens
-    shape = dict(zip(parallel.AXES, config.parallel.shape(len(devices)), strict=True))
-    out: dict[str, Any] = {
-        "config": name, "jax": jax.__version__, "compiler": " ".join(devices[0].client.platform_version.split()),
-        "device_kind": kind, "devices": len(devices), "mesh": shape,
-        "head": config.model.head, "attention": config.model.attention, "remat": config.model.remat,
-        "batch_size": config.train.batch_size, "seq_len": config.model.seq_len,
-        "microbatches": config.train.microbatches, "tokens_per_step": tokens, "flops_per_step": flops, "mfu": MFU}
-    if peak := peak_flops(kind):
-        seconds = flops / (MFU * peak * len(devices))
-        out |= {"step_s": seconds, "tokens_per_s": tokens / seconds, "days": TOKENS / tokens * seconds / 86_400}
+    out = _about(config, devices, name, tokens, flops) | {
+        "remat": config.model.remat, "batch_size": config.train.batch_size, "microbatches": config.train.microbatches}
+    if seconds := out.get("step_s"):
+        out |= {"tokens_per_s": tokens / seconds, "days": TOKENS / tokens * seconds / 86_400}
     started = time.perf_counter()
 
     def compiled_as(way: Config) -> parallel.Compiled:
@@ -352,7 +355,7 @@ def plan(config: Config, devices, name: str = "") -> dict[str, Any]:
 
     try:
         with parallel.made_for(parallel.make_mesh(config, devices)):
-            found = fit(config, shape["data"] * shape["fsdp"], compiled_as, int((gib or 0) * 2**30))
+            found = fit(config, out["mesh"]["data"] * out["mesh"]["fsdp"], compiled_as, int((gib or 0) * 2**30))
     except TooLarge as error:
         return out | {"fits": False, "refused": str(error), "compile_s": time.perf_counter() - started}
     compiled, way = found.compiled, found.config
@@ -365,7 +368,7 @@ def plan(config: Config, devices, name: str = "") -> dict[str, Any]:
              "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
              "code": memory.generated_code_size_in_bytes}
     sizes["peak"] = found.bytes
-    exchanged = collectives(text, shape)
+    exchanged = collectives(text, out["mesh"])
     out |= {"bytes": sizes, "hbm_gib": gib, "fits": None if gib is None else sizes["peak"] < gib * 2**30,
             "moved_bytes": sum(c.moved for c in exchanged if not c.loop),
             "moved_bytes_a_pass": sum(c.moved for c in exchanged if c.loop),
@@ -376,7 +379,7 @@ def plan(config: Config, devices, name: str = "") -> dict[str, Any]:
     return out
 
 
-def table(plans: list[dict[str, Any]]) -> str:
+def table(plans: list[Json]) -> str:
     """Plans as a Markdown table; bytes are a device's, moved bytes and seconds those of a step."""
     names = ("recipe", "topology", "data × fsdp × tensor", "remat, parts", "state + temporary, GiB", "peak", "fits",
              "exchanges, GiB", "at full links, s", "estimate, s", f"at {MFU:.0%} MFU, s", "tokens/s there",
@@ -395,7 +398,7 @@ def table(plans: list[dict[str, Any]]) -> str:
     return markdown(names, rows)
 
 
-def exchanges(found: list[dict[str, Any]], most: int) -> str:
+def exchanges(found: list[Json], most: int) -> str:
     """The largest exchanges, a line each."""
     lines = []
     for c in found[:most]:

@@ -18,7 +18,6 @@ import itertools
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,9 @@ from absl import logging
 
 from hdlm_jax.common import jsons, parallel
 from hdlm_jax.common.console import markdown, readable, say
-from hdlm_jax.common.jsons import write_atomic
-from hdlm_jax.config import CLUSTERS, FORCE_TRANSITIONS, GenerateConfig, expand
+from hdlm_jax.config import CLUSTERS, FORCE_TRANSITIONS, Config, GenerateConfig, ParallelConfig, expand
 from hdlm_jax.decoding.sampler import Sampler, compile_for, ended, sampler_of, start_canvas
+from hdlm_jax.diffusion.process import Process
 from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.runs.generate import identity, sampling_facts
 from hdlm_jax.training.loading import Run, load_here, saved_config
@@ -37,10 +36,10 @@ from tools import cli
 FILE = "sampling_sweep.jsonl"
 
 
-def samplers(process: Any, forces: Sequence[str], clusters: Sequence[str]) -> list[list[tuple[str, str]]]:
+def samplers(process: Process, forces: Sequence[str], clusters: Sequence[str]) -> list[list[tuple[str, str]]]:
     """Pairs (force transition, clusters) in groups that draw the same samples (docs/theory.md sections 3 and 4)."""
     groups: dict[tuple, list[tuple[str, str]]] = {}
-    if not hasattr(process, "force_transition"):
+    if not process.force_transition:
         return [[("", "exact")]]
     for force, shown in itertools.product(forces, clusters):
         if process.num_levels == 1:  # no token ever shows a cluster
@@ -71,7 +70,7 @@ def basis(given: argparse.Namespace) -> GenerateConfig:
                           batch_size=given.batch_size, seed=given.seed, checkpoint=given.checkpoint)
 
 
-def sweep(workdir: str, given: argparse.Namespace, judge: Any = None) -> list[dict[str, Any]]:
+def sweep(workdir: str, given: argparse.Namespace, judge: judges.Judge | None = None) -> list[dict[str, Any]]:
     """Samples and judges every setting of a run that its file does not hold yet; gives back all that were asked for."""
     run, asked = load_here(workdir, given.checkpoint), []
     draw = sampler_of(run)
@@ -83,7 +82,7 @@ def sweep(workdir: str, given: argparse.Namespace, judge: Any = None) -> list[di
     return asked
 
 
-def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: GenerateConfig, judge: Any,
+def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: GenerateConfig, judge: judges.Judge | None,
             about: dict[str, Any], prompts: np.ndarray | None = None) -> dict[str, Any]:
     """Samples and judges one setting, unless WORKDIR/file holds it already; `name` for who reads along.
 
@@ -120,7 +119,7 @@ def measure(workdir: str, file: str, name: str, run: Run, draw: Sampler, g: Gene
     line |= {"judge": judges.record(judge, run.tokenizer, tokens, given)} if judge else text_statistics.statistics(
         [row[given:] for row in tokens])
     lines.append(line | {"made_from": made_from})
-    write_atomic(Path(path), "".join(jsons.dumps(record) + "\n" for record in lines).encode())
+    jsons.write_lines(path, lines)
     say(f"{name}: {_perplexity(line)}")
     return lines[-1]
 
@@ -167,6 +166,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return ask.parse_args(argv)
 
 
+def opened(given: argparse.Namespace, config: Config) -> judges.Judge:
+    """The judge that was asked for, over all devices, however a run's config divides them."""
+    config = dataclasses.replace(config, parallel=ParallelConfig())
+    return judges.open_judge(given.judge, given.judge_dtype, config.parallel, parallel.make_mesh(config))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("sampling_sweep"):
         given = parse(argv)
@@ -178,9 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parallel.keep_compiled()
         judge = None
         if given.judge:
-            config = configs[0]
-            config = dataclasses.replace(config, parallel=type(config.parallel)())
-            judge = judges.open_judge(given.judge, given.judge_dtype, config.parallel, parallel.make_mesh(config))
+            judge = opened(given, configs[0])
         print("\n" + table([line for workdir in given.workdir for line in sweep(workdir, given, judge)]))
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 
 from hdlm_jax.config import Config, command
+from tools.cli import ROOT
 
-PAGE = Path(__file__).resolve().parent.parent / command.PAGE
+PAGE = ROOT / command.PAGE
 HEAD = """# All settings
 
 Made from hdlm_jax/config by `python -m tools.settings`; `hdlm-jax --config.help=generate` prints a section. Set one on

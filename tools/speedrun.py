@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from hdlm_jax.common.console import markdown, measured, say
-from hdlm_jax.common.jsons import dumps, read_json, read_lines, write_atomic
+from hdlm_jax.common.jsons import read_json, read_lines, write_json
 from tools import cli
 
-ROOT = Path(__file__).resolve().parent.parent
-KEPT = ROOT / "docs" / "runs" / "speedrun.json"
+KEPT = cli.ROOT / "docs" / "runs" / "speedrun.json"
 TARGET = 5.50  # nats a token
 
 
@@ -46,9 +45,7 @@ def run(recipe: str, more: Sequence[str], workdir: str) -> dict[str, Any]:
     subprocess.run([*main, "--mode=evaluate"], check=True)
     found = read_json(str(Path(workdir, "evaluate.json")))
     tokens = read_lines(str(Path(workdir, "metrics.jsonl")))[0][-1]["tokens"]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-                            check=False).stdout.strip()
-    return {"date": datetime.date.today().isoformat(), "commit": commit, "recipe": " ".join([recipe, *more]),
+    return {"date": datetime.date.today().isoformat(), "commit": cli.commit(), "recipe": " ".join([recipe, *more]),
             "nelbo": found["nelbo"], "se": found["se"], "seconds": round(seconds), "tokens": tokens,
             "flops": flops_of(workdir) * tokens, "cores": len(os.sched_getaffinity(0))}
 
@@ -76,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{found['seconds']} s, {found['tokens']:,} tokens, {found['flops']:.2g} FLOPs on {found['cores']} cores")
         if reached and given.keep:
             records = json.loads(KEPT.read_text()) if KEPT.exists() else []
-            write_atomic(KEPT, (dumps([*records, {"name": given.keep} | found], indent=1) + "\n").encode())
+            write_json(KEPT, [*records, {"name": given.keep} | found])
         elif not reached:
             say(f"speedrun: missed by {found['nelbo'] - TARGET:.4f}" + ", not kept" * bool(given.keep))
     return int(not reached)

@@ -21,8 +21,9 @@ from typing import Any
 
 from hdlm_jax.common import jsons
 from hdlm_jax.common.console import markdown, measured
-from hdlm_jax.report import compare
+from hdlm_jax.report import compare, leaderboard
 from tools import (
+    block_lengths,
     cli,
     grid,
     isoflop,
@@ -35,7 +36,7 @@ from tools import (
     toy_map,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = cli.ROOT
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
 
 
@@ -48,11 +49,17 @@ def rewards_table(runs: Sequence[Mapping[str, Any]]) -> str:
     return markdown(["run", *calls, "different answers", "NELBO, nats/token"], rows)
 
 
+def board_tables(found: leaderboard.Board) -> str:
+    """Of a leaderboard the numbers that compare models of different tokenizers."""
+    shown = [t for t in leaderboard.tables(found, {}) if t.name in ("bits", "pairs", "questions", "generation")]
+    return "\n\n".join(f"{t.title}:\n\n{leaderboard.written(t)}" for t in shown)
+
+
 # what stands behind <!-- NAME: FILE -->, of the JSON or the JSON lines in FILE
 OF_FILES: dict[str, Callable[[Any], str]] = {
     "toy": toy_calls.table, "map": toy_map.tables, "channel": toy_channel.tables, "lesson": lessons.table,
     "speedrun": speedrun.table, "rewards": lambda found: rewards_table(found["runs"]), "load": serve_load.table,
-    "sweep": method_sweep.table, "isoflop": isoflop.table}
+    "sweep": method_sweep.table, "isoflop": isoflop.table, "board": board_tables, "lengths": block_lengths.table}
 MARK = re.compile(rf"(<!-- (runs|grid|{'|'.join(OF_FILES)}): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 

@@ -15,7 +15,6 @@ of `ancestral` the law is the mean over --plans random plans. Joints, each with 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -26,7 +25,7 @@ import numpy as np
 
 import hdlm_jax as hd
 from hdlm_jax.common.console import markdown
-from hdlm_jax.common.jsons import dumps, write_atomic
+from hdlm_jax.common.jsons import write_json
 from hdlm_jax.decoding import presets
 from hdlm_jax.decoding.loop import loop_of
 from hdlm_jax.decoding.presets import Method
@@ -126,18 +125,16 @@ def table(records: Sequence[dict]) -> str:
     return markdown(["joint", "hierarchy", "order", *(f"{n} steps" if n > 1 else "1 step" for n in CALLS)], rows)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0."""
+def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("toy_calls"):
         ask = cli.Parser("toy_calls", __doc__)
         ask.add_argument("--out", type=Path, default=Path("docs/runs/toy_calls.json"))
         ask.add_argument("--plans", type=cli.at_least(1), default=200, help="that ancestral is the mean of")
         given = ask.parse_args(argv)
         records = divergences(given.plans)
-        write_atomic(given.out, (dumps(records, indent=1) + "\n").encode())
+        write_json(given.out, records)
         print(table(records))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

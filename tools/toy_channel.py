@@ -6,35 +6,43 @@ Two words of four, embeddings in three dimensions, the Bayes-optimal network, wh
 observation. First table: the bound for MDLM and two clusters, by --rows draws with the process's own noise times, and
 its error with those of the symbols alone. Second table: distance of samples from the joint, in total variation, when
 the observation moves by a drawn word's embedding (what the library does) and by the mean embedding ("predict x0"); and
-that of as many exact draws. With trained runs (workdirs with an evaluate.json) a third table has theirs.
+that of as many exact draws. Third: other times of the channel (diffusion.channel_times). Fourth: MDLM on a ladder, one
+fall or jump a call, jumps by a drawn word and by the mean; masks fall last. With trained runs (workdirs with an
+evaluate.json) a fifth table has theirs; without, it keeps those that are in --out.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.common.console import markdown, measured
-from hdlm_jax.common.jsons import dumps, read_json, write_atomic
+from hdlm_jax.common.jsons import read_json, write_json
 from hdlm_jax.decoding import channel as decoding
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain, Proposal
+from hdlm_jax.diffusion.prediction import Prediction
 from hdlm_jax.evaluation.elbo import stratified_pairs
 from hdlm_jax.models import channel
 from hdlm_jax.models.channel import ChannelProcess, Observed, State
+from hdlm_jax.models.channel_times import TIMES, SignalFirst, TokenTimes
 from tools import cli
 
 V, D = 4, 3
 PARENTS: dict[str, list[list[int]]] = {"MDLM": [], "2 clusters": [[0, 0, 1, 1]]}
 SCALES, STEPS = (0.3, 3.0), (1, 2, 4, 8, 16, 32, 64)
+LADDERS, LAST = ((4.0, 0.7), (8.0,), (16.0, 8.0, 4.0, 2.0, 1.0, 0.5)), 100.0  # so fast a mask is the last to fall
+TIMES_SHOWN: tuple[tuple[str, type[ChannelProcess], float, tuple[float, ...]], ...] = (
+    ("MDLM", TokenTimes, 1.0, (4.0, 0.7)), ("2 clusters", TokenTimes, 1.0, (4.0, 0.7)),
+    ("MDLM", SignalFirst, 1.0, (4.0,)), ("2 clusters", SignalFirst, 1.0, (4.0,)), ("MDLM", SignalFirst, 1.0, ()))
 Denoise: TypeAlias = Callable[[State, jax.Array], Observed]
 
 
@@ -45,12 +53,24 @@ def table_of(width: int, seed: int = 0) -> np.ndarray:
     return (e / np.sqrt(np.mean(e**2))).astype(np.float32)
 
 
-def made(parents: Sequence[Sequence[int]], c: float, width: int = D, rates: Sequence[float] = (), xi: float = 1.0
-         ) -> ChannelProcess:
+def made(parents: Sequence[Sequence[int]], c: float, width: int = D, rates: Sequence[float] = (), xi: float = 1.0,
+         of: type[ChannelProcess] = ChannelProcess, levels: tuple[float, ...] = ()) -> ChannelProcess:
     """The process of V words over these maps."""
     hierarchy = Hierarchy.from_parents(list(parents), V)
     chain = LevelChain(tuple(rates) or (1.0,) * hierarchy.num_levels)
-    return ChannelProcess(hierarchy, chain, xi, "cavity", c, width, jnp.asarray(table_of(width)))
+    return of(hierarchy, chain, xi, "cavity", c, width, jnp.asarray(table_of(width)), levels)
+
+
+class MeanJumps(TokenTimes):
+    """A ladder whose jumps are drawn, and priced, by the mean embedding ("predict x0")."""
+
+    def cost(self, p: Prediction, signal: jax.Array, x: jax.Array, z: State) -> jax.Array:
+        return self._next(z.s)[1] * channel.mean_error(p, signal, x)
+
+
+def ladder(levels: tuple[float, ...], of: type[TokenTimes] = TokenTimes, rate: float = LAST) -> TokenTimes:
+    """MDLM's words on a ladder of ratios, c = 1. rate: of the masks, beside the clock's 1."""
+    return cast(TokenTimes, made([], 1.0, rates=(rate,), of=of, levels=levels))
 
 
 def shown(process: ChannelProcess) -> np.ndarray:
@@ -128,9 +148,31 @@ def twin(process: ChannelProcess, joint: np.ndarray, steps: int, rows: int, mean
     return words
 
 
-def written(process: ChannelProcess, joint: np.ndarray, steps: int, rows: int, seed: int = 0) -> np.ndarray:
+def climbed(process: TokenTimes, joint: np.ndarray, rows: int, mean: bool, seed: int = 0) -> np.ndarray:
+    """Words [rows, S] of MDLM's way back on a ladder, one fall or jump a call, in plain steps; mean: as of `twin`."""
+    rng, e, m = np.random.default_rng(seed), np.asarray(process.signal, float), len(process.levels)
+    log_probs = jax.jit(lambda state: bayes(process, joint)(state, jnp.zeros(rows)).log_probs())
+    shape, row = (rows, joint.ndim), np.arange(rows)
+    u, s, words = np.zeros((*shape, e.shape[1])), np.zeros(shape), np.full(shape, V)
+    falls = rng.exponential(1 / process.chain.rates[0], (*shape, 1))
+    times = np.concatenate([falls, rng.exponential(1.0, (*shape, m)).cumsum(-1)], axis=-1).reshape(rows, -1)
+    for event in np.argsort(-times, axis=1).T:
+        i, level = np.divmod(event, m + 1)  # 0: the mask falls
+        state = State(*(jnp.asarray(a) for a in (words.astype(np.int32), u.astype(np.float32), s.astype(np.float32))))
+        p = np.exp(np.asarray(log_probs(state), float))[row, i]
+        w = np.minimum((p.cumsum(-1) < rng.random((rows, 1))).sum(-1), V - 1)
+        words[row, i] = np.where((level == 0) & (words[row, i] == V), w, words[row, i])
+        s[row, i] = np.where(level > 0, process.heights[level - 1], s[row, i])
+        d = np.where(level > 0, process.heights[level - 1] - process.heights[level], 0.0)[:, None]
+        u[row, i] += d * (p @ e if mean else e[w]) + np.sqrt(d) * rng.normal(size=(rows, e.shape[1]))
+    return words
+
+
+def written(process: ChannelProcess, joint: np.ndarray, steps: int, rows: int, seed: int = 0, singly: bool = False
+            ) -> np.ndarray:
     """Words [rows, S] of the library's sampler."""
-    run = jax.jit(lambda key, z: decoding.sample(key, bayes(process, joint), process, z, steps=steps, tokens=8192))
+    run = jax.jit(lambda key, z: decoding.sample(key, bayes(process, joint), process, z, steps=steps, tokens=8192,
+                                                 singly=singly))
     return np.asarray(run(jax.random.key(seed), jnp.full((rows, joint.ndim), process.mask_id, jnp.int32))[0])
 
 
@@ -152,6 +194,31 @@ def bounds_of(joint: np.ndarray, rows: int) -> list[dict[str, Any]]:
     return bounds
 
 
+def times_of(joint: np.ndarray, rows: int) -> list[dict[str, Any]]:
+    """The third table: token times and the signal first."""
+    found = []
+    for name, of, c, levels in TIMES_SHOWN:
+        (discrete, continuous, both), (_, _, se) = bound(made(PARENTS[name], c, of=of, levels=levels), joint, rows)
+        told = {"chain": name, "times": next(times for times, kind in TIMES.items() if kind is of), "c": c}
+        parts = {"discrete": discrete, "continuous": continuous, "sum": both, "se": se}
+        found.append(told | {"levels": list(levels)} | parts)
+    return found
+
+
+def ladders_of(joint: np.ndarray, rows: int, draws: int) -> list[dict[str, Any]]:
+    """The fourth table: jumps by the mixture and by the mean, where words are named last."""
+    found = []
+    for levels in LADDERS:
+        one: dict[str, Any] = {"levels": list(levels)}
+        for name, of in (("drawn", TokenTimes), ("mean", MeanJumps)):
+            mean, se = bound(ladder(levels, of), joint, rows)
+            one |= {f"{name}_sum": mean[2], f"{name}_se": se[2]}
+        one["drawn_tv"] = distance(written(ladder(levels), joint, 0, draws, singly=True), joint)
+        one["mean_tv"] = distance(climbed(ladder(levels), joint, draws, mean=True), joint)
+        found.append(one)
+    return found
+
+
 def record(rows: int, draws: int) -> dict[str, Any]:
     """All of it on the joint."""
     joint = np.random.default_rng(0).dirichlet(np.full(V * V, 0.5)).reshape(V, V)
@@ -167,7 +234,8 @@ def record(rows: int, draws: int) -> dict[str, Any]:
     exact = {words: distance(np.stack(np.unravel_index(rng.choice(law.size, draws, p=law.ravel()), law.shape), axis=1),
                              law) for words, law in ((1, prior), (2, joint))}
     return {"entropy": float(-(joint * np.log(joint)).sum()), "rows": rows, "draws": draws,
-            "bounds": bounds_of(joint, rows), "laws": laws, "exact": [exact[1], exact[2]]}
+            "bounds": bounds_of(joint, rows), "laws": laws, "exact": [exact[1], exact[2]],
+            "times": times_of(joint, rows), "ladders": ladders_of(joint, rows, draws)}
 
 
 def of_runs(workdirs: Sequence[str]) -> list[dict[str, Any]]:
@@ -182,6 +250,10 @@ def of_runs(workdirs: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
+def _levels(row: dict[str, Any]) -> str:
+    return ", ".join(f"{level:g}" for level in row["levels"])
+
+
 def tables(result: dict[str, Any]) -> str:
     """Markdown of all of them."""
     rows = [[r["chain"], f"{r['c']:g}", f"{r['discrete']:.3f}", f"{r['continuous']:.3f}",
@@ -193,6 +265,13 @@ def tables(result: dict[str, Any]) -> str:
     found = [markdown(["process", "c", "discrete", "continuous", f"sum (entropy {result['entropy']:.4f})",
                        "error by the symbols' noise times"], rows),
              markdown(["steps", "one word, drawn", "one word, mean", "two words, drawn", "two words, mean"], laws)]
+    if "times" in result:
+        found += [markdown(["process", "times", "c", "levels", "discrete", "continuous", "sum"], [
+            [r["chain"], r["times"], f"{r['c']:g}", _levels(r), f"{r['discrete']:.3f}", f"{r['continuous']:.3f}",
+             measured(r["sum"], r["se"], ".3f")] for r in result["times"]]),
+                  markdown(["s of the ladder", "NELBO, drawn", "NELBO, mean", "TV, drawn", "TV, mean"], [
+            [_levels(r) + ", 0", *(measured(r[f"{name}_sum"], r[f"{name}_se"], ".3f") for name in ("drawn", "mean")),
+             f"{r['drawn_tv']:.4f}", f"{r['mean_tv']:.4f}"] for r in result["ladders"]])]
     if runs := result.get("runs"):
         each = [[r["run"], f"{r['c']:g}",
                  *(measured(r[name], r[f"{name}_se"]) if name in r else "" for name in ("discrete", "continuous")),
@@ -201,20 +280,19 @@ def tables(result: dict[str, Any]) -> str:
     return "\n\n".join(found)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0."""
+def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("toy_channel"):
         ask = cli.Parser("toy_channel", __doc__)
-        ask.add_argument("run", nargs="*", help="workdirs of the third table")
+        ask.add_argument("run", nargs="*", help="workdirs of the fifth table")
         ask.add_argument("--out", type=Path, default=Path("docs/runs/toy_channel.json"))
         ask.add_argument("--rows", type=cli.at_least(2), default=400_000, help="draws of the bound")
         ask.add_argument("--draws", type=cli.at_least(1), default=100_000, help="samples")
         given = ask.parse_args(argv)
-        result = record(given.rows, given.draws) | ({"runs": of_runs(given.run)} if given.run else {})
-        write_atomic(given.out, (dumps(result, indent=1) + "\n").encode())
+        kept = {"runs": json.loads(given.out.read_bytes()).get("runs")} if given.out.exists() else {}
+        result = record(given.rows, given.draws) | ({"runs": of_runs(given.run)} if given.run else kept)
+        write_json(given.out, result)
         print(tables(result))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

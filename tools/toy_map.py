@@ -19,7 +19,6 @@ equal number of rows, in units of that at fixed z, for two tokens and (4,000 dra
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +29,7 @@ import numpy as np
 import optax
 
 from hdlm_jax.common.console import markdown
-from hdlm_jax.common.jsons import dumps, write_atomic
+from hdlm_jax.common.jsons import write_json
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.models.soft import SoftProcess
@@ -219,8 +218,7 @@ def tables(result: dict) -> str:
             + "\n\n" + markdown(["gradient by", "error of its mean", "spread, 2 tokens", "spread, 64 tokens"], each))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0."""
+def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("toy_map"):
         ask = cli.Parser("toy_map", __doc__)
         ask.add_argument("--out", type=Path, default=Path("docs/runs/toy_map.json"))
@@ -228,10 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = ask.parse_args(argv)
         with jax.enable_x64(True):
             result = {"joints": [record(name, given.starts) for name in JOINTS], "estimators": costs()}
-        write_atomic(given.out, (dumps(result, indent=1) + "\n").encode())
+        write_json(given.out, result)
         print(tables(result))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

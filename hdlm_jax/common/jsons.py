@@ -11,11 +11,13 @@ import os
 import reprlib
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
+
+Json: TypeAlias = dict[str, Any]  # an object, as JSON calls it
 
 
 def plain(value: object) -> Any:
@@ -73,13 +75,13 @@ def of_types(path: str | os.PathLike, found: Mapping[str, Any], kinds: Mapping[s
                              f"{reprlib.repr(found[name])}; {_REMEDY}")
 
 
-def read_lines(path: str | os.PathLike, *numbers: str) -> tuple[list[dict[str, Any]], list[int]]:
+def read_lines(path: str | os.PathLike, *numbers: str) -> tuple[list[Json], list[int]]:
     """The objects of a file of JSON lines, and the numbers of the lines that are none.
 
     numbers: keys that each object has, with a number. No file has no lines; a last line that a kill left half written
     counts for nothing.
     """
-    records: list[dict[str, Any]] = []
+    records: list[Json] = []
     damaged: list[int] = []
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -94,12 +96,25 @@ def read_lines(path: str | os.PathLike, *numbers: str) -> tuple[list[dict[str, A
     return records, damaged
 
 
-def write_json(path: str | os.PathLike, value: object) -> None:
+def write_json(path: str | os.PathLike, value: object, indent: int | None = 1) -> None:
     """Writes a value as JSON, whole or not at all."""
-    write_atomic(path, f"{dumps(value, indent=1)}\n".encode())
+    write_atomic(path, f"{dumps(value, indent=indent)}\n".encode())
 
 
-def reuse(path: str | os.PathLike, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+def write_lines(path: str | os.PathLike, records: Iterable[object]) -> bytes:
+    """Writes records as JSON, one a line, whole or not at all; gives back the bytes."""
+    raw = "".join(dumps(record) + "\n" for record in records).encode()
+    write_atomic(path, raw)
+    return raw
+
+
+def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Any], compressed: bool = False) -> None:
+    """Writes arrays by name as a .npz file, whole or not at all."""
+    with open_atomic(path) as file:
+        (np.savez_compressed if compressed else np.savez)(file, **arrays)
+
+
+def reuse(path: str | os.PathLike, made_from: Mapping[str, Any]) -> Json | None:
     """A result written by write_json, if it is there and was made from the same things."""
     found = read_json(path, optional=True)
     return found if found is not None and all(found.get(k) == plain(v) for k, v in made_from.items()) else None
@@ -109,6 +124,12 @@ def sha256_of(path: str | os.PathLike) -> str:
     """sha256 (hex) of a file's bytes."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def check_sha256(path: str | os.PathLike, found: str, wanted: str) -> None:
+    """ValueError where the sha256 (hex) of a file is not the one wanted, if any is."""
+    if wanted and found != wanted.lower():
+        raise ValueError(f"{path}: sha256 is {found}, must be {wanted}")
 
 
 def temporary(path: Path) -> Path:

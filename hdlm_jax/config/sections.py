@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,7 @@ EXAMPLES = ("digits", "spoken_digits", "unseen_speaker")  # data sets of data/ex
 PROCESSES = ("hierarchical", "gidd", "sedd", "autoregressive")
 FORCE_TRANSITIONS = ("none", "within", "between", "cavity")
 CLUSTERS = ("exact", "clean")
+CHANNEL_TIMES = ("shared", "token", "before")
 WEIGHTINGS = {"hierarchical": ("none", "constant", "clip", "empirical"),  # training losses, by process
               "sedd": ("none", "constant", "clip", "empirical"),
               "gidd": ("none", "constant", "clip", "dynamic"),
@@ -29,7 +31,7 @@ PACKINGS = ("concat", "documents", "crop")
 PADDINGS = ("end", "hidden")
 PROTOCOLS = ("document", "packed")
 WRITERS = ("tensorboard", "wandb")
-REWARDS = ("permutations", "sorting", "parity", "sums", "countdown", "sudoku")  # tasks of tuning/tasks.py
+REWARDS = ("permutations", "sorting", "parity", "sums", "repeats", "countdown", "sudoku")  # of tuning/tasks.py
 TUNINGS = ("score", "elbo", "nodes", "coupled", "one_pass")  # objectives of tuning/update.py
 FIXED_WORDS = {"gpt2": 50257, "bytes": 257}  # of tokenizers that have no other number of them
 
@@ -205,6 +207,8 @@ class DiffusionConfig(_Section):
     hard_training: bool = False  # above level 1: -log p(token) as the loss in place of the bound's
     channel: float = 0.0  # c: beside its symbol a token shows its noisy embedding (docs/continuous.md); 0: it does not
     channel_width: int = 32  # D: numbers of that embedding, made of hierarchy.embeddings
+    channel_times: str = "shared"  # of its ratio s: one for all tokens | token, a ladder each | before the symbols
+    channel_levels: tuple[float, ...] = ()  # of s / c, falling: token's ladder; else at most one, where s stops
 
     def check(self) -> None:
         self.among(force_transition=FORCE_TRANSITIONS, process=PROCESSES)
@@ -218,6 +222,7 @@ class DiffusionConfig(_Section):
         self.hold("must be positive", "gamma")
         self.hold("must not be negative", "channel")
         self.hold("must be at least 1", "channel_width")
+        self._check_times()
         self.need(not self.rates or self.gamma == 1, "rates",
                   "only one of diffusion.gamma and diffusion.rates should be given")
         self.need(all(r > 0 for r in self.rates), "rates", "must be positive")
@@ -226,6 +231,18 @@ class DiffusionConfig(_Section):
                   f"must be at least diffusion.weight_min={self.weight_min}, and that at least 0")
         self.need(self.xi == 1 or self.force_transition != "within", "force_transition",
                   f"its bound is infinite at xi={self.xi}: choose none, between or cavity")
+
+    def _check_times(self) -> None:
+        times, levels = self.channel_times, self.channel_levels
+        self.among(channel_times=CHANNEL_TIMES)
+        self.need(bool(self.channel) or times == "shared", "channel_times", "goes with diffusion.channel > 0")
+        self.need(bool(self.channel) or not levels, "channel_levels", "goes with diffusion.channel > 0")
+        self.need(all(a > b for a, b in itertools.pairwise((*levels, 0.0))), "channel_levels",
+                  "must be positive and fall, as in (4, .7)")
+        self.need(bool(levels) or times != "token", "channel_levels",
+                  "diffusion.channel_times='token' needs the levels of its ladder, as (4, .7)")
+        self.need(len(levels) < 2 or times == "token", "channel_levels",
+                  f"diffusion.channel_times={times!r} has at most one, where s stops")
 
     def level_rates(self, levels: int) -> tuple[float, ...]:
         """Rates of the K levels, scaled so that the smallest is 1 (a common factor only relabels time)."""
@@ -251,11 +268,17 @@ class ModelConfig(_Section):
     head: str = "flat"  # flat: a logit for every word | factorised: p(cluster) p(word | cluster)
     prototypes: int = 8  # vectors a cluster, factorised head
     order: bool = False  # a head that ranks which tokens are unmasked next: method dcolt reads it, rewards train it
+    block_lengths: bool = False  # a head that draws lengths of blocks: method ctrldiff reads it, rewards train it
     embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by
     dtype: str = "float32"  # of the computation; logits are float32
     param_dtype: str = "float32"  # of the parameters; bfloat16 is for using a decoder, not for training it
     attention: str = "auto"  # kernel: xla | splash (TPU) | cudnn (NVIDIA, bfloat16) | auto: one of these two, or xla
     remat: str = "auto"  # recomputed in the backward pass: none | cheap (all but products) | all | auto: what fits
+
+    @property
+    def chooses(self) -> tuple[str, ...]:
+        """Names of the heads for a sampler's choices."""
+        return ("order",) * self.order + ("block_lengths",) * self.block_lengths
 
     def check(self) -> None:
         self.among(head=("flat", "factorised"), attention=("auto", "xla", "splash", "cudnn"),
@@ -315,6 +338,11 @@ class DecoderConfig(_Section):
     top_groups: int = 1  # see expert_groups
     normalise: bool = True  # the chosen scores to a sum of 1
     routed_scale: float = 1.0  # times what the chosen experts give
+
+    @property
+    def own_block(self) -> int:
+        """Tokens of the blocks, counted from a row's beginning, that a token's sight ends with; 0: it sees all."""
+        return self.block if self.context == "block" else 0
 
     def check(self) -> None:
         self.among(activation=("silu", "gelu"), context=("full", "block"), gate=("softmax", "sigmoid"))
@@ -458,6 +486,7 @@ class TuneConfig(_Section):
     ratio: str = "call"  # of: call, all that a call drew | token, each token by itself
     clip: float = 0.2  # ratios further from 1 than this, to the better side, have no gradient
     kl: float = 0.0  # weight of the divergence from the run in train.init_from
+    cost: float = 0.0  # of each call, taken off the reward: what quality is to be paid for
     rows: int = 256  # rollouts on fixed prompts, whose mean reward tells the best checkpoint
     certainty: float = 2.0  # of train.objective=certainty: weight of the entropies
     texts: int = 4096  # of train.objective=certainty, adjust: own texts, written once
@@ -471,7 +500,7 @@ class TuneConfig(_Section):
         self.hold("must be at least 1", "texts")
         for name in ("group", "rows"):
             self.need(getattr(self, name) >= 2, name, "must be at least 2")
-        self.hold("must not be negative", "views", "kl", "certainty")
+        self.hold("must not be negative", "views", "kl", "cost", "certainty")
         self.hold("must be positive", "clip")
         self.need(self.objective in ("", "score") or self.advantage not in ("call", "mdpo"), "advantage",
                   f"is of calls, which tune.objective={self.objective!r} does not score: choose score")
@@ -587,6 +616,7 @@ class GenerateConfig(_Section):
     trajectories: int = 4  # of so many samples every step is kept as well, for --mode=report
     checkpoint: str = "best"  # best (on validation text) | latest
     seed: int = 0  # of the noise
+    channel_told: float = 0.0  # of diffusion.channel: t' + (1-t') t is told for t; above 0 it leaves the model's law
     force_transition: str = ""  # of the sampler alone: none | within | between | cavity; empty: as trained
     judge: str = ""  # scores the texts: folder of GPT-2, workdir of a run, or a fetched model (smollm2); empty: nobody
     judge_dtype: str = "float32"  # of a GPT-2 judge's products; a run judges in its own model.dtype
@@ -605,6 +635,7 @@ class GenerateConfig(_Section):
         self.need(self.trajectories >= 0, "trajectories", "must not be negative; 0 is none")
         self.hold("must not be negative", "corrections", "temperature")
         self.need(0 < self.top_p <= 1, "top_p", "must lie in (0, 1]")
+        self.need(0 <= self.channel_told < 1, "channel_told", "must lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)

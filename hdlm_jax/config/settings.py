@@ -159,6 +159,8 @@ class Config:
     def _check_channel(self) -> None:
         """diffusion.channel beside what it is not built for."""
         d, m, t, g = self.diffusion, self.model, self.train, self.generate
+        rule(not g.channel_told or bool(d.channel) and d.channel_times == "shared", "generate.channel_told",
+             g.channel_told, "goes with diffusion.channel and channel_times='shared'")
         if not d.channel:
             return
         for name, value, only in (
@@ -166,10 +168,12 @@ class Config:
                 ("diffusion.force_transition", d.force_transition, "cavity"), ("model.head", m.head, "flat"),
                 ("model.trunk", m.trunk, "dit"), ("model.block", m.block, 0), ("train.objective", t.objective, "nelbo"),
                 ("train.recluster_every", t.recluster_every, 0), ("train.adapt", t.adapt, False),
-                ("tune.objective", self.tune.objective, ""), ("generate.method", g.method, "ancestral"),
-                ("generate.options", g.options, ""), ("generate.clusters", g.clusters, "exact"),
-                ("evaluate.decodings", self.evaluate.decodings, ())):
+                ("tune.objective", self.tune.objective, ""), ("generate.options", g.options, ""),
+                ("generate.clusters", g.clusters, "exact"), ("evaluate.decodings", self.evaluate.decodings, ())):
             rule(value == only, name, value, f"diffusion.channel={d.channel:g} is for {only!r} alone")
+        methods = ("ancestral", "first_hitting")[: 2 if d.channel_times == "token" else 1]
+        rule(g.method in methods, "generate.method", g.method,
+             f"diffusion.channel={d.channel:g} is for {' and '.join(map(repr, methods))} alone")
         rule(g.force_transition in ("", "cavity"), "generate.force_transition", g.force_transition,
              f"diffusion.channel={d.channel:g} is for 'cavity' alone")
 

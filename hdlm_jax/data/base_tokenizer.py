@@ -129,7 +129,14 @@ class Tokenizer:
         jsons.write_atomic(folder / RANK_FILE, ranks)
         facts = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "pattern": self.pattern,
                  "sha256": hashlib.sha256(ranks).hexdigest(), "fingerprint": self.fingerprint}
-        jsons.write_atomic(folder / JSON_FILE, jsons.dumps(facts, indent=2).encode() + b"\n")
+        jsons.write_json(folder / JSON_FILE, facts, indent=2)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary -> the byte: itself where it is printed."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def utf8(text: str) -> bytes:

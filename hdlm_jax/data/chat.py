@@ -7,13 +7,16 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from hdlm_jax.common.extras import package
 from hdlm_jax.data.base_tokenizer import Tokenizer
 from hdlm_jax.data.hub_tokenizer import HubTokenizer
-from hdlm_jax.data.sources import package
+
+if TYPE_CHECKING:
+    import jinja2
 
 Message: TypeAlias = Mapping[str, Any]  # "role" and "content", both texts; a template may know of more
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")  # marks for training that render nothing
@@ -100,7 +103,7 @@ def _rendered(hub: HubTokenizer, messages: Sequence[Message], add_generation_pro
     return render(hub.chat_template, messages, add_generation_prompt, **(hub.names | dict(extras)))
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     """All texts in a message."""
     if isinstance(value, str):
         yield value
@@ -112,7 +115,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(one)
 
 
-def _check(messages: Any) -> None:
+def _check(messages: object) -> None:
     if not isinstance(messages, list | tuple):
         raise ValueError(f"messages: must be a list of dicts with 'role' and 'content', not {type(messages).__name__}")
     for i, message in enumerate(messages):
@@ -127,7 +130,7 @@ def _line(error: Exception) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(template: str) -> Any:
+def _compiled(template: str) -> jinja2.Template:
     """The template, compiled; ValueError where it is no jinja2."""
     package("jinja2", "hub", "a chat template")
     import jinja2.ext

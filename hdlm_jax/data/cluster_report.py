@@ -146,8 +146,7 @@ def _picture(hierarchy: Hierarchy, unit: np.ndarray, decode: Callable[[list[int]
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     size = 9 + 70 * np.sqrt(counts[words] / max(counts[words].max(), 1))
-    axes.scatter(at[:, 0], at[:, 1], s=size, c=colours[np.searchsorted(present, cluster)], alpha=0.75,
-                 linewidths=0)
+    axes.scatter(at[:, 0], at[:, 1], s=size, c=colours[np.searchsorted(present, cluster)], alpha=0.75, linewidths=0)
     axes.set(xticks=[], yticks=[], title=(
         f"The {len(words)} most frequent words, coloured by cluster ({hierarchy.sizes[1]} of them). "
         "Words that stand close have like vectors."))

@@ -161,7 +161,7 @@ class Reader:
                     held = inside.bad("", reason(error))
 
     def _parquet(self, file: BinaryIO, place: _Place, seekable: bool) -> Iterator[Document | Bad]:
-        fields = [*self._fields(), *filter(None, [self.features_field])]
+        fields = self._fields()
         with contextlib.ExitStack() as stack:
             if not seekable:  # a parquet file is read from its end
                 spool = stack.enter_context(tempfile.TemporaryFile())
@@ -175,7 +175,7 @@ class Reader:
 
     def _records(self, records: Iterable[tuple[int, object]], place: _Place) -> Iterator[Document | Bad]:
         """Documents of numbered records: lines of JSON, or what was read of a JSON file."""
-        fields, first = [*self._fields(), *filter(None, [self.features_field])], True
+        fields, first = self._fields(), True
         for number, record in records:
             if isinstance(record, Bad):
                 yield record
@@ -193,14 +193,14 @@ class Reader:
                     yield place.bad(f"{at} {number}", str(error))
 
     def _fields(self) -> list[str]:
-        return [self.text_field, self.prompt_field] if self.prompt_field else [self.text_field]
+        return [self.text_field, *filter(None, [self.prompt_field, self.features_field])]
 
     def _document(self, row: Mapping[str, object], name: str) -> Document:
-        document, field = _document(row, self._fields(), name), self.features_field
-        if not field:
+        document = Document(_text(row, self.text_field), name, self.prompt_field and _text(row, self.prompt_field))
+        if not (field := self.features_field):
             return document
         if row.get(field) is None:
-            raise _Unreadable(f"no field {field!r}; fields here: {', '.join(map(repr, row)) or 'none'}")
+            raise _lacking(field, row)
         try:
             return document._replace(features=vectors.read(row[field], self.feature_shape))
         except ValueError as error:
@@ -211,6 +211,10 @@ class _Unreadable(Exception):
     """Why a record is a bad one."""
 
 
+def _lacking(field: str, row: Iterable[str]) -> _Unreadable:
+    return _Unreadable(f"no field {field!r}; fields here: {', '.join(map(repr, row)) or 'none'}")
+
+
 def _need(fields: Iterable[str], there: Iterable[str], place: _Place) -> None:
     for field in fields:
         if field not in there:
@@ -219,25 +223,22 @@ def _need(fields: Iterable[str], there: Iterable[str], place: _Place) -> None:
                              "data.features_field)")
 
 
-def _document(row: Mapping[str, object], fields: list[str], name: str) -> Document:
-    texts = []
-    for field in fields:
-        if field not in row:
-            raise _Unreadable(f"no field {field!r}; fields here: {', '.join(map(repr, row)) or 'none'}")
-        value = row[field]
-        if isinstance(value, str | bytes) and len(value) > LONGEST:
-            raise _Unreadable(f"field {field!r} {_too_long()}")
-        try:
-            if isinstance(value, bytes):
-                value = value.decode()
-            elif isinstance(value, str):
-                value.encode()  # json lets a lone surrogate pass, "\ud800"; it has no UTF-8 form
-        except UnicodeError as error:
-            raise _Unreadable(f"field {field!r} is not Unicode ({reason(error)})") from None
-        if not isinstance(value, str):
-            raise _Unreadable(f"field {field!r} must be a string, not {type(value).__name__}")
-        texts.append(value)
-    return Document(texts[0], name, "".join(texts[1:]))
+def _text(row: Mapping[str, object], field: str) -> str:
+    if field not in row:
+        raise _lacking(field, row)
+    value = row[field]
+    if isinstance(value, str | bytes) and len(value) > LONGEST:
+        raise _Unreadable(f"field {field!r} {_too_long()}")
+    try:
+        if isinstance(value, bytes):
+            value = value.decode()
+        elif isinstance(value, str):
+            value.encode()  # json lets a lone surrogate pass, "\ud800"; it has no UTF-8 form
+    except UnicodeError as error:
+        raise _Unreadable(f"field {field!r} is not Unicode ({reason(error)})") from None
+    if not isinstance(value, str):
+        raise _Unreadable(f"field {field!r} must be a string, not {type(value).__name__}")
+    return value
 
 
 def _blank(text: str) -> bool:

@@ -190,14 +190,13 @@ def sum_by(rows: np.ndarray, node: np.ndarray, n: int) -> np.ndarray:
     return out
 
 
-def initial_table(vectors: np.ndarray, hierarchy: Hierarchy, width: int, scale: float = 1.0,
-                  seed: int = 0) -> np.ndarray:
+def initial_table(vectors: np.ndarray, hierarchy: Hierarchy, width: int, seed: int = 0) -> np.ndarray:
     """First values of an embedding table, float32 [padded_states, width], from the clustering embeddings.
 
     A word's row is its vector: made unit, common mean removed, the leading `width` directions kept or padded with
     zeros, turned by a random rotation so that no coordinate is special. A cluster's is the mean of its words'. All
-    are scaled to the standard deviation of uniform(+-1/sqrt(width)), times `scale`; the mask, the padding and symbols
-    of which nothing is known are drawn from it.
+    are scaled to the standard deviation of uniform(+-1/sqrt(width)); the mask, the padding and symbols of which nothing
+    is known are drawn from it.
     """
     if len(vectors) != hierarchy.vocab_size:
         raise ValueError(f"embeddings have {len(vectors)} rows, the hierarchy {hierarchy.vocab_size} words")
@@ -215,7 +214,7 @@ def initial_table(vectors: np.ndarray, hierarchy: Hierarchy, width: int, scale: 
     rows = [words]
     for level in range(1, hierarchy.num_levels):
         rows.append(sum_by(unit_rows(words), hierarchy.anc[level], hierarchy.sizes[level]))
-    length = scale * math.sqrt(1 / 3)  # of a row whose entries have variance 1 / (3 width)
+    length = math.sqrt(1 / 3)  # of a row whose entries have variance 1 / (3 width)
     for offset, part in zip(hierarchy.offsets, rows, strict=False):
         norm = np.linalg.norm(part, axis=1)
         some = np.flatnonzero(norm > 1e-6)

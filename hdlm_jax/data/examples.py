@@ -49,7 +49,7 @@ def moved(images: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def _write(path: str, records: Iterable[dict]) -> str:
-    jsons.write_atomic(path, "".join(jsons.dumps(record) + "\n" for record in records).encode())
+    jsons.write_lines(path, records)
     return path
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hdlm_jax.common import jsons
+from hdlm_jax.common.extras import package
+from hdlm_jax.common.jsons import Json
 from hdlm_jax.data.base_tokenizer import PATTERNS
-from hdlm_jax.data.sources import package
 
 HUB_FILE, PLAIN_FILE = "hub_tokenizer.json", "tokenizer.json"  # what `save` writes; what the hub has
 MOST_BYTES = 1 << 28  # of a file that is read whole
@@ -80,7 +81,7 @@ def read(path: str | os.PathLike) -> Found:
     return _gguf(file) if magic == b"GGUF" else Found(_bytes(file))
 
 
-def parsed(raw: bytes, path: str | os.PathLike) -> dict[str, Any]:
+def parsed(raw: bytes, path: str | os.PathLike) -> Json:
     """The object in the text of a tokenizer.json; ValueError with the name `path` where it is none."""
     try:
         found = json.loads(raw)
@@ -100,7 +101,7 @@ def _bytes(file: Path) -> bytes:
         raise ValueError(f"tokenizer.file {str(file)!r} cannot be read: {error.strerror}") from None
 
 
-def _object(file: Path) -> dict[str, Any]:
+def _object(file: Path) -> Json:
     """The object in a JSON file; {} where there is no file."""
     if not file.exists():
         return {}
@@ -139,7 +140,7 @@ def _folder(folder: Path) -> Found:
     return Found(raw, names, tuple(dict.fromkeys(filter(None, ends))), str(template))
 
 
-def _vocab_and_merges(folder: Path, config: dict[str, Any]) -> bytes:
+def _vocab_and_merges(folder: Path, config: Json) -> bytes:
     """A tokenizer.json of the older vocab.json and merges.txt."""
     if not (folder / "vocab.json").exists() or not (folder / "merges.txt").exists():
         raise ValueError(f"{folder}: no {PLAIN_FILE} in it; {NO_HUB}")
@@ -198,12 +199,11 @@ def _gguf(file: Path) -> Found:
     return Found(raw, names, tuple(ends), field("chat_template", str, ""))
 
 
-def _byte_level(vocabulary: Mapping[str, int], merges: Sequence[str], added: list[dict[str, Any]], pattern: str,
+def _byte_level(vocabulary: Mapping[str, int], merges: Sequence[str], added: list[Json], pattern: str,
                 digits: bool, composed: bool, whole: bool) -> bytes:
     """A tokenizer.json of a byte-level BPE; pattern, digits, composed, whole: as in _CUTS."""
     if pattern == "gpt2":
-        cuts: list[dict[str, Any]] = [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                                       "use_regex": True}]
+        cuts: list[Json] = [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]
     else:
         cuts = [{"type": "Split", "pattern": {"Regex": PATTERNS[pattern]}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]
@@ -216,8 +216,7 @@ def _byte_level(vocabulary: Mapping[str, int], merges: Sequence[str], added: lis
         allow_nan=False).encode()
 
 
-def _sentencepiece(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float],
-                   added: list[dict[str, Any]]) -> bytes:
+def _sentencepiece(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], added: list[Json]) -> bytes:
     """A tokenizer.json of a SentencePiece BPE, which lists no merges: two neighbours that are a token together become
     that token, the one with the best score first."""
     if len(scores) != len(tokens):

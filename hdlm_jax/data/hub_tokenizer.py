@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hdlm_jax.common import jsons
-from hdlm_jax.data.base_tokenizer import JSON_FILE, Tokenizer, utf8
+from hdlm_jax.common.extras import package
+from hdlm_jax.common.jsons import Json
+from hdlm_jax.data.base_tokenizer import JSON_FILE, Tokenizer, byte_alphabet, utf8
 from hdlm_jax.data.hub_files import BLANK, HUB_FILE, NO_HUB, PLAIN_FILE, Found, deciding_file, parsed, read
-from hdlm_jax.data.sources import package
 
 if TYPE_CHECKING:
     import tokenizers
@@ -194,10 +195,10 @@ class HubTokenizer(Tokenizer):
                  "bos": self.bos, "pattern": self.pattern, "sha256": hashlib.sha256(self.found.raw).hexdigest(),
                  "fingerprint": self.fingerprint, "names": self.names, "ends": list(self.found.ends),
                  "special": self._special, "chat_template": self.chat_template}
-        jsons.write_atomic(folder / JSON_FILE, jsons.dumps(facts, indent=2).encode() + b"\n")
+        jsons.write_json(folder / JSON_FILE, facts, indent=2)
 
 
-def load(folder: Path, facts: dict[str, Any]) -> HubTokenizer:
+def load(folder: Path, facts: Json) -> HubTokenizer:
     """The tokenizer that `HubTokenizer.save` wrote; facts: what the folder's JSON_FILE holds. ValueError if damaged."""
     place = folder / JSON_FILE
     kinds = {"eot": int, "turn_end": int, "names": dict, "ends": list, "chat_template": str}
@@ -206,17 +207,10 @@ def load(folder: Path, facts: dict[str, Any]) -> HubTokenizer:
     jsons.of_types(place, facts, kinds)
     if not all(isinstance(text, str) for text in (*facts["ends"], *facts["names"].values())):
         raise ValueError(f"{place}: damaged, names and ends must be texts")
-    raw = read_checked(folder / HUB_FILE, facts["sha256"])
+    raw = read(folder / HUB_FILE).raw
+    jsons.check_sha256(folder / HUB_FILE, hashlib.sha256(raw).hexdigest(), facts["sha256"])
     found = Found(raw, facts["names"], tuple(facts["ends"]), facts["chat_template"])
     return HubTokenizer(found, folder / HUB_FILE, facts["eot"], facts["turn_end"])
-
-
-def read_checked(path: Path, sha256: str) -> bytes:
-    """The bytes of a file of this sha256 (hex; '' any); ValueError where it is missing or another."""
-    found = read(path).raw
-    if sha256 and (is_now := hashlib.sha256(found).hexdigest()) != sha256.lower():
-        raise ValueError(f"{path}: sha256 is {is_now}, must be {sha256}")
-    return found
 
 
 def make(path: str, sha256: str = "") -> HubTokenizer:
@@ -228,8 +222,8 @@ def make(path: str, sha256: str = "") -> HubTokenizer:
     if not path:
         raise ValueError(f"tokenizer.file='': needed; {NO_HUB}")
     file = deciding_file(path)
-    if sha256 and file.exists() and (found := jsons.sha256_of(file)) != sha256.lower():
-        raise ValueError(f"{file}: sha256 is {found}, must be {sha256}")
+    if sha256 and file.exists():
+        jsons.check_sha256(file, jsons.sha256_of(file), sha256)
     if file.name == HUB_FILE and file != Path(path):
         tokenizer = load(file.parent, jsons.read_json(file.parent / JSON_FILE, "sha256"))
     else:
@@ -241,7 +235,7 @@ def make(path: str, sha256: str = "") -> HubTokenizer:
 # -------------------------------------------------------------------------------------------- a tokenizer.json
 
 
-def _nodes(node: Any) -> Iterator[dict[str, Any]]:
+def _nodes(node: object) -> Iterator[Json]:
     """The parts of a normalizer or pre-tokenizer, out of their sequences."""
     if isinstance(node, dict) and node.get("type") == "Sequence":
         for part in [*(node.get("pretokenizers") or []), *(node.get("normalizers") or [])]:
@@ -250,7 +244,7 @@ def _nodes(node: Any) -> Iterator[dict[str, Any]]:
         yield {"type": ""} | node
 
 
-def _settled(found: Found, path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, int]]:
+def _settled(found: Found, path: str | os.PathLike) -> tuple[Json, dict[str, int]]:
     """(a tokenizer.json that says how text is cut and merged alone, name -> id of its special tokens).
 
     Every id of 0..V-1 has a token in it: the library counts added tokens on from the vocabulary, whatever their ids.
@@ -287,7 +281,7 @@ def _settled(found: Found, path: str | os.PathLike) -> tuple[dict[str, Any], dic
     return settled, special
 
 
-def _numbered(vocabulary: dict[str, int], added: list[dict[str, Any]], path: str | os.PathLike
+def _numbered(vocabulary: dict[str, int], added: list[Json], path: str | os.PathLike
               ) -> tuple[dict[str, int], dict[str, int]]:
     """(the vocabulary without gaps, name -> id of the special tokens, ids without a token among them)."""
     by_id: dict[int, str] = {}
@@ -302,7 +296,7 @@ def _numbered(vocabulary: dict[str, int], added: list[dict[str, Any]], path: str
     return vocabulary, special | gaps
 
 
-def _normalizer(node: Any, path: str | os.PathLike) -> dict[str, Any] | None:
+def _normalizer(node: object, path: str | os.PathLike) -> Json | None:
     """The normalizer without a blank in front; ValueError where it loses more than NFC does."""
     parts = [part for part in _nodes(node) if part["type"] != "Prepend"]
     for part in parts:
@@ -312,7 +306,7 @@ def _normalizer(node: Any, path: str | os.PathLike) -> dict[str, Any] | None:
     return {"type": "Sequence", "normalizers": parts} if parts else None
 
 
-def _without_prefix(node: Any) -> dict[str, Any] | None:
+def _without_prefix(node: object) -> Json | None:
     """The pre-tokenizer, without a blank in front of the text."""
     parts = []
     for part in _nodes(node):
@@ -324,16 +318,9 @@ def _without_prefix(node: Any) -> dict[str, Any] | None:
     return {"type": "Sequence", "pretokenizers": parts} if parts else None
 
 
-def _alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary -> the byte: itself where it is printed."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _words(spec: dict[str, Any], special: dict[str, int], size: int, bytewise: bool) -> tuple[bytes, ...]:
+def _words(spec: Json, special: dict[str, int], size: int, bytewise: bool) -> tuple[bytes, ...]:
     """The bytes of every id; of a special one its name."""
-    words, alphabet, fallback = [b""] * size, _alphabet(), spec["model"].get("byte_fallback")
+    words, alphabet, fallback = [b""] * size, byte_alphabet(), spec["model"].get("byte_fallback")
 
     def plain(name: str) -> bytes:
         if fallback and re.fullmatch("<0x[0-9A-F]{2}>", name):
@@ -350,9 +337,9 @@ def _words(spec: dict[str, Any], special: dict[str, int], size: int, bytewise: b
     return tuple(words)
 
 
-def _deciding(spec: dict[str, Any], eot: int) -> str:
+def _deciding(spec: Json, eot: int) -> str:
     """All that decides ids, as one text: without what is null, false or empty, which files may write or leave out."""
-    def said(value: Any) -> Any:
+    def said(value: object) -> object:
         if isinstance(value, dict):
             return {name: said(one) for name, one in value.items() if one or one == 0 and one is not False}
         return [said(one) for one in value] if isinstance(value, list) else value

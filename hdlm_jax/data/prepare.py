@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from hdlm_jax.common import jsons
-from hdlm_jax.config import DataConfig, TokenizerConfig
+from hdlm_jax.config import DataConfig, TokenizerConfig, expand
 from hdlm_jax.data import shards, tokenizers
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.embedded import EMBEDDED, embedded_corpus
+from hdlm_jax.data.hub_files import deciding_file
 from hdlm_jax.data.records import Bad, check_bad, digest
 from hdlm_jax.data.shards import Range, read_index, totals, write_json
 from hdlm_jax.data.sources import identity, resolve, source_facts
@@ -76,6 +77,11 @@ class Manifest:
     lengths: list  # [tokens, documents], rising: so many training documents have so many scored tokens (or LONGEST)
     adopted: list = dataclasses.field(default_factory=list)  # of version 2: the settings, sources a sample is named by
     features: list = dataclasses.field(default_factory=list)  # [P, F] where documents have features (stem.feat)
+
+    @property
+    def bits_per_nat(self) -> float:
+        """What turns nats a token of the whole validation split into bits a byte."""
+        return self.valid_scored_tokens / self.valid_scored_bytes / math.log(2)
 
     @property
     def unigram_bits_per_byte(self) -> float:
@@ -154,7 +160,8 @@ def prepare(out_dir: str | os.PathLike, data: DataConfig, tokenizer: TokenizerCo
     job = _job(folder, data, reader, train, valid)
     last = data.validation_documents if data.split == "last" and not valid else 0
     words, begun = _begin(job, settings, sources, tokenizer, last, say)
-    job = dataclasses.replace(job, id=_hash(begun), dtype="uint16" if words.vocab_size <= 65535 else "uint32")
+    job = dataclasses.replace(job, id=hashlib.sha256(jsons.dumps(begun, sort_keys=True).encode()).hexdigest(),
+                              dtype="uint16" if words.vocab_size <= 65535 else "uint32")
 
     index, workers = data.worker()
     mine = [u for u in shards.unfinished(job) if u % workers == index]
@@ -288,7 +295,7 @@ class _Seen:
         if self._new:
             self._new = False  # of a folder that cannot be written: they are hashed again each time
             try:
-                jsons.write_atomic(self._path, jsons.dumps(self._marks).encode() + b"\n")
+                jsons.write_json(self._path, self._marks, indent=None)
             except OSError as error:
                 self._say(f"tokens: {self._path} cannot be written ({error.strerror}); files are hashed again the next "
                           "time")
@@ -300,15 +307,11 @@ def _facts(sources: list[str], tokenizer: TokenizerConfig, seen: _Seen) -> list[
         facts = list(pool.map(lambda source: source_facts(source, lambda path: seen.facts(Path(path))), sources))
     if not tokenizer.file:
         return facts
-    file = tokenizers.vocabulary_file(tokenizer)
+    file = deciding_file(expand(tokenizer.file))  # of tokenizer.kind='hub' the one in a folder
     try:
         return [*facts, [file.name, *seen.facts(file)]]
     except OSError as error:
         raise ValueError(f"tokenizer.file {tokenizer.file!r} cannot be read: {error.strerror}") from None
-
-
-def _hash(facts: dict) -> str:
-    return hashlib.sha256(jsons.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _begin(job: shards.Job, settings: dict, sources: list, tokenizer: TokenizerConfig, last: int,
@@ -514,8 +517,8 @@ def _reuse(folder: Path, data: DataConfig, tokenizer: TokenizerConfig, say: Call
 
 
 def _check_sha256(tokenizer: TokenizerConfig, sources: list | None) -> None:
-    if tokenizer.file and tokenizer.sha256 and sources and sources[-1][2] != tokenizer.sha256.lower():
-        raise ValueError(f"{tokenizer.file}: sha256 is {sources[-1][2]}, must be {tokenizer.sha256}")
+    if tokenizer.file and sources:
+        jsons.check_sha256(tokenizer.file, sources[-1][2], tokenizer.sha256)
 
 
 def _damage(folder: Path, manifest: Manifest, seen: _Seen) -> list[tuple[str, str]]:

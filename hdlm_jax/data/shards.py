@@ -81,7 +81,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, value: object, indent: int | None = None) -> None:
     with _writing(path):
-        jsons.write_atomic(path, jsons.dumps(value, indent=indent).encode() + b"\n")
+        jsons.write_json(path, value, indent)
 
 
 class Files(contextlib.ExitStack):

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hdlm_jax.common import jsons
-from hdlm_jax.config import TokenizerConfig, expand
+from hdlm_jax.common.extras import package
+from hdlm_jax.config import expand
 from hdlm_jax.data import hub_tokenizer
 from hdlm_jax.data.base_tokenizer import END_OF_TEXT, JSON_FILE, PATTERNS, RANK_FILE, Tokenizer, bounded, utf8
 from hdlm_jax.data.base_tokenizer import PATTERN as PATTERN
-from hdlm_jax.data.sources import package
 
 if TYPE_CHECKING:
     import tokenizers
@@ -127,19 +127,12 @@ def _unchanged(folder: Path, tokenizer: Tokenizer, facts: dict) -> Tokenizer:
     return tokenizer
 
 
-def vocabulary_file(tokenizer: TokenizerConfig) -> Path:
-    """The file that tokenizer.file means: itself, or the one in a folder of tokenizer.kind='hub'."""
-    return hub_tokenizer.deciding_file(expand(tokenizer.file))
-
-
 def _read(path: str | os.PathLike, sha256: str) -> bytes:
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"tokenizer.file {str(path)!r} cannot be read: {error.strerror}") from None
-    found = hashlib.sha256(raw).hexdigest()
-    if sha256 and found != sha256.lower():
-        raise ValueError(f"{path}: sha256 is {found}, must be {sha256}")
+    jsons.check_sha256(path, hashlib.sha256(raw).hexdigest(), sha256)
     return raw
 
 

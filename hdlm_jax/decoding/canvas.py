@@ -7,10 +7,13 @@ hdlm_jax.decoding.schema, canvases that grow in hdlm_jax.decoding.lengths.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from hdlm_jax.data.tokenizers import Tokenizer
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 
 _BLANK = re.compile(r"\[\[|\[MASK(?::(\d+))?\]|\[LIKE(?:@(\d+))?:([^\[\]]+)\]|\[")
 
@@ -32,7 +35,7 @@ class Canvas(NamedTuple):
     features: np.ndarray | None = None
 
 
-def make(states: Sequence[int] | np.ndarray, hierarchy, rows: int = 1, seq_len: int = 0,
+def make(states: Sequence[int] | np.ndarray, hierarchy: Hierarchy, rows: int = 1, seq_len: int = 0,
          kind: Sequence[int] | None = None, allowed: Sequence[np.ndarray] = ()) -> Canvas:
     """`rows` canvases of the same n states, S = the next power of two of n.
 
@@ -51,7 +54,7 @@ def make(states: Sequence[int] | np.ndarray, hierarchy, rows: int = 1, seq_len: 
     sets = np.stack([np.ones(hierarchy.vocab_size, bool), *allowed])
     places = min(1 << (n - 1).bit_length(), seq_len) if seq_len else n
 
-    def spread(values):
+    def spread(values: np.ndarray) -> np.ndarray:
         return np.tile(np.pad(values, (0, places - n)), (rows, 1))
 
     return Canvas(spread(ids), spread(hierarchy.level_of(ids) == 0), spread(kinds), np.full(rows, n, np.int32), sets)
@@ -67,13 +70,21 @@ def closed(canvas: Canvas, seq_len: int, eot: int) -> Canvas:
     return canvas._replace(z=z, given=given, kind=kind, length=np.full(n, seq_len, np.int32))
 
 
+def some(canvas: np.ndarray | Canvas, part: slice) -> np.ndarray | Canvas:
+    """Some texts of a canvas."""
+    if isinstance(canvas, np.ndarray):
+        return canvas[part]
+    features = None if canvas.features is None else canvas.features[part]
+    return Canvas(canvas.z[part], canvas.given[part], canvas.kind[part], canvas.length[part], canvas.allowed, features)
+
+
 def together(parts: Sequence[Canvas]) -> Canvas:
     """Canvases of one hierarchy as one, as wide as the widest; each text keeps its end and its kinds."""
     width = max(part.z.shape[1] for part in parts)
     before = np.cumsum([0, *(len(part.allowed) - 1 for part in parts)])  # kinds of the parts before; 0 is common to all
     kinds = [np.where(part.kind, part.kind + n, 0).astype(np.int32) for part, n in zip(parts, before, strict=False)]
 
-    def rows(values):
+    def rows(values: Iterable[np.ndarray]) -> np.ndarray:
         return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in values])
 
     return Canvas(rows(part.z for part in parts), rows(part.given for part in parts), rows(kinds),
@@ -82,7 +93,7 @@ def together(parts: Sequence[Canvas]) -> Canvas:
                   None if parts[0].features is None else np.concatenate([part.features for part in parts]))
 
 
-def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -> Canvas:
+def template(text: str, tokenizer: Tokenizer, hierarchy: Hierarchy, rows: int = 1, seq_len: int = 0) -> Canvas:
     """Infilling with typed blanks (the clusters of arXiv 2510.08632 as types): the text, its blanks free.
 
     `[MASK]` is one token, `[MASK:3]` three; `[LIKE:dog]` one token of the level-1 cluster of dog's first token,
@@ -98,7 +109,7 @@ def template(text: str, tokenizer, hierarchy, rows: int = 1, seq_len: int = 0) -
     sets: dict[tuple[int, int], int] = {}
     buffer, end = "", 0
 
-    def put(states: list[int], kind: int = 0):
+    def put(states: list[int], kind: int = 0) -> None:
         ids.extend(states)
         kinds.extend([kind] * len(states))
 

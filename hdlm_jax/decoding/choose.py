@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from hdlm_jax.decoding.policy import Choice, Hook, View
 from hdlm_jax.diffusion import plans
 from hdlm_jax.diffusion.draws import fold, wide
+from hdlm_jax.models.block_lengths import LENGTHS
 
 _PLAN = 2**32 - 1  # what the keys of plans are folded with; calls use small numbers
 
@@ -294,6 +295,47 @@ class Even(Quota):
     def remember(self, view, z, unmasked):
         done = jnp.where(view.memory["of_block"] == view.current, view.memory["in_block"], 0)
         return {"in_block": done + 1, "of_block": view.current}
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnBlocks(Quota):
+    """Blocks from left to right, each of a length that a head of the network draws in the call in which it begins
+    (CtrlDiff, arXiv 2505.14455; models.block_lengths) and written in numbers["calls"] calls, as evenly as whole numbers
+    go: the longer the block, the fewer calls a token. Only where its tokens have more levels to go does it take more.
+
+    memory length int32 [b, C]: index of the length drawn in each call, -1 where a block went on; end int32 [b]: free
+    tokens up to the end of the block; in_block int32 [b]: calls that it has had.
+    """
+
+    needs = ("block_lengths",)
+    random = True
+
+    def memory(self, view):
+        zero = jnp.zeros(view.z.shape[:1], jnp.int32)
+        most = view.z.shape[1] * view.process.num_levels
+        return {"length": jnp.full((len(view.z), most), -1, jnp.int32), "end": zero, "in_block": zero}
+
+    def clock(self, view: View):
+        """int32 [b] each: index of the length drawn in this call or -1, end of the block, calls it has had; and rank
+        int32 [b, S] of free tokens from the left."""
+        rank = jnp.cumsum(view.free, axis=1, dtype=jnp.int32) - 1
+        first = jnp.min(jnp.where(view.free & (view.level > 0), rank, view.z.shape[1]), axis=1)
+        begins = first >= view.memory["end"]
+        keys = fold(view.key, jnp.uint32(_PLAN))
+        drawn = jax.vmap(jax.random.categorical)(keys, view.block_lengths).astype(jnp.int32)
+        end = jnp.where(begins, first + jnp.asarray(LENGTHS)[drawn], view.memory["end"])
+        return jnp.where(begins, drawn, -1), end, jnp.where(begins, 0, view.memory["in_block"]), rank
+
+    def __call__(self, view, score, open_):
+        _, end, done, rank = self.clock(view)
+        here = open_ & (rank < end[:, None])
+        left = jnp.sum(jnp.where(here, view.level, 0), axis=1)
+        return best(score, here, -(-left // jnp.maximum(view.numbers["calls"] - done, 1)))
+
+    def remember(self, view, z, unmasked):
+        drawn, end, done, _ = self.clock(view)
+        every = view.memory["length"].at[jnp.arange(len(drawn)), view.call].set(drawn)
+        return {"length": every, "end": end, "in_block": done + 1}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 
 from hdlm_jax.common.console import compiling
 from hdlm_jax.config import GenerateConfig
+from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import slots
 from hdlm_jax.decoding.sampler import Sampler
@@ -122,7 +123,7 @@ class _Batch:
         self.g, self.level_of = job.g, desk.draw.process.hierarchy.level_of
         self.slots: slots.Slots | None = None
         self.freed: list[int] = []  # slots that are half written, and whose text is done
-        self.ready: concurrent.futures.Future[Any] = desk.compiles.submit(self.prepare, job)
+        self.ready: concurrent.futures.Future[None] = desk.compiles.submit(self.prepare, job)
 
     def prepare(self, job: Job) -> None:
         if self.desk.draw.process.unmasks:
@@ -219,7 +220,8 @@ class _Batch:
         if not jobs:
             return
         self.running = dict(enumerate(jobs))
-        parts: list[Any] = [one_row(job.asked.canvas, job.text.number) for job in jobs]
+        asked = [(job.asked.canvas, job.text.number) for job in jobs]
+        parts: list[Any] = [canvases.some(canvas, slice(i, i + 1)) for canvas, i in asked]
         canvas = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else canvases.together(parts)
         g = dataclasses.replace(self.g, batch_size=self.desk.rows)
         frames = FRAMES if any(job.watches for job in jobs) else 0
@@ -233,21 +235,13 @@ class _Batch:
         self.running = {}
 
 
-def one_row(canvas: np.ndarray | canvases.Canvas, i: int) -> np.ndarray | canvases.Canvas:
-    """The i-th text of some canvases."""
-    if isinstance(canvas, np.ndarray):
-        return canvas[i : i + 1]
-    here = slice(i, i + 1)
-    return canvases.Canvas(canvas.z[here], canvas.given[here], canvas.kind[here], canvas.length[here], canvas.allowed)
-
-
 class Desk:
     """Takes jobs, from any thread, and writes them in its own.
 
     rows: texts of a kind written at once. most: texts that may wait. texts, tokens: written so far.
     """
 
-    def __init__(self, draw: Sampler, tokenizer: Any, rows: int, most: int):
+    def __init__(self, draw: Sampler, tokenizer: Tokenizer, rows: int, most: int):
         self.draw, self.tokenizer, self.most = draw, tokenizer, most
         self.rows = draw.batch_rows(GenerateConfig(batch_size=rows), rows)
         self.texts = self.tokens = 0
@@ -350,7 +344,7 @@ class Desk:
             batch.fail("stopping", "the server is stopping")
 
 
-def moments(draw: Sampler, tokenizer: Any, asked: Asked, g: GenerateConfig) -> Iterator[Moment]:
+def moments(draw: Sampler, tokenizer: Tokenizer, asked: Asked, g: GenerateConfig) -> Iterator[Moment]:
     """One text while it is written, call by call; it becomes what `draw` makes of it.
 
     Leaving the iteration early stops the writing. Of a process without levels all comes once it is written.

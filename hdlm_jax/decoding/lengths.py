@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from hdlm_jax.decoding.policy import Lengths, View
@@ -16,7 +17,7 @@ from hdlm_jax.decoding.policy import Lengths, View
 PHASE = "daedal_phase"  # name in the loop's memory
 
 
-def eos_confidence(says_eos, probability, window: int):
+def eos_confidence(says_eos: jax.Array, probability: jax.Array, window: int) -> jax.Array:
     """e of DAEDAL: the summed probability [b, S] of the last `window` tokens that say EOS, over `window`: float32 [b].
 
     says_eos: bool [b, S], where EOS is the likeliest state.
@@ -25,7 +26,7 @@ def eos_confidence(says_eos, probability, window: int):
     return jnp.sum(jnp.where(says_eos & (from_the_end <= window), probability, 0.0), axis=1) / window
 
 
-def insertion(at, expand, places: int):
+def insertion(at: jax.Array, expand: jax.Array, places: int) -> jax.Array:
     """Index map source int32 [b, S] by which place `at` int32 [b] becomes `expand` [b] places; -1: nothing does.
 
     The row after is the row before at `source`. What is pushed over S = `places` is lost.
@@ -51,14 +52,14 @@ class Daedal(Lengths):
     needs = ("top",)
     whole = True
 
-    def memory(self, view):
+    def memory(self, view: View) -> dict[str, jax.Array]:
         """The phase int32 [b]: 0 growing, 1 writing."""
         return {PHASE: jnp.zeros(len(view.z), jnp.int32)}
 
-    def remember(self, view, z, unmasked):
+    def remember(self, view: View, z: jax.Array, unmasked: jax.Array) -> dict[str, jax.Array]:
         return {PHASE: jnp.where(self.growing(view)[1], 0, 1).astype(jnp.int32)}
 
-    def __call__(self, view: View, unmasked):
+    def __call__(self, view: View, unmasked: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         j = jnp.arange(view.z.shape[1], dtype=jnp.int32)[None]
         longer, growing, e = self.growing(view)
         room = self.maximum(view) - view.length
@@ -74,10 +75,10 @@ class Daedal(Lengths):
                              (here >= 0) & (j >= here) & (j < here + many[:, None]))
         return length, insertion(at, many, view.z.shape[1]), inserted, growing
 
-    def maximum(self, view: View):
+    def maximum(self, view: View) -> jax.Array:
         return jnp.minimum(view.numbers["maximum"], view.z.shape[1])
 
-    def growing(self, view: View):
+    def growing(self, view: View) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(length after growing at the end int32 [b], whether it grows bool [b], e float32 [b])."""
         opened, process, eos = view.free & (view.level > 0), view.process, jnp.asarray(view.numbers["eos"])
         says_eos = view.free & (view.z == eos)

@@ -23,18 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hdlm_jax.decoding.policy import (
-    Cache,
-    Denoiser,
-    Drawn,
-    Numbers,
-    Policy,
-    Rows,
-    State,
-    View,
-    as_denoiser,
-    view_of,
-)
+from hdlm_jax.decoding.policy import Cache, Denoiser, Drawn, Numbers, Policy, Rows, State, View, as_denoiser, view_of
 from hdlm_jax.decoding.statistics import chunks, probability_of, statistics
 from hdlm_jax.diffusion.draws import fold, row_keys, token_keys
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
@@ -281,8 +270,8 @@ class Loop(NamedTuple):
         blind = blind and policy.order == "choose_then_draw"
         wanted = policy.choose.target(view) < view.level if blind else self.wanted(view)
         prediction, cache = self.ask(cache, view.rows(wanted))
-        if "order" in policy.needs:
-            view = view._replace(order=self.how.tools["order"](prediction, view))
+        heads = {name: scores for name, scores in self.how.tools.items() if name in policy.needs}
+        view = view._replace(**{name: scores(prediction, view) for name, scores in heads.items()})
         return view._replace(**self.look(view, prediction, wanted)), prediction, cache
 
     def call(self, cache: Cache, s: State) -> tuple[Cache, State]:

@@ -83,7 +83,7 @@ class Hook:
 
     needs: what of a View is filled in for it: "top" (top, log_top, log_second, entropy), "token" (token, log_token),
       "own" (log_own, log_up; with "token", token and log_token at vocabulary tokens as well), "sure" (sure), "order"
-      (order).
+      (order), "block_lengths" (block_lengths).
     top_k: m, how many of the likeliest states it needs (ids, logs).
     whole: needs predictions at all tokens not written yet, not only in the current block.
     jumps: may unmask a token by more than one level in a call.
@@ -204,8 +204,8 @@ class Policy:
       first and the choice sees it (view.drawn, view.log_drawn): not exact.
     block: so many free tokens are written before the next ones; 0: all are one block.
     clusters: see HierarchicalProcess.reverse_step.
-    aligned: blocks are counted from the beginning of the row, as a network of model.block sees them, not from the first
-      free token.
+    aligned: blocks are counted from the beginning of the row, as a network with blocks of its own sees them, not from
+      the first free token.
     """
 
     choose: Choice
@@ -292,7 +292,8 @@ class View(NamedTuple):
     ids, logs: [b, S, m], the m likeliest states and their log p, falling.
     drawn, log_drawn: in the order "draw_then_choose"; in `remember`, whatever the order, drawn is all that the call
       drew, before some was thrown away or taken back.
-    order: [b, S], scores of the network's own head for an order (models.order).
+    order: [b, S], scores of the network's own head for an order (models.order); block_lengths: [b, n], of that for
+      the length of the next block (models.block_lengths).
 
     Where no prediction was needed, states are z, log-probabilities -inf and entropies +inf.
     """
@@ -331,6 +332,7 @@ class View(NamedTuple):
     drawn: jax.Array = UNKNOWN
     log_drawn: jax.Array = UNKNOWN
     order: jax.Array = UNKNOWN
+    block_lengths: jax.Array = UNKNOWN
 
     @property
     def open(self):

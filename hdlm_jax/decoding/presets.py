@@ -33,8 +33,8 @@ class Method(NamedTuple):
     numbers: the policy's traced thresholds; with others it is the same program ("eos" = -1 stands for the tokenizer's
     end of text). cache: how the network is called, of hdlm_jax.decoding: caches, sparse_attention, bursts; None: as it
     is. guide: ("cfg", what stands for the prompt), ("classifier",) or (). needs: a second run (config.generate.helper)
-    that is one of HELPERS[needs]; "classifier", a function (Model.generate's `classifier`); "order", the network's own
-    head (model.order). weights: arguments of
+    that is one of HELPERS[needs]; "classifier", a function (Model.generate's `classifier`); "order" and
+    "block_lengths", the network's own heads (model.order, model.block_lengths). weights: arguments of
     hdlm_jax.models.quantise.quantise.
     """
 
@@ -98,6 +98,13 @@ def dcolt(*, steps: int = 0, draw: str = "sample", straight: bool = False) -> Me
     """DCoLT's order (arXiv 2505.10446): a head of the network draws it (model.order, trained by rewards), evenly over
     `steps` calls. Before that training any order is as likely."""
     return _even(choose.Learned(), steps, 0, draw, straight)._replace(needs="order")
+
+
+def ctrldiff(*, calls: int = 4, draw: str = "sample") -> Method:
+    """CtrlDiff's blocks (arXiv 2505.14455): a head of the network draws the length of each, 4 to 32 tokens, as it
+    begins (model.block_lengths, trained by rewards); it is written in `calls` calls, the surest tokens first."""
+    policy = Policy(choose.Scored(choose.Confidence(), choose.DrawnBlocks()), draw)
+    return Method(policy, {"calls": calls}, needs="block_lengths")
 
 
 def low_confidence(*, steps: int = 0, block: int = 32, draw: str = "sample", straight: bool = False) -> Method:
@@ -347,15 +354,15 @@ def quantised(*, steps: int = 0, bits: int = 8, kind: str = "plain") -> Method:
 
 
 METHODS: dict[str, Callable[..., Method]] = {f.__name__: f for f in (
-    ancestral, first_hitting, any_order, max_prob, margin, entropy, dcolt, low_confidence, fast_dllm, fast_dllm_factor,
-    dimple, dparallel, ccd, ccd_ds, eoser, ass, prophet, saber, rcr, p2, remdm, freedave, freedave_plus, guided, edlm,
-    adjust,
-    cfg, classifier, daedal, bd3lm, prefix_cache, dual_cache, freecache, dkv, dkv_greedy, sparsed, quantised)}
+    ancestral, first_hitting, any_order, max_prob, margin, entropy, dcolt, ctrldiff, low_confidence, fast_dllm,
+    fast_dllm_factor, dimple, dparallel, ccd, ccd_ds, eoser, ass, prophet, saber, rcr, p2, remdm, freedave,
+    freedave_plus, guided, edlm, adjust, cfg, classifier, daedal, bd3lm, prefix_cache, dual_cache, freecache, dkv,
+    dkv_greedy, sparsed, quantised)}
 
 
 _RANGES = {
     **dict.fromkeys(("steps", "reveals", "count", "depth", "kept", "confident", "drafts", "candidates", "start",
-                     "refresh", "refresh_clusters", "burst", "tokens", "top_k", "daedal window"), (1, np.inf)),
+                     "refresh", "refresh_clusters", "burst", "calls", "tokens", "top_k", "daedal window"), (1, np.inf)),
     **dict.fromkeys(("window", "block", "last", "mu", "least", "weight", "eta"), (0, np.inf)),
     "expand": (2, np.inf), "select": (0, 1), "skip": (0, 1), "remdm eta": (0, 1)}
 

@@ -6,34 +6,42 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import compiling, progress
+from hdlm_jax.common.parallel import Batch, Tree
 from hdlm_jax.config import ASIDE, ConfigError, GenerateConfig
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding import caches, channel, choose, drafts, guide, loop, presets
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding.bursts import Burst, Bursts
-from hdlm_jax.decoding.policy import Denoiser
+from hdlm_jax.decoding.policy import Denoiser, View
 from hdlm_jax.decoding.sparse_attention import Sparse, SparseD
 from hdlm_jax.diffusion import autoregressive, gidd
 from hdlm_jax.diffusion.autoregressive import AutoregressiveProcess
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.gidd import GiddProcess
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.diffusion.prediction import Predictions
 from hdlm_jax.diffusion.process import Process
-from hdlm_jax.models import order, quantise
+from hdlm_jax.models import block_lengths, order, quantise
+from hdlm_jax.models.adjust import Adjust
 from hdlm_jax.models.channel import ChannelProcess
+from hdlm_jax.models.energy import EnergyNetwork
 from hdlm_jax.models.features import given as given_features
 from hdlm_jax.models.network import Network
 from hdlm_jax.models.trunk import Trunk
-from hdlm_jax.training.loading import load_here
+from hdlm_jax.training.loading import Run, load_here
+
+Classifier: TypeAlias = Callable[[jax.Array], jax.Array]  # one-hot states float32 [b, S, N] -> log p(y) [b]
+Tools: TypeAlias = Callable[[Tree], dict[str, Callable[..., jax.Array]]]  # a helper's parameters -> loop.Sampling.tools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +64,21 @@ def program_of(g: GenerateConfig) -> Program:
                    g.length > 0 or policy.lengths is not None, g.force_transition)
 
 
-def in_blocks(program: Program, size: int) -> Program:
-    """The program for a network of model.block=size, which counts blocks from a row's beginning; 0: as it is.
+def in_blocks(program: Program, size: int, context: int = 0) -> Program:
+    """The program for a network that counts blocks from a row's beginning: of model.block=size, or an open one whose
+    tokens see their block of `context` and those before (DecoderConfig.own_block); 0: none.
 
     Raises:
-      ValueError: it does not write blocks of that size.
+      ValueError: it does not write blocks of that size; it keeps keys of blocks that are not whole ones of `context`.
     """
     policy = program.method.policy
+    if context and policy.block % context and isinstance(program.method.cache, caches.BlockCausal):
+        raise ValueError(f"keeps the keys of finished blocks, which this network has of {context} tokens; give the "
+                         f"options 'block={context}' or a multiple")
     if size and policy.block != size:
         raise ValueError(f"a network of model.block={size} writes blocks in turn; choose bd3lm with the options "
                          f"'block={size}'")
-    method = program.method._replace(policy=dataclasses.replace(policy, aligned=size > 0))
+    method = program.method._replace(policy=dataclasses.replace(policy, aligned=policy.block * (size + context) > 0))
     return dataclasses.replace(program, method=method)
 
 
@@ -78,11 +90,12 @@ def numbers_of(g: GenerateConfig, seq_len: int, eos: int = 0) -> dict[str, Any]:
     """The settings that are inputs of the compiled loop; eos: token of the end of text."""
     method = presets.numbers(method_of(g), eos) | {"maximum": np.int32(g.length or seq_len)}
     return {"steps": np.int32(g.steps), "length": np.int32(g.length or seq_len), "corrections": np.int32(g.corrections),
-            "correction_temperature": np.float32(g.correction_temperature), "temperature": np.float32(g.temperature),
-            "top_p": np.float32(g.top_p), "method": method}
+            "correction_temperature": np.float32(g.correction_temperature), "told": np.float32(g.channel_told),
+            "temperature": np.float32(g.temperature), "top_p": np.float32(g.top_p), "method": method}
 
 
-def denoiser(program: Program, network: Trunk, params, process, numbers, classifier, how: loop.Sampling) -> Denoiser:
+def denoiser(program: Program, network: Trunk, params: Tree, process: HierarchicalProcess, numbers: Mapping[str, Any],
+             classifier: Classifier | None, how: loop.Sampling) -> Denoiser:
     """The network as the program calls it: with its cache or attention, its constraints, its guidance."""
     method = program.method
     out: Denoiser
@@ -99,36 +112,46 @@ def denoiser(program: Program, network: Trunk, params, process, numbers, classif
     if method.guide[:1] == ("cfg",):
         out = guide.CFG(process, out, numbers["method"]["weight"], method.guide[1])
     elif method.guide:
-        score = guide.first_order(classifier, process.hierarchy)
+        score = guide.first_order(cast(Classifier, classifier), process.hierarchy)
         out = guide.Classified(process, out, score, numbers["method"]["weight"])
     return out
 
 
-def reads(network: Trunk, params):
+def reads(network: Trunk, params: Tree) -> Callable[[jax.Array], Predictions]:
     """tokens int32 [b, S] -> prediction of each given those before it, of an autoregressive run."""
     shifted = AutoregressiveProcess(network.head.hierarchy).shifted
     return lambda x: network.denoise(params, shifted(x), jnp.zeros(len(x)))
 
 
-def own_tools(params) -> dict[str, Any]:
-    """What hooks call beside the network (loop.Sampling): its scores for an order, of a prediction as `Trunk.denoise`
-    makes it."""
-    return {"order": lambda p, view: order.scores(params, p.hidden, view.level, view.t)} if order.NAME in params else {}
+HEADS = {order.NAME: ("dcolt", "an order"), block_lengths.NAME: ("ctrldiff", "lengths of blocks")}  # who reads them
 
 
-def check_order(method: presets.Method, params) -> None:
+def own_tools(params: Tree) -> dict[str, Callable[..., jax.Array]]:
+    """What hooks call beside the network (loop.Sampling): the scores of its heads for choices, of a prediction as
+    `Trunk.denoise` makes it."""
+    def lengths(p: Any, view: View) -> jax.Array:
+        return block_lengths.scores(params, p.hidden, view.active & (view.level == 0), view.free & (view.level > 0),
+                                    view.t)
+
+    heads: dict[str, Callable[..., jax.Array]] = {
+        order.NAME: lambda p, view: order.scores(params, p.hidden, view.level, view.t), block_lengths.NAME: lengths}
+    return {name: scores for name, scores in heads.items() if name in params}
+
+
+def check_heads(method: presets.Method, params: Tree) -> None:
     """ConfigError where the method reads a head that these parameters do not have."""
-    if method.needs == "order" and order.NAME not in params:
-        raise ConfigError("generate.method='dcolt' needs a head for an order: train by rewards with model.order=True "
-                          "(docs/training.md)")
+    if method.needs in HEADS and method.needs not in params:
+        name, what = HEADS[method.needs]
+        raise ConfigError(f"generate.method={name!r} needs a head for {what}: train by rewards with "
+                          f"model.{method.needs}=True (docs/training.md)")
 
 
-def helper_kind(run: Any) -> str:
+def helper_kind(run: Run) -> str:
     """What a run is to another one, of presets.HELPERS: how it was trained, or that it is autoregressive."""
     return "autoregressive" if run.process.causal else run.trained.train.objective
 
 
-def checked_tools(helper: Any, method: presets.Method, process: Process, asked: str):
+def checked_tools(helper: Run | None, method: presets.Method, process: Process, asked: str) -> Tools | None:
     """`tools_of`; ConfigError, which begins with what is asked for, where the helper is none that the method needs."""
     kinds = presets.HELPERS.get(method.needs, ())
     if kinds and (helper is None or helper_kind(helper) not in kinds):
@@ -137,17 +160,19 @@ def checked_tools(helper: Any, method: presets.Method, process: Process, asked: 
     return tools_of(helper, method, process)
 
 
-def tools_of(helper: Any, method: presets.Method, process: Process):
-    """Function of a helper's parameters -> what hooks call (Sampling.tools); None where the method needs no helper."""
-    if method.needs not in presets.HELPERS:
+def tools_of(helper: Run | None, method: presets.Method, process: Process) -> Tools | None:
+    """What hooks call of a helper; None where the method needs no helper."""
+    if helper is None or method.needs not in presets.HELPERS:
         return None
-    network = helper.network
+    network: Any = helper.network
     if helper_kind(helper) == "energy":
-        return lambda params: {"energy": lambda x, z, log_p, t: network.energy(params, z, x, t)}
+        energy: EnergyNetwork = network
+        return lambda params: {"energy": lambda x, z, log_p, t: energy.energy(params, z, x, t)}
     if helper_kind(helper) == "adjust":
-        return lambda params: {"adjust": functools.partial(network.adjusted, params)}
+        layer: Adjust = network
+        return lambda params: {"adjust": functools.partial(layer.adjusted, params)}
 
-    def autoregressive(params):
+    def autoregressive(params: Tree) -> dict[str, Callable[..., Any]]:
         ar = reads(network, params)
         return {"ar": ar, "energy": guide.ar_energy(ar, process)}
 
@@ -158,17 +183,17 @@ class Call(NamedTuple):
     """What a compiled step has to sample with."""
 
     network: Trunk
-    params: Any
+    params: Tree
     program: Program
     numbers: dict[str, Any]
-    batch: dict[str, jax.Array]
+    batch: Batch
     length: jax.Array
-    classifier: Any
+    classifier: Classifier | None
     how: loop.Sampling
 
 
-def call_of(network: Trunk, process, program: Program, given, batch, how: loop.Sampling, helper=None,
-            classifier=None) -> Call:
+def call_of(network: Trunk, process: Process, program: Program, given: tuple[Tree, dict[str, Any]], batch: Batch,
+            how: loop.Sampling, helper: Tools | None = None, classifier: Classifier | None = None) -> Call:
     """A step's arguments as what samples takes them; given: (params, numbers), of a helper too (make_sample_step)."""
     (params, numbers), theirs = given, None
     if helper is not None:
@@ -219,7 +244,8 @@ def whole(call: Call, z: jax.Array) -> Any:
 
 @sample_canvas.register
 def _(process: ChannelProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
-    return channel.sample(keys, whole(call, z), process, z, steps=call.numbers["steps"], **_draws(call.how))
+    return channel.sample(keys, whole(call, z), process, z, steps=call.numbers["steps"], told=call.numbers["told"],
+                          singly="reveals" in call.numbers["method"], **_draws(call.how))
 
 
 @sample_canvas.register
@@ -239,8 +265,9 @@ def _draws(how: loop.Sampling) -> dict[str, Any]:
     return dict(temperature=how.temperature, top_p=how.top_p, sync_trip_count=how.sync_trip_count, frames=how.frames)
 
 
-def make_sample_step(network: Trunk, process, program: Program, mesh=None, frames: int = 0, helper=None,
-                     classifier=None):
+def make_sample_step(network: Trunk, process: Process, program: Program, mesh: Mesh | None = None, frames: int = 0,
+                     helper: Tools | None = None, classifier: Classifier | None = None
+                     ) -> Callable[..., dict[str, jax.Array]]:
     """step((params, numbers), batch, key) -> {tokens int32 [b, S], calls int32 [b], row_forwards int32 [b], ...}.
 
     batch: z int32 [b, S], the canvas (masks where free, tokens and clusters where given), index int32 [b]; of a Canvas
@@ -250,7 +277,7 @@ def make_sample_step(network: Trunk, process, program: Program, mesh=None, frame
     shard = parallel.OverBatch(mesh)
     process = at_sampling(process, program)
 
-    def run(given, batch, keys):
+    def run(given: tuple[Tree, dict[str, Any]], batch: Batch, keys: jax.Array) -> tuple[tuple[()], Batch]:
         z, how = batch["z"], loop.Sampling(sync_trip_count=shard.sync_trip_count, frames=frames)
         call = call_of(network, process, program, given, batch, how, helper, classifier)
         tokens, stats = sample_canvas(process.with_params(call.params), fold(keys, 1), z, call)
@@ -260,7 +287,7 @@ def make_sample_step(network: Trunk, process, program: Program, mesh=None, frame
             each["call"] = jnp.broadcast_to(stats["call"], (len(z), frames + 1))
         return (), {"tokens": tokens} | stats | each
 
-    def step(given, batch, key):
+    def step(given: tuple[Tree, dict[str, Any]], batch: Batch, key: jax.Array) -> Batch:
         keys = fold(jnp.broadcast_to(key, batch["index"].shape), batch["index"])
         return shard(run)(given, {k: v for k, v in batch.items() if k != "index"}, keys)[1]
 
@@ -290,9 +317,8 @@ def exactness(process: Process, g: GenerateConfig) -> str:
     if tilted or not isinstance(method.policy.choose, choose.Planned):
         reasons.append(f"method={g.method}")
     reasons += ["a schema"] if g.schema else []
-    if g.corrections:
-        reasons.append(f"corrections={g.corrections}")
-    reasons += [f"{name}={value:g}" for name in ("temperature", "top_p") if (value := getattr(g, name)) != 1]
+    plain = {"corrections": 0, "channel_told": 0, "temperature": 1, "top_p": 1}
+    reasons += [f"{name}={value:g}" for name, usual in plain.items() if (value := getattr(g, name)) != usual]
     return f"inexact: {', '.join(reasons)}" if reasons else "exact"
 
 
@@ -302,7 +328,7 @@ def key_data(seed: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
-def quantised(params, weights: tuple):
+def quantised(params: Tree, weights: tuple) -> Tree:
     """Parameters rounded as Method.weights says, where they lay."""
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), quantise.quantise(params, *weights), params)
 
@@ -313,36 +339,35 @@ class Sampler:
     Args:
       eos: token of the end of text. helper: a loaded run, for the methods that need one (presets.HELPERS).
       classifier: function of one-hot states float32 [b, S, N] -> log p(y) [b], for method="classifier".
+      context: as in `in_blocks`.
     """
 
-    def __init__(self, network: Trunk, process, mesh, params, *, eos: int = 0, helper: Any = None, classifier=None):
+    def __init__(self, network: Trunk, process: Process, mesh: Mesh, params: Tree, *, eos: int = 0,
+                 helper: Run | None = None, classifier: Classifier | None = None, context: int = 0):
         self.network, self.process, self.mesh, self.params, self.eos = network, process, mesh, params, eos
-        self.helper, self.classifier = helper, classifier
+        self.helper, self.classifier, self.context = helper, classifier, context
         self.aside = True  # compiling is told on stderr, as stdout may be for texts
         self._made: set[tuple[Any, ...]] = set()  # programs and shapes that are compiled
         self._step = functools.lru_cache(maxsize=8)(self._compile)
-        self._weights = functools.lru_cache(maxsize=2)(self._quantised)
+        self._weights = functools.lru_cache(maxsize=2)(lambda weights: quantised(self.params, weights))
 
-    def _compile(self, program: Program, frames: int = 0):
+    def _compile(self, program: Program, frames: int = 0) -> parallel.Jitted:
         helper = tools_of(self.helper, program.method, self.process)
         step = make_sample_step(self.network, self.process, program, self.mesh, frames, helper, self.classifier)
         return parallel.compile_sample_step(step, self.mesh, self.params_of(program.method))
 
-    def _quantised(self, weights: tuple):
-        return quantised(self.params, weights)
-
-    def params_of(self, method: presets.Method) -> Any:
+    def params_of(self, method: presets.Method) -> Tree:
         params = self._weights(method.weights) if method.weights else self.params
-        return (params, self.helper.params) if method.needs in presets.HELPERS else params
+        return (params, self.helper.params) if self.helper and method.needs in presets.HELPERS else params
 
-    def _check(self, method: presets.Method, g: GenerateConfig, behind: bool, constrained: bool):
+    def _check(self, method: presets.Method, g: GenerateConfig, behind: bool, constrained: bool) -> None:
         """ConfigError where this run, or this canvas, cannot be sampled by that method.
 
         behind: something is given behind a blank; constrained: places have kinds of tokens.
         """
         if self.process.causal and behind:
             raise ConfigError("an autoregressive model goes on from a prompt; it cannot fill blanks before given words")
-        if not self.process.unmasks and g.method != "ancestral":
+        if not self.process.unmasks and g.method not in ("ancestral", *self.process.methods):
             raise ConfigError(f"generate.method={g.method!r}: this process has no levels that drop; choose 'ancestral'")
         if self.process.methods and g.method not in self.process.methods:
             raise ConfigError(f"generate.method={g.method!r}: is not built for hierarchy.map='learned'; choose one of "
@@ -356,9 +381,9 @@ class Sampler:
         if constrained and self.process.xi < 1 and at_sampling(self.process, g).force_transition == "within":
             raise ConfigError("generate.force_transition='within': at xi < 1 a cluster on show may have no word that "
                               "its place may take; choose another")
-        if method.needs == "order" and constrained:
+        if method.needs in HEADS and constrained:
             raise ConfigError(f"generate.method={g.method!r}: it is not for places with kinds of words; choose another")
-        check_order(method, self.params)
+        check_heads(method, self.params)
         checked_tools(self.helper, method, self.process, f"generate.method={g.method!r}")
         if method.needs == "classifier" and self.classifier is None:
             raise ConfigError("generate.method='classifier' needs a function: Model.generate(classifier=...)")
@@ -371,7 +396,7 @@ class Sampler:
         behind = bool(np.any(blank[:, :-1] & ~blank[:, 1:] & inside[:, 1:]))
         program, numbers = program_of(g), numbers_of(g, z.shape[1], self.eos)
         try:
-            program = in_blocks(program, self.network.block)
+            program = in_blocks(program, self.network.block, self.context)
         except ValueError as error:
             raise ConfigError(f"generate.method={g.method!r}: {error}") from error
         if not isinstance(canvas, np.ndarray):
@@ -453,7 +478,7 @@ def prompt_canvas(prompt_ids: np.ndarray, num_samples: int, seq_len: int, mask_i
     return canvas
 
 
-def lengths_are(run: Any, g: GenerateConfig) -> str:
+def lengths_are(run: Run, g: GenerateConfig) -> str:
     """Where the lengths of samples come from: "given" (generate.length), "training" (drawn from those of the training
     documents, which a run that was told them needs), "method" (it finds them) or "canvas" (S tokens; where the run
     learnt ends of texts the text is what is before the first one)."""
@@ -465,7 +490,7 @@ def lengths_are(run: Any, g: GenerateConfig) -> str:
     return "training" if told else "canvas"
 
 
-def start_canvas(run: Any, g: GenerateConfig, prompts: np.ndarray, features: np.ndarray | None = None
+def start_canvas(run: Run, g: GenerateConfig, prompts: np.ndarray, features: np.ndarray | None = None
                  ) -> np.ndarray | canvases.Canvas:
     """Canvases that begin with prompts int32 [n, L] and are free behind, as long as `lengths_are` says.
 
@@ -502,7 +527,7 @@ def start_canvas(run: Any, g: GenerateConfig, prompts: np.ndarray, features: np.
     return canvases.Canvas(z, z != mask, np.zeros_like(z), length.astype(np.int32), allowed, features)
 
 
-def check_features(run: Any, features: np.ndarray | None) -> None:
+def check_features(run: Run, features: np.ndarray | None) -> None:
     """ConfigError where a run needs features [n, P, F] and is given none, or others, or where it knows none."""
     shape = run.config.data.feature_places, run.config.data.feature_width
     if features is None and shape[0]:
@@ -515,19 +540,11 @@ def check_features(run: Any, features: np.ndarray | None) -> None:
 
 def compile_for(draw: Sampler, canvas: np.ndarray | canvases.Canvas, g: GenerateConfig) -> None:
     """Samples a batch of the canvas's shape with nothing to do, so that its program is there before time is taken."""
-    some = first_rows(canvas, g.batch_size)
+    some = canvases.some(canvas, slice(g.batch_size))
     if isinstance(some, np.ndarray):
         draw(np.zeros_like(some), g)
     else:
         draw(some._replace(z=np.zeros_like(some.z), given=np.ones_like(some.given)), g)
-
-
-def first_rows(canvas: np.ndarray | canvases.Canvas, n: int) -> np.ndarray | canvases.Canvas:
-    """The first n of some canvases."""
-    if isinstance(canvas, np.ndarray):
-        return canvas[:n]
-    features = None if canvas.features is None else canvas.features[:n]
-    return canvases.Canvas(canvas.z[:n], canvas.given[:n], canvas.kind[:n], canvas.length[:n], canvas.allowed, features)
 
 
 def ended(row: np.ndarray, given: int, eot: int, stop: str) -> np.ndarray:
@@ -541,7 +558,7 @@ def text_of(tokenizer: Tokenizer, row: np.ndarray, stop: str) -> str:
     return tokenizer.decode(row[:-1] if stop == "end" and len(row) and row[-1] == tokenizer.eot else row)
 
 
-def load_helper(run: Any, g: GenerateConfig) -> Any:
+def load_helper(run: Run, g: GenerateConfig) -> Run | None:
     """The run in g.helper, or None; ConfigError where it cannot help this one, or has another tokenizer."""
     if not g.helper:
         return None
@@ -560,7 +577,7 @@ def load_helper(run: Any, g: GenerateConfig) -> Any:
     return helper
 
 
-def sampler_of(run: Any, helper: Any = None, classifier=None) -> Sampler:
+def sampler_of(run: Run, helper: Run | None = None, classifier: Classifier | None = None) -> Sampler:
     """The sampler of a loaded run."""
     return Sampler(run.network, run.process, run.mesh, run.params, eos=run.tokenizer.eot, helper=helper,
-                   classifier=classifier)
+                   classifier=classifier, context=run.trained.decoder.own_block)

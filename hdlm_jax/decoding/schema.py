@@ -22,12 +22,14 @@ import itertools
 import json
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding import canvas as canvases
+from hdlm_jax.diffusion.hierarchy import Hierarchy
 
 _NOTES = {"title", "description", "default", "examples", "deprecated", "$schema", "$id", "$comment"}
 _KEYWORDS = {"object": {"properties", "required", "additionalProperties"}, "array": {"items", "minItems", "maxItems"},
@@ -67,8 +69,8 @@ class Scaffold:
     """A schema's pieces in order. Make one with `scaffold`; `canvas()` starts texts, `read(tokens)` ends them."""
 
     pieces: tuple[Literal | Field, ...]
-    tokenizer: Any
-    hierarchy: Any
+    tokenizer: Tokenizer
+    hierarchy: Hierarchy
     prompt: tuple[int, ...] = ()
 
     def canvas(self, rows: int = 1, seq_len: int = 0) -> canvases.Canvas:
@@ -115,7 +117,8 @@ class Scaffold:
         return sign + (whole.lstrip("0") or "0") + (f".{part}" if part else "")
 
 
-def scaffold(schema: Any, tokenizer, hierarchy, budget: int = 16, *, prompt: str = "", seq_len: int = 0) -> Scaffold:
+def scaffold(schema: object, tokenizer: Tokenizer, hierarchy: Hierarchy, budget: int = 16, *, prompt: str = "",
+             seq_len: int = 0) -> Scaffold:
     """The pieces of a JSON schema, so that all that is drawn from them parses and validates.
 
     Understood: type object (all properties are written, in their order), array with minItems = maxItems, string with
@@ -170,7 +173,7 @@ class _Choices(NamedTuple):
 class _Compiler:
     """Schemas to lists of texts and fields. What is written is counted beforehand: few characters may ask for much."""
 
-    def __init__(self, tokenizer, budget: int, positions: int):
+    def __init__(self, tokenizer: Tokenizer, budget: int, positions: int):
         self.tokenizer, self.budget, self.most = tokenizer, budget, positions
         self.depth, self.text, self.positions = 0, 0, 0  # of what is written so far
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
@@ -180,7 +183,7 @@ class _Compiler:
         self.match, self.number = functools.cache(self._match), functools.cache(self._number)
         self.encoded: dict[tuple[int, bool], _Choices] = {}  # by the list they are from, which arrays repeat
 
-    def value(self, schema: Any, path: str, space: bool) -> list[str | Field]:
+    def value(self, schema: object, path: str, space: bool) -> list[str | Field]:
         """space: one stands in front of the value, to be made part of it."""
         self.depth += 1
         if self.depth > _MOST_DEPTH:
@@ -204,7 +207,7 @@ class _Compiler:
             raise ValueError(f"schema at {path}: up to here {self.positions:,} positions are free, a text has at most "
                              f"{self.most:,} tokens; give smaller budgets and shorter arrays")
 
-    def _value(self, schema: Any, path: str, space: bool) -> list[str | Field]:
+    def _value(self, schema: object, path: str, space: bool) -> list[str | Field]:
         if not isinstance(schema, dict):
             raise ValueError(f"schema at {path}: must be an object, is {reprlib.repr(schema)}")
         kind: Any = schema.get("type")
@@ -249,7 +252,7 @@ class _Compiler:
         self.take(path, positions)
         return [Field(path, kind, self.number(positions, kind == "number", "minimum" not in schema))]
 
-    def _object(self, schema, path, blank) -> list[str | Field]:
+    def _object(self, schema: Mapping[str, Any], path: str, blank: str) -> list[str | Field]:
         properties = schema.get("properties", {})
         if not isinstance(properties, dict):
             raise ValueError(f"schema at {path}: properties must be an object, is {reprlib.repr(properties)}")
@@ -264,7 +267,7 @@ class _Compiler:
             out += self.value(inner, f"{path}.{name[:40]}", True)
         return [*out, "}"]
 
-    def _array(self, schema, path, blank) -> list[str | Field]:
+    def _array(self, schema: Mapping[str, Any], path: str, blank: str) -> list[str | Field]:
         count = schema.get("minItems")
         if count is None or count != schema.get("maxItems"):
             raise ValueError(f"schema at {path}: an array needs minItems = maxItems, its fixed length")
@@ -274,7 +277,7 @@ class _Compiler:
             out += [","] * (i > 0) + self.value(schema.get("items"), f"{path}[{i}]", i > 0)
         return [*out, "]"]
 
-    def _choice(self, choices, path, space) -> list[str | Field]:
+    def _choice(self, choices: list[Any], path: str, space: bool) -> list[str | Field]:
         """All strings: their quotes are given. Else the choices' own texts, the space in front included."""
         known = self.encoded.get((id(choices), space))
         if known:
@@ -285,7 +288,7 @@ class _Compiler:
         before = [self.write(path, known.before)] if known.before else []
         return [*before, *field, *([known.after] if known.after else [])]
 
-    def _encode(self, choices, path, space) -> _Choices:
+    def _encode(self, choices: list[Any], path: str, space: bool) -> _Choices:
         texts = list(dict.fromkeys(self.write(path, _json(c)) for c in choices))
         front = " " * space
         if len(texts) == 1:
@@ -325,17 +328,17 @@ _TOO_DEEP = f"nested more than {_MOST_DEPTH} deep; give a flatter one"
 _UNSAFE = {*range(0x20), *b'"\\'}
 
 
-def _is(kind: str, value: Any) -> bool:
+def _is(kind: str, value: object) -> bool:
     return isinstance(value, _PYTHON[kind]) and isinstance(value, bool) == (kind == "boolean")
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"schema: {reprlib.repr(value)} cannot be written as JSON ({error})") from None
 
 
-def _count(value: Any, least: int, what: str) -> None:
+def _count(value: object, least: int, what: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"schema at {what}={value!r}: must be a whole number of at least {least}")

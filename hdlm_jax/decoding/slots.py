@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -17,10 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hdlm_jax.common import parallel
+from hdlm_jax.common.parallel import Batch, Tree
 from hdlm_jax.config import GenerateConfig
 from hdlm_jax.decoding import loop
 from hdlm_jax.decoding.canvas import Canvas
-from hdlm_jax.decoding.sampler import Call, Program, Sampler, at_sampling, call_of, key_data, loop_of, rows_of, tools_of
+from hdlm_jax.decoding.sampler import Program, Sampler, at_sampling, call_of, key_data, loop_of, rows_of, tools_of
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 
@@ -73,27 +74,27 @@ def kind_of(draw: Sampler, canvas: np.ndarray | Canvas, g: GenerateConfig) -> tu
     return (program, rows_of(canvas, g)["z"].shape[1], allowed, g.temperature, g.top_p, *sorted(of_method.items()))
 
 
-def _steps(draw: Sampler, program: Program, sure: bool):
+def _steps(draw: Sampler, program: Program, sure: bool) -> tuple[Callable[..., Tree], Callable[..., Tree]]:
     """(start, advance), not compiled; what they hold is (cache, state), the rows in front of every array."""
     shard = parallel.OverBatch(draw.mesh)
     process = at_sampling(draw.process, program)
     helper = tools_of(draw.helper, program.method, draw.process)
 
-    def parts(given, batch) -> tuple[loop.Loop, dict[str, Any]]:
+    def parts(given: Tree, batch: Batch) -> tuple[loop.Loop, dict[str, Any]]:
         how = loop.Sampling(sync_trip_count=shard.sync_trip_count, sure=sure)
-        call: Call = call_of(draw.network, process, program, given, batch, how, helper, draw.classifier)
+        call = call_of(draw.network, process, program, given, batch, how, helper, draw.classifier)
         return loop_of(cast(HierarchicalProcess, process.with_params(call.params)), batch["z"], call)
 
-    def turned(cache, axis: int, to: int):
+    def turned(cache: Tree, axis: int, to: int) -> Tree:
         return jax.tree.map(lambda a: jnp.moveaxis(a, axis, to), cache)
 
-    def start(given, batch):
+    def start(given: Tree, batch: Batch) -> tuple[tuple[()], Tree]:
         found, rows = parts(given, batch)
         keys = fold(fold(jax.random.wrap_key_data(batch["key"]), batch["number"]), 1)
         cache, state = found.begin(keys, batch["z"], **rows)
         return (), (turned(cache, 1, 0), state)
 
-    def advance(given, held):
+    def advance(given: Tree, held: Tree) -> tuple[tuple[()], Tree]:
         (given, most), (cache, s) = given, held
         found, _ = parts(given, {"z": s.z, "given": s.given, "length": s.length, **s.extra})
         cache, s, _ = found.run(turned(cache, 0, 1), s, most)
@@ -106,15 +107,14 @@ def _steps(draw: Sampler, program: Program, sure: bool):
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(draw: Sampler, program: Program, sure: bool):
+def _compiled(draw: Sampler, program: Program, sure: bool) -> tuple[parallel.Jitted, parallel.Jitted]:
     start, advance = _steps(draw, program, sure)
-    return (parallel.compile_row_step(start, draw.mesh, keeps=True),
-            parallel.compile_row_step(advance, draw.mesh))
+    return (parallel.compile_row_step(start, draw.mesh, keeps=True), parallel.compile_row_step(advance, draw.mesh))
 
 
 @functools.cache
 def _merge(mesh: Mesh) -> parallel.Jitted:
-    def merge(_, old, new, fresh):
+    def merge(_: tuple[()], old: Tree, new: Tree, fresh: jax.Array) -> tuple[Tree, tuple[()]]:
         return jax.tree.map(lambda a, b: jnp.where(loop.spread(fresh, a), b, a), old, new), ()
 
     return parallel.compile_row_step(merge, mesh)
@@ -128,8 +128,7 @@ class Slots:
       sure: Seen.sure is wanted.
     """
 
-    def __init__(self, draw: Sampler, g: GenerateConfig, canvas: np.ndarray | Canvas, rows: int,
-                 sure: bool = False):
+    def __init__(self, draw: Sampler, g: GenerateConfig, canvas: np.ndarray | Canvas, rows: int, sure: bool = False):
         program, numbers = draw.prepare(canvas, g)
         if program.constrained:  # a power of two of kinds, so that few programs do
             allowed = numbers["allowed"]
@@ -146,7 +145,7 @@ class Slots:
         self.put({0: None})
         self.advance(0)
 
-    def _begun(self, texts: Mapping[int, Text | None]) -> parallel.Tree:
+    def _begun(self, texts: Mapping[int, Text | None]) -> Tree:
         """What slots hold that begin with these texts; the others have nothing to do."""
         shape = self.rows, self.places
         batch = {"z": np.zeros(shape, np.int32), "given": np.ones(shape, bool), "kind": np.zeros(shape, np.int32),

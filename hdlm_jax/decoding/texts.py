@@ -14,6 +14,7 @@ from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding import presets, schema
 from hdlm_jax.decoding.sampler import start_canvas
+from hdlm_jax.training.loading import Run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class Asked:
         return tokenizer.decode(row[self.skip : self.end(row, length)])
 
 
-def settings(run: Any, values: Mapping[str, Any], **own: Any) -> GenerateConfig:
+def settings(run: Run, values: Mapping[str, Any], **own: Any) -> GenerateConfig:
     """run's GenerateConfig with these values, checked as those of the command line; own: what the caller decides.
 
     Raises:
@@ -60,7 +61,7 @@ def settings(run: Any, values: Mapping[str, Any], **own: Any) -> GenerateConfig:
     return g
 
 
-def prompted(run: Any, g: GenerateConfig, prompt: str, features: np.ndarray | None = None) -> Asked:
+def prompted(run: Run, g: GenerateConfig, prompt: str, features: np.ndarray | None = None) -> Asked:
     """g.num_samples texts that begin with the prompt; features: float32 [P, F] in front of it."""
     ids, n = run.tokenizer.encode(prompt), g.num_samples
     canvas = start_canvas(run, g, np.tile(ids, (n, 1)), None if features is None else np.tile(features, (n, 1, 1)))
@@ -68,14 +69,14 @@ def prompted(run: Any, g: GenerateConfig, prompt: str, features: np.ndarray | No
     return Asked(canvas, places + len(ids), (run.tokenizer.eot,) if g.stop == "end" else (), places)
 
 
-def chatted(run: Any, g: GenerateConfig, messages: Sequence[chats.Message], **template: Any) -> Asked:
+def chatted(run: Run, g: GenerateConfig, messages: Sequence[chats.Message], **template: Any) -> Asked:
     """g.num_samples answers to a conversation; ValueError: no chat template, or what it refuses (data/chat.py)."""
     ids = chats.chat_ids(run.tokenizer, messages, **template)
     canvas = start_canvas(run, g, np.tile(ids, (g.num_samples, 1)))
     return Asked(canvas, len(ids), (run.tokenizer.eot, run.tokenizer.turn_end), len(ids))
 
 
-def filled(run: Any, g: GenerateConfig, text: str) -> Asked:
+def filled(run: Run, g: GenerateConfig, text: str) -> Asked:
     """g.num_samples copies of a text with blanks (canvas.template) filled in; ValueError: it has none."""
     seq_len, eot = run.config.model.seq_len, run.tokenizer.eot
     canvas = canvases.template(text, run.tokenizer, run.hierarchy, g.num_samples, seq_len)
@@ -92,7 +93,7 @@ def filled(run: Any, g: GenerateConfig, text: str) -> Asked:
                  (eot,) if g.stop == "end" else (), keep=n)
 
 
-def of_schema(run: Any, g: GenerateConfig, given: Any, prompt: str = "", budget: int = 16,
+def of_schema(run: Run, g: GenerateConfig, given: object, prompt: str = "", budget: int = 16,
               ids: Sequence[int] | np.ndarray = ()) -> Asked:
     """g.num_samples documents of a JSON schema (decoding/schema.py) behind a prompt, or behind its ids."""
     seq_len = run.config.model.seq_len

@@ -245,8 +245,7 @@ class Hierarchy:
 
     # ---- file ----
 
-    def save(self, path: str | os.PathLike, tokenizer_fingerprint: str,
-             extra: Mapping[str, Any] | None = None) -> None:
+    def save(self, path: str | os.PathLike, tokenizer_fingerprint: str, extra: Mapping[str, Any] | None = None) -> None:
         """Writes the maps as .npz (no pickle), under a temporary name first, then renamed.
 
         Args:

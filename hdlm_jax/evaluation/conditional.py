@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from hdlm_jax.common.jsons import Json
 from hdlm_jax.config import GenerateConfig
 from hdlm_jax.decoding.sampler import ended, sampler_of, start_canvas, text_of
 from hdlm_jax.evaluation.rows import Piece, to_rows
+from hdlm_jax.evaluation.text_statistics import share_of
 from hdlm_jax.training.loading import Run
 
 
@@ -54,20 +55,21 @@ def write(run: Run, rows: dict[str, np.ndarray], g: GenerateConfig) -> Written:
     return Written(text, written, calls)
 
 
-def measured(found: Written, g: GenerateConfig) -> dict[str, Any]:
+def measured(found: Written, g: GenerateConfig) -> Json:
     """exact_match, the share of texts written exactly, with its binomial standard error; character_error, edits for a
     character of the right texts; and how they were written."""
-    right = float(np.mean([a == b for a, b in zip(found.text, found.written, strict=True)]))
+    right, se = share_of([a == b for a, b in zip(found.text, found.written, strict=True)])
     wrong = sum(edits(a, b) for a, b in zip(found.text, found.written, strict=True))
-    return {"exact_match": right, "exact_match_se": math.sqrt(right * (1 - right) / len(found.text)),
+    return {"exact_match": right, "exact_match_se": se,
             "character_error": wrong / max(1, sum(map(len, found.text))), "exact_match_texts": len(found.text),
             "exact_match_calls": float(found.calls.mean())} | how(g)
 
 
-def how(g: GenerateConfig) -> dict[str, Any]:
+def how(g: GenerateConfig) -> Json:
     """The settings of `generate` that decide what is written."""
     names = ("method", "options", "steps", "temperature", "top_p", "seed", "force_transition")
-    return {"exact_match_generate": {name: getattr(g, name) for name in names}}
+    told = {"channel_told": g.channel_told} if g.channel_told else {}
+    return {"exact_match_generate": {name: getattr(g, name) for name in names} | told}
 
 
 def rows_behind(run: Run, texts: Sequence[np.ndarray], features: np.ndarray) -> dict[str, np.ndarray]:

@@ -21,8 +21,9 @@ import numpy as np
 
 from hdlm_jax.common import jsons, parallel, processes
 from hdlm_jax.common.console import measured, say
-from hdlm_jax.common.jsons import read_json
+from hdlm_jax.common.jsons import Json, read_json
 from hdlm_jax.config import ConfigError, ParallelConfig
+from hdlm_jax.data.base_tokenizer import byte_alphabet
 from hdlm_jax.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
 from hdlm_jax.evaluation.elbo import Evaluator, evaluator_of, text_nats
 from hdlm_jax.evaluation.text_statistics import Texts, mauve, mauve_installed, perplexities, statistics
@@ -54,7 +55,7 @@ class Judge(abc.ABC):
       kind: "gpt2", "autoregressive" or "bound" (nats are upper bounds); rule: which tokens are scored, given what.
     """
 
-    identity: dict[str, Any]
+    identity: Json
     tokenizer: Tokenizer
     kind: str
     rule: str
@@ -89,9 +90,7 @@ def folder_tokenizer(folder: str, known: Tokenizer | None = None) -> Tokenizer:
     if not os.path.exists(path):
         return known if known is not None and known.kind == "gpt2" else make_tokenizer("gpt2")
     ids: dict[str, int] = read_json(path)
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in that file
-    to_byte = {chr(b): b for b in shown}
-    to_byte |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in shown)}
+    to_byte = byte_alphabet()
     names = sorted(ids, key=ids.__getitem__)
     if [ids[w] for w in names] != list(range(len(ids))) or names[-1:] != [END_OF_TEXT]:
         raise ValueError(f"{path}: ids must be 0..V-1, and {END_OF_TEXT} the last")
@@ -256,7 +255,7 @@ def open_judge(path: str, dtype: str = "float32", shape: ParallelConfig = Parall
                       f"{', '.join(name for name, package in PACKAGES.items() if package.weights)}")
 
 
-def made_from(judge: Judge) -> dict[str, Any]:
+def made_from(judge: Judge) -> Json:
     """What a record depends on beside the texts: it is made anew when that changes."""
     return judge.identity | {"mauve": mauve_installed()}
 
@@ -282,8 +281,7 @@ def _mauve(judge: Judge, features: np.ndarray | None, kept: list[bool], referenc
         return None, f"MAUVE failed: {error}"
 
 
-def record(judge: Judge, tokenizer: Tokenizer, texts: Texts, given: int = 0,
-           reference: Texts | str = "") -> dict[str, Any]:
+def record(judge: Judge, tokenizer: Tokenizer, texts: Texts, given: int = 0, reference: Texts | str = "") -> Json:
     """All numbers of sampled texts; units are nats and tokens.
 
     Args:
@@ -315,7 +313,7 @@ def record(judge: Judge, tokenizer: Tokenizer, texts: Texts, given: int = 0,
         "mauve": score, "mauve_note": note, "made_from": made_from(judge)}
 
 
-def perplexity(found: dict[str, Any]) -> str:
+def perplexity(found: Json) -> str:
     """'143.20 ± 3.10' or '<= 143.20 ± 3.10 (bound)' of a record."""
     end = "_bound" if found["bound"] else ""
     text = measured(found[f"perplexity{end}"], found[f"perplexity_se{end}"], ".2f")
@@ -325,7 +323,7 @@ def perplexity(found: dict[str, Any]) -> str:
     return f"<= {text} (bound{told})" if found["bound"] else text
 
 
-def tell(found: dict[str, Any]) -> None:
+def tell(found: Json) -> None:
     """The record as one line."""
     numbers = [f"{label} {found[name]:.3f}" for label, name in (
         ("unigram entropy", "unigram_entropy"), ("distinct-2", "distinct_2"), ("repetition", "repetition_4"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -22,20 +22,9 @@ from jax.sharding import Mesh
 from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import Batch, Tree
 from hdlm_jax.config import ConfigError, EvaluateConfig, GenerateConfig
-from hdlm_jax.decoding import guide, presets
+from hdlm_jax.decoding import guide, presets, sampler
 from hdlm_jax.decoding.loop import Loop, Sampling, loop_of
 from hdlm_jax.decoding.policy import Draw, Drawn, Policy, View
-from hdlm_jax.decoding.sampler import (
-    Program,
-    check_order,
-    checked_tools,
-    denoiser,
-    in_blocks,
-    load_helper,
-    own_tools,
-    program_of,
-    quantised,
-)
 from hdlm_jax.decoding.statistics import log_probability_of
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
@@ -48,7 +37,7 @@ from hdlm_jax.training.loading import Run
 class TeacherForced(Draw):
     """Writes extra["text"] int32 [b, S] in place of draws; memory nats float32 [b, S]: what they would have cost."""
 
-    def memory(self, view: View) -> dict[str, Any]:
+    def memory(self, view: View) -> dict[str, jax.Array]:
         return {"nats": jnp.zeros(view.z.shape, jnp.float32)}
 
     def __call__(self, view: View, loop: Loop, prediction: Any, target: jax.Array) -> Drawn:
@@ -63,7 +52,7 @@ class TeacherForced(Draw):
 
         return told, loop.at_wanted(find, falls, jnp.zeros(told.shape, jnp.float32))
 
-    def remember(self, view: View, z: jax.Array, unmasked: jax.Array) -> dict[str, Any]:
+    def remember(self, view: View, z: jax.Array, unmasked: jax.Array) -> dict[str, jax.Array]:
         return {"nats": view.memory["nats"] - jnp.where(unmasked, view.sure, 0.0)}
 
 
@@ -125,8 +114,9 @@ def is_exact(policy: Policy, process: Process) -> bool:
     return one_way and not any(hook.random for hook in policy.hooks)
 
 
-def make_likelihood_step(network: Trunk, process: HierarchicalProcess, program: Program, numbers: Mapping[str, Any],
-                         mesh: Mesh | None = None, tools: Any = None) -> Any:
+def make_likelihood_step(network: Trunk, process: HierarchicalProcess, program: sampler.Program,
+                         numbers: Mapping[str, Any], mesh: Mesh | None = None, tools: sampler.Tools | None = None
+                         ) -> Callable[[Tree, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
     """step(params, batch, key) -> (nats float32 [b, S], calls int32 [b]); tools: a helper's (sampler.tools_of),
     params then being a pair.
 
@@ -138,8 +128,8 @@ def make_likelihood_step(network: Trunk, process: HierarchicalProcess, program: 
     def run(params: Tree, batch: Batch, keys: jax.Array) -> tuple:
         x, score, sync = batch["x"], batch["score"], shard.sync_trip_count
         params, theirs = params if tools else (params, {})
-        how = Sampling(sync_trip_count=sync, tools=own_tools(params) | (tools(theirs) if tools else {}))
-        denoise = denoiser(program, network, params, process, {"method": numbers}, None, how)
+        how = Sampling(sync_trip_count=sync, tools=sampler.own_tools(params) | (tools(theirs) if tools else {}))
+        denoise = sampler.denoiser(program, network, params, process, {"method": numbers}, None, how)
         loop = loop_of(denoise, process, program.method.policy, x.shape, numbers, how)
         extra = {"text": x} | {name: batch[name] for name in ["features"] if name in batch}
         cache, s = loop.begin(fold(keys, 1), jnp.where(score, mask, x), ~score, batch["length"], extra)
@@ -168,7 +158,7 @@ def check(settings: EvaluateConfig) -> None:
             raise ConfigError(f"evaluate.decodings={text!r}: {error}") from error
 
 
-def policies(run: Run) -> dict[str, tuple[Program, dict[str, Any], bool]]:
+def policies(run: Run) -> dict[str, tuple[sampler.Program, dict[str, Any], bool]]:
     """Of every decoding of evaluate.decodings its program, its numbers, and whether its likelihood is exact.
 
     Raises:
@@ -177,13 +167,13 @@ def policies(run: Run) -> dict[str, tuple[Program, dict[str, Any], bool]]:
     found = {}
     for text in run.config.evaluate.decodings:
         name, options = split_decoding(text)
-        program = program_of(GenerateConfig(method=name, options=options))
+        program = sampler.program_of(GenerateConfig(method=name, options=options))
         try:
-            program = in_blocks(program, run.network.block)
+            program = sampler.in_blocks(program, run.network.block, run.trained.decoder.own_block)
             policy = teacher_forced(program.method, run.process)
         except ValueError as error:
             raise ConfigError(f"evaluate.decodings={text!r}: {error}") from error
-        check_order(program.method, run.params)
+        sampler.check_heads(program.method, run.params)
         numbers = presets.numbers(presets.make(name, options), run.tokenizer.eot)
         found[text] = program, numbers, is_exact(policy, run.process)
     return found
@@ -202,17 +192,17 @@ def canvases_of(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return canvases | {name: rows[name] for name in ["features"] if name in rows}
 
 
-def likelihoods(run: Run, rows: dict[str, np.ndarray], program: Program, numbers: dict[str, Any], draws: int,
+def likelihoods(run: Run, rows: dict[str, np.ndarray], program: sampler.Program, numbers: dict[str, Any], draws: int,
                 name: str) -> tuple[np.ndarray, np.ndarray]:
     """(nats float64 [draws, rows] under a decoding, calls int64 [draws, rows]); a draw is one of its random choices."""
     e, canvases = run.config.evaluate, canvases_of(rows)
     n, width = len(canvases["x"]), canvases["x"].shape[1]
     method = program.method._replace(policy=teacher_forced(program.method, run.process))
     program = dataclasses.replace(program, method=method, cut=bool((canvases["length"] < width).any()))
-    params = quantised(run.params, method.weights) if method.weights else run.params
-    helper: Any = load_helper(run, run.config.generate) if method.needs else None
-    tools = checked_tools(helper, method, run.process, f"evaluate.decodings={name!r}")
-    params = (params, helper.params) if tools else params
+    params = sampler.quantised(run.params, method.weights) if method.weights else run.params
+    helper = sampler.load_helper(run, run.config.generate) if method.needs else None
+    tools = sampler.checked_tools(helper, method, run.process, f"evaluate.decodings={name!r}")
+    params = (params, helper.params) if helper and tools else params
     step = make_likelihood_step(run.network, cast(HierarchicalProcess, run.process), program, numbers, run.mesh, tools)
     most = e.batch_size or parallel.batch_shards(run.mesh) * max(1, 8192 // width)
 

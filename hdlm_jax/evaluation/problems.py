@@ -6,18 +6,19 @@ asked in it (one user turn), another one as "Question: ...\\nAnswer:"; without e
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from hdlm_jax.common.jsons import Json
 from hdlm_jax.config import GenerateConfig
 from hdlm_jax.data.chat import chat_ids
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding.sampler import sampler_of, start_canvas
+from hdlm_jax.evaluation.text_statistics import share_of
 from hdlm_jax.training.loading import Run
 
 _NUMBER = re.compile(r"####\s*\$?(-?[\d,]*\.?\d+)")
@@ -58,7 +59,7 @@ def answers(run: Run, problems: Sequence[Problem], g: GenerateConfig) -> tuple[l
     return texts, np.concatenate(calls)
 
 
-def solve(run: Run, problems: Sequence[Problem], g: GenerateConfig) -> dict[str, Any]:
+def solve(run: Run, problems: Sequence[Problem], g: GenerateConfig) -> Json:
     """Accuracy with its standard error, the share of answers that give a number, calls a problem, and the answers.
 
     Raises:
@@ -69,8 +70,8 @@ def solve(run: Run, problems: Sequence[Problem], g: GenerateConfig) -> dict[str,
     given = [number_of(text) for text in texts]
     want = [number_of(problem.solution) for problem in problems]
     right = np.array([a is not None and a == b for a, b in zip(given, want, strict=True)])
-    p = float(right.mean())
-    return {"questions": len(problems), "accuracy": p, "accuracy_se": math.sqrt(p * (1 - p) / len(right)),
+    accuracy, se = share_of(right)
+    return {"questions": len(problems), "accuracy": accuracy, "accuracy_se": se,
             "answered": float(np.mean([a is not None for a in given])), "calls": float(calls.mean()),
             "chat": bool(run.tokenizer.chat_template), "method": g.method, "steps": g.steps,
             "temperature": g.temperature, "right": [int(r) for r in right], "answers": texts,

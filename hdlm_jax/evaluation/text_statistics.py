@@ -51,16 +51,23 @@ def ratio(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
     return float(mean), float(se)
 
 
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share of n, for 95 % unless z says otherwise; 0 of 10 is (0, .28), not (0, 0)."""
+def share_of(right: Sequence[bool] | np.ndarray) -> tuple[float, float]:
+    """The share of what is true, and its binomial standard error."""
+    share = float(np.mean(right))
+    return share, math.sqrt(share * (1 - share) / len(right))
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share of n; 0 of 10 is (0, .28), not (0, 0)."""
+    z = 1.959964
     middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
 
 
-def in_percent(share: float, n: int, digits: int = 1) -> str:
+def in_percent(share: float, n: int) -> str:
     """'25.0 [21.3, 29.1]': a share of n in percent with its Wilson interval."""
-    low, high = (f"{100 * end:.{digits}f}" for end in wilson(share, n))
-    return f"{100 * share:.{digits}f} [{low}, {high}]"
+    low, high = (f"{100 * end:.1f}" for end in wilson(share, n))
+    return f"{100 * share:.1f} [{low}, {high}]"
 
 
 def perplexities(nats: np.ndarray, tokens: np.ndarray, bound: bool = False) -> dict[str, float | None]:

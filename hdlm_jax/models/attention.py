@@ -130,8 +130,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) -> jax.Array:
     ids = [jnp.broadcast_to(a, (rows, n)) for a, n in zip(ids, (queries, k.shape[1]), strict=True)]
     free = seen.query is None and not any(a.shape[1] % _LANES for a in (q, k))
     pad = [-a.shape[1] % _LANES for a in (q, k, v)]
-    heads = [jnp.pad(a, ((0, 0), (0, n), (0, 0), (0, 0)))
-             for a, n in zip((q / math.sqrt(dim), k, v), pad, strict=True)]
+    heads = [jnp.pad(a, ((0, 0), (0, n), (0, 0), (0, 0))) for a, n in zip((q / math.sqrt(dim), k, v), pad, strict=True)]
     ids = [jnp.pad(a, ((0, 0), (0, n)), constant_values=-2) for a, n in zip(ids, pad[:2], strict=True)]
     interpret = parallel.platform() != "tpu"
 

@@ -4,15 +4,17 @@ Beside its symbol a token that is not known yet shows a noisy observation of its
 
     U(s) = s e(x) + sqrt(s) eps,   eps standard normal,   s(tau) = c / (e^tau - 1) = c (1-t)/t,
 
-for one signal-to-noise ratio s per row. Seen from the words it is evidence, a bias U.e(w) - s |e(w)|^2 / 2 on their
-logits; on the way back U gains d e(w) + sqrt(d) eps for a word w drawn from p, the same that moves the symbol. e is a
-frozen parameter, "signal" [V, D], among those of the head. It carries the evidence's numbers in the last columns of the
-hidden states, so that losses, bounds and samplers take predictions from `ChannelHead` as from any other.
+for one signal-to-noise ratio s per row (models.channel_times has other times). Seen from the words it is evidence, a
+bias U.e(w) - s |e(w)|^2 / 2 on their logits; on the way back U gains d e(w) + sqrt(d) eps for a word w drawn from p,
+the same that moves the symbol. e is a frozen parameter, "signal" [V, D], among those of the head. It carries the
+evidence's numbers in the last columns of the hidden states, so that losses, bounds and samplers take predictions from
+`ChannelHead` as from any other.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -37,15 +39,21 @@ SIGNAL = "signal"  # name of the parameter e
 KNOWN = 1e4  # s at which tokens that are known are shown, without noise
 TAU_MIN = 1e-4  # s stays as it is below this noise time, which keeps it finite and every bound exact
 _WAVES = 4  # pairs of sinusoids that tell a network s
-_NATS = 5.0  # of a token, where evaluation expects it: it only shapes the proposal
+NATS = 5.0  # of a token, where evaluation expects it: it only shapes the proposal
 
 
 class State(NamedTuple):
-    """What positions show: z int32 [...], symbols; u float32 [..., D], observations; s float32 [...], of what ratio."""
+    """What positions show: z int32 [...], symbols; u float32 [..., D], observations; s float32 [...], of what ratio.
+
+    gain: float32 [..., D], what u gains at its next jump: a draw that prices it (models.channel_times), not on show.
+    told: float32 [...], the ratio that a network is told, where it is not s.
+    """
 
     z: jax.Array
     u: jax.Array
     s: jax.Array
+    gain: jax.Array | None = None
+    told: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,6 +75,17 @@ def evidence(u: jax.Array, s: jax.Array, signal: jax.Array) -> jax.Array:
     """log p(u | w) up to what all words w share, u.e(w) - s |e(w)|^2 / 2: float32 [..., V]; u [..., D], s [...]."""
     said = jnp.einsum("...d,vd->...v", u, signal, precision="highest")
     return said - jnp.einsum("...,v->...v", s, 0.5 * jnp.sum(signal * signal, axis=-1))
+
+
+def mean_error(p: Prediction, signal: jax.Array, x: jax.Array) -> jax.Array:
+    """|e(x) - sum_w p(w) e(w)|^2 / 2, of x's shape."""
+    mean = jnp.matmul(jnp.exp(p.log_probs()), signal, precision="highest")
+    return 0.5 * jnp.sum((signal[x] - mean) ** 2, axis=-1)
+
+
+def along(values: jax.Array, like: jax.Array) -> jax.Array:
+    """values [B] or of like's shape, with axes behind that broadcast to it."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
 def standardised(vectors: np.ndarray, width: int) -> np.ndarray:
@@ -141,7 +160,8 @@ class ChannelNetwork(Network):
         """u at a size of about 1 (0 where it says nothing, e where it says all), and log(1 + s D) as sinusoids."""
         s = z.s[..., None]
         seen = z.u / jnp.sqrt((s + 1 / self.channel) * (s + 1))
-        angle = jnp.log1p(s * self.channel) * 2.0 ** -jnp.arange(_WAVES).reshape(1, 1, -1)
+        told = s if z.told is None else z.told[..., None]
+        angle = jnp.log1p(told * self.channel) * 2.0 ** -jnp.arange(_WAVES).reshape(1, 1, -1)
         return super().shown(z.z) + self.observe(jnp.concatenate([seen, jnp.sin(angle), jnp.cos(angle)], axis=-1))
 
     def trunk(self, z: Any, t: jax.Array, segment: jax.Array | None = None, train: bool = False) -> jax.Array:
@@ -160,14 +180,16 @@ class ChannelProcess(HierarchicalProcess):
       hierarchy, chain, xi, force_transition: as of HierarchicalProcess; the transition must be cavity.
       scale: c > 0. width: D.
       signal: e float32 [V, D]; None: `with_params` gives it, which draws need.
+      levels: (s_max / c,), where s stops (the floor of noise of DINOISER, arXiv 2302.10025); (): c / TAU_MIN or so.
 
     Raises:
-      ValueError: as of HierarchicalProcess; another transition, a scale that is not positive.
+      ValueError: as of HierarchicalProcess; another transition, a scale that is not positive, levels that do not fall.
     """
 
     scale: float = 0.1
     width: int = 32
     signal: jax.Array | None = None
+    levels: tuple[float, ...] = ()
     unmasks = False  # by its own way back alone
 
     def __post_init__(self) -> None:
@@ -176,20 +198,44 @@ class ChannelProcess(HierarchicalProcess):
             raise ValueError(f"force_transition={self.force_transition!r}: a channel is exact for cavity alone")
         if not self.scale > 0:
             raise ValueError(f"scale={self.scale}: must be positive; without a channel take HierarchicalProcess")
+        if not all(a > b for a, b in itertools.pairwise((*self.levels, 0.0))):
+            raise ValueError(f"levels={self.levels}: must be positive and fall")
 
     def with_params(self, params: Tree) -> ChannelProcess:
         return dataclasses.replace(self, signal=jax.lax.stop_gradient(params["head"][SIGNAL]))
 
     # -- schedule --------------------------------------------------------------------------------------------------
 
+    @property
+    def tau_min(self) -> float:
+        """Noise time of the channel below which s stays as it is."""
+        return max(TAU_MIN, math.log1p(1 / self.levels[0])) if self.levels else TAU_MIN
+
+    def symbol_time(self, tau: Array, xp: ModuleType = jnp) -> tuple[Array, Array | float]:
+        """(noise time of the symbols' chain, its slope), of tau's shape."""
+        return tau, 1.0
+
+    def signal_time(self, tau: Array, xp: ModuleType = jnp) -> Array:
+        """Noise time of the channel, of tau's shape, whose slope is 1 wherever s moves."""
+        return tau
+
     def ratio(self, tau: Array, xp: ModuleType = jnp) -> Array:
         """s(tau), of tau's shape; 0 at infinity."""
-        return self.scale / xp.expm1(xp.maximum(tau, TAU_MIN))
+        return self.scale / xp.expm1(xp.maximum(self.signal_time(tau, xp), self.tau_min))
 
     def gain(self, tau: Array, xp: ModuleType = jnp) -> Array:
         """-ds/dtau, of tau's shape: what U gains on the way back per unit of noise time."""
-        later = xp.maximum(tau, TAU_MIN)
-        return xp.where(tau < TAU_MIN, 0.0, self.scale / (xp.expm1(later) * -xp.expm1(-later)))
+        tau, low = self.signal_time(tau, xp), self.tau_min
+        later = xp.maximum(tau, low)
+        return xp.where(tau < low, 0.0, self.scale / (xp.expm1(later) * -xp.expm1(-later)))
+
+    def ratios(self, keys: jax.Array, tau: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """s of all positions at noise times tau [B], float32 of `shape` [B, S]; keys [B], where s is drawn."""
+        return jnp.broadcast_to(jnp.asarray(self.ratio(tau))[:, None], shape)
+
+    def jumps(self, keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Noise times at which s jumps, float32 [B, S, M] increasing; keys [B], those of `ratios`. M = 0: it flows."""
+        return jnp.zeros((*shape, 0))
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -202,10 +248,11 @@ class ChannelProcess(HierarchicalProcess):
         return State(z, jnp.where(known[..., None], clean, u), jnp.where(known, KNOWN, jnp.broadcast_to(s, z.shape)))
 
     def noised(self, key: jax.Array, x: jax.Array, tau: jax.Array, score: jax.Array) -> tuple[Any, jax.Array]:
-        """(State, level): symbols as of HierarchicalProcess, beside them observations of x at s(tau) [B]."""
+        """(State, level): symbols as of HierarchicalProcess, beside them observations of x at their ratios."""
         table: Any = self.signal
-        keys, s = row_keys(key, len(x)), jnp.asarray(self.ratio(tau))[:, None]
-        z, level = super().noised(keys, x, tau, score)
+        keys = row_keys(key, len(x))
+        s = self.ratios(fold(keys, 4), tau, x.shape)
+        z, level = super().noised(keys, x, jnp.asarray(self.symbol_time(tau)[0]), score)
         eps = jax.vmap(lambda k: jax.random.normal(k, (x.shape[1], self.width)))(fold(keys, 3))
         return self.state(z, s[..., None] * table[x] + jnp.sqrt(s)[..., None] * eps, s), level
 
@@ -213,7 +260,7 @@ class ChannelProcess(HierarchicalProcess):
 
     @property
     def parts(self) -> tuple[Callable[..., jax.Array], ...]:
-        return self.symbol_loss, self.drift_loss
+        return self.symbol_loss, self.signal_loss
 
     def needs(self, hard_training: bool = False) -> str:
         return "tokens"
@@ -224,24 +271,22 @@ class ChannelProcess(HierarchicalProcess):
         """The token loss of the symbols alone. It is no bound: U, which is on show, has told much of the word."""
         return super().token_loss(prediction, x, cast(State, z).z, levels, hard_training)
 
-    def drift_loss(self, prediction: Prediction | jax.Array, x: jax.Array, z: jax.Array | State,
-                   levels: tuple[int, ...] | None = None, *, tau: jax.Array) -> jax.Array:
+    def signal_loss(self, prediction: Prediction | jax.Array, x: jax.Array, z: jax.Array | State,
+                    levels: tuple[int, ...] | None = None, *, tau: jax.Array) -> jax.Array:
         """|e(x) - sum_w p(w) e(w)|^2 / 2 times -ds/dtau over the weight of the symbols' loss: in its units, nats."""
-        p, z = cast(Observed, prediction), cast(State, z).z
-        mean = jnp.matmul(jnp.exp(self.forced(p, z, levels).log_probs()), p.signal, precision="highest")
-        error = 0.5 * jnp.sum((p.signal[x] - mean) ** 2, axis=-1)
-        weight = super().nelbo_weight(z, tau)
-        gain = self.gain(tau).reshape(tau.shape + (1,) * (z.ndim - tau.ndim))
+        p, state = cast(Observed, prediction), cast(State, z)
+        error = mean_error(self.forced(p, state.z, levels), p.signal, x)
+        weight, gain = self.nelbo_weight(state, tau), along(jnp.asarray(self.gain(tau)), state.z)
         return jnp.where(weight > 0, gain / jnp.where(weight > 0, weight, 1.0), 0.0) * error
 
     def token_loss(self, prediction: Prediction | jax.Array, x: jax.Array, z: jax.Array | State,
                    levels: tuple[int, ...] | None = None, hard_training: bool = False, *,
                    tau: jax.Array | None = None) -> jax.Array:
         """Both losses; with hard_training -log p(x | z, u) alone, at every level."""
-        symbols = self.symbol_loss(prediction, x, z, levels, hard_training)
+        symbols = self.symbol_loss(prediction, x, z, levels, hard_training, tau=tau)
         if hard_training:
             return symbols
-        return symbols + self.drift_loss(prediction, x, z, levels, tau=cast(jax.Array, tau))
+        return symbols + self.signal_loss(prediction, x, z, levels, tau=cast(jax.Array, tau))
 
     def nelbo_weight(self, z: jax.Array | State, tau: jax.Array, x: jax.Array | None = None) -> jax.Array:
         return super().nelbo_weight(cast(State, z).z, tau)
@@ -267,10 +312,12 @@ class ChannelProcess(HierarchicalProcess):
         What U leaves of a token is taken as R(s) = 1/(1 + a s), a = D / (2 nats of a token): the symbols cost R of what
         they would, and U costs -dR/ds. At s = 0 that is D/2, the cost of the mean; at any s both add up to the token.
         """
-        a, k = 0.5 * self.width / _NATS, np.arange(1, self.num_levels + 1)
-        left, gain = (np.asarray(v)[:, None] for v in (1 / (1 + a * self.ratio(tau, np)), self.gain(tau, np)))
-        rate = left * (np.asarray(self.chain.weight(tau, np)) + a * k * left * gain)
-        share = np.asarray(self.chain.beta(tau, np))[:, 1:]
+        a, k = 0.5 * self.width / NATS, np.arange(1, self.num_levels + 1)
+        symbols, slope = self.symbol_time(tau, np)
+        left, gain, slope = (np.broadcast_to(v, tau.shape)[:, None] for v in (
+            1 / (1 + a * self.ratio(tau, np)), self.gain(tau, np), slope))
+        rate = left * (slope * np.asarray(self.chain.weight(symbols, np)) + a * k * left * gain)
+        share = np.asarray(self.chain.beta(symbols, np))[:, 1:]
         return (share * rate).sum(-1), (share * rate * rate).sum(-1)
 
     def proposal(self, tokens: int, cv2: float) -> Proposal:
@@ -281,7 +328,7 @@ class ChannelProcess(HierarchicalProcess):
 
     def step(self, keys: jax.Array, prediction: Prediction, state: State, target: jax.Array, s: jax.Array,
              temperature: Number = 1.0, top_p: Number = 1.0) -> tuple[State, jax.Array]:
-        """What positions become where their level falls to `target` int32 [...] and U's ratio rises to the scalar s.
+        """What positions become where their level falls to `target` int32 [...] and U's ratio rises to s [...].
 
         One word w ~ p(x | z, U) a position moves both: its symbol shows w at the target level, and U gains
         d e(w) + sqrt(d) eps. That is the law of a token's next state for any length of step; with the mean of e in

@@ -315,7 +315,7 @@ class Decoder(Transformer):
         return Places(angles(False), (angles(True), near[:, None]))
 
     def _context(self, seen: Seen, place: jax.Array, keys: int) -> Seen:
-        return self._sees(seen, place, keys, self.block or (self.dims.block if self.dims.context == "block" else 0))
+        return self._sees(seen, place, keys, self.block or self.dims.own_block)
 
     def _through(self, x: Any, places: Places, seen: Seen, position: jax.Array | None) -> Any:
         layers, first = jnp.arange(self.blocks), self.dims.dense_blocks if self.dims.experts else 0

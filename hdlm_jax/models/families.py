@@ -170,26 +170,27 @@ class _Said(NamedTuple):
     config: Mapping[str, Any]
     where: str
 
+    def value(self, name: str, default: object = None) -> Any:
+        found = self.config.get(name)
+        return default if found is None else found
+
     def number(self, name: str, default: int | None = None, least: int = 1) -> int:
-        value = self.config.get(name)
-        value = default if value is None else value
+        value = self.value(name, default)
         return self._check(name, value, type(value) is int and least <= value < 1 << 31, f"an integer from {least} on")
 
     def share(self, name: str, default: float | None = None, most: float = 1e12) -> float:
         """A number above 0."""
-        value = self.config.get(name)
-        value = default if value is None else value
+        value = self.value(name, default)
         good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
         return float(self._check(name, value, good, f"a number above 0 and at most {most:g}"))
 
     def switch(self, name: str, default: bool) -> bool:
-        value = self.config.get(name)
-        return self._check(name, default if value is None else value, value in (None, True, False), "true or false")
+        value = self.value(name, default)
+        return self._check(name, value, value in (True, False), "true or false")
 
     def table(self, name: str) -> _Said:
         """An object in it; {} where there is none."""
-        value = self.config.get(name)
-        value = {} if value is None else value
+        value = self.value(name, {})
         return _Said(self._check(name, value, isinstance(value, dict), "an object"), f"{self.where}: {name}")
 
     def _check(self, name: str, value: Any, good: bool, rule: str) -> Any:

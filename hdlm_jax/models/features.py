@@ -36,8 +36,7 @@ class FeaturePlaces(nn.Module):
     copies: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, seen: jax.Array | None, position: jax.Array
-                 ) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(self, x: jax.Array, seen: jax.Array | None, position: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """x [B, Q, D], embeddings of the tokens at `position` int32 [1 or B, Q]; seen: as `Trunk.hidden` takes it.
 
         Raises:

@@ -12,11 +12,11 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.adjust import Adjust
 from hdlm_jax.models.channel import ChannelHead, ChannelNetwork
+from hdlm_jax.models.choices import HEADS, ChoosingDecoder, ChoosingNetwork
 from hdlm_jax.models.decoder import Decoder
 from hdlm_jax.models.energy import EnergyNetwork, ScalarHead
 from hdlm_jax.models.heads import FactorisedHead, FlatHead, Head
 from hdlm_jax.models.network import Network, Transformer
-from hdlm_jax.models.order import OrderedDecoder, OrderedNetwork
 from hdlm_jax.models.soft import SoftHead
 
 
@@ -35,24 +35,30 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     features = config.data.feature_places, config.data.feature_width
     sizes = (head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dtype, m.remat, causal, m.attention)
     if m.trunk == "decoder":
-        decoder = OrderedDecoder if m.order else Decoder
-        return decoder(*sizes, block=m.block, features=features, dims=config.decoder, param_dtype=m.param_dtype)
+        more: dict[str, Any] = dict(block=m.block, features=features, dims=config.decoder, param_dtype=m.param_dtype)
+        return ChoosingDecoder(*sizes, **more, chooses=m.chooses) if m.chooses else Decoder(*sizes, **more)
     if config.train.objective == "energy":
         return EnergyNetwork(cast(Head, ScalarHead(hierarchy)), *sizes[1:], time_conditioning=m.time_conditioning)
     own: dict[str, Any] = dict(block=m.block, features=features, dropout=m.dropout,
                                time_conditioning=m.time_conditioning)
     if channel:
         return ChannelNetwork(*sizes, **own, channel=channel)
-    return (OrderedNetwork if m.order else Network)(*sizes, **own)
+    return ChoosingNetwork(*sizes, **own, chooses=m.chooses) if m.chooses else Network(*sizes, **own)
 
 
 def joined(params: Tree, start: Tree) -> Tree:
-    """A run's parameters; what `start` has beside them, of features and an order, is as it starts."""
-    return {name: start[name] for name in ("features", "order") if name in start} | params
+    """A run's parameters; what `start` has beside them, of features and heads for choices, is as it starts."""
+    return {name: start[name] for name in ("features", *HEADS) if name in start} | params
 
 
 def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> float:
-    """FLOPs of a forward and backward pass a token, as the algorithm needs them (2 per multiply-add, x3).
+    """FLOPs of a forward and backward pass a token, as the algorithm needs them: 3 times the forward pass, or 2 times
+    with decoder.lora, as weights that stay have no gradient (of attention between tokens the third one is left out)."""
+    return forward_flops(config, hierarchy, process) * (2 if config.decoder.lora else 3)
+
+
+def forward_flops(config: Config, hierarchy: Hierarchy, process: Process) -> float:
+    """FLOPs of a forward pass a token, 2 per multiply-add.
 
     Trunk products and attention for every token; the head for those that are noised, t uniform: all words in the flat
     one; in the factorised one all prototypes where clusters are asked for, at level 1 an average cluster's words (all,
@@ -68,7 +74,7 @@ def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> f
         nodes, needs = hierarchy.of_head.sizes[1], process.needs()
         words = hierarchy.vocab_size / (1 if needs == "tokens" else nodes)
         rows = share[2 if needs == "within" else 1 :].sum() * nodes * m.prototypes + share[1] * words
-    return float(6.0 * (trunk + m.width * rows))
+    return float(2.0 * (trunk + m.width * rows))
 
 
 def _decoder_products(config: Config) -> float:

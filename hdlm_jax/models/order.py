@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from hdlm_jax.common.parallel import Tree
-from hdlm_jax.models.decoder import Decoder
-from hdlm_jax.models.network import Network, Transformer
 
 NAME = "order"
 _INNER = 64
@@ -48,19 +46,3 @@ def nats(score: jax.Array, level: jax.Array, to: jax.Array, turn: jax.Array) -> 
     left = jax.lax.cumlogsumexp(ordered, axis=1, reverse=True)
     cost = jnp.take_along_axis(left - ordered, jnp.argsort(row, axis=1), axis=1)
     return jnp.where(taken & jnp.any(open_ & ~taken, axis=1, keepdims=True), cost, 0.0)
-
-
-class _Ordered(Transformer):
-    """A network with a head for the order beside it."""
-
-    def init_params(self, key: jax.Array, seq_len: int) -> Tree:
-        own = init(jax.random.fold_in(key, 1), self.width, self.head.hierarchy.num_levels)
-        return {**super().init_params(key, seq_len), NAME: own}
-
-
-class OrderedNetwork(_Ordered, Network):
-    pass
-
-
-class OrderedDecoder(_Ordered, Decoder):
-    pass

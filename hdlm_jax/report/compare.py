@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import Any
 
 import numpy as np
 
 from hdlm_jax.common.console import markdown, measured, perplexity, readable, say
-from hdlm_jax.common.jsons import write_atomic
+from hdlm_jax.common.jsons import Json, write_atomic
 from hdlm_jax.evaluation.text_statistics import in_percent, ratio
 from hdlm_jax.report import page, run_files
 from hdlm_jax.runs.tasks import newest
@@ -18,7 +17,7 @@ from hdlm_jax.training.loading import saved_config
 from hdlm_jax.training.metrics import read_metrics
 
 
-def _read(workdir: str, name: str) -> dict[str, Any]:
+def _read(workdir: str, name: str) -> Json:
     if (found := run_files.read_optional(workdir, name)) is None:
         raise ValueError(f"{os.path.join(workdir, name)} is missing; run --mode={name.removesuffix('.json')} on "
                          f"{workdir} first")
@@ -38,12 +37,12 @@ def paired_difference(workdir_a: str, workdir_b: str) -> tuple[float, float]:
     return ratio(b["nats"] - a["nats"], a["tokens"])
 
 
-def given(evaluated: dict[str, Any]) -> str:
+def given(evaluated: Json) -> str:
     """What an evaluation is conditional on beside prompts: "nothing" or "lengths" (docs/theory.md section 7)."""
     return evaluated.get("given") or ("nothing" if evaluated.get("packing", "concat") == "concat" else "lengths")
 
 
-def same_given(names: list[str], results: list[dict[str, Any]]) -> str:
+def same_given(names: list[str], results: list[Json]) -> str:
     """What all of these results are conditional on; ValueError where it is not the same."""
     found = [given(r) for r in results]
     for name, value in zip(names, found, strict=True):
@@ -69,7 +68,7 @@ def name_of(workdir: str) -> str:
 IN_TRAINING = " †"  # behind what was measured in training, on some validation sequences and with one draw
 
 
-def _bound(workdir: str, e: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, str | None]:
+def _bound(workdir: str, e: Json, records: list[Json]) -> dict[str, str | None]:
     """nats/token, bits/byte and perplexity: as evaluated, else as measured last in training, else nothing."""
     mark = "" if e else IN_TRAINING
     if not e:
@@ -98,7 +97,7 @@ def _cells(workdir: str) -> dict[str, str | None]:
     return dict.fromkeys(("nats/token", "bits/byte", "perplexity")) | {
         "levels": " → ".join(map(str, sizes)) or None, "step": str(step) if step else None,
         "parameters": count(e.get("params")), "training tokens": count(trained), **_bound(workdir, e, records),
-        **dict(zip(JUDGED, _judged(g), strict=True)), "train tok/s": count(run_files.training_speed(workdir)),
+        **dict(zip(JUDGED, _judged(g), strict=True)), "train tok/s": count(run_files.training_speed(records)),
         "sample tok/s": count(g.get("tokens_per_s")),
         "network calls": f"{g['network_calls']:.0f}" if g else None}
 
@@ -121,7 +120,7 @@ FILES = ("metrics.jsonl", "curves.png", "clusters.txt", "clusters.png", "samples
 JUDGED = ["generative perplexity", "entropy", "distinct-2"]
 
 
-def _judged(g: dict[str, Any]) -> list[str]:
+def _judged(g: Json) -> list[str]:
     """Cells of JUDGED; ≤ marks the bound that a judge without an exact likelihood gives."""
     judge = g.get("judge")
     if not judge:
@@ -145,7 +144,7 @@ def task_table(workdirs: list[str]) -> str:
         here = [w for w in workdirs if name in found[w]]
         same_given([f"{w}: {name}" for w in here], [found[w][name] for w in here])
 
-    def cell(result: dict[str, Any] | None) -> str:
+    def cell(result: Json | None) -> str:
         if not result:
             return "-"
         if result["kind"] in ("ranking", "writing"):

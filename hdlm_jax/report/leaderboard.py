@@ -12,36 +12,43 @@ import html
 import math
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
 
 from absl import logging
 
+import hdlm_jax
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import markdown, measured, readable, say
-from hdlm_jax.common.jsons import read_lines, write_atomic
+from hdlm_jax.common.jsons import Json, read_lines, write_atomic
 from hdlm_jax.evaluation.text_statistics import in_percent
 from hdlm_jax.report import page
 from hdlm_jax.runs import leaderboard
 from hdlm_jax.runs.leaderboard import Board, Protocol
 from hdlm_jax.training.metrics import PEAK_FLOPS
 
-PLANS = "docs/runs/open_plans.jsonl"  # of tools/plan.py
+# of tools/plan.py, where this code lies in its repository
+PLANS = os.path.join(os.path.dirname(os.path.dirname(hdlm_jax.__file__)), "docs", "runs", "open_plans.jsonl")
 ONE = {"one H100 of 80 GB": 0.4 * PEAK_FLOPS["NVIDIA H100"],  # FLOP/s: assumed as in the plans
        "two CPU cores": 0.11e12}  # measured: SmolLM2-135M's training (docs/results.md)
 
 
+HALF = "--config.model.dtype=bfloat16 --config.model.param_dtype=bfloat16"  # as in the plans
+
+
 class Open(NamedTuple):
-    """An open model that anyone can put on the board; plan: its name in the recipe released_open."""
+    """An open model that anyone can put on the board; plan: its name in the recipe released_open; tensor: chips of a
+    v5e:2x4 that share a copy of it, as in its plan."""
 
     name: str
     hub: str
     plan: str
+    tensor: int
 
 
-MODELS = (Open("LLaDA-8B-Base", "GSAI-ML/LLaDA-8B-Base", "llada_8b"),
-          Open("LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Instruct", "llada_8b"),
-          Open("Dream-7B", "Dream-org/Dream-v0-Base-7B", "dream_7b"))
+MODELS = (Open("LLaDA-8B-Base", "GSAI-ML/LLaDA-8B-Base", "llada_8b", 8),
+          Open("LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Instruct", "llada_8b", 8),
+          Open("Dream-7B", "Dream-org/Dream-v0-Base-7B", "dream_7b", 4))
 
 
 class Cell(NamedTuple):
@@ -64,12 +71,12 @@ def _sum(value: int | None) -> Cell:
     return Cell(f"{value:,}", "", value) if value is not None else Cell("", "not loaded")
 
 
-def law(found: dict[str, Any]) -> str:
+def law(found: Json) -> str:
     """'exact' or 'bound', and what it is given where that is not nothing."""
     return ("exact" if found["exact"] else "bound") + ", given lengths" * (found["given"] == "lengths")
 
 
-def _scored(found: dict[str, Any], name: str, se: str) -> Cell:
+def _scored(found: Json, name: str, se: str) -> Cell:
     """A NELBO in some unit: exact, or ≤ before what is a bound."""
     if "why" in found:
         return Cell(note=found["why"])
@@ -79,7 +86,7 @@ def _scored(found: dict[str, Any], name: str, se: str) -> Cell:
     return Cell(sign + measured(found[name], found[se]), law(found), found[name])
 
 
-def _difference(found: dict[str, Any]) -> Cell:
+def _difference(found: Json) -> Cell:
     if "why" in found:
         return Cell(note=found["why"])
     if (pair := found.get("difference")) is None:
@@ -90,7 +97,7 @@ def _difference(found: dict[str, Any]) -> Cell:
     return Cell(shown, f"of a {law(found)}" * (not found["exact"]), pair["bits_per_byte"])
 
 
-def _accuracy(found: dict[str, Any]) -> Cell:
+def _accuracy(found: Json) -> Cell:
     if "why" in found:
         return Cell(note=found["why"])
     chance = f", chance {100 * found['chance']:.1f} %" if found.get("chance") else ""
@@ -98,7 +105,7 @@ def _accuracy(found: dict[str, Any]) -> Cell:
                 100 * found["accuracy"])
 
 
-def _model(row: dict[str, Any]) -> Cell:
+def _model(row: Json) -> Cell:
     m = row["model"]
     return Cell(page.kind_of(m["process"], m["levels"]), page.levels_of(m["process"], m["levels"])) if m else Cell(
         note=row["why"])
@@ -156,31 +163,30 @@ def _generated(board: Board) -> Table:
 
 def _identity(board: Board) -> list[Table]:
     """Who the runs are."""
-    head = ["run", "family", "model", "levels", "head", "parameters", "active", "row", "tokenizer", "likelihood"]
-    rows = []
-    for row in board["runs"]:
-        if (m := row["model"]) is None:
-            rows.append([Cell(row["name"]), *[Cell(note=row["why"])] * (len(head) - 1)])
-            continue
-        levels = page.levels_of(m["process"], m["levels"])
-        rows.append([Cell(row["name"]), *map(Cell, (m["family"], page.kind_of(m["process"], m["levels"]), levels,
-                                                    m["head"])),
-                     _sum(m["parameters"]), _sum(m["active"]), _sum(m["seq_len"]), Cell(m["tokenizer"]), Cell(law(m))])
-    models = Table("models", "Models", "Active: parameters that work on a token. Row: the most tokens that see each "
-                   "other; longer documents are scored in pieces of so many.", head, rows)
-    head, rows = ["run", "weights", "step", "sha256", "imported from", "folder", "seconds"], []
-    for row in board["runs"]:
-        if (p := row["provenance"]) is None:
-            rows.append([Cell(row["name"]), *[Cell(note=row["why"])] * (len(head) - 1)])
-            continue
+    def model(m: Json, row: Json) -> list[Cell]:
+        kind, levels = page.kind_of(m["process"], m["levels"]), page.levels_of(m["process"], m["levels"])
+        return [*map(Cell, (m["family"], kind, levels, m["head"])), _sum(m["parameters"]), _sum(m["active"]),
+                _sum(m["seq_len"]), Cell(m["tokenizer"]), Cell(law(m))]
+
+    def weights(p: Json, row: Json) -> list[Cell]:
         came = p["imported_from"] or p["started_from"] or ""
         note = f"sha256 {p['imported_sha256'][:16]}" if p["imported_sha256"] else "started from" if came else ""
-        rows.append([Cell(row["name"]), Cell(p["kind"], "average" * p["averaged"]), _sum(p["step"]),
-                     Cell(p["weights"][:16]), Cell(os.path.basename(came) or "–", note), Cell(row["workdir"]),
-                     Cell(f"{row['seconds']:,.0f}", "", row["seconds"])])
-    return [models, Table("provenance", "Weights", "sha256: of the loaded parameters' checksums; leaderboard.json has "
-                          "them in full, and the fingerprints of tokenizers and hierarchies. Seconds: of measuring.",
-                          head, rows)]
+        return [Cell(p["kind"], "average" * p["averaged"]), _sum(p["step"]), Cell(p["weights"][:16]),
+                Cell(os.path.basename(came) or "–", note), Cell(row["workdir"]),
+                Cell(f"{row['seconds']:,.0f}", "", row["seconds"])]
+
+    def rows(part: str, cells: Callable[[Json, Json], list[Cell]], head: list[str]) -> list[list[Cell]]:
+        more = len(head) - 1
+        return [[Cell(row["name"]), *(cells(row[part], row) if row[part] else [Cell(note=row["why"])] * more)]
+                for row in board["runs"]]
+
+    head = ["run", "family", "model", "levels", "head", "parameters", "active", "row", "tokenizer", "likelihood"]
+    made = ["run", "weights", "step", "sha256", "imported from", "folder", "seconds"]
+    return [Table("models", "Models", "Active: parameters that work on a token. Row: the most tokens that see each "
+                  "other; longer documents are scored in pieces of so many.", head, rows("model", model, head)),
+            Table("provenance", "Weights", "sha256: of the loaded parameters' checksums; leaderboard.json has them in "
+                  "full, and the fingerprints of tokenizers and hierarchies. Seconds: of measuring.", made,
+                  rows("provenance", weights, made))]
 
 
 def plans(path: str) -> dict[str, str]:
@@ -214,8 +220,9 @@ def _elsewhere(board: Board, planned: dict[str, str]) -> Table:
         if not any(_plain(model.name) in name for name in here):
             workdir = f"runs/{model.name.lower()}"
             rows.append([Cell(model.name, model.hub), Cell(
-                f"hdlm-jax --mode=import --config.released.weights=FOLDER --workdir={workdir}\n"
-                f"hdlm-jax leaderboard {workdir}"), Cell(planned.get(model.plan, "not planned yet"))])
+                f"hdlm-jax --mode=import --config.released.weights=FOLDER --workdir={workdir} {HALF}\n"
+                f"hdlm-jax leaderboard {workdir}\nhdlm-jax leaderboard {workdir} --tensor={model.tensor}  # v5e:2x4"),
+                Cell(planned.get(model.plan, "see docs/models.md"))])
     return Table("elsewhere", "One command away", "FOLDER: the model's folder of the Hugging Face hub. Memory and time "
                  "are of sampling, from compile plans.", ["model", "commands", "memory and time"], rows)
 
@@ -244,16 +251,20 @@ def _said(board: Board) -> str:
             f"diffusion; hdlm_jax {board['hdlm_jax']}, {board['device']}.")
 
 
-def text(board: Board, planned: dict[str, str]) -> str:
-    """leaderboard.md."""
+def written(table: Table) -> str:
+    """A table in Markdown."""
     def show(cell: Cell) -> str:
         said = f"{cell.text} ({cell.note})" if cell.text and cell.note else cell.text or cell.note or "–"
         return " ".join(said.replace("\n", "; ").replace("|", "\\|").split())
 
+    return markdown(table.head, [[show(cell) for cell in row] for row in table.rows])
+
+
+def text(board: Board, planned: dict[str, str]) -> str:
+    """leaderboard.md."""
     lines = ["# Leaderboard", "", _said(board)]
     for table in tables(board, planned):
-        lines += ["", f"## {table.title}", "", table.intro, "",
-                  markdown(table.head, [[show(cell) for cell in row] for row in table.rows])]
+        lines += ["", f"## {table.title}", "", table.intro, "", written(table)]
     return "\n".join(lines) + "\n"
 
 
@@ -307,7 +318,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     helps = {"texts": "names, with commas between them", "questions": "the same; may be empty",
              "data": "folder of their files", "limit": "first documents and questions of each; 0: all",
              "draws": "of the noise, of diffusion models", "judge": "run, GPT-2 folder or fetched model",
-             "samples": "texts drawn of each run", "length": "tokens of a sample", "steps": "of sampling by diffusion"}
+             "samples": "texts drawn of each run", "length": "tokens of a sample", "steps": "of sampling by diffusion",
+             "tensor": "devices that share a copy of a model too large for one"}
     for name, value in dataclasses.asdict(Protocol()).items():
         shown = ",".join(value) if isinstance(value, tuple) else str(value) or "nobody"
         ask.add_argument(f"--{name}", type=names if isinstance(value, tuple) else type(value), default=value,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hdlm_jax.common.jsons import Json
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding.desk import Moment
 from hdlm_jax.diffusion.hierarchy import Hierarchy
@@ -84,7 +85,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [float(step * i) for i in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)]
 
 
-def curves_svg(records: Sequence[dict[str, Any]]) -> str:
+def curves_svg(records: Sequence[Json]) -> str:
     """The bound of training batches (grey) and of validation text (blue) over tokens, nats a token, as SVG."""
     found = curves_of(records)
     lines = [(np.array(found[kind]["tokens"], float), np.array(found[kind]["nelbo"], float), colour)
@@ -119,7 +120,7 @@ class Plot:
         from IPython import display
 
         self.path, self.steps, self.drawn = os.path.join(workdir, "metrics.jsonl"), steps, 0.0
-        self.records: list[dict[str, Any]] = []
+        self.records: list[Json] = []
         self.html = display.HTML
         self.shown = display.display(display.HTML("<p>compiling, or the first steps</p>"), display_id=True)
 

@@ -10,26 +10,25 @@ import html
 import importlib.resources
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import readable, say
-from hdlm_jax.common.jsons import write_atomic
+from hdlm_jax.common.jsons import Json, write_atomic
 from hdlm_jax.report.run_files import gather
 from hdlm_jax.runs import tasks
 from hdlm_jax.training.loading import check_writable, saved_config
 
 
-def embed(data: Any) -> str:
+def embed(data: object) -> str:
     """JSON that can stand inside a <script> element: no '<', '>' or '&', and no line separators of Unicode."""
     text = jsons.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def html_table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
+def html_table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
     """A <table>; columns of numbers are set to the right, each cell names its column for narrow screens."""
-    def show(value: Any) -> str:
+    def show(value: object) -> str:
         if value is None:
             return "–"
         counted = isinstance(value, int) and not isinstance(value, bool)
@@ -60,7 +59,7 @@ def missing(what: str, workdir: str, mode: str) -> str:
     return f"<p class=missing>{html.escape(what)} <code>{html.escape(command)}</code></p>"
 
 
-def document(title: str, body: str, data: Any, more: str = "") -> str:
+def document(title: str, body: str, data: object, more: str = "") -> str:
     """One self-contained page of sections in HTML and the data that report.js draws; more: a program behind it."""
     here = importlib.resources.files("hdlm_jax.report")
     parts = {"title": html.escape(title), "body": body, "data": embed(data),
@@ -89,14 +88,14 @@ def levels_of(process: str, sizes: Sequence[int]) -> str:
     return " → ".join(names + ["mask"] * bool(names and process != "autoregressive"))
 
 
-def describe(run: Mapping[str, Any]) -> str:
+def describe(run: Json) -> str:
     """What was trained, in two sentences."""
     c, e = run["config"], run["evaluate"] or {}
     h, m, d, t = run["hierarchy"], c["model"], c["diffusion"], c["train"]
     sizes = h["sizes"] if h else e.get("hierarchy") or []
     kind, levels = kind_of(run["process"], sizes), levels_of(run["process"], sizes)
     parts = [f"{kind}: {levels}" if levels else kind, f"ξ = {d['xi']:g}" if d["xi"] != 1 else "",
-             f"channel c = {d['channel']:g}" if d.get("channel") else "",
+             f"channel c = {d['channel']:g} ({d.get('channel_times', 'shared')})" if d.get("channel") else "",
              f"{c['tokenizer']['kind']} tokenizer", f"{m['blocks']} blocks of width {m['width']}, {m['head']} head",
              f"sequences of {m['seq_len']:,} tokens"]
     tokens = ((run["curves"] or {}).get("train") or {"tokens": []})["tokens"]
@@ -105,12 +104,12 @@ def describe(run: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts)) + "." + f"{trained} ({', '.join(made)})."
 
 
-def gain(evaluated: Mapping[str, Any]) -> float | None:
+def gain(evaluated: Json) -> float | None:
     """Nats a token below the unigram; None where the bound is not finite."""
     return None if evaluated["nelbo"] is None else evaluated["unigram_nelbo"] - evaluated["nelbo"]
 
 
-def headline(run: Mapping[str, Any]) -> str:
+def headline(run: Json) -> str:
     """The header's numbers, each only where it is known."""
     e, g, out = run["evaluate"], run["generate"], []
     if e:
@@ -139,6 +138,18 @@ def headline(run: Mapping[str, Any]) -> str:
     return facts(out) if out else ""
 
 
+def about(workdir: str) -> Json:
+    """What a page is told of a run that is served: name, description, and its words and clusters."""
+    run = gather(workdir)
+    return {"name": run["name"], "description": describe(run), "hierarchy": run["hierarchy"]}
+
+
+def served() -> str:
+    """The page that any served run comes with (runs/serve.py): type, choose a method, and watch the text fall."""
+    program = (importlib.resources.files("hdlm_jax.report") / "serve.js").read_text("utf-8")
+    return document("hdlm_jax", "<div data-part=live></div>", {}, program)
+
+
 _WAYS = {
     "hierarchical": "Every token starts at the mask and falls, level by level, until it is a word.",
     "gidd": "Every token starts at the mask; a word may still be replaced, or masked again, until the last call.",
@@ -146,8 +157,7 @@ _WAYS = {
 }
 
 
-def run_page(run: Mapping[str, Any], first: str = "", then: str = "", data: Mapping[str, Any] | None = None,
-             program: str = "") -> str:
+def run_page(run: Json, first: str = "", then: str = "", data: Json | None = None, program: str = "") -> str:
     """The page of one run from what `gather` found.
 
     Of hdlm-jax watch: sections before and behind the curves, which come first there, more data, and a program.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hdlm_jax.common import jsons
+from hdlm_jax.common.jsons import Json
 from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest, token_counts
 from hdlm_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -39,12 +40,7 @@ def show_word(raw: bytes, pieces: bool = False) -> str:
     return "".join(c if c.isprintable() else _VISIBLE.get(c) or c.encode("unicode_escape").decode() for c in text)
 
 
-def curves(workdir: str) -> dict[str, Any] | None:
-    """metrics.jsonl as `curves_of` gives it."""
-    return curves_of(read_metrics(os.path.join(workdir, "metrics.jsonl")))
-
-
-def curves_of(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def curves_of(records: Sequence[Json]) -> Json | None:
     """Records as columns: train (tokens, loss, nelbo) and valid (tokens, nelbo); None where there are none."""
     train = [r for r in records if r.get("loss") is not None]
     valid = [r for r in records if r.get("valid_nelbo") is not None]
@@ -60,19 +56,18 @@ def bits_per_nat(config: Config, workdir: str) -> float | None:
     Of the whole split: of a part of it an estimate, as its tokens may be longer or shorter.
     """
     try:
-        manifest = load_manifest(data_dir(config, workdir))
+        return load_manifest(data_dir(config, workdir)).bits_per_nat
     except (OSError, ValueError):
         return None
-    return manifest.unigram_bits_per_byte / manifest.unigram_nats
 
 
-def training_speed(workdir: str) -> float | None:
+def training_speed(records: Sequence[Json]) -> float | None:
     """Median training tokens a second over a run's records."""
-    speeds = [r["tokens_per_s"] for r in read_metrics(os.path.join(workdir, "metrics.jsonl")) if r.get("tokens_per_s")]
+    speeds = [r["tokens_per_s"] for r in records if r.get("tokens_per_s")]
     return float(np.median(speeds)) if speeds else None
 
 
-def read_trajectories(workdir: str) -> dict[str, Any] | None:
+def read_trajectories(workdir: str) -> Json | None:
     """trajectories.npz of --mode=generate: its arrays, and `about`, what they were made from."""
     path = os.path.join(workdir, "trajectories.npz")
     if not os.path.exists(path):
@@ -82,7 +77,7 @@ def read_trajectories(workdir: str) -> dict[str, Any] | None:
         return arrays | {"about": json.loads(str(found["about"]))}
 
 
-def changes(film: Mapping[str, Any]) -> dict[str, Any]:
+def changes(film: Mapping[str, Any]) -> Json:
     """Trajectories without repetition: what stands at the start, and what changes from frame to frame.
 
     Returns call [F+1]; t [F+1], the samples' mean; samples: start [S], frames [F] of flat lists position, symbol and
@@ -102,7 +97,7 @@ def changes(film: Mapping[str, Any]) -> dict[str, Any]:
             "prompt": about["prompt_tokens"], "settings": about["settings"], "step": about["step"]}
 
 
-def occupancy(rates: Sequence[float], film: Mapping[str, Any] | None, offsets: Sequence[int]) -> dict[str, Any]:
+def occupancy(rates: Sequence[float], film: Mapping[str, Any] | None, offsets: Sequence[int]) -> Json:
     """Shares of the levels over t: beta_l (docs/theory.md section 2), and counted in recorded samples.
 
     Returns t [101], beta [101][K+1]; with a film points: t [F+1], share [F+1][K+1] among `tokens` that were masks.
@@ -110,7 +105,7 @@ def occupancy(rates: Sequence[float], film: Mapping[str, Any] | None, offsets: S
     t = np.linspace(0, 1, 101)
     with np.errstate(divide="ignore"):
         beta = LevelChain(tuple(rates)).beta(-np.log1p(-t), np)
-    out: dict[str, Any] = {"t": t.tolist(), "beta": np.round(beta, 6).tolist(), "points": None, "tokens": 0}
+    out: Json = {"t": t.tolist(), "beta": np.round(beta, 6).tolist(), "points": None, "tokens": 0}
     if film:
         level = np.searchsorted(np.asarray(offsets), film["z"], side="right") - 1
         free = level[:, 0] == len(rates)
@@ -130,8 +125,7 @@ def counted(folder: str) -> tuple[np.ndarray | None, float | None]:
         return None, None
 
 
-def tree_of(h: Hierarchy, tokenizer: Tokenizer, counts: np.ndarray | None, nodes: Sequence[np.ndarray]
-            ) -> dict[str, Any]:
+def tree_of(h: Hierarchy, tokenizer: Tokenizer, counts: np.ndarray | None, nodes: Sequence[np.ndarray]) -> Json:
     """A hierarchy of these nodes of each level alone, as a page has it; the nodes sorted, their parents among them."""
     sizes = [len(some) for some in nodes]
     parents = [np.searchsorted(above, parent[some]).tolist()
@@ -141,8 +135,7 @@ def tree_of(h: Hierarchy, tokenizer: Tokenizer, counts: np.ndarray | None, nodes
             "counts": None if counts is None else counts[nodes[0]].tolist()}
 
 
-def tree_shown(h: Hierarchy, tokenizer: Tokenizer, counts: np.ndarray | None, z: np.ndarray
-               ) -> tuple[dict[str, Any], np.ndarray]:
+def tree_shown(h: Hierarchy, tokenizer: Tokenizer, counts: np.ndarray | None, z: np.ndarray) -> tuple[Json, np.ndarray]:
     """(tree_of what states z int32 show, z as its states): them, their parents, and the words that name clusters."""
     level = np.searchsorted(h.offsets, z, side="right") - 1
     nodes = [np.unique(z[level == k]) - h.offsets[k] for k in range(h.num_levels + 1)]
@@ -158,7 +151,7 @@ def tree_shown(h: Hierarchy, tokenizer: Tokenizer, counts: np.ndarray | None, z:
     return tree, new[z]
 
 
-def gather(workdir: str, film: bool = True) -> dict[str, Any]:
+def gather(workdir: str, film: bool = True) -> Json:
     """All that a page says about a run; parts that are not there are None.
 
     film: also what the viewer and the clusters need (words, counts, trajectories).
@@ -167,10 +160,10 @@ def gather(workdir: str, film: bool = True) -> dict[str, Any]:
       ConfigError: no run there.
     """
     config = saved_config(workdir)
-    process = config.diffusion.process
-    out: dict[str, Any] = {"name": os.path.basename(os.path.abspath(workdir)), "workdir": workdir,
-                           "config": jsons.plain(config.as_dict()), "process": process, "curves": curves(workdir),
-                           "train_speed": training_speed(workdir), "bits_per_nat": bits_per_nat(config, workdir)}
+    process, records = config.diffusion.process, read_metrics(os.path.join(workdir, "metrics.jsonl"))
+    out: Json = {"name": os.path.basename(os.path.abspath(workdir)), "workdir": workdir,
+                           "config": jsons.plain(config.as_dict()), "process": process, "curves": curves_of(records),
+                           "train_speed": training_speed(records)}
     for name in ("evaluate", "generate", "tasks"):
         out[name] = read_optional(workdir, f"{name}.json")
     out |= {"hierarchy": None, "trajectories": None, "occupancy": None, "unigram": None}

@@ -14,12 +14,12 @@ import time
 import urllib.parse
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import jax
 
 from hdlm_jax.common import jsons
 from hdlm_jax.common.console import lasts, readable, say
+from hdlm_jax.common.jsons import Json
 from hdlm_jax.config import expand
 from hdlm_jax.report import page, run_files
 from hdlm_jax.runs.train import LATEST
@@ -47,7 +47,7 @@ def mark(workdir: str) -> str:
     return " ".join(seen)
 
 
-def facts(records: Sequence[dict[str, Any]], steps: int, now: float, written: float) -> list[tuple[str, str, str]]:
+def facts(records: Sequence[Json], steps: int, now: float, written: float) -> list[tuple[str, str, str]]:
     """(number, unit, what it is) of the newest records; now, when they were written: seconds."""
     trained = [r for r in records if r.get("loss") is not None]
     valid = [r for r in records if r.get("valid_nelbo") is not None]
@@ -69,7 +69,7 @@ def facts(records: Sequence[dict[str, Any]], steps: int, now: float, written: fl
     return [*out, (lasts(max(now - written, 0)), "ago", "newest record")]
 
 
-def state(workdir: str, since: int = 0) -> dict[str, Any]:
+def state(workdir: str, since: int = 0) -> Json:
     """What a page asks for: `mark`, the number of records, the curves of those from `since` on, and `facts`."""
     seen, path = mark(workdir), os.path.join(workdir, "metrics.jsonl")
     records = read_metrics(path) if seen else []

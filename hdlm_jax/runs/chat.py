@@ -39,7 +39,7 @@ class Talk:
     def __init__(self, run: Run, show: Callable[[list[Part], bool], None]):
         self.run, self.show, self.g = run, show, run.config.generate
         self.draw = sampler.sampler_of(run, sampler.load_helper(run, self.g))
-        self.chats = bool(getattr(run.tokenizer, "chat_template", ""))
+        self.chats = bool(run.tokenizer.chat_template)
         self.turns: list[chats.Message] = []
 
     def answer(self, line: str) -> str | None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from typing import Any
 
 import numpy as np
 
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import measured, readable, say
-from hdlm_jax.common.jsons import reuse, write_json
+from hdlm_jax.common.jsons import Json, reuse, write_json
 from hdlm_jax.common.parallel import MEASURED_PRECISION
 from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest
@@ -36,7 +35,7 @@ def run(config: Config, workdir: str) -> None:
         evaluate(config, workdir)
 
 
-def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
+def evaluate(config: Config, workdir: str, into: str = "") -> Json:
     """Measures a run's checkpoint on its validation split; writes and returns <workdir>/evaluate.json.
 
     Nats of each sequence go to evaluate_rows.npz, for paired comparisons. With evaluate.exact_match texts are written
@@ -47,9 +46,7 @@ def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     run = load_run(config, workdir, config.evaluate.checkpoint, config.evaluate.ema)
     check_writable(into)
     manifest = load_manifest(run.data_dir)
-    made_from = {"step": run.step, "data": manifest.fingerprint, "hierarchy_fingerprint": run.hierarchy.fingerprint,
-                 "packing": run.trained.data.packing, "padding": run.trained.data.padding, "given": run.given,
-                 "settings": {name: getattr(config.evaluate, name) for name in SETTINGS}}
+    made_from = likelihoods.measured_on(run, manifest, SETTINGS)
     if config.evaluate.exact_match:
         made_from |= {"exact_match_records": config.evaluate.exact_match} | conditional.how(config.generate)
     path = os.path.join(into, "evaluate.json")
@@ -66,7 +63,7 @@ def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     if config.diffusion.channel:
         result |= _of_parts(nats, rows["tokens"], tau, q, run.process.num_levels)
     whole = result["tokens"] == manifest.valid_scored_tokens
-    per_byte = manifest.valid_scored_tokens / manifest.valid_scored_bytes / math.log(2)
+    per_byte = manifest.bits_per_nat
     if whole:
         result |= {"bits_per_byte": result["nelbo"] * per_byte, "bits_per_byte_se": result["se"] * per_byte,
                    "unigram_bits_per_byte": manifest.unigram_bits_per_byte}
@@ -79,8 +76,8 @@ def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     } | made_from | _exact_match(run, config, into)
     result = jsons.plain(result)  # what is read again from the file
     if processes.is_main_process():
-        with jsons.open_atomic(os.path.join(into, "evaluate_rows.npz")) as file:
-            np.savez(file, nats=nats.mean(0).sum(-1), tokens=rows["tokens"])
+        jsons.write_arrays(os.path.join(into, "evaluate_rows.npz"),
+                           {"nats": nats.mean(0).sum(-1), "tokens": rows["tokens"]})
         write_json(path, result)
     parts = (f" = discrete {measured(result['discrete'], result['discrete_se'], sign='+-')} + continuous "
              f"{measured(result['continuous'], result['continuous_se'], sign='+-')}" if "discrete" in result else "")
@@ -93,7 +90,7 @@ def evaluate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     return result
 
 
-def _of_parts(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarray, levels: int) -> dict[str, Any]:
+def _of_parts(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarray, levels: int) -> Json:
     """The bound's two parts, symbols (by level) and observations, of the same draws: neither is a bound by itself."""
     parts = {"discrete": nats[..., :levels], "continuous": nats[..., levels:]}
     found = {name: summarise(part, tokens, tau, q) for name, part in parts.items()}
@@ -101,7 +98,7 @@ def _of_parts(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarr
     return both | {"levels": found["discrete"]["levels"]}
 
 
-def _exact_match(run: Run, config: Config, into: str) -> dict[str, Any]:
+def _exact_match(run: Run, config: Config, into: str) -> Json:
     """What `evaluation.conditional.measured` says of the first evaluate.exact_match validation records; they are kept
     beside what was written for them in exact_match.jsonl."""
     if not config.evaluate.exact_match:
@@ -109,10 +106,9 @@ def _exact_match(run: Run, config: Config, into: str) -> dict[str, Any]:
     rows = run.valid_rows(config.model.seq_len, config.evaluate.exact_match)
     found = conditional.write(run, rows, config.generate)
     result = conditional.measured(found, config.generate)
-    lines = [jsons.dumps({"text": text, "written": written}) + "\n"
-             for text, written in zip(found.text, found.written, strict=True)]
+    lines = [{"text": text, "written": written} for text, written in zip(found.text, found.written, strict=True)]
     if processes.is_main_process():
-        jsons.write_atomic(os.path.join(into, "exact_match.jsonl"), "".join(lines).encode())
+        jsons.write_lines(os.path.join(into, "exact_match.jsonl"), lines)
     say(f"evaluate: {len(lines):,} texts written anew, exact match {100 * result['exact_match']:.1f} +- "
         f"{100 * result['exact_match_se']:.1f} %, character error {100 * result['character_error']:.1f} %")
     return result

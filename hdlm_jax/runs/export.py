@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +24,7 @@ import numpy as np
 import hdlm_jax
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
-from hdlm_jax.common.jsons import reuse, write_json
+from hdlm_jax.common.jsons import Json, reuse, write_json
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.runs import import_weights, open_weights
 from hdlm_jax.training.checkpoint import checkpoints_of, save_params
@@ -97,7 +96,7 @@ def export(config: Config, workdir: str) -> str:
     return folder
 
 
-def _facts(config: Config, trained: Config, workdir: str) -> dict[str, Any]:
+def _facts(config: Config, trained: Config, workdir: str) -> Json:
     """What an export is made from; ConfigError where the layout asked for has no place for such a run."""
     checkpoints = checkpoints_of(workdir)
     step = checkpoints.choose(config.evaluate.checkpoint)

@@ -17,11 +17,12 @@ import numpy as np
 
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import say
-from hdlm_jax.common.jsons import open_atomic, reuse, sha256_of, write_atomic, write_json
+from hdlm_jax.common.jsons import Json, reuse, sha256_of, write_atomic, write_json
 from hdlm_jax.config import Config, ConfigError, GenerateConfig
 from hdlm_jax.data import features as vectors
 from hdlm_jax.decoding import canvas as canvases
-from hdlm_jax.decoding import sampler, schema
+from hdlm_jax.decoding import sampler
+from hdlm_jax.decoding import texts as asking
 from hdlm_jax.evaluation import judges, text_statistics
 from hdlm_jax.training.loading import Run, check_writable, load_run
 
@@ -30,7 +31,7 @@ FILES = ("generate.json", "samples.jsonl", "trajectories.npz", "samples.txt")  #
 MOST_SCHEMA = 1 << 22  # bytes
 
 
-def generate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
+def generate(config: Config, workdir: str, into: str = "") -> Json:
     """Samples of a run: samples.txt to read, samples.jsonl with ids and costs, generate.json with the summary; in
     workdir, or in the folder `into`. Others that are there are kept, numbered.
 
@@ -73,13 +74,13 @@ def generate(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     return result
 
 
-def identity(helper: Run) -> dict[str, Any]:
+def identity(helper: Run) -> Json:
     """What tells a helper from another one, or from itself trained further."""
     return {"step": helper.step, "tokenizer": helper.tokenizer.fingerprint,
             "weights": [float(jnp.sum(jnp.abs(a))) for a in jax.tree.leaves(helper.params)]}
 
 
-def sampling_facts(run: Run, g: GenerateConfig, result: dict[str, Any]) -> dict[str, Any]:
+def sampling_facts(run: Run, g: GenerateConfig, result: Json) -> Json:
     """How samples were drawn, in full: what a generative perplexity has to be quoted with."""
     trained = run.process.force_transition or None
     method = sampler.method_of(g)
@@ -132,8 +133,8 @@ def _features(run: Run, g: GenerateConfig) -> np.ndarray | None:
     return found[np.arange(g.num_samples) % len(found)]
 
 
-def _sample(run: Run, workdir: str, made_from: dict, helper: Run, features: np.ndarray | None
-            ) -> tuple[dict[str, Any], list[np.ndarray]]:
+def _sample(run: Run, workdir: str, made_from: dict, helper: Run | None, features: np.ndarray | None
+            ) -> tuple[Json, list[np.ndarray]]:
     """Draws the samples and writes them: the summary, and the tokens of each."""
     g = run.config.generate
     ids = run.tokenizer.encode(g.prompt) if g.prompt else np.zeros(0, np.int32)
@@ -150,7 +151,7 @@ def _sample(run: Run, workdir: str, made_from: dict, helper: Run, features: np.n
     tokens = whole if scaffold else [sampler.ended(row, len(ids), run.tokenizer.eot, g.stop) for row in whole]
     texts = [scaffold.text(row) if scaffold else sampler.text_of(run.tokenizer, row, g.stop) for row in tokens]
     words = sum(len(row) for row in whole) - len(whole) * len(ids)
-    film = _trajectories(draw, sampler.first_rows(canvas, g.trajectories), g, out["tokens"][:, :length], places) if (
+    film = _trajectories(draw, canvases.some(canvas, slice(g.trajectories)), g, out["tokens"][:, :length], places) if (
         g.trajectories and not scaffold and sampler.method_of(g).policy.lengths is None) else {}
     result = {
         "samples": len(texts), "seq_len": length, "prompt_tokens": len(ids), "lengths": sampler.lengths_are(run, g),
@@ -167,9 +168,8 @@ def _sample(run: Run, workdir: str, made_from: dict, helper: Run, features: np.n
         read = "".join(f"--- sample {i} ---\n{text}\n\n" for i, text in enumerate(texts))
         write_atomic(path, read.encode())
         rows = zip(texts, tokens, out["row_forwards"], strict=True)
-        lines = "".join(jsons.dumps({"text": text, "ids": row.tolist(), "row_forwards": int(calls)}) + "\n"
-                        for text, row, calls in rows).encode()
-        write_atomic(os.path.join(workdir, "samples.jsonl"), lines)
+        lines = jsons.write_lines(os.path.join(workdir, "samples.jsonl"), (
+            {"text": text, "ids": row.tolist(), "row_forwards": int(calls)} for text, row, calls in rows))
         result["samples_sha256"] = hashlib.sha256(lines).hexdigest()
         _keep(os.path.join(workdir, "trajectories.npz"), film, {"prompt_tokens": len(ids)} | made_from)
         write_json(os.path.join(workdir, "generate.json"), result)
@@ -203,20 +203,18 @@ def _schema(g: GenerateConfig) -> str:
 
 def _canvas(run: Run, g: GenerateConfig, ids: np.ndarray, features: np.ndarray | None) -> tuple[Any, int, Any]:
     """(canvas, most tokens of a text, scaffold or None)."""
-    seq_len, h = run.config.model.seq_len, run.hierarchy
     if not g.schema:
         canvas = sampler.start_canvas(run, g, np.tile(ids, (g.num_samples, 1)), features)
-        return canvas, g.length or seq_len, None
+        return canvas, g.length or run.config.model.seq_len, None
     if features is not None:
         raise ConfigError(f"generate.schema={g.schema!r}: does not go with data.features_field")
     if not run.process.unmasks:
         raise ConfigError(f"generate.schema={g.schema!r}: this process cannot fill blanks between given words")
     try:
-        scaffold = schema.scaffold(_schema(g), run.tokenizer, h, prompt=g.prompt, seq_len=seq_len)
-        canvas = scaffold.canvas(g.num_samples, seq_len)
+        asked = asking.of_schema(run, g, _schema(g), g.prompt)
     except ValueError as error:
         raise ConfigError(f"generate.schema={g.schema!r}: {error}") from error
-    return canvases.closed(canvas, seq_len, run.tokenizer.eot) if run.ends else canvas, int(canvas.length[0]), scaffold
+    return asked.canvas, asked.keep, asked.scaffold
 
 
 def _trajectories(draw: sampler.Sampler, canvas: np.ndarray | canvases.Canvas, g: GenerateConfig,
@@ -236,9 +234,8 @@ def _trajectories(draw: sampler.Sampler, canvas: np.ndarray | canvases.Canvas, g
     return {"call": call[: last + 1]} | {name: a[:, : last + 1] for name, a in film.items()}
 
 
-def _keep(path: str, film: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+def _keep(path: str, film: dict[str, np.ndarray], about: Json) -> None:
     """Writes trajectories.npz; without a film one of other samples is removed."""
     if not film:
         return Path(path).unlink(missing_ok=True)
-    with open_atomic(path) as file:
-        np.savez_compressed(file, about=np.asarray(jsons.dumps(about)), **film)  # type: ignore[arg-type]
+    jsons.write_arrays(path, {"about": np.asarray(jsons.dumps(about)), **film}, compressed=True)

@@ -84,8 +84,7 @@ def _import(config: Config, workdir: str) -> None:
     os.makedirs(aside)
     tokenizer.save(os.path.join(aside, "tokenizer"))
     hierarchy.save(os.path.join(aside, "hierarchy.npz"), tokenizer.fingerprint, {"released": about})
-    with jsons.open_atomic(os.path.join(aside, "released.npz")) as held:
-        np.savez(held, about=np.asarray(jsons.dumps(about)), **rest)  # type: ignore[arg-type]
+    jsons.write_arrays(os.path.join(aside, "released.npz"), {"about": np.asarray(jsons.dumps(about)), **rest})
     save_params(os.path.join(aside, "params"), params)
     jsons.move_into(aside, workdir)
     fingerprints = {"tokenizer": tokenizer.fingerprint, "hierarchy": hierarchy.fingerprint, "data": ""}

@@ -50,6 +50,7 @@ class Protocol:
     samples: int = 16
     length: int = 128  # tokens of a sample
     steps: int = 128  # of sampling, where the process is a diffusion
+    tensor: int = 1  # devices that share a copy of the weights, for what is too large for one
 
     def check(self) -> None:
         """ConfigError for what cannot work, data that is not there or a judge that is none."""
@@ -62,6 +63,7 @@ class Protocol:
         config = self.on(Config())
         config.evaluate.check()
         config.generate.check()
+        config.parallel.shape(jax.device_count())
         tasks.sources(config)
         if self.judge:
             judges.open_judge(self.judge)
@@ -72,7 +74,7 @@ class Protocol:
                                tasks_data=self.data, protocols=("document",), limit=self.limit)
         drawn = GenerateConfig(num_samples=self.samples, length=self.length, steps=self.steps, judge=self.judge,
                                trajectories=0)
-        return dataclasses.replace(config, evaluate=asked, generate=drawn, parallel=ParallelConfig())
+        return dataclasses.replace(config, evaluate=asked, generate=drawn, parallel=ParallelConfig(tensor=self.tensor))
 
 
 def _asks(task: str) -> bool:

@@ -6,10 +6,11 @@ import json
 import reprlib
 import secrets
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from hdlm_jax.common.jsons import Json
 from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.config.rules import choice, rule
 from hdlm_jax.data import chat as chats
@@ -22,7 +23,6 @@ MOST_OPTIONS = 256  # characters
 SIZES = {"depth": 16, "kept": 64, "confident": 64, "drafts": 16, "candidates": 16, "top_k": 64}  # they take memory
 LEAST_TOKENS = 8  # of a block of sparsed, whose masks take memory as well
 CHARACTERS = 64  # a token at the most, before they are counted as tokens
-Json: TypeAlias = dict[str, Any]
 
 _SHARED: dict[str, Any] = {"max_tokens": int, "seed": int, "stop": (str, list), "stream": bool, "n": int,
                            "response_format": dict, "budget": int, "method": str, "options": str, "steps": int,

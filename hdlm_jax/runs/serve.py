@@ -21,11 +21,11 @@ import jax
 from hdlm_jax.common import jsons
 from hdlm_jax.common.console import say
 from hdlm_jax.common.extras import package
+from hdlm_jax.common.jsons import Json
 from hdlm_jax.config import Config, ServeConfig
 from hdlm_jax.config.rules import rule
 from hdlm_jax.decoding import desk, presets, sampler
 from hdlm_jax.runs import orders
-from hdlm_jax.runs.orders import Json
 from hdlm_jax.training.loading import Run, load_run
 
 MOST_BODY = 1 << 20  # bytes of a request
@@ -64,7 +64,7 @@ class Server:
         self.name = str(about.get("name", "run"))
         g = run.config.generate
         more = {"seq_len": run.config.model.seq_len, "step": run.step, "methods": methods(run),
-                "chats": bool(getattr(run.tokenizer, "chat_template", "")),
+                "chats": bool(run.tokenizer.chat_template),
                 "default": {"method": g.method, "options": g.options, "steps": g.steps}}
         self.about = jsons.dumps(about | more, ensure_ascii=False).encode("utf-8", "replace")
         self.statuses: Counter[int] = Counter()
@@ -312,7 +312,7 @@ def methods(run: Run) -> list[Json]:
     out = []
     for name, make in presets.METHODS.items():
         method = make()
-        own = method.needs == "order" and run.config.model.order
+        own = method.needs in run.config.model.chooses
         if method.needs and not (own or method.needs in presets.HELPERS and run.config.generate.helper):
             continue
         options = presets.options_of(name)

@@ -13,14 +13,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from typing import Any
 
 import numpy as np
 
 from hdlm_jax.common import jsons, processes
 from hdlm_jax.common.console import markdown, say
 from hdlm_jax.common.console import perplexity as exp
-from hdlm_jax.common.jsons import read_json, write_atomic, write_json
+from hdlm_jax.common.jsons import Json, read_json, write_atomic, write_json
 from hdlm_jax.config import Config, ConfigError
 from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.sources import resolve
@@ -30,11 +29,11 @@ from hdlm_jax.evaluation.elbo import summarise
 from hdlm_jax.evaluation.problems import solve
 from hdlm_jax.evaluation.rows import per_text, split, split_all
 from hdlm_jax.evaluation.scorer import Choices, Scorer, encode_pair
-from hdlm_jax.evaluation.text_statistics import in_percent
+from hdlm_jax.evaluation.text_statistics import in_percent, share_of
 from hdlm_jax.training.loading import check_writable, load_run
 
 
-def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bool) -> dict[str, Any]:
+def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bool) -> Json:
     """Nats per token, bits per byte and perplexities of documents, with standard errors. words: those by words too.
 
     With the protocol "document" by_document has nats float64, tokens and bytes int64 of each, all [n].
@@ -64,19 +63,13 @@ def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bo
     return found | {"seconds": time.monotonic() - started}
 
 
-def _share(right: np.ndarray) -> tuple[float, float]:
-    """A proportion and its binomial standard error."""
-    p = float(np.mean(right))
-    return p, math.sqrt(p * (1 - p) / len(right))
-
-
 def _chance(questions: list[Question]) -> float | None:
     """What guessing would give; None where there is nothing to choose from."""
     choices = [len(q.choices) for q in questions]
     return float(np.mean(1 / np.array(choices))) if max(choices) > 1 else None
 
 
-def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
+def ranking(scorer: Scorer, questions: list[Question]) -> Json:
     """Accuracy by the conditional NELBO of the choices; of single choices its perplexity and the greedy one."""
     started, tokenizer = time.monotonic(), scorer.run.tokenizer
     encoded = [[encode_pair(tokenizer, *pair) for pair in zip(q.contexts, q.choices, strict=True)] for q in questions]
@@ -86,7 +79,7 @@ def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
     tokens = [np.array([len(c) for c in a.choices]) for a in asked]
     right = np.array([nats[i] for nats, i in zip(found.nats, label, strict=True)])
     length = np.array([n[i] for n, i in zip(tokens, label, strict=True)])
-    out: dict[str, Any] = {
+    out: Json = {
         "given": scorer.run.given_alone,
         "questions": len(questions), "draws": float(found.draws.mean()), "reached": float(found.reached.mean()),
         "cut": int(found.cut.sum()), "nelbo_of_right": float(right.sum() / length.sum()), "tokens": int(length.sum())}
@@ -94,9 +87,9 @@ def ranking(scorer: Scorer, questions: list[Question]) -> dict[str, Any]:
         characters = [np.array([len(c.strip()) for c in q.choices]) for q in questions]
         for name, by in (("", None), ("_per_token", tokens), ("_per_character", characters)):
             best = [np.argmin(nats / np.maximum(by[i], 1) if by else nats) for i, nats in enumerate(found.nats)]
-            out[f"accuracy{name}"], out[f"accuracy{name}_se"] = _share(np.array(best) == label)
+            out[f"accuracy{name}"], out[f"accuracy{name}_se"] = share_of(np.array(best) == label)
     else:
-        out["accuracy"], out["accuracy_se"] = _share(scorer.hits([pairs[0] for pairs in encoded]))
+        out["accuracy"], out["accuracy_se"] = share_of(scorer.hits([pairs[0] for pairs in encoded]))
         se = right.std(ddof=1) / math.sqrt(len(right)) if len(right) > 1 else math.nan
         by_word = exp(float(right.mean()))
         out |= {"word_nats": float(right.mean()), "word_nats_se": float(se),
@@ -122,7 +115,7 @@ def _read(config: Config, name: str, source: str | list[str]) -> tuple[list, str
     return benchmarks.load(name, source, config.evaluate.limit, reader), reader.detokenize or task.detokenize
 
 
-def run(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
+def run(config: Config, workdir: str, into: str = "") -> Json:
     """Runs config.evaluate.tasks; writes and returns <workdir>/tasks.json, and tasks.md, a table of it.
 
     The file grows by one entry a task (a task and protocol for perplexities), so a run that was stopped goes on where
@@ -137,11 +130,11 @@ def run(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     loaded = load_run(config, workdir, e.checkpoint, e.ema)
     check_writable(into)
     path = os.path.join(into, "tasks.json")
-    results: dict[str, Any] = processes.on_main_process(lambda: read_json(path, optional=True)) or {}
+    results: Json = processes.on_main_process(lambda: read_json(path, optional=True)) or {}
     scorer = Scorer(loaded, e)
     for name, (items, detokenizer) in data.items():
         task = TASKS[name]
-        made_from: dict[str, Any] = {
+        made_from: Json = {
             "step": loaded.step, "ema": loaded.ema, "hierarchy_fingerprint": loaded.hierarchy.fingerprint,
             "text": benchmarks.fingerprint(items), "draws": e.draws, "seed": e.seed, "cv2": e.cv2}
         g = config.generate
@@ -156,10 +149,9 @@ def run(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
                 old.setdefault("chance", _chance(items) if task.ranks else None)
                 say(f"tasks: reusing {key} of step {loaded.step}: {_line(old)}")
                 continue
-            if task.writes:
-                found = {"given": "nothing"} | solve(loaded, items, g)
-            else:
-                found = ranking(scorer, items) if task.ranks else perplexity(scorer, items, protocol, task.words)
+            found: Json = (ranking(scorer, items) if task.ranks else
+                           {"given": "nothing", **solve(loaded, items, g)} if task.writes else
+                           perplexity(scorer, items, protocol, task.words))
             kind = "ranking" if task.ranks else "writing" if task.writes else "perplexity"
             about = {"task": name, "kind": kind, "protocol": protocol or None,
                      "detokenizer": detokenizer or None, "limited": bool(e.limit and len(items) == e.limit),
@@ -169,8 +161,8 @@ def run(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
             say(f"tasks: {key}: {_line(results[key])}")
             if processes.is_main_process():
                 if documents:
-                    with jsons.open_atomic(os.path.join(into, f"tasks_{name}.npz")) as file:
-                        np.savez(file, made_from=np.asarray(jsons.dumps(made_from)), **documents)
+                    jsons.write_arrays(os.path.join(into, f"tasks_{name}.npz"),
+                                       {"made_from": np.asarray(jsons.dumps(made_from)), **documents})
                 write_json(path, results)
     wanted = [k for k, r in results.items() if r["made_from"]["step"] == loaded.step
               and r["made_from"]["ema"] == loaded.ema]
@@ -181,7 +173,7 @@ def run(config: Config, workdir: str, into: str = "") -> dict[str, Any]:
     return results
 
 
-def _with_se(found: dict[str, Any], name: str, digits: int) -> str:
+def _with_se(found: Json, name: str, digits: int) -> str:
     value, se = found.get(name), found.get(f"{name}_se" if name != "nelbo" else "se")
     if value is None:
         return ""
@@ -189,12 +181,12 @@ def _with_se(found: dict[str, Any], name: str, digits: int) -> str:
     return f"{value:{shown}}" + (f" ± {se:{shown}}" if se is not None else "")
 
 
-def _accuracy(found: dict[str, Any], by: str = "") -> str:
+def _accuracy(found: Json, by: str = "") -> str:
     share = found.get(f"accuracy{by}")
     return "" if share is None else in_percent(share, found["questions"])
 
 
-def _line(found: dict[str, Any]) -> str:
+def _line(found: Json) -> str:
     seconds = f"{found['seconds']:.0f} s"
     if found["kind"] == "perplexity":
         nats, bits, per_token = (_with_se(found, name, digits) or "-" for name, digits in (
@@ -209,13 +201,13 @@ def _line(found: dict[str, Any]) -> str:
             f"{found['draws']:.1f} draws, {seconds}")
 
 
-def newest(results: dict[str, Any]) -> dict[str, Any]:
+def newest(results: Json) -> Json:
     """Of tasks.json what was measured on the latest of its checkpoints."""
     step = max((r["made_from"]["step"] for r in results.values()), default=0)
     return {name: r for name, r in results.items() if r["made_from"]["step"] == step}
 
 
-def rows(results: dict[str, Any]) -> list[list[list[str]]]:
+def rows(results: Json) -> list[list[list[str]]]:
     """Results as tables of text, one of perplexities and one of answers, their heads first; none that is empty."""
     texts = [["text", "protocol", "given", "detokeniser", "nats/token", "bits/byte", "perplexity", "by words", "tokens",
               "documents", "draws"]]
@@ -242,7 +234,7 @@ HOW = ("± is one standard error, [ , ] the 95 % Wilson interval of an accuracy,
        "would give; * the first documents or questions alone (evaluate.limit)")
 
 
-def table(results: dict[str, Any], step: int) -> str:
+def table(results: Json, step: int) -> str:
     """Markdown of the results, each with its error or interval, as HOW says."""
     lines = [f"Step {step:,}; {HOW}. Given: what the bound is conditional on, the lengths of texts or nothing."]
     for head, *cells in rows(results):

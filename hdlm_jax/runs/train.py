@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import optax
 
 from hdlm_jax.common import jsons, lock, parallel, processes
 from hdlm_jax.common.console import compiling, measured, progress, say
-from hdlm_jax.common.jsons import write_json
+from hdlm_jax.common.jsons import Json, write_json
 from hdlm_jax.common.parallel import Tree
 from hdlm_jax.config import LESSONS, Config, ConfigError, GenerateConfig, resolve
 from hdlm_jax.data.embeddings import initial_table
@@ -65,7 +65,7 @@ class Dispatched(NamedTuple):
     step: int
     metrics: dict[str, jax.Array | float]
     rows: dict[str, np.ndarray]  # of its batch, this process's
-    place: dict[str, Any]  # of the batch in the data
+    place: Json  # of the batch in the data
 
 
 def check_resume(config: Config, meta: dict, path: str) -> None:
@@ -135,7 +135,7 @@ class Recorder:
             self.window.append(values)
         return finite
 
-    def record(self, step: int, skipped: int) -> dict[str, Any]:
+    def record(self, step: int, skipped: int) -> Json:
         """The record of the steps since the last one."""
         seconds = max(time.monotonic() - self.since, 1e-9)
         timed = self.steps >= self.config.train.log_every  # else too short: step and read-out overlap by one
@@ -154,7 +154,7 @@ class Recorder:
         self.steps, self.since, self.waited = 0, time.monotonic(), 0.0
         return record
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Json) -> None:
         for writer in self.writers:
             writer.write(record | self.once)
         self.once = {}
@@ -233,7 +233,7 @@ class Loop:
         return Evaluator(self.network, self.process, self.mesh, self.abstract.params,
                          seq_len=self.config.model.seq_len, seed=e.seed, cv2=e.cv2, batch_size=e.batch_size)
 
-    def _resumed(self) -> dict[str, Any]:
+    def _resumed(self) -> Json:
         """Restores the newest checkpoint that is whole; what it says about itself, nothing where there is none.
 
         The damaged ones after it are put aside once it is found, else all stay as they are.
@@ -258,7 +258,7 @@ class Loop:
                                     "use another --workdir, or put a copy in their place")
         return {}
 
-    def _said(self) -> dict[str, Any]:
+    def _said(self) -> Json:
         """What the checkpoint says about itself, once it is known to belong to this training; its hierarchy is used."""
         saved = self.checkpoints.meta(self.start)
         check_resume(self.config, saved, self.checkpoints.path)
@@ -415,7 +415,7 @@ class Loop:
         self.bar.update()
         return Dispatched(step, metrics | moved, rows, place)
 
-    def _read(self, done: Dispatched, force: bool = False) -> dict[str, Any] | None:
+    def _read(self, done: Dispatched, force: bool = False) -> Json | None:
         """Reads the metrics of a dispatched step; a record where one is due or forced."""
         values = {k: float(v) for k, v in done.metrics.items()}
         if not self.recorder.add(done.step, values):
@@ -428,7 +428,7 @@ class Loop:
             say(f"train: {line_of(record, self.config.train.steps, self.recorder.pace)}")
         return record
 
-    def _after(self, step: int, dispatched: Dispatched, due: dict[str, Any] | None) -> Dispatched | None:
+    def _after(self, step: int, dispatched: Dispatched, due: Json | None) -> Dispatched | None:
         """Measures, writes and saves what this step asks for; gives the step where its metrics are still to be read."""
         end = step == self.config.train.steps
         saves = end or step % self.config.checkpoint.every == 0
@@ -463,8 +463,7 @@ class Loop:
             say(f"{found}: skipped {which} (no. {values['skipped']:.0f} of at most {limit})")
             return
         kept = os.path.join(self.workdir, f"nonfinite-{done.step}-{jax.process_index()}.npz")
-        with jsons.open_atomic(kept) as file:
-            np.savez(file, **done.rows)  # type: ignore[arg-type]
+        jsons.write_arrays(kept, done.rows)
         back, path = self.checkpoints.latest(), self.checkpoints.path
         raise TrainingStopped(
             f"{found}; last finite {self.recorder.last_finite}; {values['skipped']:.0f} steps skipped, "

@@ -99,12 +99,15 @@ class Prompts:
             out.append(sampler.text_of(self.tokenizer, ids[given:], "end"))
         return out
 
-    def judged(self, x: np.ndarray, examples: list[Example]) -> tuple[np.ndarray, dict[str, float]]:
-        """(rewards float32 [n], their mean, standard error, share solved and share of different rows)."""
-        reward = self.task.reward(self.answers(x, examples), [example.facts for example in examples])
+    def judged(self, x: np.ndarray, examples: list[Example], calls: np.ndarray | int = 0
+               ) -> tuple[np.ndarray, dict[str, float]]:
+        """(rewards float32 [n], their mean, standard error, share solved and share of different rows); calls: int [n],
+        of which each costs tune.cost."""
+        quality = self.task.reward(self.answers(x, examples), [example.facts for example in examples])
+        reward = (quality - self.config.tune.cost * calls).astype(np.float32)
         return reward, {"reward": float(reward.mean()),
                         "reward_se": float(reward.std(ddof=1) / math.sqrt(len(reward))),
-                        "solved": float(np.mean(reward == 1)), "distinct": len(np.unique(x, axis=0)) / len(x)}
+                        "solved": float(np.mean(quality == 1)), "distinct": len(np.unique(x, axis=0)) / len(x)}
 
 
 class Numbered(Protocol):
@@ -137,7 +140,7 @@ class Tuning(Loop):
                  ) -> None:
         super().__init__(config, workdir, stop, profile, shown)
         method, kind = check_law(self.process, config.generate), config.tune.advantage
-        sampler.check_order(method, self.abstract.params)
+        sampler.check_heads(method, self.abstract.params)
         if kind in OF_CALLS and not draws_whole_texts(method, self.process.num_levels, config.model.seq_len):
             raise ConfigError(f"tune.advantage={kind!r}: judges the text that each call draws; generate.method="
                               f"{config.generate.method!r} with generate.options={config.generate.options!r} draws no "
@@ -186,7 +189,7 @@ class Tuning(Loop):
         key = jax.random.fold_in(key, number)
         rollout = self._rolled(state.params, batch, jax.random.fold_in(key, 0))
         examples, t = self.prompts.examples(number, rows), self.config.tune
-        reward, found = self.prompts.judged(rollout["x"], examples)
+        reward, found = self.prompts.judged(rollout["x"], examples, rollout["calls"])
         drawn = self._drawn(rollout, examples) if t.advantage in OF_CALLS else None
         advantage = advantages(reward, t.group, t.advantage, drawn)
         if drawn is not None:  # as many calls as there can be, so that all steps are one program
@@ -204,13 +207,14 @@ class Tuning(Loop):
         """Beside the bound the reward of rollouts on fixed prompts, always by the same random numbers."""
         pause, rows = time.monotonic(), self.config.train.batch_size
         params = self.state.ema or self.state.params
-        x, examples = [], []
+        rollouts, examples = [], []
         for number in range(-(-self.config.tune.rows // rows)):
             batch: Rows = self.fixed.batch(number)
             key = jax.random.fold_in(jax.random.key(self.config.train.seed), number)
-            x.append(self._rolled(params, parallel.put_batch(self.mesh, batch), key)["x"])
+            rollouts.append(self._rolled(params, parallel.put_batch(self.mesh, batch), key))
             examples += self.fixed.examples(number, rows)
-        _, found = self.fixed.judged(np.concatenate(x), examples)
+        x, calls = (np.concatenate([rollout[name] for rollout in rollouts]) for name in ("x", "calls"))
+        _, found = self.fixed.judged(x, examples, calls)
         self.recorder.since += time.monotonic() - pause
         told = measured(found["reward"], found["reward_se"], sign="+-")
         say(f"train: step {step:,}, reward {told} on {len(examples)} fixed prompts, "
@@ -239,7 +243,7 @@ def rewards(run: Run, workdir: str) -> list[dict[str, Any]]:
     options = " ".join(part for part in g.options.split() if not part.startswith("steps="))
     for many in (max(1, steps // 2), steps, 2 * steps) if steps else (g.steps,):
         found = draw(canvas, dataclasses.replace(g, steps=many, options=options))
-        reward, facts = prompts.judged(found["tokens"], examples)
+        reward, facts = prompts.judged(found["tokens"], examples, found["row_forwards"])
         out.append({"steps": many, "calls": float(found["row_forwards"].mean()), "prompts": len(examples)} | facts)
         say(f"evaluate: {config.tune.task} in {many} steps ({out[-1]['calls']:.1f} calls): reward "
             f"{measured(facts['reward'], facts['reward_se'], sign='+-')}, {100 * facts['distinct']:.0f} % of the "

@@ -204,8 +204,7 @@ class Checkpoints:
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me},
                                                    barrier_sync_key_prefix=f"read{me}")
-        handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+        handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             return reader.restore(os.path.join(self.path, str(step)), args=ocp.args.Composite(**items))
 

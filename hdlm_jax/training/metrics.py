@@ -48,7 +48,7 @@ class MetricsFile:
             say(f"{path}: {len(damaged)} of its lines cannot be read (the first, line {damaged[0]}); all others are "
                 f"kept, and the file as it was in {aside}")
         kept = [r for r in records if r["step"] <= resume_step]
-        jsons.write_atomic(path, "".join(jsons.dumps(r) + "\n" for r in kept).encode())
+        jsons.write_lines(path, kept)
         self.path, self.file = path, open(path, "a")
 
     def write(self, record: Mapping[str, Any]) -> None:

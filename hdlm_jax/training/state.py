@@ -22,7 +22,7 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.diffusion.sedd import SeddProcess
-from hdlm_jax.models.channel import ChannelProcess, frozen
+from hdlm_jax.models import channel, channel_times
 from hdlm_jax.models.decoder import lora_labels
 from hdlm_jax.models.make import make_network
 from hdlm_jax.models.network import TENSOR_AXES, matrix_axes
@@ -39,7 +39,7 @@ def make_process(config: Config, hierarchy: Hierarchy) -> Process:
         return GiddProcess(hierarchy, d.p_uniform)
     chain = LevelChain(d.level_rates(hierarchy.num_levels))
     if d.channel:
-        return ChannelProcess(hierarchy, chain, d.xi, d.force_transition, d.channel, d.channel_width)
+        return channel_times.make(d, hierarchy, chain)
     hierarchical = SoftProcess if config.hierarchy.map == "learned" else HierarchicalProcess
     return (SeddProcess if d.process == "sedd" else hierarchical)(hierarchy, chain, d.xi, d.force_transition)
 
@@ -84,7 +84,7 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
     if config.hierarchy.map == "learned":
         tx = with_map(tx, lambda n: config.hierarchy.map_rate * schedule(n + 1))
     if config.diffusion.channel:
-        tx = frozen(tx)
+        tx = channel.frozen(tx)
     tx = optax.chain(optax.clip_by_global_norm(o.clip), tx)
     if config.decoder.lora:
         tx = optax.multi_transform({"trained": tx, "kept": optax.set_to_zero()}, lora_labels)

@@ -28,8 +28,7 @@ LossSums: TypeAlias = Callable[[Tree, Batch, jax.Array], tuple[jax.Array, jax.Ar
 TrainStep: TypeAlias = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh | None = None
-                   ) -> LossSums:
+def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh | None = None) -> LossSums:
     """loss_sums(params, batch, key) -> (loss, nelbo, tokens): sums over the rows given, in nats.
 
     batch: x int32 [b, S], index int32 [b] (rows of the global batch), optionally score bool [b, S] (False where the

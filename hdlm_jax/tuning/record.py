@@ -36,6 +36,7 @@ class Rollout(NamedTuple):
     turn: int32 [B, S, K], the turn of a drop in its call, where the order was drawn by a head (dcolt).
     seen, drawn: int32 [B, C, S], states on show in each call and what it made of them before some were thrown away,
     where some may be.
+    length: int32 [B, C], index of the block's length that a head drew in each call, -1: none was due (ctrldiff).
     """
 
     x: jax.Array
@@ -45,11 +46,12 @@ class Rollout(NamedTuple):
     turn: jax.Array | None = None
     seen: jax.Array | None = None
     drawn: jax.Array | None = None
+    length: jax.Array | None = None
 
 
 class Transition(NamedTuple):
     """A call of a rollout: states z before and `after` all that was drawn, their levels, what each token's draw is an
-    ancestor of (`x`), its turn in the order, all int32 [B, S]; t float32 [B]."""
+    ancestor of (`x`), its turn in the order, all int32 [B, S]; t float32 [B]; the length drawn, int32 [B]."""
 
     z: jax.Array
     after: jax.Array
@@ -58,6 +60,7 @@ class Transition(NamedTuple):
     x: jax.Array
     turn: jax.Array | None
     t: jax.Array
+    length: jax.Array | None = None
 
 
 def replay(process: HierarchicalProcess, rollout: Rollout, call: jax.Array) -> Transition:
@@ -71,7 +74,9 @@ def replay(process: HierarchicalProcess, rollout: Rollout, call: jax.Array) -> T
         return Transition(z, after, process.level_of(z), process.level_of(after), x, None, t)
     level, to = (jnp.sum(rollout.fell >= at + more, axis=-1, dtype=jnp.int32) for more in (0, 1))
     turn = None if rollout.turn is None else jnp.max(jnp.where(rollout.fell == at, rollout.turn, 0), axis=-1)
-    return Transition(shown(process, rollout.x, level), shown(process, rollout.x, to), level, to, rollout.x, turn, t)
+    length = None if rollout.length is None else of_call(rollout.length, call)
+    return Transition(shown(process, rollout.x, level), shown(process, rollout.x, to), level, to, rollout.x, turn, t,
+                      length)
 
 
 def of_call(values: jax.Array, call: jax.Array) -> jax.Array:
@@ -205,7 +210,7 @@ def make_rollout(network: Trunk, process: HierarchicalProcess, g: GenerateConfig
         _, state, _ = found.run(cache, state)
         memory = state.memory
         return (), Rollout(state.z, memory["fell"], memory["told"], state.call,
-                           *(memory.get(name) for name in ("turn", "seen", "drawn")))
+                           *(memory.get(name) for name in ("turn", "seen", "drawn", "length")))
 
     def step(given: tuple[Tree, dict[str, Any]], batch: Batch, key: jax.Array) -> Rollout:
         keys = fold(jnp.broadcast_to(key, batch["index"].shape), batch["index"])

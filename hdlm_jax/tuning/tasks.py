@@ -110,6 +110,20 @@ def _sum(rng: np.random.Generator, split: str) -> Example:
     return Example(f"{a}+{b}=", str(a + b), str(a + b))
 
 
+def _repeats(rng: np.random.Generator, split: str) -> Example:
+    """Fifteen times one digit, the prompt's own, or any where it shows a dot: then the first ones must not be drawn in
+    one call, as they would not agree."""
+    digit, given = str(rng.integers(0, 10)), rng.integers(2)
+    asked = digit if given else "."
+    return Example(f"{asked}=", digit * 15, asked)
+
+
+def _repeated(answer: str, facts: str) -> float:
+    """1 for fifteen times one digit, that of the facts unless they are a dot."""
+    same = len(answer) == 15 and answer[0] in "0123456789" and set(answer) == {answer[0]}
+    return float(same and facts in (".", answer[0]))
+
+
 _EXPRESSION = re.compile(r"(\d{1,2})([+*-])(\d{1,2})([+*-])(\d{1,2})")
 
 
@@ -181,5 +195,5 @@ def _solves(answer: str, facts: str) -> float:
 TASKS = {task.name: task for task in (
     Task("permutations", _permutation, _is_permutation, _any_symbols, 0.5, texts=30_000),
     Task("sorting", _sorting, exact, texts=16384), Task("parity", _parity, exact),
-    Task("sums", _sum, exact, texts=16384), Task("countdown", _countdown, _reaches, texts=16384),
-    Task("sudoku", _sudoku, _solves, texts=16384))}
+    Task("sums", _sum, exact, texts=16384), Task("repeats", _repeats, _repeated),
+    Task("countdown", _countdown, _reaches, texts=16384), Task("sudoku", _sudoku, _solves, texts=16384))}

@@ -6,16 +6,16 @@ mean reward is that of
     sum over calls c, over tokens i drawn in c, of  A D(i; z_c),    D = -log p(what was drawn for i | z_c),
 
 a sum, never a mean over a call, and over all draws, also those thrown away. The choice of positions depends on no
-parameter, or moves with probability zero; where a head draws the order (dcolt), D has the cost of a token's turn as
-well. A `View` is one state of each row and what is priced there; a clipped ratio (PPO, arXiv 1707.06347) only changes
-omega, whose gradient is nil.
+parameter, or moves with probability zero; where a head draws the order (dcolt) or the length of a block (ctrldiff), D
+has the cost of a token's turn, or of the length, as well. A `View` is one state of each row and what is priced there; a
+clipped ratio (PPO, arXiv 1707.06347) only changes omega, whose gradient is nil.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.levels import open_uniform
 from hdlm_jax.diffusion.prediction import LogitsPrediction, Prediction
-from hdlm_jax.models import order
+from hdlm_jax.models import block_lengths, order
 from hdlm_jax.models.heads import map_over_noised, sum_over_noised
 from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.state import TrainState
@@ -43,7 +43,8 @@ Update: TypeAlias = Callable[[TrainState, Batch, tuple[jax.Array, Tree]], tuple[
 class View(NamedTuple):
     """A state z int32 [b, S] of each row, told t float32 [b]; its tokens are priced from `level` down to `to` int32
     [b, S] (equal: not at all), on the way to tokens x int32 [b, S], times `weight` float32 [b, S] and `advantage`
-    float32 [b]. turn: int32 [b, S], in the order that a head drew, if one did."""
+    float32 [b]. turn: int32 [b, S], in the order that a head drew, if one did; length: int32 [b], the index of the
+    block's length that one drew, -1: none."""
 
     z: jax.Array
     t: jax.Array
@@ -53,6 +54,7 @@ class View(NamedTuple):
     weight: jax.Array
     advantage: jax.Array
     turn: jax.Array | None = None
+    length: jax.Array | None = None
 
 
 Views: TypeAlias = Callable[[Batch, jax.Array, jax.Array], View]  # (rows, keys [b], number of the view)
@@ -79,11 +81,11 @@ def visited(process: HierarchicalProcess, views: int) -> tuple[Views, Count]:
             every = chosen_calls(keys, rollout.calls, rollout.told.shape[1])
             call = jnp.take_along_axis(every, call[:, None], axis=1)[:, 0]
             scale = rollout.calls / jnp.clip(rollout.calls, 1, views)
-        z, _, level, to, x, turn, t = replay(process, rollout, call)
+        z, _, level, to, x, turn, t, length = replay(process, rollout, call)
         advantage = rows["advantage"]
         if advantage.ndim == 2:  # of each call
             advantage = of_call(advantage, call)
-        return View(z, t, level, to, x, jnp.broadcast_to(scale[:, None], z.shape), advantage, turn)
+        return View(z, t, level, to, x, jnp.broadcast_to(scale[:, None], z.shape), advantage, turn, length)
 
     def count(rows: Batch) -> jax.Array:
         most = jnp.max(rows["calls"])
@@ -186,11 +188,20 @@ class Gradients:
         drawn = map_over_noised(self.network.head, found, self.network.head_params(params), h,
                                 jnp.where(view.to < view.level, view.level, 0), view.x, (view.x, view.level, view.to),
                                 needs=self.needs, shard=self.shard)
-        return drawn if view.turn is None else drawn + self._turns(params, h, view)
+        return drawn + self._choices(params, h, view)
 
-    def _turns(self, params: Tree, h: jax.Array, view: View) -> jax.Array:
-        """The cost of each token's turn in the order, float [b, S]."""
-        return order.nats(order.scores(params, h, view.level, view.t), view.level, view.to, cast(jax.Array, view.turn))
+    def _choices(self, params: Tree, h: jax.Array, view: View) -> jax.Array:
+        """The cost of what heads chose in the call, float [b, S] or 0: of each token's turn in the order; of the
+        block's length, at the first token that falls."""
+        cost = jnp.float32(0)
+        if view.turn is not None:
+            cost += order.nats(order.scores(params, h, view.level, view.t), view.level, view.to, view.turn)
+        if view.length is not None:
+            written = view.level == 0
+            found = block_lengths.nats(block_lengths.scores(params, h, written, ~written, view.t), view.length)
+            first = jnp.argmax(view.to < view.level, axis=1)
+            cost += found[:, None] * jax.nn.one_hot(first, view.z.shape[1])
+        return cost
 
     def _nats(self, p: Prediction, fields: Sequence[jax.Array], levels: object) -> jax.Array:
         x, level, to = fields[:3]
@@ -226,10 +237,8 @@ class Gradients:
                                      (view.x, view.level, view.to, omega, view.weight), needs=self.needs,
                                      shard=self.shard)
         spent = jnp.sum(each)
-        if view.turn is None:
-            return loss, spent
-        turns = self._turns(params, h, view)
-        more = (jnp.sum(a * turns).astype(jnp.float32) for a in (omega, view.weight))
+        choices = self._choices(params, h, view)
+        more = (jnp.sum(a * choices).astype(jnp.float32) for a in (omega, view.weight))
         return loss + next(more), spent + next(more)
 
     def __call__(self, params: Tree, old: Tree | None, reference: Tree, rows: Batch, key: jax.Array

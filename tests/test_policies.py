@@ -76,6 +76,8 @@ METHODS = {
     "p2": (filled(revise.Scheduled(by="now")), dict(straight=True, quota="all", revise="planning"), {}),
     "p2_clusters": (filled(revise.Scheduled("cosine", "cluster", "now")),
                     dict(straight=True, quota="all", revise="planning", to="cluster", schedule="cosine"), {}),
+    "p2_levels": (Policy(Scored(Confidence(), All()), "argmax", revise=revise.Scheduled(by="now")),
+                  dict(quota="all", revise="planning"), {}),
     "planned_grid": (Policy(Planned(), draw="argmax"), {}, {}),
     "planned_reveal": (Policy(Planned("reveal"), draw="argmax"), {}, {}),
     "planned_events": (Policy(Planned("events"), draw="argmax"), {}, {}),
@@ -84,7 +86,7 @@ METHODS = {
     "remdm_loop": (remasking("loop"), {}, dict(steps=9, eta=0.3)),
 }
 FAST = [("dimple", 2), ("ccd_ds", 2), ("ass", 2), ("prophet", 2), ("saber", 1), ("saber", 2), ("rcr", 1),
-        ("p2_clusters", 2), ("remdm", 2)]
+        ("p2_clusters", 2), ("p2_levels", 2), ("remdm", 2)]
 
 
 @functools.cache

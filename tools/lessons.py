@@ -1,8 +1,9 @@
-"""What a trained run can learn afterwards, on texts whose law is known (docs/training.md, "Lessons").
+"""What a run can learn beside the bound or afterwards, on texts whose law is known (docs/training.md).
 
     python -m tools.lessons energy [--out=docs/runs/lesson_energy.json]
     python -m tools.lessons certainty
     python -m tools.lessons adjust
+    python -m tools.lessons drafts
 
 energy   texts of a Markov chain of words (tools/toy_calls.py: four of four words, behind a word that is given); a
          network of one block is trained on them, then its energy; the total variation of texts drawn in few calls, by
@@ -11,6 +12,8 @@ certainty  texts whose prompt decides them (the parities of the first 1..6 of si
          (permutations of six symbols): calls of threshold decoding, right answers and different ones before and after
          certainty forcing on own texts, and after as many steps of cross-entropy alone.
 adjust   permutations once more: six drops on so many passes of the network, drawn on their own or with a layer between.
+drafts   permutations: as many steps with train.draft_share = 0, .25 and .5, without clusters and with three; the exact
+         bound, and texts of the methods that take words back beside those that do not.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.models.adjust import Adjust
 from hdlm_jax.models.energy import EnergyNetwork
 from hdlm_jax.training.state import TrainState, build, init_state, make_optimizer
-from hdlm_jax.training.step import make_train_step
+from hdlm_jax.training.step import make_loss_sums, make_train_step
 from hdlm_jax.tuning import adjust, certainty, energy
 from hdlm_jax.tuning.lesson import make_step
 from tools import cli, toy_calls
@@ -46,6 +49,14 @@ V, S = toy_calls.V, toy_calls.S + 1  # a word in front is given: in a row of mas
 HIERARCHIES = {"none": [], "classes": [[0, 0, 1, 1, 2]]}
 CANDIDATES, CALLS, TEXTS = (1, 2, 4, 16), (1, 2, 4), 40_000
 SYMBOLS, BITS, THRESHOLD, JUDGED = 6, 6, 0.9, 1024
+SHARES = (0.0, 0.25, 0.5)
+METHODS = ("ancestral", "low_confidence block=0", "remdm", "rcr block=0", "p2", "p2 eta=.5", "saber draw=sample")
+TAUGHT = ((3e-3, 1000), (1e-3, 500))  # (rate, steps) of training: without drafts, then with them
+# clusters of the symbols and of the word in front, methods, what training there is, the last of it with drafts
+DRAFTED: dict[str, tuple[list[list[int]], tuple[str, ...], tuple[tuple[float, int], ...]]] = {
+    "none": ([], METHODS, TAUGHT), "none at the start": ([], METHODS, TAUGHT[:1]),
+    "three": ([[0, 0, 0, 1, 1, 1, 2]], (*METHODS, "rcr block=0 straight=false", "p2 straight=false",
+                                        "p2 straight=false eta=.5", "p2 straight=false eta=.5 to=cluster"), TAUGHT)}
 
 
 def toy_config(length: int, objective: str = "nelbo", steps: int = 3000, seed: int = 0, clusters: int = 1,
@@ -94,14 +105,16 @@ def fit(state: TrainState, step: Callable[..., Any], batch: Callable[[int], Any]
     return state, {name: float(np.mean([one[name] for one in last])) for name in last[0]}
 
 
-def trained_base(config: Config, hierarchy: Hierarchy, batch: Callable[[int], Any]) -> tuple[Any, HierarchicalProcess,
-                                                                                            Tree]:
-    """(network, process, parameters) of a run of such texts."""
+def trained_base(config: Config, hierarchy: Hierarchy, batch: Callable[[int], Any], start: Tree | None = None
+                 ) -> tuple[Any, HierarchicalProcess, Tree]:
+    """(network, process, parameters) of a run of such texts, from the parameters `start` or from chance."""
     network, process = build(config, hierarchy)
     tx, _ = make_optimizer(config)
     key = jax.random.key(config.train.seed)
     step = make_train_step(config, network, process, tx)
-    state, _ = fit(init_state(config, network, tx, key), step, batch, key, config.train.steps)
+    state = init_state(config, network, tx, key)
+    state = state if start is None else state._replace(params=jax.tree.map(jnp.copy, start))
+    state, _ = fit(state, step, batch, key, config.train.steps)
     return network, cast(HierarchicalProcess, process), state.params
 
 
@@ -282,10 +295,78 @@ def table_adjust(records: Sequence[dict[str, Any]]) -> str:
     return markdown(["passes", "alone: right", "different", "layer: right", "different"], rows)
 
 
+@functools.cache
+def drafted_network(kind: str) -> tuple[Hierarchy, Callable[..., Any], Callable[..., Any]]:
+    """(hierarchy, write(policy, params, numbers, key) -> (texts, passes), bound(params) -> nats a token)."""
+    parents, length = DRAFTED[kind][0], 1 + SYMBOLS
+    hierarchy, clusters = Hierarchy.from_parents(parents, vocab_size=SYMBOLS + 1), 3 if parents else 1
+    judged = toy_config(length, "count", clusters=clusters, train__batch_size=JUDGED)
+    network, process = build(judged, hierarchy)
+    held_out, sums = batches(permutations, 1, JUDGED, 99), jax.jit(make_loss_sums(judged, network, process))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def write(policy: Policy, params: Tree, numbers: Tree, key: jax.Array) -> Any:
+        z = jnp.full((JUDGED, length), process.mask_id).at[:, 0].set(SYMBOLS)
+        x, told = loop.sample(key, lambda z, t: network.denoise(params, z, t), cast(HierarchicalProcess, process), z,
+                              policy, numbers)
+        return x, jnp.mean(told["row_forwards"])
+
+    def bound(params: Tree) -> float:
+        found = [sums(params, held_out(i), jax.random.key(i))[1:] for i in range(16)]
+        return float(np.mean([nats / tokens for nats, tokens in found]))
+
+    return hierarchy, write, bound
+
+
+def trial_drafts(kind: str, seed: int) -> dict[str, Any]:
+    """One seed: a run for every share of drafts, its exact bound, and what each method writes."""
+    began, (hierarchy, write, bound) = time.monotonic(), drafted_network(kind)
+    (parents, methods, (*before, last)), shares = DRAFTED[kind], dict[str, Any]()
+
+    def learn(rate: float, steps: int, share: float, start: Tree | None) -> Tree:
+        config = toy_config(1 + SYMBOLS, steps=steps, seed=seed, clusters=3 if parents else 1, train__draft_share=share,
+                            optimizer__lr=rate)
+        texts = batches(permutations, 1, 128, seed + (100 if start else 0))
+        return trained_base(config, hierarchy, texts, start)[2]
+
+    start = learn(*before[0], 0.0, None) if before else None
+    for share in SHARES:
+        params, written = learn(*last, share, start), dict[str, Any]()
+        for method in methods:
+            for many in (3, 6) if "saber" not in method else (6,):  # it counts no calls
+                found = presets.make(*method.partition(" ")[::2], steps=many)
+                numbers = jax.tree.map(jnp.asarray, presets.numbers(found))
+                x, passes = jax.tree.map(np.asarray, write(found.policy, params, numbers, jax.random.key(seed + 1)))
+                written.setdefault(method, {})[str(many)] = {
+                    "passes": float(passes), "right": float(CERTAIN["permutations"][3](x).mean()),
+                    "distinct": len(np.unique(x, axis=0)) / JUDGED}
+        shares[f"{share:g}"] = {"bound": bound(params), "methods": written}
+    return {"clusters": kind, "seed": seed, "shares": shares, "seconds": time.monotonic() - began}
+
+
+def table_drafts(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the bound, and right and different texts by method and steps, means and spreads over seeds, for each
+    share of drafts; passes: the mean over all."""
+    rows, shares = list[list[str]](), list(records[0]["shares"])
+    shown = lambda found: f"{np.mean(found):.3f}" + (f" ± {np.std(found):.3f}" if len(found) > 1 else "")  # noqa: E731
+    for kind in dict.fromkeys(r["clusters"] for r in records):
+        mine = [r["shares"] for r in records if r["clusters"] == kind]
+        rows.append([kind, "bound, nats/token", "", "", *(shown([one[share]["bound"] for one in mine])
+                                                          for share in shares), *[""] * len(shares)])
+        for method, by_steps in mine[0][shares[0]]["methods"].items():
+            for steps in by_steps:
+                found = [[one[share]["methods"][method][steps] for one in mine] for share in shares]
+                rows.append([kind, method, steps, f"{np.mean([f['passes'] for one in found for f in one]):.1f}", *(
+                    shown([f[name] for f in one]) for name in ("right", "distinct") for one in found)])
+    head = [f"{name}, share {share}" for name in ("right", "different") for share in shares]
+    return markdown(["clusters", "method", "steps", "passes", *head], rows)
+
+
 TRIALS: dict[str, tuple[Sequence[str], Callable[[str, int], dict[str, Any]], Callable[..., str]]] = {
     "energy": (tuple(HIERARCHIES), trial_energy, table_energy),
     "certainty": (tuple(CERTAIN), trial_certainty, table_certainty),
-    "adjust": (("permutations",), trial_adjust, table_adjust)}
+    "adjust": (("permutations",), trial_adjust, table_adjust),
+    "drafts": (tuple(DRAFTED), trial_drafts, table_drafts)}
 
 
 def table(found: dict[str, Any]) -> str:

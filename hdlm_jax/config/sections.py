@@ -425,6 +425,7 @@ class TrainConfig(_Section):
     steps: int = 500_000  # optimizer steps
     batch_size: int = 512  # sequences a step, over all devices
     objective: str = "nelbo"  # nelbo | rate | count | any_order | complementary | paired; a lesson (docs/training.md)
+    draft_share: float = 0.0  # of the rows: they show the run's own drafts, which it is asked to correct
     microbatches: int = 1  # gradients are summed over as many parts of the batch
     seed: int = 0  # of weights, noise and order of the rows
     log_every: int = 100  # steps between records of metrics.jsonl and lines of the log
@@ -453,6 +454,7 @@ class TrainConfig(_Section):
         self.hold("must be at least 1", "steps", "batch_size", "microbatches", "log_every")
         self.need(self.batch_size % self.partners == 0, "batch_size",
                   f"train.objective={self.objective!r} makes two rows of each text; give an even number")
+        self.hold("must lie in [0, 1)", "draft_share")
         self.hold_seed("seed")
         self.hold("must not be negative", "nonfinite_limit", "evaluate_every", "sample_every", "open_steps",
                   "recluster_every", "recluster_until")

@@ -76,6 +76,7 @@ class Config:
         self._check_objective(levels)
         self._check_map(levels)
         self._check_channel()
+        self._check_drafts()
         if self.model.block:
             self._check_blocks()
         if self.model.trunk == "decoder":
@@ -175,6 +176,19 @@ class Config:
              f"diffusion.channel={d.channel:g} is for {' and '.join(map(repr, methods))} alone")
         rule(g.force_transition in ("", "cavity"), "generate.force_transition", g.force_transition,
              f"diffusion.channel={d.channel:g} is for 'cavity' alone")
+
+    def _check_drafts(self) -> None:
+        """train.draft_share beside what it is not built for."""
+        t = self.train
+        if not t.draft_share:
+            return
+        for name, value, only in (
+                ("diffusion.process", self.diffusion.process, "hierarchical"), ("hierarchy.map", self.hierarchy.map,
+                 "hard"), ("diffusion.channel", self.diffusion.channel, 0.0), ("model.block", self.model.block, 0),
+                ("tune.objective", self.tune.objective, "")):
+            rule(value == only, name, value, f"train.draft_share={t.draft_share:g} is for {only!r} alone")
+        rule(t.objective not in sections.LESSONS, "train.objective", t.objective,
+             f"has a loss of its own, and train.draft_share={t.draft_share:g} is of texts; give 0")
 
     def _check_blocks(self) -> None:
         """model.block beside what does not know two copies of a text."""

@@ -189,26 +189,34 @@ WRITE_ALL = choose.Scored(choose.Confidence(), choose.All(), straight=True)
 def saber(*, least: int = 2, mu: float = 8.0, of: str = "own", draw: str = "argmax") -> Method:
     """Saber (arXiv 2510.18165): tokens surer than those before them were, and backtracking where confidence has fallen.
 
-    Needs predictions at tokens that are written, which the network is trained for at xi < 1 alone.
+    Needs predictions at tokens that are written, which a network is trained for by train.draft_share alone (and those
+    at clusters at xi < 1).
     """
     policy = Policy(choose.Scored(choose.Confidence(), choose.Running()), draw, revise=revise.Backtrack(of))
     return Method(policy, {"least": least, "mu": mu})
 
 
-def rcr(*, steps: int = 0, schedule: str = "linear", to: str = "mask", block: int = 32, draw: str = "sample") -> Method:
-    """Running confidence remasking (RCR of MDPO, arXiv 2508.13148): all is written, the least sure are remasked."""
-    policy = Policy(WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to))
-    return Method(policy, {"steps": steps})
+def rcr(*, steps: int = 0, schedule: str = "linear", to: str = "mask", block: int = 32, draw: str = "sample",
+        straight: bool = True) -> Method:
+    """Running confidence remasking (RCR of MDPO, arXiv 2508.13148): all is written, the least sure are remasked.
+
+    straight: from the mask to the vocabulary at once; false: to the cluster first, in one more call, as a network is
+    trained that learns words at clusters alone.
+    """
+    every = dataclasses.replace(WRITE_ALL, straight=straight)
+    return Method(Policy(every, draw, block=block, revise=revise.Scheduled(schedule, to)), {"steps": steps})
 
 
 def p2(*, steps: int = 0, eta: float = 1.0, schedule: str = "linear", to: str = "mask", block: int = 0,
-       draw: str = "sample") -> Method:
+       draw: str = "sample", straight: bool = True) -> Method:
     """Path planning with the network as its own planner (P2, arXiv 2502.03540): every call writes all, and what the
     network now finds least likely is remasked; eta >= 0 (the paper's strength of stochasticity, may exceed 1) is how
-    much tokens written before are doubted. Needs predictions at them, as saber does.
+    much tokens written before are doubted. Needs predictions at them, as saber does: train.draft_share, and then
+    an eta of .5 (docs/training.md). straight: as in rcr.
     """
-    policy = Policy(WRITE_ALL, draw, block=block, revise=revise.Scheduled(schedule, to, "now"))
-    return Method(policy, {"steps": steps, "eta": eta})
+    every = dataclasses.replace(WRITE_ALL, straight=straight)
+    return Method(Policy(every, draw, block=block, revise=revise.Scheduled(schedule, to, "now")),
+                  {"steps": steps, "eta": eta})
 
 
 def remdm(*, steps: int = 0, kind: str = "cap", eta: float = 0.05, t_on: float = 0.55, t_off: float = 0.05,

@@ -86,7 +86,8 @@ class Backtrack(Revise):
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled(Revise):
-    """Every call writes all open tokens (give `Scored(quota=All(), straight=True)`), then remasks the lowest scores.
+    """Every call writes all open tokens (give `Scored(quota=All(), straight=True)`; without straight each goes one
+    level down, and the last ones take a call more), then remasks the lowest scores.
 
     After call d of T, n (T - d)/T (schedule="linear") or n cos(pi d / 2 T) ("cosine"), rounded down, of the block's n
     tokens are back at the top (to="mask"), or so many of its n levels are taken back (to="cluster"): first every token

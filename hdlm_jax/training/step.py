@@ -20,6 +20,7 @@ from hdlm_jax.models.decoder import apart
 from hdlm_jax.models.features import given
 from hdlm_jax.models.heads import sum_over_noised
 from hdlm_jax.models.trunk import Trunk
+from hdlm_jax.training.drafts import correction, make_redraft
 from hdlm_jax.training.state import TrainState
 from hdlm_jax.training.views import make_view, opened
 
@@ -37,12 +38,12 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
     adds up to it.
     nelbo is an unbiased estimate of the unweighted bound; only loss has gradients.
     """
-    d, m = config.diffusion, config.model
+    d, m, drafts = config.diffusion, config.model, config.train.draft_share > 0
     shard = parallel.OverBatch(mesh)
+    redraft = make_redraft(config, network, process, shard)
 
     def hidden(params: Tree, keys: jax.Array, *rows: jax.Array | None) -> Any:
-        def of(key: jax.Array | None, z: Any, t: Any, *rest: jax.Array | None) -> jax.Array:
-            segment, clean, features = rest
+        def of(key: jax.Array | None, z: Any, t: Any, segment: Any, clean: Any, features: Any) -> jax.Array:
             return network.hidden(given(params, features), z, t, segment, key, clean)
 
         if not m.dropout:
@@ -57,21 +58,22 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
         keys = fold(jnp.broadcast_to(key, index.shape), index)
         score = batch.get("score", jnp.ones(x.shape, bool))
         drawn = process.with_params(params)
-        z, level, t, tau, weight, bound = make_view(config, drawn)(key, index, x, score)
-        seen = batch.get("segment")
-        if "open" in batch:
-            seen = opened(fold(keys, 3), batch["open"], x.shape[1], seen)
-        h = hidden(params, fold(keys, 2), z, t, seen, x if m.block else None, batch.get("features"))
+        seen = opened(fold(keys, 3), batch.get("open"), x.shape[1], batch.get("segment"))
+        beside = seen, x if m.block else None, batch.get("features")
+        view = make_view(config, drawn)(key, index, x, score)
+        (z, level, t, tau, weight, bound), asked = redraft(hidden, params, keys, x, view, beside)
+        h = hidden(params, fold(keys, 2), z, t, *beside)
 
         def token_loss(p: Prediction, fields: Sequence[jax.Array], levels: tuple[int, ...]) -> tuple[jax.Array, ...]:
-            x, z, tau, weight, nelbo_weight = fields
+            x, z, tau, weight, nelbo_weight, asked = fields
             cost = process.token_loss(p, x, z, levels, tau=tau)
             hard = process.token_loss(p, x, z, levels, True, tau=tau) if d.hard_training else cost
+            hard = jnp.where(asked, correction(process, p, x, z), hard) if drafts else hard
             return weight * hard, jax.lax.stop_gradient(nelbo_weight * cost)
 
-        fields = (x, z, tau, weight, bound)
-        loss, nelbo = sum_over_noised(network.head, token_loss, network.head_params(params), h, level, x, fields,
-                                      needs=process.needs(d.hard_training), shard=shard)
+        loss, nelbo = sum_over_noised(
+            network.head, token_loss, network.head_params(params), h, level, x, (x, z, tau, weight, bound, asked),
+            needs=process.needs(d.hard_training or drafts), shard=shard)
         loss += drawn.draw_loss(x, z, nelbo)
         return loss, jnp.sum(nelbo), jnp.sum(batch.get("tokens", score)).astype(jnp.float32)
 
@@ -107,8 +109,7 @@ def make_train_step(config: Config, network: Trunk, process: Process, tx: optax.
     With low-rank additions the gradients, and their norm, are of these alone: the others' are never made.
     """
     loss_sums = make_loss_sums(config, network, process, mesh)
-    parts, ema, open_steps = config.train.microbatches, config.optimizer.ema, config.train.open_steps
-    partners = config.train.partners
+    t, parts, ema = config.train, config.train.microbatches, config.optimizer.ema
 
     def sums(trained: Tree, kept: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         loss, nelbo, tokens = loss_sums(_filled(trained, kept), batch, key)
@@ -118,7 +119,7 @@ def make_train_step(config: Config, network: Trunk, process: Process, tx: optax.
         if parts == 1:
             return jax.value_and_grad(sums, has_aux=True)(trained, kept, batch, key)
         # texts i, i + parts, ... make a part: contiguous rows stay on their device
-        split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, partners, *a.shape[1:]), 1, 0).reshape(
+        split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, t.partners, *a.shape[1:]), 1, 0).reshape(
             parts, -1, *a.shape[1:]), batch)
 
         def add(carry: Tree, part: Batch) -> tuple[Tree, None]:
@@ -130,9 +131,8 @@ def make_train_step(config: Config, network: Trunk, process: Process, tx: optax.
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(key, state.step)
-        if open_steps:
-            share = jnp.minimum(state.step / open_steps, 1.0)
-            batch = batch | {"open": jnp.broadcast_to(share, batch["index"].shape)}
+        if t.open_steps:
+            batch = batch | {"open": jnp.full(batch["index"].shape, jnp.minimum(state.step / t.open_steps, 1.0))}
         trained, fixed = apart(state.params) if config.decoder.lora else (state.params, state.params)
         (loss, (nelbo, tokens)), grads = gradients(trained, fixed, batch, key)
         grads = _filled(grads, jax.tree.map(jnp.zeros_like, fixed))

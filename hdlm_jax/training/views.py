@@ -66,8 +66,11 @@ def _tau(t: jax.Array, rest: jax.Array) -> jax.Array:
     return jnp.where(t < 0.5, -jnp.log1p(-t), -jnp.log(rest))
 
 
-def opened(keys: jax.Array, share: jax.Array, seq_len: int, segment: jax.Array | None) -> jax.Array:
-    """bool [b, S, S]: tokens see those before them, and of those behind a random `share` [b] (arXiv 2410.17891)."""
+def opened(keys: jax.Array, share: jax.Array | None, seq_len: int, segment: jax.Array | None) -> jax.Array | None:
+    """bool [b, S, S]: tokens see those before them, and of those behind a random `share` [b] (arXiv 2410.17891); None:
+    the segments as they are."""
+    if share is None:
+        return segment
     behind = jax.vmap(lambda key, p: jax.random.uniform(key, (seq_len, seq_len)) < p)(keys, share)
     seen = behind | jnp.tri(seq_len, dtype=bool)[None]
     return seen if segment is None else seen & (segment[:, :, None] == segment[:, None])

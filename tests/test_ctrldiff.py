@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_sampler import MDLM, TWO, make
+from test_tuning import HeadedTabular
 
 from hdlm_jax.config import TuneConfig, recipe, resolve
 from hdlm_jax.data.tokenizers import make_tokenizer
 from hdlm_jax.decoding import loop, presets
 from hdlm_jax.models import block_lengths
 from hdlm_jax.models.block_lengths import LENGTHS
-from hdlm_jax.models.heads import FlatHead
 from hdlm_jax.runs.tune import Prompts
 from hdlm_jax.tuning import record
 from hdlm_jax.tuning.update import Gradients
@@ -121,33 +121,6 @@ GIVEN, FREE = 1, 5
 S = GIVEN + FREE
 
 
-class Exact(FlatHead):
-    """A flat head whose hidden states are the logits, in the precision they come in."""
-
-    def logits(self, params, h):
-        return h
-
-
-@dataclasses.dataclass
-class Tabular:
-    """Logits in every state of a row, {"table": [N ** S, S, V]}, beside a head for lengths."""
-
-    process: object
-
-    @property
-    def head(self):
-        return Exact(self.process.hierarchy)
-
-    def head_params(self, params):
-        return {"kernel": jnp.zeros(0), "bias": jnp.zeros(0)}
-
-    def place(self, z):
-        return jnp.sum(z * jnp.asarray(self.process.num_states ** np.arange(S)[::-1])[None], axis=-1)
-
-    def hidden(self, params, z, t, segment=None):
-        return params["table"][self.place(z)]
-
-
 def enumerated(process, toy):
     """All rollouts in two ways to cut five tokens, four and one or all at once, a level of a whole block in a call, and
     every text: (texts [n, S], fell [n, S, K], index of the first length [n]), and function params -> float64 [n]."""
@@ -168,7 +141,7 @@ def enumerated(process, toy):
         steps.append(parts)
     under = jnp.asarray([[float(above[toy.level[s]][list(texts[:, 1]).index(x), 1] == s) if toy.level[s] else
                           float(s == x) for x in range(toy.V)] for s in range(toy.N)])
-    network = Tabular(process)
+    network = HeadedTabular(process)
 
     def prob(params):
         first = jnp.asarray(steps[0][0][0])  # the prompt and five masks
@@ -211,7 +184,7 @@ def test_score_is_the_gradient_of_quality_less_cost(shape):
         rows = {"x": jnp.asarray(words), "fell": jnp.asarray(fell), "calls": jnp.asarray(calls, jnp.int32),
                 "told": jnp.full((len(words), FREE * toy.K), told[0]), "length": jnp.asarray(length),
                 "advantage": p * worth, "index": jnp.arange(len(words))}
-        made = Gradients(TuneConfig(objective="score", task="repeats", cost=0.2), 1.0, Tabular(process), process)
+        made = Gradients(TuneConfig(objective="score", task="repeats", cost=0.2), 1.0, HeadedTabular(process), process)
         gradient = jax.jit(lambda rows: made(params, None, None, rows, jax.random.key(0))[1])
         cost = sum(np.asarray(made.nats(params, made.views(rows, jax.random.key(0), jnp.int32(call)))).sum(1)
                    for call in range(2 * toy.K))

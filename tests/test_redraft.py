@@ -10,8 +10,8 @@ import pytest
 from oracle import entropy, random_joint
 from test_sampler import make
 from test_tuning import Exact
+from test_views import ROWS, SEQ, settings
 
-from hdlm_jax import config as config_lib
 from hdlm_jax.config import Config, ConfigError, DiffusionConfig, TrainConfig
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.training.drafts import correction
@@ -135,21 +135,6 @@ def test_a_single_draft_is_answered_without_a_look_at_it():
             if case == "K=1":
                 np.testing.assert_allclose(table[at(a, c), 0], p[at(toy.mask, c), 0], atol=1e-12)
         assert max(np.abs(many[at(a, c), 0] - many[at(b, c), 0]).max() for a, b, c in pairs) > 0.01
-
-
-SEQ, ROWS = 8, 16
-
-
-def settings(**changes):
-    c = config_lib.default()
-    c.tokenizer.kind, c.tokenizer.vocab_size = "bytes", 257
-    c.hierarchy.clusters, c.diffusion.weighting = (4,), "none"
-    c.model.width, c.model.blocks, c.model.heads, c.model.seq_len = 16, 1, 2, SEQ
-    c.train.batch_size = ROWS
-    for name, value in changes.items():
-        section, field = name.split("__")
-        c[section][field] = value
-    return config_lib.resolve(c)
 
 
 @pytest.mark.parametrize("head", ["flat", "factorised"])

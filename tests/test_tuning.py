@@ -131,9 +131,12 @@ class Tabular:
     def head_params(self, params):
         return {"kernel": jnp.zeros(0), "bias": jnp.zeros(0)}
 
+    def place(self, z):
+        """The row of the table."""
+        return jnp.sum(z * jnp.asarray(self.process.num_states ** np.arange(z.shape[1])[::-1])[None], axis=1)
+
     def hidden(self, params, z, t, segment=None):
-        place = self.process.num_states ** np.arange(S)[::-1]
-        return params[jnp.sum(z * jnp.asarray(place)[None], axis=1)]
+        return params[self.place(z)]
 
 
 def under(toy, u, s):
@@ -155,8 +158,8 @@ class Way:
     drawn: list = dataclasses.field(default_factory=list)
 
 
-class OrderedTabular(Tabular):
-    """The same beside a head for an order: {"table", "order"}."""
+class HeadedTabular(Tabular):
+    """The same beside a head for what is chosen: {"table", "order"} or {"table", "block_lengths"}."""
 
     def hidden(self, params, z, t, segment=None):
         return super().hidden(params["table"], z, t)
@@ -322,7 +325,7 @@ def test_both_parts_of_a_drawn_order_are_trained(shape, calls):
         prob, worth = ways.prob(**params), reward[tuple(ways.words.T)]
         assert abs(float(prob.sum()) - 1) < 1e-12
         wanted = jax.grad(lambda params: jnp.sum(ways.prob(**params) * worth))(params)
-        made = Gradients(TuneConfig(objective="score", task="permutations"), 1.0, OrderedTabular(process), process)
+        made = Gradients(TuneConfig(objective="score", task="permutations"), 1.0, HeadedTabular(process), process)
         turn = np.zeros(ways.fell.shape, np.int32)
         for n, turns in enumerate(ways.turns):
             for _, level, left, i in turns:

@@ -76,7 +76,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 def test_compiled_once_for_all_that_does_not_change_the_program():
     same = {"num_samples": 5, "prompt": "x", "batch_size": 3, "checkpoint": "latest", "seed": 4, "steps": 7,
             "judge": "x", "schema": "x", "helper": "x", "judge_dtype": "bfloat16", "trajectories": 1, "corrections": 2,
-            "correction_temperature": 0.5, "stop": "", "features": "x"}
+            "correction_temperature": 0.5, "stop": "", "features": "x", "channel_told": 0.3}
     other = {"method": "first_hitting", "temperature": 0.5, "top_p": 0.5, "clusters": "clean", "length": 9,
              "force_transition": "none"}
     options = {"options": "steps=9"}  # thresholds and counts are inputs

@@ -250,7 +250,7 @@ def test_a_network_reads_what_it_is_told():
 # ---- networks, runs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("times, levels", [("token", LADDER), ("before", (4.0,))])
+@pytest.mark.parametrize("times, levels", [("token", LADDER), pytest.param("before", (4.0,), marks=pytest.mark.slow)])
 def test_networks_at_all_times(times, levels):
     """A network that knows nothing costs log V a token, by the evaluator; training's loss at the bound's own weights is
     the bound, and its slope that of differences."""

@@ -182,6 +182,7 @@ print("rows", shards[0].data.shape[0], flush=True)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(exported, root, tmp_path):
     """Weights divided over the devices of two processes; the second call of both finds the first one's."""
     workdir = shutil.copytree(trained()[1], tmp_path / "run")

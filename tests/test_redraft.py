@@ -153,7 +153,8 @@ def test_a_correction_is_asked_at_the_level_of_what_is_shown(head):
         assert cost == pytest.approx(-np.log(of[anc == anc[word]].sum()), rel=1e-4)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(model__head="factorised", train__objective="count")])
+@pytest.mark.parametrize("changes", [dict(), pytest.param(dict(model__head="factorised", train__objective="count"),
+                                                          marks=pytest.mark.slow)])
 def test_rows_are_drafted_each_on_their_own(changes):
     """Parts of a batch add up to it, loss, bound and gradient; prompts stay what they are."""
     config = settings(train__draft_share=0.6, **changes)

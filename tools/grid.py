@@ -54,6 +54,9 @@ class Cell(NamedTuple):
 NO_TIME = ("--config.model.time_conditioning=False",)
 CLIP = ("--config.diffusion.weighting=clip", "--config.diffusion.weight_min=0.0", "--config.diffusion.weight_max=2.0")
 GPT2 = ("--config.tokenizer.kind=gpt2",)
+REPEATS = {name: (f"--config.data.files=('runs/grid/one_of_{n}.jsonl',)",  # every nth chapter (docs/results.md)
+                  "--config.tokenizer.file=runs/grid/data/tokenizer.tiktoken")
+           for name, n in (("once", 2), ("x4", 8), ("x16", 32))}
 LONG = ("--config.train.steps=2000",)  # 8.2M tokens
 COUNT = ("--config.train.objective=count", "--config.diffusion.weighting=none")
 SPEEDRUN = ("--config.train.batch_size=16", "--config.train.steps=960", "--config.optimizer.warmup=40")
@@ -118,6 +121,8 @@ CELLS = (
     Cell("hdlm-factorised-gpt2", "hdlm-factorised-muon", 3, GPT2),
     Cell("long-mdlm", "mdlm-warm-factorised-muon", 3, LONG, True),
     Cell("long-block4", "mdlm-warm-factorised-block4-muon", 3, LONG, True),
+    *(Cell(f"{kind}-{name}", f"{kind}-muon", 3, more, True) for name, more in REPEATS.items()
+      for kind in ("mdlm", "ar")),
     Cell("gidd", "gidd-muon", 4),
     Cell("ar-adamw", "ar", 4),
     *(Cell(name, "mdlm-warm-factorised-muon", 3, (*SPEEDRUN, *more), True) for name, more in TRIALS.items()),
@@ -135,6 +140,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "paper": ("mdlm-clip", "hdlm-clip"),
     "vocabulary": ("mdlm-gpt2", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2"),
     "recipe": tuple(TRIALS),
+    "repeats": tuple(f"{kind}-{name}" for kind in ("mdlm", "ar") for name in REPEATS),
     "field": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "hdlm_xi9", "shuffled", "ar"),
     "processes": ("mdlm", "ar", "gidd0", "gidd", "hdlm"),
 }
@@ -149,9 +155,15 @@ def chosen(names: Sequence[str], priority: int) -> list[Cell]:
                                                      key=lambda cell: cell.priority)
 
 
+def data_of(cell: Cell) -> str:
+    """The folder of a cell's prepared text."""
+    own = {GPT2[0]: "data-gpt2"} | {more[0]: f"data-{name}" for name, more in REPEATS.items()}
+    return next((own[setting] for setting in cell.more if setting in own), "data")
+
+
 def commands(cell: Cell, seed: int, runs: Path, steps: int, judge: str) -> list[list[str]]:
     """What makes a cell, one after the other."""
-    workdir, data = str(runs / f"{cell.name}-s{seed}"), runs / ("data-gpt2" if cell.more[:1] == GPT2 else "data")
+    workdir, data = str(runs / f"{cell.name}-s{seed}"), runs / data_of(cell)
     recipe = f"books:{cell.recipe}" + f"-s{seed}" * bool(seed)
     main = [sys.executable, "-m", "hdlm_jax.main", f"--config={recipe}", f"--workdir={workdir}",
             f"--config.data.dir={data}", f"--config.train.steps={steps}", f"--config.evaluate.rows={ROWS}",

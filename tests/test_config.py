@@ -282,6 +282,15 @@ def test_checkpoints_of_before_go_on(monkeypatch):
         check_resume(with_(**here), meta, "x")
 
 
+def test_what_a_run_that_is_started_from_cannot_be_is_named():
+    """By its own name, also where that begins as one that may differ does; heads for choices may be new."""
+    base, given = with_(model={"blocks": 4}), {"model": {"blocks": 3, "block_lengths": True, "block": 8, "order": True}}
+    with pytest.raises(ConfigError, match=r"other settings than given here: model.blocks=3 \(there 4\); leave"):
+        config.inherit(given, base, "base")
+    del given["model"]["blocks"]
+    assert config.inherit(given, base, "base")["model"] == dataclasses.asdict(base.model) | given["model"]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])
 def test_no_number_may_be_infinite(value):
     """Of all settings and all options of all methods; in float32, which they are computed in, 1e39 is infinite."""

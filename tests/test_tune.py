@@ -10,6 +10,7 @@ import pytest
 import hdlm_jax
 from hdlm_jax.common import parallel
 from hdlm_jax.config import REWARDS, TUNINGS, ConfigError, default, recipe, resolve
+from hdlm_jax.data import tokenizers
 from hdlm_jax.decoding import sampler
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.runs import export, train, tune
@@ -69,6 +70,22 @@ def test_advantages_of_calls():
     np.testing.assert_allclose(advantages(reward, 2, "call", drawn), [[1, 1, 0], [-1, -1, -.5]])
     plain = np.array([[0 + 1, 1 + 1, 0 + 1], [1 + .25, -.5 + 0, -.5 + 0]])
     np.testing.assert_allclose(advantages(reward, 2, "mdpo", drawn), np.sign(plain - plain.mean(0)), rtol=1e-6)
+
+
+def test_errors_of_rewards_count_prompts():
+    """Sums of which all rollouts of a prompt are right or none: four prompts say as much as four rollouts would; of a
+    single prompt its rollouts are what there is."""
+    config, tokenizer = settings("score", "x", tune__task="sums", model__seq_len=16), tokenizers.make_tokenizer("bytes")
+    for split, rows, error in (("train", 16, 0.25), ("train", 4, 0.25), ("valid", 16, (0.2 / 16) ** 0.5)):
+        prompts = tune.Prompts(config, tokenizer, 257, split)
+        examples = prompts.examples(0, rows)
+        x = prompts.canvas(examples)
+        x[x == 257] = tokenizer.eot
+        for row, example in list(zip(x, examples, strict=True))[: rows // 4]:  # in the first case those of one prompt
+            ids = tokenizer.encode(example.prompt + example.answer)
+            row[: len(ids)] = ids
+        found = prompts.judged(x, examples)[1]
+        assert found["solved"] == 0.25 and found["reward_se"] == pytest.approx(error)
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -247,8 +247,8 @@ def resolve(given: Given) -> Config:
 
 _SECTIONS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}  # at their defaults
 _INHERITED = ("tokenizer", "hierarchy", "diffusion", "model", "decoder")
-_MAY_DIFFER = ("diffusion.", "model.seq_len", "model.dropout", "model.embeddings", "model.dtype", "model.remat",
-               "model.attention", "model.block", "model.order")
+_MAY_DIFFER = ("diffusion", "model.seq_len", "model.dropout", "model.embeddings", "model.dtype", "model.remat",
+               "model.attention", "model.block", "model.order", "model.block_lengths")
 _ADAPTED = ("hierarchy", "diffusion", "model.head", "model.prototypes", "model.seq_len", "model.dtype",
             "model.param_dtype", "model.remat", "model.attention", "decoder.context", "decoder.block",
             "decoder.shifted", "decoder.lora")  # as given with train.adapt
@@ -275,7 +275,7 @@ def inherit(given: Given, base: Config, name: str) -> dict[str, Any]:
                 continue
             if value == field.default:
                 values[field.name] = was
-            elif (expand(value) if key in PATHS else value) != was and not key.startswith(_MAY_DIFFER):
+            elif (expand(value) if key in PATHS else value) != was and not {key, section} & set(_MAY_DIFFER):
                 wrong.append(f"{key}={value!r} (there {was!r})")
         out[section] = values
     if own and out["model"].get("head", "flat") != "flat":

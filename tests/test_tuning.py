@@ -431,19 +431,27 @@ def test_clipped_ratios_and_the_reference_as_omega(ratio):
         assert np.abs(free - wanted).max() > 1e-2  # some ratios were clipped
 
 
-def test_nodes_integrate_the_bound():
-    """One level: weights at masks are share / t at the nodes of the rule, so that a cost of one nat a token sums to S
-    in the mean; given tokens are never noised."""
-    process = make(MDLM, (1.0,))[1]
-    rows = {"x": jnp.zeros((400, 6), jnp.int32), "fell": jnp.zeros((400, 6, 1), jnp.int32).at[:, 0].set(-1),
-            "advantage": jnp.zeros(400)}
-    view, count = OBJECTIVES["nodes"](process, 0)
-    keys, total = fold(jnp.broadcast_to(jax.random.key(0), (400,)), jnp.arange(400)), 0.0
+@pytest.mark.parametrize("name, views, total, error", [("nodes", 0, 5, 0.3), ("elbo", 2, 5, 0.6), ("one_pass", 0, 5, 0),
+                                                       ("coupled", 0, 7.5, 0.5)])
+def test_surrogates_weigh_what_they_hide(name, views, total, error):
+    """One level, five free tokens that cost a nat each: bounds sum to 5 in the mean, one pass to 5, and the half of an
+    all-masked text and of one split in two to 7.5; each view's tokens share a weight over t, which the network is told.
+    Given tokens are never priced, and hidden by one pass alone, with probability .15."""
+    process, n = make(MDLM, (1.0,))[1], 400
+    rows = {"x": jnp.zeros((n, 6), jnp.int32), "fell": jnp.zeros((n, 6, 1), jnp.int32).at[:, 0].set(-1),
+            "advantage": jnp.zeros(n)}
+    view, count = OBJECTIVES[name](process, views)
+    keys, sums, hidden = fold(jnp.broadcast_to(jax.random.key(0), (n,)), jnp.arange(n)), 0.0, []
     for number in range(int(count(rows))):
-        found = view(rows, keys, number)
-        hidden = np.asarray(found.level > found.to)
-        assert (np.asarray(found.z)[:, 0] == 0).all() and not hidden[:, 0].any() and hidden[:, 1:].any()
-        share = float(found.weight[hidden][0] * found.t[0])
-        assert share == pytest.approx((5 / 18, 8 / 18, 5 / 18)[number], rel=1e-5)
-        total += np.where(hidden, np.asarray(found.weight), 0).sum(1).mean()
-    assert total == pytest.approx(5, abs=0.3)
+        found = jax.tree.map(np.asarray, view(rows, keys, jnp.int32(number)))
+        hidden.append(found.level > found.to)
+        shown = found.z != process.mask_id
+        np.testing.assert_array_equal(shown[:, 1:], ~hidden[-1][:, 1:])
+        assert not hidden[-1][:, 0].any() and np.mean(~shown[:, 0]) == pytest.approx(0.15 * (name == "one_pass"), abs=.06)
+        share = np.where(hidden[-1], found.weight * found.t[:, None], np.nan)
+        wanted = {"nodes": (5 / 18, 8 / 18, 5 / 18), "elbo": (0.5,) * 2, "one_pass": (1,), "coupled": (0.5,) * 3}[name]
+        np.testing.assert_allclose(share[hidden[-1]], wanted[number], rtol=1e-5)
+        sums += np.where(hidden[-1], found.weight, 0).sum(1).mean()
+    assert sums == pytest.approx(total, abs=error + 1e-5)
+    if name == "coupled":
+        assert hidden[0][:, 1:].all() and (hidden[1] ^ hidden[2])[:, 1:].all() and 0.3 < hidden[1][:, 1:].mean() < 0.7

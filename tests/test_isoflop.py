@@ -67,6 +67,17 @@ def test_sizes_that_do_not_hold_the_best_have_none():
     assert "not to be had" in one  # no law from one budget
 
 
+def test_kinds_of_other_budgets_stand_under_their_own():
+    """Cells are of the budget above them, empty where a kind has none; a first kind without any is told of."""
+    shown = isoflop.table(lines("ar", budgets=(1e13, 1e14)) + lines("mdlm", budgets=(1e14, 1e15)), boots=2)
+    head, _, ar, mdlm = ([cell.strip() for cell in line.split("|")[1:-1]] for line in shown.split("\n"))
+    assert [name[-5:] for name in head[1:4]] == ["1e+13", "1e+14", "1e+15"]
+    assert [bool(cell) for cell in ar[1:4]] == [True, True, False]
+    assert [bool(cell) for cell in mdlm[1:4]] == [False, True, True] and ar[2].split()[:3] == mdlm[2].split()[:3]
+    with pytest.raises(ValueError, match="ar has no budget with three sizes"):
+        isoflop.table(lines("ar")[:2] + lines("mdlm"), boots=2)
+
+
 @pytest.mark.parametrize("kind", isoflop.KINDS)
 def test_a_budget_buys_what_it_says(kind):
     given = isoflop.settings(kind, "64x2", 3e12, 0, 16)

@@ -141,24 +141,27 @@ def spread(values: Sequence[float]) -> float:
 
 
 def table(lines: Sequence[Mapping[str, Any]], boots: int = 200) -> str:
-    """Markdown: best size and loss at each budget, the exponents, and the compute for the first kind's loss at the
-    largest budget."""
+    """Markdown: best size and loss at each budget (empty where a kind has fewer than three sizes of it), the exponents,
+    and the compute for the first kind's loss at its largest budget."""
     draw = np.random.default_rng(0)
     found, drawn = laws(lines), [laws(lines, draw) for _ in range(boots)]
-    first = next(iter(found.values()))
-    top = max(first["fits"])
+    name, first = next(iter(found.items()))
+    if not first["fits"]:
+        raise ValueError(f"isoflop: {name} has no budget with three sizes, which a parabola needs; make more runs")
+    top, budgets = max(first["fits"]), sorted({budget for law in found.values() for budget in law["fits"]})
     rows = []
     for kind, law in found.items():
         row = [kind]
-        for budget, fit in law["fits"].items():
-            each = [one[kind]["fits"][budget] for one in drawn]
-            row.append(f"{readable(fit.best, '.2g')} / {measured(fit.loss, spread([one.loss for one in each]), '.3f')}")
+        for budget in budgets:
+            fit, each = law["fits"].get(budget), [one[kind]["fits"].get(budget) for one in drawn]
+            row.append(f"{readable(fit.best, '.2g')} / {measured(fit.loss, spread([one.loss for one in each]), '.3f')}"
+                       if fit else "")
         for key in ("size", "loss"):
             row.append(_with_error(law[key], spread([one[kind][key] for one in drawn])))
         ratio = compute_for(law, first["fits"][top].loss, top)
         rows.append([*row, "1" if law is first else readable(ratio, ".1f")])
-    heads = [f"best N / loss, C = {budget:.3g}" for budget in first["fits"]]
-    return markdown(["", *heads, "N ~ C^", "loss ~ C^", f"times the compute for {next(iter(found))}'s loss"], rows)
+    heads = [f"best N / loss, C = {budget:.3g}" for budget in budgets]
+    return markdown(["", *heads, "N ~ C^", "loss ~ C^", f"times the compute for {name}'s loss"], rows)
 
 
 def _with_error(value: float, error: float) -> str:

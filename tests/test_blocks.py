@@ -246,6 +246,7 @@ def test_bd3lm_writes_the_law_of_its_network():
     (dict(model__time_conditioning=True), "model.time_conditioning=True: "),
     (dict(diffusion__process="gidd", diffusion__weighting="dynamic", hierarchy__clusters=(1,)), "model.block=2: "),
     (dict(model__trunk="decoder", decoder__window=4), "decoder.window=4: is not built for model.block=2"),
+    (dict(tune__objective="elbo", tune__task="sums", tune__group=2, train__init_from="x"), "tune.objective='elbo': "),
 ])
 def test_what_is_not_built_is_one_line(changes, words):
     with pytest.raises(ConfigError) as error:

@@ -200,6 +200,9 @@ class Config:
                  f"is not built for model.block={block}; give {none!r}, or model.block=0")
         rule(not self.train.open_steps, "train.open_steps", self.train.open_steps,
              f"is not built for model.block={block}; give 0")
+        rule(self.tune.objective in ("", "score"), "tune.objective", self.tune.objective,
+             "hides tokens of one copy of a text, where blocks see hidden ones before them: no bound of "
+             f"model.block={block}; choose 'score'")
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

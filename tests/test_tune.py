@@ -88,6 +88,17 @@ def test_errors_of_rewards_count_prompts():
         assert found["solved"] == 0.25 and found["reward_se"] == pytest.approx(error)
 
 
+def test_answers_are_different_up_to_their_ends():
+    """What a row has behind its end is no answer; the same answer to two prompts is two."""
+    config, tokenizer = settings("score", "x", tune__task="sums", model__seq_len=16), tokenizers.make_tokenizer("bytes")
+    prompts = tune.Prompts(config, tokenizer, 257)
+    examples = prompts.examples(0, 8)  # two prompts, four rollouts each
+    x = np.where((z := prompts.canvas(examples)) == 257, ord("7") + np.arange(8)[:, None] % 2, z)
+    for row, example in zip(x, examples, strict=True):
+        row[len(example.prompt) : len(example.prompt) + 2] = ord("5"), tokenizer.eot
+    assert len(np.unique(x, axis=0)) == 4 and prompts.judged(x, examples)[1]["distinct"] == 2 / 8
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"tune.objective": "score"}, "tune.task"), ({"tune.objective": "score", "tune.task": "sums"}, "train.init_from"),
     ({"data.source": "task"}, "tune.task"), ({"tune.group": 1}, "at least 2"),

@@ -101,14 +101,18 @@ class Prompts:
 
     def judged(self, x: np.ndarray, examples: list[Example], calls: np.ndarray | int = 0
                ) -> tuple[np.ndarray, dict[str, float]]:
-        """(rewards float32 [n], their mean, standard error, share solved and share of different rows); calls: int [n],
-        of which each costs tune.cost. The error is that of a mean over prompts, as rollouts of one prompt are alike;
-        where there is a single one, over its rollouts."""
-        quality = self.task.reward(self.answers(x, examples), [example.facts for example in examples])
+        """(rewards float32 [n]; their mean, its standard error, the shares of solved and of different answers).
+
+        calls: int [n], of which each costs tune.cost. The error is that of a mean over prompts, as rollouts of one
+        prompt are alike; where there is a single one, over its rollouts.
+        """
+        answers = self.answers(x, examples)
+        quality = self.task.reward(answers, [example.facts for example in examples])
         reward = (quality - self.config.tune.cost * calls).astype(np.float32)
         each = reward.reshape(-1, self.group).mean(1) if len(reward) > self.group else reward
         return reward, {"reward": float(reward.mean()), "reward_se": float(each.std(ddof=1) / math.sqrt(len(each))),
-                        "solved": float(np.mean(quality == 1)), "distinct": len(np.unique(x, axis=0)) / len(x)}
+                        "solved": float(np.mean(quality == 1)),
+                        "distinct": len({(e.prompt, a) for e, a in zip(examples, answers, strict=True)}) / len(x)}
 
 
 class Numbered(Protocol):

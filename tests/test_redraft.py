@@ -174,6 +174,23 @@ def test_rows_are_drafted_each_on_their_own(changes):
     assert float(whole[0][0]) > 0 and float(optax.tree.norm(whole[1])) > 0
 
 
+def test_drafts_are_drawn_without_dropout(monkeypatch):
+    """As the sampler draws them; the pass that learns from them has it."""
+    config = settings(train__draft_share=0.5, model__dropout=0.3)
+    network, process = build(config, Hierarchy.from_parents([np.arange(40) % 4]))
+    calls, hidden = [], type(network).hidden
+
+    def seen(self, params, z, t, segment=None, dropout=None, clean=None):
+        calls.append(dropout is not None)
+        return hidden(self, params, z, t, segment, dropout, clean)
+
+    monkeypatch.setattr(type(network), "hidden", seen)
+    batch = {"x": jnp.zeros((ROWS, SEQ), jnp.int32), "index": jnp.arange(ROWS)}
+    jax.eval_shape(lambda key: make_loss_sums(config, network, process)(network.init_params(key, SEQ), batch, key),
+                   jax.random.key(0))
+    assert calls == [False, True]
+
+
 @pytest.mark.parametrize("changes, words", [
     (dict(train__draft_share=1.0), "train.draft_share=1.0: must lie in"),
     (dict(diffusion__process="sedd", hierarchy__clusters=(1,)), "diffusion.process='sedd': train.draft_share=0.5"),

@@ -29,7 +29,7 @@ from hdlm_jax.models.heads import map_over_noised
 from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.views import View
 
-# (parameters, keys [b], states, times, what else a trunk is told) -> hidden states
+# (parameters, keys [b] of dropout or None, states, times, what else a trunk is told) -> hidden states
 Read: TypeAlias = Callable[..., jax.Array]
 # (reads, parameters, keys [b], texts, view, what else) -> (view, tokens asked about, bool [b, S]; () without drafts)
 Redraft: TypeAlias = Callable[[Read, Tree, jax.Array, jax.Array, View, tuple], tuple[View, Tree]]
@@ -58,7 +58,7 @@ def make_redraft(config: Config, network: Trunk, process: Process, shard: OverBa
         if not share:
             return view, ()
         params, keys = jax.lax.stop_gradient(params), fold(keys, 7)
-        hidden = read(params, fold(keys, 3), view.z, view.t, *rest)
+        hidden = read(params, None, view.z, view.t, *rest)  # the sampler has no dropout
         chosen = (jax.vmap(open_uniform)(fold(keys, 0)) < share)[:, None]
         target, t = earlier(h, fold(keys, 1), view)
         falls = chosen & (view.level > 0) & (target < h.level_of(view.z))

@@ -42,11 +42,11 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
     shard = parallel.OverBatch(mesh)
     redraft = make_redraft(config, network, process, shard)
 
-    def hidden(params: Tree, keys: jax.Array, *rows: jax.Array | None) -> Any:
+    def hidden(params: Tree, keys: jax.Array | None, *rows: jax.Array | None) -> Any:
         def of(key: jax.Array | None, z: Any, t: Any, segment: Any, clean: Any, features: Any) -> jax.Array:
             return network.hidden(given(params, features), z, t, segment, key, clean)
 
-        if not m.dropout:
+        if not m.dropout or keys is None:
             return of(None, *rows)
         # a row's own key, so that its dropout does not depend on its batch mates
         row = lambda key, *one: of(key, *jax.tree.map(lambda a: a[None], one))[0]  # noqa: E731

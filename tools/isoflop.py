@@ -8,7 +8,8 @@ A run is a recipe of configs/books.py (--recipe=NAME for another file) at one si
 budget buys, with a schedule of that length; FLOPs are `flops_per_token`'s, head and attention with them. As in SMDM
 (arXiv 2410.18514, section 4): for each budget a parabola in log N, its lowest point the best size; over budgets the
 power laws N ~ C^a and loss ~ C^-b. N is the parameters of the blocks' matrices (no embeddings, no head), 12 blocks
-width^2. Errors are of the texts measured on, and of seeds where there are several: every loss is drawn anew.
+width^2. Errors are of the texts measured on, and of seeds where there are several: every loss is drawn anew, by itself
+(runs share texts and noise, so that between runs of one seed this is no error of theirs; docs/scale.md).
 Each run is a line of --out (docs/runs/isoflop.jsonl); what is there is not made again. The table of it stands in the
 documents between <!-- isoflop: FILE --> and <!-- end -->.
 """

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -331,6 +332,21 @@ def test_own_texts_are_each_seen_once_an_epoch():
     later = batches.iterator({"next_index": 2})
     np.testing.assert_array_equal(next(later)["x"][:, 0], x[16:])
     assert later.get_state() == {"next_index": 3}
+
+
+def test_own_texts_are_written_anew_for_other_settings(tmp_path, monkeypatch):
+    """And taken from the file for the same ones."""
+    rows, written = {"x": np.arange(8)[:, None], "score": np.ones((8, 1), bool)}, []
+    monkeypatch.setattr(refine, "own_texts", lambda base, config, rows: written.append(config.generate) or rows)
+    plain = GenerateConfig()
+    for g in (plain, plain, *(dataclasses.replace(plain, **more) for more in (
+            dict(top_p=0.9), dict(temperature=0.5), dict(clusters="clean"), dict(force_transition="between")))):
+        config = types.SimpleNamespace(train=types.SimpleNamespace(objective="certainty", init_from="base"),
+                                       tune=types.SimpleNamespace(texts=8), generate=g)
+        loop = types.SimpleNamespace(config=config, workdir=str(tmp_path), base=types.SimpleNamespace(step=1),
+                                     batches=refine.OwnTexts(rows, 8, 0))
+        assert sorted(refine.Refining._texts(loop)["x"][:, 0]) == list(range(8))
+    assert len(written) == 5
 
 
 @pytest.mark.slow

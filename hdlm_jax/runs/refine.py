@@ -113,7 +113,7 @@ class Refining(Loop):
         config, g = self.config, self.config.generate
         path = os.path.join(self.workdir, "own_texts.npz")
         made = jsons.dumps([config.train.objective, self.base.step, config.tune.texts, g.method, g.options, g.steps,
-                            g.temperature, g.seed])
+                            g.temperature, g.top_p, g.clusters, g.force_transition, g.seed])
         if os.path.exists(path):
             with np.load(path) as file:
                 if str(file["made"]) == made:

@@ -27,7 +27,8 @@ def test_a_table_that_differs_is_found_and_rewritten(root, tmp_path, monkeypatch
     assert tables.main([]) == 0 and (copy / "README.md").read_text(encoding="utf-8") == text
 
 
-def test_recipes_settings_and_links_of_the_documents_exist(root):
+def test_recipes_settings_tests_and_links_of_the_documents_exist(root):
+    tests = "".join(path.read_text(encoding="utf-8") for path in (root / "tests").glob("*.py"))
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         for name in set(re.findall(r"configs/(\w+\.py)", text)):
@@ -36,6 +37,8 @@ def test_recipes_settings_and_links_of_the_documents_exist(root):
             assert name in recipes.names(), (path, name)
         for name in set(re.findall(r"--config\.([a-z_]+\.[a-z_0-9]+)", text)):
             check_name(name)
+        for name in set(re.findall(r"`(test_\w+)`", text)):
+            assert f"def {name}(" in tests, (path, name)
         for name in set(re.findall(r"\]\(((?!http|#)[\w/.]+)(?:#[\w-]+)?\)", text)):
             assert (path.parent / name).exists(), (path, name)
 

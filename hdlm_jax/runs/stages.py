@@ -95,9 +95,9 @@ def make_tokens(config: Config, workdir: str) -> str | None:
 def _data_of(config: Config, folder: str) -> DataConfig:
     """The settings of the texts; with data.source='task' or an example those that are written into the folder."""
     if config.data.source in examples.EXAMPLES:
-        if config.data.features_field != examples.FEATURES:
-            raise ConfigError(f"data.features_field={config.data.features_field!r}: records of data.source="
-                              f"{config.data.source!r} have theirs in {examples.FEATURES!r}")
+        for name, has in zip(("features_field", "prompt_field"), examples.given(config.data.source), strict=True):
+            if (asked := dataclasses.asdict(config.data)[name]) != has:
+                raise ConfigError(f"data.{name}={asked!r}: must be {has!r} for data.source={config.data.source!r}")
         train, valid = examples.write(config.data.source, folder)
         return dataclasses.replace(config.data, source="files", files=(train,), validation=(valid,),
                                    text_field=examples.TEXT)

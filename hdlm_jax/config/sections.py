@@ -585,7 +585,7 @@ class EvaluateConfig(_Section):
     protocols: tuple[str, ...] = PROTOCOLS  # of perplexities: each document by itself, all packed into windows of S
     limit: int = 0  # only the first so many documents or questions of a task; 0: all
     target_se: float = 0.25  # nats; a pilot tells how many draws make the best two answers' difference so well known
-    loops: int = 0  # of the bound, for networks of decoder.loops: as many iterations; 0: decoder.loops
+    loops: int = 0  # iterations in place of decoder.loops; 0: as many
     most_draws: int = 128  # a question's draws at the most, the pilot's (16, or `draws` if more) not counted
     exact_match: int = 0  # so many validation records are written anew, behind their prompts or features; 0: none
     decodings: tuple[str, ...] = ()  # in place of the bound: likelihoods under methods, as in 'max_prob steps=16'
@@ -599,6 +599,7 @@ class EvaluateConfig(_Section):
         self.need(self.rows_in_training >= 2, "rows_in_training", "must be at least 2")
         self.need(bool(self.protocols), "protocols", f"choose of {', '.join(PROTOCOLS)}")
         self.need(not (self.tasks and self.decodings), "decodings", "are of the validation split: leave out the tasks")
+        self.need(not (self.tasks and self.loops), "loops", "are of the validation split: leave out the tasks")
         for name in ("files", "lm1b"):
             self.need(name not in self.tasks or bool(getattr(self, name)), name, f"the task {name!r} needs its files")
         self.need(self.limit >= 0, "limit", "must not be negative; 0 is all")

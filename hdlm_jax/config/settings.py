@@ -102,7 +102,8 @@ class Config:
               f"must be at most model.seq_len={self.model.seq_len}")
         rule(process == "gidd" or not self.generate.corrections, "generate.corrections", self.generate.corrections,
               f"goes with diffusion.process='gidd', not {process!r}")
-        plain = self.generate.method == "ancestral" and not self.generate.options or self.generate.method == "diagonal"
+        plain = (bool(self.decoder.loops) if self.generate.method == "diagonal" else
+                 self.generate.method == "ancestral" and not self.generate.options)
         rule(process in ("hierarchical", "sedd") or plain, "generate.method", self.generate.method,
               f"diffusion.process={process!r} has no levels that drop; choose 'ancestral' without options")
         low = 1 / n
@@ -203,18 +204,16 @@ class Config:
              f"is not built for model.block={block}; give 0")
 
     def _check_loops(self) -> None:
-        """decoder.loops beside what it is not built for, and what goes with it alone."""
-        loops, m, n, e = self.decoder.loops, self.model, self.decoder, self.evaluate
+        """decoder.loops beside what it is not built for."""
+        loops, n, m = self.decoder.loops, self.decoder, self.model
+        rule(bool(loops) or not self.evaluate.loops, "evaluate.loops", self.evaluate.loops, "goes with decoder.loops")
         if not loops:
-            rule(self.generate.method != "diagonal", "generate.method", "diagonal", "refines the latent states of a "
-                 "network of decoder.loops; choose another")
-            rule(not e.loops, "evaluate.loops", e.loops, "goes with decoder.loops")
             return
         for name, value, only in (
                 ("diffusion.process", self.diffusion.process, "autoregressive"), ("decoder.experts", n.experts, 0),
-                ("decoder.window", n.window, 0), ("decoder.lora", n.lora, 0), ("model.chooses", m.chooses, ()),
-                ("data.features_field", self.data.features_field, ""), ("tune.objective", self.tune.objective, ""),
-                ("released.layout", self.released.layout, "")):
+                ("decoder.window", n.window, 0), ("decoder.lora", n.lora, 0), ("model.order", m.order, False),
+                ("model.block_lengths", m.block_lengths, False), ("tune.objective", self.tune.objective, ""),
+                ("data.features_field", self.data.features_field, ""), ("released.layout", self.released.layout, "")):
             rule(value == only, name, value, f"decoder.loops={loops} is for {only!r} alone")
 
     def as_dict(self) -> dict[str, Any]:

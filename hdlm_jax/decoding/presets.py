@@ -355,9 +355,9 @@ def quantised(*, steps: int = 0, bits: int = 8, kind: str = "plain") -> Method:
 
 
 def diagonal(*, inner: int = 4, exit: float = 0.03, noise: float = 0.5, wavefront: int = 128) -> Method:
-    """Diagonal sampling of a network of decoder.loops (arXiv 2510.14961): a call refines the latent states of up to
-    `wavefront` positions `inner` iterations and begins one more; a token stands when its state moves by less than `exit`.
-    With wavefront=1, exit=0 and noise=0 the text of `ancestral`."""
+    """The diagonal sampler of recurrent depth (arXiv 2510.14961), for runs of decoder.loops: a call refines the states
+    of up to `wavefront` positions by `inner` iterations and begins one more; a token stands when its state moves by
+    less than `exit`. With wavefront=1, exit=0 and noise=0 it writes what `ancestral` does."""
     policy = Policy(choose.Scored(choose.Order("left"), choose.Count()))
     return Method(policy, {"exit": exit, "noise": noise}, Diagonal(inner, wavefront))
 

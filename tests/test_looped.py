@@ -259,9 +259,9 @@ def twin(params, row, by, exit, noise):
     while first < S:
         count, end = count + 1, min(end + 1, first + by.wavefront, S)
         shown, rests = list(tokens), []
-        had[first:end] += by.inner
+        had[first:end] += by.inner  # shown, had: of the whole call
         for i in range(first, end):
-            n = had[i] // by.inner - 1
+            n = had[i] - by.inner
             of_call = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, i), 1), n)
             logits, new, cache = step(jnp.int32(shown[i - 1] if i else V), cache, jnp.int32(i), jnp.float32(s[i]),
                                       noise / (1 + n), of_call, jnp.asarray(had))
@@ -313,7 +313,8 @@ def test_what_does_not_go_with_it(changes, message):
 def test_a_run(tmp_path):
     """Trained, measured with its own and with fewer iterations, sampled: diagonally as one position after the other."""
     given = read_recipe(write_recipe(tmp_path)).as_dict()
-    more: dict = SETTINGS | {"model": SETTINGS["model"] | {"seq_len": SEQ_LEN}, "train": {"microbatches": 2, "batch_size": 16}}
+    more: dict = SETTINGS | {"model": SETTINGS["model"] | {"seq_len": SEQ_LEN},
+                             "train": {"microbatches": 2, "batch_size": 16}}
     given = {name: section | more.get(name, {}) for name, section in given.items()}
     train.train(resolve(given), str(tmp_path / "run"))
 

@@ -66,7 +66,7 @@ def sample(key: jax.Array, network: LoopedDecoder, params: Tree, process: Autore
     Args:
       exit: a position has come to rest when a call moves its state by less than this share of the state's norm (and the
         token that it was shown still stands); 0: never.
-      noise: of a state's n-th call (from 0) this share / (1 + n) is noise, as training starts from.
+      noise: this share / (1 + n) of a state that has had n iterations is replaced by noise as training starts from.
       length: int32 [B] or a scalar, positions to fill; the rest is as of diffusion.autoregressive.sample, whose random
         numbers these are: a position's draws are the same in all calls.
 
@@ -85,7 +85,7 @@ def sample(key: jax.Array, network: LoopedDecoder, params: Tree, process: Autore
         end = jnp.minimum(jnp.minimum(f.end + 1, f.first + column.size), length)
         at = f.first[:, None] + column
         place, near = jnp.where(at < end[:, None], at, s), jnp.minimum(at, s - 1)
-        old, n = f.s[row, near], f.made[row, near] // by.inner
+        old, n = f.s[row, near], f.made[row, near]
         share = (noise / (1 + n))[..., None]
         of_call = fold(fold(each[row, near], 1), n).reshape(-1)
         fresh = jax.vmap(lambda key: jax.random.normal(key, old.shape[-1:]))(of_call).reshape(old.shape)

@@ -84,8 +84,8 @@ def test_training_goes_back_through_the_last_iterations(more):
     """Loss and gradients of a drawn R above and below decoder.loops_back; float32, both ways the same products."""
     _, network, process, params = made()
     z, weights = process.shifted(texts(2)), jax.random.normal(jax.random.key(5), (2, S, D))
-    key, count = next((key, int(n)) for key in map(jax.random.key, range(20))
-                      if ((n := drawn_loops(jax.random.split(key)[0], R)) > BACK + 1 if more else n < BACK))
+    drawn = ((key, int(drawn_loops(jax.random.split(key)[0], R))) for key in map(jax.random.key, range(50)))
+    key, count = next((key, n) for key, n in drawn if (n > BACK + 1 if more else n < BACK))
     start = jnp.broadcast_to(START * jax.random.normal(jax.random.split(key)[1], (1, S, D)), (2, S, D))
 
     def kept(n, tree):

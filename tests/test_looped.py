@@ -277,7 +277,7 @@ def twin(params, row, by, exit, noise):
 
 
 def test_the_sampler_is_its_twin():
-    params, by, exit, noise = settling(made()[3], 0.65), Diagonal(1, 3), 0.9, 0.2
+    params, by, exit, noise = settling(made()[3], 0.65), Diagonal(1, 3), 0.9, 0.6
     got, stats = samplers()[1](params, canvas(), 0, S, by, exit, noise)
     tokens, count, back, held = zip(*(twin(params, row, by, exit, noise) for row in (0, 1)), strict=True)
     np.testing.assert_array_equal(got, tokens)

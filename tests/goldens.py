@@ -85,7 +85,7 @@ def results(name: str, config, workdir: str, methods: bool, train_it: bool) -> d
         out["nelbo_of_texts"] = [r["nats"] for r in model.nelbo(["one text", "and another, longer one"], draws=4)]
     if methods:
         for method in sorted(presets.METHODS):
-            if method not in ("guided", "edlm", "classifier", "dcolt", "ctrldiff", "adjust"):  # these ask for more
+            if method not in ("guided", "edlm", "classifier", "dcolt", "ctrldiff", "adjust", "diagonal"):  # need more
                 out[f"method_{method}"] = samples(model, method=method)
     return out
 

@@ -60,7 +60,7 @@ def canvas(rows=4, prompt=3):
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow)
-                                  for n in presets.METHODS if n not in ("dcolt", "ctrldiff", "adjust")])
+                                  for n in presets.METHODS if n not in ("dcolt", "ctrldiff", "adjust", "diagonal")])
 def test_every_method_writes_words(name):
     """All tokens, the prompt untouched, the same text in other company; numbers are inputs of the program."""
     g = GenerateConfig(method=name, steps=5, batch_size=8, options="start=8" if name == "daedal" else "")
@@ -116,6 +116,7 @@ def test_what_a_method_needs(tmp_path):
     bare = sampling.sampler_of(model().run)
     for name, message in (("guided", "needs a second run .*generate.helper"),
                           ("classifier", "needs a function: Model.generate"),
+                          ("diagonal", "refines the latent states of a network of decoder.loops"),
                           ("dcolt", "needs a head for an order"),
                           ("ctrldiff", "needs a head for lengths .*model.block_lengths=True")):
         with pytest.raises(ConfigError, match=message):

@@ -47,7 +47,8 @@ def settings(run: Run, given: argparse.Namespace) -> list[GenerateConfig]:
     for text in given.methods or every:
         name, _, options = text.partition(" ")
         method = presets.make(name, options)
-        why = ("it knows no levels that drop" if name != "ancestral" and not run.process.unmasks else
+        why = ("it needs a network that loops" if name == "diagonal" and not run.config.decoder.loops else
+               "it knows no levels that drop" if name not in ("ancestral", "diagonal") and not run.process.unmasks else
                "it needs --helper" if method.needs in presets.HELPERS and not given.helper else
                "it needs a head of the network" if method.needs in ("order", "block_lengths")
                and method.needs not in run.config.model.chooses else

@@ -338,6 +338,15 @@ class DecoderConfig(_Section):
     top_groups: int = 1  # see expert_groups
     normalise: bool = True  # the chosen scores to a sum of 1
     routed_scale: float = 1.0  # times what the chosen experts give
+    loops: int = 0  # R, times that the blocks between prelude and coda are passed (mean, in training); 0: no loop
+    loops_back: int = 8  # of these, the last ones that have gradients
+    prelude: int = 1  # blocks before the loop
+    coda: int = 1  # blocks behind it
+
+    def passed(self, blocks: int) -> int:
+        """Blocks that a token passes in a network that has so many."""
+        ends = self.prelude + self.coda
+        return ends + self.loops * (blocks - ends) if self.loops else blocks
 
     @property
     def own_block(self) -> int:
@@ -347,10 +356,10 @@ class DecoderConfig(_Section):
     def check(self) -> None:
         self.among(activation=("silu", "gelu"), context=("full", "block"), gate=("softmax", "sigmoid"))
         self.hold("must not be negative", "kv_heads", "head_dim", "inner", "window", "experts", "shared_inner",
-                  "dense_blocks", "query_scale", "softcap", "lora")
+                  "dense_blocks", "query_scale", "softcap", "lora", "loops")
         self.hold("must be positive", "eps", "theta", "window_theta", "routed_scale")
         self.hold("must be at least 1", "window_every", "block", "experts_per_token", "expert_inner", "expert_groups",
-                  "top_groups")
+                  "top_groups", "loops_back", "prelude", "coda")
         self.need(0 < self.rotary_share <= 1, "rotary_share", "must lie in (0, 1]")
         if self.experts:
             self.need(self.experts_per_token <= self.experts, "experts_per_token", f"there are {self.experts} experts")
@@ -389,6 +398,9 @@ class DecoderConfig(_Section):
                   f"{self.rotary_share:g} of {dim} units must be even (rotary embedding)")
         self.need(self.dense_blocks < model.blocks, "dense_blocks", f"must be fewer than model.blocks={model.blocks}")
         self.need(not self.tied or model.head == "flat", "tied", "needs model.head='flat'")
+        self.need(not self.loops or self.prelude + self.coda < model.blocks, "loops",
+                  f"needs blocks to pass again: decoder.prelude={self.prelude} and coda={self.coda} leave none of "
+                  f"model.blocks={model.blocks}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -573,6 +585,7 @@ class EvaluateConfig(_Section):
     protocols: tuple[str, ...] = PROTOCOLS  # of perplexities: each document by itself, all packed into windows of S
     limit: int = 0  # only the first so many documents or questions of a task; 0: all
     target_se: float = 0.25  # nats; a pilot tells how many draws make the best two answers' difference so well known
+    loops: int = 0  # iterations in place of decoder.loops; 0: as many
     most_draws: int = 128  # a question's draws at the most, the pilot's (16, or `draws` if more) not counted
     exact_match: int = 0  # so many validation records are written anew, behind their prompts or features; 0: none
     decodings: tuple[str, ...] = ()  # in place of the bound: likelihoods under methods, as in 'max_prob steps=16'
@@ -582,10 +595,11 @@ class EvaluateConfig(_Section):
         self.hold_seed("seed")
         self.need(self.draws >= 2, "draws", "must be at least 2 (for a standard error)")
         self.need(self.batch_size >= 0, "batch_size", "must not be negative; 0 is what fits")
-        self.hold("must not be negative", "rows", "exact_match")
+        self.hold("must not be negative", "rows", "exact_match", "loops")
         self.need(self.rows_in_training >= 2, "rows_in_training", "must be at least 2")
         self.need(bool(self.protocols), "protocols", f"choose of {', '.join(PROTOCOLS)}")
         self.need(not (self.tasks and self.decodings), "decodings", "are of the validation split: leave out the tasks")
+        self.need(not (self.tasks and self.loops), "loops", "are of the validation split: leave out the tasks")
         for name in ("files", "lm1b"):
             self.need(name not in self.tasks or bool(getattr(self, name)), name, f"the task {name!r} needs its files")
         self.need(self.limit >= 0, "limit", "must not be negative; 0 is all")

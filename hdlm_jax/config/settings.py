@@ -79,6 +79,7 @@ class Config:
         self._check_drafts()
         if self.model.block:
             self._check_blocks()
+        self._check_loops()
         if self.model.trunk == "decoder":
             self.decoder.check_with(self.model)
         else:
@@ -101,7 +102,8 @@ class Config:
               f"must be at most model.seq_len={self.model.seq_len}")
         rule(process == "gidd" or not self.generate.corrections, "generate.corrections", self.generate.corrections,
               f"goes with diffusion.process='gidd', not {process!r}")
-        plain = self.generate.method == "ancestral" and not self.generate.options
+        plain = (bool(self.decoder.loops) if self.generate.method == "diagonal" else
+                 self.generate.method == "ancestral" and not self.generate.options)
         rule(process in ("hierarchical", "sedd") or plain, "generate.method", self.generate.method,
               f"diffusion.process={process!r} has no levels that drop; choose 'ancestral' without options")
         low = 1 / n
@@ -203,6 +205,19 @@ class Config:
         rule(self.tune.objective in ("", "score"), "tune.objective", self.tune.objective,
              "hides tokens of one copy of a text, where blocks see hidden ones before them: no bound of "
              f"model.block={block}; choose 'score'")
+
+    def _check_loops(self) -> None:
+        """decoder.loops beside what it is not built for."""
+        loops, n, m = self.decoder.loops, self.decoder, self.model
+        rule(bool(loops) or not self.evaluate.loops, "evaluate.loops", self.evaluate.loops, "goes with decoder.loops")
+        if not loops:
+            return
+        for name, value, only in (
+                ("diffusion.process", self.diffusion.process, "autoregressive"), ("decoder.experts", n.experts, 0),
+                ("decoder.window", n.window, 0), ("decoder.lora", n.lora, 0), ("model.order", m.order, False),
+                ("model.block_lengths", m.block_lengths, False), ("tune.objective", self.tune.objective, ""),
+                ("data.features_field", self.data.features_field, ""), ("released.layout", self.released.layout, "")):
+            rule(value == only, name, value, f"decoder.loops={loops} is for {only!r} alone")
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -18,6 +18,7 @@ from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.config.rules import choice, rule
 from hdlm_jax.decoding import caches, choose, guide, lengths, revise
 from hdlm_jax.decoding.bursts import Burst
+from hdlm_jax.decoding.diagonal import Diagonal
 from hdlm_jax.decoding.drafts import FreeDave, Guided
 from hdlm_jax.decoding.policy import Policy
 from hdlm_jax.decoding.sparse_attention import SparseD
@@ -32,15 +33,15 @@ class Method(NamedTuple):
 
     numbers: the policy's traced thresholds; with others it is the same program ("eos" = -1 stands for the tokenizer's
     end of text). cache: how the network is called, of hdlm_jax.decoding: caches, sparse_attention, bursts; None: as it
-    is. guide: ("cfg", what stands for the prompt), ("classifier",) or (). needs: a second run (config.generate.helper)
-    that is one of HELPERS[needs]; "classifier", a function (Model.generate's `classifier`); "order" and
-    "block_lengths", the network's own heads (model.order, model.block_lengths). weights: arguments of
-    hdlm_jax.models.quantise.quantise.
+    is; diagonal: in place of the policy too. guide: ("cfg", what stands for the prompt), ("classifier",) or (). needs:
+    a second run (config.generate.helper) that is one of HELPERS[needs]; "classifier", a function (Model.generate's
+    `classifier`); "order" and "block_lengths", the network's own heads (model.order, model.block_lengths). weights:
+    arguments of hdlm_jax.models.quantise.quantise.
     """
 
     policy: Policy
     numbers: dict[str, float | int]
-    cache: caches.Rule | SparseD | Burst | None = None
+    cache: caches.Rule | SparseD | Burst | Diagonal | None = None
     guide: tuple[str, ...] = ()
     needs: str = ""
     weights: tuple[int | str, ...] = ()
@@ -353,18 +354,27 @@ def quantised(*, steps: int = 0, bits: int = 8, kind: str = "plain") -> Method:
     return ancestral(steps=steps)._replace(weights=(bits, kind))
 
 
+def diagonal(*, inner: int = 4, exit: float = 0.03, noise: float = 0.5, wavefront: int = 128) -> Method:
+    """The diagonal sampler of recurrent depth (arXiv 2510.14961), for runs of decoder.loops: a call refines the states
+    of up to `wavefront` positions by `inner` iterations and begins one more; a token stands when its state moves by
+    less than `exit`. With wavefront=1, exit=0 and noise=0 it writes what `ancestral` does."""
+    policy = Policy(choose.Scored(choose.Order("left"), choose.Count()))
+    return Method(policy, {"exit": exit, "noise": noise}, Diagonal(inner, wavefront))
+
+
 METHODS: dict[str, Callable[..., Method]] = {f.__name__: f for f in (
     ancestral, first_hitting, any_order, max_prob, margin, entropy, dcolt, ctrldiff, low_confidence, fast_dllm,
     fast_dllm_factor, dimple, dparallel, ccd, ccd_ds, eoser, ass, prophet, saber, rcr, p2, remdm, freedave,
     freedave_plus, guided, edlm, adjust, cfg, classifier, daedal, bd3lm, prefix_cache, dual_cache, freecache, dkv,
-    dkv_greedy, sparsed, quantised)}
+    dkv_greedy, sparsed, quantised, diagonal)}
 
 
 _RANGES = {
     **dict.fromkeys(("steps", "reveals", "count", "depth", "kept", "confident", "drafts", "candidates", "start",
-                     "refresh", "refresh_clusters", "burst", "calls", "tokens", "top_k", "daedal window"), (1, np.inf)),
+                     "refresh", "refresh_clusters", "burst", "calls", "tokens", "top_k", "daedal window", "inner",
+                     "wavefront"), (1, np.inf)),
     **dict.fromkeys(("window", "block", "last", "mu", "least", "weight", "eta"), (0, np.inf)),
-    "expand": (2, np.inf), "select": (0, 1), "skip": (0, 1), "remdm eta": (0, 1)}
+    **dict.fromkeys(("select", "skip", "remdm eta", "exit", "noise"), (0, 1)), "expand": (2, np.inf)}
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -413,6 +423,7 @@ def unwritten(method: Method) -> str:
             ("it writes the rest at once, whatever is likeliest", policy.commit is not None),
             ("its drafts are checked by what they say", policy.verify is not None or method.needs == "ar"),
             ("its texts are of any length", policy.lengths is not None),
+            ("it draws from states on their way", isinstance(method.cache, Diagonal)),
             ("its draws are guided", method.guide or not isinstance(policy.draw, str))):
         if found:
             return why

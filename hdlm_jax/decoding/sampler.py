@@ -19,7 +19,7 @@ from hdlm_jax.common.console import compiling, progress
 from hdlm_jax.common.parallel import Batch, Tree
 from hdlm_jax.config import ASIDE, ConfigError, GenerateConfig
 from hdlm_jax.data.tokenizers import Tokenizer
-from hdlm_jax.decoding import caches, channel, choose, drafts, guide, loop, presets
+from hdlm_jax.decoding import caches, channel, choose, diagonal, drafts, guide, loop, presets
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding.bursts import Burst, Bursts
 from hdlm_jax.decoding.policy import Denoiser, View
@@ -36,6 +36,7 @@ from hdlm_jax.models.adjust import Adjust
 from hdlm_jax.models.channel import ChannelProcess
 from hdlm_jax.models.energy import EnergyNetwork
 from hdlm_jax.models.features import given as given_features
+from hdlm_jax.models.looped import LoopedDecoder
 from hdlm_jax.models.network import Network
 from hdlm_jax.models.trunk import Trunk
 from hdlm_jax.training.loading import Run, load_here
@@ -106,7 +107,7 @@ def denoiser(program: Program, network: Trunk, params: Tree, process: Hierarchic
     elif isinstance(method.cache, Burst):
         out = Bursts(method.cache, network, params, how.tools["adjust"], program.cut, how.sync_trip_count)
     else:
-        out = caches.Cached(method.cache, network, params, sync_trip_count=how.sync_trip_count)
+        out = caches.Cached(cast(caches.Rule, method.cache), network, params, sync_trip_count=how.sync_trip_count)
     if program.constrained:
         out = guide.Constrained(process, out, numbers["allowed"])
     if method.guide[:1] == ("cfg",):
@@ -256,6 +257,11 @@ def _(process: GiddProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[
 
 @sample_canvas.register
 def _(process: AutoregressiveProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
+    by, numbers = call.program.method.cache, call.numbers["method"]
+    if isinstance(by, diagonal.Diagonal):
+        network = cast(LoopedDecoder, call.network)  # as Sampler has checked
+        return diagonal.sample(keys, network, call.params, process, z, by, exit=numbers["exit"],
+                               noise=numbers["noise"], length=call.length, **_draws(call.how))
     decode = functools.partial(call.network.next_token, given_features(call.params, call.batch.get("features")))
     return autoregressive.sample(keys, decode, process, z, call.network.empty_cache(*z.shape),
                                  length=jnp.max(call.length), **_draws(call.how))
@@ -367,7 +373,9 @@ class Sampler:
         """
         if self.process.causal and behind:
             raise ConfigError("an autoregressive model goes on from a prompt; it cannot fill blanks before given words")
-        if not self.process.unmasks and g.method not in ("ancestral", *self.process.methods):
+        if isinstance(method.cache, diagonal.Diagonal):
+            method.cache.check(self.network, self.params)
+        elif not self.process.unmasks and g.method not in ("ancestral", *self.process.methods):
             raise ConfigError(f"generate.method={g.method!r}: this process has no levels that drop; choose 'ancestral'")
         if self.process.methods and g.method not in self.process.methods:
             raise ConfigError(f"generate.method={g.method!r}: is not built for hierarchy.map='learned'; choose one of "

@@ -153,12 +153,8 @@ class Block(nn.Module):
         if n.query_scale:
             q = q * math.sqrt(dim / n.query_scale)
         if position is not None:
-            row = jnp.arange(b)[:, None]
-            cache = [old.at[layer, row, position].set(new.astype(old.dtype), mode="drop")
-                     for old, new in zip(cache, (k, v), strict=True)]
-            k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
-        h = (attention(q, k, v, seen, self.attention) if self.attend is None else self.attend(
-            self, q, *(jnp.repeat(a, heads // a.shape[2], axis=2) for a in (k, v)), seen.dense(s, k.shape[1])))
+            cache, k, v = self._kept(cache, (k, v), layer, position)
+        h = self._attended(q, k, v, seen)
         h = Product(d, False, self.dtype, n.lora, spread, name="out")(h.reshape(b, s, heads * dim))
         x = x + (norm("post1")(h) if n.post_norms else h)
         mlp = GatedMLP(n, inner, self.dtype, spread, name="mlp") if self.dense else Experts(
@@ -167,6 +163,19 @@ class Block(nn.Module):
         x = x + (norm("post2")(h) if n.post_norms else h)
         return (x if position is None else (x, *cache)), None
 
+    def _kept(self, cache: Sequence[jax.Array], new: Sequence[jax.Array], layer: jax.Array, position: jax.Array
+              ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+        """(the cache with new keys and values [B, Q, ...] in it, the keys, the values that the queries read)."""
+        cache = put(cache, new, layer, position)
+        k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
+        return cache, k, v
+
+    def _attended(self, q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) -> jax.Array:
+        if self.attend is None:
+            return attention(q, k, v, seen, self.attention)
+        k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
+        return self.attend(self, q, k, v, seen.dense(q.shape[1], k.shape[1]))
+
     def _of_layer(self, places: Places, seen: Seen, layer: jax.Array) -> tuple[Seen, Angles]:
         """What the tokens of this block see, and cos and sin of their places."""
         far = places.far
@@ -174,6 +183,14 @@ class Block(nn.Module):
             return seen, far
         local, (near, window) = (layer + 1) % self.dims.window_every != 0, places.local
         return seen.within(window | ~local), (jnp.where(local, near[0], far[0]), jnp.where(local, near[1], far[1]))
+
+
+def put(cache: Sequence[jax.Array], new: Sequence[jax.Array], layer: jax.Array, position: jax.Array
+        ) -> list[jax.Array]:
+    """A cache [blocks, B, S, ...] with new [B, Q, ...] at these places, int32 [B, Q] (S: nowhere), in place."""
+    row = jnp.arange(len(position))[:, None]
+    return [old.at[layer, row, position].set(a.astype(old.dtype), mode="drop")
+            for old, a in zip(cache, new, strict=True)]
 
 
 def _turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from hdlm_jax.models.choices import HEADS, ChoosingDecoder, ChoosingNetwork
 from hdlm_jax.models.decoder import Decoder
 from hdlm_jax.models.energy import EnergyNetwork, ScalarHead
 from hdlm_jax.models.heads import FactorisedHead, FlatHead, Head
+from hdlm_jax.models.looped import LoopedDecoder
 from hdlm_jax.models.network import Network, Transformer
 from hdlm_jax.models.soft import SoftHead
 
@@ -36,7 +38,8 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     sizes = (head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dtype, m.remat, causal, m.attention)
     if m.trunk == "decoder":
         more: dict[str, Any] = dict(block=m.block, features=features, dims=config.decoder, param_dtype=m.param_dtype)
-        return ChoosingDecoder(*sizes, **more, chooses=m.chooses) if m.chooses else Decoder(*sizes, **more)
+        plain = LoopedDecoder if config.decoder.loops else Decoder
+        return ChoosingDecoder(*sizes, **more, chooses=m.chooses) if m.chooses else plain(*sizes, **more)
     if config.train.objective == "energy":
         return EnergyNetwork(cast(Head, ScalarHead(hierarchy)), *sizes[1:], time_conditioning=m.time_conditioning)
     own: dict[str, Any] = dict(block=m.block, features=features, dropout=m.dropout,
@@ -53,8 +56,11 @@ def joined(params: Tree, start: Tree) -> Tree:
 
 def flops_per_token(config: Config, hierarchy: Hierarchy, process: Process) -> float:
     """FLOPs of a forward and backward pass a token, as the algorithm needs them: 3 times the forward pass, or 2 times
-    with decoder.lora, as weights that stay have no gradient (of attention between tokens the third one is left out)."""
-    return forward_flops(config, hierarchy, process) * (2 if config.decoder.lora else 3)
+    with decoder.lora, as weights that stay have no gradient (of attention between tokens the third one is left out).
+    Of decoder.loops the last decoder.loops_back have a backward pass."""
+    n, forward = config.decoder, forward_flops(config, hierarchy, process)
+    back = dataclasses.replace(config, decoder=dataclasses.replace(n, loops=min(n.loops, n.loops_back)))
+    return forward + forward_flops(back, hierarchy, process) * (1 if n.lora else 2)
 
 
 def forward_flops(config: Config, hierarchy: Hierarchy, process: Process) -> float:
@@ -81,7 +87,9 @@ def _decoder_products(config: Config) -> float:
     """Multiply-adds of the decoder's blocks for a token."""
     m, n = config.model, config.decoder
     kv, dim, inner = n.sizes(m)
-    dense = n.dense_blocks if n.experts else m.blocks
+    blocks = n.passed(m.blocks)
+    dense = n.dense_blocks if n.experts else blocks
     experts = n.experts_per_token * n.expert_inner + n.shared_inner + n.experts / 3
     attention = 2 * dim * (m.width * (m.heads + kv) + m.seq_len * m.heads)
-    return m.blocks * attention + 3 * m.width * (dense * inner + (m.blocks - dense) * experts)
+    adapter = 2 * n.loops * m.width**2
+    return blocks * attention + 3 * m.width * (dense * inner + (blocks - dense) * experts) + adapter

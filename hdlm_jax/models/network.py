@@ -42,7 +42,7 @@ _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # unifo
 def matrix_axes(names: Sequence[str]) -> tuple[int, int] | None:
     """MATRICES of a parameter, given the names on the way to it; None of all else: tables, head, norms, biases, what
     time does, the choice of experts, low-rank additions (docs/theory.md section 8)."""
-    within = names[0] in ("stack", "dense") and names[-1] == "kernel"
+    within = names[0] in ("stack", "dense", "prelude", "coda") and names[-1] == "kernel"
     return MATRICES.get(names[-2]) if within else None
 
 

@@ -57,8 +57,8 @@ class Trunk(Protocol):
         """Hidden states of all positions.
 
         segment: int32 [B, S], positions see those of the same number alone; or bool [B, S or 1, S], what each sees.
-        dropout: a key; None: no dropout. clean: int32 [B, S], the tokens themselves, for a network with blocks: each
-        block of z then sees itself and the clean ones before it (segment: numbers alone).
+        dropout: a key of what training draws; None: it draws nothing. clean: int32 [B, S], the tokens themselves, for a
+        network with blocks: each block of z then sees itself and the clean ones before it (segment: numbers alone).
         """
 
     def hidden_at(self, params: Tree, z: jax.Array, t: jax.Array, cache: Cache, position: jax.Array,

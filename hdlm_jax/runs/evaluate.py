@@ -5,6 +5,7 @@ Nats, tokens and bytes of the split are summed and divided once.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -19,6 +20,7 @@ from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.evaluation import conditional
 from hdlm_jax.evaluation.elbo import evaluator_of, summarise
+from hdlm_jax.models.make import make_network
 from hdlm_jax.runs import likelihoods, tasks
 from hdlm_jax.training.loading import Run, check_writable, load_run
 
@@ -44,9 +46,13 @@ def evaluate(config: Config, workdir: str, into: str = "") -> Json:
     """
     into = into or workdir
     run = load_run(config, workdir, config.evaluate.checkpoint, config.evaluate.ema)
+    if loops := config.evaluate.loops or config.decoder.loops:
+        decoder = dataclasses.replace(config.decoder, loops=loops)
+        network = make_network(dataclasses.replace(config, decoder=decoder), run.hierarchy)
+        run = dataclasses.replace(run, network=network)
     check_writable(into)
     manifest = load_manifest(run.data_dir)
-    made_from = likelihoods.measured_on(run, manifest, SETTINGS)
+    made_from = likelihoods.measured_on(run, manifest, SETTINGS) | ({"loops": loops} if loops else {})
     if config.evaluate.exact_match:
         made_from |= {"exact_match_records": config.evaluate.exact_match} | conditional.how(config.generate)
     path = os.path.join(into, "evaluate.json")

@@ -307,11 +307,13 @@ class _Shape:
 
 def methods(run: Run) -> list[Json]:
     """Name, options and first sentence of the methods that this run can be served with."""
+    out: list[Json] = []
     if not run.process.unmasks:
-        return [{"name": "ancestral", "options": "", "steps": not run.process.causal, "about": ""}]
-    out = []
+        out = [{"name": "ancestral", "options": "", "steps": not run.process.causal, "about": ""}]
     for name, make in presets.METHODS.items():
         method = make()
+        if not (run.config.decoder.loops if name == "diagonal" else run.process.unmasks):
+            continue
         own = method.needs in run.config.model.chooses
         if method.needs and not (own or method.needs in presets.HELPERS and run.config.generate.helper):
             continue

@@ -42,18 +42,18 @@ def make_loss_sums(config: Config, network: Trunk, process: Process, mesh: Mesh 
     shard = parallel.OverBatch(mesh)
     redraft = make_redraft(config, network, process, shard)
 
-    def hidden(params: Tree, keys: jax.Array | None, *rows: jax.Array | None) -> Any:
-        def of(key: jax.Array | None, z: Any, t: Any, segment: Any, clean: Any, features: Any) -> jax.Array:
-            return network.hidden(given(params, features), z, t, segment, key, clean)
-
-        if not m.dropout or keys is None:
-            return of(None, *rows)
-        # a row's own key, so that its dropout does not depend on its batch mates
-        row = lambda key, *one: of(key, *jax.tree.map(lambda a: a[None], one))[0]  # noqa: E731
-        over = parallel.BATCH if mesh is not None and mesh.size > 1 else None  # how the rows lie on the devices
-        return jax.vmap(row, spmd_axis_name=over)(keys, *rows)
-
     def loss_sums(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def hidden(params: Tree, keys: jax.Array | None, *rows: jax.Array | None) -> Any:
+            def of(own: jax.Array | None, z: Any, t: Any, segment: Any, clean: Any, features: Any) -> jax.Array:
+                return network.hidden(given(params, features), z, t, segment, own, clean)
+
+            if not m.dropout or keys is None:
+                return of(key if config.decoder.loops else None, *rows)  # as many loops for all rows
+            # a row's own key, so that its dropout does not depend on its batch mates
+            row = lambda own, *one: of(own, *jax.tree.map(lambda a: a[None], one))[0]  # noqa: E731
+            over = parallel.BATCH if mesh is not None and mesh.size > 1 else None  # how the rows lie on the devices
+            return jax.vmap(row, spmd_axis_name=over)(keys, *rows)
+
         x, index = batch["x"], batch["index"]
         keys = fold(jnp.broadcast_to(key, index.shape), index)
         score = batch.get("score", jnp.ones(x.shape, bool))

@@ -37,7 +37,8 @@ def make(case, ratio, xi=1.0, seed=0):
     """The process with a random encoder, which is as good as any."""
     hierarchy = Hierarchy.from_parents(PARENTS[case], V)
     chain = LevelChain((1.0, 2.0)[: hierarchy.num_levels])
-    return LatentProcess(hierarchy, chain, xi, "cavity", G, D, ratio, latents.init_encoder(jax.random.key(seed), V, G, D))
+    encoder = latents.init_encoder(jax.random.key(seed), V, G, D)
+    return LatentProcess(hierarchy, chain, xi, "cavity", G, D, ratio, encoder)
 
 
 def log_shown(process):
@@ -61,7 +62,8 @@ class Optimal:
 
     def log_texts(self, u, s):
         """[B, texts] log posterior, u [B, P, D], s [B], up to a number for each row."""
-        told = jnp.einsum("bpd,mpd->bm", u, self.e, precision="highest") - 0.5 * s[:, None] * jnp.sum(self.e**2, (1, 2))[None]
+        told = jnp.einsum("bpd,mpd->bm", u, self.e, precision="highest")
+        told -= 0.5 * s[:, None] * jnp.sum(self.e**2, (1, 2))[None]
         return told + jnp.log(jnp.asarray(self.joint.ravel(), jnp.float32))[None]
 
     def mean(self, u, s):
@@ -159,7 +161,7 @@ def test_noise_times_expect_the_whole_cost(case):
         process = make(case, ratio)
         tau = np.sort(np.concatenate([np.geomspace(1e-12, 40, 20_001), np.log(2) + np.linspace(-1e-3, 1e-3, 9001)]))
         m, g = process.moments(tau)
-        whole = np.sum(((m[1:] + m[:-1]) / 2 * np.diff(tau)))
+        whole = np.sum((m[1:] + m[:-1]) / 2 * np.diff(tau))
         assert whole == pytest.approx(process.num_levels, rel=5e-3) and np.all(g >= m**2 * 0.999)
 
 
@@ -177,8 +179,8 @@ def test_what_is_shown_and_scored():
     """Above t = 1/2 masks and a growing s, paid for at a group's first token, given or not; below it symbols behind
     U(s_max). U has the law N(s e, s), 4.5 standard errors."""
     process, rows = make("K=2", 3.0), 4000
-    x, score = jnp.tile(jnp.asarray([[0, 1, 2, 3]], jnp.int32), (rows, 1)), jnp.tile(jnp.asarray([[False] + [True] * 3]),
-                                                                                    (rows, 1))
+    x = jnp.tile(jnp.asarray([[0, 1, 2, 3]], jnp.int32), (rows, 1))
+    score = jnp.tile(jnp.asarray([[False, True, True, True]]), (rows, 1))
     noised = jax.jit(lambda x, tau: process.noised(jax.random.key(0), x, tau, score))
     for t, s in ((0.7, 4**0.6 - 1), (0.3, 3.0)):
         tau = jnp.full(rows, -math.log1p(-t), jnp.float32)
@@ -309,8 +311,8 @@ def test_latents_and_tokens_see_each_other_and_hidden_padding_sees_nobody(networ
     t = -jnp.expm1(-symbols_last(tau)[0])
     canvas = jnp.concatenate([jnp.zeros((1, 2), jnp.int32), state.z], axis=1)
     np.testing.assert_allclose(net.of_words.hidden(seen, canvas, t), at(state, whole), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(net.hidden(params, state, -jnp.expm1(-tau))[..., :-1], at(state, whole)[:, 2:], rtol=1e-4,
-                               atol=1e-5)
+    own = net.hidden(params, state, -jnp.expm1(-tau))[..., :-1]
+    np.testing.assert_allclose(own, at(state, whole)[:, 2:], rtol=1e-4, atol=1e-5)
 
 
 def test_without_latents_nothing_is_another(network):
@@ -330,7 +332,8 @@ def test_without_latents_nothing_is_another(network):
 def write(process, joint, steps, rows=20_000, prompt=()):
     """Words [rows, S] by the sampler of runs: latents in `steps` calls, symbols one a call."""
     g = GenerateConfig(method="first_hitting", steps=steps)
-    z = jnp.full((rows, joint.ndim), process.mask_id, jnp.int32).at[:, : len(prompt)].set(jnp.asarray(prompt, jnp.int32))
+    z = jnp.full((rows, joint.ndim), process.mask_id, jnp.int32)
+    z = z.at[:, : len(prompt)].set(jnp.asarray(prompt, jnp.int32).reshape(1, -1))
 
     @jax.jit
     def run(keys, z):
@@ -383,7 +386,8 @@ def test_the_network_is_told_the_time_of_what_it_sees():
     seen.sort(key=lambda call: -call[2][0])
     np.testing.assert_allclose([call[2][0] for call in seen], [1, 0.875, 0.75, 0.625], rtol=1e-6)
     for s, _, t in seen:
-        np.testing.assert_allclose(s[0, 0], process.ratio(-np.log(np.maximum(1 - t[0], 1e-30)), np), rtol=1e-5, atol=1e-6)
+        want = process.ratio(-np.log(np.maximum(1 - t[0], 1e-30)), np)
+        np.testing.assert_allclose(s[0, 0], want, rtol=1e-5, atol=1e-6)
     assert np.all(seen[0][1] == 0) and np.all(np.asarray(state.s) == 3.0)
     alone = decoding.sample(keys[1:], lambda state, t: jnp.zeros((len(t), 2, D)), process, z[1:], steps=4)[0]
     np.testing.assert_allclose(alone.u[0], state.u[1], rtol=1e-5, atol=1e-6)

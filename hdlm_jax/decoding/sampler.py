@@ -529,8 +529,8 @@ def start_canvas(run: Run, g: GenerateConfig, prompts: np.ndarray, features: np.
     """
     check_features(run, features)
     if prompts.shape[1] and run.trained.diffusion.latents and not run.trained.data.prompt_field:
-        raise ConfigError("generate.prompt: the latents of this run were learnt in front of whole texts, all masks, and "
-                          "do not heed a prompt; train with data.prompt_field")
+        raise ConfigError("generate.prompt: the latents of this run were learnt in front of masks alone and do not "
+                          "heed a prompt; train with data.prompt_field")
     seq_len, mask = run.config.model.seq_len, run.hierarchy.mask_id
     if features is not None:
         prompts = np.concatenate([np.full((len(prompts), features.shape[1]), run.tokenizer.eot), prompts], axis=1)

@@ -84,8 +84,8 @@ def mean_error(p: Prediction, signal: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def view(u: jax.Array, s: jax.Array, told: jax.Array | None = None) -> jax.Array:
-    """What networks see: float32 [..., D + 2 WAVES], u [..., D] at a size of about 1 (0 where it says nothing, e where it
-    says all), and log(1 + s D) as sinusoids, s [...] or what is told for it."""
+    """What networks see, float32 [..., D + 2 WAVES]: u [..., D] at a size of about 1 (0 where it says nothing, e where
+    it says all), and log(1 + s D) as sinusoids, s [...] or what is told for it."""
     s, told, width = s[..., None], (s if told is None else told)[..., None], u.shape[-1]
     angle = jnp.log1p(told * width) * 2.0 ** -jnp.arange(WAVES).reshape(*(1,) * (s.ndim - 1), -1)
     return jnp.concatenate([u / jnp.sqrt((s + 1 / width) * (s + 1)), jnp.sin(angle), jnp.cos(angle)], axis=-1)

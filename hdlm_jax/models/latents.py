@@ -216,7 +216,7 @@ class LatentProcess(HierarchicalProcess):
         """(LatentState, level): symbols as of HierarchicalProcess; where the latents move level K at the first token of
         every group, scored or not, as all latents are to be paid for, and 0 at the others."""
         keys = row_keys(key, len(x))
-        z, level = super().noised(keys, x, channel_times.symbols_last(tau)[0], score)
+        z, level = super().noised(keys, x, jnp.asarray(channel_times.symbols_last(tau)[0]), score)
         e = encode(cast(Tree, self.encoder), x, self.per)
         s = jnp.asarray(self.ratio(tau))[:, None, None]
         eps = jax.vmap(lambda k: jax.random.normal(k, e.shape[1:], e.dtype))(fold(keys, 3))

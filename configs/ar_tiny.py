@@ -1,17 +1,16 @@
-"""An autoregressive transformer, the recipe of hdlm_tiny.py otherwise; a judge for generative perplexity as well.
+"""An autoregressive transformer, the recipe of mdlm_tiny.py otherwise; a judge for generative perplexity as well.
 
     python -m hdlm_jax.main --config=ar_tiny
 
-Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none (hdlm_tiny's plan); a laptop without one (a compile
-plan, docs/scale.md).
+Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none (hdlm_tiny's plan, with AdamW and a flat head); a laptop
+without one (a compile plan, docs/scale.md).
 """
 
 from hdlm_jax import config
 
 
 def get_config():
-    c = config.recipe("hdlm_tiny")
-    c.hierarchy.clusters = (1,)
+    c = config.recipe("mdlm_tiny")
     c.diffusion.process = "autoregressive"
     c.model.time_conditioning = False
     return c

@@ -1,17 +1,16 @@
-"""GIDD with a tenth of random words at t = 1/2, the recipe of hdlm_tiny.py otherwise.
+"""GIDD with a tenth of random words at t = 1/2, the recipe of mdlm_tiny.py otherwise.
 
     python -m hdlm_jax.main --config=gidd_tiny
 
-Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none (hdlm_tiny's plan); a laptop without one (a compile
-plan, docs/scale.md).
+Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none (hdlm_tiny's plan, with AdamW and a flat head); a laptop
+without one (a compile plan, docs/scale.md).
 """
 
 from hdlm_jax import config
 
 
 def get_config():
-    c = config.recipe("hdlm_tiny")
-    c.hierarchy.clusters = (1,)
+    c = config.recipe("mdlm_tiny")
     c.diffusion.process = "gidd"
     c.diffusion.p_uniform = 0.1
     c.diffusion.weighting = "dynamic"

@@ -2,8 +2,8 @@
 
     python -m hdlm_jax.main --config=hdlm_tiny
 
-Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none; a laptop without one (a compile plan,
-docs/scale.md).
+Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none (with AdamW and a flat head); a laptop without one (a
+compile plan, docs/scale.md).
 """
 
 from hdlm_jax import config
@@ -20,9 +20,11 @@ def get_config():
     c.model.heads = 4
     c.model.seq_len = 128
     c.model.embeddings = "clusters"
+    c.model.head = "factorised"
+    c.optimizer.name = "muon"
     c.optimizer.lr = 3e-3
     c.optimizer.warmup = 50
-    c.train.steps = 500
+    c.train.steps = 750
     c.train.batch_size = 32
     c.train.log_every = 20
     c.checkpoint.every = 250

@@ -1,16 +1,17 @@
-"""SEDD-absorb, the recipe of hdlm_tiny.py otherwise (constant weight).
+"""SEDD-absorb, the recipe of mdlm_tiny.py otherwise (constant weight, flat head).
 
     python -m hdlm_jax.main --config=sedd_tiny
 
-Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none (hdlm_tiny's plan); a laptop without one (a compile
-plan, docs/scale.md).
+Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none (hdlm_tiny's plan, with AdamW and a flat head); a laptop
+without one (a compile plan, docs/scale.md).
 """
 
 from hdlm_jax import config
 
 
 def get_config():
-    c = config.recipe("hdlm_tiny")
-    c.hierarchy.clusters = (1,)
+    c = config.recipe("mdlm_tiny")
+    c.hierarchy.head_clusters = 0
     c.diffusion.process = "sedd"
+    c.model.head = "flat"
     return c

@@ -14,7 +14,7 @@ from hdlm_jax import config as config_lib
 from hdlm_jax.common import parallel
 from hdlm_jax.config import ConfigError, DecoderConfig
 from hdlm_jax.decoding.policy import State, view_of
-from hdlm_jax.decoding.sampler import Sampler
+from hdlm_jax.decoding.sampler import Sampler, numbers_of
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
@@ -24,6 +24,7 @@ from hdlm_jax.models.heads import FlatHead
 from hdlm_jax.models.network import Network
 from hdlm_jax.training.step import make_loss_sums
 from hdlm_jax.training.views import make_view
+from hdlm_jax.tuning.record import make_rollout
 
 V, S = 4, 6
 TWO = Hierarchy.from_parents([[0, 1, 0, 1]])
@@ -207,6 +208,19 @@ def test_decoding_counts_blocks_as_an_open_network_does(method, options, want):
         return
     program, _ = draw.prepare(canvas, g)
     assert blocks_of(process, program, canvas) == [want]
+
+
+def test_rollouts_count_blocks_as_an_open_network_does():
+    """Behind a prompt of one token its block of 2 has one token left, which falls before the next block's do."""
+    one, dims = Hierarchy.from_parents([], V), DecoderConfig(context="block", block=2)
+    net, process = network("decoder", 0, one), process_of(one)
+    g = dataclasses.replace(settings().generate, method="max_prob", options="block=2", steps=3)
+    batch = {"z": jnp.array([[3, 5, 5, 5]] * 8, jnp.int32), "index": jnp.arange(8)}
+    rollout = jax.jit(make_rollout(net, process, g, context=dims.own_block))
+    fell = np.asarray(rollout((weights("decoder", one), numbers_of(g, 4)), batch, jax.random.key(1)).fell)
+    assert (fell[:, 1] < fell[:, 2:].min(axis=1)).all() and (fell[:, 0] == -1).all()
+    with pytest.raises(ConfigError, match="'max_prob': a network of model.block=2 writes blocks in turn"):
+        make_rollout(network("decoder", 2, one), process, dataclasses.replace(g, options=""))
 
 
 @pytest.mark.slow

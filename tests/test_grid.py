@@ -1,11 +1,13 @@
 """The grid of runs: which cells there are, what a cell keeps, differences paired over texts and seeds."""
 
+import ast
 import json
 
 import numpy as np
 import pytest
 
 from hdlm_jax.config import recipe, resolve
+from hdlm_jax.config.command import written_out
 from tools import grid
 
 
@@ -13,7 +15,13 @@ def test_every_cell_is_a_recipe_and_every_question_has_cells():
     names = [cell.name for cell in grid.CELLS]
     assert len(set(names)) == len(names)
     for cell in grid.CELLS:
-        resolve(recipe("books", cell.recipe))
+        config = recipe("books", cell.recipe)
+        for setting in written_out(cell.more):
+            name, _, value = setting.removeprefix("--config.").partition("=")
+            section, field = name.split(".")
+            kept = config[section][field]
+            config[section][field] = type(kept)(ast.literal_eval(value)) if not isinstance(kept, str) else value
+        resolve(config)
     for cells in grid.QUESTIONS.values():
         assert set(cells) <= set(names)
     with pytest.raises(ValueError, match="--cells=mdml: choose among ar, mdlm"):

@@ -52,9 +52,12 @@ class Cell(NamedTuple):
 
 
 NO_TIME = ("--config.model.time_conditioning=False",)
-DYNAMIC = ("--config.diffusion.weighting=dynamic", "--config.diffusion.weight_min=0.0",
-           "--config.diffusion.weight_max=2.0")
+CLIP = ("--config.diffusion.weighting=clip", "--config.diffusion.weight_min=0.0", "--config.diffusion.weight_max=2.0")
 GPT2 = ("--config.tokenizer.kind=gpt2",)
+REPEATS = {name: (f"--config.data.files=('runs/grid/one_of_{n}.jsonl',)",  # every nth chapter (docs/results.md)
+                  "--config.tokenizer.file=runs/grid/data/tokenizer.tiktoken")
+           for name, n in (("once", 2), ("x4", 8), ("x16", 32))}
+LONG = ("--config.train.steps=2000",)  # 8.2M tokens
 COUNT = ("--config.train.objective=count", "--config.diffusion.weighting=none")
 SPEEDRUN = ("--config.train.batch_size=16", "--config.train.steps=960", "--config.optimizer.warmup=40")
 DECODER = (*NO_TIME, "--config.model.trunk=decoder", "--config.decoder.qk_norm=True")
@@ -72,6 +75,8 @@ TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each
     "try-decay0": ("--config.optimizer.weight_decay=0.0",),
     "try-decay.1": ("--config.optimizer.weight_decay=0.1",),
     "try-ema": ("--config.optimizer.ema=0.98",),
+    "try-constant": ("--config.optimizer.schedule=constant",),
+    "try-constant-ema": ("--config.optimizer.schedule=constant", "--config.optimizer.ema=0.98"),
     "try-notime": NO_TIME,
     "try-decoder": DECODER,
     "try-block16": ("--config.model.block=16", *NO_TIME),  # block diffusion: what is left of a block is clean
@@ -106,13 +111,18 @@ CELLS = (
     Cell("soft", "hdlm-soft-muon", 3),
     Cell("soft-random", "shuffled-soft-muon", 3),
     Cell("hdlm_xi9-count", "hdlm_xi9-muon", 3, COUNT),
-    Cell("mdlm-dynamic", "mdlm-warm", 3, DYNAMIC),
-    Cell("hdlm-dynamic", "hdlm-warm", 3, DYNAMIC),
+    Cell("mdlm-clip", "mdlm-warm", 3, CLIP),
+    Cell("hdlm-clip", "hdlm-warm", 3, CLIP),
     Cell("hdlm16", "hdlm-muon", 3, ("--config.hierarchy.clusters=(16,)",)),
     Cell("hdlm256", "hdlm-muon", 3, ("--config.hierarchy.clusters=(256,)",)),
     Cell("mdlm-gpt2", "mdlm-muon", 3, GPT2),
+    Cell("mdlm-gpt2-half", "mdlm-muon", 3, (*GPT2, "--config.train.steps=400")),
     Cell("mdlm-factorised-gpt2", "mdlm-factorised-muon", 3, GPT2),
     Cell("hdlm-factorised-gpt2", "hdlm-factorised-muon", 3, GPT2),
+    Cell("long-mdlm", "mdlm-warm-factorised-muon", 3, LONG, True),
+    Cell("long-block4", "mdlm-warm-factorised-block4-muon", 3, LONG, True),
+    *(Cell(f"{kind}-{name}", f"{kind}-muon", 3, more, True) for name, more in REPEATS.items()
+      for kind in ("mdlm", "ar")),
     Cell("gidd", "gidd-muon", 4),
     Cell("ar-adamw", "ar", 4),
     *(Cell(name, "mdlm-warm-factorised-muon", 3, (*SPEEDRUN, *more), True) for name, more in TRIALS.items()),
@@ -127,12 +137,15 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "optimisers": ("mdlm", "mdlm-adamw", "hdlm", "hdlm-adamw", "hdlm-factorised", "hdlm-factorised-adamw", "ar",
                    "ar-adamw"),
     "starts": ("mdlm", "mdlm-warm", "hdlm", "hdlm-warm"),
-    "paper": ("mdlm-dynamic", "hdlm-dynamic"),
-    "vocabulary": ("mdlm-gpt2", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2"),
+    "paper": ("mdlm-clip", "hdlm-clip"),
+    "vocabulary": ("mdlm-gpt2-half", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2", "mdlm-gpt2"),
+    "long": ("long-block4", "long-mdlm"),
     "recipe": tuple(TRIALS),
+    "repeats": tuple(f"{kind}-{name}" for kind in ("mdlm", "ar") for name in REPEATS),
     "field": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "hdlm_xi9", "shuffled", "ar"),
     "processes": ("mdlm", "ar", "gidd0", "gidd", "hdlm"),
 }
+EQUAL_TIME = ("vocabulary",)
 
 
 def chosen(names: Sequence[str], priority: int) -> list[Cell]:
@@ -144,9 +157,15 @@ def chosen(names: Sequence[str], priority: int) -> list[Cell]:
                                                      key=lambda cell: cell.priority)
 
 
+def data_of(cell: Cell) -> str:
+    """The folder of a cell's prepared text."""
+    own = {GPT2[0]: "data-gpt2"} | {more[0]: f"data-{name}" for name, more in REPEATS.items()}
+    return next((own[setting] for setting in cell.more if setting in own), "data")
+
+
 def commands(cell: Cell, seed: int, runs: Path, steps: int, judge: str) -> list[list[str]]:
     """What makes a cell, one after the other."""
-    workdir, data = str(runs / f"{cell.name}-s{seed}"), runs / ("data-gpt2" if cell.more == GPT2 else "data")
+    workdir, data = str(runs / f"{cell.name}-s{seed}"), runs / data_of(cell)
     recipe = f"books:{cell.recipe}" + f"-s{seed}" * bool(seed)
     main = [sys.executable, "-m", "hdlm_jax.main", f"--config={recipe}", f"--workdir={workdir}",
             f"--config.data.dir={data}", f"--config.train.steps={steps}", f"--config.evaluate.rows={ROWS}",
@@ -240,7 +259,7 @@ def difference(cell: Sequence[Any], base: Sequence[Any]) -> tuple[float, float, 
 
 
 def table(question: str, out: Path = KEPT) -> str:
-    """Markdown of one of QUESTIONS, of the cells that are there."""
+    """Markdown of one of QUESTIONS, of the cells that are there; of EQUAL_TIME with the seconds of their training."""
     if question not in QUESTIONS:
         raise ValueError(f"grid: {question}: choose one of {', '.join(QUESTIONS)}, calls, likelihoods")
     names = QUESTIONS[question]
@@ -255,7 +274,11 @@ def table(question: str, out: Path = KEPT) -> str:
         rows.append([name, f"{np.mean([a['nelbo'] for a in e]):.4f}", each,
                      measured(apart[0], apart[1], "+.4f") if apart else "", str(len(cell)),
                      " → ".join(map(str, e[0]["hierarchy"])), f"{e[0]['params']:,}"])
-    return markdown(["", "nats/token", "each seed", f"minus {names[0]}, paired", "seeds", "levels", "parameters"], rows)
+        if question in EQUAL_TIME:
+            tokens, speed = (np.mean([one[0][key] for one in cell]) for key in ("tokens", "train_tokens_per_s"))
+            rows[-1] += [f"{tokens / 1e6:.2f}M", f"{speed:,.0f}", f"{tokens / speed:.0f}"]
+    head = ["", "nats/token", "each seed", f"minus {names[0]}, paired", "seeds", "levels", "parameters"]
+    return markdown(head + ["tokens", "tokens/s", "seconds"] * (question in EQUAL_TIME), rows)
 
 
 def calls_table(out: Path = KEPT) -> str:

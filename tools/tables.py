@@ -24,6 +24,7 @@ from hdlm_jax.common.console import markdown, measured
 from hdlm_jax.report import compare, leaderboard
 from tools import (
     block_lengths,
+    calibration,
     cli,
     grid,
     isoflop,
@@ -59,7 +60,8 @@ def board_tables(found: leaderboard.Board) -> str:
 OF_FILES: dict[str, Callable[[Any], str]] = {
     "toy": toy_calls.table, "map": toy_map.tables, "channel": toy_channel.tables, "lesson": lessons.table,
     "speedrun": speedrun.table, "rewards": lambda found: rewards_table(found["runs"]), "load": serve_load.table,
-    "sweep": method_sweep.table, "isoflop": isoflop.table, "board": board_tables, "lengths": block_lengths.table}
+    "sweep": method_sweep.table, "isoflop": isoflop.table, "board": board_tables, "lengths": block_lengths.table,
+    "calibration": calibration.table}
 MARK = re.compile(rf"(<!-- (runs|grid|{'|'.join(OF_FILES)}): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 

@@ -164,7 +164,7 @@ class Tuning(Loop):
             start = jax.jit(network.init_params, static_argnums=1)(self.key, config.model.seq_len)
             self.reference = joined(found, start)
         with compiling("train"):
-            rollout = make_rollout(network, process, config.generate, self.mesh)
+            rollout = make_rollout(network, process, config.generate, self.mesh, config.decoder.own_block)
             self.numbers = sampler.numbers_of(config.generate, config.model.seq_len, self.text.tokenizer.eot)
             self.rollout = parallel.compile_sample_step(rollout, self.mesh, self.abstract.params)
             update = make_update(config, network, process, self.tx, self.mesh)

@@ -188,13 +188,17 @@ def check_law(process: Process, g: GenerateConfig) -> presets.Method:
     return method
 
 
-def make_rollout(network: Trunk, process: HierarchicalProcess, g: GenerateConfig, mesh: Mesh | None = None
-                 ) -> Callable[[tuple[Tree, dict[str, Any]], Batch, jax.Array], Rollout]:
+def make_rollout(network: Trunk, process: HierarchicalProcess, g: GenerateConfig, mesh: Mesh | None = None,
+                 context: int = 0) -> Callable[[tuple[Tree, dict[str, Any]], Batch, jax.Array], Rollout]:
     """step((params, numbers), batch, key) -> Rollout of canvases z int32 [b, S] (given: bool [b, S], what stays).
 
-    Rows draw from fold_in(key, index) alone, as all samples do: index int32 [b].
+    Rows draw from fold_in(key, index) alone, as all samples do: index int32 [b]. context: as in `sampler.in_blocks`.
     """
-    numbers, plain = check_law(process, g).numbers, sampler.program_of(g)
+    numbers = check_law(process, g).numbers
+    try:
+        plain = sampler.in_blocks(sampler.program_of(g), network.block, context)
+    except ValueError as error:
+        raise ConfigError(f"generate.method={g.method!r}: {error}") from error
     policy = plain.method.policy
     shard = parallel.OverBatch(mesh)
 

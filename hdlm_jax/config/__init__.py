@@ -7,6 +7,7 @@ from hdlm_jax.config.sections import (
     CLUSTERS,
     DETOKENIZERS,
     FORCE_TRANSITIONS,
+    LATENT_METHODS,
     LESSONS,
     PACKINGS,
     PADDINGS,

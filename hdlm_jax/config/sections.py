@@ -15,6 +15,7 @@ PROCESSES = ("hierarchical", "gidd", "sedd", "autoregressive")
 FORCE_TRANSITIONS = ("none", "within", "between", "cavity")
 CLUSTERS = ("exact", "clean")
 CHANNEL_TIMES = ("shared", "token", "before")
+LATENT_METHODS = ("ancestral", "first_hitting", "any_order", "max_prob", "margin", "entropy")  # behind latents
 WEIGHTINGS = {"hierarchical": ("none", "constant", "clip", "empirical"),  # training losses, by process
               "sedd": ("none", "constant", "clip", "empirical"),
               "gidd": ("none", "constant", "clip", "dynamic"),
@@ -209,6 +210,9 @@ class DiffusionConfig(_Section):
     channel_width: int = 32  # D: numbers of that embedding, made of hierarchy.embeddings
     channel_times: str = "shared"  # of its ratio s: one for all tokens | token, a ladder each | before the symbols
     channel_levels: tuple[float, ...] = ()  # of s / c, falling: token's ladder; else at most one, where s stops
+    latents: int = 0  # P: so many vectors of the row's text are written before it (docs/continuous.md); 0: none
+    latents_width: int = 64  # D: numbers of a latent, a multiple of its model.seq_len / P tokens
+    latents_ratio: float = 1.0  # s_max: how clear they are when the symbols begin to fall
 
     def check(self) -> None:
         self.among(force_transition=FORCE_TRANSITIONS, process=PROCESSES)
@@ -220,8 +224,9 @@ class DiffusionConfig(_Section):
             1, False, (), 1)
         self.need(plain, "process", "knows no xi, hard_training, rates or gamma; leave them out")
         self.hold("must be positive", "gamma")
-        self.hold("must not be negative", "channel")
-        self.hold("must be at least 1", "channel_width")
+        self.hold("must not be negative", "channel", "latents")
+        self.hold("must be at least 1", "channel_width", "latents_width")
+        self.hold("must be positive", "latents_ratio")
         self._check_times()
         self.need(not self.rates or self.gamma == 1, "rates",
                   "only one of diffusion.gamma and diffusion.rates should be given")

@@ -76,6 +76,7 @@ class Config:
         self._check_objective(levels)
         self._check_map(levels)
         self._check_channel()
+        self._check_latents()
         self._check_drafts()
         if self.model.block:
             self._check_blocks()
@@ -178,6 +179,31 @@ class Config:
              f"diffusion.channel={d.channel:g} is for {' and '.join(map(repr, methods))} alone")
         rule(g.force_transition in ("", "cavity"), "generate.force_transition", g.force_transition,
              f"diffusion.channel={d.channel:g} is for 'cavity' alone")
+
+    def _check_latents(self) -> None:
+        """diffusion.latents beside the sizes it needs and what it is not built for."""
+        d, m, t, g = self.diffusion, self.model, self.train, self.generate
+        if not d.latents:
+            return
+        rule(m.seq_len % d.latents == 0, "diffusion.latents", d.latents,
+             f"must divide the model.seq_len={m.seq_len} tokens of a row")
+        each = m.seq_len // d.latents
+        rule(d.latents_width % each == 0, "diffusion.latents_width", d.latents_width,
+             f"must be a multiple of the {each} tokens of a latent (model.seq_len / diffusion.latents)")
+        for name, value, only in (
+                ("diffusion.process", d.process, "hierarchical"), ("hierarchy.map", self.hierarchy.map, "hard"),
+                ("diffusion.channel", d.channel, 0.0), ("diffusion.weighting", d.weighting, "none"),
+                ("diffusion.hard_training", d.hard_training, False), ("model.head", m.head, "flat"),
+                ("model.trunk", m.trunk, "dit"), ("model.block", m.block, 0), ("train.objective", t.objective, "nelbo"),
+                ("train.recluster_every", t.recluster_every, 0), ("train.adapt", t.adapt, False),
+                ("train.draft_share", t.draft_share, 0.0), ("tune.objective", self.tune.objective, ""),
+                ("data.features_field", self.data.features_field, ""), ("generate.length", g.length, 0),
+                ("evaluate.decodings", self.evaluate.decodings, ())):
+            rule(value == only, name, value, f"diffusion.latents={d.latents} is for {only!r} alone")
+        rule(self.data.packing != "documents", "data.packing", "documents",
+             f"diffusion.latents={d.latents} are of rows whose tokens all see each other; choose concat or crop")
+        rule(g.method in sections.LATENT_METHODS, "generate.method", g.method,
+             f"diffusion.latents={d.latents} is for {', '.join(sections.LATENT_METHODS)} alone")
 
     def _check_drafts(self) -> None:
         """train.draft_share beside what it is not built for."""

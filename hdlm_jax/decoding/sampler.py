@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from hdlm_jax.common import parallel
 from hdlm_jax.common.console import compiling, progress
 from hdlm_jax.common.parallel import Batch, Tree
-from hdlm_jax.config import ASIDE, ConfigError, GenerateConfig
+from hdlm_jax.config import ASIDE, LATENT_METHODS, ConfigError, GenerateConfig
 from hdlm_jax.data.tokenizers import Tokenizer
-from hdlm_jax.decoding import caches, channel, choose, diagonal, drafts, guide, loop, presets
+from hdlm_jax.decoding import caches, channel, choose, diagonal, drafts, guide, latents, loop, presets
 from hdlm_jax.decoding import canvas as canvases
 from hdlm_jax.decoding.bursts import Burst, Bursts
 from hdlm_jax.decoding.policy import Denoiser, View
@@ -36,6 +36,7 @@ from hdlm_jax.models.adjust import Adjust
 from hdlm_jax.models.channel import ChannelProcess
 from hdlm_jax.models.energy import EnergyNetwork
 from hdlm_jax.models.features import given as given_features
+from hdlm_jax.models.latents import LatentNetwork, LatentProcess, LatentState, in_front, told_of
 from hdlm_jax.models.looped import LoopedDecoder
 from hdlm_jax.models.network import Network
 from hdlm_jax.models.trunk import Trunk
@@ -237,16 +238,41 @@ def _(process: HierarchicalProcess, keys: jax.Array, z: jax.Array, call: Call) -
 
 def whole(call: Call, z: jax.Array) -> Any:
     """The network on whole rows [b, S], without a cache: (states, t [b]) -> predictions."""
-    behind = (jnp.arange(z.shape[1])[None] >= jnp.reshape(call.length, (-1, 1))).astype(jnp.int32)
-    segment = jnp.broadcast_to(behind, z.shape) if call.program.cut else None
     params = given_features(call.params, call.batch.get("features"))
-    return functools.partial(call.network.denoise, params, segment=segment)
+    return functools.partial(call.network.denoise, params, segment=past_end(call, z))
+
+
+def past_end(call: Call, z: jax.Array) -> jax.Array | None:
+    """Segments int32 [b, S] of rows that end before the canvas does."""
+    past = (jnp.arange(z.shape[1])[None] >= jnp.reshape(call.length, (-1, 1))).astype(jnp.int32)
+    return jnp.broadcast_to(past, z.shape) if call.program.cut else None
 
 
 @sample_canvas.register
 def _(process: ChannelProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
     return channel.sample(keys, whole(call, z), process, z, steps=call.numbers["steps"], told=call.numbers["told"],
                           singly="reveals" in call.numbers["method"], **_draws(call.how))
+
+
+@sample_canvas.register
+def _(process: LatentProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
+    """Latents in generate.steps calls, then the symbols by the call's method, behind them as behind features."""
+    network, places = cast(LatentNetwork, call.network), z.shape[1] // process.per
+    segment = past_end(call, z)
+
+    def estimate(state: LatentState, t: jax.Array) -> jax.Array:
+        return network.estimate(call.params, network.read(call.params, state, t, segment))
+
+    state, calls = latents.sample(fold(keys, 4), estimate, process, z, steps=call.numbers["steps"],
+                                  sync_trip_count=call.how.sync_trip_count)
+    more = {name: in_front(call.batch[name], fill, places) for name, fill in (("given", True), ("kind", 0))
+            if name in call.batch}
+    batch = call.batch | more | {"features": told_of(state, process.per)}
+    words = call._replace(network=network.of_words, batch=batch, length=call.length + places)
+    tokens, stats = sample_canvas(process.symbols, keys, in_front(z, 0, places), words)
+    stats |= {name: stats[name] + calls for name in ("calls", "row_forwards", "call") if name in stats}
+    stats |= {name: stats[name][..., places:] for name in ("z", "confidence") if name in stats}
+    return tokens[:, places:], stats | {"length": call.length}
 
 
 @sample_canvas.register
@@ -323,6 +349,7 @@ def exactness(process: Process, g: GenerateConfig) -> str:
     if tilted or not isinstance(method.policy.choose, choose.Planned):
         reasons.append(f"method={g.method}")
     reasons += ["a schema"] if g.schema else []
+    reasons += ["latents move by the mean"] if process.methods == LATENT_METHODS else []
     plain = {"corrections": 0, "channel_told": 0, "temperature": 1, "top_p": 1}
     reasons += [f"{name}={value:g}" for name, usual in plain.items() if (value := getattr(g, name)) != usual]
     return f"inexact: {', '.join(reasons)}" if reasons else "exact"
@@ -506,9 +533,12 @@ def start_canvas(run: Run, g: GenerateConfig, prompts: np.ndarray, features: np.
 
     Raises:
       ConfigError: the prompts do not fit; lengths are to be drawn, and the training tokens that tell them are gone; no
-        features, or some that the run does not know.
+        features, or some that the run does not know; a prompt of latents that have not learnt to heed one.
     """
     check_features(run, features)
+    if prompts.shape[1] and run.trained.diffusion.latents and not run.trained.data.prompt_field:
+        raise ConfigError("generate.prompt: the latents of this run were learnt in front of masks alone and do not "
+                          "heed a prompt; train with data.prompt_field")
     seq_len, mask = run.config.model.seq_len, run.hierarchy.mask_id
     if features is not None:
         prompts = np.concatenate([np.full((len(prompts), features.shape[1]), run.tokenizer.eot), prompts], axis=1)

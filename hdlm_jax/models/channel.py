@@ -38,7 +38,7 @@ from hdlm_jax.models.network import Network
 SIGNAL = "signal"  # name of the parameter e
 KNOWN = 1e4  # s at which tokens that are known are shown, without noise
 TAU_MIN = 1e-4  # s stays as it is below this noise time, which keeps it finite and every bound exact
-_WAVES = 4  # pairs of sinusoids that tell a network s
+WAVES = 4  # pairs of sinusoids that tell a network s
 NATS = 5.0  # of a token, where evaluation expects it: it only shapes the proposal
 
 
@@ -81,6 +81,14 @@ def mean_error(p: Prediction, signal: jax.Array, x: jax.Array) -> jax.Array:
     """|e(x) - sum_w p(w) e(w)|^2 / 2, of x's shape."""
     mean = jnp.matmul(jnp.exp(p.log_probs()), signal, precision="highest")
     return 0.5 * jnp.sum((signal[x] - mean) ** 2, axis=-1)
+
+
+def view(u: jax.Array, s: jax.Array, told: jax.Array | None = None) -> jax.Array:
+    """What networks see, float32 [..., D + 2 WAVES]: u [..., D] at a size of about 1 (0 where it says nothing, e where
+    it says all), and log(1 + s D) as sinusoids, s [...] or what is told for it."""
+    s, told, width = s[..., None], (s if told is None else told)[..., None], u.shape[-1]
+    angle = jnp.log1p(told * width) * 2.0 ** -jnp.arange(WAVES).reshape(*(1,) * (s.ndim - 1), -1)
+    return jnp.concatenate([u / jnp.sqrt((s + 1 / width) * (s + 1)), jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 def along(values: jax.Array, like: jax.Array) -> jax.Array:
@@ -157,12 +165,7 @@ class ChannelNetwork(Network):
         return self.init(key, z, jnp.zeros((1,)))["params"]
 
     def shown(self, z: Any) -> jax.Array:
-        """u at a size of about 1 (0 where it says nothing, e where it says all), and log(1 + s D) as sinusoids."""
-        s = z.s[..., None]
-        seen = z.u / jnp.sqrt((s + 1 / self.channel) * (s + 1))
-        told = s if z.told is None else z.told[..., None]
-        angle = jnp.log1p(told * self.channel) * 2.0 ** -jnp.arange(_WAVES).reshape(1, 1, -1)
-        return super().shown(z.z) + self.observe(jnp.concatenate([seen, jnp.sin(angle), jnp.cos(angle)], axis=-1))
+        return super().shown(z.z) + self.observe(view(z.u, z.s, z.told))
 
     def trunk(self, z: Any, t: jax.Array, segment: jax.Array | None = None, train: bool = False) -> jax.Array:
         """As of Network, and u and s behind the hidden vectors: float32 [B, S, width + D + 1]."""

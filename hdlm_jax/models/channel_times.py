@@ -29,6 +29,14 @@ from hdlm_jax.models.channel import NATS, ChannelProcess, Observed, State, along
 _HALF = math.log(2.0)  # noise time of t = 1/2
 
 
+def symbols_last(tau: Array, xp: ModuleType = jnp) -> tuple[Array, Array]:
+    """(noise time of symbols that climb in t < 1/2 on time 2t, its slope), of tau's shape; infinity and 0 behind."""
+    done = 2 * xp.expm1(-tau)  # -2t
+    early = done > -1
+    done = xp.where(early, done, 0.0)
+    return xp.where(early, -xp.log1p(done), xp.inf), xp.where(early, (2 + done) / (1 + done), 0.0)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Weighed(ChannelProcess):
     """Its weight is the sum of both rates, so that clipping clips both, and each loss has the share of its rate."""
@@ -158,10 +166,7 @@ class SignalFirst(_Weighed):
     before the first symbol falls. One of the two moves at a time, and the weight is of that one."""
 
     def symbol_time(self, tau: Array, xp: ModuleType = jnp) -> tuple[Array, Array | float]:
-        done = 2 * xp.expm1(-tau)  # -2t
-        early = done > -1
-        done = xp.where(early, done, 0.0)
-        return xp.where(early, -xp.log1p(done), xp.inf), xp.where(early, (2 + done) / (1 + done), 0.0)
+        return symbols_last(tau, xp)
 
     def signal_time(self, tau: Array, xp: ModuleType = jnp) -> Array:
         return xp.maximum(tau - _HALF, 0.0)

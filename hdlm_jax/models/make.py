@@ -12,11 +12,12 @@ from hdlm_jax.config import Config
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.models.adjust import Adjust
-from hdlm_jax.models.channel import ChannelHead, ChannelNetwork
+from hdlm_jax.models.channel import WAVES, ChannelHead, ChannelNetwork
 from hdlm_jax.models.choices import HEADS, ChoosingDecoder, ChoosingNetwork
 from hdlm_jax.models.decoder import Decoder
 from hdlm_jax.models.energy import EnergyNetwork, ScalarHead
 from hdlm_jax.models.heads import FactorisedHead, FlatHead, Head
+from hdlm_jax.models.latents import LatentHead, LatentNetwork
 from hdlm_jax.models.looped import LoopedDecoder
 from hdlm_jax.models.network import Network, Transformer
 from hdlm_jax.models.soft import SoftHead
@@ -25,15 +26,17 @@ from hdlm_jax.models.soft import SoftHead
 def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     """The network of config.model for a hierarchy's tokens and states; or what train.objective makes beside one: an
     EnergyNetwork; a layer (Adjust), which has parameters as a network does, and none of its answers."""
-    m, channel = config.model, config.diffusion.channel_width if config.diffusion.channel else 0
+    m, d = config.model, config.diffusion
+    channel, latents = (d.channel_width if d.channel else 0), d.latents
     if config.train.objective == "adjust":
         return cast(Transformer, Adjust(m.width, m.heads, m.dtype))
     dtype = jnp.dtype(m.dtype)
     head = (ChannelHead(hierarchy, dtype, channel=channel) if channel else
-            SoftHead(hierarchy, dtype, xi=config.diffusion.xi) if config.hierarchy.map == "learned" else
+            LatentHead(hierarchy, dtype, latent=d.latents_width) if latents else
+            SoftHead(hierarchy, dtype, xi=d.xi) if config.hierarchy.map == "learned" else
             FlatHead(hierarchy, dtype, config.decoder.softcap) if m.head == "flat" else
             FactorisedHead(hierarchy, dtype, m.prototypes))
-    causal = config.diffusion.process == "autoregressive"
+    causal = d.process == "autoregressive"
     features = config.data.feature_places, config.data.feature_width
     sizes = (head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dtype, m.remat, causal, m.attention)
     if m.trunk == "decoder":
@@ -46,6 +49,9 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
                                time_conditioning=m.time_conditioning)
     if channel:
         return ChannelNetwork(*sizes, **own, channel=channel)
+    if latents:
+        own["features"] = latents, d.latents_width + 2 * WAVES
+        return LatentNetwork(*sizes, **own, per=m.seq_len // latents)
     return ChoosingNetwork(*sizes, **own, chooses=m.chooses) if m.chooses else Network(*sizes, **own)
 
 
@@ -73,7 +79,7 @@ def forward_flops(config: Config, hierarchy: Hierarchy, process: Process) -> flo
     m = config.model
     trunk = (_decoder_products(config) if m.trunk == "decoder" else
              m.blocks * (12 * m.width**2 + 2 * m.seq_len * m.width))
-    trunk *= 2 if m.block else 1  # a clean copy beside the noised one
+    trunk *= 2 if m.block else 1 + config.diffusion.latents / m.seq_len  # a clean copy beside the noised one; latents
     share = process.shares()
     rows = (1 - share[0]) * hierarchy.vocab_size
     if m.head == "factorised":

@@ -66,7 +66,7 @@ def evaluate(config: Config, workdir: str, into: str = "") -> Json:
     nats, tau, q = evaluator.nats(run.params, rows, config.evaluate.draws)
     seconds = time.monotonic() - started
     result = summarise(nats, rows["tokens"], tau, q) | ({"se_time": 0.0} if run.process.exact else {})
-    if config.diffusion.channel:
+    if len(run.process.parts) > 1:
         result |= _of_parts(nats, rows["tokens"], tau, q, run.process.num_levels)
     whole = result["tokens"] == manifest.valid_scored_tokens
     per_byte = manifest.bits_per_nat
@@ -97,7 +97,8 @@ def evaluate(config: Config, workdir: str, into: str = "") -> Json:
 
 
 def _of_parts(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarray, levels: int) -> Json:
-    """The bound's two parts, symbols (by level) and observations, of the same draws: neither is a bound by itself."""
+    """The bound's two parts, symbols (by level) and what else is on show, of the same draws; neither is one by
+    itself."""
     parts = {"discrete": nats[..., :levels], "continuous": nats[..., levels:]}
     found = {name: summarise(part, tokens, tau, q) for name, part in parts.items()}
     both = {f"{name}{end}": one[key] for name, one in found.items() for end, key in (("", "nelbo"), ("_se", "se"))}

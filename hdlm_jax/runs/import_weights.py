@@ -150,9 +150,10 @@ def check_exportable(trained: Config) -> None:
     if trained.hierarchy.map != "hard":
         raise ConfigError(f"released.layout: this run has hierarchy.map={trained.hierarchy.map!r}; the published "
                           "network has no place for it, 'hard' alone")
-    if trained.diffusion.channel:
-        raise ConfigError(f"released.layout: this run has diffusion.channel={trained.diffusion.channel:g}; the "
-                          "published network sees symbols alone")
+    for name in ("channel", "latents"):
+        if value := getattr(trained.diffusion, name):
+            raise ConfigError(f"released.layout: this run has diffusion.{name}={value:g}; the published network sees "
+                              "symbols alone")
     if trained.diffusion.process == "autoregressive":
         raise ConfigError("released.layout: this run is autoregressive; the published network sees both sides")
 

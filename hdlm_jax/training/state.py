@@ -22,7 +22,7 @@ from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.diffusion.process import Process
 from hdlm_jax.diffusion.sedd import SeddProcess
-from hdlm_jax.models import channel, channel_times
+from hdlm_jax.models import channel, latents
 from hdlm_jax.models.decoder import lora_labels
 from hdlm_jax.models.make import make_network
 from hdlm_jax.models.network import TENSOR_AXES, matrix_axes
@@ -38,8 +38,8 @@ def make_process(config: Config, hierarchy: Hierarchy) -> Process:
     if d.process == "gidd":
         return GiddProcess(hierarchy, d.p_uniform)
     chain = LevelChain(d.level_rates(hierarchy.num_levels))
-    if d.channel:
-        return channel_times.make(d, hierarchy, chain)
+    if d.channel or d.latents:
+        return latents.make(config, hierarchy, chain)
     hierarchical = SoftProcess if config.hierarchy.map == "learned" else HierarchicalProcess
     return (SeddProcess if d.process == "sedd" else hierarchical)(hierarchy, chain, d.xi, d.force_transition)
 

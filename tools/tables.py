@@ -35,6 +35,7 @@ from tools import (
     toy_calls,
     toy_channel,
     toy_map,
+    wavefronts,
 )
 
 ROOT = cli.ROOT
@@ -61,7 +62,7 @@ OF_FILES: dict[str, Callable[[Any], str]] = {
     "toy": toy_calls.table, "map": toy_map.tables, "channel": toy_channel.tables, "lesson": lessons.table,
     "speedrun": speedrun.table, "rewards": lambda found: rewards_table(found["runs"]), "load": serve_load.table,
     "sweep": method_sweep.table, "isoflop": isoflop.table, "board": board_tables, "lengths": block_lengths.table,
-    "calibration": calibration.table}
+    "calibration": calibration.table, "wavefronts": wavefronts.table}
 MARK = re.compile(rf"(<!-- (runs|grid|{'|'.join(OF_FILES)}): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,12 @@ def measured(run: Run, given: argparse.Namespace) -> list[dict[str, str | float]
     return lines
 
 
+def table(lines: Sequence[Mapping[str, str | float]]) -> str:
+    """Of the lines of `measured`."""
+    return markdown(list(lines[0]), [[f"{v:,.4g}" if isinstance(v, float) and abs(v) < 1000 else f"{v:,.0f}"
+                                      if isinstance(v, float) else str(v) for v in line.values()] for line in lines])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     with cli.one_line("wavefronts"):
         ask = cli.Parser("wavefronts", __doc__)
@@ -72,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = measured(run, given)
         if given.out:
             write_json(given.out, lines)
-        print(markdown(list(lines[0]), [[f"{v:.4g}" if isinstance(v, float) else v for v in line.values()]
-                                        for line in lines]))
+        print(table(lines))
     return 0
 
 

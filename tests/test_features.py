@@ -358,7 +358,7 @@ def trained(folder, steps, more=""):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(config, workdir) of a run that has learned from features."""
-    return trained(tmp_path_factory.mktemp("features"), 350)
+    return trained(tmp_path_factory.mktemp("features"), 500)
 
 
 @pytest.fixture(scope="module")

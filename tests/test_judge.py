@@ -513,10 +513,10 @@ def test_what_leaves_the_exact_law_is_said():
     assert say(noisy) == say(noisy, force_transition="cavity") == "exact"
     for other in ("none", "within", "between"):  # another model's law than the one whose NELBO is measured
         assert say(noisy, force_transition=other) == f"inexact: force_transition={other} where cavity was trained"
-    plain, bare = model().run.process, types.SimpleNamespace(xi=1, num_levels=1, force_transition="")
+    plain, bare = model().run.process, types.SimpleNamespace(xi=1, num_levels=1, force_transition="", methods=())
     assert say(plain, force_transition="within", clusters="clean") == "exact"
     assert say(plain, force_transition="none") == "inexact: force_transition=none where cavity was trained"
-    free = types.SimpleNamespace(xi=1, num_levels=3, force_transition="none")
+    free = types.SimpleNamespace(xi=1, num_levels=3, force_transition="none", methods=())
     assert say(free) == "exact" and say(free, clusters="clean") == ("inexact: clusters=clean at xi=1 without a force "
                                                                     "transition")
     assert say(bare, corrections=2) == "inexact: corrections=2"

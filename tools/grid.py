@@ -58,6 +58,7 @@ REPEATS = {name: (f"--config.data.files=('runs/grid/one_of_{n}.jsonl',)",  # eve
                   "--config.tokenizer.file=runs/grid/data/tokenizer.tiktoken")
            for name, n in (("once", 2), ("x4", 8), ("x16", 32))}
 LONG = ("--config.train.steps=2000",)  # 8.2M tokens
+WIDE = ("--config.model.width=256", "--config.model.heads=8")  # four times the weights of the blocks
 COUNT = ("--config.train.objective=count", "--config.diffusion.weighting=none")
 SPEEDRUN = ("--config.train.batch_size=16", "--config.train.steps=960", "--config.optimizer.warmup=40")
 DECODER = (*NO_TIME, "--config.model.trunk=decoder", "--config.decoder.qk_norm=True")
@@ -113,14 +114,16 @@ CELLS = (
     Cell("hdlm_xi9-count", "hdlm_xi9-muon", 3, COUNT),
     Cell("mdlm-clip", "mdlm-warm", 3, CLIP),
     Cell("hdlm-clip", "hdlm-warm", 3, CLIP),
-    Cell("hdlm16", "hdlm-muon", 3, ("--config.hierarchy.clusters=(16,)",)),
-    Cell("hdlm256", "hdlm-muon", 3, ("--config.hierarchy.clusters=(256,)",)),
+    *(Cell(f"{name}{n}", f"hdlm{recipe}-muon", 3, (f"--config.hierarchy.clusters=({n},)",)) for n in (16, 256)
+      for name, recipe in (("hdlm", ""), ("learned", "-learned"), ("soft", "-soft"))),
+    *(Cell(f"{name}-wide", f"{name}-muon", 3, WIDE, True) for name in ("mdlm", "hdlm")),
     Cell("mdlm-gpt2", "mdlm-muon", 3, GPT2),
     Cell("mdlm-gpt2-half", "mdlm-muon", 3, (*GPT2, "--config.train.steps=400")),
     Cell("mdlm-factorised-gpt2", "mdlm-factorised-muon", 3, GPT2),
     Cell("hdlm-factorised-gpt2", "hdlm-factorised-muon", 3, GPT2),
     Cell("long-mdlm", "mdlm-warm-factorised-muon", 3, LONG, True),
     Cell("long-block4", "mdlm-warm-factorised-block4-muon", 3, LONG, True),
+    Cell("long-block4-wide", "mdlm-warm-factorised-block4-muon", 3, (*LONG, *WIDE), True),
     *(Cell(f"{kind}-{name}", f"{kind}-muon", 3, more, True) for name, more in REPEATS.items()
       for kind in ("mdlm", "ar")),
     Cell("gidd", "gidd-muon", 4),
@@ -128,10 +131,11 @@ CELLS = (
     *(Cell(name, "mdlm-warm-factorised-muon", 3, (*SPEEDRUN, *more), True) for name, more in TRIALS.items()),
 )
 QUESTIONS = {  # a table each: the first cell is what the others are compared with
-    "clusters": ("mdlm", "hdlm", "shuffled", "learned", "frequency", "brown", "hdlm16", "hdlm256", "hdlm_k3",
-                 "hdlm-factorised", "learned-factorised"),
+    "clusters": ("mdlm", "hdlm", "shuffled", "learned", "frequency", "brown", "hdlm16", "learned16", "hdlm256",
+                 "learned256", "hdlm_k3", "hdlm-factorised", "learned-factorised"),
     "xi": ("hdlm", "hdlm_xi9", "mdlm"),
-    "maps": ("hdlm_xi9-count", "soft", "soft-random", "hdlm_xi9", "hdlm"),
+    "maps": ("hdlm_xi9-count", "soft", "soft-random", "soft16", "soft256", "hdlm_xi9", "hdlm"),
+    "sizes": ("mdlm", "hdlm", "mdlm-wide", "hdlm-wide"),
     "heads": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "shuffled-factorised"),
     "time": ("mdlm", "mdlm-notime", "hdlm", "hdlm-notime"),
     "optimisers": ("mdlm", "mdlm-adamw", "hdlm", "hdlm-adamw", "hdlm-factorised", "hdlm-factorised-adamw", "ar",
@@ -139,7 +143,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "starts": ("mdlm", "mdlm-warm", "hdlm", "hdlm-warm"),
     "paper": ("mdlm-clip", "hdlm-clip"),
     "vocabulary": ("mdlm-gpt2-half", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2", "mdlm-gpt2"),
-    "long": ("long-block4", "long-mdlm"),
+    "long": ("long-block4", "long-block4-wide", "long-mdlm"),
     "recipe": tuple(TRIALS),
     "repeats": tuple(f"{kind}-{name}" for name in reversed(REPEATS) for kind in ("mdlm", "ar")),
     "field": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "hdlm_xi9", "shuffled", "ar"),
@@ -317,13 +321,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         ask.add_argument("--list", action="store_true", help="say what there is and what is done, and make nothing")
         ask.add_argument("--cells", type=cli.listed(str), default=[], metavar="LIST", help="these alone")
         ask.add_argument("--priority", type=cli.at_least(1), default=1, help="cells up to this priority")
+        ask.add_argument("--bound_only", action="store_true", help="neither samples nor likelihoods this time")
         ask.add_argument("--seeds", type=cli.listed(int), default=[0, 1], metavar="LIST")
         ask.add_argument("--steps", type=cli.at_least(1), default=STEPS)
         ask.add_argument("--runs", type=expand, default="runs/grid", help="workdirs")
         ask.add_argument("--out", type=Path, default=KEPT, help="results")
         ask.add_argument("--judge", type=expand, default="", help="folder of a GPT-2, or workdir of a run")
         given = ask.parse_args(argv)
-        todo = [(cell, seed) for seed in given.seeds for cell in chosen(given.cells, given.priority)]
+        cells = [cell._replace(bound_only=cell.bound_only or given.bound_only)
+                 for cell in chosen(given.cells, given.priority)]
+        todo = [(cell, seed) for seed in given.seeds for cell in cells]
         for cell, seed in sorted(todo, key=lambda one: (one[0].priority, one[1])):
             if given.list:
                 done = (given.out / f"{cell.name}-s{seed}.json").exists()

@@ -31,7 +31,7 @@ from hdlm_jax.report.run_files import training_speed
 from tools import cli
 
 KEPT = cli.ROOT / "docs" / "runs" / "grid"
-STEPS, ROWS, DRAWS, CALLS = 800, 1000, 4, (8, 16, 32, 64)
+STEPS, ROWS, DRAWS, CALLS, FEW = 800, 1000, 4, (8, 16, 32, 64), (4, 8, 16)
 SAMPLES = 64
 TOLD = (4, 8, 16, 32, 64, 128)  # calls of the likelihoods
 DECODINGS = (*(f"{name} steps={n}" for n in TOLD for name in ("max_prob", "ancestral")), "any_order order=left")
@@ -42,13 +42,14 @@ JUDGED = ("judge", "kind", "retokenised", "texts", "tokens", "perplexity", "perp
 
 class Cell(NamedTuple):
     """name: of its files; recipe: argument of configs/books.py; more: further settings; priority: 1 is first;
-    bound_only: neither samples nor likelihoods are measured."""
+    bound_only: neither samples nor likelihoods are measured; calls: of samples (likelihoods go with CALLS alone)."""
 
     name: str
     recipe: str
     priority: int = 1
     more: tuple[str, ...] = ()
     bound_only: bool = False
+    calls: tuple[int, ...] = CALLS
 
 
 NO_TIME = ("--config.model.time_conditioning=False",)
@@ -87,6 +88,8 @@ TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each
     "try-wide": ("--config.model.width=192", "--config.model.heads=6"),
     "try-deep": ("--config.model.blocks=6",),
 }
+SHORT = ("--config.train.steps=300", "--config.optimizer.warmup=50")  # 1.2M tokens
+CHANNEL = {"c0": SHORT, **{f"c{c}": (*SHORT, f"--config.diffusion.channel={c}") for c in (0.02, 0.1)}}
 CELLS = (
     Cell("ar", "ar-muon"),
     Cell("mdlm", "mdlm-muon"),
@@ -126,6 +129,8 @@ CELLS = (
     Cell("long-block4-wide", "mdlm-warm-factorised-block4-muon", 3, (*LONG, *WIDE), True),
     *(Cell(f"{kind}-{name}", f"{kind}-muon", 3, more, True) for name, more in REPEATS.items()
       for kind in ("mdlm", "ar")),
+    *(Cell(f"{kind}-{name}", f"{kind}-muon", 3, more, calls=FEW) for name, more in CHANNEL.items()
+      for kind in ("mdlm", "hdlm")),
     Cell("gidd", "gidd-muon", 4),
     Cell("ar-adamw", "ar", 4),
     *(Cell(name, "mdlm-warm-factorised-muon", 3, (*SPEEDRUN, *more), True) for name, more in TRIALS.items()),
@@ -147,9 +152,12 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "recipe": tuple(TRIALS),
     "repeats": tuple(f"{kind}-{name}" for name in reversed(REPEATS) for kind in ("mdlm", "ar")),
     "field": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "hdlm_xi9", "shuffled", "ar"),
+    "channel": tuple(f"{kind}-{name}" for kind in ("mdlm", "hdlm") for name in CHANNEL),
     "processes": ("mdlm", "ar", "gidd0", "gidd", "hdlm"),
 }
 EQUAL_TIME = ("vocabulary",)
+PARTS = ("discrete", "continuous")
+IN_PARTS = ("channel",)  # a bound of symbols and observations: both are told (docs/continuous.md)
 
 
 def chosen(names: Sequence[str], priority: int) -> list[Cell]:
@@ -175,7 +183,7 @@ def commands(cell: Cell, seed: int, runs: Path, steps: int, judge: str) -> list[
             f"--config.data.dir={data}", f"--config.train.steps={steps}", f"--config.evaluate.rows={ROWS}",
             f"--config.evaluate.draws={DRAWS}", *cell.more]
     sweep = [sys.executable, "-m", "tools.sampling_sweep", workdir, f"--judge={judge}", "--checkpoint=latest",
-             f"--steps={','.join(map(str, CALLS))}", f"--num_samples={SAMPLES}", "--force_transition=cavity",
+             f"--steps={','.join(map(str, cell.calls))}", f"--num_samples={SAMPLES}", "--force_transition=cavity",
              "--clusters=exact"]
     sampled = judge and cell.recipe[:2] != "ar" and not cell.bound_only
     return [[*main, "--mode=train"], [*main, "--mode=evaluate"], *[sweep] * bool(sampled),
@@ -184,7 +192,7 @@ def commands(cell: Cell, seed: int, runs: Path, steps: int, judge: str) -> list[
 
 def likelihood_commands(cell: Cell, workdir: str) -> list[list[str]]:
     """What measures a trained cell under samplers; nothing where that is not known (it does not unmask, xi < 1)."""
-    if cell.bound_only or {"ar", "gidd", "gidd0", "hdlm_xi9", "soft"} & set(cell.recipe.split("-")):
+    if cell.bound_only or cell.calls != CALLS or {"ar", "gidd", "gidd0", "hdlm_xi9", "soft"} & set(cell.recipe.split("-")):
         return []
     return [[sys.executable, "-m", "hdlm_jax.main", f"--workdir={workdir}", "--mode=evaluate",
              f"--config.evaluate.rows={TOLD_ROWS}", f"--config.evaluate.draws={TOLD_DRAWS}",
@@ -265,7 +273,7 @@ def difference(cell: Sequence[Any], base: Sequence[Any]) -> tuple[float, float, 
 def table(question: str, out: Path = KEPT) -> str:
     """Markdown of one of QUESTIONS, of the cells that are there; of EQUAL_TIME with the seconds of their training."""
     if question not in QUESTIONS:
-        raise ValueError(f"grid: {question}: choose one of {', '.join(QUESTIONS)}, calls, likelihoods")
+        raise ValueError(f"grid: {question}: choose one of {', '.join(QUESTIONS)}, calls, few_calls, likelihoods")
     names = QUESTIONS[question]
     base = load(names[0], out)
     rows = []
@@ -281,24 +289,27 @@ def table(question: str, out: Path = KEPT) -> str:
         if question in EQUAL_TIME:
             tokens, speed = (np.mean([one[0][key] for one in cell]) for key in ("tokens", "train_tokens_per_s"))
             rows[-1] += [f"{tokens / 1e6:.2f}M", f"{speed:,.0f}", f"{tokens / speed:.0f}"]
+        if question in IN_PARTS:
+            rows[-1] += [f"{np.mean([a[part] for a in e]):.3f}" if part in e[0] else "" for part in PARTS]
     head = ["", "nats/token", "each seed", f"minus {names[0]}, paired", "seeds", "levels", "parameters"]
-    return markdown(head + ["tokens", "tokens/s", "seconds"] * (question in EQUAL_TIME), rows)
+    return markdown(head + ["tokens", "tokens/s", "seconds"] * (question in EQUAL_TIME)
+                    + [*PARTS] * (question in IN_PARTS), rows)
 
 
-def calls_table(out: Path = KEPT) -> str:
-    """Markdown: generative perplexity and entropy of every cell that was sampled, by calls, seeds averaged."""
+def calls_table(out: Path = KEPT, calls: tuple[int, ...] = CALLS) -> str:
+    """Markdown: generative perplexity and entropy of every cell that is sampled in these calls, seeds averaged."""
     rows = []
-    for cell in CELLS:
+    for cell in (cell for cell in CELLS if cell.calls == calls):
         lines = [line for one in load(cell.name, out) for line in one[0]["calls"]]
         if not lines:
             continue
         row = [cell.name]
-        for steps in CALLS:
+        for steps in calls:
             here = [line["judge"] for line in lines if line["steps"] == steps]
             row.append(" / ".join(f"{np.mean([judge[key] for judge in here]):{how}}" for key, how in (
                 ("perplexity", ".0f"), ("unigram_entropy", ".2f"), ("distinct_2", ".2f"))) if here else "")
         rows.append(row)
-    return markdown(["perplexity / entropy / distinct-2", *(f"{n} steps" for n in CALLS)], rows)
+    return markdown(["perplexity / entropy / distinct-2", *(f"{n} steps" for n in calls)], rows)
 
 
 def likelihoods_table(out: Path = KEPT) -> str:

@@ -10,6 +10,7 @@ what such a table is made from. Behind <!-- grid: NAME --> stands a table of too
 of runs trained by rewards, {"runs": [{"run", "nelbo", "se", "rewards"}]}, of their evaluate.json and rewards.json.
 All others are <!-- NAME: FILE -->, a table of what a tool wrote to FILE (`OF_FILES`).
 """
+import functools
 import json
 import os
 import re
@@ -70,7 +71,8 @@ def rendered(found: re.Match[str]) -> str:
     """A mark with the table of its runs, or of the grid, behind it."""
     _, kind, of, _, _ = found.groups()
     if kind == "grid":
-        own = {"calls": grid.calls_table, "likelihoods": grid.likelihoods_table}
+        few = functools.partial(grid.calls_table, calls=grid.FEW)
+        own = {"calls": grid.calls_table, "few_calls": few, "likelihoods": grid.likelihoods_table}
         lines = [own[of]() if of in own else grid.table(of)]
     elif kind == "runs":
         workdirs = [str(ROOT / name) for name in of.split()]

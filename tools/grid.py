@@ -192,7 +192,8 @@ def commands(cell: Cell, seed: int, runs: Path, steps: int, judge: str) -> list[
 
 def likelihood_commands(cell: Cell, workdir: str) -> list[list[str]]:
     """What measures a trained cell under samplers; nothing where that is not known (it does not unmask, xi < 1)."""
-    if cell.bound_only or cell.calls != CALLS or {"ar", "gidd", "gidd0", "hdlm_xi9", "soft"} & set(cell.recipe.split("-")):
+    unknown = {"ar", "gidd", "gidd0", "hdlm_xi9", "soft"} & set(cell.recipe.split("-"))
+    if cell.bound_only or cell.calls != CALLS or unknown:
         return []
     return [[sys.executable, "-m", "hdlm_jax.main", f"--workdir={workdir}", "--mode=evaluate",
              f"--config.evaluate.rows={TOLD_ROWS}", f"--config.evaluate.draws={TOLD_DRAWS}",

@@ -282,6 +282,16 @@ def test_checkpoints_of_before_go_on(monkeypatch):
         check_resume(with_(**here), meta, "x")
 
 
+def test_own_texts_are_not_written_anew_on_the_way():
+    """A lesson's texts, as rollouts, are drawn as at its start: by the same method, nucleus and seed."""
+    from hdlm_jax.runs.train import check_resume
+    here = {"train": {"objective": "certainty", "init_from": "run"}, "generate": {"method": "max_prob"}}
+    meta = {"config": json.loads(json.dumps(with_(**here).as_dict()))}
+    for name, value in (("top_p", 0.9), ("seed", 7)):
+        with pytest.raises(ConfigError, match=f"generate.{name}={value} "):
+            check_resume(with_(**here | {"generate": here["generate"] | {name: value}}), meta, "x")
+
+
 def test_what_a_run_that_is_started_from_cannot_be_is_named():
     """By its own name, also where that begins as one that may differ does; heads for choices may be new."""
     base, given = with_(model={"blocks": 4}), {"model": {"blocks": 3, "block_lengths": True, "block": 8, "order": True}}

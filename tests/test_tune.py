@@ -104,7 +104,8 @@ def test_answers_are_different_up_to_their_ends():
     ({"data.source": "task"}, "tune.task"), ({"tune.group": 1}, "at least 2"),
     ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.group": 7}, "must divide"),
     ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.updates": 2}, "constant"),
-    ({"tune.objective": "elbo", "tune.task": "sums", "tune.advantage": "mdpo"}, "choose score")])
+    ({"tune.objective": "elbo", "tune.task": "sums", "tune.advantage": "mdpo"}, "choose score"),
+    ({"tune.objective": "score", "tune.task": "sums", "tune.advantage": "mdpo", "tune.cost": 0.1}, "tune.cost=0.1 does not")])
 def test_settings_that_do_not_go_together_are_one_line(changes, words):
     given = default()
     given.tokenizer.kind = "bytes"

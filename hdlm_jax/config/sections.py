@@ -521,6 +521,8 @@ class TuneConfig(_Section):
         self.hold("must be positive", "clip")
         self.need(self.objective in ("", "score") or self.advantage not in ("call", "mdpo"), "advantage",
                   f"is of calls, which tune.objective={self.objective!r} does not score: choose score")
+        self.need(self.advantage != "mdpo" or not self.cost, "advantage",
+                  f"judges texts that calls drew, which tune.cost={self.cost:g} does not reach: choose call or mean")
 
     def check_with(self, train: TrainConfig, data: DataConfig, optimizer: OptimizerConfig) -> None:
         """The rules between this section and others."""

@@ -50,7 +50,8 @@ from hdlm_jax.training.step import make_train_step
 # sections in which a resumed run must not differ, and the settings in them that may; of data its fingerprint counts
 # and how sequences are made of it
 _FIXED = ("tokenizer", "hierarchy", "diffusion", "model", "decoder", "optimizer", "train", "tune")
-_FIXED_ROLLOUTS = tuple(f"generate.{name}" for name in ("method", "options", "steps", "temperature"))
+_FIXED_ROLLOUTS = tuple(f"generate.{name}" for name in ("method", "options", "steps", "temperature", "top_p",
+                                                        "clusters", "force_transition", "seed"))
 LATEST = "latest_samples.json"  # of train.sample_every: step, texts
 _FIXED_DATA = ("data.packing", "data.padding", "data.variable_share", "data.stream", "data.shuffle_documents")
 

@@ -105,7 +105,7 @@ def test_answers_are_different_up_to_their_ends():
     ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.group": 7}, "must divide"),
     ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.updates": 2}, "constant"),
     ({"tune.objective": "elbo", "tune.task": "sums", "tune.advantage": "mdpo"}, "choose score"),
-    ({"tune.objective": "score", "tune.task": "sums", "tune.advantage": "mdpo", "tune.cost": 0.1}, "tune.cost=0.1 does not")])
+    ({"tune.objective": "score", "tune.task": "sums", "tune.advantage": "mdpo", "tune.cost": 0.1}, "cost=0.1 does")])
 def test_settings_that_do_not_go_together_are_one_line(changes, words):
     given = default()
     given.tokenizer.kind = "bytes"

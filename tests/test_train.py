@@ -665,12 +665,25 @@ def test_saved_by_the_clock_or_asked_to_stop_it_ends_as_if_never_stopped(corpus,
     assert told[0] == told[1] and [record["step"] for record in told[0]] == [4, 7, 8, 9, 10]
 
 
+def test_schedules_of_the_rate(corpus):
+    """At warm-up's end the peak; at the last step a tenth of it; in between constant, or the cosine's half."""
+    config = loop_config(corpus, train__steps=110)
+    config.optimizer.warmup, config.optimizer.lr = 10, 1.0
+    told = {}
+    for name in ("cosine", "wsd", "constant"):
+        config.optimizer.schedule = name
+        rate = make_optimizer(config_lib.resolve(config))[1]
+        told[name] = [round(float(rate(n - 1)), 4) for n in (5, 10, 60, 90, 100, 110)]
+    assert told == {"cosine": [0.5, 1.0, 0.55, 0.1859, 0.122, 0.1], "wsd": [0.5, 1.0, 1.0, 1.0, 0.55, 0.1],
+                    "constant": [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]}
+
+
 def test_steps_that_grow(corpus, tmp_path, alone):
     """A constant rate goes on; a cosine is made for its steps, and the message says how to train on."""
     cosine = config_lib.resolve(loop_config(corpus, train__steps=12))
     saved = config_lib.resolve(loop_config(corpus, train__steps=10))
-    with pytest.raises(ConfigError, match=r"train.steps=12 \(there 10\): .* the cosine schedule is made for its steps"
-                       r".*--config.train.init_from=w/run$"):
+    with pytest.raises(ConfigError, match=r"train.steps=12 \(there 10\): .*, as optimizer.schedule=cosine is made for"
+                       r" its steps; .*--config.train.init_from=w/run$"):
         train.check_resume(cosine, {"config": jsons.plain(saved.as_dict())}, "w/run/checkpoints")
     constant = [dataclasses.replace(c, optimizer=dataclasses.replace(c.optimizer, schedule="constant"))
                 for c in (cosine, saved)]

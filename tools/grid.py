@@ -78,6 +78,7 @@ TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each
     "try-decay.1": ("--config.optimizer.weight_decay=0.1",),
     "try-ema": ("--config.optimizer.ema=0.98",),
     "try-constant": ("--config.optimizer.schedule=constant",),
+    "try-wsd": ("--config.optimizer.schedule=wsd",),
     "try-constant-ema": ("--config.optimizer.schedule=constant", "--config.optimizer.ema=0.98"),
     "try-notime": NO_TIME,
     "try-decoder": DECODER,

@@ -422,12 +422,12 @@ class OptimizerConfig(_Section):
     weight_decay: float = 0.02  # of all parameters, times the rate
     clip: float = 1.0  # global norm of the gradient
     warmup: int = 10_000  # steps
-    schedule: str = "cosine"  # to final_lr x lr at the last step | constant
-    final_lr: float = 0.1  # of schedule=cosine, as a share of lr
+    schedule: str = "cosine"  # to final_lr x lr at the last step | wsd: constant, the last fifth linear | constant
+    final_lr: float = 0.1  # of schedule=cosine, wsd, as a share of lr
     ema: float = 0.0  # decay of the average of the weights that evaluation uses; 0: none
 
     def check(self) -> None:
-        self.among(schedule=("cosine", "constant"), name=("adamw", "muon"))
+        self.among(schedule=("cosine", "wsd", "constant"), name=("adamw", "muon"))
         self.hold("must be positive", "lr", "muon_lr", "clip")
         self.need(0 <= self.ema < 1, "ema", "must lie in [0, 1); 0 is off")
         self.hold("must not be negative", "warmup")

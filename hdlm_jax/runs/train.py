@@ -84,8 +84,8 @@ def check_resume(config: Config, meta: dict, path: str) -> None:
         return
     remedy = "use another --workdir or the old settings"
     if any(text.startswith("train.steps=") for text in differ):
-        remedy += (", as the cosine schedule is made for its steps; or go on from its weights in another --workdir "
-                   f"with --config.train.init_from={os.path.dirname(path)}")
+        remedy += (f", as optimizer.schedule={config.optimizer.schedule} is made for its steps; or go on from its "
+                   f"weights in another --workdir with --config.train.init_from={os.path.dirname(path)}")
     raise ConfigError(f"{'; '.join(differ)}: the checkpoint in {path} was trained otherwise; {remedy}")
 
 

@@ -70,9 +70,12 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
     """
     o, steps = config.optimizer, config.train.steps
     rest = max(1, steps - o.warmup)
-    after = optax.constant_schedule(o.lr)
+    after = constant = optax.constant_schedule(o.lr)
     if o.schedule == "cosine":
         after = optax.cosine_decay_schedule(o.lr, rest, o.final_lr)
+    elif o.schedule == "wsd":  # arXiv 2404.06395
+        cooling = optax.linear_schedule(o.lr, o.final_lr * o.lr, rest - rest * 4 // 5)
+        after = optax.join_schedules([constant, cooling], [rest * 4 // 5])
     schedule = optax.join_schedules([optax.linear_schedule(0.0, o.lr, max(1, o.warmup)), after], [o.warmup])
     # the update made from state.step = 0 is the first one, so that its rate is not zero
     tx = optax.adamw(lambda n: schedule(n + 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay)

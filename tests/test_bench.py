@@ -49,12 +49,14 @@ def test_one_json_object(root: Path, tmp_path: Path, capsys, monkeypatch, proces
     batch = bench.Training.batch
     monkeypatch.setattr(bench.Training, "batch", lambda self: fed.append(1) or batch(self))
     full = [] if process != "hdlm" else ["--temp_bytes_full", f"--profile={tmp_path}"]
+    optimizer = "muon" if process == "mdlm" else "adamw"
     code, out, err = run(capsys, "--case=micro", f"--process={process}", "--steps=3", "--warmup=2", "--sample_steps=4",
-                         *full)
+                         f"--optimizer={optimizer}", *full)
     assert code == 0, err
     record = json.loads(out)
     assert yardstick_keys(root) - {"torch"} | {"jax"} <= set(record)
     assert (record["peer"], record["case"], record["process"], record["head"]) == ("hdlm_jax", "micro", process, "flat")
+    assert record["optimizer"] == optimizer
     assert len(fed) == 1 + 2 + 3 + (3 + 2 if full else 0)  # to compile, warm up, measure; to trace, two losses
     assert record["dtype"] == "float32" and record["mfu"] is None and record["device"] == "cpu"
     rate = MICRO.batch_size * MICRO.seq_len / record["train_step_s"]

@@ -63,8 +63,9 @@ PROCESSES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 }
 
 
-def settings(case: Case, head: str = "flat", process: str = "hdlm", dtype: str = "") -> tuple[Config, Hierarchy]:
-    """Config and hierarchy of a case: the yardstick's optimizer, weighting and clusters (word % C)."""
+def settings(case: Case, head: str = "flat", process: str = "hdlm", dtype: str = "", optimizer: str = "adamw"
+             ) -> tuple[Config, Hierarchy]:
+    """Config and hierarchy of a case: the yardstick's weighting, clusters (word % C) and, but for Muon, optimizer."""
     diffusion, clusters = PROCESSES[process]
     if head == "factorised" and not clusters:
         raise ConfigError(f"--head=factorised: needs clusters, and --process={process} has none; choose --process=hdlm")
@@ -78,7 +79,7 @@ def settings(case: Case, head: str = "flat", process: str = "hdlm", dtype: str =
     c.model.head, c.model.dtype = head, dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     o = c.optimizer
     o.lr, o.b2, o.eps, o.weight_decay, o.clip = 3e-4, 0.999, 1e-8, 0.01, 1.0
-    o.schedule, o.warmup = "constant", 0
+    o.name, o.schedule, o.warmup = optimizer, "constant", 0
     c.train.batch_size = c.generate.batch_size = case.batch_size
     maps = [np.arange(below) % n for below, n in zip([case.words, *sizes], sizes, strict=False)]
     return configs.resolve(c), Hierarchy.from_parents(maps, vocab_size=case.words)
@@ -198,12 +199,14 @@ def measure_sampling(training: Training, draw: Sampler, steps: int) -> dict[str,
 
 
 def measure(name: str, head: str, process: str, steps: int, warmup: int, sample_steps: int, dtype: str = "",
-            batch_size: int = 0, temp_bytes_full: bool = False, profile: str = "") -> dict[str, Any]:
+            batch_size: int = 0, temp_bytes_full: bool = False, profile: str = "", optimizer: str = "adamw"
+            ) -> dict[str, Any]:
     """The JSON object: the yardstick's keys ("jax" for "torch") and ours."""
     case = CASES[name]
     if temp_bytes_full and process not in ("hdlm", "mdlm"):
         raise ConfigError(f"--temp_bytes_full: compares hdlm and mdlm, not --process={process}")
-    config, hierarchy = settings(case._replace(batch_size=batch_size or case.batch_size), head, process, dtype)
+    case = case._replace(batch_size=batch_size or case.batch_size)
+    config, hierarchy = settings(case, head, process, dtype, optimizer)
     device, start = jax.devices()[0], _mib()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     training = Training(config, hierarchy)
@@ -211,14 +214,14 @@ def measure(name: str, head: str, process: str, steps: int, warmup: int, sample_
     parallel.trim_memory()  # the optimizer's state is gone
     result = {
         "peer": "hdlm_jax", "jax": jax.__version__, "case": name, "head": head, "process": process,
-        "dtype": config.model.dtype, "device": device.platform, "device_kind": device.device_kind,
-        "threads": cores, "compiled": True, "batch_size": config.train.batch_size,
+        "optimizer": optimizer, "dtype": config.model.dtype, "device": device.platform,
+        "device_kind": device.device_kind, "threads": cores, "compiled": True, "batch_size": case.batch_size,
         "params": sum(a.size for a in jax.tree.leaves(params)),
     } | train | measure_sampling(training, training.sampler(params), sample_steps)
     stats = device.memory_stats() or {}
     result |= {"rss_start_mib": start, "peak_rss_mib": _mib(), "device_peak_bytes": stats.get("peak_bytes_in_use")}
     if temp_bytes_full:  # last, as compiling it takes memory
-        flat = Training(*settings(case._replace(batch_size=config.train.batch_size), "flat", process, dtype))
+        flat = Training(*settings(case, "flat", process, dtype))
         result |= {"loss_temp_bytes": training.loss_temp_bytes(),
                    "loss_temp_bytes_full_logits": flat.loss_temp_bytes(full_logits=True)}
     return result
@@ -468,6 +471,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ask.add_argument("--case", choices=CASES, help="shapes to run (default: tiny; with --curves small-cpu)")
     ask.add_argument("--head", default="flat", choices=HEADS, help="model.head")
     ask.add_argument("--process", default="hdlm", choices=PROCESSES, help="with the case's clusters, or a baseline")
+    ask.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"), help="the yardstick's, or Muon")
     ask.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"),
                      help="model.dtype; default: float32 on CPU, bfloat16 elsewhere")
     for name, value, least, text in (
@@ -494,7 +498,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             curves(f.curves, f.case or "small-cpu")
         else:
             print(jsons.dumps(measure(f.case or "tiny", f.head, f.process, f.steps, f.warmup, f.sample_steps, f.dtype,
-                                      f.batch_size, f.temp_bytes_full, f.profile)))
+                                      f.batch_size, f.temp_bytes_full, f.profile, f.optimizer)))
     return 0
 
 

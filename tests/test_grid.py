@@ -70,6 +70,7 @@ def test_a_cell_made_before_gets_its_likelihoods(tmp_path, monkeypatch):
     nats, tokens = np.full(4, 20.0), np.full(4, 10)
     write(out, "mdlm", 0, nats, tokens)
     monkeypatch.setattr(grid, "training_speed", lambda workdir: 1.0)
+    monkeypatch.setattr(grid, "flops_of", lambda workdir: 2.0)
     (workdir / "metrics.jsonl").write_text('{"tokens": 40}\n')
     (workdir / "evaluate.json").write_text(json.dumps({"nelbo": 2.0}))
     np.savez(workdir / "evaluate_rows.npz", nats=nats, tokens=tokens)
@@ -88,5 +89,5 @@ def test_a_cell_made_before_gets_its_likelihoods(tmp_path, monkeypatch):
         grid.make(grid.chosen(["mdlm"], 1)[0], 0, runs, out, 800, "")
     assert len(asked) == 1 and "max_prob steps=4,ancestral steps=4," in asked[0][-1]
     record, kept, _ = grid.load("mdlm", out)[0]
-    assert record["likelihoods"] == told and (kept == nats).all()
+    assert record["flops"] == 80 and record["likelihoods"] == told and (kept == nats).all()
     assert "2.660" in grid.likelihoods_table(out)  # of 'max_prob steps=4'

@@ -29,6 +29,7 @@ from hdlm_jax.common.jsons import read_json, read_lines, write_arrays, write_jso
 from hdlm_jax.config import expand
 from hdlm_jax.report.run_files import training_speed
 from tools import cli
+from tools.speedrun import flops_of
 
 KEPT = cli.ROOT / "docs" / "runs" / "grid"
 STEPS, ROWS, DRAWS, CALLS, FEW = 800, 1000, 4, (8, 16, 32, 64), (4, 8, 16)
@@ -228,6 +229,7 @@ def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
     found: dict[str, Any] = {"cell": cell.name, "seed": seed, "recipe": cell.recipe, "more": cell.more,
                              "commit": commit, "cpus": os.cpu_count(), "tokens": records[-1]["tokens"],
                              "train_tokens_per_s": training_speed(records),
+                             "flops": flops_of(str(workdir)) * records[-1]["tokens"],
                              "evaluate": read_json(str(workdir / "evaluate.json")), "calls": []}
     for line in read_lines(str(workdir / "sampling_sweep.jsonl"))[0]:
         found["calls"].append({"steps": line["sampling"]["steps"], "network_calls": line["sampling"]["network_calls"],
@@ -273,7 +275,7 @@ def difference(cell: Sequence[Any], base: Sequence[Any]) -> tuple[float, float, 
 
 
 def table(question: str, out: Path = KEPT) -> str:
-    """Markdown of one of QUESTIONS, of the cells that are there; of EQUAL_TIME with the seconds of their training."""
+    """Markdown of one of QUESTIONS, of the cells that are there; of EQUAL_TIME with what their training took."""
     if question not in QUESTIONS:
         raise ValueError(f"grid: {question}: choose one of {', '.join(QUESTIONS)}, calls, few_calls, likelihoods")
     names = QUESTIONS[question]
@@ -289,12 +291,13 @@ def table(question: str, out: Path = KEPT) -> str:
                      measured(apart[0], apart[1], "+.4f") if apart else "", str(len(cell)),
                      " → ".join(map(str, e[0]["hierarchy"])), f"{e[0]['params']:,}"])
         if question in EQUAL_TIME:
-            tokens, speed = (np.mean([one[0][key] for one in cell]) for key in ("tokens", "train_tokens_per_s"))
-            rows[-1] += [f"{tokens / 1e6:.2f}M", f"{speed:,.0f}", f"{tokens / speed:.0f}"]
+            names_of = "tokens", "train_tokens_per_s", "flops"
+            tokens, speed, flops = (np.mean([one[0][key] for one in cell]) for key in names_of)
+            rows[-1] += [f"{tokens / 1e6:.2f}M", f"{flops:.1e}", f"{speed:,.0f}", f"{tokens / speed:.0f}"]
         if question in IN_PARTS:
             rows[-1] += [f"{np.mean([a[part] for a in e]):.3f}" if part in e[0] else "" for part in PARTS]
     head = ["", "nats/token", "each seed", f"minus {names[0]}, paired", "seeds", "levels", "parameters"]
-    return markdown(head + ["tokens", "tokens/s", "seconds"] * (question in EQUAL_TIME)
+    return markdown(head + ["tokens", "FLOPs", "tokens/s", "seconds"] * (question in EQUAL_TIME)
                     + [*PARTS] * (question in IN_PARTS), rows)
 
 

@@ -21,10 +21,12 @@ def get_config():
     c.data.feature_width = 0
     c.data.prompt_field = "prompt"
     c.model.seq_len = 48
-    c.train.steps = 1500
+    c.diffusion.weighting = "constant"
+    c.optimizer.name = "muon"
+    c.train.steps = 8000
     c.train.batch_size = 32
     c.evaluate.rows_in_training = 500
     c.evaluate.exact_match = 500
-    c.generate.steps = 24
+    c.generate.steps = 48
     c.generate.batch_size = 250
     return c

@@ -596,6 +596,7 @@ def test_phonemes(tmp_path, monkeypatch):
     found = {r["prompt"]: r["text"] for r in train + valid}
     assert len(found) == len(train) + len(valid) == len(lines) - 2 and 0.02 < len(valid) / len(found) < 0.1
     assert "long" + 20 * "x" in found and max(len(r["prompt"] + r["text"]) for r in train + valid) == 47
+    assert (words := [r["prompt"] for r in train]) != sorted(words)  # the first of them are of all letters
     assert (found["tomato"], found["aalborg"], found["ax"]) == ("T AH M EY T OW", "AO L B AO R G", "A X")
 
 

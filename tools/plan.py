@@ -296,6 +296,7 @@ def _about(config: Config, devices: Sequence[Any], name: str, tokens: int, flops
         "config": name, "jax": jax.__version__, "compiler": " ".join(devices[0].client.platform_version.split()),
         "device_kind": kind, "devices": len(devices),
         "mesh": dict(zip(parallel.AXES, config.parallel.shape(len(devices)), strict=True)), "head": config.model.head,
+        "optimizer": config.optimizer.name,
         "attention": config.model.attention, "seq_len": config.model.seq_len, "tokens_per_step": tokens,
         "flops_per_step": flops, "mfu": MFU}
     if peak := peak_flops(kind):
@@ -390,7 +391,8 @@ def table(plans: list[Json]) -> str:
         number = lambda name, form, by=1.0, p=p: format(p[name] / by, form) if name in p else ""  # noqa: E731
         loops = f" + {p['estimate_a_pass_s']:.4f} a pass" if p.get("estimate_a_pass_s") else ""
         rows.append((
-            f"{p['config']}, {p['head']}", p.get("topology", ""), " × ".join(map(str, p["mesh"].values())),
+            f"{p['config']}, {p['head']}" + ", muon" * (p.get("optimizer") == "muon"), p.get("topology", ""),
+            " × ".join(map(str, p["mesh"].values())),
             f"{p.get('remat', '')}, {p['microbatches']}", f"{gib['arguments']} + {gib['temporaries']}" if gib else "",
             gib.get("peak", ""), {True: "yes", False: "no", None: ""}[p["fits"]], number("moved_bytes", ".1f", 2**30),
             number("links_s", ".2f"), number("estimate_s", ".3f") + loops, number("step_s", ".2f"),

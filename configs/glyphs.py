@@ -20,7 +20,9 @@ def get_config():
     c.tokenizer.vocab_size = 1024
     c.model.seq_len = 40
     c.model.dropout = 0.1
-    c.train.steps = 2000
+    c.diffusion.weighting = "constant"
+    c.optimizer.name = "muon"
+    c.train.steps = 5000
     c.train.batch_size = 32
     c.evaluate.rows_in_training = 497
     c.evaluate.exact_match = 497

@@ -155,10 +155,12 @@ def _features(run: Run, given: Json, fixed: bool) -> np.ndarray | None:
     """The vectors in front of a text, float32 [P, F] with NaN behind those that are given, of a run that needs some;
     fixed: the text is one with blanks, or of a schema."""
     shape = run.config.data.feature_places, run.config.data.feature_width
-    if "features" not in given or not shape[0]:
-        sampler.check_features(run, np.zeros((1, 0, 0)) if "features" in given else None)
+    if "features" not in given:
+        sampler.check_features(run, None)
         return None
-    rule(not fixed, "features", f"{len(given['features'])} vectors", "go with a prompt alone")
+    many = f"{len(given['features'])} vectors"
+    rule(shape[0] > 0, "features", many, "this run knows none (data.features_field)")
+    rule(not fixed, "features", many, "go with a prompt alone")
     try:
         return vectors.padded(vectors.read(given["features"], shape), shape[0])
     except ValueError as error:

@@ -14,8 +14,9 @@ from test_sampler import assert_law
 from hdlm_jax.common import parallel
 from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.decoding import channel as decoding
+from hdlm_jax.decoding.choose import Confidence
 from hdlm_jax.decoding.sampler import exactness
-from hdlm_jax.diffusion.draws import wide
+from hdlm_jax.diffusion.draws import fold, wide
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.evaluation.elbo import Evaluator
 from hdlm_jax.models import channel
@@ -208,6 +209,80 @@ def test_one_jump_a_call_writes_the_data_and_by_the_mean_it_does_not():
     assert toy.distance(toy.climbed(process, joint, 20_000, mean=True), joint) > 0.1
 
 
+@pytest.mark.parametrize("by, case, xi, seed", [
+    ("top", "K=2", 0.8, 3), ("margin", "K=1", 1.0, 5), pytest.param("entropy", "K=2", 1.0, 4, marks=pytest.mark.slow)])
+def test_an_order_by_what_is_on_show_writes_the_data(by, case, xi, seed):
+    joint = oracle.random_joint(V, 2, seed=seed)
+    words, calls = write(timed(case, "token", 1.0, (2.0, 0.7), xi), joint, 0, 40_000, score=Confidence(by))
+    assert_law(words, joint)
+    assert calls == 2 * (timed(case, "token", 1.0, LADDER).num_levels + 2)
+
+
+P_OF_PLACES = np.array([[0.5, 0.17, 0.17, 0.16], [0.48, 0.48, 0.02, 0.02], [0.4, 0.299, 0.3, 0.001]])
+
+
+@pytest.mark.parametrize("by, order", [("top", (0, 1, 2)), ("margin", (0, 2, 1)), ("entropy", (1, 2, 0))])
+def test_the_surest_word_makes_its_own_next_event(by, order):
+    """Of a predictor that says the same at every state: which token moves, how, when all is done, and the t told."""
+    process, rows, seen = timed("K=1", "token", 0.5, LADDER), 4, []
+
+    def denoise(state, t):
+        jax.debug.callback(lambda *call: seen.append([np.asarray(a) for a in call]), state.z, state.s, t, ordered=True)
+        logits = jnp.log(jnp.asarray(P_OF_PLACES, jnp.float32))[jnp.array([0, 1, 2, 0])]
+        return Observed(jnp.broadcast_to(logits, (rows, 4, V)), process.hierarchy, process.signal)
+
+    z = jnp.full((rows, 4), process.mask_id, jnp.int32).at[:, 3].set(2)
+    keys = jax.random.split(jax.random.key(7), rows)
+    words, stats = jax.jit(lambda keys: decoding.sample(keys, denoise, process, z, steps=0, score=Confidence(by)))(keys)
+    jax.block_until_ready(words)
+    jax.effects_barrier()
+    falls = np.asarray(jax.vmap(lambda k: process.chain.crossing_times(k, (4,)))(fold(keys, 0)))[..., 0]
+    jumps = np.asarray(process.jumps(fold(keys, 2), z.shape))
+    assert int(stats["calls"]) == len(seen) == int(np.max(stats["row_forwards"]))
+    for row in range(rows):
+        m, level, plan = [2, 2, 2, 0], [1, 1, 1, 0], []
+        for place in order:
+            fall = falls[row, place]
+            own = sorted([(t, "jump") for t in jumps[row, place] if t > fall] + [(fall, "fall")], reverse=True)
+            plan += [(place, what) for _, what in own]
+        assert int(stats["row_forwards"][row]) == len(plan)
+        for call, (states, s, t) in enumerate(seen):
+            assert [int(one == process.mask_id) for one in states[row]] == level
+            want = [process.heights[m[i]] if level[i] else channel.KNOWN for i in range(4)]
+            np.testing.assert_allclose(s[row], want, rtol=1e-6)
+            left = sum((level[i] > 0) * (level[i] + m[i]) for i in range(3)) / 3
+            assert float(t[row]) == pytest.approx(time_by_bisection(process, left), abs=2e-3)
+            if call < len(plan):
+                place, what = plan[call]
+                (level if what == "fall" else m)[place] -= 1
+        assert level == [0] * 4
+
+
+def time_by_bisection(process, left):
+    """t at which a token's levels to go and, while its word is not known, rungs to go, are `left` on average."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        t = (low + high) / 2
+        symbols, rungs = (oracle.level_beta(rates, -math.log1p(-t)) for rates in (process.chain.rates,
+                                                                                 process.clock.rates))
+        mean = sum(a * b * (k + m) for k, a in enumerate(symbols) for m, b in enumerate(rungs) if k)
+        low, high = (t, high) if mean < left else (low, t)
+    return low
+
+
+def test_events_that_change_nothing_take_no_call():
+    """Of words that are given, above a given cluster, of a ratio once the word is known; by loops."""
+    rng, top = np.random.default_rng(0), np.array([[0, 1, 2, 2]])
+    times, jumps = (np.sort(rng.exponential(size=(1, 4, n)).astype(np.float32)) for n in (2, 3))
+    own = [sorted([t for k, t in enumerate(times[0, i]) if k < top[0, i]]
+                  + [t for t in jumps[0, i] if top[0, i] and t > times[0, i, 0]], reverse=True) for i in range(4)]
+    for of_tokens, lines in ((True, own), (False, [sorted(sum(own, []), reverse=True)])):
+        events, due = jax.jit(decoding.events_of, static_argnums=3)(times, jumps, top, of_tokens)
+        assert due.tolist() == [sum(map(len, own))] and 0 < int(due[0]) < 4 * 5
+        for found, want in zip(np.asarray(events[0]), lines, strict=True):
+            np.testing.assert_array_equal(found, np.pad(want, (0, len(found) - len(want))))
+
+
 def test_told_the_time_as_it_is_it_is_the_plain_sampler():
     """And told another, that is what the network sees, while what is on show stays."""
     process, seen = make("K=1", 0.5), []
@@ -304,8 +379,10 @@ def test_a_ladder_says_what_it_needs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times, levels, method", [("token", LADDER, "first_hitting"), ("before", (4.0,), "ancestral")])
-def test_runs_at_all_times(tmp_path, times, levels, method):
+@pytest.mark.parametrize("times, levels, method, law", [
+    ("token", LADDER, "first_hitting", "exact"), ("token", LADDER, "margin", "inexact: method=margin"),
+    ("before", (4.0,), "ancestral", "exact")])
+def test_runs_at_all_times(tmp_path, times, levels, method, law):
     """Trained, evaluated in both parts and written from."""
     from hdlm_jax.runs import evaluate, train
     from hdlm_jax.runs.generate import generate
@@ -317,4 +394,4 @@ def test_runs_at_all_times(tmp_path, times, levels, method):
     found = evaluate.evaluate(config, run)
     assert found["nelbo"] == pytest.approx(found["discrete"] + found["continuous"]) and found["continuous"] > 0
     wrote = generate(config, run)
-    assert wrote["samples"] == 2 and wrote["law"] == "exact"
+    assert wrote["samples"] == 2 and wrote["law"] == law

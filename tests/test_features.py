@@ -6,9 +6,11 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import wave
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ from hdlm_jax.diffusion.levels import LevelChain
 from hdlm_jax.evaluation import conditional
 from hdlm_jax.models.features import FeaturePlaces, given
 from hdlm_jax.models.make import make_network
-from hdlm_jax.runs import evaluate, export, generate, stages
+from hdlm_jax.runs import evaluate, export, generate, serve, stages
 from tools import features as tool
 
 P, F, S, V = 3, 2, 8, 257
@@ -440,6 +442,39 @@ def test_features_of_a_canvas_stay_with_their_texts(model):
     assert (both.z[:, :2] == 256).all() and (both.z[:, 2:] == model.hierarchy.mask_id).all()
     with pytest.raises(ConfigError, match="this run writes behind 2 vectors of 4 numbers .*features_field='f'"):
         sampler.start_canvas(model.run, g, np.zeros((2, 0), np.int32))
+
+
+def test_a_server_writes_for_the_features_of_each_request(run, model, tmp_path):
+    """Several at once, each its own; those of a seed as --mode=generate writes them; one line for what is none."""
+    client = pytest.importorskip("starlette.testclient", reason="no starlette (pip install 'hdlm_jax[serve]')")
+    f = [np.eye(4)[[i]].tolist() for i in range(4)]
+    with client.TestClient(serve.Server(model.run, "", {}).app(), base_url="http://127.0.0.1") as opened:
+        def ask(**body):
+            answer = opened.post("/v1/completions", json=body)
+            found = answer.json()
+            return [one["text"] for one in found["choices"]] if answer.status_code == 200 else (
+                answer.status_code, found["error"]["message"])
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(lambda i: ask(features=f[i], seed=i, n=2), range(4))) == [[c] * 2 for c in LETTERS]
+        config, workdir = run
+        np.save(tmp_path / "f.npy", np.tile(f[1], (3, 1, 1)))
+        warm = dataclasses.replace(config.generate, features=str(tmp_path / "f.npy"), temperature=9.0, seed=5)
+        generate.generate(dataclasses.replace(config, generate=warm), workdir, str(tmp_path / "out"))
+        wrote = [json.loads(line)["text"] for line in open(tmp_path / "out" / "samples.jsonl")]
+        assert ask(features=f[1], seed=5, n=3, temperature=9.0) == wrote and len(set(wrote)) > 1
+        for body, said in (({}, "writes behind 2 vectors of 4 numbers .* was given none"),
+                           ({"features": np.eye(3).tolist()}, r"features: has shape \[3, 3\] .*\[n, 4\]"),
+                           ({"features": np.zeros((3, 4)).tolist()}, "features: has 3 vectors: must be at most 2"),
+                           ({"features": [["a"] * 4]}, "features: has shape .* must be numbers"),
+                           ({"features": [[1, 2, 3, 4], [1]]}, "features: .*inhomogeneous"),
+                           ({"features": [[0, 0, 0, 1e99]]}, "features: has numbers that are not finite"),
+                           ({"features": 3}, "features=3: must be of type list"),
+                           ({"template": "[MASK]"}, "was given none"),
+                           ({"features": f[0], "template": "[MASK]"}, "features='1 vectors': go with a prompt alone"),
+                           ({"features": f[0], "max_tokens": 3}, "behind 2 tokens a text of 4 has room for 2")):
+            status, message = ask(**body)
+            assert status == 400 and re.search(said, message), message
 
 
 @pytest.mark.slow

@@ -121,6 +121,7 @@ def test_what_is_shown_while_it_is_written(client, server):
     ({"template": "a"}, "no blank in 'a'"), ({"template": "[MASK:99]"}, "at most 16 tokens"),
     ({"template": "[MASK]", "prompt": "a"}, "in place of a prompt"),
     ({"template": "[MASK]", "max_tokens": 2}, "the blanks, or the schema, say"),
+    ({"features": [[1.0]]}, "features='1 vectors': this run knows none"),
     ({"response_format": {"type": "x"}}, "choose one of text, json_schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "any"}}}}, "schema at"),
 ])

@@ -174,9 +174,10 @@ class Config:
                 ("tune.objective", self.tune.objective, ""), ("generate.options", g.options, ""),
                 ("generate.clusters", g.clusters, "exact"), ("evaluate.decodings", self.evaluate.decodings, ())):
             rule(value == only, name, value, f"diffusion.channel={d.channel:g} is for {only!r} alone")
-        methods = ("ancestral", "first_hitting")[: 2 if d.channel_times == "token" else 1]
+        on_ladder = ("first_hitting", "max_prob", "margin", "entropy")
+        methods = ("ancestral", *on_ladder) if d.channel_times == "token" else ("ancestral",)
         rule(g.method in methods, "generate.method", g.method,
-             f"diffusion.channel={d.channel:g} is for {' and '.join(map(repr, methods))} alone")
+             f"diffusion.channel={d.channel:g} is for {', '.join(map(repr, methods))} alone")
         rule(g.force_transition in ("", "cavity"), "generate.force_transition", g.force_transition,
              f"diffusion.channel={d.channel:g} is for 'cavity' alone")
 

@@ -52,7 +52,8 @@ def _checked(found: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
                          "(data.feature_width)")
     if len(found) > places:
         raise ValueError(f"has {len(found)} vectors: must be at most {places} (data.feature_places)")
-    found = found.astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large for float32 is not finite either
+        found = found.astype(np.float32)
     if not np.isfinite(found).all():
         raise ValueError("has numbers that are not finite")
     return found

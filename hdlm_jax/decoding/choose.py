@@ -141,10 +141,13 @@ class Confidence(Score):
     needs = ("top",)
 
     def __call__(self, view):
+        return self.of(view.log_drawn if self.by == "drawn" else view.log_top, view.log_second, view.entropy)
+
+    def of(self, log_top, log_second, entropy):
+        """The score from these fields of a View, or from `statistics`."""
         if self.by == "entropy":
-            return settled(-view.entropy)
-        top = jnp.exp(view.log_drawn if self.by == "drawn" else view.log_top)
-        return settled(top - jnp.exp(view.log_second) if self.by == "margin" else top)
+            return settled(-entropy)
+        return settled(jnp.exp(log_top) - jnp.exp(log_second) if self.by == "margin" else jnp.exp(log_top))
 
 
 @dataclasses.dataclass(frozen=True)

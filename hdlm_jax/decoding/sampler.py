@@ -250,8 +250,10 @@ def past_end(call: Call, z: jax.Array) -> jax.Array | None:
 
 @sample_canvas.register
 def _(process: ChannelProcess, keys: jax.Array, z: jax.Array, call: Call) -> tuple[jax.Array, dict]:
+    choice: Any = call.program.method.policy.choose
     return channel.sample(keys, whole(call, z), process, z, steps=call.numbers["steps"], told=call.numbers["told"],
-                          singly="reveals" in call.numbers["method"], **_draws(call.how))
+                          singly="reveals" in call.numbers["method"], score=choice.score if choice.scored else None,
+                          **_draws(call.how))
 
 
 @sample_canvas.register

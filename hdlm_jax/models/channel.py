@@ -233,8 +233,9 @@ class ChannelProcess(HierarchicalProcess):
         return xp.where(tau < low, 0.0, self.scale / (xp.expm1(later) * -xp.expm1(-later)))
 
     def ratios(self, keys: jax.Array, tau: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """s of all positions at noise times tau [B], float32 of `shape` [B, S]; keys [B], where s is drawn."""
-        return jnp.broadcast_to(jnp.asarray(self.ratio(tau))[:, None], shape)
+        """s of all positions at noise times tau [B], [B, 1] or [B, S], float32 of `shape` [B, S]; keys [B], where s is
+        drawn."""
+        return jnp.broadcast_to(jnp.asarray(self.ratio(tau)).reshape(len(tau), -1), shape)
 
     def jumps(self, keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Noise times at which s jumps, float32 [B, S, M] increasing; keys [B], those of `ratios`. M = 0: it flows."""

@@ -91,7 +91,7 @@ class TokenTimes(_Weighed):
       ValueError: as of ChannelProcess; no levels.
     """
 
-    methods = ("ancestral", "first_hitting")
+    methods = ("ancestral", "first_hitting", "max_prob", "margin", "entropy")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,13 +112,35 @@ class TokenTimes(_Weighed):
         return jax.vmap(lambda k: self.clock.crossing_times(k, shape[1:]))(keys)
 
     def ratios(self, keys: jax.Array, tau: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.asarray(self.heights)[jnp.sum(self.jumps(keys, shape) <= tau[:, None, None], axis=-1)]
+        return jnp.asarray(self.heights)[jnp.sum(self.jumps(keys, shape) <= tau.reshape(len(tau), -1, 1), axis=-1)]
 
     def _next(self, s: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(level of the clock, int32; d that its next jump adds to the ratio) at ratios s, of s's shape."""
         heights = self.heights
         m = sum((s < height).astype(jnp.int32) for height in heights[:-1])
         return m, jnp.asarray(-np.diff(heights, prepend=heights[0]))[m]
+
+    @functools.cached_property
+    def _to_go(self) -> tuple[np.ndarray, np.ndarray]:
+        """t [1001] and the mean of `to_go` at them (increasing), float32."""
+        t = np.linspace(0, 1, 1001)
+        with np.errstate(divide="ignore"):
+            tau = np.minimum(-np.log1p(-t), self.tau_end)
+        symbols, ratios = (np.asarray(chain.beta(tau, np)) for chain in (self.chain, self.clock))
+        rungs = (1 - symbols[:, 0]) * (ratios @ np.arange(len(self.heights)))
+        return t.astype(np.float32), (symbols @ np.arange(self.num_levels + 1) + rungs).astype(np.float32)
+
+    def to_go(self, z: State) -> jax.Array:
+        """Levels between a token's symbol and its word, and while that is not known rungs between its ratio and the
+        highest one: int32 of z's shape."""
+        level = self.level_of(z.z)
+        return level + jnp.where(level > 0, self._next(z.s)[0], 0)
+
+    def time_of(self, z: State, free: jax.Array) -> jax.Array:
+        """t, float32 [B], at which tokens have as far to go on average as the free ones (bool [B, S]) of z's rows."""
+        t, mean = self._to_go
+        left = jnp.sum(jnp.where(free, self.to_go(z), 0), axis=1) / jnp.maximum(jnp.sum(free, axis=1), 1)
+        return jnp.interp(left, jnp.asarray(mean), jnp.asarray(t)).astype(jnp.float32)
 
     def noised(self, key: jax.Array, x: jax.Array, tau: jax.Array, score: jax.Array) -> tuple[Any, jax.Array]:
         """As of ChannelProcess, with every token's next jump."""

@@ -14,7 +14,8 @@ from hdlm_jax.common.jsons import Json
 from hdlm_jax.config import ConfigError, GenerateConfig
 from hdlm_jax.config.rules import choice, rule
 from hdlm_jax.data import chat as chats
-from hdlm_jax.decoding import texts
+from hdlm_jax.data import features as vectors
+from hdlm_jax.decoding import sampler, texts
 from hdlm_jax.training.loading import Run
 
 MOST_STEPS = 4096
@@ -27,7 +28,7 @@ CHARACTERS = 64  # a token at the most, before they are counted as tokens
 _SHARED: dict[str, Any] = {"max_tokens": int, "seed": int, "stop": (str, list), "stream": bool, "n": int,
                            "response_format": dict, "budget": int, "method": str, "options": str, "steps": int,
                            "temperature": float, "top_p": float, "canvas": bool}
-FIELDS = {False: {"prompt": str, "template": str, "echo": bool, **_SHARED},
+FIELDS = {False: {"prompt": str, "template": str, "features": list, "echo": bool, **_SHARED},
           True: {"messages": list, "max_completion_tokens": int, "chat_template_kwargs": dict, **_SHARED}}
 _SETTINGS = ("method", "options", "steps", "temperature", "top_p")
 _IGNORED = ("model", "user", "stream_options")
@@ -112,13 +113,15 @@ def order(run: Run, body: Json, chat: bool) -> Order:
              f"a text has at most {run.config.model.seq_len} tokens")
     rule(not ("prompt" in given and "template" in given), "template", given.get("template"), "is in place of a prompt")
     schema = schema_of(given["response_format"]) if "response_format" in given else None
+    features = _features(run, given, schema is not None or "template" in given)
     ids, prompt = _front(run, given, chat)
     stops, n = _stops(given.get("stop", [])), given.get("n", 1)
     rule(1 <= n <= run.config.serve.batch, "n", n, f"must lie in 1..{run.config.serve.batch}")
     rule(given.get("steps", 1) <= MOST_STEPS, "steps", given.get("steps"), f"must be at most {MOST_STEPS}")
     rule(len(given.get("options", "")) <= MOST_OPTIONS, "options", f"{len(given.get('options', ''))} characters",
          f"are at most {MOST_OPTIONS}")
-    length = _length(run, given, len(ids), schema is not None or "template" in given)
+    places = run.config.data.feature_places
+    length = _length(run, given, places + len(ids), schema is not None or "template" in given)
     values: Json = {name: given[name] for name in _SETTINGS if name in given}
     g = texts.settings(run, values, num_samples=n, length=length, prompt="", schema="",
                        seed=given.get("seed", secrets.randbelow(2**32)))
@@ -133,7 +136,7 @@ def order(run: Run, body: Json, chat: bool) -> Order:
     elif chat:
         asked = texts.chatted(run, g, given["messages"], **_template(given))
     else:
-        asked = texts.prompted(run, g, prompt)
+        asked = texts.prompted(run, g, prompt, features)
     hidden = not chat and not given.get("echo", False) and schema is None
     return Order(asked, g, run.tokenizer.decode(ids) if hidden else "", stops, given.get("stream", False),
                  given.get("canvas", False), len(ids))
@@ -146,6 +149,22 @@ def _check_memory(options: str) -> None:
         rule(most is None or int(value) <= most, f"options={name}", value, f"must be at most {most} here")
         rule(name != "tokens" or int(value) >= LEAST_TOKENS, f"options={name}", value,
              f"must be at least {LEAST_TOKENS} here")
+
+
+def _features(run: Run, given: Json, fixed: bool) -> np.ndarray | None:
+    """The vectors in front of a text, float32 [P, F] with NaN behind those that are given, of a run that needs some;
+    fixed: the text is one with blanks, or of a schema."""
+    shape = run.config.data.feature_places, run.config.data.feature_width
+    if "features" not in given:
+        sampler.check_features(run, None)
+        return None
+    many = f"{len(given['features'])} vectors"
+    rule(shape[0] > 0, "features", many, "this run knows none (data.features_field)")
+    rule(not fixed, "features", many, "go with a prompt alone")
+    try:
+        return vectors.padded(vectors.read(given["features"], shape), shape[0])
+    except ValueError as error:
+        raise ConfigError(f"features: {error}") from None
 
 
 def _front(run: Run, given: Json, chat: bool) -> tuple[np.ndarray, str]:

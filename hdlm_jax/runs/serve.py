@@ -62,8 +62,9 @@ class Server:
         self.draw = sampler.sampler_of(run, sampler.load_helper(run, run.config.generate))
         self.desk = desk.Desk(self.draw, run.tokenizer, self.settings.batch, self.settings.queue)
         self.name = str(about.get("name", "run"))
-        g = run.config.generate
+        g, d = run.config.generate, run.config.data
         more = {"seq_len": run.config.model.seq_len, "step": run.step, "methods": methods(run),
+                "features": [d.feature_places, d.feature_width],
                 "chats": bool(run.tokenizer.chat_template),
                 "default": {"method": g.method, "options": g.options, "steps": g.steps}}
         self.about = jsons.dumps(about | more, ensure_ascii=False).encode("utf-8", "replace")
@@ -309,7 +310,8 @@ def methods(run: Run) -> list[Json]:
     """Name, options and first sentence of the methods that this run can be served with."""
     out: list[Json] = []
     if not run.process.unmasks:
-        out = [{"name": "ancestral", "options": "", "steps": not run.process.causal, "about": ""}]
+        out = [{"name": name, "options": "", "steps": name == "ancestral" and not run.process.causal, "about": ""}
+               for name in run.process.methods or ("ancestral",)]
     for name, make in presets.METHODS.items():
         method = make()
         if not (run.config.decoder.loops if name == "diagonal" else run.process.unmasks):
@@ -343,7 +345,6 @@ def serve(config: Config, workdir: str, page: str, about: Json) -> None:
     rule(jax.process_count() == 1, "serve", jax.process_count(), "one process serves; start it without --distributed")
     with contextlib.closing(listen(config.serve)) as sock:
         run = load_run(config, workdir, config.generate.checkpoint)
-        sampler.check_features(run, None)  # requests have none
         server = Server(run, page, about)
         host, port = sock.getsockname()[:2]
         say(f"serve: {server.name}, step {server.run.step}, at http://{f'[{host}]' if ':' in host else host}:{port} "

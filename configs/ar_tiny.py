@@ -12,5 +12,4 @@ from hdlm_jax import config
 def get_config():
     c = config.recipe("mdlm_tiny")
     c.diffusion.process = "autoregressive"
-    c.model.time_conditioning = False
     return c

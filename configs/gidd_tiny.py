@@ -11,6 +11,7 @@ from hdlm_jax import config
 
 def get_config():
     c = config.recipe("mdlm_tiny")
+    c.model.time_conditioning = True
     c.diffusion.process = "gidd"
     c.diffusion.p_uniform = 0.1
     c.diffusion.weighting = "dynamic"

@@ -12,6 +12,7 @@ from hdlm_jax import config
 def get_config():
     c = config.recipe("mdlm_tiny")
     c.hierarchy.head_clusters = 0
+    c.model.time_conditioning = True
     c.diffusion.process = "sedd"
     c.model.head = "flat"
     return c

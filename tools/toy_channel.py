@@ -1,21 +1,18 @@
 """A continuous channel on a joint that is known: its bound in two parts, and what is written (docs/continuous.md).
 
-    python -m tools.toy_channel [--out=docs/runs/toy_channel.json] [RUN ...]
+    python -m tools.toy_channel [--out=docs/runs/toy_channel.json]
 
 Two words of four, embeddings in three dimensions, the Bayes-optimal network, which reads the other word's symbol and
 observation. First table: the bound for MDLM and two clusters, by --rows draws with the process's own noise times, and
 its error with those of the symbols alone. Second table: distance of samples from the joint, in total variation, when
 the observation moves by a drawn word's embedding (what the library does) and by the mean embedding ("predict x0"); and
 that of as many exact draws. Third: other times of the channel (diffusion.channel_times). Fourth: MDLM on a ladder, one
-fall or jump a call, jumps by a drawn word and by the mean; masks fall last. With trained runs (workdirs with an
-evaluate.json) a fifth table has theirs; without, it keeps those that are in --out.
+fall or jump a call, jumps by a drawn word and by the mean; masks fall last. Trained runs are cells of tools/grid.py.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -25,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.common.console import markdown, measured
-from hdlm_jax.common.jsons import read_json, write_json
+from hdlm_jax.common.jsons import write_json
 from hdlm_jax.decoding import channel as decoding
 from hdlm_jax.diffusion.hierarchy import Hierarchy
 from hdlm_jax.diffusion.levels import LevelChain, Proposal
@@ -238,18 +235,6 @@ def record(rows: int, draws: int) -> dict[str, Any]:
             "times": times_of(joint, rows), "ladders": ladders_of(joint, rows, draws)}
 
 
-def of_runs(workdirs: Sequence[str]) -> list[dict[str, Any]]:
-    """What the third table has, of each run's evaluate.json."""
-    found = []
-    for folder in workdirs:
-        told = read_json(os.path.join(folder, "evaluate.json"), "nelbo", "se", "step")
-        c = read_json(os.path.join(folder, "config.json"))["diffusion"]["channel"]
-        names = ("nelbo", "se", "step", "unigram_nelbo", "discrete", "discrete_se", "continuous", "continuous_se")
-        found.append({"run": os.path.basename(os.path.normpath(folder)), "c": c,
-                      **{name: told[name] for name in names if name in told}})
-    return found
-
-
 def _levels(row: dict[str, Any]) -> str:
     return ", ".join(f"{level:g}" for level in row["levels"])
 
@@ -272,24 +257,17 @@ def tables(result: dict[str, Any]) -> str:
                   markdown(["s of the ladder", "NELBO, drawn", "NELBO, mean", "TV, drawn", "TV, mean"], [
             [_levels(r) + ", 0", *(measured(r[f"{name}_sum"], r[f"{name}_se"], ".3f") for name in ("drawn", "mean")),
              f"{r['drawn_tv']:.4f}", f"{r['mean_tv']:.4f}"] for r in result["ladders"]])]
-    if runs := result.get("runs"):
-        each = [[r["run"], f"{r['c']:g}",
-                 *(measured(r[name], r[f"{name}_se"]) if name in r else "" for name in ("discrete", "continuous")),
-                 measured(r["nelbo"], r["se"])] for r in runs]
-        found.append(markdown(["run", "c", "discrete", "continuous", f"NELBO, {runs[0]['step']} steps"], each))
     return "\n\n".join(found)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with cli.one_line("toy_channel"):
         ask = cli.Parser("toy_channel", __doc__)
-        ask.add_argument("run", nargs="*", help="workdirs of the fifth table")
         ask.add_argument("--out", type=Path, default=Path("docs/runs/toy_channel.json"))
         ask.add_argument("--rows", type=cli.at_least(2), default=400_000, help="draws of the bound")
         ask.add_argument("--draws", type=cli.at_least(1), default=100_000, help="samples")
         given = ask.parse_args(argv)
-        kept = {"runs": json.loads(given.out.read_bytes()).get("runs")} if given.out.exists() else {}
-        result = record(given.rows, given.draws) | ({"runs": of_runs(given.run)} if given.run else kept)
+        result = record(given.rows, given.draws)
         write_json(given.out, result)
         print(tables(result))
 

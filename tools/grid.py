@@ -132,7 +132,7 @@ CELLS = (
     *(Cell(f"{kind}-{name}", f"{kind}-muon", 3, more, True) for name, more in REPEATS.items()
       for kind in ("mdlm", "ar")),
     *(Cell(f"{kind}-{name}", f"{kind}-muon", 3, more, calls=FEW) for name, more in CHANNEL.items()
-      for kind in ("mdlm", "hdlm", "mdlm-warm")),
+      for kind in ("mdlm", "hdlm", "mdlm-warm", "hdlm-warm")),
     Cell("gidd", "gidd-muon", 4),
     Cell("ar-adamw", "ar", 4),
     *(Cell(name, "mdlm-warm-factorised-muon", 3, (*SPEEDRUN, *more), True) for name, more in TRIALS.items()),
@@ -154,7 +154,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "recipe": tuple(TRIALS),
     "repeats": tuple(f"{kind}-{name}" for name in reversed(REPEATS) for kind in ("mdlm", "ar")),
     "field": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "hdlm_xi9", "shuffled", "ar"),
-    "channel": tuple(f"{kind}-{name}" for kind in ("mdlm", "hdlm", "mdlm-warm") for name in CHANNEL),
+    "channel": tuple(f"{kind}-{name}" for kind in ("mdlm", "hdlm", "mdlm-warm", "hdlm-warm") for name in CHANNEL),
     "processes": ("mdlm", "ar", "gidd0", "gidd", "hdlm"),
 }
 EQUAL_TIME = ("vocabulary",)

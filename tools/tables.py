@@ -72,7 +72,8 @@ def rendered(found: re.Match[str]) -> str:
     _, kind, of, _, _ = found.groups()
     if kind == "grid":
         few = functools.partial(grid.calls_table, calls=grid.FEW)
-        own = {"calls": grid.calls_table, "few_calls": few, "likelihoods": grid.likelihoods_table}
+        own: dict[str, Callable[[], str]] = {"calls": grid.calls_table, "few_calls": few,
+                                             "likelihoods": grid.likelihoods_table}
         lines = [own[of]() if of in own else grid.table(of)]
     elif kind == "runs":
         workdirs = [str(ROOT / name) for name in of.split()]

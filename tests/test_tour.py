@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-SHORT = {'"train.steps": 300': '"train.steps": 4, "model.seq_len": 32, "checkpoint.every": 2'}
+SHORT = {'"train.steps": 1000': '"train.steps": 4, "model.seq_len": 32, "checkpoint.every": 2'}
 
 
 def cells(root):

@@ -60,21 +60,13 @@ def sample(key: jax.Array, denoise: Denoise, process: ChannelProcess, z: jax.Arr
             return cast(TokenTimes, process).time_of(state, top > 0)
         return -jnp.expm1(-noise_time(done)[:, 0]) if singly else 1 - done[:, 0] / steps
 
-    def view(state: State, t: jax.Array) -> tuple[State, jax.Array]:  # what the network is told
-        if told is None:
-            return state, t
-        t = t + told * (1 - t)
-        ratio = jnp.asarray(process.ratio(-jnp.log1p(-t)))[:, None]
-        known = process.level_of(state.z) == 0
-        return state._replace(told=jnp.where(known | (told == 0), state.s, ratio)), t
-
     def step(call: jax.Array, carry: tuple) -> tuple:
         state, done, sure, film = carry
         then, level = noise_time(done + 1), process.level_of(state.z)
         s = process.ratios(fold(keys, 2), then, z.shape).reshape(-1)
         target = jnp.sum(times <= jnp.asarray(process.symbol_time(then)[0])[..., None], axis=-1).reshape(-1)
         each = token_keys(fold(fold(keys, 1), call), z.shape).reshape(-1)
-        prediction = denoise(*view(state, time(state, done)))
+        prediction = denoise(*shown(process, state, time(state, done), told))
         flat = jax.tree.map(lambda a: a.reshape(z.size, *a.shape[2:]), state)
 
         def some(i: jax.Array) -> tuple[State, jax.Array, jax.Array | None]:
@@ -96,6 +88,16 @@ def sample(key: jax.Array, denoise: Denoise, process: ChannelProcess, z: jax.Arr
     trips = sync_trip_count(jnp.max(calls))
     state, _, _, film = jax.lax.fori_loop(0, trips, step, start)
     return state.z, {"calls": trips, "row_forwards": calls} | record.stats(film, calls)
+
+
+def shown(process: ChannelProcess, state: State, t: jax.Array, told: Number | None) -> tuple[State, jax.Array]:
+    """A state and its time t [B] as the network is told them (`told` of sample)."""
+    if told is None:
+        return state, t
+    t = t + told * (1 - t)
+    ratio = jnp.asarray(process.ratio(-jnp.log1p(-t)))[:, None]
+    known = process.level_of(state.z) == 0
+    return state._replace(told=jnp.where(known | (told == 0), state.s, ratio)), t
 
 
 def events_of(times: jax.Array, jumps: jax.Array, top: jax.Array, of_tokens: bool) -> tuple[jax.Array, jax.Array]:

@@ -143,8 +143,8 @@ class Confidence(Score):
     def __call__(self, view):
         return self.of(view.log_drawn if self.by == "drawn" else view.log_top, view.log_second, view.entropy)
 
-    def of(self, log_top, log_second, entropy):
-        """The score from these fields of a View, or from `statistics`."""
+    def of(self, log_top: jax.Array, log_second: jax.Array, entropy: jax.Array) -> jax.Array:
+        """The score, of the shape of these fields of a View, or of `statistics` (nats)."""
         if self.by == "entropy":
             return settled(-entropy)
         return settled(jnp.exp(log_top) - jnp.exp(log_second) if self.by == "margin" else jnp.exp(log_top))

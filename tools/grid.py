@@ -64,6 +64,7 @@ WIDE = ("--config.model.width=256", "--config.model.heads=8")  # four times the 
 COUNT = ("--config.train.objective=count", "--config.diffusion.weighting=none")
 SPEEDRUN = ("--config.train.batch_size=16", "--config.train.steps=960", "--config.optimizer.warmup=40")
 DECODER = (*NO_TIME, "--config.model.trunk=decoder", "--config.decoder.qk_norm=True")
+BLOCK4 = ("--config.model.block=4", *NO_TIME)
 TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each (docs/speedrun.md)
     "try": (),
     "try-flat": ("--config.model.head=flat", "--config.hierarchy.head_clusters=0"),
@@ -84,7 +85,9 @@ TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each
     "try-notime": NO_TIME,
     "try-decoder": DECODER,
     "try-block16": ("--config.model.block=16", *NO_TIME),  # block diffusion: what is left of a block is clean
-    "try-block4": ("--config.model.block=4", *NO_TIME),
+    "try-block4": BLOCK4,
+    "try-block4-count": (*BLOCK4, *COUNT),  # the bound's own weights, which are quiet in short blocks
+    "try-block4-wide": (*BLOCK4, "--config.model.width=192", "--config.model.heads=6"),
     "try-complementary": ("--config.train.objective=complementary",),
     "try-count": ("--config.train.objective=count",),
     "try-wide": ("--config.model.width=192", "--config.model.heads=6"),

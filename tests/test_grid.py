@@ -1,12 +1,12 @@
 """The grid of runs: which cells there are, what a cell keeps, differences paired over texts and seeds."""
 
-import ast
 import json
 
 import numpy as np
 import pytest
+from tiny import with_settings
 
-from hdlm_jax.config import recipe, resolve
+from hdlm_jax.config import recipe
 from hdlm_jax.config.command import written_out
 from tools import grid
 
@@ -15,13 +15,8 @@ def test_every_cell_is_a_recipe_and_every_question_has_cells():
     names = [cell.name for cell in grid.CELLS]
     assert len(set(names)) == len(names)
     for cell in grid.CELLS:
-        config = recipe("books", cell.recipe)
-        for setting in written_out(cell.more):
-            name, _, value = setting.removeprefix("--config.").partition("=")
-            section, field = name.split(".")
-            kept = config[section][field]
-            config[section][field] = type(kept)(ast.literal_eval(value)) if not isinstance(kept, str) else value
-        resolve(config)
+        given = [setting.removeprefix("--config.").split("=", 1) for setting in written_out(cell.more)]
+        with_settings(recipe("books", cell.recipe), dict(given))
     for cells in grid.QUESTIONS.values():
         assert set(cells) <= set(names)
     with pytest.raises(ValueError, match="--cells=mdml: choose among ar, mdlm"):

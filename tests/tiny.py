@@ -1,4 +1,5 @@
 """A run of three steps on bytes that several test modules load: made once a session, removed at its end."""
+import ast
 import atexit
 import functools
 import json
@@ -52,6 +53,17 @@ def read_recipe(recipe: Path):
     space: dict = {}
     exec(recipe.read_text(), space)
     return resolve(space["get_config"]())
+
+
+def with_settings(c, given):
+    """The Config of a recipe's with settings {SECTION.SETTING: value as on a command line}; ConfigError if wrong."""
+    from hdlm_jax.config import resolve
+
+    for name, value in given.items():
+        section, field = name.split(".")
+        kept = c[section][field]
+        c[section][field] = value if isinstance(kept, str) else type(kept)(ast.literal_eval(value))
+    return resolve(c)
 
 
 @functools.cache

@@ -6,9 +6,8 @@
 
 A table stands between two marks, <!-- runs: docs/runs/quickstart/hdlm_tiny docs/runs/quickstart/mdlm_tiny --> and
 <!-- end -->: that of `python -m hdlm_jax.report` of these runs, and their paired differences. --keep copies of runs
-what such a table is made from. Behind <!-- grid: NAME --> stands a table of tools/grid.py, <!-- rewards: FILE --> is
-of runs trained by rewards, {"runs": [{"run", "nelbo", "se", "rewards"}]}, of their evaluate.json and rewards.json.
-All others are <!-- NAME: FILE -->, a table of what a tool wrote to FILE (`OF_FILES`).
+what such a table is made from. Behind <!-- grid: NAME --> stands a table of tools/grid.py. All others are
+<!-- NAME: FILE -->, a table of what a tool wrote to FILE (`OF_FILES`).
 """
 import functools
 import json
@@ -16,12 +15,11 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hdlm_jax.common import jsons
-from hdlm_jax.common.console import markdown, measured
 from hdlm_jax.report import compare, leaderboard
 from tools import (
     block_lengths,
@@ -31,6 +29,7 @@ from tools import (
     isoflop,
     lessons,
     method_sweep,
+    rewards,
     serve_load,
     speedrun,
     toy_calls,
@@ -43,15 +42,6 @@ ROOT = cli.ROOT
 KEPT = ("evaluate.json", "evaluate_rows.npz", "generate.json", "metrics.jsonl")
 
 
-def rewards_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Rewards at each number of calls there is, shares of different answers, and NELBO, of runs."""
-    calls = [f"reward, {one['calls']:.0f} call{'s' * (one['calls'] != 1)}" for one in runs[0]["rewards"]]
-    rows = [[run["run"], *(measured(one["reward"], one["reward_se"], ".3f") for one in run["rewards"]),
-             ", ".join(f"{100 * one['distinct']:.0f} %" for one in run["rewards"]), measured(run["nelbo"], run["se"])]
-            for run in runs]
-    return markdown(["run", *calls, "different answers", "NELBO, nats/token"], rows)
-
-
 def board_tables(found: leaderboard.Board) -> str:
     """Of a leaderboard the numbers that compare models of different tokenizers."""
     shown = [t for t in leaderboard.tables(found, {}) if t.name in ("bits", "pairs", "questions", "generation")]
@@ -61,7 +51,7 @@ def board_tables(found: leaderboard.Board) -> str:
 # what stands behind <!-- NAME: FILE -->, of the JSON or the JSON lines in FILE
 OF_FILES: dict[str, Callable[[Any], str]] = {
     "toy": toy_calls.table, "map": toy_map.tables, "channel": toy_channel.tables, "lesson": lessons.table,
-    "speedrun": speedrun.table, "rewards": lambda found: rewards_table(found["runs"]), "load": serve_load.table,
+    "speedrun": speedrun.table, "rewards": rewards.table, "load": serve_load.table,
     "sweep": method_sweep.table, "isoflop": isoflop.table, "board": board_tables, "lengths": block_lengths.table,
     "calibration": calibration.table, "wavefronts": wavefronts.table}
 MARK = re.compile(rf"(<!-- (runs|grid|{'|'.join(OF_FILES)}): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -90,6 +90,8 @@ TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each
     "try-block4-wide": (*BLOCK4, "--config.model.width=192", "--config.model.heads=6"),
     "try-complementary": ("--config.train.objective=complementary",),
     "try-count": ("--config.train.objective=count",),
+    "try-exact": ("--config.diffusion.weighting=none",),
+    "try-exact-count": COUNT,
     "try-wide": ("--config.model.width=192", "--config.model.heads=6"),
     "try-deep": ("--config.model.blocks=6",),
 }

@@ -2,6 +2,7 @@
 
     python -m tools.rewards permutations [--seeds=0,1,2] [--systems=score,order] [--list]
     python -m tools.rewards levels       # the same texts at two levels, in twelve calls
+    python -m tools.rewards sorting      # sudoku, countdown
 
 A system is a recipe of configs/permutations.py with some settings changed, trained from the base of its seed; one
 called base-NAME only measures that base with another sampler. Each writes a line of --out
@@ -68,16 +69,36 @@ SYSTEMS = {
 
 
 class Task(NamedTuple):
-    """shared: settings of the base and of all that starts from it; alone: of the base alone; systems: names."""
+    """shared: settings of the base and of all that starts from it; alone: of the base alone; rewarded: of what starts
+    from it alone; systems: names."""
 
     shared: tuple[str, ...] = ()
     alone: tuple[str, ...] = ()
+    rewarded: tuple[str, ...] = ()
     systems: tuple[str, ...] = tuple(SYSTEMS)
 
 
-TASKS = {"permutations": Task(),
-         "levels": Task(("hierarchy.clusters=(3,)", "generate.steps=12"), ("train.steps=4000",),
-                        ("base", "score", "score-kl", "order"))}
+def _of_prompts(task: str, places: int, calls: int, *more: str) -> tuple[str, ...]:
+    """Shared settings of a task whose prompts differ."""
+    return (f"tune.task={task}", f"model.seq_len={places}", f"generate.steps={calls}", "model.width=64",
+            "model.blocks=2", *more)
+
+
+BY_PROMPT = ("train.batch_size=64", "tune.group=16")
+HUNDRED = (*BY_PROMPT, "train.steps=100", "evaluate.rows_in_training=64")
+TASKS = {
+    "permutations": Task(),
+    "levels": Task(("hierarchy.clusters=(3,)", "generate.steps=12"), ("train.steps=4000",), (),
+                   ("base", "score", "score-kl", "order")),
+    "sorting": Task(_of_prompts("sorting", 18, 3), ("train.steps=2300", "optimizer.schedule=constant"), BY_PROMPT,
+                    ("base", "score")),
+    "sudoku": Task(_of_prompts("sudoku", 34, 4, "train.batch_size=64"),
+                   ("train.steps=12000", "optimizer.schedule=constant", "optimizer.lr=2e-3", "optimizer.ema=.999"),
+                   HUNDRED, ("base", "score", "order")),
+    "countdown": Task(_of_prompts("countdown", 24, 4, "train.batch_size=64"),
+                      ("train.steps=2500", "diffusion.weighting=constant", "optimizer.schedule=constant",
+                       "optimizer.ema=.99"), HUNDRED, ("base", "score")),
+}
 
 
 def commands(task: Task, system: System, seed: int, base: str, workdir: str) -> list[list[str]]:
@@ -90,12 +111,12 @@ def commands(task: Task, system: System, seed: int, base: str, workdir: str) -> 
     todo = [main("permutations", base, (*task.shared, *task.alone, seeded), "train")]
     if not system.recipe:
         return [*todo, main("", base, system.more, "evaluate")]
-    more = (*task.shared, *system.more, seeded, f"train.init_from={base}")
+    more = (*task.shared, *task.rewarded, *system.more, seeded, f"train.init_from={base}")
     return [*todo, main(f"permutations:{system.recipe}", workdir, more, "train"), main("", workdir, (), "evaluate")]
 
 
 def make(task: str, name: str, seed: int, runs: Path) -> dict[str, Any]:
-    """Trains and measures one; its line."""
+    """Trains and measures one; its line of results."""
     system, base = SYSTEMS[name], runs / f"{task}-base-s{seed}"
     workdir = runs / f"{task}-{name}-s{seed}" if system.recipe else base
     todo = commands(TASKS[task], system, seed, str(base), str(workdir))

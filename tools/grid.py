@@ -61,6 +61,7 @@ REPEATS = {name: (f"--config.data.files=('runs/grid/one_of_{n}.jsonl',)",  # eve
            for name, n in (("once", 2), ("x4", 8), ("x16", 32))}
 LONG = ("--config.train.steps=2000",)  # 8.2M tokens
 WIDE = ("--config.model.width=256", "--config.model.heads=8")  # four times the weights of the blocks
+RATES = (0.25, 0.5, 2.0, 4.0)  # of words to clusters, that of clusters to the mask being 1
 COUNT = ("--config.train.objective=count", "--config.diffusion.weighting=none")
 SPEEDRUN = ("--config.train.batch_size=16", "--config.train.steps=960", "--config.optimizer.warmup=40")
 DECODER = (*NO_TIME, "--config.model.trunk=decoder", "--config.decoder.qk_norm=True")
@@ -121,6 +122,7 @@ CELLS = (
     Cell("learned-factorised", "hdlm-learned-factorised-muon", 2),
     Cell("soft", "hdlm-soft-muon", 3),
     Cell("soft-random", "shuffled-soft-muon", 3),
+    *(Cell(f"hdlm-gamma{g}", "hdlm-muon", 3, (f"--config.diffusion.gamma={g}",), True) for g in RATES),
     Cell("hdlm_xi9-count", "hdlm_xi9-muon", 3, COUNT),
     Cell("mdlm-clip", "mdlm-warm", 3, CLIP),
     Cell("hdlm-clip", "hdlm-warm", 3, CLIP),
@@ -147,6 +149,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
                  "learned256", "hdlm_k3", "hdlm-factorised", "learned-factorised"),
     "xi": ("hdlm", "hdlm_xi9", "mdlm"),
     "maps": ("hdlm_xi9-count", "soft", "soft-random", "soft16", "soft256", "hdlm_xi9", "hdlm"),
+    "rates": ("hdlm", *(f"hdlm-gamma{g}" for g in RATES), "mdlm"),
     "sizes": ("mdlm", "hdlm", "mdlm-wide", "hdlm-wide"),
     "heads": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "shuffled-factorised"),
     "time": ("mdlm", "mdlm-notime", "hdlm", "hdlm-notime"),

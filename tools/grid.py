@@ -135,7 +135,8 @@ CELLS = (
     Cell("hdlm-factorised-gpt2", "hdlm-factorised-muon", 3, GPT2),
     Cell("long-mdlm", "mdlm-warm-factorised-muon", 3, LONG, True),
     Cell("long-block4", "mdlm-warm-factorised-block4-muon", 3, LONG, True),
-    Cell("long-block4-wide", "mdlm-warm-factorised-block4-muon", 3, (*LONG, *WIDE), True),
+    *(Cell(f"long-block4{name}", "mdlm-warm-factorised-block4-muon", 3, (*LONG, *more), True) for name, more in (
+        ("-wide", WIDE), ("-count", COUNT), ("-count-wide", (*COUNT, *WIDE)))),
     *(Cell(f"{kind}-{name}", f"{kind}-muon", 3, more, True) for name, more in REPEATS.items()
       for kind in ("mdlm", "ar")),
     *(Cell(f"{kind}-{name}", f"{kind}-muon", 3, more, calls=FEW) for name, more in CHANNEL.items()
@@ -158,7 +159,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "starts": ("mdlm", "mdlm-warm", "hdlm", "hdlm-warm"),
     "paper": ("mdlm-clip", "hdlm-clip"),
     "vocabulary": ("mdlm-gpt2-half", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2", "mdlm-gpt2"),
-    "long": ("long-block4", "long-block4-wide", "long-mdlm"),
+    "long": ("long-block4", "long-block4-count", "long-block4-wide", "long-block4-count-wide", "long-mdlm"),
     "recipe": tuple(TRIALS),
     "repeats": tuple(f"{kind}-{name}" for name in reversed(REPEATS) for kind in ("mdlm", "ar")),
     "field": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "hdlm_xi9", "shuffled", "ar"),

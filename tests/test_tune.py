@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from hdlm_jax.config import REWARDS, TUNINGS, ConfigError, default, recipe, reso
 from hdlm_jax.data import tokenizers
 from hdlm_jax.decoding import sampler
 from hdlm_jax.diffusion.hierarchy import Hierarchy
-from hdlm_jax.runs import export, train, tune
+from hdlm_jax.runs import export, stages, train, tune
 from hdlm_jax.training import loading
 from hdlm_jax.training.state import abstract_state, build, init_state, make_optimizer
 from hdlm_jax.tuning import tasks
@@ -54,6 +55,64 @@ def test_rewards(name, facts, rewards):
     found = tasks.TASKS[name].reward(list(rewards), [facts] * len(rewards))
     np.testing.assert_allclose(found, list(rewards.values()), atol=1e-6)
     assert len(tasks.sudoku_grids()) == 288
+
+
+@pytest.mark.parametrize("answer, facts, reward", [
+    ("7", "7", 1), (" 7\n", "7", 1), ("8", "7", 0), ("It is 72.\n#### 72", "So\n#### 72", 1),
+    ("#### $1,072", "#### 1072", 1), ("#### 71", "So\n#### 72", .1), ("72", "So\n#### 72", 0), ("", "So\n#### 72", 0)])
+def test_own_answers_agree_by_their_text_or_their_number(answer, facts, reward):
+    assert tasks.agrees(answer, facts) == reward
+
+
+def own_texts(folder, objective="", base="", **more):
+    """Settings of a run of sums as records of a file, one of which is longer than a row of 12 bytes."""
+    pairs = [{"ask": f"{a}+{b}=", "say": str(a + b)} for a in range(10) for b in range(10)]
+    pairs.append({"ask": "what is one and one? ", "say": "2"})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    more = dict(tune__task="answers", model__seq_len=12, data__source="files", data__prompt_field="ask",
+                data__text_field="say", data__files=(str(folder / "pairs.jsonl"),), data__validation_fraction=.2,
+                data__dir=str(folder / "data"), tune__group=8) | more
+    return settings(objective, base, **more), pairs
+
+
+def test_prompts_of_own_texts(tmp_path):
+    """Every text that fits is a prompt once before one comes again; a row begins with it, what is behind its end is no
+    answer, and the other split's texts are others."""
+    config, pairs = own_texts(tmp_path)
+    tokenizer, folder = stages.prepare(config, str(tmp_path / "run")).tokenizer, str(tmp_path / "data")
+    found = {}
+    for split, n in (("train", 8), ("valid", 1)):
+        prompts = tune.Prompts(config, tokenizer, 257, split, folder)
+        many = len(prompts.task.bounds)
+        examples = prompts.examples(0, many * n)
+        assert prompts.examples(1, many * n) == examples and len(set(examples)) == many
+        found[split] = {(e.prompt, e.answer) for e in examples}
+        z = prompts.canvas(examples)
+        for row, example in zip(z, examples, strict=True):
+            assert bytes(row[row != 257].tolist()).decode() == example.prompt and row[-1] == 257
+        x = np.where(z == 257, tokenizer.eot, z)
+        for row, example in zip(x, examples, strict=True):
+            row[len(example.prompt) : len(example.prompt) + len(example.answer)] = list(example.answer.encode())
+            row[-1] = ord("9")  # behind the end of text
+        assert (prompts.judged(x, examples)[0] == 1).all()
+    assert not found["train"] & found["valid"]
+    assert found["train"] | found["valid"] == {(p["ask"], p["say"]) for p in pairs[:-1]}
+    with pytest.raises(ConfigError, match="none has a prompt .* fits model.seq_len=4"):
+        tune.Prompts(dataclasses.replace(config, model=dataclasses.replace(config.model, seq_len=4)), tokenizer, 257,
+                     "train", folder)
+
+
+def test_a_run_is_rewarded_for_its_own_texts_answers(tmp_path):
+    config, _ = own_texts(tmp_path, steps=2)
+    train.train(config, str(tmp_path / "base"))
+    config, _ = own_texts(tmp_path, "score", str(tmp_path / "base"), steps=2)
+    tune.tune(config, str(tmp_path / "run"))
+    lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8")]
+    assert [line["step"] for line in lines if "reward" in line] == [1, 2]
+    assert all(math.isfinite(line["valid_reward"]) for line in lines if "valid_nelbo" in line)
+    tune.evaluate(config, str(tmp_path / "run"))
+    told = json.loads((tmp_path / "run" / "rewards.json").read_text())
+    assert told["task"] == "answers" and told["rewards"][0]["prompts"] == 8
 
 
 def test_advantages_are_of_their_group():
@@ -101,7 +160,8 @@ def test_answers_are_different_up_to_their_ends():
 
 @pytest.mark.parametrize("changes, words", [
     ({"tune.objective": "score"}, "tune.task"), ({"tune.objective": "score", "tune.task": "sums"}, "train.init_from"),
-    ({"data.source": "task"}, "tune.task"), ({"tune.group": 1}, "at least 2"),
+    ({"data.source": "task"}, "tune.task"), ({"data.source": "task", "tune.task": "answers"}, "writes texts: choose"),
+    ({"tune.group": 1}, "at least 2"),
     ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.group": 7}, "must divide"),
     ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.updates": 2}, "constant"),
     ({"tune.objective": "elbo", "tune.task": "sums", "tune.advantage": "mdpo"}, "choose score"),

@@ -9,6 +9,7 @@ from hdlm_jax.config.sections import (
     FORCE_TRANSITIONS,
     LATENT_METHODS,
     LESSONS,
+    OWN_ANSWERS,
     PACKINGS,
     PADDINGS,
     REWARDS,

@@ -33,6 +33,7 @@ PADDINGS = ("end", "hidden")
 PROTOCOLS = ("document", "packed")
 WRITERS = ("tensorboard", "wandb")
 REWARDS = ("permutations", "sorting", "parity", "sums", "repeats", "countdown", "sudoku")  # of tuning/tasks.py
+OWN_ANSWERS = "answers"  # the task whose prompts and right answers are those of the run's texts
 TUNINGS = ("score", "elbo", "nodes", "coupled", "one_pass")  # objectives of tuning/update.py
 FIXED_WORDS = {"gpt2": 50257, "bytes": 257}  # of tokenizers that have no other number of them
 
@@ -495,7 +496,7 @@ class TuneConfig(_Section):
     """Training by rewards in place of texts: rollouts by the method of `generate`, judged (docs/training.md)."""
 
     objective: str = ""  # score: the exact policy gradient | elbo, nodes, coupled, one_pass: surrogates | "": none
-    task: str = ""  # whose answers are judged
+    task: str = ""  # whose answers are judged; answers: prompts and right answers are those of the run's own texts
     group: int = 8  # rollouts of a prompt, a baseline for each other; train.batch_size is all of a step
     advantage: str = "mean"  # reward less the group's mean | leave_one_out | std, by its spread | call, mdpo: of calls
     views: int = 0  # score: calls of a rollout that count, drawn anew; 0: all. elbo, nodes: noise draws; 0: 1, 3
@@ -509,10 +510,10 @@ class TuneConfig(_Section):
     texts: int = 4096  # of train.objective=certainty, adjust: own texts, written once
 
     def check(self) -> None:
-        self.among(objective=("", *TUNINGS), task=("", *REWARDS), ratio=("call", "token"),
+        self.among(objective=("", *TUNINGS), task=("", *REWARDS, OWN_ANSWERS), ratio=("call", "token"),
                    advantage=("mean", "leave_one_out", "std", "call", "mdpo"))
         self.need(not self.objective or bool(self.task), "task", f"tune.objective={self.objective!r} needs one: choose "
-                  f"{', '.join(REWARDS)}")
+                  f"{', '.join((*REWARDS, OWN_ANSWERS))}")
         self.hold("must be at least 1", "updates")
         self.hold("must be at least 1", "texts")
         for name in ("group", "rows"):
@@ -526,7 +527,8 @@ class TuneConfig(_Section):
 
     def check_with(self, train: TrainConfig, data: DataConfig, optimizer: OptimizerConfig) -> None:
         """The rules between this section and others."""
-        self.need(data.source != "task" or bool(self.task), "task", "data.source='task' needs one")
+        self.need(data.source != "task" or self.task in REWARDS, "task", "data.source='task' needs one that writes "
+                  f"texts: choose {', '.join(REWARDS)}")
         if not self.objective:
             return
         self.need(bool(train.init_from), "objective", "needs train.init_from, the run to start from")

@@ -44,6 +44,12 @@ def asked(tokenizer: Tokenizer, question: str) -> np.ndarray:
     return tokenizer.encode(f"Question: {question}\nAnswer:")
 
 
+def answer_of(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    """The text of tokens behind a prompt, up to the end of a text or of a turn."""
+    ends = np.flatnonzero(np.isin(ids, (tokenizer.eot, tokenizer.turn_end)))
+    return tokenizer.decode(ids[: ends[0]] if len(ends) else ids)
+
+
 def answers(run: Run, problems: Sequence[Problem], g: GenerateConfig) -> tuple[list[str], np.ndarray]:
     """(what a run writes to each problem, up to the end of its turn; calls of the network for each)."""
     prompts = [asked(run.tokenizer, problem.question) for problem in problems]
@@ -52,9 +58,7 @@ def answers(run: Run, problems: Sequence[Problem], g: GenerateConfig) -> tuple[l
         some = prompts[first : first + g.batch_size]
         out = draw(np.concatenate([start_canvas(run, g, ids[None]) for ids in some]), g)
         for ids, row, length in zip(some, out["tokens"], out["length"], strict=True):
-            answer = row[len(ids) : length]
-            ends = np.flatnonzero(np.isin(answer, (run.tokenizer.eot, run.tokenizer.turn_end)))
-            texts.append(run.tokenizer.decode(answer[: ends[0]] if len(ends) else answer))
+            texts.append(answer_of(run.tokenizer, row[len(ids) : length]))
         calls.append(out["calls"])
     return texts, np.concatenate(calls)
 

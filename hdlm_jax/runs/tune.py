@@ -16,10 +16,11 @@ from hdlm_jax.common import lock, parallel, processes
 from hdlm_jax.common.console import compiling, measured, say
 from hdlm_jax.common.jsons import write_json
 from hdlm_jax.common.parallel import Batch, Rows, Tree
-from hdlm_jax.config import Config, ConfigError
+from hdlm_jax.config import OWN_ANSWERS, Config, ConfigError
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.decoding import sampler
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
+from hdlm_jax.evaluation.problems import answer_of
 from hdlm_jax.models.make import joined
 from hdlm_jax.runs import evaluate as bound
 from hdlm_jax.runs.interrupt import Stop
@@ -29,7 +30,7 @@ from hdlm_jax.training.metrics import Writer
 from hdlm_jax.training.state import TrainState, build
 from hdlm_jax.tuning.advantage import OF_CALLS, advantages
 from hdlm_jax.tuning.record import check_law, draws_whole_texts, make_rollout
-from hdlm_jax.tuning.tasks import TASKS, Example
+from hdlm_jax.tuning.tasks import TASKS, Example, Task, TextTask
 from hdlm_jax.tuning.update import make_update
 
 
@@ -55,9 +56,14 @@ class Prompts:
       ConfigError: a prompt that leaves no room for its answer.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, mask_id: int, split: str = "train") -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, mask_id: int, split: str = "train", folder: str = ""
+                 ) -> None:
+        """folder: of the run's prepared texts, for a task whose prompts are theirs."""
         self.config, self.tokenizer, self.mask_id, self.split = config, tokenizer, mask_id, split
-        self.task, self.group = TASKS[config.tune.task], config.tune.group if split == "train" else 1
+        own = config.tune.task == OWN_ANSWERS
+        self.task: Task | TextTask = (TextTask(folder, split, tokenizer, config.model.seq_len) if own else
+                                      TASKS[config.tune.task])
+        self.group = config.tune.group if split == "train" else 1
 
     def examples(self, step: int, rows: int) -> list[Example]:
         """Of each row of a step."""
@@ -70,13 +76,17 @@ class Prompts:
         seq_len = self.config.model.seq_len
         z = np.full((len(examples), seq_len), self.mask_id, np.int32)
         for row, example in zip(z, examples, strict=True):
-            ids = self.tokenizer.encode(example.prompt)
+            ids = self._given(example)
             need = len(ids) + len(self.tokenizer.encode(example.answer))
             if need > seq_len:
                 raise ConfigError(f"model.seq_len={seq_len}: the task {self.task.name!r} needs {need} tokens for "
                                   f"{example.prompt!r} and its answer")
             row[: len(ids)] = ids
         return z
+
+    def _given(self, example: Example) -> np.ndarray:
+        """Ids of its prompt."""
+        return np.array(example.ids, np.int32) if example.ids else self.tokenizer.encode(example.prompt)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This process's rows: z int32 [b, S]; index int32 [b], numbers within the step."""
@@ -91,13 +101,9 @@ class Prompts:
         return Walk(self, position["next_index"] if position else 0)
 
     def answers(self, x: np.ndarray, examples: list[Example]) -> list[str]:
-        """Texts of rows [n, S] behind their prompts, up to the end of text."""
-        out = []
-        for row, example in zip(x, examples, strict=True):
-            given = len(self.tokenizer.encode(example.prompt))
-            ids = sampler.ended(row, given, self.tokenizer.eot, "end")
-            out.append(sampler.text_of(self.tokenizer, ids[given:], "end"))
-        return out
+        """Texts of rows [n, S] behind their prompts, up to the end of a text or of a turn."""
+        return [answer_of(self.tokenizer, row[len(self._given(example)):])
+                for row, example in zip(x, examples, strict=True)]
 
     def judged(self, x: np.ndarray, examples: list[Example], calls: np.ndarray | int = 0
                ) -> tuple[np.ndarray, dict[str, float]]:
@@ -150,8 +156,8 @@ class Tuning(Loop):
             raise ConfigError(f"tune.advantage={kind!r}: judges the text that each call draws; generate.method="
                               f"{config.generate.method!r} with generate.options={config.generate.options!r} draws no "
                               "whole texts: choose rcr or low_confidence with block=0, with clusters straight=true")
-        self.prompts = Prompts(config, self.text.tokenizer, self.hierarchy.mask_id)
-        self.fixed = Prompts(config, self.text.tokenizer, self.hierarchy.mask_id, "valid")
+        self.prompts, self.fixed = (Prompts(config, self.text.tokenizer, self.hierarchy.mask_id, split, self.text.dir)
+                                    for split in ("train", "valid"))
         self.batches = self.prompts
         self.reference: Tree = {}
 
@@ -241,7 +247,7 @@ def rewards(run: Run, workdir: str) -> list[dict[str, Any]]:
     How a run writes at other numbers of calls than it was tuned at tells whether it has learnt the task or the plan.
     """
     config, g = run.config, run.config.generate
-    prompts = Prompts(config, run.tokenizer, run.hierarchy.mask_id, "valid")
+    prompts = Prompts(config, run.tokenizer, run.hierarchy.mask_id, "valid", run.data_dir)
     examples, draw = prompts.examples(0, config.tune.rows), sampler.sampler_of(run)
     canvas, out = prompts.canvas(examples), []
     steps = int(sampler.method_of(g).numbers.get("steps", 0))

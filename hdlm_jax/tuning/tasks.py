@@ -14,6 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from hdlm_jax.common import jsons
+from hdlm_jax.config import OWN_ANSWERS, ConfigError
+from hdlm_jax.data.pipeline import Split
+from hdlm_jax.data.prepare import load_manifest
+from hdlm_jax.data.tokenizers import Tokenizer
+from hdlm_jax.evaluation.problems import answer_of, number_of
 
 PROMPT, TEXT = "prompt", "text"  # fields of the records that `write_texts` makes
 
@@ -27,6 +32,7 @@ class Example(NamedTuple):
     prompt: str
     answer: str
     facts: str
+    ids: tuple[int, ...] = ()  # of the prompt, where it has been cut into tokens already
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +75,49 @@ def write_texts(task: Task, folder: str) -> str:
         os.makedirs(folder, exist_ok=True)
         jsons.write_atomic(path, "".join(jsons.dumps(record) + "\n" for record in task.records()).encode())
     return path
+
+
+class TextTask:
+    """The task whose prompts and right answers are those of prepared texts (tune.task='answers'): its examples are the
+    documents of a split that have a prompt and fit a row, in an order of chance; behind the last comes the first again.
+
+    Raises:
+      ConfigError: there are none.
+    """
+
+    name = OWN_ANSWERS
+
+    def __init__(self, folder: str, split: str, tokenizer: Tokenizer, seq_len: int) -> None:
+        manifest = load_manifest(folder)
+        self.text, self.tokenizer = Split(folder, manifest, split), tokenizer
+        starts, prompts = self.text.documents
+        sizes, given = np.diff(starts), prompts.astype(np.int64)
+        fits = np.flatnonzero((sizes <= seq_len) & (given > 0) & (given < sizes) & manifest.prompts)
+        if not len(fits):
+            raise ConfigError(f"tune.task={OWN_ANSWERS!r}: of the {len(sizes):,} documents of the {split} split none "
+                              f"has a prompt (data.prompt_field) and fits model.seq_len={seq_len} with its answer")
+        fits = np.random.default_rng(0).permutation(fits)
+        self.bounds = np.stack([starts[fits], sizes[fits], given[fits]], axis=1)
+
+    def example(self, number: int, split: str = "") -> Example:
+        """Example `number` >= 0 of the task's own split."""
+        start, size, given = self.bounds[number % len(self.bounds)].tolist()
+        ids = np.asarray(self.text[start : start + size], np.int32)
+        answer = answer_of(self.tokenizer, ids[given:])
+        return Example(self.tokenizer.decode(ids[:given]), answer, answer, tuple(ids[:given].tolist()))
+
+    def reward(self, answers: Sequence[str], facts: Sequence[str]) -> np.ndarray:
+        """float32 [B] in [0, 1], as `Task.reward`."""
+        return np.array([agrees(*pair) for pair in zip(answers, facts, strict=True)], np.float32)
+
+
+def agrees(answer: str, facts: str) -> float:
+    """1 for the right answer, blanks around it aside; where that ends in "#### number" (GSM8K) 1 for its number, .1 for
+    another one in that form."""
+    if (number := number_of(facts)) is None:
+        return float(answer.strip() == facts.strip())
+    given = number_of(answer)
+    return 0.0 if given is None else 1.0 if given == number else 0.1
 
 
 def exact(answer: str, facts: str) -> float:

@@ -12,7 +12,7 @@ policy gradient (docs/training.md); its prompts are the training problems that f
 Rows are one problem each, in the chat template of the run's tokenizer; the question is given, the solution and its end
 are learnt. Answers are judged by the number behind "####".
 
-Fits on: what the run that it starts from was trained on.
+Fits on: what the run that it starts from was trained on (":score": as many rows at once, and those weights once more).
 """
 
 from hdlm_jax import config
@@ -46,8 +46,11 @@ def get_config(objective=""):
         c.train.init_from = "runs/gsm8k"
         c.train.steps = 200
         c.train.batch_size = 64
+        c.train.microbatches = 8
         c.train.log_every = 1
         c.checkpoint.every = 20
+        c.evaluate.checkpoint = "best"
+        c.generate.checkpoint = "best"
         c.evaluate.rows_in_training = 64
         c.generate.method = "max_prob"
         c.generate.steps = 128

@@ -59,7 +59,8 @@ def test_rewards(name, facts, rewards):
 
 @pytest.mark.parametrize("answer, facts, reward", [
     ("7", "7", 1), (" 7\n", "7", 1), ("8", "7", 0), ("It is 72.\n#### 72", "So\n#### 72", 1),
-    ("#### $1,072", "#### 1072", 1), ("#### 71", "So\n#### 72", .1), ("72", "So\n#### 72", 0), ("", "So\n#### 72", 0)])
+    ("#### $1,072", "#### 1072", 1), ("#### 1", "#### 1. One\ntwo", 0),
+    ("#### 71", "So\n#### 72", .1), ("72", "So\n#### 72", 0), ("", "So\n#### 72", 0)])
 def test_own_answers_agree_by_their_text_or_their_number(answer, facts, reward):
     assert tasks.agrees(answer, facts) == reward
 
@@ -83,7 +84,8 @@ def test_prompts_of_own_texts(tmp_path):
     found = {}
     for split, n in (("train", 8), ("valid", 1)):
         prompts = tune.Prompts(config, tokenizer, 257, split, folder)
-        many = len(prompts.task.bounds)
+        many = prompts.task.prompts
+        assert prompts.rows == min(8, many)
         examples = prompts.examples(0, many * n)
         assert prompts.examples(1, many * n) == examples and len(set(examples)) == many
         found[split] = {(e.prompt, e.answer) for e in examples}
@@ -97,7 +99,7 @@ def test_prompts_of_own_texts(tmp_path):
         assert (prompts.judged(x, examples)[0] == 1).all()
     assert not found["train"] & found["valid"]
     assert found["train"] | found["valid"] == {(p["ask"], p["say"]) for p in pairs[:-1]}
-    with pytest.raises(ConfigError, match="none has a prompt .* fits model.seq_len=4"):
+    with pytest.raises(ConfigError, match="0 have a prompt .* fit model.seq_len=4"):
         tune.Prompts(dataclasses.replace(config, model=dataclasses.replace(config.model, seq_len=4)), tokenizer, 257,
                      "train", folder)
 
@@ -105,14 +107,14 @@ def test_prompts_of_own_texts(tmp_path):
 def test_a_run_is_rewarded_for_its_own_texts_answers(tmp_path):
     config, _ = own_texts(tmp_path, steps=2)
     train.train(config, str(tmp_path / "base"))
-    config, _ = own_texts(tmp_path, "score", str(tmp_path / "base"), steps=2)
+    config, _ = own_texts(tmp_path, "score", str(tmp_path / "base"), steps=2, tune__rows=100)
     tune.tune(config, str(tmp_path / "run"))
     lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8")]
     assert [line["step"] for line in lines if "reward" in line] == [1, 2]
-    assert all(math.isfinite(line["valid_reward"]) for line in lines if "valid_nelbo" in line)
+    assert [math.isfinite(line["valid_reward"]) for line in lines if "valid_nelbo" in line] == [True]
     tune.evaluate(config, str(tmp_path / "run"))
     told = json.loads((tmp_path / "run" / "rewards.json").read_text())
-    assert told["task"] == "answers" and told["rewards"][0]["prompts"] == 8
+    assert told["task"] == "answers" and told["rewards"][0]["prompts"] == 21  # all that fit, each once
 
 
 def test_advantages_are_of_their_group():
@@ -160,8 +162,8 @@ def test_answers_are_different_up_to_their_ends():
 
 @pytest.mark.parametrize("changes, words", [
     ({"tune.objective": "score"}, "tune.task"), ({"tune.objective": "score", "tune.task": "sums"}, "train.init_from"),
-    ({"data.source": "task"}, "tune.task"), ({"data.source": "task", "tune.task": "answers"}, "writes texts: choose"),
-    ({"tune.group": 1}, "at least 2"),
+    ({"data.source": "task"}, "tune.task"), ({"tune.task": "answers"}, "give data.prompt_field"),
+    ({"data.source": "task", "tune.task": "answers"}, "writes texts: choose"), ({"tune.group": 1}, "at least 2"),
     ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.group": 7}, "must divide"),
     ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.updates": 2}, "constant"),
     ({"tune.objective": "elbo", "tune.task": "sums", "tune.advantage": "mdpo"}, "choose score"),

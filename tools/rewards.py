@@ -28,6 +28,7 @@ from hdlm_jax.config import expand
 from tools import cli
 
 KEPT = cli.ROOT / "docs" / "runs"
+SECONDS = ("rollout_s", "update_s")
 
 
 class System(NamedTuple):
@@ -115,46 +116,55 @@ def commands(task: Task, system: System, seed: int, base: str, workdir: str) -> 
     return [*todo, main(f"permutations:{system.recipe}", workdir, more, "train"), main("", workdir, (), "evaluate")]
 
 
-def make(task: str, name: str, seed: int, runs: Path) -> dict[str, Any]:
-    """Trains and measures one; its line of results."""
+def make(task: str, name: str, seed: int, runs: Path) -> dict[str, Any] | None:
+    """Trains and measures one; its line of results, None where something went wrong, which has been said."""
     system, base = SYSTEMS[name], runs / f"{task}-base-s{seed}"
     workdir = runs / f"{task}-{name}-s{seed}" if system.recipe else base
     todo = commands(TASKS[task], system, seed, str(base), str(workdir))
     for command in todo[(base / "evaluate.json").exists():]:  # a base that is measured is trained
         say(f"rewards: {name}, seed {seed}: {' '.join(command[1:])}")
-        subprocess.run(command, check=True)
+        if code := subprocess.run(command, check=False).returncode:
+            say(f"rewards: {name}, seed {seed}: exit code {code}, left for the next call")
+            return None
     bound, told = read_json(str(workdir / "evaluate.json")), read_json(str(workdir / "rewards.json"))
     steps = [line for line in read_lines(str(workdir / "metrics.jsonl"))[0] if "rollout_s" in line]
-    times = {key: float(np.median([line[key] for line in steps])) for key in ("rollout_s", "update_s") if steps}
-    return {"run": system.label, "seed": seed, "step": told["step"], "nelbo": bound["nelbo"], "se": bound["se"],
-            "rewards": told["rewards"], "commit": cli.commit(), **times}
+    times = {key: float(np.median([line[key] for line in steps])) for key in SECONDS if steps}
+    return {"name": name, "run": system.label, "seed": seed, "step": told["step"], "nelbo": bound["nelbo"],
+            "se": bound["se"], "rewards": told["rewards"], "commit": cli.commit(), **times}
 
 
-def averaged(values: Sequence[float], error: float) -> str:
-    """Mean over seeds ± its standard error; of a single seed with the error it came with."""
+def averaged(values: Sequence[float], errors: Sequence[float]) -> str:
+    """Mean over seeds ± its standard error: that between seeds, and that of the texts, which all seeds share."""
     n = len(values)
-    return measured(float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else error, ".3f")
+    between = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    return measured(float(np.mean(values)), math.hypot(between, float(np.mean(errors))), ".3f")
+
+
+def _told(at: Sequence[Mapping[str, Any]]) -> str:
+    """Calls and the reward in them, of all seeds."""
+    calls = f"{np.mean([one['calls'] for one in at]):.1f}".removesuffix(".0")
+    return f"{calls}: {averaged([one['reward'] for one in at], [one['reward_se'] for one in at])}"
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, a row of every system, seeds averaged: rewards at each number of calls, different answers, NELBO."""
+    """Markdown, a row of every system, seeds averaged: calls and the reward in them at half, once and twice the number
+    that it was trained with (once alone of a sampler that counts none), different answers, NELBO; of the seconds the
+    least of all seeds, as they depend on what else the machine did."""
     named: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines:
         named.setdefault(line["run"], []).append(line)
     timed, rows = any("update_s" in line for line in lines), []
     for name, each in named.items():
-        row = [name, str(len(each))]
         told = list(zip(*(line["rewards"] for line in each), strict=True))  # of each number of calls, all seeds
-        for at in told:
-            calls = f"{np.mean([one['calls'] for one in at]):.1f}".removesuffix(".0")
-            row.append(f"{calls}: {averaged([one['reward'] for one in at], at[0]['reward_se'])}")
-        row += [", ".join(f"{100 * np.mean([one['distinct'] for one in at]):.0f} %" for at in told),
-                averaged([line["nelbo"] for line in each], each[0]["se"])]
+        by_calls = [_told(at) for at in told]
+        row = [name, str(len(each)), *(by_calls if len(told) == 3 else ["", *by_calls, ""]),
+               ", ".join(f"{100 * np.mean([one['distinct'] for one in at]):.0f} %" for at in told),
+               averaged([line["nelbo"] for line in each], [line["se"] for line in each])]
         if timed:
-            row.append(" + ".join(f"{np.mean([line[key] for line in each]):.2f}"
-                                  for key in ("rollout_s", "update_s") if key in each[0]))
+            row.append(" + ".join(f"{min(line[key] for line in each if key in line):.2f}" for key in SECONDS
+                                  if any(key in line for line in each)))
         rows.append(row)
-    heads = ["run", "seeds", "reward at half the calls", "as trained", "at twice", "different", "NELBO, nats/token"]
+    heads = ["run", "seeds", "calls: reward at half", "as trained", "at twice", "different", "NELBO, nats/token"]
     return markdown(heads + ["rollouts + update, s"] * timed, rows)
 
 
@@ -172,13 +182,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if unknown := [name for name in given.systems or () if name not in of_task]:
             raise ValueError(f"--systems={','.join(unknown)}: choose among {', '.join(of_task)}")
         out = given.out or KEPT / f"rewards_{given.task}.jsonl"
-        done = {(line["run"], line["seed"]) for line in read_lines(str(out))[0]}
+        done = {(line["name"], line["seed"]) for line in read_lines(str(out))[0]}
         for seed in given.seeds:
             for name in given.systems or of_task:
-                there = (SYSTEMS[name].label, seed) in done
+                there = (name, seed) in done
                 say(f"rewards: {'done' if there else 'open'}  {name}, seed {seed}")
-                if not there and not given.list:
-                    line = make(given.task, name, seed, Path(given.runs))
+                if not there and not given.list and (line := make(given.task, name, seed, Path(given.runs))):
                     out.parent.mkdir(parents=True, exist_ok=True)
                     with out.open("a", encoding="utf-8") as file:
                         file.write(dumps(line) + "\n")

@@ -529,6 +529,8 @@ class TuneConfig(_Section):
         """The rules between this section and others."""
         self.need(data.source != "task" or self.task in REWARDS, "task", "data.source='task' needs one that writes "
                   f"texts: choose {', '.join(REWARDS)}")
+        self.need(self.task != OWN_ANSWERS or bool(data.prompt_field) and not data.features_field, "task",
+                  "asks the prompts of the run's own texts: give data.prompt_field, and no data.features_field")
         if not self.objective:
             return
         self.need(bool(train.init_from), "objective", "needs train.init_from, the run to start from")

@@ -64,6 +64,7 @@ class Prompts:
         self.task: Task | TextTask = (TextTask(folder, split, tokenizer, config.model.seq_len) if own else
                                       TASKS[config.tune.task])
         self.group = config.tune.group if split == "train" else 1
+        self.rows = min(config.tune.rows, self.task.prompts)  # that are judged as fixed ones, each of them once
 
     def examples(self, step: int, rows: int) -> list[Example]:
         """Of each row of a step."""
@@ -77,7 +78,7 @@ class Prompts:
         z = np.full((len(examples), seq_len), self.mask_id, np.int32)
         for row, example in zip(z, examples, strict=True):
             ids = self._given(example)
-            need = len(ids) + len(self.tokenizer.encode(example.answer))
+            need = len(ids) + (0 if example.ids else len(self.tokenizer.encode(example.answer)))
             if need > seq_len:
                 raise ConfigError(f"model.seq_len={seq_len}: the task {self.task.name!r} needs {need} tokens for "
                                   f"{example.prompt!r} and its answer")
@@ -219,16 +220,17 @@ class Tuning(Loop):
         pause, rows = time.monotonic(), self.config.train.batch_size
         params = self.state.ema or self.state.params
         rollouts, examples = [], []
-        for number in range(-(-self.config.tune.rows // rows)):
+        for number in range(-(-self.fixed.rows // rows)):
             batch: Rows = self.fixed.batch(number)
             key = jax.random.fold_in(jax.random.key(self.config.train.seed), number)
             rollouts.append(self._rolled(params, parallel.put_batch(self.mesh, batch), key))
             examples += self.fixed.examples(number, rows)
-        x, calls = (np.concatenate([rollout[name] for rollout in rollouts]) for name in ("x", "calls"))
-        _, found = self.fixed.judged(x, examples, calls)
+        n = self.fixed.rows
+        x, calls = (np.concatenate([rollout[name] for rollout in rollouts])[:n] for name in ("x", "calls"))
+        _, found = self.fixed.judged(x, examples[:n], calls)
         self.recorder.since += time.monotonic() - pause
         told = measured(found["reward"], found["reward_se"], sign="+-")
-        say(f"train: step {step:,}, reward {told} on {len(examples)} fixed prompts, "
+        say(f"train: step {step:,}, reward {told} on {n} fixed prompts, "
             f"{100 * found['distinct']:.0f} % of the answers different")
         return super()._measure(step) | {f"valid_{name}": value for name, value in found.items()}
 
@@ -248,7 +250,7 @@ def rewards(run: Run, workdir: str) -> list[dict[str, Any]]:
     """
     config, g = run.config, run.config.generate
     prompts = Prompts(config, run.tokenizer, run.hierarchy.mask_id, "valid", run.data_dir)
-    examples, draw = prompts.examples(0, config.tune.rows), sampler.sampler_of(run)
+    examples, draw = prompts.examples(0, prompts.rows), sampler.sampler_of(run)
     canvas, out = prompts.canvas(examples), []
     steps = int(sampler.method_of(g).numbers.get("steps", 0))
     options = " ".join(part for part in g.options.split() if not part.startswith("steps="))

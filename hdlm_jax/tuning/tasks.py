@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.evaluation.problems import answer_of, number_of
 
+_SOLUTION = re.compile(r"####\s*\S+\s*$")
 PROMPT, TEXT = "prompt", "text"  # fields of the records that `write_texts` makes
 
 
@@ -46,6 +47,7 @@ class Task:
     noise: Callable[[np.random.Generator, Example], str] = lambda rng, example: example.answer
     noise_share: float = 0.0
     texts: int = 4096
+    prompts: ClassVar[int] = 2**62  # a number each
 
     def example(self, number: int, split: str = "train") -> Example:
         """Example `number` >= 0 of "train" or "valid": the same one whenever it is asked for."""
@@ -79,10 +81,13 @@ def write_texts(task: Task, folder: str) -> str:
 
 class TextTask:
     """The task whose prompts and right answers are those of prepared texts (tune.task='answers'): its examples are the
-    documents of a split that have a prompt and fit a row, in an order of chance; behind the last comes the first again.
+    documents of a split that have a prompt and fit a row, mixed, always in the same order; behind the last comes the
+    first again.
+
+    prompts: how many there are.
 
     Raises:
-      ConfigError: there are none.
+      ConfigError: there are fewer than two.
     """
 
     name = OWN_ANSWERS
@@ -93,15 +98,16 @@ class TextTask:
         starts, prompts = self.text.documents
         sizes, given = np.diff(starts), prompts.astype(np.int64)
         fits = np.flatnonzero((sizes <= seq_len) & (given > 0) & (given < sizes) & manifest.prompts)
-        if not len(fits):
-            raise ConfigError(f"tune.task={OWN_ANSWERS!r}: of the {len(sizes):,} documents of the {split} split none "
-                              f"has a prompt (data.prompt_field) and fits model.seq_len={seq_len} with its answer")
-        fits = np.random.default_rng(0).permutation(fits)
-        self.bounds = np.stack([starts[fits], sizes[fits], given[fits]], axis=1)
+        if len(fits) < 2:
+            raise ConfigError(f"tune.task={OWN_ANSWERS!r}: of the {len(sizes):,} documents of the {split} split "
+                              f"{len(fits)} have a prompt (data.prompt_field) and fit model.seq_len={seq_len} with "
+                              "their answer; at least 2 are needed")
+        fits = fits[np.argsort(np.random.Philox(0).random_raw(len(fits)), kind="stable")]
+        self.bounds, self.prompts = np.stack([starts[fits], sizes[fits], given[fits]], axis=1), len(fits)
 
     def example(self, number: int, split: str = "") -> Example:
         """Example `number` >= 0 of the task's own split."""
-        start, size, given = self.bounds[number % len(self.bounds)].tolist()
+        start, size, given = self.bounds[number % self.prompts].tolist()
         ids = np.asarray(self.text[start : start + size], np.int32)
         answer = answer_of(self.tokenizer, ids[given:])
         return Example(self.tokenizer.decode(ids[:given]), answer, answer, tuple(ids[:given].tolist()))
@@ -112,12 +118,12 @@ class TextTask:
 
 
 def agrees(answer: str, facts: str) -> float:
-    """1 for the right answer, blanks around it aside; where that ends in "#### number" (GSM8K) 1 for its number, .1 for
-    another one in that form."""
-    if (number := number_of(facts)) is None:
+    """1 for the right answer, blanks around it aside; where that ends in "#### number" (GSM8K) 1 for its number behind
+    the answer's first "####", .1 for another one in that form."""
+    if not _SOLUTION.search(facts):
         return float(answer.strip() == facts.strip())
     given = number_of(answer)
-    return 0.0 if given is None else 1.0 if given == number else 0.1
+    return 0.0 if given is None else 1.0 if given == number_of(facts) else 0.1
 
 
 def exact(answer: str, facts: str) -> float:

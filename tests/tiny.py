@@ -62,7 +62,7 @@ def with_settings(c, given):
     for name, value in given.items():
         section, field = name.split(".")
         kept = c[section][field]
-        c[section][field] = value if isinstance(kept, str) else type(kept)(ast.literal_eval(value))
+        c[section][field] = value if isinstance(kept, str) else ast.literal_eval(value)
     return resolve(c)
 
 

@@ -81,15 +81,14 @@ class Task(NamedTuple):
 
 def _of_prompts(task: str, places: int, calls: int, *more: str) -> tuple[str, ...]:
     """Shared settings of a task whose prompts differ."""
-    return (f"tune.task={task}", f"model.seq_len={places}", f"generate.steps={calls}", "model.width=64",
-            "model.blocks=2", *more)
+    return (f"tune.task={task}", f"model.seq_len={places}", f"generate.steps={calls}", "model.width=64", *more)
 
 
 BY_PROMPT = ("train.batch_size=64", "tune.group=16")
 HUNDRED = (*BY_PROMPT, "train.steps=100", "evaluate.rows_in_training=64")
 TASKS = {
     "permutations": Task(),
-    "levels": Task(("hierarchy.clusters=(3,)", "generate.steps=12"), ("train.steps=4000",), (),
+    "levels": Task(("hierarchy.clusters=(3,)", "generate.steps=12"), (), (),
                    ("base", "score", "score-kl", "order")),
     "sorting": Task(_of_prompts("sorting", 18, 3), ("train.steps=2300", "optimizer.schedule=constant"), BY_PROMPT,
                     ("base", "score")),
@@ -97,8 +96,8 @@ TASKS = {
                    ("train.steps=12000", "optimizer.schedule=constant", "optimizer.lr=2e-3", "optimizer.ema=.999"),
                    HUNDRED, ("base", "score", "order")),
     "countdown": Task(_of_prompts("countdown", 24, 4, "train.batch_size=64"),
-                      ("train.steps=2500", "diffusion.weighting=constant", "optimizer.schedule=constant",
-                       "optimizer.ema=.99"), HUNDRED, ("base", "score")),
+                      ("train.steps=2500", "optimizer.schedule=constant", "optimizer.ema=.99"), HUNDRED,
+                      ("base", "score")),
 }
 
 

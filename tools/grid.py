@@ -65,10 +65,11 @@ RATES = (0.25, 0.5, 2.0, 4.0)  # of words to clusters, that of clusters to the m
 COUNT = ("--config.train.objective=count", "--config.diffusion.weighting=none")
 SPEEDRUN = ("--config.train.batch_size=16", "--config.train.steps=960", "--config.optimizer.warmup=40")
 DECODER = (*NO_TIME, "--config.model.trunk=decoder", "--config.decoder.qk_norm=True")
+FLAT = ("--config.model.head=flat", "--config.hierarchy.head_clusters=0")
 BLOCK4 = ("--config.model.block=4", *NO_TIME)
 TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each (docs/speedrun.md)
     "try": (),
-    "try-flat": ("--config.model.head=flat", "--config.hierarchy.head_clusters=0"),
+    "try-flat": FLAT,
     "try-n256": ("--config.hierarchy.head_clusters=256",),
     "try-batch8": ("--config.train.batch_size=8", "--config.train.steps=1920", "--config.optimizer.warmup=80"),
     "try-batch32": ("--config.train.batch_size=32", "--config.train.steps=480", "--config.optimizer.warmup=20"),
@@ -85,6 +86,8 @@ TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each
     "try-constant-ema": ("--config.optimizer.schedule=constant", "--config.optimizer.ema=0.98"),
     "try-notime": NO_TIME,
     "try-decoder": DECODER,
+    "try-decoder-flat": (*DECODER, *FLAT),
+    "try-decoder-tied": (*DECODER, *FLAT, "--config.decoder.tied=True"),
     "try-block16": ("--config.model.block=16", *NO_TIME),  # block diffusion: what is left of a block is clean
     "try-block4": BLOCK4,
     "try-block4-count": (*BLOCK4, *COUNT),  # the bound's own weights, which are quiet in short blocks
@@ -139,6 +142,8 @@ CELLS = (
         ("-wide", WIDE), ("-count", COUNT), ("-count-wide", (*COUNT, *WIDE)))),
     *(Cell(f"{kind}-{name}", f"{kind}-muon", 3, more, True) for name, more in REPEATS.items()
       for kind in ("mdlm", "ar")),
+    *(Cell(f"{kind}-x16-dropout", f"{kind}-muon", 3, (*REPEATS["x16"], "--config.model.dropout=0.1"), True)
+      for kind in ("mdlm", "ar")),
     *(Cell(f"{kind}-{name}", f"{kind}-muon", 3, more, calls=FEW) for name, more in CHANNEL.items()
       for kind in ("mdlm", "hdlm", "mdlm-warm", "hdlm-warm")),
     Cell("gidd", "gidd-muon", 4),
@@ -161,7 +166,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "vocabulary": ("mdlm-gpt2-half", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2", "mdlm-gpt2"),
     "long": ("long-block4", "long-block4-count", "long-block4-wide", "long-block4-count-wide", "long-mdlm"),
     "recipe": tuple(TRIALS),
-    "repeats": tuple(f"{kind}-{name}" for name in reversed(REPEATS) for kind in ("mdlm", "ar")),
+    "repeats": tuple(f"{kind}-{name}" for name in (*reversed(REPEATS), "x16-dropout") for kind in ("mdlm", "ar")),
     "field": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "hdlm_xi9", "shuffled", "ar"),
     "channel": tuple(f"{kind}-{name}" for kind in ("mdlm", "hdlm", "mdlm-warm", "hdlm-warm") for name in CHANNEL),
     "processes": ("mdlm", "ar", "gidd0", "gidd", "hdlm"),

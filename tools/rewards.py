@@ -90,7 +90,7 @@ TASKS = {
     "permutations": Task(),
     "levels": Task(("hierarchy.clusters=(3,)", "generate.steps=12"), (), (),
                    ("base", "score", "score-kl", "order")),
-    "sorting": Task(_of_prompts("sorting", 18, 3), ("train.steps=2300", "optimizer.schedule=constant"), BY_PROMPT,
+    "sorting": Task(_of_prompts("sorting", 18, 3), ("train.steps=350", "optimizer.schedule=constant"), BY_PROMPT,
                     ("base", "score")),
     "sudoku": Task(_of_prompts("sudoku", 34, 4, "train.batch_size=64"),
                    ("train.steps=12000", "optimizer.schedule=constant", "optimizer.lr=2e-3", "optimizer.ema=.999"),

@@ -208,8 +208,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = saved_config(given.workdir[0])
         parallel.keep_compiled()
         judge = opened(given, config)
-        lines = [line for workdir in given.workdir for line in sweep(workdir, given, judge)]
         out = given.out or given.workdir[0]
+        os.makedirs(out, exist_ok=True)
+        lines = [line for workdir in given.workdir for line in sweep(workdir, given, judge)]
         text = table(lines)
         write_atomic(Path(out) / "method_sweep.md", f"{text}\n".encode())
         picture(os.path.join(out, "method_sweep.png"), lines)

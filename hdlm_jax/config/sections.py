@@ -416,6 +416,7 @@ class OptimizerConfig(_Section):
     name: str = "adamw"  # adamw | muon: the blocks' matrices by Muon, all else by AdamW
     lr: float = 5e-4  # peak learning rate, of AdamW
     muon_lr: float = 0.02  # peak learning rate of Muon; same schedule
+    time_lr: float = 1.0  # of the kernels by which t modulates, as a share of lr (docs/training.md)
     muon_rms: float = 0.0  # RMS of Muon's updates at rate 1 (.2: as AdamW's, for its rate); 0: their norm is about 1
     b1: float = 0.9  # AdamW
     b2: float = 0.99  # AdamW
@@ -429,7 +430,7 @@ class OptimizerConfig(_Section):
 
     def check(self) -> None:
         self.among(schedule=("cosine", "wsd", "constant"), name=("adamw", "muon"))
-        self.hold("must be positive", "lr", "muon_lr", "clip")
+        self.hold("must be positive", "lr", "muon_lr", "time_lr", "clip")
         self.need(0 <= self.ema < 1, "ema", "must lie in [0, 1); 0 is off")
         self.hold("must not be negative", "warmup")
         self.hold("must lie in [0, 1)", "b1", "b2")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,10 +57,9 @@ class TrainState(NamedTuple):
     ema: Tree  # average of params, or {} when off
 
 
-def _of_axes(of: Callable[[Any], Any]) -> Callable[[Tree], Tree]:
-    """params -> a tree of of(Muon's axes of every matrix of the blocks, None of all else)."""
-    return lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, leaf: of(matrix_axes([str(key.key) for key in path])), params)
+def _of_names(of: Callable[[Sequence[str]], Any]) -> Callable[[Tree], Tree]:
+    """params -> a tree of of(the names on the way to each parameter)."""
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: of([str(at.key) for at in path]), params)
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -80,10 +79,14 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
     # the update made from state.step = 0 is the first one, so that its rate is not zero
     tx = optax.adamw(lambda n: schedule(n + 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay)
     if o.name == "muon":
-        dimensions = _of_axes(lambda axes: axes and optax.contrib.MuonDimensionNumbers(*axes))
+        dimensions = _of_names(lambda at: (axes := matrix_axes(at)) and optax.contrib.MuonDimensionNumbers(*axes))
         muon = optax.contrib.muon(lambda n: o.muon_lr / o.lr * schedule(n + 1), weight_decay=o.weight_decay,
                                   muon_weight_dimension_numbers=dimensions, consistent_rms=o.muon_rms or None)
-        tx = optax.multi_transform({"muon": muon, "adamw": tx}, _of_axes(lambda axes: "muon" if axes else "adamw"))
+        labels = _of_names(lambda at: "muon" if matrix_axes(at) else "adamw")
+        tx = optax.multi_transform({"muon": muon, "adamw": tx}, labels)
+    if o.time_lr != 1:
+        by_time = _of_names(lambda at: list(at[-2:]) == ["modulation", "kernel"])
+        tx = optax.chain(tx, optax.masked(optax.scale(o.time_lr), by_time))
     if config.hierarchy.map == "learned":
         tx = with_map(tx, lambda n: config.hierarchy.map_rate * schedule(n + 1))
     if config.diffusion.channel:

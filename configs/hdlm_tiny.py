@@ -21,6 +21,7 @@ def get_config():
     c.model.seq_len = 128
     c.model.time_conditioning = False
     c.model.embeddings = "clusters"
+    c.model.warm_head = True
     c.model.head = "factorised"
     c.optimizer.name = "muon"
     c.optimizer.lr = 3e-3

@@ -90,18 +90,6 @@ def test_every_matrix_is_orthogonal_by_itself_and_all_else_is_adamw_s(trunk):
         np.testing.assert_array_equal(ours[name], theirs[name], name)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_what_t_modulates_by_moves_at_its_share(name):
-    config, params = parameters("dit")
-    grads = gradients(params)
-    plain, slow = (updates(settings(name, optimizer__time_lr=share), params, grads) for share in (1.0, 0.25))
-    of_time = {"stack.modulation.kernel", "modulation.kernel"}
-    assert of_time < set(plain)
-    for at in plain:
-        np.testing.assert_array_equal(slow[at], plain[at] * (0.25 if at in of_time else 1), at)
-    refused("must be positive", optimizer={"time_lr": 0.0})
-
-
 def test_rms_and_decay_are_as_set():
     params = {"stack": {"up": {"kernel": parameters("dit")[1]["stack"]["up"]["kernel"]}}}
     grads, (name, decay) = gradients(params), ("stack.up.kernel", 0.1)

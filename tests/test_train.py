@@ -93,6 +93,32 @@ def one_device(**changes):
     return run_steps(make_config(**changes), jax.devices()[:1])
 
 
+@pytest.mark.parametrize("head", ["flat", "factorised"])
+def test_a_warm_head_starts_from_the_embeddings(head):
+    """Its logit of a word is the product with the word's own embedding, that of a class within its words'."""
+    changes = dict(model__head=head, model__prototypes=1, model__embeddings="clusters", optimizer__ema=0.9)
+    table = np.random.default_rng(0).standard_normal((HIERARCHY.num_states, 16)).astype(np.float32)
+    made = {}
+    for warm in (False, True):
+        config = make_config(model__warm_head=warm, **changes)
+        network, _ = build(config, HIERARCHY)
+        state = init_state(config, network, make_optimizer(config)[0], jax.random.key(0), table)
+        made[warm] = state.params
+        np.testing.assert_array_equal(state.params["embedding"][:V], table[:V])
+    own = made[True]["head"]
+    words = own["kernel"][:V] if head == "flat" else own["words"]["kernel"][network.head.blocks.row]
+    np.testing.assert_array_equal(words, table[:V])
+    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(
+        *(jax.tree.leaves({**p, "head": None}) for p in made.values()), strict=True))
+    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(
+        jax.tree.leaves(own), jax.tree.leaves(state.ema["head"]), strict=True))
+    even = np.asarray(network.head.logits(own, np.zeros(16, np.float32)))
+    np.testing.assert_allclose(even - even[0], 0, atol=1e-5)  # no word is likelier before there is a context
+    if head == "factorised":
+        mean = [table[:V][HIERARCHY.anc[1][:V] == c].mean(0) for c in range(6)]
+        np.testing.assert_allclose(own["clusters"]["kernel"], mean, rtol=1e-5)
+
+
 BLOCKS = dict(train__objective="count", model__block=4, model__time_conditioning=False)
 SPLIT = dict(parallel__data=2, parallel__fsdp=2, parallel__tensor=2, train__microbatches=2)
 

@@ -54,7 +54,7 @@ class Cell(NamedTuple):
 
 
 NO_TIME = ("--config.model.time_conditioning=False",)
-SLOW_TIME = ("--config.optimizer.time_lr=0.0078125",)  # what t modulates by has 128 inputs (docs/training.md)
+WARM_HEAD = ("--config.model.warm_head=True",)
 CLIP = ("--config.diffusion.weighting=clip", "--config.diffusion.weight_min=0.0", "--config.diffusion.weight_max=2.0")
 GPT2 = ("--config.tokenizer.kind=gpt2",)
 REPEATS = {name: (f"--config.data.files=('runs/grid/one_of_{n}.jsonl',)",  # every nth chapter (docs/results.md)
@@ -86,13 +86,15 @@ TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each
     "try-wsd": ("--config.optimizer.schedule=wsd",),
     "try-constant-ema": ("--config.optimizer.schedule=constant", "--config.optimizer.ema=0.98"),
     "try-notime": NO_TIME,
-    "try-slowtime": SLOW_TIME,
+    "try-warm-head": WARM_HEAD,
+    "try-warm-head-flat": (*WARM_HEAD, *FLAT),
     "try-decoder": DECODER,
     "try-decoder-flat": (*DECODER, *FLAT),
     "try-decoder-tied": (*DECODER, *FLAT, "--config.decoder.tied=True"),
     "try-block16": ("--config.model.block=16", *NO_TIME),  # block diffusion: what is left of a block is clean
     "try-block4": BLOCK4,
     "try-block4-count": (*BLOCK4, *COUNT),  # the bound's own weights, which are quiet in short blocks
+    "try-block4-count-warm-head": (*BLOCK4, *COUNT, *WARM_HEAD),
     "try-block4-wide": (*BLOCK4, "--config.model.width=192", "--config.model.heads=6"),
     "try-complementary": ("--config.train.objective=complementary",),
     "try-count": ("--config.train.objective=count",),
@@ -113,7 +115,6 @@ CELLS = (
     Cell("hdlm_xi9", "hdlm_xi9-muon"),
     Cell("mdlm-notime", "mdlm-muon", 1, NO_TIME),
     Cell("hdlm-notime", "hdlm-muon", 2, NO_TIME),
-    *(Cell(f"{kind}-slowtime", f"{kind}-muon", 2, SLOW_TIME, True) for kind in ("mdlm", "hdlm", "gidd0")),
     Cell("hdlm_k3", "hdlm_k3-muon", 2),
     Cell("gidd0", "gidd0-muon", 2),
     Cell("mdlm-adamw", "mdlm", 2),
@@ -161,7 +162,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "rates": ("hdlm", *(f"hdlm-gamma{g}" for g in RATES), "mdlm"),
     "sizes": ("mdlm", "hdlm", "mdlm-wide", "hdlm-wide"),
     "heads": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "shuffled-factorised"),
-    "time": ("mdlm", "mdlm-notime", "mdlm-slowtime", "hdlm", "hdlm-notime", "hdlm-slowtime", "gidd0", "gidd0-slowtime"),
+    "time": ("mdlm", "mdlm-notime", "hdlm", "hdlm-notime"),
     "optimisers": ("mdlm", "mdlm-adamw", "hdlm", "hdlm-adamw", "hdlm-factorised", "hdlm-factorised-adamw", "ar",
                    "ar-adamw"),
     "starts": ("mdlm", "mdlm-warm", "hdlm", "hdlm-warm"),

@@ -276,6 +276,7 @@ class ModelConfig(_Section):
     order: bool = False  # a head that ranks which tokens are unmasked next: method dcolt reads it, rewards train it
     block_lengths: bool = False  # a head that draws lengths of blocks: method ctrldiff reads it, rewards train it
     embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by
+    warm_head: bool = False  # the head's vectors start from these embeddings as well, not from zero
     dtype: str = "float32"  # of the computation; logits are float32
     param_dtype: str = "float32"  # of the parameters; bfloat16 is for using a decoder, not for training it
     attention: str = "auto"  # kernel: xla | splash (TPU) | cudnn (NVIDIA, bfloat16) | auto: one of these two, or xla
@@ -291,6 +292,8 @@ class ModelConfig(_Section):
                    remat=("auto", "none", "cheap", "all"), embeddings=("random", "clusters"),
                    dtype=("float32", "bfloat16"), param_dtype=("float32", "bfloat16"), trunk=("dit", "decoder"))
         self.hold("must be at least 1", "width", "blocks", "heads", "seq_len", "prototypes")
+        self.need(not self.warm_head or self.embeddings == "clusters", "warm_head",
+                  "starts from what the embeddings start from: give model.embeddings='clusters'")
         self.hold("must not be negative", "block")
         self.need(not self.block or self.seq_len % self.block == 0, "block",
                   f"must divide model.seq_len={self.seq_len}")
@@ -416,7 +419,6 @@ class OptimizerConfig(_Section):
     name: str = "adamw"  # adamw | muon: the blocks' matrices by Muon, all else by AdamW
     lr: float = 5e-4  # peak learning rate, of AdamW
     muon_lr: float = 0.02  # peak learning rate of Muon; same schedule
-    time_lr: float = 1.0  # of the kernels by which t modulates, as a share of lr (docs/training.md)
     muon_rms: float = 0.0  # RMS of Muon's updates at rate 1 (.2: as AdamW's, for its rate); 0: their norm is about 1
     b1: float = 0.9  # AdamW
     b2: float = 0.99  # AdamW
@@ -430,7 +432,7 @@ class OptimizerConfig(_Section):
 
     def check(self) -> None:
         self.among(schedule=("cosine", "wsd", "constant"), name=("adamw", "muon"))
-        self.hold("must be positive", "lr", "muon_lr", "time_lr", "clip")
+        self.hold("must be positive", "lr", "muon_lr", "clip")
         self.need(0 <= self.ema < 1, "ema", "must lie in [0, 1); 0 is off")
         self.hold("must not be negative", "warmup")
         self.hold("must lie in [0, 1)", "b1", "b2")

@@ -84,9 +84,6 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
                                   muon_weight_dimension_numbers=dimensions, consistent_rms=o.muon_rms or None)
         labels = _of_names(lambda at: "muon" if matrix_axes(at) else "adamw")
         tx = optax.multi_transform({"muon": muon, "adamw": tx}, labels)
-    if o.time_lr != 1:
-        by_time = _of_names(lambda at: list(at[-2:]) == ["modulation", "kernel"])
-        tx = optax.chain(tx, optax.masked(optax.scale(o.time_lr), by_time))
     if config.hierarchy.map == "learned":
         tx = with_map(tx, lambda n: config.hierarchy.map_rate * schedule(n + 1))
     if config.diffusion.channel:
@@ -99,14 +96,13 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
 
 def init_state(config: Config, network: Trunk, tx: optax.GradientTransformation, key: jax.Array,
                table: jax.Array | np.ndarray | None = None) -> TrainState:
-    """A fresh state (jit it with out_shardings, so that it is born where it lives).
-
-    Args:
-      table: float32 [rows, D] start of the embedding table, or None for a random one.
-    """
+    """A fresh state (jit it with out_shardings, so that it is born where it lives); table: float32 [rows, D], start of
+    the embedding table, with model.warm_head of the head's vectors too, or None for a random one."""
     params = network.init_params(key, config.model.seq_len)
     if table is not None:
-        params = network.with_table(params, table)
+        params, v = network.with_table(params, table), network.head.hierarchy.vocab_size
+        if config.model.warm_head:
+            params = network.with_head(params, jnp.asarray(table[:v]), jnp.zeros(v))
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema else {}
     return TrainState(jnp.int32(0), jnp.int32(0), params, tx.init(params), ema)
 

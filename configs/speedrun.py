@@ -3,7 +3,8 @@
     HDLM_DATA=../shared/data ./launch/speedrun.sh      # or: python -m hdlm_jax.main --config=speedrun
 
 The recipe of the record: block diffusion in blocks of 4 with the bound's own weights by `count`, embeddings of the
-clustering, also for a factorised head over 64 classes, Muon. :mdlm is the same of whole rows, :adamw where it began. The corpus, the tokenizer and what is measured never change: they are those of configs/books.py.
+clustering, from which a factorised head over 64 classes starts as well, Muon. :mdlm is MDLM of whole rows, :adamw
+where it began. The corpus, the tokenizer and what is measured never change: they are those of configs/books.py.
 
 Fits on: a laptop (2.3M parameters, under 2 GB).
 """

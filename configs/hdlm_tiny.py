@@ -26,7 +26,7 @@ def get_config():
     c.optimizer.name = "muon"
     c.optimizer.lr = 3e-3
     c.optimizer.warmup = 50
-    c.train.steps = 3000
+    c.train.steps = 2500
     c.train.batch_size = 8
     c.train.log_every = 50
     c.checkpoint.every = 500

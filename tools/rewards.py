@@ -93,7 +93,7 @@ TASKS = {
     "sorting": Task(_of_prompts("sorting", 18, 3), ("train.steps=350", "optimizer.schedule=constant"), BY_PROMPT,
                     ("base", "score")),
     "sudoku": Task(_of_prompts("sudoku", 34, 4, "train.batch_size=64"),
-                   ("train.steps=4000", "optimizer.schedule=constant", "optimizer.lr=2e-3", "optimizer.ema=.999"),
+                   ("train.steps=8000", "optimizer.schedule=constant", "optimizer.lr=2e-3", "optimizer.ema=.999"),
                    HUNDRED, ("base", "score", "order")),
     "countdown": Task(_of_prompts("countdown", 24, 4, "train.batch_size=64"),
                       ("train.steps=2500", "optimizer.schedule=constant", "optimizer.ema=.99"), HUNDRED,

@@ -20,7 +20,7 @@ def get_config(run="record"):
     if run != "adamw":
         c.model.warm_head = True
         c.train.batch_size = 16
-        c.train.steps = 420 if run == "record" else 960
+        c.train.steps = 440 if run == "record" else 960
         c.optimizer.warmup = 40
         c.optimizer.muon_lr = 0.02
     if run == "record":  # exact weights are quiet in short blocks

@@ -369,6 +369,7 @@ def test_rewards_are_trained_by_as_on_the_command_line(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr("hdlm_jax.runs.tune.tune", lambda config, workdir, shown: asked.append(config.tune.objective))
     monkeypatch.setattr("hdlm_jax.api.Model", lambda workdir: workdir)
-    settings = {"train.init_from": str(trained()[1]), "hierarchy.clusters": (8,), "model.time_conditioning": True}
+    settings = {"train.init_from": str(trained()[1]), "hierarchy.clusters": (8,), "model.blocks": 1,
+                "model.time_conditioning": True}
     assert hdlm_jax.train("permutations:score", str(tmp_path / "run"), **settings) == str(tmp_path / "run")
     assert asked == ["score"]

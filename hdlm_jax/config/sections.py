@@ -276,7 +276,7 @@ class ModelConfig(_Section):
     order: bool = False  # a head that ranks which tokens are unmasked next: method dcolt reads it, rewards train it
     block_lengths: bool = False  # a head that draws lengths of blocks: method ctrldiff reads it, rewards train it
     embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by
-    warm_head: bool = False  # the head's vectors start from these embeddings as well, not from zero
+    warm_head: bool = False  # with embeddings=clusters the head's vectors start from them as well, not from zero
     dtype: str = "float32"  # of the computation; logits are float32
     param_dtype: str = "float32"  # of the parameters; bfloat16 is for using a decoder, not for training it
     attention: str = "auto"  # kernel: xla | splash (TPU) | cudnn (NVIDIA, bfloat16) | auto: one of these two, or xla
@@ -292,8 +292,6 @@ class ModelConfig(_Section):
                    remat=("auto", "none", "cheap", "all"), embeddings=("random", "clusters"),
                    dtype=("float32", "bfloat16"), param_dtype=("float32", "bfloat16"), trunk=("dit", "decoder"))
         self.hold("must be at least 1", "width", "blocks", "heads", "seq_len", "prototypes")
-        self.need(not self.warm_head or self.embeddings == "clusters", "warm_head",
-                  "starts from what the embeddings start from: give model.embeddings='clusters'")
         self.hold("must not be negative", "block")
         self.need(not self.block or self.seq_len % self.block == 0, "block",
                   f"must divide model.seq_len={self.seq_len}")

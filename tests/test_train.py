@@ -95,8 +95,8 @@ def one_device(**changes):
 
 @pytest.mark.parametrize("head", ["flat", "factorised"])
 def test_a_warm_head_starts_from_the_embeddings(head):
-    """Its logit of a word is the product with the word's own embedding, that of a class within its words'."""
-    changes = dict(model__head=head, model__prototypes=1, model__embeddings="clusters", optimizer__ema=0.9)
+    """Its vector of a word is the word's embedding, that of a class (one prototype) the mean of its words'."""
+    changes = dict(model__head=head, model__prototypes=1, model__embeddings="clusters")
     table = np.random.default_rng(0).standard_normal((HIERARCHY.num_states, 16)).astype(np.float32)
     made = {}
     for warm in (False, True):

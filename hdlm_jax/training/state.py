@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,9 +57,10 @@ class TrainState(NamedTuple):
     ema: Tree  # average of params, or {} when off
 
 
-def _of_names(of: Callable[[Sequence[str]], Any]) -> Callable[[Tree], Tree]:
-    """params -> a tree of of(the names on the way to each parameter)."""
-    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: of([str(at.key) for at in path]), params)
+def _of_axes(of: Callable[[Any], Any]) -> Callable[[Tree], Tree]:
+    """params -> a tree of of(Muon's axes of every matrix of the blocks, None of all else)."""
+    return lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, leaf: of(matrix_axes([str(key.key) for key in path])), params)
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -79,11 +80,10 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
     # the update made from state.step = 0 is the first one, so that its rate is not zero
     tx = optax.adamw(lambda n: schedule(n + 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay)
     if o.name == "muon":
-        dimensions = _of_names(lambda at: (axes := matrix_axes(at)) and optax.contrib.MuonDimensionNumbers(*axes))
+        dimensions = _of_axes(lambda axes: axes and optax.contrib.MuonDimensionNumbers(*axes))
         muon = optax.contrib.muon(lambda n: o.muon_lr / o.lr * schedule(n + 1), weight_decay=o.weight_decay,
                                   muon_weight_dimension_numbers=dimensions, consistent_rms=o.muon_rms or None)
-        labels = _of_names(lambda at: "muon" if matrix_axes(at) else "adamw")
-        tx = optax.multi_transform({"muon": muon, "adamw": tx}, labels)
+        tx = optax.multi_transform({"muon": muon, "adamw": tx}, _of_axes(lambda axes: "muon" if axes else "adamw"))
     if config.hierarchy.map == "learned":
         tx = with_map(tx, lambda n: config.hierarchy.map_rate * schedule(n + 1))
     if config.diffusion.channel:
@@ -96,8 +96,8 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
 
 def init_state(config: Config, network: Trunk, tx: optax.GradientTransformation, key: jax.Array,
                table: jax.Array | np.ndarray | None = None) -> TrainState:
-    """A fresh state (jit it with out_shardings, so that it is born where it lives); table: float32 [rows, D], start of
-    the embedding table, with model.warm_head of the head's vectors too, or None for a random one."""
+    """A fresh state (jit it with out_shardings, so that it is born where it lives). table: float32 [rows, D], what the
+    embedding table starts from (None: random) and, with model.warm_head, the head's vectors of the words as well."""
     params = network.init_params(key, config.model.seq_len)
     if table is not None:
         params, v = network.with_table(params, table), network.head.hierarchy.vocab_size

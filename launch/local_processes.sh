@@ -15,8 +15,7 @@ if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || [ $# -lt 2 ]; then
   say "give a number of processes and a command: $0 2 python -m hdlm_jax.main --config=... --distributed"
   exit 2
 fi
-n=$1
-shift
+n=$1; shift
 while [ -z "$PORT" ]; do  # below the ports that the system hands out itself
   PORT=$((20000 + RANDOM % 12000))
   if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then PORT=; fi  # something answers there
@@ -26,10 +25,10 @@ mkdir -p "$LOGS"
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$PORT HDLM_NUM_PROCESSES=$n JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$DEVICES"
 
-pids=() code=0 deadline= again=
+pids=() code=0 deadline= interrupts=0 asked=
 send() { kill "-$1" "${pids[@]}" 2>/dev/null || true; }
 trap 'send TERM' TERM
-trap '[ -z "$again" ] || { send KILL; exit 130; }; again=yes; send TERM' INT
+trap 'interrupts=$((interrupts + 1))' INT  # only counted here: bash forgets a signal that comes while its trap runs
 for ((i = 0; i < n; i++)); do
   if [ "$i" = 0 ]; then
     HDLM_PROCESS_ID=0 "$@" &
@@ -41,6 +40,8 @@ done
 [ "$n" = 1 ] || say "process 0 writes here, the others to $LOGS/process_i.log"
 
 while [ ${#pids[@]} -gt 0 ]; do
+  if [ $interrupts -ge 2 ]; then send KILL; exit 130; fi
+  if [ $interrupts = 1 ] && [ -z "$asked" ]; then asked=yes; send TERM; fi
   for i in "${!pids[@]}"; do
     if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
     status=0

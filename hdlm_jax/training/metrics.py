@@ -153,6 +153,7 @@ def plot_curves(path: str, records: list[dict[str, Any]], unigram_nats: float) -
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import EngFormatter
     except ImportError:
         say("curves: not drawn, matplotlib is missing (pip install hdlm_jax[plots])")
         return False
@@ -163,7 +164,7 @@ def plot_curves(path: str, records: list[dict[str, Any]], unigram_nats: float) -
     fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     draw(axes[0], "loss", color="tab:blue", lw=1)
     axes[0].set(title="training loss (weighted)", xlabel="tokens", ylabel="nats per token")
-    draw(axes[1], "nelbo", color="0.8", lw=0.8, label="training batches, t uniform (noisy)")
+    draw(axes[1], "nelbo", color="0.8", lw=0.8, label="training batches (noisy)")
     draw(axes[1], "valid_nelbo", color="tab:orange", marker="o", ms=3, label="validation (exact bound)")
     axes[1].axhline(unigram_nats, color="0.3", ls="--", lw=1, label="unigram")
     low = min([r["valid_nelbo"] for r in records if r.get("valid_nelbo") is not None], default=unigram_nats)
@@ -172,6 +173,7 @@ def plot_curves(path: str, records: list[dict[str, Any]], unigram_nats: float) -
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.2)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.2M
     with jsons.open_atomic(path) as file:
         fig.savefig(file, format="png", dpi=110)
     plt.close(fig)

@@ -32,7 +32,7 @@ def recipe(folder, **changes):
     return c
 
 
-AR = dict(diffusion__process="autoregressive", hierarchy__clusters=(1,), decoder__tied=True)
+AR = dict(diffusion__process="autoregressive", hierarchy__clusters=(1,), model__tied=True)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,10 @@ def adapt(base, name, **changes):
 def test_what_is_the_bases_and_what_is_as_given(base):
     settings, _ = adapt(base, "none", model__head="factorised", decoder__kv_heads=0)
     assert settings.decoder == dataclasses.replace(
-        loading.saved_config(str(base / "ar")).decoder, shifted=True, tied=False)
+        loading.saved_config(str(base / "ar")).decoder, shifted=True)
+    assert not settings.model.tied
     assert settings.diffusion.process == "hierarchical" and settings.hierarchy.clusters == (8,)
-    assert adapt(base, "none")[0].decoder.tied
+    assert adapt(base, "none")[0].model.tied
     with pytest.raises(ConfigError, match=r"model.width=64 \(there 32\)"):
         adapt(base, "none", model__width=64)
     with pytest.raises(ConfigError, match="train.adapt=True: goes with train.init_from"):

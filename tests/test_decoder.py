@@ -46,7 +46,8 @@ def imported(name):
 
 def network(found, hierarchy=TOKENS, causal=False, head=FlatHead, **changes):
     dims, m = dataclasses.replace(DecoderConfig(**found.decoder), **changes), ModelConfig(**found.model)
-    return Decoder(head(hierarchy), hierarchy.padded_states, m.width, m.blocks, m.heads, causal=causal, dims=dims)
+    return Decoder(head(hierarchy), hierarchy.padded_states, m.width, m.blocks, m.heads, causal=causal, dims=dims,
+                   tied=m.tied)
 
 
 def logits(net, params, ids, segment=None):
@@ -153,7 +154,7 @@ KINDS = {"grouped": dict(kv_heads=2), "shifted": dict(qk_norm=True, head_dim=16,
          "lora": dict(lora=2)}
 
 
-def tiny(process="hierarchical", clusters=(1,), head="flat", param_dtype="float32", **dims):
+def tiny(process="hierarchical", clusters=(1,), head="flat", param_dtype="float32", tied=False, **dims):
     c = config.default()
     c.tokenizer.vocab_size = 257
     c.tokenizer.kind = "bytes"
@@ -161,7 +162,7 @@ def tiny(process="hierarchical", clusters=(1,), head="flat", param_dtype="float3
     c.diffusion.process = process
     c.diffusion.weighting = "constant"
     c.model.update(trunk="decoder", time_conditioning=False, width=32, heads=4, blocks=3, seq_len=16, head=head,
-                   prototypes=2, param_dtype=param_dtype)
+                   prototypes=2, param_dtype=param_dtype, tied=tied)
     c.decoder.update(dims)
     return config.resolve(c)
 

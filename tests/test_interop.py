@@ -216,6 +216,14 @@ def test_ours_to_theirs_to_ours(hierarchy, layout, time):
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
+def test_a_tied_head_is_written_as_one_of_its_own():
+    _, params = random_params(HDLM)
+    ids = ids_of("hdlm", HDLM)
+    whole = {**params, "head": params["head"] | {"kernel": params["embedding"][: len(params["head"]["bias"])]}}
+    tied = {**params, "head": {"bias": params["head"]["bias"]}}
+    same(*(to_torch(p, HDLM, ids, "hdlm", HEADS, S) for p in (tied, whole)))
+
+
 def test_time_that_is_always_zero_is_folded_into_the_biases():
     state, ids = random_state(), ids_of("mdlm", MDLM)
     told, _ = from_torch(state, MDLM, ids)

@@ -103,14 +103,18 @@ def numpy_network(params, z, t, heads, valid=None):
     return h @ p["head"]["kernel"].T + p["head"]["bias"]
 
 
-@pytest.mark.parametrize("time, padded", [(True, False), (True, True), (False, False)])
-def test_equals_numpy(time, padded):
-    network = Network(**SIZES, time_conditioning=time)
+@pytest.mark.parametrize("time, padded, tied", [
+    (True, False, False), (True, True, False), (False, False, False), (True, False, True)])
+def test_equals_numpy(time, padded, tied):
+    network = Network(**SIZES, time_conditioning=time, tied=tied)
     params, (z, t) = random_params(network), inputs()
     valid = np.ones((B, S), bool)
     if padded:
         valid[0, 6:] = False
     logits = apply(network, params, z, t, jnp.asarray(valid, jnp.int32) if padded else None)
+    if tied:
+        assert list(params["head"]) == ["bias"]
+        params = {**params, "head": params["head"] | {"kernel": params["embedding"][:N]}}
     want = numpy_network(params, z, t, SIZES["heads"], valid)[..., :V]
     assert logits.shape == (B, S, V) and logits.dtype == jnp.float32
     np.testing.assert_allclose(logits[valid], want[valid], rtol=1e-4, atol=1e-5 * np.abs(want).max())
@@ -236,6 +240,21 @@ def test_bfloat16_computes_but_does_not_store():
     assert a.dtype == b.dtype == FlatHead(FLAT.hierarchy, jnp.bfloat16).logits(params["head"], b).dtype == jnp.float32
     error = np.abs(a - b).max() / np.std(a)
     assert 1e-3 < error < 0.2, "bfloat16 has 8 bits"
+
+
+def test_a_tied_head_learns_by_both_uses_of_the_table():
+    """The gradient of the embeddings is that of the head's vectors and that of what goes in, summed."""
+    tied, own = (Network(**SIZES, tied=tied) for tied in (True, False))
+    params, (z, t) = random_params(tied), inputs()
+    whole = {**params, "head": params["head"] | {"kernel": params["embedding"]}}
+    grads = [jax.grad(lambda p, net=net: jnp.sum(jnp.sin(apply(net, p, z, t))))(p)
+             for net, p in ((tied, params), (own, whole))]
+    np.testing.assert_allclose(grads[0]["embedding"], grads[1]["embedding"] + grads[1]["head"]["kernel"],
+                               rtol=1e-4, atol=1e-4)
+    vectors, bias = np.ones((V, SIZES["width"])), np.arange(V, dtype=np.float32)
+    again = tied.with_head(params, vectors, bias)  # its bias alone: the vectors are the table's
+    assert list(again["head"]) == ["bias"] and again["embedding"] is params["embedding"]
+    np.testing.assert_array_equal(again["head"]["bias"][:V], bias)
 
 
 @pytest.mark.parametrize("kind", ["flat", "factorised"])

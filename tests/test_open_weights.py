@@ -404,8 +404,7 @@ def test_what_does_not_go_to_the_hub_s_layout(tmp_path):
     assert json.loads((exported(here, mask_id=96) / "config.json").read_text())["vocab_size"] == 97
     config = json.loads((here / "config.json").read_text())
     by_class = config["config"] | {"hierarchy": config["config"]["hierarchy"] | {"head_clusters": 6},
-                                   "model": config["config"]["model"] | {"head": "factorised"},
-                                   "decoder": config["config"]["decoder"] | {"tied": False}}
+                                   "model": config["config"]["model"] | {"head": "factorised", "tied": False}}
     (here / "config.json").write_text(json.dumps(config | {"config": by_class}))
     assert "has model.head='factorised'; open layouts have a logit for every token" in said(exported, here)
     config["config"]["train"] |= {"init_from": "", "adapt": False}

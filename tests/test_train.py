@@ -131,14 +131,17 @@ SPLIT = dict(parallel__data=2, parallel__fsdp=2, parallel__tensor=2, train__micr
         pytest.param("flat", 1, dict(train__microbatches=4), marks=pytest.mark.slow),
         pytest.param("flat", 1, dict(model__remat="all"), marks=pytest.mark.slow),
         pytest.param("flat", 8, SPLIT | dict(optimizer__name="muon"), marks=pytest.mark.slow),
+        pytest.param("flat", 8, SPLIT | dict(model__tied=True), marks=pytest.mark.slow),
         pytest.param("factorised", 8, SPLIT, marks=pytest.mark.slow),
         pytest.param("factorised", 8, SPLIT | BLOCKS, marks=pytest.mark.slow),
     ],
-    ids=["data8", "data2-fsdp2-tensor2-microbatches2", "microbatches4", "remat", "muon", "factorised", "blocks"],
+    ids=["data8", "data2-fsdp2-tensor2-microbatches2", "microbatches4", "remat", "muon", "tied", "factorised",
+         "blocks"],
 )
 def test_one_path_for_any_mesh_and_microbatches(head, devices, changes):
     losses, state = run_steps(make_config(model__head=head, **changes), jax.devices()[:devices])
-    same = {name: value for name, value in changes.items() if name == "optimizer__name" or name in BLOCKS}
+    same = {name: value for name, value in changes.items()
+            if name in ("optimizer__name", "model__tied", *BLOCKS)}
     expected, reference = one_device(model__head=head, **same)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, reference.params)

@@ -66,6 +66,7 @@ RATES = (0.25, 0.5, 2.0, 4.0)  # of words to clusters, that of clusters to the m
 COUNT = ("--config.train.objective=count", "--config.diffusion.weighting=none")
 SPEEDRUN = ("--config.train.batch_size=16", "--config.train.steps=960", "--config.optimizer.warmup=40")
 DECODER = (*NO_TIME, "--config.model.trunk=decoder", "--config.decoder.qk_norm=True")
+TIED = ("--config.model.tied=True",)
 FLAT = ("--config.model.head=flat", "--config.hierarchy.head_clusters=0")
 BLOCK4 = ("--config.model.block=4", *NO_TIME)
 TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each (docs/speedrun.md)
@@ -88,13 +89,15 @@ TRIALS = {  # one change at a time from the speed run's recipe, 2.0M tokens each
     "try-notime": NO_TIME,
     "try-warm-head": WARM_HEAD,
     "try-warm-head-flat": (*WARM_HEAD, *FLAT),
+    "try-tied": (*FLAT, *TIED),
     "try-decoder": DECODER,
     "try-decoder-flat": (*DECODER, *FLAT),
-    "try-decoder-tied": (*DECODER, *FLAT, "--config.decoder.tied=True"),
+    "try-decoder-tied": (*DECODER, *FLAT, *TIED),
     "try-block16": ("--config.model.block=16", *NO_TIME),  # block diffusion: what is left of a block is clean
     "try-block4": BLOCK4,
     "try-block4-count": (*BLOCK4, *COUNT),  # the bound's own weights, which are quiet in short blocks
     "try-block4-count-warm-head": (*BLOCK4, *COUNT, *WARM_HEAD),
+    "try-block4-count-tied": (*BLOCK4, *COUNT, *FLAT, *TIED),
     "try-block4-wide": (*BLOCK4, "--config.model.width=192", "--config.model.heads=6"),
     "try-complementary": ("--config.train.objective=complementary",),
     "try-count": ("--config.train.objective=count",),
@@ -123,6 +126,7 @@ CELLS = (
     Cell("mdlm-warm", "mdlm-warm-muon", 2),
     Cell("hdlm-warm", "hdlm-warm-muon", 2),
     *(Cell(f"{kind}-warm-head", f"{kind}-warm-muon", 2, WARM_HEAD) for kind in ("mdlm", "hdlm")),
+    *(Cell(f"{kind}-tied", f"{kind}-warm-muon", 2, TIED) for kind in ("mdlm", "hdlm")),
     *(Cell(f"{kind}-factorised-warm-head", f"{kind}-warm-factorised-muon", 2, WARM_HEAD) for kind in ("mdlm", "hdlm")),
     Cell("shuffled-factorised", "shuffled-factorised-muon", 2),
     Cell("frequency", "hdlm-frequency-muon", 2),
@@ -167,8 +171,8 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "time": ("mdlm", "mdlm-notime", "hdlm", "hdlm-notime"),
     "optimisers": ("mdlm", "mdlm-adamw", "hdlm", "hdlm-adamw", "hdlm-factorised", "hdlm-factorised-adamw", "ar",
                    "ar-adamw"),
-    "starts": ("mdlm", "mdlm-warm", "mdlm-warm-head", "mdlm-factorised-warm-head", "hdlm", "hdlm-warm",
-               "hdlm-warm-head", "hdlm-factorised-warm-head"),
+    "starts": ("mdlm", "mdlm-warm", "mdlm-warm-head", "mdlm-tied", "mdlm-factorised-warm-head", "hdlm", "hdlm-warm",
+               "hdlm-warm-head", "hdlm-tied", "hdlm-factorised-warm-head"),
     "paper": ("mdlm-clip", "hdlm-clip"),
     "vocabulary": ("mdlm-gpt2-half", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2", "mdlm-gpt2"),
     "long": ("long-block4", "long-block4-count", "long-block4-wide", "long-block4-count-wide", "long-mdlm"),

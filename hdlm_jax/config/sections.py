@@ -277,6 +277,7 @@ class ModelConfig(_Section):
     block_lengths: bool = False  # a head that draws lengths of blocks: method ctrldiff reads it, rewards train it
     embeddings: str = "random"  # random | clusters: start from the embeddings the words were clustered by
     warm_head: bool = False  # with embeddings=clusters the head's vectors start from them as well, not from zero
+    tied: bool = False  # the head's vectors of the words are their embeddings, flat head
     dtype: str = "float32"  # of the computation; logits are float32
     param_dtype: str = "float32"  # of the parameters; bfloat16 is for using a decoder, not for training it
     attention: str = "auto"  # kernel: xla | splash (TPU) | cudnn (NVIDIA, bfloat16) | auto: one of these two, or xla
@@ -293,6 +294,7 @@ class ModelConfig(_Section):
                    dtype=("float32", "bfloat16"), param_dtype=("float32", "bfloat16"), trunk=("dit", "decoder"))
         self.hold("must be at least 1", "width", "blocks", "heads", "seq_len", "prototypes")
         self.hold("must not be negative", "block")
+        self.need(not self.tied or self.head == "flat", "tied", "needs model.head='flat'")
         self.need(not self.block or self.seq_len % self.block == 0, "block",
                   f"must divide model.seq_len={self.seq_len}")
         self.need(not self.block or not self.time_conditioning, "time_conditioning",
@@ -329,7 +331,6 @@ class DecoderConfig(_Section):
     window_every: int = 6  # as in 5 blocks with a window, one without
     window_theta: float = 1e4  # base of the rotary embedding in those with a window
     scale_embeddings: bool = False  # by the square root of model.width
-    tied: bool = False  # the head's matrix is the embedding of the tokens
     softcap: float = 0.0  # of the logits, c tanh(logit / c); 0: none
     context: str = "full"  # of a diffusion process: a token sees all (full), its block and those before (block)
     block: int = 32  # tokens of a block, context='block'
@@ -404,7 +405,6 @@ class DecoderConfig(_Section):
         self.need(int(dim * self.rotary_share) % 2 == 0, "head_dim",
                   f"{self.rotary_share:g} of {dim} units must be even (rotary embedding)")
         self.need(self.dense_blocks < model.blocks, "dense_blocks", f"must be fewer than model.blocks={model.blocks}")
-        self.need(not self.tied or model.head == "flat", "tied", "needs model.head='flat'")
         self.need(not self.loops or self.prelude + self.coda < model.blocks, "loops",
                   f"needs blocks to pass again: decoder.prelude={self.prelude} and coda={self.coda} leave none of "
                   f"model.blocks={model.blocks}")

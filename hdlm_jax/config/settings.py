@@ -324,7 +324,7 @@ def inherit(given: Given, base: Config, name: str) -> dict[str, Any]:
                 wrong.append(f"{key}={value!r} (there {was!r})")
         out[section] = values
     if own and out["model"].get("head", "flat") != "flat":
-        out["decoder"]["tied"] = False
+        out["model"]["tied"] = False
     rule(not wrong, "train.init_from", name, f"that run has other settings than given here: {'; '.join(wrong)}; leave "
                                               "them out, and the run's own are taken")
     return out

@@ -229,7 +229,7 @@ class Decoder(Transformer):
         if self.dims.experts and self.dims.dense_blocks:
             self.dense = self._blocks(dense=True)
         self.norm = RMSNorm(self.dims.eps, self.dims.norm_offset)
-        self.own_head = self.param("head", self._head_start, self.width)
+        self.own_head = self.param("head", lambda key: self.own(self.head.init(key, self.width)))
 
     def _blocks(self, dense: bool) -> nn.Module:
         first = self.dims.dense_blocks if self.dims.experts else 0
@@ -237,18 +237,13 @@ class Decoder(Transformer):
         return self.stacked(Block, each, first if dense and self.dims.experts else self.blocks - first)(
             self.dims, self.sizes, self.blocks, jnp.dtype(self.dtype), self.attention, self.attend, dense)
 
-    def _head_start(self, key: jax.Array, width: int) -> Tree:
-        start = self.head.init(key, width)
-        return {"bias": start["bias"]} if self.dims.tied else start
-
     def head_params(self, params: Tree) -> Tree:
-        """The head's parameters; its matrix is the tokens' embedding where they are tied, a flat one's bias stays as
-        it is: open models have none, and ours only keeps ids that are no text from being predicted."""
-        head = params["head"]
+        """The head's parameters; a flat one's bias stays as it is: open models have none, and ours only keeps ids that
+        are no text from being predicted."""
+        head = super().head_params(params)
         if "bias" not in head:  # a factorised one
             return head
-        kernel = params["embedding"] if self.dims.tied else head["kernel"]
-        kernel = jax.lax.stop_gradient(kernel) if self.dims.lora else kernel
+        kernel = jax.lax.stop_gradient(head["kernel"]) if self.dims.lora else head["kernel"]
         return {"kernel": kernel, "bias": jax.lax.stop_gradient(head["bias"])}
 
     def with_table(self, params: Tree, table: jax.Array | np.ndarray) -> Tree:
@@ -260,10 +255,6 @@ class Decoder(Transformer):
 
     def table(self, params: Tree) -> jax.Array:
         return jnp.concatenate([params["embedding"][: self.head.hierarchy.vocab_size], params["states"]])
-
-    def with_head(self, params: Tree, kernel: jax.Array, bias: jax.Array, h: jax.Array | None = None) -> Tree:
-        made = self.head.start(kernel, bias, h)
-        return {**params, "head": {"bias": made["bias"]} if self.dims.tied else made}
 
     def init_params(self, key: jax.Array, seq_len: int) -> Tree:
         def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:

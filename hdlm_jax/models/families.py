@@ -139,7 +139,8 @@ def understood(raw: Mapping[str, Any], where: str, mask_id: int = -1, logits: st
         raise ConfigError(f"{where}: is_causal=False: give released.mask_id if it was trained to fill in masks; there "
                           "is no other use of a model that sees both sides here")
     model = {"trunk": "decoder", "time_conditioning": False, "head": "flat", "width": said.number("hidden_size"),
-             "blocks": said.number("num_hidden_layers"), "heads": said.number("num_attention_heads")}
+             "blocks": said.number("num_hidden_layers"), "heads": said.number("num_attention_heads"),
+             "tied": said.switch("tie_word_embeddings", family.names == "gemma")}
     decoder = _details(said, family)
     if said.number("num_experts", 0, least=0):
         decoder |= _experts(said)
@@ -211,7 +212,7 @@ def _details(said: _Said, family: Family) -> dict[str, Any]:
         "head_dim": said.number("head_dim", 0, least=0), "inner": said.number("intermediate_size"),
         "activation": acts[act], "eps": said.share("rms_norm_eps", most=0.1),
         "qkv_bias": said.switch("attention_bias", said.switch("use_qkv_bias", family.bias)),
-        "qk_norm": family.qk_norm, "tied": said.switch("tie_word_embeddings", family.names == "gemma"),
+        "qk_norm": family.qk_norm,
         "softcap": said.share("final_logit_softcapping", 1) if config.get("final_logit_softcapping") else 0.0,
         } | _rotary(said)
     return out | _windows(said, family)
@@ -325,7 +326,7 @@ def layout_of(found: Found) -> Layout:
             "X": d.expert_inner, "Y": d.shared_inner}
     table = "hub" if found.table == "gemma" else found.table
     top = dict(_TOP[table])
-    if d.tied:
+    if m.tied:
         top.pop(next(name for name, (path, _) in top.items() if path == "head.kernel"))
     attention = _ATTENTION[table] | (_GEMMA if found.table == "gemma" else {})
     attention = {name: place for name, place in attention.items()

@@ -219,7 +219,7 @@ def from_torch(state: dict[str, np.ndarray], hierarchy: Hierarchy, ids: np.ndarr
 
 def to_torch(params: Params, hierarchy: Hierarchy, ids: np.ndarray, layout: str, heads: int, seq_len: int,
              rest: dict[str, np.ndarray] | None = None, cond: int = COND) -> dict[str, np.ndarray]:
-    """Params of our network with a flat head -> published weights, float32 by published name.
+    """Params of our network with a flat head, tied or not -> published weights, float32 by published name.
 
     With what an import left over (`rest`) and its number of units of time the tables are whole again, bit for bit.
     Without it: rows that are no symbol of ours are zero, with the logit NEVER; the head over clusters of HDLM, which
@@ -245,7 +245,7 @@ def to_torch(params: Params, hierarchy: Hierarchy, ids: np.ndarray, layout: str,
         out[where] = values
         return out
 
-    head = params["head"]
+    head = {"kernel": params["embedding"]} | params["head"]  # tied: the words' vectors are their embeddings
     params["embedding"] = table(EMBEDDING, ids, params["embedding"][: hierarchy.num_states], 0.0)
     params["head"] = {"kernel": table(f"{HEAD}.weight", spoken, head["kernel"][spoken], 0.0),
                       "bias": table(f"{HEAD}.bias", spoken, head["bias"][spoken], NEVER)}

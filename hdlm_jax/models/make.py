@@ -40,12 +40,13 @@ def make_network(config: Config, hierarchy: Hierarchy) -> Transformer:
     features = config.data.feature_places, config.data.feature_width
     sizes = (head, hierarchy.padded_states, m.width, m.blocks, m.heads, m.dtype, m.remat, causal, m.attention)
     if m.trunk == "decoder":
-        more: dict[str, Any] = dict(block=m.block, features=features, dims=config.decoder, param_dtype=m.param_dtype)
+        more: dict[str, Any] = dict(block=m.block, features=features, tied=m.tied, dims=config.decoder,
+                                    param_dtype=m.param_dtype)
         plain = LoopedDecoder if config.decoder.loops else Decoder
         return ChoosingDecoder(*sizes, **more, chooses=m.chooses) if m.chooses else plain(*sizes, **more)
     if config.train.objective == "energy":
         return EnergyNetwork(cast(Head, ScalarHead(hierarchy)), *sizes[1:], time_conditioning=m.time_conditioning)
-    own: dict[str, Any] = dict(block=m.block, features=features, dropout=m.dropout,
+    own: dict[str, Any] = dict(block=m.block, features=features, tied=m.tied, dropout=m.dropout,
                                time_conditioning=m.time_conditioning)
     if channel:
         return ChannelNetwork(*sizes, **own, channel=channel)

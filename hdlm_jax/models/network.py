@@ -75,8 +75,7 @@ class Norm(nn.Module):
         weight = self.param("weight", nn.initializers.ones_init(), x.shape[-1:]).reshape((1,) * (x.ndim - 1) + (-1,))
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        x = x * weight
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * weight
         if self.bias:
             x = x + self.param("bias", nn.initializers.zeros_init(), x.shape[-1:]).reshape(weight.shape)
         return x
@@ -161,6 +160,7 @@ class Transformer(nn.Module):
       block: tokens of a block, which sees itself and those before it alone (model.block); 0: none.
       features: (P, F), vectors that the first places show, and their numbers (`models.features`).
       copies: of the text side by side, each at the same places (`hidden` with clean tokens).
+      tied: the head's vectors of the words are their embeddings (model.tied).
     """
 
     head: Head
@@ -176,23 +176,25 @@ class Transformer(nn.Module):
     block: int = 0
     features: tuple[int, int] = (0, 0)
     copies: int = 1
+    tied: bool = False
+
+    def own(self, head: Tree) -> Tree:
+        """Of a head's parameters those that are not the table's."""
+        return {name: part for name, part in head.items() if name != "kernel"} if self.tied else head
 
     def head_params(self, params: Tree) -> Tree:
-        """The head's parameters."""
-        return params["head"]
+        head = params["head"]
+        return {**head, "kernel": params["embedding"][: len(head["bias"])]} if self.tied else head
 
     def with_table(self, params: Tree, table: jax.Array | np.ndarray) -> Tree:
-        """Parameters with a start of the embeddings of all states, float32 [num_states, D]."""
         rows = len(params["embedding"])
         return {**params, "embedding": params["embedding"].at[: min(rows, len(table))].set(table[:rows])}
 
     def table(self, params: Tree) -> jax.Array:
-        """Embeddings of all states, [at least num_states, D]."""
         return params["embedding"]
 
     def with_head(self, params: Tree, kernel: jax.Array, bias: jax.Array, h: jax.Array | None = None) -> Tree:
-        """Parameters with a head that starts from a vector [V, D] and bias [V] for the logit of every token."""
-        return {**params, "head": self.head.start(kernel, bias, h)}
+        return {**params, "head": self.own(self.head.start(kernel, bias, h))}
 
     def init_params(self, key: jax.Array, seq_len: int) -> Tree:
         return self.init(key, jnp.zeros((1, seq_len), jnp.int32), jnp.zeros((1,)))["params"]
@@ -257,12 +259,11 @@ class Network(Transformer):
         if self.time_conditioning:
             self.time_in = nn.Dense(self.cond, kernel_init=_uniform)
             self.time_out = nn.Dense(self.cond, kernel_init=_uniform)
-        each = (nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast)
-        self.stack = self.stacked(Block, each, self.blocks)(
+        self.stack = self.stacked(Block, (nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast), self.blocks)(
             self.width, self.heads, self.dropout, jnp.dtype(self.dtype), self.attention, self.attend, self.copies)
         self.norm = Norm()
         self.modulation = Modulation(2, self.width)
-        self.own_head = self.param("head", self.head.init, self.width)
+        self.own_head = self.param("head", lambda key: self.own(self.head.init(key, self.width)))
 
     def shown(self, z: jax.Array) -> jax.Array:
         return self.embedding[z]
@@ -311,10 +312,10 @@ class Network(Transformer):
         return room, room
 
     def _time(self, t: jax.Array) -> jax.Array:
-        freq = jnp.exp(-math.log(_PERIOD) * jnp.arange(_SINUSOIDS // 2) / (_SINUSOIDS // 2)).reshape(1, -1)
-        angle = t[:, None] * freq
+        angle = t[:, None] * jnp.exp(-math.log(_PERIOD) * jnp.arange(_SINUSOIDS // 2) / (_SINUSOIDS // 2))[None]
         sinusoids = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
         return nn.silu(self.time_out(nn.silu(self.time_in(sinusoids))))
 
     def __call__(self, z: jax.Array, t: jax.Array, segment: jax.Array | None = None, train: bool = False) -> jax.Array:
-        return self.head.logits(self.own_head, self.trunk(z, t, segment, train))
+        head = self.head_params({"embedding": self.embedding, "head": self.own_head})
+        return self.head.logits(head, self.trunk(z, t, segment, train))

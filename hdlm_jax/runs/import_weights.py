@@ -49,6 +49,8 @@ def import_released(config: Config, workdir: str) -> None:
                           "for an open model give released.weights its folder with a config.json, or its GGUF file")
     if config.model.head != "flat":
         raise ConfigError(f"model.head={config.model.head!r}: published networks have a logit for every word, 'flat'")
+    if config.model.tied:
+        raise ConfigError("model.tied=True: published networks have a head of their own; give False")
     if bool(r.clusters) != (max(h.clusters, default=1) > 1) and not (r.clusters and r.layout == "hdlm"):
         raise ConfigError(f"released.clusters={r.clusters!r}: needed with hierarchy.clusters above 1, and only there; "
                           f"it is {h.clusters}")

@@ -126,7 +126,7 @@ def _folder(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _checked(tensors: dict[str, Tensor], layout: Layout, found: Found, path: str) -> dict[str, Tensor]:
     """The tensors, fused ones split, once all names and shapes are right."""
     tensors = families.unfused(tensors, found)
-    tied = tensors.pop(_HEAD) if found.decoder["tied"] and _HEAD in tensors else None
+    tied = tensors.pop(_HEAD) if found.model["tied"] and _HEAD in tensors else None
     check({name: tensor.shape for name, tensor in tensors.items()}, layout, f"{path}: ")
     table = next(name for name, place in layout.items() if place.path == ("embedding",))
     if tied is not None and not _equal(tied.read(), tensors[table].read()):
@@ -220,7 +220,7 @@ def _table(found: Found, run: Config, tokenizer: Tokenizer, start: int) -> list[
              + (", norms of q and k" if d.qk_norm else "") + (", biases of q, k, v" if d.qkv_bias else "")),
             ("rotary", f"base {d.theta:g}" + (f", {d.scaling}" if d.scaling else "")
              + (f", {d.rotary_share:g} of each head" if d.rotary_share < 1 else "")),
-            ("norms", f"eps {d.eps:g}"), ("head", "tied to the embedding" if d.tied else "its own"),
+            ("norms", f"eps {d.eps:g}"), ("head", "tied to the embedding" if m.tied else "its own"),
             ("tokens", f"{tokenizer.vocab_size:,} of {found.rows:,} rows; end of text {tokenizer.eot} "
              f"{name(tokenizer.eot)!r}")]
     if found.masked:

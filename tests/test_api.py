@@ -254,6 +254,18 @@ def test_a_run_of_the_old_layout_is_refused(copied):
         hdlm_jax.load(str(copied))
 
 
+def test_a_setting_that_has_moved_is_found_where_it_was(copied):
+    """tied was one of the decoder's alone."""
+    saved = json.loads((copied / "config.json").read_text())
+    now = loading.saved_config(str(copied))
+    for tied in (False, True):
+        (copied / "config.json").write_text(json.dumps(
+            saved | {"model": {k: v for k, v in saved["model"].items() if k != "tied"} | {"head": "flat"},
+                     "decoder": saved["decoder"] | {"tied": tied}}))
+        found = loading.saved_config(str(copied))
+        assert found.model == dataclasses.replace(now.model, head="flat", tied=tied) and found.decoder == now.decoder
+
+
 def test_a_length_in_the_config_is_for_generation_alone(monkeypatch):
     config = model().run.config
     monkeypatch.setattr(model(), "run", dataclasses.replace(

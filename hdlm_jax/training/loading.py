@@ -104,10 +104,13 @@ class Run:
 
 
 def upgraded(saved: dict, path: str) -> dict:
-    """A saved config with what earlier versions did not know; ConfigError where checkpoints had another layout."""
+    """A saved config with what earlier versions did not know or had elsewhere; ConfigError where checkpoints had
+    another layout."""
     if "packing" not in saved["data"]:
         raise ConfigError(f"{path}: made by an earlier version, whose checkpoints had another layout; train it again")
-    return saved | {"data": {"padding": "hidden"} | saved["data"]}
+    decoder = dict(saved.get("decoder", {}))
+    model = saved["model"] | ({"tied": decoder.pop("tied")} if "tied" in decoder else {})
+    return saved | {"data": {"padding": "hidden"} | saved["data"], "model": model, "decoder": decoder}
 
 
 def saved_config(workdir: str) -> Config:

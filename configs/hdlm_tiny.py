@@ -2,7 +2,7 @@
 
     python -m hdlm_jax.main --config=hdlm_tiny
 
-Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none (with AdamW and a flat head); a laptop without one (a
+Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none (with AdamW and a head of its own); a laptop without one (a
 compile plan, docs/scale.md).
 """
 
@@ -21,8 +21,7 @@ def get_config():
     c.model.seq_len = 128
     c.model.time_conditioning = False
     c.model.embeddings = "clusters"
-    c.model.warm_head = True
-    c.model.head = "factorised"
+    c.model.tied = True
     c.optimizer.name = "muon"
     c.optimizer.lr = 3e-3
     c.optimizer.warmup = 50

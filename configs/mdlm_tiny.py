@@ -2,7 +2,7 @@
 
     python -m hdlm_jax.main --config=mdlm_tiny
 
-Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none (hdlm_tiny's plan, with AdamW and a flat head); a laptop
+Fits on v5e:2x2: 39 MiB a chip, mesh 4 x 1 x 1, remat=none (hdlm_tiny's plan, with AdamW and a head of its own); a laptop
 without one (a compile plan, docs/scale.md).
 """
 
@@ -12,5 +12,4 @@ from hdlm_jax import config
 def get_config():
     c = config.recipe("hdlm_tiny")
     c.hierarchy.clusters = (1,)
-    c.hierarchy.head_clusters = 64
     return c

@@ -171,7 +171,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "time": ("mdlm", "mdlm-notime", "hdlm", "hdlm-notime"),
     "optimisers": ("mdlm", "mdlm-adamw", "hdlm", "hdlm-adamw", "hdlm-factorised", "hdlm-factorised-adamw", "ar",
                    "ar-adamw"),
-    "starts": ("mdlm", "mdlm-warm", "mdlm-warm-head", "mdlm-tied", "mdlm-factorised-warm-head", "hdlm", "hdlm-warm",
+    "starts": ("mdlm-tied", "mdlm", "mdlm-warm", "mdlm-warm-head", "mdlm-factorised-warm-head", "hdlm", "hdlm-warm",
                "hdlm-warm-head", "hdlm-tied", "hdlm-factorised-warm-head", "shuffled", "shuffled-tied",
                "ar", "ar-tied"),
     "paper": ("mdlm-clip", "hdlm-clip"),

@@ -179,7 +179,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "long": ("long-block4", "long-block4-count", "long-block4-wide", "long-block4-count-wide", "long-mdlm"),
     "recipe": tuple(TRIALS),
     "repeats": tuple(f"{kind}-{name}" for name in (*reversed(REPEATS), "x16-dropout") for kind in ("mdlm", "ar")),
-    "field": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "hdlm_xi9", "shuffled", "ar"),
+    "field": ("mdlm", "mdlm-factorised", "mdlm-tied", "hdlm", "hdlm-factorised", "hdlm-tied", "ar", "ar-tied"),
     "channel": tuple(f"{kind}-{name}" for kind in ("mdlm", "hdlm", "mdlm-warm", "hdlm-warm") for name in CHANNEL),
     "processes": ("mdlm", "ar", "gidd0", "gidd", "hdlm"),
 }

@@ -1,4 +1,4 @@
-"""MDLM: the recipe of hdlm_tiny.py with a single cluster, n = 1; its 64 clusters are classes of the head alone.
+"""MDLM: the recipe of hdlm_tiny.py with a single cluster, n = 1.
 
     python -m hdlm_jax.main --config=mdlm_tiny
 

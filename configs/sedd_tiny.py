@@ -1,4 +1,4 @@
-"""SEDD-absorb, the recipe of mdlm_tiny.py otherwise (constant weight, flat head).
+"""SEDD-absorb, the recipe of mdlm_tiny.py otherwise (told t).
 
     python -m hdlm_jax.main --config=sedd_tiny
 

@@ -55,6 +55,6 @@ while [ ${#pids[@]} -gt 0 ]; do
     [ ${#pids[@]} = 0 ] || send TERM
   done
   if [ -n "$deadline" ] && [ $SECONDS -ge "$deadline" ] && [ ${#pids[@]} -gt 0 ]; then send KILL; fi
-  sleep 0.2
+  sleep 0.2 || true  # a Ctrl-C in a terminal ends it as well
 done
 exit $code

@@ -196,6 +196,22 @@ def test_local_processes_end_at_once_when_interrupted_twice(local, tmp_path):
     assert code == 130 and time.time() - started < 20, err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_is_passed_on_as_well(local, tmp_path, number):
+    """As of a terminal's Ctrl-C, which the script's own `sleep` gets, too; its processes are deaf to it."""
+    handler = r"lambda *_: (time.sleep(1), os.write(1, b'saved\n'), sys.exit(75))"
+    process = local(2, WAITS.format(handler=handler))
+    log = tmp_path / "process_1.log"
+    deadline = time.time() + 30
+    assert process.stdout.readline() == "waiting\n"
+    while "waiting" not in (log.read_text() if log.exists() else "") and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    code, out, err = finished(process)
+    assert code == 75, err
+    assert "saved" in out and "saved" in log.read_text()
+
+
 JOIN = """
 import os, jax, numpy as np
 jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["HDLM_NUM_PROCESSES"]),

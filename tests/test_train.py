@@ -119,6 +119,18 @@ def test_a_warm_head_starts_from_the_embeddings(head):
         np.testing.assert_allclose(own["clusters"]["kernel"], mean, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name, changes", [
+    ("map", dict(hierarchy__map="learned", train__objective="paired")), ("signal", dict(diffusion__channel=0.1))])
+def test_a_warm_head_keeps_what_else_a_head_has(name, changes):
+    hierarchy = Hierarchy.from_parents([np.arange(V) % 6])
+    config = make_config(hierarchy__clusters=(6,), diffusion__xi=0.9 if name == "map" else 1.0, model__warm_head=True,
+                         model__embeddings="clusters", **changes)
+    network, _ = build(config, hierarchy)
+    table = np.ones((hierarchy.num_states, 16), np.float32)
+    made = jax.eval_shape(lambda: init_state(config, network, make_optimizer(config)[0], jax.random.key(0), table))
+    assert set(made.params["head"]) == {"kernel", "bias", name}
+
+
 BLOCKS = dict(train__objective="count", model__block=4, model__time_conditioning=False)
 SPLIT = dict(parallel__data=2, parallel__fsdp=2, parallel__tensor=2, train__microbatches=2)
 

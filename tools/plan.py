@@ -295,8 +295,8 @@ def _about(config: Config, devices: Sequence[Any], name: str, tokens: int, flops
     out: Json = {
         "config": name, "jax": jax.__version__, "compiler": " ".join(devices[0].client.platform_version.split()),
         "device_kind": kind, "devices": len(devices),
-        "mesh": dict(zip(parallel.AXES, config.parallel.shape(len(devices)), strict=True)), "head": config.model.head,
-        "optimizer": config.optimizer.name,
+        "mesh": dict(zip(parallel.AXES, config.parallel.shape(len(devices)), strict=True)),
+        "head": config.model.head_kind, "optimizer": config.optimizer.name,
         "attention": config.model.attention, "seq_len": config.model.seq_len, "tokens_per_step": tokens,
         "flops_per_step": flops, "mfu": MFU}
     if peak := peak_flops(kind):

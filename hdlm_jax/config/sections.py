@@ -288,6 +288,11 @@ class ModelConfig(_Section):
         """Names of the heads for a sampler's choices."""
         return ("order",) * self.order + ("block_lengths",) * self.block_lengths
 
+    @property
+    def head_kind(self) -> str:
+        """The head, to read: flat, tied or factorised."""
+        return "tied" if self.tied else self.head
+
     def check(self) -> None:
         self.among(head=("flat", "factorised"), attention=("auto", "xla", "splash", "cudnn"),
                    remat=("auto", "none", "cheap", "all"), embeddings=("random", "clusters"),

@@ -194,7 +194,7 @@ class Transformer(nn.Module):
         return params["embedding"]
 
     def with_head(self, params: Tree, kernel: jax.Array, bias: jax.Array, h: jax.Array | None = None) -> Tree:
-        return {**params, "head": self.own(self.head.start(kernel, bias, h))}
+        return {**params, "head": params["head"] | self.own(self.head.start(kernel, bias, h))}
 
     def init_params(self, key: jax.Array, seq_len: int) -> Tree:
         return self.init(key, jnp.zeros((1, seq_len), jnp.int32), jnp.zeros((1,)))["params"]

@@ -97,7 +97,8 @@ def describe(run: Json) -> str:
     parts = [f"{kind}: {levels}" if levels else kind, f"ξ = {d['xi']:g}" if d["xi"] != 1 else "",
              f"channel c = {d['channel']:g} ({d.get('channel_times', 'shared')})" if d.get("channel") else "",
              f"{d['latents']} latents of {d['latents_width']} numbers first" if d.get("latents") else "",
-             f"{c['tokenizer']['kind']} tokenizer", f"{m['blocks']} blocks of width {m['width']}, {m['head']} head",
+             f"{c['tokenizer']['kind']} tokenizer", f"{m['blocks']} blocks of width {m['width']}, "
+             f"{'tied' if m.get('tied') else m['head']} head",
              f"sequences of {m['seq_len']:,} tokens"]
     tokens = ((run["curves"] or {}).get("train") or {"tokens": []})["tokens"]
     trained = f" Trained on {tokens[-1]:,} tokens, {t['batch_size']} sequences a step" if tokens else " Not trained yet"

@@ -174,7 +174,7 @@ def _facts(run: Run, workdir: str) -> dict[str, Any]:
     model = {
         "parameters": run.num_params, "active": run.num_params - round(idle), "process": c.diffusion.process,
         "family": source["config"]["model_type"] if source else {"dit": "DIT"}.get(c.model.trunk, c.model.trunk),
-        "levels": list(run.hierarchy.sizes), "head": c.model.head, "exact": run.process.exact,
+        "levels": list(run.hierarchy.sizes), "head": c.model.head_kind, "exact": run.process.exact,
         "given": run.given_alone, "seq_len": c.model.seq_len, "tokenizer": c.tokenizer.kind, "dtype": c.model.dtype}
     provenance = {
         "kind": kind, "step": run.step, "averaged": run.ema, "weights": weights,

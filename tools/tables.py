@@ -76,12 +76,13 @@ def rendered(found: re.Match[str]) -> str:
 
 
 def keep(folder: Path, workdirs: Sequence[str]) -> None:
-    """Copies of each run what a table is made from."""
+    """Copies of each run what a table is made from; not every run has drawn samples."""
     for workdir in workdirs:
         there = folder / os.path.basename(os.path.normpath(workdir))
         there.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
-            shutil.copyfile(Path(workdir, name), there / name)
+            if name != "generate.json" or Path(workdir, name).exists():
+                shutil.copyfile(Path(workdir, name), there / name)
 
 
 def rewrite(check: bool) -> bool:

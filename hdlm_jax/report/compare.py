@@ -103,11 +103,12 @@ def _cells(workdir: str) -> dict[str, str | None]:
 
 
 def table(workdirs: list[str]) -> str:
-    """Markdown: what each run reaches on its validation split, and what it costs."""
-    evaluated, generated = ([_read(w, f"{mode}.json") for w in workdirs] for mode in ("evaluate", "generate"))
+    """Markdown: what each run reaches on its validation split, and what it costs; of samples, where any has drawn some."""
+    evaluated = [_read(w, "evaluate.json") for w in workdirs]
+    generated = [run_files.read_optional(w, "generate.json") or {} for w in workdirs]
     judged = JUDGED * any("judge" in g for g in generated)
-    head = ["levels", "step", "nats/token", "bits/byte", "perplexity", *judged, "train tok/s", "sample tok/s",
-            "network calls"]
+    sampled = ["sample tok/s", "network calls"] * any(generated)
+    head = ["levels", "step", "nats/token", "bits/byte", "perplexity", *judged, "train tok/s", *sampled]
     found = {w: _cells(w) for w in workdirs}
     rows = [[name_of(w), *(found[w][column] or "-" for column in head)] for w in workdirs]
     e = evaluated[-1]

@@ -103,7 +103,7 @@ def _cells(workdir: str) -> dict[str, str | None]:
 
 
 def table(workdirs: list[str]) -> str:
-    """Markdown: what each run reaches on its validation split, and what it costs; of samples, where any has drawn some."""
+    """Markdown: what each run reaches on its validation split, and what it costs; samples where any has drawn some."""
     evaluated = [_read(w, "evaluate.json") for w in workdirs]
     generated = [run_files.read_optional(w, "generate.json") or {} for w in workdirs]
     judged = JUDGED * any("judge" in g for g in generated)

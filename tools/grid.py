@@ -126,7 +126,9 @@ CELLS = (
     Cell("mdlm-warm", "mdlm-warm-muon", 2),
     Cell("hdlm-warm", "hdlm-warm-muon", 2),
     *(Cell(f"{kind}-warm-head", f"{kind}-warm-muon", 2, WARM_HEAD) for kind in ("mdlm", "hdlm")),
-    *(Cell(f"{kind}-tied", f"{kind}-warm-muon", 2, TIED) for kind in ("mdlm", "hdlm", "shuffled", "ar")),
+    *(Cell(f"{kind}-tied", f"{kind}-warm-muon", 2, TIED)
+      for kind in ("mdlm", "hdlm", "shuffled", "ar", "hdlm_xi9", "hdlm_k3")),
+    *(Cell(f"{kind}-notime-tied", f"{kind}-warm-muon", 2, (*NO_TIME, *TIED)) for kind in ("mdlm", "hdlm")),
     *(Cell(f"{kind}-factorised-warm-head", f"{kind}-warm-factorised-muon", 2, WARM_HEAD) for kind in ("mdlm", "hdlm")),
     Cell("shuffled-factorised", "shuffled-factorised-muon", 2),
     Cell("frequency", "hdlm-frequency-muon", 2),
@@ -146,6 +148,9 @@ CELLS = (
     Cell("mdlm-gpt2-half", "mdlm-muon", 3, (*GPT2, "--config.train.steps=400")),
     Cell("mdlm-factorised-gpt2", "mdlm-factorised-muon", 3, GPT2),
     Cell("hdlm-factorised-gpt2", "hdlm-factorised-muon", 3, GPT2),
+    Cell("mdlm-tied-gpt2-half", "mdlm-warm-muon", 3, (*GPT2, *TIED, "--config.train.steps=400")),
+    *(Cell(f"{kind}-factorised-warm-head-gpt2", f"{kind}-warm-factorised-muon", 3, (*GPT2, *WARM_HEAD))
+      for kind in ("mdlm", "hdlm")),
     Cell("long-mdlm", "mdlm-warm-factorised-muon", 3, LONG, True),
     Cell("long-block4", "mdlm-warm-factorised-block4-muon", 3, LONG, True),
     *(Cell(f"long-block4{name}", "mdlm-warm-factorised-block4-muon", 3, (*LONG, *more), True) for name, more in (
@@ -173,9 +178,10 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
                    "ar-adamw"),
     "starts": ("mdlm-tied", "mdlm", "mdlm-warm", "mdlm-warm-head", "mdlm-factorised-warm-head", "hdlm", "hdlm-warm",
                "hdlm-warm-head", "hdlm-tied", "hdlm-factorised-warm-head", "shuffled", "shuffled-tied",
-               "ar", "ar-tied"),
+               "hdlm_xi9-tied", "hdlm_k3-tied", "mdlm-notime-tied", "hdlm-notime-tied", "ar", "ar-tied"),
     "paper": ("mdlm-clip", "hdlm-clip"),
-    "vocabulary": ("mdlm-gpt2-half", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2", "mdlm-gpt2"),
+    "vocabulary": ("mdlm-gpt2-half", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2", "mdlm-gpt2", "mdlm-tied-gpt2-half",
+                   "mdlm-factorised-warm-head-gpt2", "hdlm-factorised-warm-head-gpt2"),
     "long": ("long-block4", "long-block4-count", "long-block4-wide", "long-block4-count-wide", "long-mdlm"),
     "recipe": tuple(TRIALS),
     "repeats": tuple(f"{kind}-{name}" for name in (*reversed(REPEATS), "x16-dropout") for kind in ("mdlm", "ar")),

@@ -266,6 +266,18 @@ def test_a_setting_that_has_moved_is_found_where_it_was(copied):
         assert found.model == dataclasses.replace(now.model, head="flat", tied=tied) and found.decoder == now.decoder
 
 
+def test_a_setting_that_is_gone_is_no_matter_where_it_was_not_used(copied):
+    """optimizer.time_lr was a share of a rate, 1 by default."""
+    saved, now = json.loads((copied / "config.json").read_text()), loading.saved_config(str(copied))
+    for share in (1.0, 0.5):
+        (copied / "config.json").write_text(json.dumps(saved | {"optimizer": saved["optimizer"] | {"time_lr": share}}))
+        if share == 1:
+            assert loading.saved_config(str(copied)) == now
+        else:
+            with pytest.raises(ConfigError, match="optimizer.time_lr: no such setting"):
+                loading.saved_config(str(copied))
+
+
 def test_a_length_in_the_config_is_for_generation_alone(monkeypatch):
     config = model().run.config
     monkeypatch.setattr(model(), "run", dataclasses.replace(

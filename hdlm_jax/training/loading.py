@@ -104,13 +104,17 @@ class Run:
 
 
 def upgraded(saved: dict, path: str) -> dict:
-    """A saved config with what earlier versions did not know or had elsewhere; ConfigError where checkpoints had
-    another layout."""
+    """A saved config with what earlier versions did not know or had elsewhere, without what they had and did not use;
+    ConfigError where checkpoints had another layout."""
     if "packing" not in saved["data"]:
         raise ConfigError(f"{path}: made by an earlier version, whose checkpoints had another layout; train it again")
     decoder = dict(saved.get("decoder", {}))
     model = saved["model"] | ({"tied": decoder.pop("tied")} if "tied" in decoder else {})
-    return saved | {"data": {"padding": "hidden"} | saved["data"], "model": model, "decoder": decoder}
+    optimizer = dict(saved.get("optimizer", {}))
+    if optimizer.get("time_lr") == 1:  # its default; another one is refused by name
+        del optimizer["time_lr"]
+    return saved | {"data": {"padding": "hidden"} | saved["data"], "model": model, "decoder": decoder,
+                    "optimizer": optimizer}
 
 
 def saved_config(workdir: str) -> Config:

@@ -106,6 +106,8 @@ def test_overrides_keep_their_type():
             refused(rf"{section}.seed={seed}: must lie in 0..{most - 1}$", **{section: {"seed": seed}})
     refused(r"checkpoint.minutes=-1.0: must not be negative; 0 is", checkpoint={"minutes": -1})
     refused(r"config.train=5: is a section; its settings are steps, batch_size", train=5)
+    for other in ({"head": "factorised"}, {"warm_head": True}):
+        refused(r"model.tied=True: needs model.head='flat' and model.warm_head=False", model={"tied": True} | other)
 
 
 def test_saved_and_read_again():

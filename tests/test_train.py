@@ -653,6 +653,24 @@ def test_a_clock_set_back_leaves_the_speed(monkeypatch):
     assert recorder.record(2, 0)["tokens_per_s"] == 128
 
 
+def test_what_a_record_waits_for_is_timed(monkeypatch):
+    """A step of 16 x 8 tokens takes two seconds; at a record the next one is under way, and the rate waits for it."""
+    now = [0.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+
+    def rate(step):
+        now[0] += 2.0
+        return 0.1
+
+    recorder = train.Recorder(make_config(train__log_every=1), rate, 1.0, [])
+    recorder.steps, found = 0, []
+    for step in (1, 2, 3):
+        now[0] = max(now[0], 2.0 * step)  # read once the step is done
+        assert recorder.add(step, {"loss": 1.0, "nelbo": 1.0, "grad_norm": 1.0})
+        found.append(recorder.record(step, 0)["tokens_per_s"])
+    assert found == [64, 64, 64] and recorder.pace == 2
+
+
 def test_minutes_between_checkpoints(monkeypatch):
     """Saves are due at most a step late where steps are slow, and few steps have to agree where they are fast."""
     now, asked = [0.0], []

@@ -299,7 +299,8 @@ class ModelConfig(_Section):
                    dtype=("float32", "bfloat16"), param_dtype=("float32", "bfloat16"), trunk=("dit", "decoder"))
         self.hold("must be at least 1", "width", "blocks", "heads", "seq_len", "prototypes")
         self.hold("must not be negative", "block")
-        self.need(not self.tied or self.head == "flat", "tied", "needs model.head='flat'; give False")
+        self.need(not self.tied or (self.head == "flat" and not self.warm_head), "tied",
+                  "needs model.head='flat' and model.warm_head=False; give False")
         self.need(not self.block or self.seq_len % self.block == 0, "block",
                   f"must divide model.seq_len={self.seq_len}")
         self.need(not self.block or not self.time_conditioning, "time_conditioning",

@@ -138,7 +138,8 @@ class Recorder:
 
     def record(self, step: int, skipped: int) -> Json:
         """The record of the steps since the last one."""
-        seconds = max(time.monotonic() - self.since, 1e-9)
+        now = time.monotonic()  # read once: what follows waits for the step that is under way (the rate is an array)
+        seconds = max(now - self.since, 1e-9)
         timed = self.steps >= self.config.train.log_every  # else too short: step and read-out overlap by one
         rate = self.steps * self.tokens_a_step / seconds if timed else None
         names = {name: None for values in self.window for name in values if name not in ("moved", "skipped")}
@@ -152,7 +153,7 @@ class Recorder:
             record["moved"] = moved[-1]
         self.pace = seconds / self.steps if self.steps > 0 else None
         self.window.clear()
-        self.steps, self.since, self.waited = 0, time.monotonic(), 0.0
+        self.steps, self.since, self.waited = 0, now, 0.0
         return record
 
     def write(self, record: Json) -> None:

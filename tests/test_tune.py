@@ -124,6 +124,14 @@ def test_advantages_are_of_their_group():
     np.testing.assert_allclose(advantages(reward, 4, "std"), np.array([3, -1, -1, -1, 0, 0, 0, 0]) / 3**.5, rtol=1e-6)
 
 
+def test_wd1_weighs_by_two_softmaxes():
+    """Group size times softmax(A) - softmax(-A): of (1, 0) e^.5 / (e^.5 + e^-.5) less its mirror image, twice."""
+    up = np.exp(0.5) / (np.exp(0.5) + np.exp(-0.5))
+    told = advantages(np.array([1, 0, 1, 1]), 2, "wd1")
+    np.testing.assert_allclose(told, [2 * (2 * up - 1), -2 * (2 * up - 1), 0, 0], atol=1e-6)
+    assert advantages(np.array([.9, .2, .4]), 3, "wd1").sum() == pytest.approx(0, abs=1e-6)
+
+
 def test_advantages_of_calls():
     """"call": the end's reward less what the call before had drawn, of the first call less the mean of the others';
     "mdpo": the gain of a call and the mean of what is drawn later, standardised in the group."""

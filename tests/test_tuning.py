@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from hdlm_jax.models import order
 from hdlm_jax.models.heads import FlatHead
 from hdlm_jax.tuning import record
 from hdlm_jax.tuning.update import OBJECTIVES, Gradients, chosen_calls
+from tools import toy_surrogates
 
 
 def network_of(process, seed=0, scale=2.0):
@@ -456,3 +458,141 @@ def test_surrogates_weigh_what_they_hide(name, views, total, error):
     assert sums == pytest.approx(total, abs=error + 1e-5)
     if name == "coupled":
         assert hidden[0][:, 1:].all() and (hidden[1] ^ hidden[2])[:, 1:].all() and 0.3 < hidden[1][:, 1:].mean() < 0.7
+
+
+def explicit(process, table, rows, key, views, price):
+    """Gradients of a loss written down, of the same views: price(D, weights, hidden), all [b, S, views]: a number."""
+    view, count = OBJECTIVES[views[0]](process, views[1])
+    keys, network = fold(jnp.broadcast_to(jax.random.key(key), (len(rows["x"]),)), rows["index"]), Tabular(process)
+    each = [view(rows, keys, jnp.int32(n)) for n in range(int(count(rows)))]
+    hidden = jnp.stack([v.to < v.level for v in each], axis=-1)
+    weight = jnp.where(hidden, jnp.stack([v.weight for v in each], axis=-1), 0.0)
+
+    def loss(table):
+        nats = [-process.as_prediction(network.hidden(table, v.z, v.t)).log_within(rows["x"], 1) for v in each]
+        return price(jnp.where(hidden, jnp.stack(nats, axis=-1), 0.0), weight, hidden)
+
+    return np.asarray(jax.grad(loss)(table))
+
+
+def texts_of(toy, many, seed):
+    """Rows of random texts with advantages of both signs, and a table of logits."""
+    rng = np.random.default_rng(seed)
+    words = rng.integers(0, toy.V, (many, S)).astype(np.int32)
+    rows = rows_of(words, np.zeros((many, S, 1), np.int32), jnp.asarray(rng.normal(0, 1, many)))
+    return rows, *(jnp.asarray(rng.normal(0, 0.7, (toy.N**S, S, toy.V))) for _ in range(2))
+
+
+def test_spg_prices_what_is_to_be_avoided_from_above():
+    """Its gradient is that of A times the bound where A > 0, else of half the bound and half (1 / beta) log of the
+    weighted mean of p ** beta over the views, each token by itself."""
+    with jax.enable_x64(True):
+        toy, process = make(ONE, (1.0,))
+        rows, table, _ = texts_of(toy, 200, 7)
+        made = Gradients(TuneConfig(objective="spg", task="permutations", views=3), 1.0, Tabular(process), process)
+        (_, spent), found = made(table, None, table, rows, jax.random.key(2))
+
+        def price(nats, weight, hidden):
+            bound = jnp.sum(weight * nats, axis=(1, 2))
+            mean = jnp.sum(weight * jnp.exp(-1.5 * nats), axis=2)
+            upper = -jnp.sum(jnp.log(jnp.where(hidden.any(2), mean, 1.0)), axis=1) / 1.5
+            a = rows["advantage"]
+            return jnp.sum(a * jnp.where(a < 0, (bound + upper) / 2, bound))
+
+        wanted = explicit(process, table, rows, 2, ("spg", 3), price)
+        assert np.abs(wanted).max() > 0.1 and float(spent) > 0
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+    with pytest.raises(ConfigError, match="words and masks alone; choose elbo"):
+        OBJECTIVES["spg"](make(PAIR, (1.0, 1.0))[1], 0)
+
+
+@pytest.mark.parametrize("objective", ["nodes", pytest.param("coupled", marks=pytest.mark.slow)])
+def test_a_ratio_of_texts_is_a_mean_over_their_tokens(objective):
+    """GDPO's exp((bound_old - bound) / S), clipped, of surrogates that share their masks."""
+    with jax.enable_x64(True):
+        toy, process = make(ONE, (1.0,))
+        rows, table, old = texts_of(toy, 200, 8)
+        tune = TuneConfig(objective=objective, task="permutations", ratio="text", updates=2, clip=0.1)
+        found = Gradients(tune, 1.0, Tabular(process), process)(table, old, table, rows, jax.random.key(3))[1]
+        of_old = []
+        explicit(process, old, rows, 3, (objective, 0), lambda nats, weight, hidden: of_old.append(
+            jax.lax.stop_gradient(jnp.sum(weight * nats, axis=(1, 2)))) or jnp.sum(nats))
+
+        def price(nats, weight, hidden):
+            text, a = jnp.sum(weight * nats, axis=(1, 2)), rows["advantage"]
+            ratio = jnp.exp((of_old[0] - text) / S)
+            return -S * jnp.sum(jnp.minimum(ratio * a, jnp.clip(ratio, 0.9, 1.1) * a))  # omega is of the sum
+
+        wanted = explicit(process, table, rows, 3, (objective, 0), price)
+        free = explicit(process, table, rows, 3, (objective, 0), lambda nats, weight, hidden: -S * jnp.sum(
+            rows["advantage"] * jnp.exp((of_old[0] - jnp.sum(weight * nats, axis=(1, 2))) / S)))
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+        assert np.abs(free - wanted).max() > 0.1 * np.abs(wanted).max()  # some were clipped
+
+
+@pytest.mark.parametrize("length, error", [(2, 0), (3, 0), (4, 0), (5, 1e-3), (6, 1e-3)])
+def test_nodes_are_exact_up_to_twice_as_many_tokens(length, error):
+    """Of any costs D(i, what is masked): the mean of `nodes` with two nodes is the bound for S <= 4, and not beyond."""
+    process = make(MDLM, (1.0,))[1]
+    rows = {"x": jnp.zeros((64, length), jnp.int32), "fell": jnp.zeros((64, length, 1), jnp.int32),
+            "advantage": jnp.ones(64)}
+    keys = fold(jnp.broadcast_to(jax.random.key(0), (64,)), jnp.arange(64))
+    view, count = OBJECTIVES["nodes"](process, 2)
+    nodes = []  # (t, weight of a masked token times t)
+    for number in range(int(count(rows))):
+        found = jax.tree.map(lambda a: np.asarray(a, np.float64), view(rows, keys, jnp.int32(number)))
+        nodes.append((found.t[0], (found.weight * found.t[:, None])[found.level > found.to][0]))
+    masks = np.array(list(itertools.product((False, True), repeat=length)))[1:]
+    costs = np.where(masks, np.random.default_rng(1).exponential(size=masks.shape), 0.0).sum(1)
+    many = masks.sum(1)
+    bound = sum(c * math.gamma(k) * math.gamma(length - k + 1) / math.gamma(length + 1)
+                for c, k in zip(costs, many, strict=True))
+    told = sum(share * np.sum(costs * t ** (many - 1) * (1 - t) ** (length - many)) for t, share in nodes)
+    if error:
+        assert abs(told - bound) > error * bound
+    else:
+        assert told == pytest.approx(bound, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["elbo", "spg", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "nodes", "coupled", "one_pass"))])
+def test_the_enumerated_surrogates_are_the_library_s(name):
+    """tools/toy_surrogates.py's mean weight of each token under each masking, against 20,000 draws of the library's
+    (SPG: of two views), within five standard errors."""
+    process, many = make(ONE, (1.0,))[1], 20_000
+    texts, table = toy_surrogates.TEXTS, toy_surrogates.network("sd 1", 0)
+    pick = np.random.default_rng(0).integers(0, len(texts), many)
+    advantage = np.where(np.arange(many) % 2, 1.0, -1.0).astype(np.float32)
+    rows = rows_of(texts[pick].astype(np.int32), np.zeros((many, S, 1), np.int32), jnp.asarray(advantage))
+    made = Gradients(TuneConfig(objective=name, task="permutations", views=int(name == "nodes")), 1.0, Tabular(process),
+                     process)
+    keys, params = fold(jnp.broadcast_to(jax.random.key(0), (many,)), rows["index"]), jnp.asarray(table, jnp.float32)
+    whole, sums = made.whole(params, None, rows, keys), np.zeros((many, 8, S))
+    for number in range(int(made.count(rows))):
+        view = made.views(rows, keys, jnp.int32(number))
+        hidden = np.asarray(view.to < view.level)
+        omega = np.where(hidden, np.asarray(made.omega(params, None, params, view, whole)) * advantage[:, None], 0.0)
+        np.add.at(sums, (np.arange(many), hidden @ np.array([4, 2, 1])), omega)
+    nats = -np.asarray(jax.nn.log_softmax(jnp.asarray(table), axis=-1))[
+        toy_surrogates.SHOWN[..., None], np.arange(S), texts[:, None]]
+    for sign, wanted in zip((1.0, -1.0), toy_surrogates.weights(name, nats), strict=True):
+        for text in (0, 13):
+            mine = sums[(pick == text) & (advantage == sign)]
+            error = mine.std(0, ddof=1) / np.sqrt(len(mine))
+            assert (np.abs(mine.mean(0) - wanted[text]) <= 5 * error + 1e-6).all() and len(mine) > 200
+
+
+def test_surrogates_are_not_the_gradient():
+    """`score` is, for every sampler; the bound is where the network is consistent and its order is random, and points
+    elsewhere by 45 degrees and more for the surest first; a constant reward moves all of them but where a consistent
+    network writes one token a call."""
+    for sampler in toy_surrogates.SAMPLERS:
+        for kind in ("sd 1", "consistent"):
+            told = toy_surrogates.trial(kind, sampler, 0)["rows"]
+            assert told["score"]["cosine"] > 1 - 1e-9 and told["score"]["constant"] < 1e-9
+            exact = (kind, sampler) == ("consistent", "random order")
+            assert (told["elbo"]["cosine"] > 1 - 1e-9) == exact
+            if "max_prob" in sampler:
+                assert all(told[name]["cosine"] < 0.8 for name in toy_surrogates.SURROGATES)
+            still = kind == "consistent" and "2 calls" not in sampler
+            assert all((told[name]["constant"] < 1e-6) == still for name in ("elbo", "coupled", "one_pass"))

@@ -55,6 +55,10 @@ SYSTEMS = {
     "nodes": System("`nodes` (GDPO)", "nodes"),
     "coupled": System("`coupled` (DiffuCoder)", "coupled"),
     "one_pass": System("`one_pass` (diffu-GRPO)", "one_pass"),
+    "wd1": System("`one_pass`, `advantage=wd1` (wd1)", "one_pass", ("tune.advantage=wd1",)),
+    "spg": System("`spg` (SPG)", "spg"),
+    "nodes-text": System("`nodes`, `updates=4`, `ratio=text`", "nodes", (
+        "tune.updates=4", "tune.ratio=text", "tune.clip=.5", "optimizer.schedule=constant")),
     "base-first": System("base, `first_hitting`", "", _by("first_hitting")),
     "first": System("`score`, `first_hitting`", "score", _by("first_hitting")),
     "order": System("`score`, order trained (DCoLT)", "order"),

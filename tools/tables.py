@@ -35,6 +35,7 @@ from tools import (
     toy_calls,
     toy_channel,
     toy_map,
+    toy_surrogates,
     wavefronts,
 )
 
@@ -50,7 +51,8 @@ def board_tables(found: leaderboard.Board) -> str:
 
 # what stands behind <!-- NAME: FILE -->, of the JSON or the JSON lines in FILE
 OF_FILES: dict[str, Callable[[Any], str]] = {
-    "toy": toy_calls.table, "map": toy_map.tables, "channel": toy_channel.tables, "lesson": lessons.table,
+    "toy": toy_calls.table, "map": toy_map.tables, "surrogates": toy_surrogates.table,
+    "channel": toy_channel.tables, "lesson": lessons.table,
     "speedrun": speedrun.table, "rewards": rewards.table, "load": serve_load.table,
     "sweep": method_sweep.table, "isoflop": isoflop.table, "board": board_tables, "lengths": block_lengths.table,
     "calibration": calibration.table, "wavefronts": wavefronts.table}

@@ -34,7 +34,7 @@ PROTOCOLS = ("document", "packed")
 WRITERS = ("tensorboard", "wandb")
 REWARDS = ("permutations", "sorting", "parity", "sums", "repeats", "countdown", "sudoku")  # of tuning/tasks.py
 OWN_ANSWERS = "answers"  # the task whose prompts and right answers are those of the run's texts
-TUNINGS = ("score", "elbo", "nodes", "coupled", "one_pass")  # objectives of tuning/update.py
+TUNINGS = ("score", "elbo", "nodes", "coupled", "one_pass", "spg")  # objectives of tuning/update.py
 FIXED_WORDS = {"gpt2": 50257, "bytes": 257}  # of tokenizers that have no other number of them
 
 
@@ -502,13 +502,13 @@ class TrainConfig(_Section):
 class TuneConfig(_Section):
     """Training by rewards in place of texts: rollouts by the method of `generate`, judged (docs/training.md)."""
 
-    objective: str = ""  # score: the exact policy gradient | elbo, nodes, coupled, one_pass: surrogates | "": none
+    objective: str = ""  # score: the exact policy gradient | elbo, nodes, coupled, one_pass, spg: surrogates | "": none
     task: str = ""  # whose answers are judged; answers: prompts and right answers are those of the run's own texts
     group: int = 8  # rollouts of a prompt, a baseline for each other; train.batch_size is all of a step
-    advantage: str = "mean"  # reward less the group's mean | leave_one_out | std, by its spread | call, mdpo: of calls
-    views: int = 0  # score: calls of a rollout that count, drawn anew; 0: all. elbo, nodes: noise draws; 0: 1, 3
+    advantage: str = "mean"  # less the group's mean | leave_one_out | std, by its spread | wd1 | call, mdpo: of calls
+    views: int = 0  # score: calls of a rollout that count; 0: all. elbo, nodes, spg: noise draws; 0: 1, 3, 2
     updates: int = 1  # of the weights by the same rollouts; from the second on importance ratios, clipped
-    ratio: str = "call"  # of: call, all that a call drew | token, each token by itself
+    ratio: str = "call"  # of: call, all that a call drew | token, each by itself | text, its mean over tokens
     clip: float = 0.2  # ratios further from 1 than this, to the better side, have no gradient
     kl: float = 0.0  # weight of the divergence from the run in train.init_from
     cost: float = 0.0  # of each call, taken off the reward: what quality is to be paid for
@@ -517,8 +517,8 @@ class TuneConfig(_Section):
     texts: int = 4096  # of train.objective=certainty, adjust: own texts, written once
 
     def check(self) -> None:
-        self.among(objective=("", *TUNINGS), task=("", *REWARDS, OWN_ANSWERS), ratio=("call", "token"),
-                   advantage=("mean", "leave_one_out", "std", "call", "mdpo"))
+        self.among(objective=("", *TUNINGS), task=("", *REWARDS, OWN_ANSWERS), ratio=("call", "token", "text"),
+                   advantage=("mean", "leave_one_out", "std", "wd1", "call", "mdpo"))
         self.need(not self.objective or bool(self.task), "task", f"tune.objective={self.objective!r} needs one: choose "
                   f"{', '.join((*REWARDS, OWN_ANSWERS))}")
         self.hold("must be at least 1", "updates")
@@ -529,6 +529,9 @@ class TuneConfig(_Section):
         self.hold("must be positive", "clip")
         self.need(self.objective in ("", "score") or self.advantage not in ("call", "mdpo"), "advantage",
                   f"is of calls, which tune.objective={self.objective!r} does not score: choose score")
+        self.need(self.ratio != "text" or self.objective != "spg" and not (self.objective == "score" and self.views),
+                  "ratio", "needs all that a text costs, of `elbo`, `nodes`, `coupled`, `one_pass`, or `score` with "
+                  "tune.views=0: choose call or token")
         self.need(self.advantage != "mdpo" or not self.cost, "advantage",
                   f"judges texts that calls drew, which tune.cost={self.cost:g} does not reach: choose call or mean")
 

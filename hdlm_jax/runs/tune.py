@@ -31,7 +31,7 @@ from hdlm_jax.training.state import TrainState, build
 from hdlm_jax.tuning.advantage import OF_CALLS, advantages
 from hdlm_jax.tuning.record import check_law, draws_whole_texts, make_rollout
 from hdlm_jax.tuning.tasks import TASKS, Example, Task, TextTask
-from hdlm_jax.tuning.update import make_update
+from hdlm_jax.tuning.update import OBJECTIVES, make_update
 
 
 def tune(config: Config, workdir: str, profile: bool = False, shown: Writer | None = None) -> TrainState:
@@ -153,6 +153,7 @@ class Tuning(Loop):
         super().__init__(config, workdir, stop, profile, shown)
         method, kind = check_law(self.process, config.generate), config.tune.advantage
         sampler.check_heads(method, self.abstract.params)
+        OBJECTIVES[config.tune.objective](cast(HierarchicalProcess, self.process), config.tune.views)  # or refuses it
         if kind in OF_CALLS and not draws_whole_texts(method, self.process.num_levels, config.model.seq_len):
             raise ConfigError(f"tune.advantage={kind!r}: judges the text that each call draws; generate.method="
                               f"{config.generate.method!r} with generate.options={config.generate.options!r} draws no "

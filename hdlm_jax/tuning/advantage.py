@@ -15,7 +15,8 @@ def advantages(reward: np.ndarray, group: int, kind: str = "mean", drawn: np.nda
     kind: "mean", less the group's mean: the exact gradient times 1 - 1/group, since a rollout is part of its own
     baseline. "leave_one_out", less the mean of the others: the exact gradient (RLOO, arXiv 2402.14740). "std", "mean"
     over the group's standard deviation (GRPO, arXiv 2402.03300; DCoLT): prompts that are nearly solved or nearly
-    hopeless count more than in the mean reward. A group of equal rewards says nothing: 0.
+    hopeless count more than in the mean reward. "wd1" (arXiv 2507.08838): the group's size times softmax(A) -
+    softmax(-A) of these rests A; with objective one_pass it is wd1's loss. A group of equal rewards says nothing: 0.
 
     "call": less the reward of what the call before drew, of the first call less the mean of the others': the exact
     gradient, as what was drawn before a call is no matter of it. "mdpo", as MDPO is released (arXiv 2508.13148): what
@@ -29,6 +30,9 @@ def advantages(reward: np.ndarray, group: int, kind: str = "mean", drawn: np.nda
         rest = others
     elif kind == "std":
         rest = _over_spread(rest)
+    elif kind == "wd1":
+        up, down = np.exp(rest), np.exp(-rest)
+        rest = group * (up / up.sum(1, keepdims=True) - down / down.sum(1, keepdims=True))
     elif drawn is not None and kind in OF_CALLS:
         each = np.asarray(drawn, np.float64).reshape(-1, group, drawn.shape[1])
         if kind == "call":

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from hdlm_jax.common import parallel
 from hdlm_jax.common.parallel import Batch, Tree
-from hdlm_jax.config import Config, TuneConfig
+from hdlm_jax.config import Config, ConfigError, TuneConfig
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
 from hdlm_jax.diffusion.levels import open_uniform
@@ -57,6 +57,7 @@ class View(NamedTuple):
     length: jax.Array | None = None
 
 
+UPPER, SHARE = 1.5, 0.5  # SPG's power, and how much of a text to avoid is priced by the upper bound (its release)
 Views: TypeAlias = Callable[[Batch, jax.Array, jax.Array], View]  # (rows, keys [b], number of the view)
 Count: TypeAlias = Callable[[Batch], jax.Array]  # rows -> how many views there are
 
@@ -151,9 +152,23 @@ def coupled(process: HierarchicalProcess, views: int) -> tuple[Views, Count]:
     return view, lambda rows: jnp.int32(3)
 
 
+def sandwiched(process: HierarchicalProcess, views: int) -> tuple[Views, Count]:
+    """SPG (arXiv 2510.09541): texts to be written more often by the bound, those to be avoided half by an upper one,
+    log mean_z w(z) p(x_i | z)^1.5 over the views (`Gradients.omega`); two of them, or `views`. Its bounds are of one
+    level; it masks blocks behind clean ones, here texts are masked as by `elbo`.
+
+    Raises:
+      ConfigError: there are clusters.
+    """
+    if process.num_levels > 1:
+        raise ConfigError(f"tune.objective='spg' with hierarchy.clusters={process.hierarchy.sizes[1:-1]}: its upper "
+                          "bound is of words and masks alone; choose elbo, nodes or score")
+    return noised(process, views or 2)
+
+
 OBJECTIVES: dict[str, Callable[[HierarchicalProcess, int], tuple[Views, Count]]] = {
     "score": visited, "elbo": noised, "nodes": functools.partial(noised, gauss=True), "coupled": coupled,
-    "one_pass": one_pass}
+    "one_pass": one_pass, "spg": sandwiched}
 
 
 def nats(process: HierarchicalProcess, p: Prediction, x: jax.Array, level: jax.Array, to: jax.Array,
@@ -207,30 +222,53 @@ class Gradients:
         x, level, to = fields[:3]
         return nats(self.process, p, x, level, to, self.temperature)
 
-    def omega(self, params: Tree, old: Tree | None, reference: Tree, view: View) -> jax.Array:
+    def whole(self, params: Tree, old: Tree | None, rows: Batch, keys: jax.Array) -> jax.Array:
+        """What `omega` has to know of all views of a row together, [b, S] or [b, 1]: the sums of SPG's upper bound; the
+        ratio of texts, a token (GDPO, arXiv 2510.08554; of `score`: GSPO, 2507.18071), as its log; else 0."""
+        spg = self.tune.objective == "spg"
+        if not spg and (old is None or self.tune.ratio != "text"):
+            return jnp.float32(0)
+
+        def add(number: jax.Array, total: jax.Array) -> jax.Array:
+            view = self.views(rows, keys, number)
+            now = self.nats(params, view)
+            found = jnp.exp(-UPPER * now) * (view.to < view.level) if spg else self.nats(old, view) - now
+            return total + (view.weight * found).astype(jnp.float32)
+
+        total = jax.lax.fori_loop(0, self.count(rows), add, jnp.zeros(rows["x"].shape, jnp.float32))
+        if spg:
+            return total
+        free = jnp.sum(rows["fell"][..., 0] >= 0, axis=1, keepdims=True)
+        return jnp.sum(total, axis=1, keepdims=True) / jnp.maximum(free, 1)
+
+    def omega(self, params: Tree, old: Tree | None, reference: Tree, view: View, whole: jax.Array) -> jax.Array:
         """What D is multiplied by: the advantage, times the clipped ratio to the weights `old` that wrote the rows;
         and the pull towards the reference."""
         tune, advantage = self.tune, jnp.broadcast_to(view.advantage[:, None], view.z.shape)
-        omega = advantage
-        now = self.nats(params, view) if old is not None or tune.kl else 0.0
+        omega, spg = advantage, tune.objective == "spg"
+        now = self.nats(params, view) if old is not None or tune.kl or spg else 0.0
+        if spg:  # of sum_i log sum_z w p^beta / beta: a softmax over the views of a token
+            upper = jnp.exp(-UPPER * now) / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)
+            omega = advantage * jnp.where(advantage < 0, SHARE * upper + 1 - SHARE, 1.0)
         if old is not None:
             log_ratio = self.nats(old, view) - now
             if tune.ratio == "call":
                 log_ratio = jnp.broadcast_to(jnp.sum(log_ratio, axis=1, keepdims=True), log_ratio.shape)
-            ratio = jnp.exp(log_ratio)
+            ratio = jnp.exp(log_ratio if tune.ratio != "text" else whole)
             beyond = jnp.where(advantage > 0, ratio > 1 + tune.clip, ratio < 1 - tune.clip)
-            omega = advantage * jnp.where(beyond, 0.0, ratio)
+            omega = omega * jnp.where(beyond, 0.0, ratio)
         if tune.kl:  # of the divergence's own gradient, log p - log p_reference at what was drawn
             omega = omega + tune.kl * (now - self.nats(reference, view))
         return omega * view.weight
 
-    def of_view(self, params: Tree, old: Tree | None, reference: Tree, view: View) -> tuple[jax.Array, jax.Array]:
+    def of_view(self, params: Tree, old: Tree | None, reference: Tree, view: View, whole: jax.Array
+                ) -> tuple[jax.Array, jax.Array]:
         """(sum of omega D, which alone has gradients; sum of weight D) of a view."""
         def cost(p: Prediction, fields: Sequence[jax.Array], levels: object) -> tuple[jax.Array, jax.Array]:
             found = self._nats(p, fields, levels)
             return tuple((jax.lax.stop_gradient(a) * found).astype(jnp.float32) for a in fields[3:])  # type: ignore
 
-        omega = jax.lax.stop_gradient(self.omega(params, old, reference, view))
+        omega = jax.lax.stop_gradient(self.omega(params, old, reference, view, whole))
         h = self.network.hidden(params, view.z, view.t)
         loss, each = sum_over_noised(self.network.head, cost, self.network.head_params(params), h,
                                      jnp.where(view.to < view.level, view.level, 0), view.x,
@@ -246,11 +284,12 @@ class Gradients:
         """((loss, nats), gradients) of rows: fields of a Rollout, advantage float32 [b] or, of each call, [b, C], index
         int32 [b]."""
         keys = fold(jnp.broadcast_to(key, rows["index"].shape), rows["index"])
-        zero = (jnp.float32(0), jnp.float32(0))
+        zero, whole = (jnp.float32(0), jnp.float32(0)), self.whole(jax.lax.stop_gradient(params), old, rows, keys)
 
         def add(number: jax.Array, carry: Tree) -> Tree:
             view = self.views(rows, keys, number)
-            more = jax.value_and_grad(self.of_view, has_aux=True)(params, old, reference, view)
+            more = jax.value_and_grad(self.of_view, has_aux=True)(params, old, reference, view,
+                                                                        whole)
             return jax.tree.map(jnp.add, carry, more)
 
         return jax.lax.fori_loop(0, self.count(rows), add, (zero, jax.tree.map(jnp.zeros_like, params)))

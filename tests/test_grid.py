@@ -26,7 +26,8 @@ def test_every_cell_is_a_recipe_and_every_question_has_cells():
 def write(folder, cell, seed, nats, tokens):
     np.savez(folder / f"{cell}-s{seed}.npz", nats=nats, tokens=tokens)
     said = {"cell": cell, "seed": seed, "train_tokens_per_s": 1.0, "calls": [
-        {"steps": 8, "judge": {"perplexity": 100.0 + seed, "unigram_entropy": 4.0, "distinct_2": 0.5}}],
+        {"steps": 8, "judge": {"perplexity": 100.0 + seed, "perplexity_se": 10.0, "unigram_entropy": 4.0,
+                               "distinct_2": 0.5}}],
         "evaluate": {"nelbo": nats.sum() / tokens.sum(), "se": 0.1, "hierarchy": [4096, 1], "params": 1000}}
     (folder / f"{cell}-s{seed}.json").write_text(json.dumps(said))
 
@@ -48,7 +49,7 @@ def test_differences_are_paired_over_texts_and_seeds(tmp_path):
     assert np.isclose(error, np.hypot(over_texts, over_seeds))
     shown = grid.table("clusters", tmp_path)
     assert "hdlm_k3" not in shown and f"{mean:+.4f}" in shown
-    assert "101 / 4.00 / 0.50" in grid.calls_table(tmp_path)
+    assert "101 ± 6 / 4.00 / 0.50" in grid.calls_table(tmp_path)  # of three seeds, ± 1 and of the samples ± 10
     write(tmp_path, "mdlm-c0.02", 0, text, tokens)
     assert "mdlm-c0.02" in grid.calls_table(tmp_path, grid.FEW) and "mdlm-c0.02" not in grid.calls_table(tmp_path)
     assert "| discrete | continuous |" in grid.table("channel", tmp_path)
@@ -83,6 +84,6 @@ def test_a_cell_made_before_gets_its_likelihoods(tmp_path, monkeypatch):
     for _ in range(2):
         grid.make(grid.chosen(["mdlm"], 1)[0], 0, runs, out, 800, "")
     assert len(asked) == 1 and "max_prob steps=4,ancestral steps=4," in asked[0][-1]
-    record, kept, _ = grid.load("mdlm", out)[0]
+    record, kept, *_ = grid.load("mdlm", out)[0]
     assert record["flops"] == 80 and record["likelihoods"] == told and (kept == nats).all()
     assert "2.660" in grid.likelihoods_table(out)  # of 'max_prob steps=4'

@@ -19,6 +19,7 @@ from tiny import SEQ_LEN, model, read_recipe, trained, write_recipe
 from hdlm_jax.common import console
 from hdlm_jax.common.console import lasts, progress, say
 from hdlm_jax.config import Config, ConfigError, TrainConfig
+from hdlm_jax.evaluation import elbo, text_statistics
 from hdlm_jax.report import __main__ as report
 from hdlm_jax.report import compare
 from hdlm_jax.runs import train
@@ -358,3 +359,33 @@ def test_report_says_what_is_missing(tmp_path, capsys):
     both = capsys.readouterr().out
     row, = re.findall(r"^\| a .*$", both, re.MULTILINE)
     assert "sample tok/s" in both and row.split("|")[-3:-1] == [" - ".ljust(len(c)) for c in row.split("|")[-3:-1]]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_paired_errors_know_of_the_strata(tmp_path, shared):
+    """400 estimates of a bound whose integrand moves with the noise time, minus an exact model (or another bound by
+    the same draws): the spread of the difference over evaluations is what one of them says, to a tenth; strata that
+    count as chance would say more than twice as much."""
+    n, tokens, means, told, naive = 200, np.full(200, 16), [], [], []
+    hard = np.random.default_rng(0).normal(50, 4, n)
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        tau = (rng.permutation(n) + rng.random(n)) / n
+        noise = rng.normal(0, 2, n)
+        a = hard + 60 * (tau - 0.5) + noise
+        b = hard - 5 + (80 * (tau - 0.5) + noise if shared else 0.0)
+        nats = [one[None, :, None] for one in (a, b)]
+        times = (tau, tau if shared else 0 * tau)
+        rest = [elbo.residuals(one, tokens, t[None]) for one, t in zip(nats, times, strict=True)]
+        for name, values, left in zip("ab", (a, b), rest, strict=True):
+            folder = rows(tmp_path / name, values, tokens)
+            np.savez(f"{folder}/evaluate_rows.npz", nats=values, tokens=tokens, residuals=left)
+        mean, se = compare.paired_difference(str(tmp_path / "a"), str(tmp_path / "b"))
+        means.append(mean)
+        told.append(se)
+        naive.append(text_statistics.ratio(b - a, tokens)[1])
+        alone = elbo.summarise(nats[0], tokens, tau[None], np.ones((1, n)))["se"]
+        assert alone == pytest.approx(np.linalg.norm(rest[0]))
+    assert np.std(means) <= 1.1 * np.mean(told) and np.mean(told) < 0.5 * np.mean(naive)
+    if not shared:  # else nothing is left to chance
+        assert np.mean(told) == pytest.approx(np.std(means), rel=0.15)

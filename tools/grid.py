@@ -279,12 +279,12 @@ def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def load(name: str, out: Path = KEPT) -> list[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
-    """Each seed of a cell: its record, nats [rows] and tokens [rows]."""
+def load(name: str, out: Path = KEPT) -> list[tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Each seed of a cell: its record, nats [rows], tokens [rows], and residuals [rows] where they were kept."""
     found = []
     for path in sorted(out.glob(f"{name}-s*.json")):
         rows = np.load(path.with_suffix(".npz"))
-        found.append((json.loads(path.read_text()), rows["nats"], rows["tokens"]))
+        found.append((json.loads(path.read_text()), rows["nats"], rows["tokens"], rows.get("residuals")))
     return [one for one in found if one[0]["cell"] == name]
 
 
@@ -302,6 +302,8 @@ def difference(cell: Sequence[Any], base: Sequence[Any]) -> tuple[float, float, 
     residual = apart.mean(0) - each.mean() * tokens
     n = len(residual)
     error = math.sqrt(n / (n - 1) * np.sum(residual**2)) / tokens.sum()
+    if all(one[3] is not None for pair in pairs for one in pair):  # without, strata of noise times count as chance
+        error = float(np.linalg.norm(np.mean([a[3] - b[3] for a, b in pairs], axis=0)))
     seeds = each.std(ddof=1) / math.sqrt(len(each)) if len(each) > 1 else 0.0
     return float(each.mean()), math.hypot(error, seeds), len(pairs)
 
@@ -319,8 +321,10 @@ def table(question: str, out: Path = KEPT) -> str:
         each = ", ".join(f"{one[0]['evaluate']['nelbo']:.3f}" for one in cell)
         e = [one[0]["evaluate"] for one in cell]
         apart = difference(cell, base) if name != names[0] else None
+        shared = f", {apart[2]} paired" if apart and apart[2] != len(cell) else ""
         rows.append([name, f"{np.mean([a['nelbo'] for a in e]):.4f}", each,
-                     measured(apart[0], apart[1], "+.4f") if apart else "", str(len(cell)),
+                     measured(apart[0], apart[1], "+.4f") if apart else "",
+                     f"{len(cell)}{shared}",
                      " → ".join(map(str, e[0]["hierarchy"])), f"{e[0]['params']:,}"])
         if question in EQUAL_TIME:
             names_of = "tokens", "train_tokens_per_s", "flops"
@@ -334,7 +338,8 @@ def table(question: str, out: Path = KEPT) -> str:
 
 
 def calls_table(out: Path = KEPT, calls: tuple[int, ...] = CALLS) -> str:
-    """Markdown: generative perplexity and entropy of every cell that is sampled in these calls, seeds averaged."""
+    """Markdown: generative perplexity and entropy of every cell that is sampled in these calls, seeds averaged; ± is
+    of the samples and, where there are several, of the seeds."""
     rows = []
     for cell in (cell for cell in CELLS if cell.calls == calls):
         lines = [line for one in load(cell.name, out) for line in one[0]["calls"]]
@@ -343,8 +348,12 @@ def calls_table(out: Path = KEPT, calls: tuple[int, ...] = CALLS) -> str:
         row = [cell.name]
         for steps in calls:
             here = [line["judge"] for line in lines if line["steps"] == steps]
-            row.append(" / ".join(f"{np.mean([judge[key] for judge in here]):{how}}" for key, how in (
-                ("perplexity", ".0f"), ("unigram_entropy", ".2f"), ("distinct_2", ".2f"))) if here else "")
+            perplexity, se, entropy, distinct = ([judge[key] for judge in here] for key in (
+                "perplexity", "perplexity_se", "unigram_entropy", "distinct_2"))
+            between = np.std(perplexity, ddof=1) if len(here) > 1 else 0.0
+            error = math.hypot(between, np.mean(se)) / math.sqrt(len(here)) if here else 0.0
+            row.append(f"{np.mean(perplexity):.0f} ± {error:.0f} / {np.mean(entropy):.2f} / {np.mean(distinct):.2f}"
+                       if here else "")
         rows.append(row)
     return markdown(["perplexity / entropy / distinct-2", *(f"{n} steps" for n in calls)], rows)
 

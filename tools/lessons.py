@@ -166,6 +166,11 @@ def trial_energy(kind: str, seed: int, steps: int = 6000) -> dict[str, Any]:
             "told_apart": metrics["told_apart"], "seconds": time.monotonic() - began}
 
 
+def spread(found: Sequence[float], digits: int = 3) -> str:
+    """Mean ± standard deviation over seeds, where there are some."""
+    return f"{np.mean(found):.{digits}f}" + (f" ± {np.std(found, ddof=1):.3f}" if len(found) > 1 else "")
+
+
 def table_energy(records: Sequence[dict[str, Any]]) -> str:
     """Markdown: total variation by hierarchy and candidates, mean and spread over seeds."""
     rows = []
@@ -175,7 +180,7 @@ def table_energy(records: Sequence[dict[str, Any]]) -> str:
             cells = []
             for calls in map(str, CALLS):
                 found = [r["distance"][k][calls] for r in mine if calls in r["distance"][k]]
-                cells.append(f"{np.mean(found):.3f} ± {np.std(found):.3f}" if found else "")
+                cells.append(spread(found) if found else "")
             rows.append([kind, k, *cells])
     return markdown(["clusters", "candidates", *(f"{n} call{'s' * (n > 1)}" for n in CALLS)], rows)
 
@@ -241,7 +246,7 @@ def table_certainty(records: Sequence[dict[str, Any]]) -> str:
     for kind in dict.fromkeys(r["texts"] for r in records):
         for name in ("before", "cross_entropy", "certainty"):
             found = {k: [r[name][k] for r in records if r["texts"] == kind] for k in ("calls", "right", "distinct")}
-            rows.append([kind, name.replace("_", "-"), *(f"{np.mean(v):.{2 if k == 'calls' else 3}f} ± {np.std(v):.3f}"
+            rows.append([kind, name.replace("_", "-"), *(spread(v, 2 if k == "calls" else 3)
                                                          for k, v in found.items())])
     return markdown(["texts", "after", "calls", "right", "different"], rows)
 
@@ -290,7 +295,7 @@ def table_adjust(records: Sequence[dict[str, Any]]) -> str:
         for how in ("alone", "layer"):
             for name in ("right", "distinct"):
                 found = [r["passes"][passes][how][name] for r in records if how in r["passes"][passes]]
-                cells.append(f"{np.mean(found):.3f} ± {np.std(found):.3f}" if found else "")
+                cells.append(spread(found) if found else "")
         rows.append([passes, *cells])
     return markdown(["passes", "alone: right", "different", "layer: right", "different"], rows)
 
@@ -348,16 +353,15 @@ def table_drafts(records: Sequence[dict[str, Any]]) -> str:
     """Markdown: the bound, and right and different texts by method and steps, means and spreads over seeds, for each
     share of drafts; passes: the mean over all."""
     rows, shares = list[list[str]](), list(records[0]["shares"])
-    shown = lambda found: f"{np.mean(found):.3f}" + (f" ± {np.std(found):.3f}" if len(found) > 1 else "")  # noqa: E731
     for kind in dict.fromkeys(r["clusters"] for r in records):
         mine = [r["shares"] for r in records if r["clusters"] == kind]
-        rows.append([kind, "bound, nats/token", "", "", *(shown([one[share]["bound"] for one in mine])
+        rows.append([kind, "bound, nats/token", "", "", *(spread([one[share]["bound"] for one in mine])
                                                           for share in shares), *[""] * len(shares)])
         for method, by_steps in mine[0][shares[0]]["methods"].items():
             for steps in by_steps:
                 found = [[one[share]["methods"][method][steps] for one in mine] for share in shares]
                 rows.append([kind, method, steps, f"{np.mean([f['passes'] for one in found for f in one]):.1f}", *(
-                    shown([f[name] for f in one]) for name in ("right", "distinct") for one in found)])
+                    spread([f[name] for f in one]) for name in ("right", "distinct") for one in found)])
     head = [f"{name}, share {share}" for name in ("right", "different") for share in shares]
     return markdown(["clusters", "method", "steps", "passes", *head], rows)
 

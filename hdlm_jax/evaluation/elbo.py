@@ -164,6 +164,19 @@ def _beside(rest: np.ndarray, tau: np.ndarray, half: int = 16) -> np.ndarray:
     return out.reshape(rest.shape)
 
 
+def residuals(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray) -> np.ndarray:
+    """float [rows]: what each sequence's estimates [draws, rows, K] add to the error of nats a token, beside those at
+    like noise times. The root of their squares' sum is the standard error; of two runs on the same sequences that of
+    the difference is the same of the residuals' difference."""
+    return _errors(nats.sum(-1), tokens, tau).sum(0)
+
+
+def _errors(per_pair: np.ndarray, tokens: np.ndarray, tau: np.ndarray) -> np.ndarray:
+    """Of a ratio of sums, [draws, rows]."""
+    nelbo = per_pair.mean(0).sum() / tokens.sum()
+    return _beside(per_pair - nelbo * tokens, tau) / (len(per_pair) * tokens.sum())
+
+
 def summarise(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarray) -> dict[str, Any]:
     """Nats per token with standard errors from estimates [draws, rows, K] and tokens [rows].
 
@@ -177,7 +190,7 @@ def summarise(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarr
     total = tokens.sum()
     per_pair = nats.sum(-1)
     nelbo = per_pair.mean(0).sum() / total
-    rest = _beside(per_pair - nelbo * tokens, tau) / (draws * total)  # of a ratio of sums
+    rest = _errors(per_pair, tokens, tau)
     se = math.sqrt(np.sum(rest.sum(0) ** 2)) if n > 1 else math.nan  # one sequence says nothing of others
     se_time = math.sqrt(draws * np.sum(rest.var(0, ddof=1))) if draws > 1 else math.nan
     se_data = math.sqrt(max(se**2 - (se_time**2 if draws > 1 else 0.0), 0.0)) if n > 1 else math.nan

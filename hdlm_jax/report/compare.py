@@ -34,7 +34,10 @@ def paired_difference(workdir_a: str, workdir_b: str) -> tuple[float, float]:
         if one.get(name) != other.get(name) and (name != "padding" or one.get("packing") == "crop"):
             raise ValueError(f"{workdir_a} and {workdir_b} were evaluated on other sequences ({name} differs)")
     same_given([workdir_a, workdir_b], [one, other])
-    return ratio(b["nats"] - a["nats"], a["tokens"])
+    mean, se = ratio(b["nats"] - a["nats"], a["tokens"])
+    if len(a["nats"]) > 1 and "residuals" in a and "residuals" in b:  # else strata of noise times count as chance
+        se = float(np.linalg.norm(b["residuals"] - a["residuals"]))
+    return mean, se
 
 
 def given(evaluated: Json) -> str:

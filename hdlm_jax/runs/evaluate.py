@@ -19,7 +19,7 @@ from hdlm_jax.common.parallel import MEASURED_PRECISION
 from hdlm_jax.config import Config
 from hdlm_jax.data.prepare import load_manifest
 from hdlm_jax.evaluation import conditional
-from hdlm_jax.evaluation.elbo import evaluator_of, summarise
+from hdlm_jax.evaluation.elbo import evaluator_of, residuals, summarise
 from hdlm_jax.models.make import make_network
 from hdlm_jax.runs import likelihoods, tasks
 from hdlm_jax.training.loading import Run, check_writable, load_run
@@ -40,8 +40,8 @@ def run(config: Config, workdir: str) -> None:
 def evaluate(config: Config, workdir: str, into: str = "") -> Json:
     """Measures a run's checkpoint on its validation split; writes and returns <workdir>/evaluate.json.
 
-    Nats of each sequence go to evaluate_rows.npz, for paired comparisons. With evaluate.exact_match texts are written
-    anew as well: exact_match.jsonl. Other texts and questions: tasks.py.
+    Nats of each sequence, and what it adds to the error, go to evaluate_rows.npz, for paired comparisons. With
+    evaluate.exact_match texts are written anew as well: exact_match.jsonl. Other texts and questions: tasks.py.
     into: a folder for the files in place of workdir.
     """
     into = into or workdir
@@ -83,7 +83,8 @@ def evaluate(config: Config, workdir: str, into: str = "") -> Json:
     result = jsons.plain(result)  # what is read again from the file
     if processes.is_main_process():
         jsons.write_arrays(os.path.join(into, "evaluate_rows.npz"),
-                           {"nats": nats.mean(0).sum(-1), "tokens": rows["tokens"]})
+                           {"nats": nats.mean(0).sum(-1), "tokens": rows["tokens"],
+                            "residuals": residuals(nats, rows["tokens"], tau)})
         write_json(path, result)
     parts = (f" = discrete {measured(result['discrete'], result['discrete_se'], sign='+-')} + continuous "
              f"{measured(result['continuous'], result['continuous_se'], sign='+-')}" if "discrete" in result else "")

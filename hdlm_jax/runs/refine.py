@@ -135,7 +135,7 @@ class Refining(Loop):
     def _compile(self, done: int) -> None:
         if self.opened or done >= self.config.train.steps:
             return
-        began, self.opened, config = time.monotonic(), True, self.config
+        self.opened, config = True, self.config
         network, process = build(config, self.hierarchy)
         loss = LOSSES[config.train.objective](config, network, self.base.network, cast(HierarchicalProcess, process),
                                               self.mesh)
@@ -147,7 +147,6 @@ class Refining(Loop):
 
         self.step = step  # type: ignore[assignment]
         self.check = jax.jit(loss)
-        self.compile_s = time.monotonic() - began
 
     def _fresh_state(self) -> TrainState:
         """What the network has in common with the run it starts from is that run's."""

@@ -232,7 +232,7 @@ class Server:
         """In the text format of Prometheus."""
         lines = [f'hdlm_requests_total{{status="{status}"}} {n}' for status, n in sorted(self.statuses.items())]
         d = self.desk
-        lines += [f"hdlm_{name} {value:g}" for name, value in {
+        lines += [f"hdlm_{name} {value}" for name, value in {
             "request_seconds_sum": self.seconds, "request_seconds_count": self.statuses.total(),
             "texts_running": d.running, "texts_waiting": d.waiting, "texts_total": d.texts,
             "tokens_total": d.tokens}.items()]

@@ -152,6 +152,8 @@ class Recorder:
         if moved := [values["moved"] for values in self.window if "moved" in values]:
             record["moved"] = moved[-1]
         self.pace = seconds / self.steps if self.steps > 0 else None
+        if errors := [values["reward_se"] for values in self.window if "reward_se" in values]:
+            record["reward_se"] = math.hypot(*errors) / len(errors)  # of a mean of steps, each with its own rollouts
         self.window.clear()
         self.steps, self.since, self.waited = 0, now, 0.0
         return record
@@ -188,7 +190,7 @@ class Loop:
         self._use(cluster(config, workdir, self.text))
         self.checkpoints = Checkpoints(workdir)
         self.here = {"devices": jax.device_count(), "processes": jax.process_count(), "mesh": dict(self.mesh.shape)}
-        self.start, self.profile = 0, profile
+        self.start, self.profile, self.compile_s = 0, profile, 0.0
         self.key = jax.random.key(config.train.seed)
 
     def _use(self, hierarchy: Hierarchy) -> None:
@@ -281,6 +283,8 @@ class Loop:
         opened = done >= self.config.train.open_steps
         if opened == self.opened or done >= self.config.train.steps:
             return
+        if done > self.start:
+            jax.block_until_ready(self.state.params)  # of the time that follows nothing is a step's
         began, self.opened = time.monotonic(), opened
         example = parallel.put_batch(self.mesh, self.batches.example())
 
@@ -298,11 +302,14 @@ class Loop:
         if self.config.model.remat == "auto" and jax.default_backend() != "cpu":
             say(f"train: model.remat=auto takes the first that fits a device: {found.why}")
         self.compile_s = time.monotonic() - began
+        if done > self.start:
+            self.recorder.since += self.compile_s
 
     def _recluster(self, done: int) -> dict[str, float]:
         """Clusters words anew where that is due behind `done` steps (train.recluster_every); the share that moved."""
         if not self.config.train.reclusters(done):
             return {}
+        jax.block_until_ready(self.state.params)
         pause, there, head = time.monotonic(), self.hierarchy, self.network.head
         vectors = processes.to_host(head.vectors(self.network.head_params(self.state.params)))
         found = recluster(self.config, self.workdir, self.text, there, vectors, done)
@@ -313,8 +320,9 @@ class Loop:
             self.state = jax.tree.map(jax.device_put, regrouped(self.state, self.network, there), self.shardings)
             self.evaluator = self._evaluator()
             self.recorder.flops = flops_per_token(self.config, found, self.process)
-            self._compile(done)
         self.recorder.since += time.monotonic() - pause
+        if found != there:
+            self._compile(done)
         return {"moved": moved}
 
     def _fresh_state(self) -> TrainState:
@@ -404,9 +412,10 @@ class Loop:
         self.state, metrics = self.step(self.state, batch, self.key)
         if step == self.start + 1:
             jax.block_until_ready(metrics)
-            once = {"compile_s": round(self.compile_s, 3), "first_step_s": round(time.monotonic() - self.began, 3)}
-            say(f"train: first step done after {once['first_step_s']:.1f} s, {once['compile_s']:.1f} s of it "
-                "compilation")
+            once = {"first_step_s": round(time.monotonic() - self.began, 3)}
+            once |= {"compile_s": round(self.compile_s, 3)} if self.compile_s else {}
+            say(f"train: first step done after {once['first_step_s']:.1f} s"
+                + (f", {self.compile_s:.1f} s of it compilation" if self.compile_s else ""))
             self.recorder.once = once
             self.recorder.since, self.recorder.waited = time.monotonic(), 0.0
         if step == self.traced[1]:

@@ -111,15 +111,17 @@ class Prompts:
         """(rewards float32 [n]; their mean, its standard error, the shares of solved and of different answers).
 
         calls: int [n], of which each costs tune.cost. The error is that of a mean over prompts, as rollouts of one
-        prompt are alike; where there is a single one, over its rollouts.
+        prompt are alike; where there is a single one, over its rollouts. Answers to other prompts are different ones,
+        but where each prompt is asked once.
         """
-        answers = self.answers(x, examples)
+        answers, prompts = self.answers(x, examples), [example.prompt for example in examples]
+        alone = len(set(prompts)) == len(prompts)  # else an answer is another one if its prompt is
         quality = self.task.reward(answers, [example.facts for example in examples])
         reward = (quality - self.config.tune.cost * calls).astype(np.float32)
         each = reward.reshape(-1, self.group).mean(1) if len(reward) > self.group else reward
         return reward, {"reward": float(reward.mean()), "reward_se": float(each.std(ddof=1) / math.sqrt(len(each))),
                         "solved": float(np.mean(quality == 1)),
-                        "distinct": len({(e.prompt, a) for e, a in zip(examples, answers, strict=True)}) / len(x)}
+                        "distinct": len(set(answers if alone else zip(prompts, answers, strict=True))) / len(x)}
 
 
 class Numbered(Protocol):
@@ -167,7 +169,7 @@ class Tuning(Loop):
         """Rollouts and updates; `step` is both, with the rewards between them."""
         if self.opened or done >= self.config.train.steps:
             return
-        began, self.opened, config = time.monotonic(), True, self.config
+        self.opened, config = True, self.config
         if config.model.remat == "auto":
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
         network, built = build(config, self.hierarchy)
@@ -183,7 +185,6 @@ class Tuning(Loop):
             update = make_update(config, network, process, self.tx, self.mesh)
             self.update = parallel.compile_step(update, self.mesh, self.shardings)
         self.step = self._step  # type: ignore[assignment]
-        self.compile_s = time.monotonic() - began
 
     def _rolled(self, params: Tree, batch: Batch, key: jax.Array) -> dict[str, np.ndarray]:
         """The fields of rollouts, all rows on every host."""

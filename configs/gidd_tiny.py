@@ -1,4 +1,4 @@
-"""GIDD with a tenth of random words at t = 1/2, the recipe of mdlm_tiny.py otherwise.
+"""GIDD with a tenth of random words at t = 1/2, told t, dynamic weights; mdlm_tiny.py otherwise.
 
     python -m hdlm_jax.main --config=gidd_tiny
 

@@ -7,7 +7,7 @@
 The texts are made by the task itself: half are permutations, half any six symbols. ":score" follows the exact policy
 gradient; ":order" trains which tokens are written next as well (DCoLT), ":mdpo" judges the text that every call draws;
 ":elbo" and ":one_pass" are the surrogates in use, for comparison (docs/training.md). A minute or two each;
-`--mode=evaluate` tells the rewards at 3, 6 and 12 calls.
+`--mode=evaluate` tells the rewards at 3, 6 and 12 steps (seven tokens take seven calls at most).
 
 Fits on: a laptop.
 """

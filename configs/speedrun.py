@@ -6,7 +6,7 @@ The recipe of the record: block diffusion in blocks of 4 with the bound's own we
 clustering, from which a factorised head over 64 classes starts as well, Muon. :mdlm is MDLM of whole rows, :adamw
 where it began. The corpus, the tokenizer and what is measured never change: they are those of configs/books.py.
 
-Fits on: a laptop (2.3M parameters, under 2 GB).
+Fits on: a laptop (1.9M parameters, under 2 GB).
 """
 
 from hdlm_jax import config

@@ -224,6 +224,12 @@ def commands(cell: Cell, seed: int, runs: Path, steps: int, judge: str) -> list[
             *likelihood_commands(cell, workdir)]
 
 
+def decodings(cell: Cell) -> tuple[str, ...]:
+    """What is measured: of a cell with one level of clusters in a call for every drop as well, which is 2 x 128."""
+    levels = {"hdlm", "shuffled", "frequency", "brown"} & set(cell.recipe.split("-"))
+    return (*DECODINGS, *["max_prob steps=256"] * bool(levels))
+
+
 def likelihood_commands(cell: Cell, workdir: str) -> list[list[str]]:
     """What measures a trained cell under samplers; nothing where that is not known (it does not unmask, xi < 1)."""
     unknown = {"ar", "gidd", "gidd0", "hdlm_xi9", "soft"} & set(cell.recipe.split("-"))
@@ -231,7 +237,7 @@ def likelihood_commands(cell: Cell, workdir: str) -> list[list[str]]:
         return []
     return [[sys.executable, "-m", "hdlm_jax.main", f"--workdir={workdir}", "--mode=evaluate",
              f"--config.evaluate.rows={TOLD_ROWS}", f"--config.evaluate.draws={TOLD_DRAWS}",
-             f"--config.evaluate.decodings={','.join(DECODINGS)}"]]
+             f"--config.evaluate.decodings={','.join(decodings(cell))}"]]
 
 
 def make(cell: Cell, seed: int, runs: Path, out: Path, steps: int, judge: str) -> None:
@@ -239,7 +245,8 @@ def make(cell: Cell, seed: int, runs: Path, out: Path, steps: int, judge: str) -
     kept = out / f"{cell.name}-s{seed}.json"
     todo = commands(cell, seed, runs, steps, judge)
     if kept.exists():
-        lacks = "likelihoods" not in json.loads(kept.read_text()) and (runs / kept.stem).exists()
+        told = json.loads(kept.read_text()).get("likelihoods", {})
+        lacks = not set(decodings(cell)) <= set(told) and (runs / kept.stem).exists()
         todo = likelihood_commands(cell, str(runs / kept.stem)) if lacks else []
         say(f"grid: {kept.stem} is there" + ", but for its likelihoods" * bool(todo))
     for command in todo:
@@ -267,7 +274,7 @@ def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
         found["calls"].append({"steps": line["sampling"]["steps"], "network_calls": line["sampling"]["network_calls"],
                                "judge": {name: line["judge"].get(name) for name in JUDGED}})
     told = workdir / "likelihoods.json"
-    measured_all = told.exists() and set(DECODINGS) <= set(read_json(str(told))["decodings"])  # not stopped in between
+    measured_all = told.exists() and set(decodings(cell)) <= set(read_json(str(told))["decodings"])  # not stopped in between
     if measured_all:
         found["likelihoods"] = read_json(str(told))["decodings"]
     with np.load(workdir / "evaluate_rows.npz") as rows:
@@ -365,11 +372,11 @@ def likelihoods_table(out: Path = KEPT) -> str:
         told = [one[0]["likelihoods"] for one in load(cell.name, out) if "likelihoods" in one[0]]
         for name in ("max_prob", "ancestral") if told else ():
             row = [cell.name, name + " (≤)" * (name == "ancestral")]
-            for calls in TOLD:
-                here = [one[f"{name} steps={calls}"] for one in told]
-                row.append(measured(np.mean([one["nats"] for one in here]), here[0]["se"], ".3f"))
+            for calls in (*TOLD, 256):
+                here = [one[f"{name} steps={calls}"] for one in told if f"{name} steps={calls}" in one]
+                row.append(measured(np.mean([one["nats"] for one in here]), here[0]["se"], ".3f") if here else "")
             rows.append(row)
-    return markdown(["", "-log p under", *(f"{n} calls" for n in TOLD)], rows)
+    return markdown(["", "-log p under", *(f"{n} calls" for n in (*TOLD, 256))], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -274,7 +274,7 @@ def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
         found["calls"].append({"steps": line["sampling"]["steps"], "network_calls": line["sampling"]["network_calls"],
                                "judge": {name: line["judge"].get(name) for name in JUDGED}})
     told = workdir / "likelihoods.json"
-    measured_all = told.exists() and set(decodings(cell)) <= set(read_json(str(told))["decodings"])  # not stopped in between
+    measured_all = told.exists() and set(decodings(cell)) <= set(read_json(str(told))["decodings"])  # was not stopped
     if measured_all:
         found["likelihoods"] = read_json(str(told))["decodings"]
     with np.load(workdir / "evaluate_rows.npz") as rows:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tools import mutations
 from tools.imports import ROOMS, between, circles, imported, ordered, sources
 
 EXEMPT = "hdlm_jax.main"  # the front door imports what a mode needs
@@ -114,3 +115,11 @@ def test_nobody_asks_what_a_process_or_a_network_is(root):
                     which in ("hasattr", "getattr") and about[0].lower().endswith(tuple(map(str.lower, KINDS)))):
                 asked.append(f"{name}: {which}({', '.join(about)})")
     assert asked == []
+
+
+def test_mutations_find_their_place(root):
+    """tools/mutations.py changes one place each, and names tests that there are."""
+    for name, m in mutations.MUTATIONS.items():
+        file, test = m.test.split("::")
+        assert (root / m.file).read_text().count(m.old) == 1 and m.old != m.new, name
+        assert f"def {test}(" in (root / file).read_text(), name

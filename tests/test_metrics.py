@@ -376,7 +376,7 @@ def test_paired_errors_know_of_the_strata(tmp_path, shared):
         b = hard - 5 + (80 * (tau - 0.5) + noise if shared else 0.0)
         nats = [one[None, :, None] for one in (a, b)]
         times = (tau, tau if shared else 0 * tau)
-        rest = [elbo.residuals(one, tokens, t[None]) for one, t in zip(nats, times, strict=True)]
+        rest = [elbo.residuals(one, tokens, t[None]).sum(0) for one, t in zip(nats, times, strict=True)]
         for name, values, left in zip("ab", (a, b), rest, strict=True):
             folder = rows(tmp_path / name, values, tokens)
             np.savez(f"{folder}/evaluate_rows.npz", nats=values, tokens=tokens, residuals=left)

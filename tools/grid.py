@@ -274,9 +274,10 @@ def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
         found["calls"].append({"steps": line["sampling"]["steps"], "network_calls": line["sampling"]["network_calls"],
                                "judge": {name: line["judge"].get(name) for name in JUDGED}})
     told = workdir / "likelihoods.json"
-    measured_all = told.exists() and set(decodings(cell)) <= set(read_json(str(told))["decodings"])  # was not stopped
+    found_all = read_json(str(told))["decodings"] if told.exists() else {}
+    measured_all = set(decodings(cell)) <= set(found_all)  # it was not stopped in between
     if measured_all:
-        found["likelihoods"] = read_json(str(told))["decodings"]
+        found["likelihoods"] = found_all
     with np.load(workdir / "evaluate_rows.npz") as rows:
         each = np.load(told.with_suffix(".npz")) if measured_all else {}
         write_arrays(out / f"{workdir.name}.npz", {**rows, **{f"told {name}": a for name, a in each.items()}})

@@ -38,7 +38,6 @@ def make_nelbo_step(network: Trunk, process: Process, mesh: Mesh | None = None
     batch: x, segment int32 [b, S], score bool [b, S], tau, inv_q float32 [b], pair int32 [b] (its randomness) and, for
     a network that is given some, features float32 [b, P, F].
     """
-
     shard = parallel.OverBatch(mesh)
 
     def step(params: Tree, batch: Batch, key: jax.Array) -> jax.Array:
@@ -64,8 +63,7 @@ def stratified_pairs(proposal: NoiseTimes, seed: int, rows: int, draws: int) -> 
     place = np.stack([rng.permutation(rows) for _ in range(draws)])
     part = np.stack([rng.permutation(draws) for _ in range(rows)], axis=1)  # of stratum s, which pass gets which
     part = np.take_along_axis(part, place, axis=1)
-    u = (place * draws + part + rng.random((draws, rows))) / (rows * draws)
-    return proposal.quantile(u)
+    return proposal.quantile((place * draws + part + rng.random((draws, rows))) / (rows * draws))
 
 
 class Evaluator:
@@ -165,16 +163,10 @@ def _beside(rest: np.ndarray, tau: np.ndarray, half: int = 16) -> np.ndarray:
 
 
 def residuals(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray) -> np.ndarray:
-    """float [rows]: what each sequence's estimates [draws, rows, K] add to the error of nats a token, beside those at
-    like noise times. The root of their squares' sum is the standard error; of two runs on the same sequences that of
-    the difference is the same of the residuals' difference."""
-    return _errors(nats.sum(-1), tokens, tau).sum(0)
-
-
-def _errors(per_pair: np.ndarray, tokens: np.ndarray, tau: np.ndarray) -> np.ndarray:
-    """Of a ratio of sums, [draws, rows]."""
-    nelbo = per_pair.mean(0).sum() / tokens.sum()
-    return _beside(per_pair - nelbo * tokens, tau) / (len(per_pair) * tokens.sum())
+    """float [draws, rows]: what estimates [draws, rows, K] add to the error of nats a token, a ratio of sums, beside
+    those at like noise times. The error is the root of the sum over rows of the square of the sum over draws."""
+    per_pair, total = nats.sum(-1), tokens.sum()
+    return _beside(per_pair - per_pair.mean(0).sum() / total * tokens, tau) / (len(nats) * total)
 
 
 def summarise(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarray) -> dict[str, Any]:
@@ -186,23 +178,18 @@ def summarise(nats: np.ndarray, tokens: np.ndarray, tau: np.ndarray, q: np.ndarr
     of `se` with a single draw. uniform_t_variance: what the variance by noise times would be with t uniform (stratified
     as well), as a multiple of what it is; None where too few draws tell.
     """
-    draws, n, _ = nats.shape
-    total = tokens.sum()
-    per_pair = nats.sum(-1)
+    (draws, n, _), total, per_pair = nats.shape, tokens.sum(), nats.sum(-1)
     nelbo = per_pair.mean(0).sum() / total
-    rest = _errors(per_pair, tokens, tau)
+    rest = residuals(nats, tokens, tau)
     se = math.sqrt(np.sum(rest.sum(0) ** 2)) if n > 1 else math.nan  # one sequence says nothing of others
     se_time = math.sqrt(draws * np.sum(rest.var(0, ddof=1))) if draws > 1 else math.nan
     se_data = math.sqrt(max(se**2 - (se_time**2 if draws > 1 else 0.0), 0.0)) if n > 1 else math.nan
     # v(tau), the variance of the integrand h at a noise time, from neighbours in noise time; a share b of it is the
     # spread between sequences, which says nothing about noise times
-    order = np.argsort(tau, axis=None)
-    h = (per_pair * q / np.maximum(tokens, 1)).reshape(-1)[order]
-    q, tau = q.reshape(-1)[order], tau.reshape(-1)[order]
+    order, h = np.argsort(tau, axis=None), (per_pair * q / np.maximum(tokens, 1)).reshape(-1)
+    h, q, tau = h[order], q.reshape(-1)[order], tau.reshape(-1)[order]
     v, b = 0.5 * np.diff(h) ** 2, se_data**2 * n
-    here = uniform = math.nan
-    if v.size:
-        here, uniform = np.mean(v / q[1:] ** 2) - b, np.mean(v / (q[1:] * np.exp(-tau[1:]))) - b
+    here, uniform = (np.mean(v / by) - b if v.size else math.nan for by in (q[1:] ** 2, q[1:] * np.exp(-tau[1:])))
     return {
         "nelbo": nelbo, "se": se, "se_data": se_data, "se_time": se_time,
         "perplexity": perplexity(nelbo), "levels": (nats.mean(0).sum(0) / total).tolist(),

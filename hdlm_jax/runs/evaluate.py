@@ -84,7 +84,7 @@ def evaluate(config: Config, workdir: str, into: str = "") -> Json:
     if processes.is_main_process():
         jsons.write_arrays(os.path.join(into, "evaluate_rows.npz"),
                            {"nats": nats.mean(0).sum(-1), "tokens": rows["tokens"],
-                            "residuals": residuals(nats, rows["tokens"], tau)})
+                            "residuals": residuals(nats, rows["tokens"], tau).sum(0)})
         write_json(path, result)
     parts = (f" = discrete {measured(result['discrete'], result['discrete_se'], sign='+-')} + continuous "
              f"{measured(result['continuous'], result['continuous_se'], sign='+-')}" if "discrete" in result else "")

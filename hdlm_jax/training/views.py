@@ -80,7 +80,7 @@ def opened(keys: jax.Array, share: jax.Array | None, seq_len: int, segment: jax.
 
 
 def _at_times(process: Process, rows: _Rows) -> Drawn:
-    """nelbo, rate: all of a row at one noise time, t uniform."""
+    """nelbo, rate (RADD's, arXiv 2406.03736): all of a row at one noise time, t uniform."""
     tau = stratified_tau(fold(rows.keys, 0), rows.place, rows.strata)
     z, level = process.noised(fold(rows.keys, 1), rows.x, tau, rows.score)
     return z, level, tau, process.nelbo_weight(z, tau, rows.x) * jnp.exp(tau)[:, None]
@@ -136,7 +136,8 @@ def after(times: jax.Array, k: jax.Array, r: jax.Array, score: jax.Array, alone:
 
 
 def _at_crossings(alone: bool, process: HierarchicalProcess, rows: _Rows, own: jax.Array | None = None) -> Drawn:
-    """count, any_order: at a crossing, the levels and ranks of a batch's rows in strata; own: keys [b] of clusters."""
+    """count (RADD's k-DCE, at any K), any_order (arXiv 2110.02037): at a crossing, levels and ranks of a batch's rows in
+    strata; own: keys [b] of clusters."""
     u, keys = jax.vmap(open_uniform)(fold(rows.keys, 0)), fold(rows.keys, 1)
     k, r = crossing(rows.place, u, rows.strata, process.num_levels, jnp.sum(rows.score, axis=-1))
     times = jax.vmap(lambda key: process.chain.crossing_times(key, rows.x.shape[1:]))(fold(keys, 0))

@@ -383,12 +383,13 @@ def plan(config: Config, devices: Sequence[Any], name: str = "") -> Json:
 def table(plans: list[Json]) -> str:
     """Plans as a Markdown table; bytes are a device's, moved bytes and seconds those of a step."""
     names = ("recipe", "topology", "data × fsdp × tensor", "remat, parts", "state + temporary, GiB", "peak", "fits",
-             "exchanges, GiB", "at full links, s", "estimate, s", f"at {MFU:.0%} MFU, s", "tokens/s there",
-             f"days for {TOKENS / 1e9:.0f}B")
+             "exchanges, GiB", "at full links, s", "estimate, s", f"at {MFU:.0%} MFU, s", "tokens/s at most",
+             f"days for {TOKENS / 1e9:.0f}B, at least")
     rows = []
     for p in plans:
         gib = {name: f"{size / 2**30:.2f}" for name, size in p.get("bytes", {}).items()}
         number = lambda name, form, by=1.0, p=p: format(p[name] / by, form) if name in p else ""  # noqa: E731
+        longer = max(1.0, p.get("estimate_s", 0.0) / p["step_s"]) if p.get("step_s") else 1.0  # a step takes both
         loops = f" + {p['estimate_a_pass_s']:.4f} a pass" if p.get("estimate_a_pass_s") else ""
         rows.append((
             f"{p['config']}, {p['head']}" + ", muon" * (p.get("optimizer") == "muon"), p.get("topology", ""),
@@ -396,7 +397,8 @@ def table(plans: list[Json]) -> str:
             f"{p.get('remat', '')}, {p['microbatches']}", f"{gib['arguments']} + {gib['temporaries']}" if gib else "",
             gib.get("peak", ""), {True: "yes", False: "no", None: ""}[p["fits"]], number("moved_bytes", ".1f", 2**30),
             number("links_s", ".2f"), number("estimate_s", ".3f") + loops, number("step_s", ".2f"),
-            number("tokens_per_s", ",.0f"), number("days", ".1f")))
+            f"{p['tokens_per_s'] / longer:,.0f}" if "tokens_per_s" in p else "",
+            f"{p['days'] * longer:.1f}" if "days" in p else ""))
     return markdown(names, rows)
 
 

@@ -161,10 +161,11 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
         told = list(zip(*(line["rewards"] for line in each), strict=True))  # of each number of calls, all seeds
         by_calls = [_told(at) for at in told]
         row = [name, str(len(each)), *(by_calls if len(told) == 3 else ["", *by_calls, ""]),
-               ", ".join(f"{100 * np.mean([one['distinct'] for one in at]):.0f} %" for at in told),
+               ", ".join(f"{100 * np.mean([one['distinct'] for one in at]):.0f} %" for at in told
+                         if at[0]["distinct"] is not None),  # it says nothing of old runs where all prompts differ
                averaged([line["nelbo"] for line in each], [line["se"] for line in each])]
         if timed:
-            row.append(" + ".join(f"{min(line[key] for line in each if key in line):.2f}" for key in SECONDS
+            row.append(" + ".join(f"{min(line[key] for line in each if key in line):.3f}" for key in SECONDS
                                   if any(key in line for line in each)))
         rows.append(row)
     heads = ["run", "seeds", "calls: reward at half", "as trained", "at twice", "different", "NELBO, nats/token"]

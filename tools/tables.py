@@ -29,6 +29,7 @@ from tools import (
     isoflop,
     lessons,
     method_sweep,
+    plan,
     rewards,
     serve_load,
     speedrun,
@@ -53,7 +54,7 @@ def board_tables(found: leaderboard.Board) -> str:
 OF_FILES: dict[str, Callable[[Any], str]] = {
     "toy": toy_calls.table, "map": toy_map.tables, "surrogates": toy_surrogates.table,
     "channel": toy_channel.tables, "lesson": lessons.table,
-    "speedrun": speedrun.table, "rewards": rewards.table, "load": serve_load.table,
+    "speedrun": speedrun.table, "plans": plan.table, "rewards": rewards.table, "load": serve_load.table,
     "sweep": method_sweep.table, "isoflop": isoflop.table, "board": board_tables, "lengths": block_lengths.table,
     "calibration": calibration.table, "wavefronts": wavefronts.table}
 MARK = re.compile(rf"(<!-- (runs|grid|{'|'.join(OF_FILES)}): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -2,8 +2,8 @@
 
 What both have is taken over. A cluster's vector starts as the mean of its tokens', the mask's as the mean of all tokens
 (as that of a model that has one already); a factorised head starts from the flat one's rows, its clusters fitted to
-the flat one's at noised texts (`fitted`). DiffuLLaMA (arXiv 2410.17891), Dream (2508.15487) and Dimple (2505.16990) begin so; that a
-hierarchy can be begun so is ours.
+the flat one's at noised texts (`fitted`). DiffuLLaMA (arXiv 2410.17891), Dream (2508.15487) and Dimple (2505.16990)
+begin so; that a hierarchy can be begun so is ours.
 """
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ def after(times: jax.Array, k: jax.Array, r: jax.Array, score: jax.Array, alone:
 
 
 def _at_crossings(alone: bool, process: HierarchicalProcess, rows: _Rows, own: jax.Array | None = None) -> Drawn:
-    """count (RADD's k-DCE, at any K), any_order (arXiv 2110.02037): at a crossing, levels and ranks of a batch's rows in
-    strata; own: keys [b] of clusters."""
+    """count (RADD's k-DCE, for any K), any_order (arXiv 2110.02037): at a crossing, levels and ranks of a batch's rows
+    in strata; own: keys [b] of clusters."""
     u, keys = jax.vmap(open_uniform)(fold(rows.keys, 0)), fold(rows.keys, 1)
     k, r = crossing(rows.place, u, rows.strata, process.num_levels, jnp.sum(rows.score, axis=-1))
     times = jax.vmap(lambda key: process.chain.crossing_times(key, rows.x.shape[1:]))(fold(keys, 0))

@@ -49,7 +49,7 @@ def test_rows_are_means_over_seeds_with_their_standard_error():
     parts = [part.strip() for part in mean.split("|")]
     assert parts[2] == "3" and parts[4] == f"6: 0.660 ± {spread:.3f}" and parts[6] == "50 %, 50 %, 50 %"
     error = math.hypot(np.std([1.1, 1.3, 1.2], ddof=1) / math.sqrt(3), 0.01)
-    assert parts[7] == f"1.200 ± {error:.3f}" and parts[8] == "0.10 + 0.30"
+    assert parts[7] == f"1.200 ± {error:.3f}" and parts[8] == "0.100 + 0.300"
 
 
 def test_what_is_there_is_not_made_again(tmp_path, monkeypatch, capsys):

@@ -158,7 +158,8 @@ def test_errors_of_rewards_count_prompts():
 
 
 def test_answers_are_different_up_to_their_ends():
-    """What a row has behind its end is no answer; the same answer to two prompts is two."""
+    """What a row has behind its end is no answer; the same answer to two prompts is two, but where each is asked once:
+    then one answer to all of them is one, which tells a collapse."""
     config, tokenizer = settings("score", "x", tune__task="sums", model__seq_len=16), tokenizers.make_tokenizer("bytes")
     prompts = tune.Prompts(config, tokenizer, 257)
     examples = prompts.examples(0, 8)  # two prompts, four rollouts each
@@ -166,6 +167,12 @@ def test_answers_are_different_up_to_their_ends():
     for row, example in zip(x, examples, strict=True):
         row[len(example.prompt) : len(example.prompt) + 2] = ord("5"), tokenizer.eot
     assert len(np.unique(x, axis=0)) == 4 and prompts.judged(x, examples)[1]["distinct"] == 2 / 8
+    alone = tune.Prompts(config, tokenizer, 257, "valid")
+    examples = alone.examples(0, 8)
+    x = np.where((z := alone.canvas(examples)) == 257, tokenizer.eot, z)
+    for row, example in zip(x, examples, strict=True):
+        row[len(example.prompt)] = ord("5")
+    assert len({e.prompt for e in examples}) == 8 and alone.judged(x, examples)[1]["distinct"] == 1 / 8
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -175,6 +182,8 @@ def test_answers_are_different_up_to_their_ends():
     ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.group": 7}, "must divide"),
     ({"tune.objective": "score", "tune.task": "sums", "train.init_from": "x", "tune.updates": 2}, "constant"),
     ({"tune.objective": "elbo", "tune.task": "sums", "tune.advantage": "mdpo"}, "choose score"),
+    ({"tune.objective": "spg", "tune.task": "sums", "tune.ratio": "text"}, "choose call or token"),
+    ({"tune.objective": "score", "tune.task": "sums", "tune.ratio": "text", "tune.views": 1}, "choose call or token"),
     ({"tune.objective": "score", "tune.task": "sums", "tune.advantage": "mdpo", "tune.cost": 0.1}, "cost=0.1 does")])
 def test_settings_that_do_not_go_together_are_one_line(changes, words):
     given = default()
@@ -238,9 +247,11 @@ def test_it_resumes_between_steps_bit_for_bit(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["elbo", "nodes", "one_pass", "coupled"])
-def test_surrogates_run(base, tmp_path, objective):
-    state = tune.tune(settings(objective, base, 2), str(tmp_path))
+@pytest.mark.parametrize("objective, more", [
+    ("elbo", {}), ("one_pass", {"tune__advantage": "wd1"}), ("coupled", {}), ("spg", {}),
+    ("nodes", {"tune__ratio": "text", "tune__updates": 2})])
+def test_surrogates_run(base, tmp_path, objective, more):
+    state = tune.tune(settings(objective, base, 2, **more), str(tmp_path))
     assert int(state.step) == 2 and int(state.skipped) == 0
 
 

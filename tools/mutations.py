@@ -33,7 +33,7 @@ RECORD, UPDATE, TUNING = "hdlm_jax/tuning/record.py", "hdlm_jax/tuning/update.py
 MUTATIONS = {
     "replay": Mutation(RECORD, "rollout.fell >= at + more", "rollout.fell > at + more",
                        TUNING + "test_replay_rebuilds_every_frame"),
-    "score": Mutation(UPDATE, "jnp.where((to < k) & (k <= level)", "jnp.where((to < k) & (k == level)",
+    "score": Mutation(UPDATE, "out = out + jnp.where((to < k)", "out = jnp.where((to < k)",
                       TUNING + "test_score_is_the_gradient_of_the_mean_reward"),
     "draws": Mutation(UPDATE, "z, _, level, to, x, turn, t, length = replay(process, rollout, call)",
                       "z, _, level, to, x, turn, t, length = replay(process, rollout._replace(seen=None), call)",

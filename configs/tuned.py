@@ -6,8 +6,7 @@
         --mode=generate --config.generate.prompt='3 times list:'
 
 docs/finetuning.md makes such a file and shows what comes out. A record is a row: its prompt is given, its response and
-the ends of
-text behind it are learnt, so that the run knows when to stop. Rows of 64 tokens (model.seq_len).
+the ends of text behind it are learnt, so that the run knows when to stop. Rows of 64 tokens (model.seq_len).
 
 Fits on: what the run that it starts from was trained on.
 """

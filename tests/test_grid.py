@@ -49,7 +49,7 @@ def test_differences_are_paired_over_texts_and_seeds(tmp_path):
     assert np.isclose(error, np.hypot(over_texts, over_seeds))
     shown = grid.table("clusters", tmp_path)
     assert "hdlm_k3" not in shown and f"{mean:+.4f}" in shown
-    assert "101 ± 6 / 4.00 / 0.50" in grid.calls_table(tmp_path)  # of three seeds, ± 1 and of the samples ± 10
+    assert "101 ± 1 / 4.00 / 0.50" in grid.calls_table(tmp_path)  # 1 / sqrt(3), of three seeds
     write(tmp_path, "mdlm-c0.02", 0, text, tokens)
     assert "mdlm-c0.02" in grid.calls_table(tmp_path, grid.FEW) and "mdlm-c0.02" not in grid.calls_table(tmp_path)
     assert "| discrete | continuous |" in grid.table("channel", tmp_path)

@@ -173,6 +173,7 @@ def test_answers_are_different_up_to_their_ends():
     for row, example in zip(x, examples, strict=True):
         row[len(example.prompt)] = ord("5")
     assert len({e.prompt for e in examples}) == 8 and alone.judged(x, examples)[1]["distinct"] == 1 / 8
+    assert alone.judged(x[[0, *range(7)]], [examples[0], *examples[:7]])[1]["distinct"] == 1 / 8  # one comes twice
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -243,7 +243,7 @@ def likelihood_commands(cell: Cell, workdir: str) -> list[list[str]]:
 def make(cell: Cell, seed: int, runs: Path, out: Path, steps: int, judge: str) -> None:
     """Trains, measures and keeps one cell; what went wrong is said and leaves the others to go on."""
     kept = out / f"{cell.name}-s{seed}.json"
-    todo = commands(cell, seed, runs, steps, judge)
+    todo, commit = commands(cell, seed, runs, steps, judge), cli.commit()
     if kept.exists():
         told = json.loads(kept.read_text()).get("likelihoods", {})
         lacks = not set(decodings(cell)) <= set(told) and (runs / kept.stem).exists()
@@ -255,13 +255,12 @@ def make(cell: Cell, seed: int, runs: Path, out: Path, steps: int, judge: str) -
             say(f"grid: {kept.stem}: exit code {code}, left for the next call")
             return
     if todo:
-        keep(cell, seed, runs / kept.stem, out)
+        keep(cell, seed, runs / kept.stem, out, commit)
 
 
-def keep(cell: Cell, seed: int, workdir: Path, out: Path) -> None:
-    """Writes what tables need of a run that is done."""
+def keep(cell: Cell, seed: int, workdir: Path, out: Path, commit: str) -> None:
+    """Writes what tables need of a run that is done; commit: of the code that began it."""
     out.mkdir(parents=True, exist_ok=True)
-    commit = cli.commit()
     if (there := out / f"{workdir.name}.json").exists():
         commit = json.loads(there.read_text()).get("commit", commit)  # of its training
     records = read_lines(str(workdir / "metrics.jsonl"))[0]
@@ -347,7 +346,7 @@ def table(question: str, out: Path = KEPT) -> str:
 
 def calls_table(out: Path = KEPT, calls: tuple[int, ...] = CALLS) -> str:
     """Markdown: generative perplexity and entropy of every cell that is sampled in these calls, seeds averaged; ± is
-    of the samples and, where there are several, of the seeds."""
+    of the samples of one seed, or between seeds, each with samples of its own."""
     rows = []
     for cell in (cell for cell in CELLS if cell.calls == calls):
         lines = [line for one in load(cell.name, out) for line in one[0]["calls"]]
@@ -358,8 +357,7 @@ def calls_table(out: Path = KEPT, calls: tuple[int, ...] = CALLS) -> str:
             here = [line["judge"] for line in lines if line["steps"] == steps]
             perplexity, se, entropy, distinct = ([judge[key] for judge in here] for key in (
                 "perplexity", "perplexity_se", "unigram_entropy", "distinct_2"))
-            between = np.std(perplexity, ddof=1) if len(here) > 1 else 0.0
-            error = math.hypot(between, np.mean(se)) / math.sqrt(len(here)) if here else 0.0
+            error = np.std(perplexity, ddof=1) / math.sqrt(len(here)) if len(here) > 1 else np.mean(se or [0.0])
             row.append(f"{np.mean(perplexity):.0f} ± {error:.0f} / {np.mean(entropy):.2f} / {np.mean(distinct):.2f}"
                        if here else "")
         rows.append(row)

@@ -389,7 +389,7 @@ def table(plans: list[Json]) -> str:
     for p in plans:
         gib = {name: f"{size / 2**30:.2f}" for name, size in p.get("bytes", {}).items()}
         number = lambda name, form, by=1.0, p=p: format(p[name] / by, form) if name in p else ""  # noqa: E731
-        longer = max(1.0, p.get("estimate_s", 0.0) / p["step_s"]) if p.get("step_s") else 1.0  # a step takes both
+        longer = max(1.0, p.get("estimate_s", 0.0) / p["step_s"]) if p.get("step_s") else 1.0  # the longer of the two
         loops = f" + {p['estimate_a_pass_s']:.4f} a pass" if p.get("estimate_a_pass_s") else ""
         rows.append((
             f"{p['config']}, {p['head']}" + ", muon" * (p.get("optimizer") == "muon"), p.get("topology", ""),

@@ -3,10 +3,10 @@
     python -m tools.toy_surrogates [--out=docs/runs/toy_surrogates.json]
 
 Three tokens of three words, MDLM, every rollout of `max_prob` in two or three calls and of a random order, one token a
-call; a network is a table of logits, one for every state, so
-that nothing is approximated. Each surrogate's gradient is its mean over all rollouts and all masks, its advantage the
-reward less its mean. Rewards are uniform in [0, 1] for each text, --tables networks of each kind: logits of standard
-deviation .3, 1 and 2, and the conditionals of a random joint (`consistent`). Told are
+call; a network is a table of logits, one for every state, so that nothing is approximated. Each surrogate's gradient is
+its mean over all rollouts and all masks, its advantage the reward less its mean. Rewards are uniform in [0, 1] for each
+text, --tables networks of each kind: logits of standard deviation .3, 1 and 2, and the conditionals of a random joint
+(`consistent`). Told are
 
   cosine    of the angle to the gradient of the mean reward: the mean over networks, and in brackets the worst
   constant  the length of what a constant reward of 1 gives, over that of the gradient: 0 if it is one

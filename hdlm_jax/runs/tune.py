@@ -115,7 +115,7 @@ class Prompts:
         but where each prompt is asked once.
         """
         answers, prompts = self.answers(x, examples), [example.prompt for example in examples]
-        alone = len(set(prompts)) == len(prompts)  # else an answer is another one if its prompt is
+        alone = self.group == 1  # each prompt is asked once; else an answer is another one if its prompt is
         quality = self.task.reward(answers, [example.facts for example in examples])
         reward = (quality - self.config.tune.cost * calls).astype(np.float32)
         each = reward.reshape(-1, self.group).mean(1) if len(reward) > self.group else reward

@@ -248,7 +248,7 @@ class Gradients:
         omega, spg = advantage, tune.objective == "spg"
         now = self.nats(params, view) if old is not None or tune.kl or spg else 0.0
         if spg:  # of sum_i log sum_z w p^beta / beta: a softmax over the views of a token
-            upper = jnp.exp(-UPPER * now) / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)
+            upper = jnp.where(view.to < view.level, jnp.exp(-UPPER * now) / jnp.maximum(whole, 1e-30), 0.0)
             omega = advantage * jnp.where(advantage < 0, SHARE * upper + 1 - SHARE, 1.0)
         if old is not None:
             log_ratio = self.nats(old, view) - now
@@ -288,8 +288,7 @@ class Gradients:
 
         def add(number: jax.Array, carry: Tree) -> Tree:
             view = self.views(rows, keys, number)
-            more = jax.value_and_grad(self.of_view, has_aux=True)(params, old, reference, view,
-                                                                        whole)
+            more = jax.value_and_grad(self.of_view, has_aux=True)(params, old, reference, view, whole)
             return jax.tree.map(jnp.add, carry, more)
 
         return jax.lax.fori_loop(0, self.count(rows), add, (zero, jax.tree.map(jnp.zeros_like, params)))

@@ -58,7 +58,7 @@ SYSTEMS = {
     "wd1": System("`one_pass`, `advantage=wd1` (wd1)", "one_pass", ("tune.advantage=wd1",)),
     "spg": System("`spg` (SPG)", "spg"),
     "nodes-text": System("`nodes`, `updates=4`, `ratio=text`", "nodes", (
-        "tune.updates=4", "tune.ratio=text", "tune.clip=.5", "optimizer.schedule=constant")),
+        "tune.updates=4", "tune.ratio=text", "tune.clip=.5")),
     "base-first": System("base, `first_hitting`", "", _by("first_hitting")),
     "first": System("`score`, `first_hitting`", "score", _by("first_hitting")),
     "order": System("`score`, order trained (DCoLT)", "order"),

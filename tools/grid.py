@@ -56,6 +56,8 @@ class Cell(NamedTuple):
 NO_TIME = ("--config.model.time_conditioning=False",)
 WARM_HEAD = ("--config.model.warm_head=True",)
 CLIP = ("--config.diffusion.weighting=clip", "--config.diffusion.weight_min=0.0", "--config.diffusion.weight_max=2.0")
+OWN = ("--config.hierarchy.embeddings=checkpoint:runs/grid/gidd0-s0",)  # of the cell gidd0, in place of the corpus's
+EMPIRICAL = ("--config.diffusion.weighting=empirical",)  # the paper's, which weigh the mask more than clusters
 GPT2 = ("--config.tokenizer.kind=gpt2",)
 REPEATS = {name: (f"--config.data.files=('runs/grid/one_of_{n}.jsonl',)",  # every nth chapter (docs/results.md)
                   "--config.tokenizer.file=runs/grid/data/tokenizer.tiktoken")
@@ -141,6 +143,8 @@ CELLS = (
     Cell("hdlm_xi9-count", "hdlm_xi9-muon", 3, COUNT),
     Cell("mdlm-clip", "mdlm-warm", 3, CLIP),
     Cell("hdlm-clip", "hdlm-warm", 3, CLIP),
+    *(Cell(f"{kind}-clip-own", f"{kind}-warm", 3, (*CLIP, *OWN), True) for kind in ("mdlm", "hdlm")),
+    Cell("hdlm-empirical", "hdlm-muon", 3, EMPIRICAL, True),
     *(Cell(f"{name}{n}", f"hdlm{recipe}-muon", 3, (f"--config.hierarchy.clusters=({n},)",)) for n in (16, 256)
       for name, recipe in (("hdlm", ""), ("learned", "-learned"), ("soft", "-soft"))),
     *(Cell(f"{name}-wide", f"{name}-muon", 3, WIDE, True) for name in ("mdlm", "hdlm")),
@@ -170,7 +174,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
                  "learned256", "hdlm_k3", "hdlm-factorised", "learned-factorised"),
     "xi": ("hdlm", "hdlm_xi9", "mdlm"),
     "maps": ("hdlm_xi9-count", "soft", "soft-random", "soft16", "soft256", "hdlm_xi9", "hdlm"),
-    "rates": ("hdlm", *(f"hdlm-gamma{g}" for g in RATES), "mdlm"),
+    "rates": ("hdlm", *(f"hdlm-gamma{g}" for g in RATES), "hdlm-empirical", "mdlm"),
     "sizes": ("mdlm", "hdlm", "mdlm-wide", "hdlm-wide"),
     "heads": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "shuffled-factorised"),
     "time": ("mdlm", "mdlm-notime", "hdlm", "hdlm-notime"),
@@ -179,7 +183,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "starts": ("mdlm-tied", "mdlm", "mdlm-warm", "mdlm-warm-head", "mdlm-factorised-warm-head", "hdlm", "hdlm-warm",
                "hdlm-warm-head", "hdlm-tied", "hdlm-factorised-warm-head", "shuffled", "shuffled-tied",
                "hdlm_xi9-tied", "hdlm_k3-tied", "mdlm-notime-tied", "hdlm-notime-tied", "ar", "ar-tied"),
-    "paper": ("mdlm-clip", "hdlm-clip"),
+    "paper": ("mdlm-clip", "hdlm-clip", "mdlm-clip-own", "hdlm-clip-own"),
     "vocabulary": ("mdlm-gpt2-half", "mdlm-factorised-gpt2", "hdlm-factorised-gpt2", "mdlm-gpt2", "mdlm-tied-gpt2-half",
                    "mdlm-factorised-warm-head-gpt2", "hdlm-factorised-warm-head-gpt2"),
     "long": ("long-block4", "long-block4-count", "long-block4-wide", "long-block4-count-wide", "long-mdlm"),

@@ -96,8 +96,10 @@ def test_differences_are_paired_by_text(place, board):
             np.load(out / found["ar"]["results"] / "tasks_ptb.npz") as b:
         each, sizes = (a["nats"] - b["nats"]) / math.log(2), a["bytes"]
         assert sizes.tolist() == [len(b"it wasn't N"), len(b"of 1 ?")] and a["tokens"].tolist() == [12, 7]
-    rest = each - each.sum() / sizes.sum() * sizes
-    assert pair["se"] == pytest.approx(math.sqrt(2 * (rest**2).sum()) / sizes.sum())
+        apart, exact, nats = a["residuals"] - b["residuals"], b["residuals"], b["nats"]
+    rest = nats - nats.sum() / sizes.sum() * sizes  # of an exact process, a text in one piece: a plain ratio's
+    assert np.linalg.norm(exact) == pytest.approx(math.sqrt(2 * (rest**2).sum()) / sizes.sum())
+    assert pair["se"] == pytest.approx(np.linalg.norm(apart) / math.log(2))
     other = {"nats": each, "bytes": sizes, "text": "x"}
     assert leaderboard._paired(other, other | {"text": "y"}) == {"why": "other documents"}
 

@@ -252,14 +252,17 @@ def _differences(rows: list[dict[str, Any]], text: str, out: str) -> str | None:
 
 
 def _documents(row: dict[str, Any], text: str, out: str) -> dict[str, Any]:
-    """nats and bytes of a run's documents, and the fingerprint of their texts."""
+    """nats, bytes and (where they were kept) residuals of a run's documents, and the fingerprint of their texts."""
     with np.load(os.path.join(out, row["results"], f"tasks_{text}.npz"), allow_pickle=False) as found:
-        return {"nats": found["nats"], "bytes": found["bytes"], "text": json.loads(str(found["made_from"]))["text"]}
+        kept = {name: found[name] for name in ("nats", "bytes", "residuals") if name in found}
+        return kept | {"text": json.loads(str(found["made_from"]))["text"]}
 
 
 def _paired(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """Bits per byte of b minus those of a, and the standard error between documents."""
+    """Bits per byte of b minus those of a, and the standard error between documents, from residuals as compare.py's."""
     if a["text"] != b["text"]:
         return {"why": "other documents"}
     mean, se = ratio(b["nats"] - a["nats"], a["bytes"])
+    if len(a["nats"]) > 1 and "residuals" in a and "residuals" in b:  # else strata of noise times count as chance
+        se = float(np.linalg.norm(b["residuals"] - a["residuals"]))
     return {"bits_per_byte": mean / math.log(2), "se": se / math.log(2), "documents": len(a["bytes"])}

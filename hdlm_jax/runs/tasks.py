@@ -25,7 +25,7 @@ from hdlm_jax.data.documents import Reader
 from hdlm_jax.data.sources import resolve
 from hdlm_jax.evaluation import benchmarks
 from hdlm_jax.evaluation.benchmarks import TASKS, Passage, Question
-from hdlm_jax.evaluation.elbo import summarise
+from hdlm_jax.evaluation.elbo import residuals, summarise
 from hdlm_jax.evaluation.problems import solve
 from hdlm_jax.evaluation.rows import per_text, split, split_all
 from hdlm_jax.evaluation.scorer import Choices, Scorer, encode_pair
@@ -36,7 +36,8 @@ from hdlm_jax.training.loading import check_writable, load_run
 def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bool) -> Json:
     """Nats per token, bits per byte and perplexities of documents, with standard errors. words: those by words too.
 
-    With the protocol "document" by_document has nats float64, tokens and bytes int64 of each, all [n].
+    With the protocol "document" by_document has nats float64, tokens and bytes int64 of each, all [n], and residuals
+    float64 [n], what each adds to the error of nats a byte (elbo.residuals).
     """
     tokenizer, started = scorer.run.tokenizer, time.monotonic()
     ids = [np.append(found, np.int32(tokenizer.eot)) for found in tokenizer.encode_batch([p.text for p in passages])]
@@ -53,8 +54,10 @@ def perplexity(scorer: Scorer, passages: list[Passage], protocol: str, words: bo
               "perplexity_se": found["perplexity"] * found["se"], "documents": len(passages), "bytes": size,
               "bits_per_byte": found["nelbo"] * per_byte, "bits_per_byte_se": found["se"] * per_byte}
     if owner is not None:
-        found["by_document"] = {"nats": per_text(nats.mean(0).sum(-1), owner, len(ids)),
-                                "tokens": per_text(tokens, owner, len(ids)), "bytes": sizes}
+        of_document = per_text(tokens, owner, len(ids))
+        rest = residuals(nats, tokens * (sizes / of_document)[owner], tau).sum(0)
+        found["by_document"] = {"nats": per_text(nats.mean(0).sum(-1), owner, len(ids)), "tokens": of_document,
+                                "bytes": sizes, "residuals": per_text(rest, owner, len(ids))}
     if words:
         count = sum(p.words for p in passages)
         per_word = found["tokens"] / count

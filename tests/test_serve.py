@@ -65,6 +65,14 @@ def pieces(client, **body):
     return [json.loads(line[6:])["choices"][0] for line in lines[:-1]]
 
 
+def test_seconds_of_a_stream_are_counted_to_its_end(client, server):
+    pieces(client, prompt="The ", seed=1)  # compiled
+    before, began = server.seconds, time.monotonic()
+    pieces(client, prompt="The ", seed=2, n=8)
+    took = time.monotonic() - began
+    assert took / 2 < server.seconds - before < took + 0.01
+
+
 def test_texts_are_those_of_generate_whoever_else_is_served(client):
     """Prompts, ends, several texts, blanks and schemas, all at once."""
     m = model()

@@ -189,7 +189,7 @@ class Server:
     async def stream(self, shape: _Shape, jobs: list[desk.Job], news: asyncio.Queue[tuple[int, desk.News]]
                      ) -> AsyncIterator[bytes]:
         """Server-sent events: pieces of the texts and, where asked for, what the canvas shows."""
-        sent, left = Counter[int](), len(jobs)
+        sent, left, began = Counter[int](), len(jobs), time.monotonic()
         try:
             while left:
                 number, what = await news.get()
@@ -208,6 +208,7 @@ class Server:
                 yield event(shape.piece(number, text, done))
             yield b"data: [DONE]\n\n"
         finally:
+            self.seconds += time.monotonic() - began  # `guarded` has counted up to here
             self.leave(jobs)
 
     # -- what else there is

@@ -2,7 +2,7 @@
 
     python -m tools.rewards permutations [--seeds=0,1,2] [--systems=score,order] [--list]
     python -m tools.rewards levels       # the same texts at two levels, in twelve calls
-    python -m tools.rewards sorting      # sudoku, countdown
+    python -m tools.rewards sorting      # sudoku, countdown, parity
 
 A system is a recipe of configs/permutations.py with some settings changed, trained from the base of its seed; one
 called base-NAME only measures that base with another sampler. Each writes a line of --out
@@ -101,7 +101,9 @@ TASKS = {
                    HUNDRED, ("base", "score", "order")),
     "countdown": Task(_of_prompts("countdown", 24, 4, "train.batch_size=64"),
                       ("train.steps=2500", "optimizer.schedule=constant", "optimizer.ema=.99"), HUNDRED,
-                      ("base", "score")),
+                      ("base", "score", "base-rcr", "rcr", "rcr-mdpo")),
+    "parity": Task(_of_prompts("parity", 11, 2), ("train.steps=1000", "optimizer.schedule=constant"), BY_PROMPT,
+                   ("base", "score")),
 }
 
 

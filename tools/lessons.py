@@ -10,7 +10,8 @@ energy   texts of a Markov chain of words (tools/toy_calls.py: four of four word
          the number of candidates, also with the sign of the released code.
 certainty  texts whose prompt decides them (the parities of the first 1..6 of six bits) and texts that nothing decides
          (permutations of six symbols): calls of threshold decoding, right answers and different ones before and after
-         certainty forcing on own texts, and after as many steps of cross-entropy alone.
+         certainty forcing on own texts, and after as many steps of cross-entropy alone; parities-300: of a base that
+         was stopped early.
 adjust   permutations once more: six drops on so many passes of the network, drawn on their own or with a layer between.
 drafts   permutations: as many steps with train.draft_share = 0, .25 and .5, without clusters and with three; the exact
          bound, and texts of the methods that take words back beside those that do not.
@@ -200,9 +201,11 @@ def permutations(rng: np.random.Generator, n: int) -> np.ndarray:
 CERTAIN: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], int, int, Callable[[np.ndarray], Any]]] = {
     "permutations": (permutations, 1, SYMBOLS + 1,
                      lambda x: (np.sort(x[:, 1:], axis=1) == np.arange(SYMBOLS)).all(1)),
-    "parities": (parities, BITS, 2, lambda x: (np.cumsum(x[:, :BITS], axis=1) % 2 == x[:, BITS:]).all(1))}
-LEARNS: dict[str, dict[str, Any]] = {  # of the base; one block, twice as long, gets 16 % of the parities right
-    "permutations": {}, "parities": {"model__blocks": 2, "diffusion__weighting": "constant"}}
+    **dict.fromkeys(("parities", "parities-300"), (
+        parities, BITS, 2, lambda x: (np.cumsum(x[:, :BITS], axis=1) % 2 == x[:, BITS:]).all(1)))}
+TWO_BLOCKS = {"model__blocks": 2, "diffusion__weighting": "constant"}  # one, twice as long, gets 16 % of the parities right
+LEARNS: dict[str, dict[str, Any]] = {  # of the base, which learns for 1,500 steps, or for 300 where it is to be unsure
+    "permutations": {"steps": 1500}, "parities": {"steps": 1500, **TWO_BLOCKS}, "parities-300": {"steps": 300, **TWO_BLOCKS}}
 
 
 def trial_certainty(kind: str, seed: int, steps: int = 400) -> dict[str, Any]:
@@ -212,7 +215,7 @@ def trial_certainty(kind: str, seed: int, steps: int = 400) -> dict[str, Any]:
     length = given + free
     batch = batches(draw_texts, given, 128, seed)
     hierarchy = Hierarchy.from_parents([], vocab_size=words)
-    base, process, frozen = trained_base(toy_config(length, steps=1500, seed=seed, **LEARNS[kind]), hierarchy, batch)
+    base, process, frozen = trained_base(toy_config(length, seed=seed, **LEARNS[kind]), hierarchy, batch)
 
     @functools.partial(jax.jit, static_argnums=0)
     def write(method: str, params: Tree, x: jax.Array, key: jax.Array) -> Any:

@@ -107,11 +107,13 @@ def test_prompts_of_own_texts(tmp_path):
 def test_a_run_is_rewarded_for_its_own_texts_answers(tmp_path):
     config, _ = own_texts(tmp_path, steps=2)
     train.train(config, str(tmp_path / "base"))
-    config, _ = own_texts(tmp_path, "score", str(tmp_path / "base"), steps=2, tune__rows=100)
+    config, _ = own_texts(tmp_path, "score", str(tmp_path / "base"), steps=4, tune__rows=100)
     tune.tune(config, str(tmp_path / "run"))
     lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8")]
-    assert [line["step"] for line in lines if "reward" in line] == [1, 2]
-    assert [math.isfinite(line["valid_reward"]) for line in lines if "valid_nelbo" in line] == [True]
+    assert [line["step"] for line in lines if "reward" in line] == [1, 2, 3, 4]
+    assert [math.isfinite(line["valid_reward"]) for line in lines if "valid_nelbo" in line] == [True, True]
+    tokens, timed = config.train.batch_size * config.model.seq_len, lines[1:]  # the first step compiles
+    assert all(0 < line["tokens_per_s"] < tokens / (line["rollout_s"] + line["update_s"]) for line in timed)
     tune.evaluate(config, str(tmp_path / "run"))
     told = json.loads((tmp_path / "run" / "rewards.json").read_text())
     assert told["task"] == "answers" and told["rewards"][0]["prompts"] == 21  # all that fit, each once

@@ -171,6 +171,8 @@ class Recorder:
 class Loop:
     """One training: its parts, made once; then `begin`, `run` and `conclude`."""
 
+    at_once = False  # a step is done when it is dispatched, and nothing runs while its metrics are read
+
     def __init__(self, config: Config, workdir: str, stop: Stop, profile: bool = False, shown: Writer | None = None):
         self.shown = [shown] if shown else []
         self.config, self.workdir, self.stop, self.began = config, workdir, stop, time.monotonic()
@@ -383,7 +385,7 @@ class Loop:
             return fit_head(start, params, batches)
 
     def run(self) -> None:
-        """All steps that are left. A step's metrics are read while the next one runs."""
+        """All steps that are left. A step's metrics are read while the next one runs, unless they are `at_once`."""
         steps, self.timer = self.config.train.steps, Timer(self.config.checkpoint.minutes)
         name = os.path.basename(os.path.normpath(self.workdir))
         self.bar = progress(steps, self.start, "step", name)
@@ -446,9 +448,9 @@ class Loop:
         measures = saves or step % (self.config.train.evaluate_every or self.config.checkpoint.every) == 0
         leave = self.stop.at(step - self.start) and not end
         now = self.timer.due(step - self.start) or leave  # saved as it is: nothing in metrics.jsonl tells when that was
-        valid: dict[str, float] = {}
-        records, left = [due], dispatched if not (measures or now) else None
-        if measures or now:
+        reads, valid = measures or now or self.at_once, dict[str, float]()
+        records, left = [due], None if reads else dispatched
+        if reads:
             record = self._read(dispatched, force=measures) or {}
             valid = self._measure(step) if measures and not leave else {}
             records.append(record | valid)

@@ -150,6 +150,8 @@ class Walk:
 class Tuning(Loop):
     """The loop of training, whose step is rollouts, rewards and an update."""
 
+    at_once = True
+
     def __init__(self, config: Config, workdir: str, stop: Stop, profile: bool = False, shown: Writer | None = None
                  ) -> None:
         super().__init__(config, workdir, stop, profile, shown)

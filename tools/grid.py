@@ -56,7 +56,7 @@ class Cell(NamedTuple):
 NO_TIME = ("--config.model.time_conditioning=False",)
 WARM_HEAD = ("--config.model.warm_head=True",)
 CLIP = ("--config.diffusion.weighting=clip", "--config.diffusion.weight_min=0.0", "--config.diffusion.weight_max=2.0")
-OWN = ("--config.hierarchy.embeddings=checkpoint:runs/grid/gidd0-s0",)  # of the cell gidd0, in place of the corpus's
+OWN = ("--config.hierarchy.embeddings=checkpoint:runs/grid/gidd0-s0",)  # a run that must be there
 EMPIRICAL = ("--config.diffusion.weighting=empirical",)  # the paper's, which weigh the mask more than clusters
 GPT2 = ("--config.tokenizer.kind=gpt2",)
 REPEATS = {name: (f"--config.data.files=('runs/grid/one_of_{n}.jsonl',)",  # every nth chapter (docs/results.md)
@@ -143,7 +143,7 @@ CELLS = (
     Cell("hdlm_xi9-count", "hdlm_xi9-muon", 3, COUNT),
     Cell("mdlm-clip", "mdlm-warm", 3, CLIP),
     Cell("hdlm-clip", "hdlm-warm", 3, CLIP),
-    *(Cell(f"{kind}-clip-own", f"{kind}-warm", 3, (*CLIP, *OWN), True) for kind in ("mdlm", "hdlm")),
+    *(Cell(f"{kind}-clip-own", f"{kind}-warm", 4, (*CLIP, *OWN), True) for kind in ("mdlm", "hdlm")),
     Cell("hdlm-empirical", "hdlm-muon", 3, EMPIRICAL, True),
     *(Cell(f"{name}{n}", f"hdlm{recipe}-muon", 3, (f"--config.hierarchy.clusters=({n},)",)) for n in (16, 256)
       for name, recipe in (("hdlm", ""), ("learned", "-learned"), ("soft", "-soft"))),

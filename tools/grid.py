@@ -57,7 +57,7 @@ NO_TIME = ("--config.model.time_conditioning=False",)
 WARM_HEAD = ("--config.model.warm_head=True",)
 CLIP = ("--config.diffusion.weighting=clip", "--config.diffusion.weight_min=0.0", "--config.diffusion.weight_max=2.0")
 OWN = ("--config.hierarchy.embeddings=checkpoint:runs/grid/gidd0-s0",)  # a run that must be there
-EMPIRICAL = ("--config.diffusion.weighting=empirical",)  # the paper's, which weigh the mask more than clusters
+EMPIRICAL = ("--config.diffusion.weighting=empirical",)  # weighs the mask more than clusters (docs/theory.md)
 GPT2 = ("--config.tokenizer.kind=gpt2",)
 REPEATS = {name: (f"--config.data.files=('runs/grid/one_of_{n}.jsonl',)",  # every nth chapter (docs/results.md)
                   "--config.tokenizer.file=runs/grid/data/tokenizer.tiktoken")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -49,6 +49,15 @@ def ratio(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
     mean = values.sum() / total
     se = math.sqrt(n / (n - 1) * np.sum((values - mean * tokens) ** 2)) / total if n > 1 else math.nan
     return float(mean), float(se)
+
+
+def paired(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], sizes: np.ndarray) -> tuple[float, float]:
+    """Nats [n] of b minus those of a over sizes [n], and the standard error, from residuals [n] (elbo.residuals) where
+    both have them; without, what strata of noise times fix counts as chance."""
+    mean, se = ratio(b["nats"] - a["nats"], sizes)
+    if len(sizes) > 1 and "residuals" in a and "residuals" in b:
+        se = float(np.linalg.norm(b["residuals"] - a["residuals"]))
+    return mean, se
 
 
 def share_of(right: Sequence[bool] | np.ndarray) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hdlm_jax.common.console import markdown, measured, perplexity, readable, say
 from hdlm_jax.common.jsons import Json, write_atomic
-from hdlm_jax.evaluation.text_statistics import in_percent, ratio
+from hdlm_jax.evaluation.text_statistics import in_percent, paired
 from hdlm_jax.report import page, run_files
 from hdlm_jax.runs.tasks import newest
 from hdlm_jax.training.loading import saved_config
@@ -34,10 +34,7 @@ def paired_difference(workdir_a: str, workdir_b: str) -> tuple[float, float]:
         if one.get(name) != other.get(name) and (name != "padding" or one.get("packing") == "crop"):
             raise ValueError(f"{workdir_a} and {workdir_b} were evaluated on other sequences ({name} differs)")
     same_given([workdir_a, workdir_b], [one, other])
-    mean, se = ratio(b["nats"] - a["nats"], a["tokens"])
-    if len(a["nats"]) > 1 and "residuals" in a and "residuals" in b:  # else strata of noise times count as chance
-        se = float(np.linalg.norm(b["residuals"] - a["residuals"]))
-    return mean, se
+    return paired(a, b, a["tokens"])
 
 
 def given(evaluated: Json) -> str:

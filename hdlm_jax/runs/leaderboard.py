@@ -25,7 +25,7 @@ from hdlm_jax.config import Config, ConfigError, EvaluateConfig, GenerateConfig,
 from hdlm_jax.config.rules import choice, rule
 from hdlm_jax.evaluation import judges
 from hdlm_jax.evaluation.benchmarks import TASKS
-from hdlm_jax.evaluation.text_statistics import ratio
+from hdlm_jax.evaluation.text_statistics import paired
 from hdlm_jax.runs import evaluate, generate, open_weights, tasks
 from hdlm_jax.training.checkpoint import checkpoints_of, checksums
 from hdlm_jax.training.loading import Run, load_run, saved_config
@@ -259,10 +259,8 @@ def _documents(row: dict[str, Any], text: str, out: str) -> dict[str, Any]:
 
 
 def _paired(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """Bits per byte of b minus those of a, and the standard error between documents, from residuals as compare.py's."""
+    """Bits per byte of b minus those of a, and the standard error between documents."""
     if a["text"] != b["text"]:
         return {"why": "other documents"}
-    mean, se = ratio(b["nats"] - a["nats"], a["bytes"])
-    if len(a["nats"]) > 1 and "residuals" in a and "residuals" in b:  # else strata of noise times count as chance
-        se = float(np.linalg.norm(b["residuals"] - a["residuals"]))
+    mean, se = paired(a, b, a["bytes"])
     return {"bits_per_byte": mean / math.log(2), "se": se / math.log(2), "documents": len(a["bytes"])}

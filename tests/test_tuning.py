@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from test_sampler import MDLM, THREE, TWO, make
 
@@ -16,7 +17,7 @@ from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.models import order
 from hdlm_jax.models.heads import FlatHead
 from hdlm_jax.tuning import record
-from hdlm_jax.tuning.update import OBJECTIVES, Gradients, chosen_calls
+from hdlm_jax.tuning.update import OBJECTIVES, Gradients, chosen_calls, crossing_nodes
 from tools import toy_surrogates
 
 
@@ -557,6 +558,39 @@ def test_nodes_are_exact_up_to_twice_as_many_tokens(length, error):
         assert abs(told - bound) > error * bound
     else:
         assert told == pytest.approx(bound, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape, rates, error", [
+    (TWO, (1.0, 1.0), 0.01), *(pytest.param(*more, marks=pytest.mark.slow) for more in (
+        (MDLM, (1.0,), 1e-9), (TWO, (0.25, 1.0), 0.03), (TWO, (2.0, 1.0), 1e-9), (THREE, (1.0,) * 3, 0.03)))])
+def test_nodes_lie_evenly_in_crossings(shape, rates, error, monkeypatch):
+    """Three nodes of `crossing_nodes` against the enumerated bound of networks by chance, two tokens: off by `error` of
+    it at most, not at all of one level and of two at rates 2 : 1, where they lie evenly in t as well; elsewhere nodes
+    in t are off at least three times as far. The views of `nodes` have these times and weights, token by token."""
+    toy, process = make(shape, rates)
+    rng, length, exact, told, in_t = np.random.default_rng(0), 2, oracle.quadrature, [], []
+    tau, share = crossing_nodes(process.chain, 3)
+    u, w = np.polynomial.legendre.leggauss(3)
+    other = -np.log1p(-(1 + u) / 2), w / (1 - u)
+    for _ in range(4):
+        network = toy.force(rng.dirichlet(np.ones(toy.V), (len(toy.sequences(length)), length)), "within")
+        monkeypatch.setattr(oracle, "quadrature", exact)
+        bound = toy.nelbo(network)
+        for rule, off in (((tau, share), told), (other, in_t)):
+            monkeypatch.setattr(oracle, "quadrature", lambda *given, rule=rule: rule)
+            off.append(np.abs(toy.nelbo(network) / bound - 1).max())
+    assert max(told) < error and (error == 1e-9 or max(in_t) > 3 * max(told))
+
+    x = jnp.asarray(rng.integers(0, toy.V, (50, 4)), jnp.int32)
+    rows = {"x": x, "fell": jnp.zeros((50, 4, toy.K), jnp.int32), "advantage": jnp.ones(50)}
+    view, count = OBJECTIVES["nodes"](process, 0)
+    keys = fold(jnp.broadcast_to(jax.random.key(0), (50,)), jnp.arange(50))
+    assert int(count(rows)) == 3
+    for number in range(3):
+        found = jax.tree.map(np.asarray, view(rows, keys, jnp.int32(number)))
+        np.testing.assert_allclose(found.t, 1 - np.exp(-tau[number]), rtol=1e-5)
+        of_level = np.concatenate([[0.0], oracle.level_weight(rates, tau[number])]) * share[number]
+        np.testing.assert_allclose(found.weight, of_level[found.level], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["elbo", "spg", *(pytest.param(name, marks=pytest.mark.slow) for name in (

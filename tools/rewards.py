@@ -93,7 +93,7 @@ HUNDRED = (*BY_PROMPT, "train.steps=100", "evaluate.rows_in_training=64")
 TASKS = {
     "permutations": Task(),
     "levels": Task(("hierarchy.clusters=(3,)", "generate.steps=12"), (), (),
-                   ("base", "score", "score-kl", "order")),
+                   ("base", "score", "score-kl", "order", "elbo", "nodes")),
     "sorting": Task(_of_prompts("sorting", 18, 3), ("train.steps=350", "optimizer.schedule=constant"), BY_PROMPT,
                     ("base", "score")),
     "sudoku": Task(_of_prompts("sudoku", 34, 4, "train.batch_size=64"),

@@ -28,7 +28,7 @@ from hdlm_jax.common.parallel import Batch, Tree
 from hdlm_jax.config import Config, ConfigError, TuneConfig
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
-from hdlm_jax.diffusion.levels import open_uniform
+from hdlm_jax.diffusion.levels import LevelChain, open_uniform
 from hdlm_jax.diffusion.prediction import LogitsPrediction, Prediction
 from hdlm_jax.models import block_lengths, order
 from hdlm_jax.models.heads import map_over_noised, sum_over_noised
@@ -95,24 +95,39 @@ def visited(process: HierarchicalProcess, views: int) -> tuple[Views, Count]:
     return view, count
 
 
+def crossing_nodes(chain: LevelChain, many: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noise times and weights, float64 [many] each, of a Gauss-Legendre rule for integrals over noise time whose nodes
+    lie evenly in the share of all crossings that are done, the mean level over K: of one level that is t, as GDPO
+    (arXiv 2510.08554) has it. Of more levels the bound's integrand is close to a polynomial there, and is none in t."""
+    nodes, shares = np.polynomial.legendre.leggauss(many)
+    low, high = np.zeros(many), np.full(many, chain.tau_end)
+    for _ in range(60):
+        tau = (low + high) / 2
+        early = chain.beta(tau, np) @ np.arange(chain.num_levels + 1) / chain.num_levels < (1 + nodes) / 2
+        low, high = np.where(early, tau, low), np.where(early, high, tau)
+    return tau, shares / 2 * chain.num_levels / chain.moments(tau)[0]
+
+
 def noised(process: HierarchicalProcess, views: int, gauss: bool = False) -> tuple[Views, Count]:
     """The bound of the texts in place of their probability: noise at t uniform, the bound's own weights.
 
-    gauss: at the nodes of a Gauss-Legendre rule in t (GDPO, arXiv 2510.08554), three unless `views` says how many: less
-    noise, and of one level no bias where a text has at most twice as many tokens.
+    gauss: at the nodes of a Gauss rule (GDPO, `crossing_nodes`), three unless `views` says how many: less noise, and of
+    one level no bias where a text has at most twice as many tokens.
     """
     many = views or (3 if gauss else 1)
-    nodes, shares = np.polynomial.legendre.leggauss(many)
+    rule = [jnp.asarray(part, jnp.float32) for part in crossing_nodes(process.chain, many)] if gauss else []
 
     def view(rows: Batch, keys: jax.Array, number: jax.Array) -> View:
-        t, share = jax.vmap(open_uniform)(fold(keys, 2 * number)), jnp.float32(1 / many)
-        if gauss:
-            t = jnp.broadcast_to(jnp.asarray((1 + nodes) / 2, jnp.float32)[number], t.shape)
-            share = jnp.asarray(shares / 2, jnp.float32)[number]
-        tau = -jnp.log1p(-t)
         x, free = rows["x"], rows["fell"][..., 0] >= 0
+        if gauss:
+            tau, share = (jnp.broadcast_to(part[number], (len(x),)) for part in rule)
+            t = -jnp.expm1(-tau)
+        else:
+            t = jax.vmap(open_uniform)(fold(keys, 2 * number))
+            tau = -jnp.log1p(-t)
+            share = jnp.exp(tau) / many
         z, level = process.noised(fold(keys, 2 * number + 1), x, tau, free)
-        weight = process.nelbo_weight(z, tau, x) * jnp.exp(tau)[:, None] * share
+        weight = process.nelbo_weight(z, tau, x) * share[:, None]
         return View(z, t, level, jnp.maximum(level - 1, 0), x, weight, rows["advantage"])
 
     return view, lambda rows: jnp.int32(many)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import Toy, level_weight, quadrature
+from oracle import Toy, level_beta, level_weight, quadrature
 
 from hdlm_jax import config as config_lib
 from hdlm_jax.config import Config, ConfigError, DiffusionConfig, TrainConfig
@@ -47,45 +47,45 @@ def nelbo(toy, x, cost, score):
     return total
 
 
-def orders(toy, score):
-    """(crossing times [S, K], chance) of every order in which the scored tokens cross their levels."""
-    tokens = np.flatnonzero(score)
-    for order in set(itertools.permutations(np.repeat(tokens, toy.K).tolist())):
-        levels, chance, times = dict.fromkeys(tokens.tolist(), 0), 1.0, np.full((len(score), toy.K), 99.0, np.float32)
-        for at, i in enumerate(order):
-            clocks = [toy.rates[n] if n < toy.K else 0.0 for n in levels.values()]
-            chance *= toy.rates[levels[i]] / sum(clocks)
-            times[i, levels[i]] = at + 1
-            levels[i] += 1
-        yield times, chance
+def crossings(toy, score):
+    """Every crossing that can be drawn, by time, token, level and the levels of all others: (its time, crossing times
+    [S, K], k, r, chance times the step of noise time), each of a text's K n crossings being as likely."""
+    tokens, rates = np.flatnonzero(score), np.asarray(toy.rates)
+    for tau, part in zip(*quadrature(toy.rates), strict=True):
+        beta = level_beta(toy.rates, tau)
+        for i, k in itertools.product(tokens, range(toy.K)):
+            for levels in itertools.product(range(toy.K + 1), repeat=len(tokens) - 1):
+                times = np.full((len(score), toy.K), 99.0 * tau, np.float32)
+                others = tokens[tokens != i]
+                for j, level in zip((i, *others), (k + 1, *levels), strict=True):
+                    times[j, :level] = 0.5 * tau
+                times[i, k] = tau
+                density = part * rates[k] * beta[k] * np.prod(beta[list(levels)])
+                yield np.float32(tau), times, k, sum(level > k for level in levels), density / (toy.K * len(tokens))
 
 
 @pytest.mark.parametrize("case, given, alone", [
     *[(case, given, False) for case in CASES for given in (False, True)], ("K=1", True, True), ("K=2", False, True)])
 def test_crossings_are_unbiased(case, given, alone):
-    """Every order of the crossings, every one of them drawn, every z: the mean is the bound, not nearly so."""
-    toy, _, x, cost = make(case)
-    score = np.arange(len(x)) >= given
-    n, mean = int(score.sum()), 0.0
-    times, chance = (np.array(a) for a in zip(*orders(toy, score), strict=True))
-    assert chance.sum() == pytest.approx(1)
+    """Every crossing at every time, every z just after it: the mean is the bound, to what float32 holds."""
+    toy, process, x, cost = make(case)
+    score, mean = np.arange(len(x)) >= given, 0.0
+    n = int(score.sum())
     cells = np.arange(toy.K * n)
     k, r = crossing(jnp.asarray(cells), jnp.full(cells.shape, 0.5), len(cells), toy.K, jnp.full(cells.shape, n))
     assert sorted(zip(k.tolist(), r.tolist(), strict=True)) == list(itertools.product(range(toy.K), range(n)))
-    spread = lambda a: jnp.asarray(np.repeat(a, len(cells), axis=0))  # noqa: E731
-    each = lambda a: jnp.tile(a, len(times))  # noqa: E731
-    found = after(spread(times), each(k), each(r), jnp.broadcast_to(score, (len(times) * len(cells), len(x))), alone)
-    tau, level, weight = (np.asarray(a, float) for a in found)
-    assert (tau == np.take_along_axis(np.sort(spread(times)[:, score], 1), np.asarray(each(r))[:, None, None], 1)[
-        np.arange(len(tau)), 0, each(k)]).all()
-    z = toy.sequences(len(x))
-    chances = np.repeat(chance, len(cells)) / len(cells)
-    for probability, at, share in zip(chances, level.astype(int), weight, strict=True):
-        law = np.prod([(toy.level[z[:, i]] == at[i]) * np.array([
-            toy.shown(at[i])[x[i], toy.node[s]] if toy.level[s] == at[i] else 0.0 for s in z[:, i]])
-            for i in range(len(x))], axis=0)
-        mean += probability * (law[:, None] * share * cost).sum()
-    assert mean == pytest.approx(nelbo(toy, x, cost, score), rel=1e-6)
+    at, times, k, r, chance = (np.array(a) for a in zip(*crossings(toy, score), strict=True))
+    assert chance.sum() == pytest.approx(1)
+    scored = jnp.broadcast_to(score, times.shape[:2])
+    tau, level, weight = (np.asarray(a, float) for a in after(process.chain, times, k, r, scored, alone))
+    np.testing.assert_array_equal(tau, at)
+    np.testing.assert_allclose(weight.sum(1), toy.K * n, rtol=1e-5)
+    law = {pattern: np.prod([(toy.level[s] == pattern[i]) * np.array([
+        toy.shown(pattern[i])[x[i], toy.node[one]] if toy.level[one] == pattern[i] else 0.0 for one in s])
+        for i, s in enumerate(toy.sequences(len(x)).T)], axis=0) for pattern in set(map(tuple, level.astype(int)))}
+    for probability, pattern, share in zip(chance, map(tuple, level.astype(int)), weight, strict=True):
+        mean += probability * (law[pattern][:, None] * share * cost).sum()
+    assert mean == pytest.approx(nelbo(toy, x, cost, score), rel=1e-5)
 
 
 def drawn(case, objective, weighting="none", rows=1 << 15):
@@ -127,7 +127,10 @@ def test_the_loss_is_what_the_weighting_says():
 
 
 def test_counts_have_no_noise_where_costs_are_equal():
-    """K n / n_k of n_k equal costs: k and r do not matter; t uniform has the variance of 1/t."""
+    """Weights sum to K n: k, r and the time do not matter; t uniform has the variance of 1/t."""
+    view, *_ = drawn("K=3", "count", rows=64)
+    np.testing.assert_allclose(np.asarray(view.bound).sum(1), 6, rtol=1e-5)
+    assert ((np.asarray(view.bound) > 0) == (np.asarray(view.level) > 0)).all()
     view, *_ = drawn("K=1", "count", rows=64)
     np.testing.assert_allclose(np.asarray(view.bound).sum(1), 3, rtol=1e-6)
     assert np.bincount((np.asarray(view.bound) > 0).sum(1)).tolist()[1:] in ([21, 22, 21], [22, 21, 21], [21, 21, 22])
@@ -175,20 +178,19 @@ def settings(**changes):
 
 @pytest.mark.parametrize("objective, head", [("count", "flat"), ("any_order", "flat"), ("count", "factorised")])
 def test_a_step_of_a_network_that_knows_nothing(objective, head):
-    """Zero logits cost log V a scored token, whichever crossings are drawn: prompts and ends of rows do not count."""
+    """Zero logits cost log 6 a level of a scored token, whichever crossings are drawn: prompts and ends of rows do not
+    count."""
     config = settings(train__objective=objective, model__head=head)
-    network, process = build(config, Hierarchy.from_parents([np.arange(40) % 4]))
+    network, process = build(config, Hierarchy.from_parents([np.arange(36) % 6]))
     params = network.init_params(jax.random.key(0), SEQ)
     params = {**params, "head": jax.tree.map(jnp.zeros_like, params["head"])}
     score = np.ones((ROWS, SEQ), bool)
     score[:4, :5], score[4] = False, False  # rows of a prompt, one that is given whole
-    # strata: rows 0..7 undo level 1, 8..15 level 2; the same number of scored tokens in both halves
-    score[8:12, :5], score[12] = False, False
-    x = np.arange(ROWS * SEQ, dtype=np.int32).reshape(ROWS, SEQ) % 40
+    x = np.arange(ROWS * SEQ, dtype=np.int32).reshape(ROWS, SEQ) % 36
     batch = {"x": x, "index": np.arange(ROWS), "score": score}
     loss, bound, tokens = jax.jit(make_loss_sums(config, network, process))(params, batch, jax.random.key(1))
     assert float(tokens) == score.sum()
-    assert float(bound) == pytest.approx(score.sum() * np.log(40), rel=1e-5)
+    assert float(bound) == pytest.approx(score.sum() * np.log(36), rel=1e-5)
     assert float(loss) == pytest.approx(float(bound), rel=1e-6)
 
 

@@ -169,6 +169,7 @@ CELLS = (
     Cell("ar-adamw", "ar", 4),
     *(Cell(name, "mdlm-warm-factorised-muon", 3, (*SPEEDRUN, *more), True) for name, more in TRIALS.items()),
     Cell("hdlm-block4-count-tied", "hdlm-warm-muon", 3, (*SPEEDRUN, *BLOCK4, *COUNT, *TIED), True),
+    Cell("hdlm-block4-tied", "hdlm-warm-muon", 3, (*SPEEDRUN, *BLOCK4, *TIED), True),
     Cell("hdlm-try-tied", "hdlm-warm-muon", 3, (*SPEEDRUN, *TIED), True),
 )
 QUESTIONS = {  # a table each: the first cell is what the others are compared with
@@ -190,7 +191,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
                    "mdlm-factorised-warm-head-gpt2", "hdlm-factorised-warm-head-gpt2"),
     "long": ("long-block4", "long-block4-count", "long-block4-wide", "long-block4-count-wide", "long-mdlm"),
     "recipe": tuple(TRIALS),
-    "blocks": ("try-block4-count-tied", "hdlm-block4-count-tied", "try-tied", "hdlm-try-tied"),
+    "blocks": ("try-block4-count-tied", "hdlm-block4-count-tied", "hdlm-block4-tied", "try-tied", "hdlm-try-tied"),
     "repeats": tuple(f"{kind}-{name}" for name in (*reversed(REPEATS), "x16-dropout") for kind in ("mdlm", "ar")),
     "field": ("mdlm", "mdlm-factorised", "mdlm-tied", "hdlm", "hdlm-factorised", "hdlm-tied", "ar", "ar-tied"),
     "channel": tuple(f"{kind}-{name}" for kind in ("mdlm", "hdlm", "mdlm-warm", "hdlm-warm") for name in CHANNEL),

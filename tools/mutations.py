@@ -1,4 +1,4 @@
-"""Are the tests of training by rewards able to fail? One line of the code is changed, and its test has to turn red.
+"""Are the tests of draws and rewards able to fail? One line of the code is changed, and its test has to turn red.
 
     python -m tools.mutations [--only=replay,clip]
 
@@ -31,6 +31,9 @@ class Mutation(NamedTuple):
 
 RECORD, UPDATE, TUNING = "hdlm_jax/tuning/record.py", "hdlm_jax/tuning/update.py", "tests/test_tuning.py::"
 MUTATIONS = {
+    "weights": Mutation("hdlm_jax/training/views.py", "jnp.pad(chain.weight(tau),",
+                        "jnp.pad(jnp.ones_like(chain.weight(tau)),",
+                        "tests/test_views.py::test_crossings_are_unbiased"),
     "replay": Mutation(RECORD, "rollout.fell >= at + more", "rollout.fell > at + more",
                        TUNING + "test_replay_rebuilds_every_frame"),
     "score": Mutation(UPDATE, "out = out + jnp.where((to < k)", "out = jnp.where((to < k)",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from hdlm_jax.config import Config
 from hdlm_jax.diffusion.draws import fold
 from hdlm_jax.diffusion.hierarchical import HierarchicalProcess
-from hdlm_jax.diffusion.levels import open_uniform
+from hdlm_jax.diffusion.levels import LevelChain, open_uniform
 from hdlm_jax.diffusion.process import Process
 
 
@@ -112,13 +112,13 @@ def crossing(place: jax.Array, u: jax.Array, strata: int, levels: int, tokens: j
     return k, jnp.clip(((at - k) * tokens).astype(jnp.int32), 0, jnp.maximum(tokens - 1, 0))
 
 
-def after(times: jax.Array, k: jax.Array, r: jax.Array, score: jax.Array, alone: bool = False
+def after(chain: LevelChain, times: jax.Array, k: jax.Array, r: jax.Array, score: jax.Array, alone: bool = False
           ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The moment after the r-th crossing into level k + 1: (tau [b], level int32 [b, S], weights [b, S]).
 
     The bound is the cost of undoing every crossing of a text, each at the states just after it (docs/theory.md section
-    3): K n of them, one of which is drawn. As any token that is of that level may have been the one that crossed, all
-    n_k of them share its weight, K n / n_k each; alone: the token that did has all of it.
+    3): K n of them, one of which is drawn. Any token that is noised then may be the one that has just crossed, with a
+    chance in proportion to w of its level at tau, and has so much of the weight K n; alone: the token that did has all.
 
     Args:
       times: float32 [b, S, K], crossing times. k, r: as `crossing` gives them. score: bool [b, S], tokens that cross.
@@ -128,11 +128,11 @@ def after(times: jax.Array, k: jax.Array, r: jax.Array, score: jax.Array, alone:
     who = jnp.take_along_axis(jnp.argsort(into, axis=-1), r[:, None], axis=-1)
     tau = jnp.where(count > 0, jnp.take_along_axis(into, who, axis=-1)[:, 0], 1.0)
     level = jnp.where(score, jnp.sum(times <= tau[:, None, None], axis=-1), 0)
-    share = level == k[:, None] + 1
+    chance = jnp.take_along_axis(jnp.pad(chain.weight(tau), ((0, 0), (1, 0))), level, axis=-1)
     if alone:
-        share = share & (jnp.arange(score.shape[1])[None] == who)
-    each = levels * count / jnp.maximum(jnp.sum(share, axis=-1), 1)
-    return tau, level, jnp.where(share, each[:, None], 0.0)
+        chance = jnp.where(score & (jnp.arange(score.shape[1])[None] == who), 1.0, 0.0)
+    whole = jnp.sum(chance, axis=-1, keepdims=True)
+    return tau, level, levels * count[:, None] * chance / jnp.where(whole > 0, whole, 1.0)
 
 
 def _at_crossings(alone: bool, process: HierarchicalProcess, rows: _Rows, own: jax.Array | None = None) -> Drawn:
@@ -141,7 +141,7 @@ def _at_crossings(alone: bool, process: HierarchicalProcess, rows: _Rows, own: j
     u, keys = jax.vmap(open_uniform)(fold(rows.keys, 0)), fold(rows.keys, 1)
     k, r = crossing(rows.place, u, rows.strata, process.num_levels, jnp.sum(rows.score, axis=-1))
     times = jax.vmap(lambda key: process.chain.crossing_times(key, rows.x.shape[1:]))(fold(keys, 0))
-    tau, level, bound = after(times, k, r, rows.score, alone)
+    tau, level, bound = after(process.chain, times, k, r, rows.score, alone)
     return process.shown(keys if own is None else own, rows.x, level), jnp.where(bound > 0, level, 0), tau, bound
 
 

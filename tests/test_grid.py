@@ -1,6 +1,7 @@
 """The grid of runs: which cells there are, what a cell keeps, differences paired over texts and seeds."""
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from tiny import with_settings
 
 from hdlm_jax.config import recipe
 from hdlm_jax.config.command import written_out
-from tools import grid
+from tools import cli, grid
 
 
 def test_every_cell_is_a_recipe_and_every_question_has_cells():
@@ -87,3 +88,21 @@ def test_a_cell_made_before_gets_its_likelihoods(tmp_path, monkeypatch):
     record, kept, *_ = grid.load("mdlm", out)[0]
     assert record["flops"] == 80 and record["likelihoods"] == told and (kept == nats).all()
     assert "2.660" in grid.likelihoods_table(out)  # of 'max_prob steps=4'
+
+
+def test_a_record_says_that_its_code_was_changed(tmp_path, monkeypatch):
+    git = lambda *asked: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *asked],  # noqa: E731
+                                        cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    for folder in ("hdlm_jax", "docs"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "one.py").write_text("1")
+    assert cli.commit() == ""
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    (tmp_path / "docs" / "one.py").write_text("2")
+    found = cli.commit()
+    assert found and not found.endswith("-dirty")
+    (tmp_path / "hdlm_jax" / "one.py").write_text("2")
+    assert cli.commit() == found + "-dirty"

@@ -48,9 +48,12 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def commit() -> str:
-    """The commit that is checked out, short; "" where there is none."""
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-                          check=False).stdout.strip()
+    """The commit that is checked out, short, -dirty if its code has been changed; "" where there is none."""
+    def git(*asked: str) -> str:
+        return subprocess.run(["git", *asked], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("diff", "--name-only", "HEAD", "--", "hdlm_jax", "configs", "tools")
+    return git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed)
 
 
 @contextlib.contextmanager

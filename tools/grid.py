@@ -141,6 +141,7 @@ CELLS = (
     Cell("soft-random", "shuffled-soft-muon", 3),
     *(Cell(f"hdlm-gamma{g}", "hdlm-muon", 3, (f"--config.diffusion.gamma={g}",), True) for g in RATES),
     Cell("hdlm_xi9-count", "hdlm_xi9-muon", 3, COUNT),
+    Cell("soft-still", "hdlm-soft-muon", 3, ("--config.hierarchy.map_rate=1e-9",), True),  # the map stays at xi = .9
     Cell("mdlm-clip", "mdlm-warm", 3, CLIP),
     Cell("hdlm-clip", "hdlm-warm", 3, CLIP),
     *(Cell(f"{kind}-clip-own", f"{kind}-warm", 4, (*CLIP, *OWN), True) for kind in ("mdlm", "hdlm")),
@@ -176,7 +177,7 @@ QUESTIONS = {  # a table each: the first cell is what the others are compared wi
     "clusters": ("mdlm", "hdlm", "shuffled", "learned", "frequency", "brown", "hdlm16", "learned16", "hdlm256",
                  "learned256", "hdlm_k3", "hdlm-factorised", "learned-factorised"),
     "xi": ("hdlm", "hdlm_xi9", "mdlm"),
-    "maps": ("hdlm_xi9-count", "soft", "soft-random", "soft16", "soft256", "hdlm_xi9", "hdlm"),
+    "maps": ("hdlm_xi9-count", "soft-still", "soft", "soft-random", "soft16", "soft256", "hdlm_xi9", "hdlm"),
     "rates": ("hdlm", *(f"hdlm-gamma{g}" for g in RATES), "hdlm-empirical", "mdlm"),
     "sizes": ("mdlm", "hdlm", "mdlm-wide", "hdlm-wide"),
     "heads": ("mdlm", "mdlm-factorised", "hdlm", "hdlm-factorised", "shuffled-factorised"),

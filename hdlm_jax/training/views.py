@@ -118,7 +118,8 @@ def after(chain: LevelChain, times: jax.Array, k: jax.Array, r: jax.Array, score
 
     The bound is the cost of undoing every crossing of a text, each at the states just after it (docs/theory.md section
     3): K n of them, one of which is drawn. Any token that is noised then may be the one that has just crossed, with a
-    chance in proportion to w of its level at tau, and has so much of the weight K n; alone: the token that did has all.
+    chance in proportion to w of its level at tau, and gets that share of the weight K n. alone: the token that did
+    cross gets all of it.
 
     Args:
       times: float32 [b, S, K], crossing times. k, r: as `crossing` gives them. score: bool [b, S], tokens that cross.
@@ -142,7 +143,8 @@ def _at_crossings(alone: bool, process: HierarchicalProcess, rows: _Rows, own: j
     k, r = crossing(rows.place, u, rows.strata, process.num_levels, jnp.sum(rows.score, axis=-1))
     times = jax.vmap(lambda key: process.chain.crossing_times(key, rows.x.shape[1:]))(fold(keys, 0))
     tau, level, bound = after(process.chain, times, k, r, rows.score, alone)
-    return process.shown(keys if own is None else own, rows.x, level), jnp.where(bound > 0, level, 0), tau, bound
+    scored = jnp.where(bound > 0, level, 0) if alone else level
+    return process.shown(keys if own is None else own, rows.x, level), scored, tau, bound
 
 
 def _paired(process: HierarchicalProcess, rows: _Rows) -> Drawn:
@@ -185,18 +187,25 @@ def make_view(config: Config, process: Process) -> Callable[[jax.Array, jax.Arra
     draw = functools.partial(_DRAWS[objective], cast(HierarchicalProcess, process))  # nelbo's takes any process
     strata, block = config.train.batch_size // partners, config.model.block
 
-    def weight(z: jax.Array, tau: jax.Array, x: jax.Array, bound: jax.Array) -> jax.Array:
-        """Of the loss: what diffusion.weighting is to the bound's own weights, times those of the draw."""
+    def weight(z: jax.Array, level: jax.Array, tau: jax.Array, x: jax.Array, bound: jax.Array) -> jax.Array:
+        """Of the loss: diffusion.weighting's over the density of the draw.
+
+        At a crossing that is sum w / (K n) over the tokens scored, and as the bound's weights are w over it, it comes
+        from their sums: a token whose w is 0 in float32 has its part of other losses.
+        """
         loss = process.loss_weight(z, tau, d.weighting, d.weight_min, d.weight_max, x=x)
         if objective in ("nelbo", "rate", "complementary"):
             return loss
-        own = process.nelbo_weight(z, tau, x) * jnp.exp(tau)[:, None]
-        return bound if d.weighting == "none" else bound * jnp.where(bound > 0, loss / own, 0.0)
+        if d.weighting == "none":
+            return bound
+        own = jnp.where(level > 0, process.nelbo_weight(z, tau, x) * jnp.exp(tau)[:, None], 0.0)
+        parts, whole = (jnp.sum(a, axis=-1, keepdims=True) for a in (bound, own))
+        return jnp.where(level > 0, loss * parts / jnp.where(whole > 0, whole, 1.0), 0.0)
 
     def drawn(rows: _Rows) -> View:
         z, level, tau, bound = draw(rows)
-        return View(z, level, -jnp.expm1(-tau), jnp.broadcast_to(tau[:, None], z.shape), weight(z, tau, rows.x, bound),
-                    bound)
+        return View(z, level, -jnp.expm1(-tau), jnp.broadcast_to(tau[:, None], z.shape),
+                    weight(z, level, tau, rows.x, bound), bound)
 
     def view(key: jax.Array, index: jax.Array, x: jax.Array, score: jax.Array) -> View:
         place = index // partners

@@ -338,6 +338,15 @@ def test_table(tmp_path, capsys):
     assert "validation: 320 tokens, 1,000 bytes, corpus 0123456789ab" in said
     assert "a sample: some sampled text" in said and str(tmp_path / "mdlm" / "metrics.jsonl") in said
     assert "curves.png" not in said, "files that are not there are not listed"
+    assert "has no meaning yet" in said
+    for name in ("mdlm", "hdlm"):  # large ones, evaluated and not sampled
+        (tmp_path / name / "samples.jsonl").unlink()
+        evaluated = json.loads((tmp_path / name / "evaluate.json").read_text())
+        (tmp_path / name / "evaluate.json").write_text(json.dumps(evaluated | {"params": 170_000_000}))
+    report.main([one, two])
+    said = capsys.readouterr().out
+    assert f"no samples yet: python -m hdlm_jax.main --workdir={two} --mode=generate" in said
+    assert "a sample" not in said and "no meaning" not in said
     other = tmp_path / "hdlm" / "evaluate.json"
     other.write_text(other.read_text().replace("0123456789abcdef", "another"))
     with pytest.raises(SystemExit, match="different text .corpus differs"):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 
 import numpy as np
 
 from hdlm_jax.common.console import markdown, measured, perplexity, readable, say
-from hdlm_jax.common.jsons import Json, write_atomic
+from hdlm_jax.common.jsons import Json, read_lines, write_atomic
 from hdlm_jax.evaluation.text_statistics import in_percent, paired
 from hdlm_jax.report import page, run_files
 from hdlm_jax.runs.tasks import newest
@@ -117,6 +116,7 @@ def table(workdirs: list[str]) -> str:
     return markdown(["", *head], [*rows, ["unigram", *(unigram.get(column, "") for column in head)]])
 
 
+SMALL = 5_000_000  # parameters of a model that writes no sense, whatever it was trained on
 FILES = ("metrics.jsonl", "curves.png", "clusters.txt", "clusters.png", "samples.txt", "evaluate.json", "report.html")
 JUDGED = ["generative perplexity", "entropy", "distinct-2"]
 
@@ -218,8 +218,10 @@ def summary(workdirs: list[str]) -> str:
     for workdir, result in zip(workdirs, results, strict=True):
         lines += ["", f"{workdir}: {readable(page.gain(result), '.2f')} nats below the unigram"]
         lines += [f"  {path}" for name in FILES if os.path.exists(path := os.path.join(workdir, name))]
-        with open(os.path.join(workdir, "samples.jsonl")) as f:
-            text = json.loads(f.readline())["text"]
-        lines.append("  a sample: " + " ".join(text.split())[:240])
-    return "\n".join([*lines, "", "Models this small, trained for minutes, have learnt spelling, frequent words, short "
-                      "phrases and the", "layout of the text; what they write has no meaning yet."])
+        texts = [r["text"] for r in read_lines(os.path.join(workdir, "samples.jsonl"))[0][:1]]
+        lines += ["  a sample: " + " ".join(text.split())[:240] for text in texts] or [
+            f"  no samples yet: python -m hdlm_jax.main --workdir={workdir} --mode=generate"]
+    if all(result.get("params", 0) < SMALL for result in results):
+        lines += ["", "Models this small, trained for minutes, have learnt spelling, frequent words, short phrases and",
+                  "the layout of the text; what they write has no meaning yet."]
+    return "\n".join(lines)

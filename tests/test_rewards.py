@@ -62,8 +62,8 @@ def test_what_is_there_is_not_made_again(tmp_path, monkeypatch, capsys):
     rewards.main(ask)
     rewards.main(ask)
     assert made == [(name, seed) for seed in (0, 1) for name in ("score", "order")]
-    with pytest.raises(SystemExit, match="--systems=elbo: choose among base, score, score-kl, order"):
-        rewards.main(["levels", "--systems=elbo"])
+    with pytest.raises(SystemExit, match="--systems=spg: choose among base, score, score-kl, order, elbo, nodes"):
+        rewards.main([*ask[:-1], "--systems=spg"])
 
 
 def test_a_base_that_is_measured_is_not_trained_again(tmp_path, monkeypatch, capsys):

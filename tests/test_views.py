@@ -89,7 +89,7 @@ def test_crossings_are_unbiased(case, given, alone):
         for i, s in enumerate(toy.sequences(len(x)).T)], axis=0) for pattern in set(map(tuple, level.astype(int)))}
     for probability, pattern, share in zip(chance, map(tuple, level.astype(int)), weight, strict=True):
         mean += probability * (law[pattern][:, None] * share * cost).sum()
-    assert mean == pytest.approx(nelbo(toy, x, cost, score), rel=1e-5)
+    assert mean == pytest.approx(nelbo(toy, x, cost, score), rel=1e-6)
 
 
 def drawn(case, objective, weighting="none", rows=1 << 15):

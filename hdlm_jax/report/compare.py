@@ -116,7 +116,7 @@ def table(workdirs: list[str]) -> str:
     return markdown(["", *head], [*rows, ["unigram", *(unigram.get(column, "") for column in head)]])
 
 
-SMALL = 5_000_000  # parameters of a model that writes no sense, whatever it was trained on
+SMALL = 5_000_000  # parameters; below, as the quick start's models are, one line says what to expect of samples
 FILES = ("metrics.jsonl", "curves.png", "clusters.txt", "clusters.png", "samples.txt", "evaluate.json", "report.html")
 JUDGED = ["generative perplexity", "entropy", "distinct-2"]
 
